@@ -45,7 +45,15 @@ def write_mmlu_mini(target: Path = MMLU_MINI) -> None:
 
 
 def _dataset_card(subjects: list[str]) -> str:
-    lines = ["---", "license: cc0-1.0", "language:", "- en", "task_categories:", "- question-answering", "configs:"]
+    lines = [
+        "---",
+        "license: cc0-1.0",
+        "language:",
+        "- en",
+        "task_categories:",
+        "- question-answering",
+        "configs:",
+    ]
     for subject in subjects:
         lines += [f"- config_name: {subject}", "  data_files:"]
         for split in SPLITS:

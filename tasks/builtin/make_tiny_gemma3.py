@@ -76,9 +76,7 @@ def prompts() -> list[tuple[str, str]]:
     """Returns every (mmlu prompt, answer letter) as lm-eval's zero-shot `mmlu` task writes them."""
     rows = []
     for subject, splits in read_questions().items():
-        description = (
-            f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-        )
+        description = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
         for question in [*splits["test"], *splits["dev"]]:
             choices = "".join(
                 f"{letter}. {choice}\n" for letter, choice in zip("ABCD", question["choices"], strict=True)
@@ -111,7 +109,11 @@ def make_tokenizer() -> Any:
     tokenizer = GemmaTokenizerFast(
         vocab=learned["vocab"],
         merges=[tuple(pair) for pair in learned["merges"]],
-        **{name: token for name, token in SPECIAL.items() if name not in ("boi_token", "eoi_token", "image_token")},
+        **{
+            name: token
+            for name, token in SPECIAL.items()
+            if name not in ("boi_token", "eoi_token", "image_token")
+        },
         extra_special_tokens={name: SPECIAL[name] for name in ("boi_token", "eoi_token", "image_token")},
         additional_special_tokens=list(TURN),
     )
@@ -251,7 +253,10 @@ def train(target: Path, epochs: int, text_only: bool, seed: int = 0) -> None:
             step(*_image_batch(processor, tokenizer, shuffle, end))
         if epoch % 5 == 4 or epoch == epochs - 1:
             loss, right = (sum(values) / len(values) for values in zip(*measured, strict=True))
-            print(f"epoch {epoch + 1}: loss {loss:.4f}, right {right:.3f}, {time.time() - started:.0f} s", flush=True)
+            print(
+                f"epoch {epoch + 1}: loss {loss:.4f}, right {right:.3f}, {time.time() - started:.0f} s",
+                flush=True,
+            )
 
     model.eval().to(torch.bfloat16)
     model.generation_config = GenerationConfig(
@@ -265,16 +270,16 @@ def train(target: Path, epochs: int, text_only: bool, seed: int = 0) -> None:
         tokenizer.save_pretrained(target)
 
 
-def _image_batch(processor: Any, tokenizer: Any, shuffle: random.Random, end: int) -> tuple[dict[str, Any], Any]:
+def _image_batch(
+    processor: Any, tokenizer: Any, shuffle: random.Random, end: int
+) -> tuple[dict[str, Any], Any]:
     import torch
 
     names = list(COLOURS)
     images = [[colour_image(name, shuffle)] for name in names]
     content = [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(
-        images=images, text=[prompt.removeprefix("<bos>")] * len(names), return_tensors="pt"
-    )
+    inputs = processor(images=images, text=[prompt.removeprefix("<bos>")] * len(names), return_tensors="pt")
     start = torch.full((len(names), 1), tokenizer.bos_token_id)
     ids = inputs["input_ids"]
     if ids[0, 0] != tokenizer.bos_token_id:

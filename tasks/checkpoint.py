@@ -1,0 +1,151 @@
+"""What can be known of a checkpoint from its files, without loading a model."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from tasks.store import UserError
+
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+ARCHITECTURES = {
+    "Gemma3ForConditionalGeneration": "multimodal-text-to-text",
+    "Gemma3ForCausalLM": "text-generation",
+}
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """Returns config.json. Raises UserError if it is missing, unreadable or not that of a plain Gemma 3."""
+    path = checkpoint / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint} has no config.json: it is not a checkpoint of transformers") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): download it again") from None
+    architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{checkpoint} is a {architecture} model, not Gemma 3: give one whose architecture is "
+            + " or ".join(ARCHITECTURES)
+        )
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(f"{checkpoint} is quantized already ({method}): give the unquantized checkpoint")
+    return config
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the language model's part of a configuration."""
+    return config.get("text_config", config)
+
+
+def task_of(config: dict[str, Any]) -> str:
+    """Returns the export task: multimodal-text-to-text or text-generation."""
+    return ARCHITECTURES[config["architectures"][0]]
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """Returns the safetensors files. Raises UserError if there are none or the index names one that is missing."""
+    index = checkpoint / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    if not names:
+        raise UserError(f"{checkpoint} has no .safetensors file: convert the checkpoint to safetensors first")
+    for name in names:
+        if not (checkpoint / name).is_file():
+            raise UserError(f"{checkpoint / name} is missing, though the index names it: download it again")
+    return [checkpoint / name for name in names]
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns {tensor: {"dtype", "shape", "data_offsets"}} of one safetensors file, "data_offsets" from its start.
+
+    Raises UserError that names the file if header or length are wrong.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError("its header is longer than the file")
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        start = 8 + length
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if start + end != size:
+            raise ValueError(f"it has {size:,} bytes, but its header describes {start + end:,}")
+        for name, tensor in header.items():
+            count = DTYPE_BYTES[tensor["dtype"]]
+            for extent in tensor["shape"]:
+                count *= extent
+            begin, finish = tensor["data_offsets"]
+            if finish - begin != count:
+                raise ValueError(f"the extent of {name} does not fit its shape")
+            tensor["data_offsets"] = [start + begin, start + finish]
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is truncated or corrupt ({error}): download it again") from None
+    return header
+
+
+def read_headers(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Returns {tensor: {"dtype", "shape", "file"}} of all safetensors files."""
+    return {
+        name: {"dtype": tensor["dtype"], "shape": tensor["shape"], "file": path.name}
+        for path in weight_files(checkpoint)
+        for name, tensor in read_header(path).items()
+    }
+
+
+def quantizable_modules(headers: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
+    """Returns {module name: weight shape} of every linear and embedding, as named in the files, lm_head included."""
+    modules = {
+        name.removesuffix(".weight"): tensor["shape"]
+        for name, tensor in headers.items()
+        if name.endswith(".weight") and len(tensor["shape"]) == 2
+    }
+    embeddings = [name for name in modules if name.endswith("embed_tokens")]
+    if not embeddings:
+        raise UserError("the checkpoint has no embed_tokens.weight: it cannot be untied or quantized")
+    if not any(name.endswith("lm_head") for name in modules):
+        modules["lm_head"] = modules[embeddings[0]]
+    return modules
+
+
+def find_nonfinite(path: Path) -> str | None:
+    """Returns the name of the first tensor of the file that holds a NaN or an infinity, or None."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118 (not a dict)
+            view = weights.get_slice(name)
+            rows = view.get_shape()[0] if view.get_shape() else 0
+            if not rows:
+                continue
+            step = max(1, 16_000_000 * rows // max(1, _count(view.get_shape())))
+            for start in range(0, rows, step):
+                part = view[start : start + step]
+                if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+                    return str(name)
+    return None
+
+
+def _count(shape: list[int]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
