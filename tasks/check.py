@@ -53,9 +53,7 @@ def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int | None
     config = read_config(path)
     limit = text_config(config).get("max_position_embeddings", 131_072)
     if max_seq_len is not None and max_seq_len > limit:
-        raise UserError(
-            f"max_seq_len is {max_seq_len:,}, but the model goes up to {limit:,}: give at most that"
-        )
+        raise UserError(f"max_seq_len is {max_seq_len:,}, but the model goes up to {limit:,}: give at most that")
     decide(recipe, quantizable_modules(read_headers(path)))
 
 

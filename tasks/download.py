@@ -53,17 +53,11 @@ def resolve_model(model: str, revision: str | None) -> dict[str, Any]:
     try:
         info = HfApi().model_info(model, revision=revision)
     except GatedRepoError:
-        raise UserError(
-            f"{model} is gated: accept its terms on its Hub page and log in with `hf auth login`"
-        ) from None
+        raise UserError(f"{model} is gated: accept its terms on its Hub page and log in with `hf auth login`") from None
     except RevisionNotFoundError:
-        raise UserError(
-            f"{model} has no revision {revision!r}: give a branch, tag or commit that it has"
-        ) from None
+        raise UserError(f"{model} has no revision {revision!r}: give a branch, tag or commit that it has") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(
-            f"the Hub has no model {model!r}, or your token may not read it: check the name"
-        ) from None
+        raise UserError(f"the Hub has no model {model!r}, or your token may not read it: check the name") from None
     assert info.sha is not None, model
     return {"model": model, "revision": info.sha, "source": model}
 

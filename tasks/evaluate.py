@@ -37,9 +37,7 @@ def evaluate_checkpoint(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        model = HFLM(
-            pretrained=str(checkpoint), device=device, batch_size=_batch_size(batch_size), dtype="bfloat16"
-        )
+        model = HFLM(pretrained=str(checkpoint), device=device, batch_size=_batch_size(batch_size), dtype="bfloat16")
         output = simple_evaluate(model, tasks=["mmlu"], limit=limit, log_samples=True, bootstrap_iters=0)
         os.chdir("/")
     if output is None:
@@ -73,9 +71,7 @@ def _summarize(output: dict[str, Any], benchmark: str) -> dict[str, Any]:
         return {"accuracy": result["acc,none"], "stderr": result["acc_stderr,none"]}
 
     samples = {task: len(rows) for task, rows in output["samples"].items()}
-    subjects = {
-        task.removeprefix("mmlu_"): {**score(task), "questions": samples[task]} for task in sorted(samples)
-    }
+    subjects = {task.removeprefix("mmlu_"): {**score(task), "questions": samples[task]} for task in sorted(samples)}
     return {
         "benchmark": benchmark,
         "fixture": benchmark in BUILTIN_BENCHMARKS,

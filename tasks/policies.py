@@ -56,8 +56,7 @@ def stage(
 
         def make(target: Path) -> dict[str, Any]:
             arguments = {
-                field: str(open_record(value).path) if is_record(value) else value
-                for field, value in inputs.items()
+                field: str(open_record(value).path) if is_record(value) else value for field, value in inputs.items()
             }
             function = f"{work.__module__}:{work.__name__}"
             with _Progress(name) as progress:
@@ -116,9 +115,7 @@ def open_record(value: dict[str, Any]) -> Artifact:
     """Returns the artifact of a record. Raises StageFailed if it has gone since."""
     artifact = store.load(value["stage"], value["key"])
     if artifact is None:
-        raise StageFailed(
-            f"{value['stage']}/{value['key'][:12]} has gone from the store: start the run again"
-        )
+        raise StageFailed(f"{value['stage']}/{value['key'][:12]} has gone from the store: start the run again")
     return artifact
 
 

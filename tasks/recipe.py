@@ -33,17 +33,13 @@ def load_recipe(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith(".json") else RECIPES / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.json")))
-        raise UserError(
-            f"there is no recipe {name!r}: take one of {known}, or give a path that ends in .json"
-        )
+        raise UserError(f"there is no recipe {name!r}: take one of {known}, or give a path that ends in .json")
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
         rules = recipe["rules"]
         recipe["name"] = str(recipe["name"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the recipe {path} cannot be read ({error}): it needs a name and rules, as JSON"
-        ) from None
+        raise UserError(f"the recipe {path} cannot be read ({error}): it needs a name and rules, as JSON") from None
     for rule in rules:
         _check_rule(path, rule)
     return recipe

@@ -69,9 +69,7 @@ def home() -> Path:
     return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "quantize-gemma"
 
 
-def key(
-    stage: str, stage_version: int, inputs: list[str], parameters: dict[str, Any], libraries: list[str]
-) -> str:
+def key(stage: str, stage_version: int, inputs: list[str], parameters: dict[str, Any], libraries: list[str]) -> str:
     """Returns the artifact's key, 64 hexadecimal digits. `inputs` are content digests."""
     content = {
         "stage": stage,
@@ -134,9 +132,7 @@ def load(stage: str, artifact_key: str, root: Path | None = None) -> Artifact | 
             shutil.rmtree(folder)
         return None
     except (ValueError, KeyError, TypeError):
-        logger.warning(
-            "%s/%s has an unreadable manifest: removed, the stage runs again", stage, artifact_key[:12]
-        )
+        logger.warning("%s/%s has an unreadable manifest: removed, the stage runs again", stage, artifact_key[:12])
         shutil.rmtree(folder)
         return None
     for name, file in files.items():

@@ -9,6 +9,7 @@ weight, a wrong scale or a lost buffer shows as a falling score. Seeded; some mi
 """
 
 import argparse
+import json
 import random
 import time
 from pathlib import Path
@@ -76,7 +77,9 @@ def prompts() -> list[tuple[str, str]]:
     """Returns every (mmlu prompt, answer letter) as lm-eval's zero-shot `mmlu` task writes them."""
     rows = []
     for subject, splits in read_questions().items():
-        description = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+        description = (
+            f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+        )
         for question in [*splits["test"], *splits["dev"]]:
             choices = "".join(
                 f"{letter}. {choice}\n" for letter, choice in zip("ABCD", question["choices"], strict=True)
@@ -88,7 +91,7 @@ def prompts() -> list[tuple[str, str]]:
 
 def make_tokenizer() -> Any:
     """Returns a Gemma tokenizer (BPE with byte fallback, spaces as U+2581) learned from the training texts."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import GemmaTokenizerFast
 
     base = [*list(SPECIAL.values())[:5], *TURN, *list(SPECIAL.values())[5:]]
@@ -102,20 +105,18 @@ def make_tokenizer() -> Any:
         vocab_size=VOCAB_SIZE, special_tokens=base + byte_tokens, show_progress=False, min_frequency=2
     )
     learner.train_from_iterator(texts, trainer)
-    import json
-
     learned = json.loads(learner.to_str())["model"]
     assert len(learned["vocab"]) <= VOCAB_SIZE, len(learned["vocab"])
     tokenizer = GemmaTokenizerFast(
         vocab=learned["vocab"],
         merges=[tuple(pair) for pair in learned["merges"]],
-        **{
-            name: token
-            for name, token in SPECIAL.items()
-            if name not in ("boi_token", "eoi_token", "image_token")
-        },
+        **{name: token for name, token in SPECIAL.items() if name not in ("boi_token", "eoi_token", "image_token")},
         extra_special_tokens={name: SPECIAL[name] for name in ("boi_token", "eoi_token", "image_token")},
         additional_special_tokens=list(TURN),
+    )
+    # Gemma's tokenizer puts <bos> before every text.
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", tokenizer.bos_token_id)]
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -203,8 +204,8 @@ def train(target: Path, epochs: int, text_only: bool, seed: int = 0) -> None:
         chats.append((ids, [*tokenizer(response, add_special_tokens=False)["input_ids"], end]))
     chats = [([bos, *[i for i in a if i != bos]], [i for i in b if i != bos]) for a, b in chats]
     texts = [(a, [i for i in b if i != bos]) for a, b in texts]
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(texts)} questions; "
-          f"longest {max(len(a) for a, _ in texts)} tokens, mean {sum(len(a) for a, _ in texts) / len(texts):.0f}")  # fmt: skip
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{parameters:,} parameters; {len(texts)} questions of up to {max(len(a) for a, _ in texts)} tokens")
 
     model.train()
     rows = texts + chats * 4
@@ -259,6 +260,10 @@ def train(target: Path, epochs: int, text_only: bool, seed: int = 0) -> None:
             )
 
     model.eval().to(torch.bfloat16)
+    for part in {id(part): part for part in (model.config, model.config.get_text_config())}.values():
+        part.dtype = torch.bfloat16
+    if not text_only:
+        model.config.vision_config.dtype = torch.bfloat16
     model.generation_config = GenerationConfig(
         bos_token_id=bos, pad_token_id=0, eos_token_id=[tokenizer.eos_token_id, end], do_sample=False
     )
@@ -270,9 +275,7 @@ def train(target: Path, epochs: int, text_only: bool, seed: int = 0) -> None:
         tokenizer.save_pretrained(target)
 
 
-def _image_batch(
-    processor: Any, tokenizer: Any, shuffle: random.Random, end: int
-) -> tuple[dict[str, Any], Any]:
+def _image_batch(processor: Any, tokenizer: Any, shuffle: random.Random, end: int) -> tuple[dict[str, Any], Any]:
     import torch
 
     names = list(COLOURS)
@@ -284,7 +287,7 @@ def _image_batch(
     ids = inputs["input_ids"]
     if ids[0, 0] != tokenizer.bos_token_id:
         ids = torch.cat([start, ids], 1)
-    answers = [[i for i in tokenizer(name, add_special_tokens=False)["input_ids"]] + [end] for name in names]
+    answers = [[*tokenizer(name, add_special_tokens=False)["input_ids"], end] for name in names]
     width = max(map(len, answers))
     tail = torch.tensor([answer + [0] * (width - len(answer)) for answer in answers])
     full = torch.cat([ids, tail], 1)
@@ -305,7 +308,7 @@ def _image_batch(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the built-in base model.")
-    parser.add_argument("--epochs", type=int, default=120)
+    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--target", type=Path, default=TINY_GEMMA3)
     parser.add_argument("--text-only", action="store_true", help="train a Gemma3ForCausalLM instead")
     arguments = parser.parse_args()

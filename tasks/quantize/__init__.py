@@ -51,9 +51,7 @@ def quantize_checkpoint(target: Path, checkpoint: Path, recipe: dict[str, Any]) 
         report_progress(done, len(decided), "modules")
         weight = named[name].weight.detach()
         if not bool(torch.isfinite(weight).all()):
-            raise UserError(
-                f"{name}.weight holds a NaN or an infinity: the checkpoint is damaged, download it again"
-            )
+            raise UserError(f"{name}.weight holds a NaN or an infinity: the checkpoint is damaged, download it again")
         quantize_(model, FqnToConfig({name: configs[name]}), filter_fn=None)
         difference = named[name].weight.dequantize().float() - weight.float()
         sums = errors.setdefault(rule["match"], [0.0, 0.0])
@@ -100,10 +98,7 @@ def load_model(checkpoint: Path, dtype: Any) -> Any:
         checkpoint, dtype=dtype
     )
     model.eval()
-    if (
-        not config.get_text_config().tie_word_embeddings
-        and model.lm_head.weight is model.get_input_embeddings().weight
-    ):
+    if not config.get_text_config().tie_word_embeddings and model.lm_head.weight is model.get_input_embeddings().weight:
         raise StageFailed("lm_head and the embedding are still tied after loading")
     return model
 

@@ -1,0 +1,100 @@
+"""Export: the quantized checkpoint becomes model.pte, an ExecuTorch program for XNNPACK.
+
+The work is optimum-executorch's: its exportable modules and its xnnpack recipe. What its command line gets wrong is
+put right here: the example image is made from the configuration instead of fetched from a web site, max_seq_len is
+honoured, scales are float32 as XNNPACK wants them, and the program's metadata says what the model is.
+(Card section: Exporting to ExecuTorch.)
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tasks.checkpoint import task_of
+from tasks.policies import stage
+from tasks.process import report_progress
+from tasks.store import StageFailed
+
+
+def export_checkpoint(target: Path, checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
+    """Writes model.pte, for sequences up to `max_seq_len` tokens, with custom SDPA and KV cache; returns its methods.
+
+    Raises StageFailed if the program's metadata differ from the model's.
+    """
+    import torch
+    from optimum.exporters.executorch import integrations
+    from optimum.exporters.executorch.convert import export_to_executorch
+    from optimum.exporters.executorch.tasks.causal_lm import load_causal_lm_model
+    from optimum.exporters.executorch.tasks.multimodal_text_to_text import load_multimodal_text_to_text_model
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    multimodal = task_of(config.to_dict()) == "multimodal-text-to-text"
+    report_progress(0, 3, "loading")
+    load = load_multimodal_text_to_text_model if multimodal else load_causal_lm_model
+    module = load(
+        str(checkpoint),
+        dtype="float32",
+        use_custom_sdpa=True,
+        use_custom_kv_cache=True,
+        # The multimodal task reads max_length, the text task max_seq_len.
+        **{"max_length" if multimodal else "max_seq_len": max_seq_len},
+    )
+    module.model.to(torch.float32)
+    if multimodal:
+        vision = config.vision_config
+        pixels = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+        # Patched because the class fetches a photograph from a web site to learn this shape.
+        integrations.VisionExportableModule.prepare_export_inputs = lambda _: (pixels, None)
+    expected = expected_metadata(checkpoint, max_seq_len)
+    module.metadata.update(expected)
+    report_progress(1, 3, "lowering")
+    export_to_executorch(module, task_of(config.to_dict()), "xnnpack", str(target))
+    report_progress(2, 3, "verifying the program's metadata")
+    found = read_metadata(target / "model.pte", list(expected))
+    wrong = {name: found.get(name) for name, value in expected.items() if found.get(name) != value}
+    if wrong:
+        raise StageFailed(f"the program's metadata differ from the model's: {wrong} instead of {expected}")
+    return {"metadata": {"max_seq_len": max_seq_len, "task": task_of(config.to_dict()), "program": found}}
+
+
+def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
+    """Returns what the program's constant methods must say of the model."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    text = config.get_text_config()
+    generation = checkpoint / "generation_config.json"
+    eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.exists() else None
+    if eos is None:
+        eos = config.eos_token_id if getattr(config, "eos_token_id", None) is not None else text.eos_token_id
+    return {
+        "get_max_seq_len": max_seq_len,
+        "get_max_context_len": max_seq_len,
+        "get_head_dim": text.head_dim,
+        "get_n_layers": text.num_hidden_layers,
+        "get_n_kv_heads": text.num_key_value_heads,
+        "get_vocab_size": text.vocab_size,
+        "get_bos_id": text.bos_token_id,
+        "get_eos_ids": eos if isinstance(eos, list) else [eos],
+    }
+
+
+def read_metadata(program: Path, names: list[str]) -> dict[str, Any]:
+    """Returns the values of the program's constant methods of these names, those that it has."""
+    from executorch.runtime import Runtime
+
+    loaded = Runtime.get().load_program(program)
+    found = {}
+    for name in names:
+        if name in loaded.method_names:
+            values = loaded.load_method(name).execute([])
+            found[name] = values if name == "get_eos_ids" else values[0]
+    return found
+
+
+export = stage(
+    export_checkpoint,
+    name="export",
+    libraries=("torch", "torchao", "transformers", "executorch", "optimum-executorch"),
+)
