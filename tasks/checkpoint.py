@@ -1,11 +1,11 @@
-"""What can be known of a checkpoint from its files, without loading a model."""
+"""Reading checkpoints: what can be known from their files alone, and loading their model."""
 
 import json
 import struct
 from pathlib import Path
 from typing import Any
 
-from tasks.store import UserError
+from tasks.store import StageFailed, UserError
 
 DTYPE_BYTES = {
     "F64": 8,
@@ -142,6 +142,24 @@ def find_nonfinite(path: Path) -> str | None:
                 if part.is_floating_point() and not bool(torch.isfinite(part).all()):
                     return str(name)
     return None
+
+
+def load_model(checkpoint: Path, dtype: Any) -> Any:
+    """Returns the model of an untied or quantized checkpoint, in eval mode, every tensor of `dtype`.
+
+    Raises StageFailed if lm_head and the embedding share their storage, which quantizing either would break.
+    """
+    from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    multimodal = task_of(config.to_dict()) == "multimodal-text-to-text"
+    model = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM).from_pretrained(
+        checkpoint, dtype=dtype
+    )
+    model.eval()
+    if not config.get_text_config().tie_word_embeddings and model.lm_head.weight is model.get_input_embeddings().weight:
+        raise StageFailed("lm_head and the embedding are still tied after loading")
+    return model
 
 
 def _count(shape: list[int]) -> int:

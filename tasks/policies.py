@@ -13,7 +13,6 @@ from uuid import UUID
 
 from prefect import Task, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 
@@ -72,19 +71,17 @@ def stage(
 
     run.__name__ = name.replace("-", "_")
     run.__doc__ = work.__doc__
-    return task(
-        run,
+    decorate = task(
         name=name,
-        task_run_name=name,
-        cache_policy=NO_CACHE if not name else None,
         cache_key_fn=cache_key,
         persist_result=True,
         result_serializer="json",
         retries=retries,
-        retry_delay_seconds=[2.0**attempt for attempt in range(1, retries + 1)] or None,
+        retry_delay_seconds=[2.0**attempt for attempt in range(1, retries + 1)] or 0,
         retry_jitter_factor=1.0 if retries else None,
         retry_condition_fn=_is_transient,
     )
+    return decorate(run)
 
 
 def call(function: str, target: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,11 @@ def run(function: str, arguments: dict[str, Any], progress: Progress, logger: An
     if outcome.get("event") == "result":
         value: dict[str, Any] = outcome["value"]
         seconds = round(time.monotonic() - started, 2)
-        value["measured"] = {"seconds": seconds, "peak_rss_bytes": outcome["peak_rss_bytes"]}
+        value["measured"] = {
+            "seconds": seconds,
+            "peak_rss_bytes": outcome["peak_rss_bytes"],
+            **value.pop("extra", {}),
+        }
         return value
     if outcome.get("event") == "user_error":
         raise UserError(outcome["message"])

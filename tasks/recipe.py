@@ -99,7 +99,7 @@ def torchao_config(rule: dict[str, Any]) -> Any:
     from torchao.quantization.granularity import PerAxis, PerGroup
 
     granularity = PerGroup(rule["group_size"]) if rule["group_size"] else PerAxis(0)
-    dtype = {"int4": torch.int4, "int8": torch.int8}[rule["weight"]]
+    dtype: torch.dtype = getattr(torch, rule["weight"])
     if rule["activation"] == "int8":
         return Int8DynamicActivationIntxWeightConfig(
             weight_dtype=dtype,

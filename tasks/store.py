@@ -152,9 +152,13 @@ def load(stage: str, artifact_key: str, root: Path | None = None) -> Artifact | 
     )
 
 
-def forget(stage: str, artifact_key: str, root: Path | None = None) -> None:
-    """Removes the artifact, and with it Prefect's cached result, if it exists."""
-    shutil.rmtree((root or home()) / stage / artifact_key, ignore_errors=True)
+def at(path: Path) -> Artifact:
+    """Returns the artifact whose files are in this directory, as its manifest describes it."""
+    stage, artifact_key = path.parent.parent.name, path.parent.name
+    artifact = load(stage, artifact_key, path.parent.parent.parent)
+    if artifact is None:
+        raise StageFailed(f"{stage}/{artifact_key[:12]} has gone from the store: start the run again")
+    return artifact
 
 
 def prune(root: Path | None = None) -> list[Path]:
@@ -184,17 +188,6 @@ def digest_file(path: Path) -> str:
     """Returns the SHA-256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def to_json(artifact: Artifact) -> dict[str, Any]:
-    """Returns the artifact as JSON values, for Prefect's results and for processes."""
-    return {**asdict(artifact), "path": str(artifact.path)}
-
-
-def from_json(record: dict[str, Any]) -> Artifact:
-    """Returns the artifact that `to_json` described."""
-    files = {name: File(**file) for name, file in record["files"].items()}
-    return Artifact(**{**record, "path": Path(record["path"]), "files": files})
 
 
 def _fault(path: Path, expected: File) -> str | None:

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint import task_of
+from tasks.checkpoint import load_model, task_of
 from tasks.policies import stage
 from tasks.process import report_progress
-from tasks.recipe import decide, load_recipe, recipe_hash, torchao_config
+from tasks.recipe import decide, recipe_hash, torchao_config
 from tasks.store import StageFailed, UserError, link
 
 # Runtime prefix in the pinned transformers -> prefix in the Hub's files.
@@ -85,24 +85,6 @@ def quantize_checkpoint(target: Path, checkpoint: Path, recipe: dict[str, Any]) 
     }
 
 
-def load_model(checkpoint: Path, dtype: Any) -> Any:
-    """Returns the model of an untied or quantized checkpoint, in eval mode, every tensor of `dtype`.
-
-    Raises StageFailed if lm_head and the embedding share their storage, which quantizing either would break.
-    """
-    from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
-
-    config = AutoConfig.from_pretrained(checkpoint)
-    multimodal = task_of(config.to_dict()) == "multimodal-text-to-text"
-    model = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM).from_pretrained(
-        checkpoint, dtype=dtype
-    )
-    model.eval()
-    if not config.get_text_config().tie_word_embeddings and model.lm_head.weight is model.get_input_embeddings().weight:
-        raise StageFailed("lm_head and the embedding are still tied after loading")
-    return model
-
-
 def _hub_name(name: str) -> str:
     for runtime, hub in HUB_PREFIXES.items():
         if name.startswith(runtime):
@@ -128,5 +110,3 @@ def _as_strings(metadata: dict[str, Any]) -> dict[str, str]:
 
 
 quantize = stage(quantize_checkpoint, name="quantize", libraries=("torch", "torchao", "transformers"))
-
-__all__ = ["load_model", "load_recipe", "quantize", "quantize_checkpoint"]

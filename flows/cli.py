@@ -1,0 +1,169 @@
+"""The command line: `quantize-gemma run | check | prune`."""
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+DESCRIPTION = """\
+Turn a Gemma 3 checkpoint into a quantized, measured, on-device release of it.
+
+  quantize-gemma run                                   try it on the built-in tiny model
+  quantize-gemma run --model google/gemma-3-4b-it --benchmark cais/mmlu
+  quantize-gemma check --model DIR --recipe NAME       say what is wrong before anything starts
+  quantize-gemma prune                                 remove what died half-way from the store
+
+Results live in $QUANTIZE_GEMMA_HOME (default ~/.cache/quantize-gemma) and are found again by the next run. Without
+PREFECT_API_URL a local Prefect server is started for the run and stopped after it.
+Exit codes: 0 done; 1 a stage failed or the gate refused; 2 a mistake in what was asked for, nothing started.
+"""
+
+
+def main() -> None:
+    """Runs the command line and exits with its code."""
+    arguments = _parser().parse_args()
+    try:
+        code = {"run": _run, "check": _check, "prune": _prune}[arguments.verb](arguments)
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from flows.parameters import Parameters
+
+    parser = argparse.ArgumentParser(
+        prog="quantize-gemma", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="run | check | prune")
+    run = verbs.add_parser("run", help="run the whole flow")
+    check = verbs.add_parser("check", help="check model, recipe and machine; start nothing")
+    verbs.add_parser("prune", help="remove debris of runs that died")
+    for verb, names in ((run, list(Parameters.model_fields)), (check, ["model", "recipe", "max_seq_len"])):
+        for name in names:
+            field = Parameters.model_fields[name]
+            default = "" if field.default is None or name == "refresh" else f" [{field.default}]"
+            verb.add_argument(
+                f"--{name.replace('_', '-')}",
+                help=f"{field.description}{default}",
+                default=argparse.SUPPRESS,
+                metavar="X",
+                **({"nargs": "+"} if name == "refresh" else {}),  # type: ignore[arg-type]
+            )
+    run.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from tasks.check import check_run
+    from tasks.store import UserError
+
+    try:
+        parameters = _parameters(arguments)
+        plan = check_run(parameters.model, parameters.recipe, parameters.max_seq_len)
+    except UserError as error:
+        return _refuse(error)
+    print(", ".join(f"{name}: {value}" for name, value in plan.items()))
+    return 0
+
+
+def _prune(_arguments: argparse.Namespace) -> int:
+    from tasks.store import prune
+
+    removed = prune()
+    print(f"removed {len(removed)} unfinished directories")
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from tasks.check import check_run
+    from tasks.store import UserError
+
+    try:
+        parameters = _parameters(arguments)
+        check_run(parameters.model, parameters.recipe, parameters.max_seq_len)
+    except UserError as error:
+        return _refuse(error)
+    # Before Prefect is imported: it reads them once.
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+    if not os.environ.get("PREFECT_API_URL"):
+        os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
+        os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    from flows.quantize_gemma import quantize_gemma
+    from tasks.gate import GateRefused
+
+    try:
+        summary = quantize_gemma(parameters)
+    except UserError as error:
+        return _refuse(error)
+    except GateRefused as error:
+        print(f"quantize-gemma: {error}", file=sys.stderr)
+        if arguments.json:
+            print(json.dumps({"release": None, "gate": error.verdict, "published": None}))
+        return 1
+    except Exception as error:
+        print(f"quantize-gemma: {error}", file=sys.stderr)
+        return 1
+    _print_summary(summary)
+    if arguments.json:
+        print(json.dumps(summary))
+    return 0
+
+
+def _parameters(arguments: argparse.Namespace) -> Any:
+    from pydantic import ValidationError
+
+    from flows.parameters import Parameters
+    from tasks.store import UserError
+
+    given = {name: value for name, value in vars(arguments).items() if name in Parameters.model_fields}
+    try:
+        return Parameters(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"--{name} {first['input']!r}: {first['msg']}") from None
+
+
+def _refuse(error: Exception) -> int:
+    print(f"quantize-gemma: {error}", file=sys.stderr)
+    return 2
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from flows.quantize_gemma import quality_table
+    from tasks.card import human_size
+
+    console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
+    stages = Table("stage", "", title="Stages")
+    for column in ("seconds", "peak memory", "written"):
+        stages.add_column(column, justify="right")
+    for stage in summary["stages"]:
+        stages.add_row(
+            stage["name"].replace("_", " "),
+            "cached" if stage["cached"] else "ran",
+            f"{stage['seconds']:.1f}",
+            human_size(stage["peak_rss_bytes"]),
+            human_size(stage["size_bytes"]),
+        )
+    rows = quality_table(summary["metrics"])
+    quality = Table(*rows[0], title="Quality")
+    for row in rows:
+        quality.add_row(*row.values())
+    console.print(stages)
+    console.print(quality)
+    console.print("gate: passed" if summary["gate"]["passed"] else "gate: refused")
+    console.print(f"upload: {summary['published'] or 'skipped, no target was given'}")
+    console.print(f"release: {summary['release']}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
