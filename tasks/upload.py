@@ -10,7 +10,7 @@ from tasks.policies import open_record
 
 
 def push_release(release: Path, repository: str, message: str) -> str:
-    """Returns the URL of the commit that made the repository equal to the release. Large files go first, then one commit."""
+    """Returns the URL of the commit that made the repository equal to the release; large files go first."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
