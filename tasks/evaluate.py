@@ -38,7 +38,7 @@ def evaluate_checkpoint(
         from lm_eval.models.huggingface import HFLM
 
         model = HFLM(pretrained=str(checkpoint), device=device, batch_size=_batch_size(batch_size), dtype="bfloat16")
-        output = simple_evaluate(model, tasks=["mmlu"], limit=limit, log_samples=True, bootstrap_iters=0)
+        output = simple_evaluate(model, tasks=["mmlu"], limit=limit, log_samples=True)
         os.chdir("/")
     if output is None:
         raise StageFailed("lm-eval returned no result")
