@@ -30,6 +30,7 @@ def untie_checkpoint(target: Path, checkpoint: Path) -> dict[str, Any]:
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     head = next((name for name in headers if name.endswith("lm_head.weight")), None)
     weight_map = {name: tensor["file"] for name, tensor in headers.items()}
+    tied = head is None
     if head is None:
         # The Hub's layout: language_model.model.embed_tokens has its head at language_model.lm_head.
         head = embedding.removesuffix("model.embed_tokens.weight") + "lm_head.weight"
@@ -53,7 +54,7 @@ def untie_checkpoint(target: Path, checkpoint: Path) -> dict[str, Any]:
         total = sum(path.stat().st_size for path in target.glob("*.safetensors"))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return {"metadata": {"tied_before": SHARD in weight_map.values()}}
+    return {"metadata": {"tied_before": tied}}
 
 
 untie = stage(untie_checkpoint, name="untie")

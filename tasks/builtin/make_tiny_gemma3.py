@@ -112,8 +112,8 @@ def make_tokenizer() -> Any:
         merges=[tuple(pair) for pair in learned["merges"]],
         **{name: token for name, token in SPECIAL.items() if name not in ("boi_token", "eoi_token", "image_token")},
         extra_special_tokens={name: SPECIAL[name] for name in ("boi_token", "eoi_token", "image_token")},
-        additional_special_tokens=list(TURN),
     )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(TURN)})
     # Gemma's tokenizer puts <bos> before every text.
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", tokenizer.bos_token_id)]

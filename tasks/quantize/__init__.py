@@ -6,6 +6,7 @@ the metadata names every module as the installed and as newer transformers call 
 """
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def quantize_checkpoint(target: Path, checkpoint: Path, recipe: dict[str, Any]) 
         target / "model.safetensors",
         metadata={**_as_strings(metadata), "format": "pt"},
     )
+    _sort_metadata(target / "model.safetensors")
     config.quantization_config = TorchAoConfig(
         quant_type=FqnToConfig(configs), include_input_output_embeddings=True, modules_to_not_convert=[]
     )
@@ -103,6 +105,18 @@ def _with_newer_names(metadata: dict[str, Any]) -> dict[str, Any]:
         **{after: metadata[before] for before, after in renamed.items()},
         "tensor_names": json.dumps([*names, *renamed.values()]),
     }
+
+
+def _sort_metadata(path: Path) -> None:
+    """Orders the header's metadata in place: safetensors writes it in an order that differs from run to run."""
+    with path.open("r+b") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, (len(text), length)
+        stream.seek(8)
+        stream.write(text.ljust(length))
 
 
 def _as_strings(metadata: dict[str, Any]) -> dict[str, str]:

@@ -1,0 +1,84 @@
+"""What several tests share: a command line in its own process, and one release that is made once a session."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.builtin import BUILTIN
+
+
+@dataclass
+class Outcome:
+    """What a run of the command line left: exit code, streams, and the JSON object it printed last."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads(self.stdout.splitlines()[-1])
+
+    @property
+    def cached(self) -> dict[str, bool]:
+        return {stage["name"]: stage["cached"] for stage in self.summary["stages"]}
+
+
+@dataclass
+class CommandLine:
+    """`quantize-gemma` on a store of its own, with a Prefect home of its own."""
+
+    home: Path
+    prefect: Path
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        return {**kept, "QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect)}
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *arguments: str) -> Outcome:
+        process = self.start(*arguments)
+        stdout, stderr = process.communicate(timeout=900)
+        return Outcome(process.returncode, stdout, stderr)
+
+
+@pytest.fixture(scope="session")
+def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+    folder = tmp_path_factory.mktemp("session")
+    return CommandLine(folder / "store", folder / "prefect")
+
+
+@pytest.fixture(scope="session")
+def released(command_line: CommandLine) -> Outcome:
+    """The built-in model, through every stage."""
+    outcome = command_line("run", "--json")
+    assert outcome.code == 0, outcome.stderr[-5000:]
+    return outcome
+
+
+@pytest.fixture
+def tiny_copy(tmp_path: Path) -> Callable[[], Path]:
+    """Makes a copy of tiny-gemma3 that a test may damage."""
+
+    def copy() -> Path:
+        import shutil
+
+        return Path(shutil.copytree(BUILTIN["tiny-gemma3"], tmp_path / "model"))
+
+    return copy

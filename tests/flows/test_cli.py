@@ -1,0 +1,143 @@
+"""Mistakes cost seconds: one sentence, exit code 2, nothing left behind."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import CommandLine
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> CommandLine:
+    return CommandLine(tmp_path / "store", tmp_path / "prefect")
+
+
+def edit_config(model: Path, **changes: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+
+
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    from tasks.recipe import load_recipe
+
+    recipe = load_recipe("HQQ-INT8-INT4")
+    rule = next(rule for rule in recipe["rules"] if rule["match"] == changes.pop("of"))
+    rule.update(changes)
+    path = folder / "mine.json"
+    path.write_text(json.dumps({**recipe, "name": "mine"}))
+    return path
+
+
+def sparse_model(model: Path) -> None:
+    """Claims an embedding of 4 TB, in a file that takes no room."""
+    header = {"language_model.model.embed_tokens.weight": {"dtype": "BF16", "shape": [2**31, 1024]}}
+    header["language_model.model.embed_tokens.weight"]["data_offsets"] = [0, 2**42]
+    text = json.dumps(header).encode()
+    with (model / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + 2**42)
+
+
+def put_nan(model: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(str(model / "model.safetensors"), framework="pt") as weights:
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    tensors["language_model.model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no safetensors": (lambda model: (model / "model.safetensors").unlink(), ["no .safetensors file"]),
+    "truncated": (lambda model: os.truncate(model / "model.safetensors", 70_000), ["model.safetensors", "truncated"]),
+    "corrupt": (lambda model: (model / "model.safetensors").write_bytes(b"x" * 5000), ["model.safetensors", "corrupt"]),
+    "not Gemma 3": (lambda model: edit_config(model, architectures=["LlamaForCausalLM"]), ["LlamaForCausalLM"]),
+    "quantized already": (
+        lambda model: edit_config(model, quantization_config={"quant_method": "torchao"}),
+        ["quantized already", "torchao"],
+    ),
+    "NaN": (put_nan, ["NaN", "language_model.model.layers.2.mlp.up_proj.weight"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_checkpoint_is_named_and_nothing_is_left(
+    damage: str, fresh: CommandLine, tiny_copy: Callable[[], Path]
+) -> None:
+    model = tiny_copy()
+    work, words = DAMAGES[damage]
+    work(model)
+    refused(fresh, words, "--model", str(model))
+
+
+def test_too_little_disk_is_said_with_both_sizes(fresh: CommandLine, tiny_copy: Callable[[], Path]) -> None:
+    import shutil
+
+    model = tiny_copy()
+    recipe = write_recipe(model.parent, of="embedding")
+    recipe.write_text(json.dumps({"name": "mine", "rules": json.loads(recipe.read_text())["rules"][:1]
+                                  + [r for r in json.loads(recipe.read_text())["rules"] if r["match"] == "lm_head"]}))  # fmt: skip
+    sparse_model(model)
+    assert shutil.disk_usage(model).free < 2**42
+    refused(fresh, ["GB", "free", "QUANTIZE_GEMMA_HOME"], "--model", str(model), "--recipe", str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "INT2"], ["INT2", "HQQ-INT8-INT4"]),
+        (["--model", "/no/such/model"], ["/no/such/model", "tiny-gemma3"]),
+        (["--max-seq-len", "4096"], ["4,096", "2,048"]),
+        (["--max-seq-len", "0"], ["max-seq-len", "0"]),
+        (["--limit", "none"], ["limit", "none"]),
+    ],
+)
+def test_a_bad_argument_is_named(arguments: list[str], words: list[str], fresh: CommandLine) -> None:
+    refused(fresh, words, *arguments)
+
+
+def test_a_rule_that_matches_no_module_is_named(fresh: CommandLine, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, of="vision.fc2", match="re:experts")
+    refused(fresh, ["re:experts", "matches no module"], "--recipe", str(recipe))
+
+
+def test_a_group_size_that_does_not_divide_names_the_module(fresh: CommandLine, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, of="vision.fc2", group_size=32)
+    refused(fresh, ["32", "112", "fc2"], "--recipe", str(recipe))
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    command_line = CommandLine(tmp_path / "file" / "store", tmp_path / "prefect")
+    outcome = command_line("run")
+    assert outcome.code == 2
+    assert "not writable" in outcome.stderr
+
+
+def refused(command_line: CommandLine, words: list[str], *arguments: str) -> None:
+    outcome = command_line("run", *arguments)
+    assert outcome.code == 2, outcome.stderr
+    assert outcome.stdout == ""
+    sentence = outcome.stderr.strip().splitlines()[-1]
+    assert sentence.startswith("quantize-gemma: ")
+    for word in words:
+        assert word in sentence
+    assert "Traceback" not in outcome.stderr
+    left = [path for path in command_line.home.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
+    assert left == []
+
+
+def test_help_explains_itself_in_under_three_seconds() -> None:
+    started = time.monotonic()
+    outcome = subprocess.run([sys.executable, "-m", "flows.cli", "--help"], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 3
+    assert "quantize-gemma run" in outcome.stdout
+    assert "Exit codes" in outcome.stdout
