@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 from typing import Any
@@ -93,7 +94,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if not os.environ.get("PREFECT_API_URL"):
         os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
         os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    # The terminal gets our own lines; Prefect's log goes to its API and can be read in the UI.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("quantize-gemma: %(message)s"))
+    logging.getLogger("tasks").addHandler(handler)
     from flows.quantize_gemma import quantize_gemma
     from tasks.gate import GateRefused
 

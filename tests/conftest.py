@@ -13,6 +13,10 @@ import pytest
 
 from tasks.builtin import BUILTIN
 
+# Before any library reads them: a captured log is no place for progress bars.
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+
 
 @dataclass
 class Outcome:

@@ -24,12 +24,11 @@ def edit_config(model: Path, **changes: Any) -> None:
     (model / "config.json").write_text(json.dumps(config | changes))
 
 
-def write_recipe(folder: Path, **changes: Any) -> Path:
+def write_recipe(folder: Path, of: str, **changes: Any) -> Path:
     from tasks.recipe import load_recipe
 
     recipe = load_recipe("HQQ-INT8-INT4")
-    rule = next(rule for rule in recipe["rules"] if rule["match"] == changes.pop("of"))
-    rule.update(changes)
+    next(rule for rule in recipe["rules"] if rule["match"] == of).update(changes)
     path = folder / "mine.json"
     path.write_text(json.dumps({**recipe, "name": "mine"}))
     return path
@@ -83,8 +82,8 @@ def test_too_little_disk_is_said_with_both_sizes(fresh: CommandLine, tiny_copy: 
 
     model = tiny_copy()
     recipe = write_recipe(model.parent, of="embedding")
-    recipe.write_text(json.dumps({"name": "mine", "rules": json.loads(recipe.read_text())["rules"][:1]
-                                  + [r for r in json.loads(recipe.read_text())["rules"] if r["match"] == "lm_head"]}))  # fmt: skip
+    rules = [rule for rule in json.loads(recipe.read_text())["rules"] if rule["match"] in ("embedding", "lm_head")]
+    recipe.write_text(json.dumps({"name": "mine", "rules": rules}))
     sparse_model(model)
     assert shutil.disk_usage(model).free < 2**42
     refused(fresh, ["GB", "free", "QUANTIZE_GEMMA_HOME"], "--model", str(model), "--recipe", str(recipe))
