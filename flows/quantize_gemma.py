@@ -41,8 +41,10 @@ def quantize_gemma(parameters: Parameters) -> dict[str, Any]:
         return ran[name]
 
     recipe = load_recipe(p.recipe)
-    task(name="check")(check_run)(p.model, p.recipe, p.max_seq_len)
-    model = task(name="resolve", retries=3, retry_condition_fn=_not_the_users)(resolve_model)(p.model, p.revision)
+    task(name="check", persist_result=False)(check_run)(p.model, p.recipe, p.max_seq_len)
+    model = task(name="resolve", persist_result=False, retries=3, retry_condition_fn=_not_the_users)(resolve_model)(
+        p.model, p.revision
+    )
     questions = {"benchmark": p.benchmark, "limit": p.limit, "batch_size": p.batch_size, "device": p.device}
 
     base = run("download", download, source=model["source"], revision=model["revision"])

@@ -41,7 +41,7 @@ def _check(name: str, value: float, limit: float, what: str) -> dict[str, Any]:
     return {"name": name, "passed": passed, "value": value, "limit": limit, "message": f"{what}, at most {limit:.4g}"}
 
 
-@task(name="gate", task_run_name="gate")
+@task(name="gate", task_run_name="gate", persist_result=False)
 def gate(metrics: dict[str, Any], max_mmlu_drop: float, max_kl_ratio: float) -> dict[str, Any]:
     """Judge the release by the quality it lost. Raises GateRefused."""
     verdict = judge(metrics, max_mmlu_drop, max_kl_ratio)

@@ -26,7 +26,7 @@ def push_release(release: Path, repository: str, message: str) -> str:
     return str(commit.commit_url)
 
 
-@task(name="upload", task_run_name="upload")
+@task(name="upload", task_run_name="upload", persist_result=False)
 def upload(release: dict[str, Any], repository: str | None, message: str) -> str | None:
     """Publish the release, or say that it was not asked for."""
     if repository is None:
