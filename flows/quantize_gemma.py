@@ -29,14 +29,16 @@ from tasks.untie import untie
 from tasks.upload import upload
 
 
-@flow(name="quantize-gemma", result_storage=store.home(), persist_result=False)
+@flow(name="quantize-gemma", persist_result=False, result_serializer="json")
 def quantize_gemma(parameters: Parameters) -> dict[str, Any]:
     """Quantize, measure, export and publish one checkpoint; returns what `quantize-gemma run --json` prints."""
     p = parameters
     ran: dict[str, PrefectFuture[Any]] = {}
 
     def run(name: str, stage: Any, *after: PrefectFuture[Any], **inputs: Any) -> PrefectFuture[Any]:
-        options = stage.with_options(task_run_name=name.replace("_", " "), refresh_cache=name in p.refresh)
+        options = stage.with_options(
+            task_run_name=name.replace("_", " "), refresh_cache=name in p.refresh, result_storage=store.home()
+        )
         ran[name] = options.submit(**inputs, wait_for=after)
         return ran[name]
 

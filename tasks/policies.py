@@ -80,6 +80,7 @@ def stage(
         retry_delay_seconds=[2.0**attempt for attempt in range(1, retries + 1)] or 0,
         retry_jitter_factor=1.0 if retries else None,
         retry_condition_fn=_is_transient,
+        on_failure=[_discard_failure],
     )
     return decorate(run)
 
@@ -127,6 +128,13 @@ def _is_transient(_task: Any, _run: Any, state: Any) -> bool:
     except BaseException:
         return False
     return False
+
+
+def _discard_failure(_task: Any, _run: Any, state: Any) -> None:
+    """Prefect keeps a failure's exception as a file in the result storage, which here is the store: nothing stays."""
+    kept = getattr(getattr(state.data, "metadata", state.data), "storage_key", None)
+    if kept is not None and Path(kept).parent == store.home():
+        Path(kept).unlink(missing_ok=True)
 
 
 class _Progress:
