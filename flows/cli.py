@@ -109,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except GateRefused as error:
         print(f"quantize-gemma: {error}", file=sys.stderr)
         if arguments.json:
-            print(json.dumps({"release": None, "gate": error.verdict, "published": None}))
+            print(json.dumps(error.summary))
         return 1
     except Exception as error:
         print(f"quantize-gemma: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from tasks.check import check_checkpoint, check_run
 from tasks.download import download, resolve_model
 from tasks.evaluate import evaluate
 from tasks.export import export
-from tasks.gate import gate
+from tasks.gate import GateRefused, gate
 from tasks.policies import open_record
 from tasks.quantize import quantize
 from tasks.recipe import load_recipe
@@ -64,16 +64,21 @@ def quantize_gemma(parameters: Parameters) -> dict[str, Any]:
     folder = open_record(release).path
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     show(folder, metrics)
-    verdict = gate(metrics, p.max_mmlu_drop, p.max_kl_ratio)
-    message = f"{recipe['name']} of {model['model']} at {model['revision'][:12]}"
-    url = upload(release, p.target, message)
-    return {
+    summary = {
         "release": str(folder),
-        "gate": verdict,
+        "gate": None,
         "metrics": {name: metrics[name] for name in ("base", "quantized", "program") if name in metrics},
         "stages": [stage_summary(name, future) for name, future in ran.items()],
-        "published": url,
+        "published": None,
     }
+    try:
+        summary["gate"] = gate(metrics, p.max_mmlu_drop, p.max_kl_ratio)
+    except GateRefused as refusal:
+        refusal.summary = {**summary, "gate": refusal.verdict}
+        raise
+    message = f"{recipe['name']} of {model['model']} at {model['revision'][:12]}"
+    summary["published"] = upload(release, p.target, message)
+    return summary
 
 
 def model_identity(model: dict[str, Any]) -> dict[str, str]:

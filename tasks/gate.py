@@ -9,12 +9,13 @@ KL_FLOOR = 1e-3
 
 
 class GateRefused(Exception):
-    """The release does not reach the bar; `verdict` says which checks it failed."""
+    """The release does not reach the bar; `verdict` says which checks it failed, `summary` what the run did."""
 
     def __init__(self, verdict: dict[str, Any]) -> None:
         failed = "; ".join(check["message"] for check in verdict["checks"] if not check["passed"])
         super().__init__(f"the gate refuses the release: {failed}")
         self.verdict = verdict
+        self.summary: dict[str, Any] = {}
 
 
 def judge(metrics: dict[str, Any], max_mmlu_drop: float, max_kl_ratio: float) -> dict[str, Any]:

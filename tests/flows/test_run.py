@@ -125,6 +125,15 @@ def evaluate_path(target: Path, checkpoint: str, **settings: object) -> dict[str
     return evaluate_checkpoint(target, Path(checkpoint), **settings)  # type: ignore[arg-type]
 
 
+def test_the_gate_refuses_a_program_further_away_than_allowed(released: Outcome, command_line: CommandLine) -> None:
+    refused = command_line("run", "--max-kl-ratio", "0.01", "--json")
+    assert refused.code == 1
+    assert "the gate refuses the release" in refused.stderr
+    assert not refused.summary["gate"]["passed"]
+    assert refused.summary["published"] is None
+    assert all(refused.cached.values())
+
+
 @pytest.mark.parametrize("damage", ["deleted", "truncated"])
 def test_a_damaged_artifact_runs_its_stage_again_and_no_other(
     released: Outcome, command_line: CommandLine, damage: str
