@@ -120,7 +120,7 @@ def test_a_corrupted_scale_shows_as_a_falling_score(released: Outcome, tmp_path:
     with safe_open(str(broken / "model.safetensors"), framework="pt") as weights:
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
         metadata = weights.metadata()
-    tensors["language_model.model.layers.1.mlp.down_proj._weight_scale"] *= 30
+    tensors["language_model.model.layers.1.mlp.down_proj._weight_scale"] *= -3
     save_file(tensors, broken / "model.safetensors", metadata=metadata)
     target = tmp_path / "results"
     target.mkdir()
