@@ -2,13 +2,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check install
+.PHONY: run test check install hub-demo deploy worker serve
 
 run: .venv/installed
 	$(BIN)/quantize-gemma run
 
 test: check
 	$(BIN)/pytest
+
+# The same against a Hugging Face Hub, a local one.
+hub-demo: .venv/installed
+	$(BIN)/python -m tests.hub.demo
+
+# Operating it: a Prefect server's pool, limits and deployments; a worker; or all of it on this machine.
+deploy: .venv/installed
+	$(BIN)/python -m deployments.deploy
+
+worker: .venv/installed
+	PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 $(BIN)/prefect worker start --pool quantize-gemma
+
+serve: .venv/installed
+	$(BIN)/python -m deployments.serve
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -3,9 +3,10 @@
 import argparse
 import json
 import logging
+import math
 import os
 import sys
-from typing import Any
+from typing import Any, get_origin
 
 DESCRIPTION = """\
 Turn a Gemma 3 checkpoint into a quantized, measured, on-device release of it.
@@ -41,17 +42,20 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="run | check | prune")
     run = verbs.add_parser("run", help="run the whole flow")
     check = verbs.add_parser("check", help="check model, recipe and machine; start nothing")
-    verbs.add_parser("prune", help="remove debris of runs that died")
-    for verb, names in ((run, list(Parameters.model_fields)), (check, ["model", "recipe", "max_seq_len"])):
+    prune = verbs.add_parser("prune", help="remove what died half-way, and what was not used for long")
+    prune.add_argument("--max-gigabytes", type=float, default=math.inf, help="what the store may hold at most")
+    prune.add_argument("--max-age-days", type=float, default=math.inf, help="for how long an artifact may stay unused")
+    for verb, names in ((run, list(Parameters.model_fields)), (check, ["model", "recipe", "max_seq_len", "device"])):
         for name in names:
             field = Parameters.model_fields[name]
-            default = "" if field.default is None or name == "refresh" else f" [{field.default}]"
+            flag = field.annotation is bool
+            several: dict[str, Any] = {"nargs": "*"} if get_origin(field.annotation) is list else {}
+            shown = "" if flag or several or field.default is None else f" [{field.default}]"
             verb.add_argument(
                 f"--{name.replace('_', '-')}",
-                help=f"{field.description}{default}",
+                help=f"{field.description}{shown}",
                 default=argparse.SUPPRESS,
-                metavar="X",
-                **({"nargs": "+"} if name == "refresh" else {}),  # type: ignore[arg-type]
+                **({"action": "store_true"} if flag else {"metavar": "X", **several}),
             )
     run.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     return parser
@@ -59,22 +63,29 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(arguments: argparse.Namespace) -> int:
     from tasks.check import check_run
+    from tasks.checkpoint import check_finite, local_checkpoint, weight_files
     from tasks.store import UserError
 
     try:
         parameters = _parameters(arguments)
-        plan = check_run(parameters.model, parameters.recipe, parameters.max_seq_len)
+        plan = check_run(parameters.model, parameters.recipe, parameters.max_seq_len, parameters.device)
+        local = local_checkpoint(parameters.model)
+        for path in weight_files(local) if local else []:
+            check_finite(path)
     except UserError as error:
         return _refuse(error)
     print(", ".join(f"{name}: {value}" for name, value in plan.items()))
     return 0
 
 
-def _prune(_arguments: argparse.Namespace) -> int:
-    from tasks.store import prune
+def _prune(arguments: argparse.Namespace) -> int:
+    from tasks.store import evict, human_size, prune, size_of
 
     removed = prune()
-    print(f"removed {len(removed)} unfinished directories")
+    evicted = evict(arguments.max_gigabytes * 1e9, arguments.max_age_days * 86_400)
+    print(
+        f"removed {len(removed)} unfinished directories and {len(evicted)} artifacts, {human_size(size_of())} are left"
+    )
     return 0
 
 
@@ -84,40 +95,48 @@ def _run(arguments: argparse.Namespace) -> int:
 
     try:
         parameters = _parameters(arguments)
-        check_run(parameters.model, parameters.recipe, parameters.max_seq_len)
+        check_run(parameters.model, parameters.recipe, parameters.max_seq_len, parameters.device)
     except UserError as error:
         return _refuse(error)
     # Before Prefect is imported: it reads them once.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
-    if not os.environ.get("PREFECT_API_URL"):
-        os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
-        os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     # The terminal gets our own lines; Prefect's log goes to its API and can be read in the UI.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("quantize-gemma: %(message)s"))
-    logging.getLogger("tasks").addHandler(handler)
-    from flows.quantize_gemma import quantize_gemma
-    from tasks.gate import GateRefused
+    logger = logging.getLogger("tasks")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Terminal())
+    from flows.server import start_local_server
 
+    url = start_local_server()
+    if url:
+        print(f"quantize-gemma: watch the run at {url.removesuffix('/api')}", file=sys.stderr)
+    from flows.quantize_gemma import quantize_gemma
+    from tasks.store import RunError
+
+    code = 0
     try:
-        summary = quantize_gemma(parameters)
-    except UserError as error:
-        return _refuse(error)
-    except GateRefused as error:
-        print(f"quantize-gemma: {error}", file=sys.stderr)
-        if arguments.json:
-            print(json.dumps(error.summary))
-        return 1
-    except Exception as error:
-        print(f"quantize-gemma: {error}", file=sys.stderr)
-        return 1
-    _print_summary(summary)
-    if arguments.json:
+        summary = quantize_gemma(**parameters.model_dump())
+    except RunError as error:
+        summary = error.summary
+        code = _refuse(error) if isinstance(error, UserError) else 1
+        if code == 1:
+            print(f"quantize-gemma: {error}", file=sys.stderr)
+    if summary["release"]:
+        _print_summary(summary)
+    if arguments.json and code != 2:
         print(json.dumps(summary))
-    return 0
+    return code
+
+
+class _Terminal(logging.Handler):
+    """Writes a line above the progress bars instead of through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"quantize-gemma: {record.getMessage()}", file=sys.stderr)
 
 
 def _parameters(arguments: argparse.Namespace) -> Any:
@@ -131,6 +150,8 @@ def _parameters(arguments: argparse.Namespace) -> Any:
         return Parameters(**given)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise UserError(first["msg"].removeprefix("Value error, ")) from None
         name = str(first["loc"][0]).replace("_", "-")
         raise UserError(f"--{name} {first['input']!r}: {first['msg']}") from None
 
@@ -145,28 +166,31 @@ def _print_summary(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     from flows.quantize_gemma import quality_table
-    from tasks.card import human_size
+    from tasks.store import human_size
 
     console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
     stages = Table("stage", "", title="Stages")
     for column in ("seconds", "peak memory", "written"):
         stages.add_column(column, justify="right")
     for stage in summary["stages"]:
-        stages.add_row(
-            stage["name"].replace("_", " "),
-            "cached" if stage["cached"] else "ran",
-            f"{stage['seconds']:.1f}",
-            human_size(stage["peak_rss_bytes"]),
-            human_size(stage["size_bytes"]),
-        )
+        if stage["key"]:
+            stages.add_row(
+                stage["name"].replace("_", " "),
+                "cached" if stage["cached"] else "ran",
+                f"{stage['seconds']:.1f}",
+                human_size(stage["peak_rss_bytes"]),
+                human_size(stage["size_bytes"]),
+            )
     rows = quality_table(summary["metrics"])
     quality = Table(*rows[0], title="Quality")
     for row in rows:
         quality.add_row(*row.values())
     console.print(stages)
     console.print(quality)
-    console.print("gate: passed" if summary["gate"]["passed"] else "gate: refused")
-    console.print(f"upload: {summary['published'] or 'skipped, no target was given'}")
+    passed = summary["gate"] is not None and summary["gate"]["passed"]
+    console.print(f"gate: {'passed' if passed else 'refused'}")
+    if passed:
+        console.print(f"upload: {summary['published'] or 'skipped, no target was given'}")
     console.print(f"release: {summary['release']}", soft_wrap=True)
 
 

@@ -1,8 +1,23 @@
 """What the flow takes. Prefect shows it as a form and refuses a bad value before a run exists."""
 
-from typing import Literal
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Stage = Literal[
+    "download",
+    "questions",
+    "untie",
+    "quantize",
+    "smoke",
+    "export",
+    "evaluate_base",
+    "evaluate_quantized",
+    "smoke_program",
+    "card",
+]
 
 
 class Parameters(BaseModel):
@@ -19,8 +34,11 @@ class Parameters(BaseModel):
     benchmark: Literal["mmlu-mini", "cais/mmlu"] = Field(
         "mmlu-mini", description="Questions to measure on: the built-in fixture, or MMLU from the Hub."
     )
+    benchmark_revision: str | None = Field(
+        None, description="Branch, tag or commit of the benchmark; its default branch."
+    )
     limit: int | None = Field(None, ge=1, description="Questions per subject; all.")
-    batch_size: str = Field("16", pattern=r"^(auto|[1-9]\d*)$", description="Questions per batch, or auto.")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(16, description="Questions per batch, or auto.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the evaluation runs.")
     max_seq_len: int = Field(1024, ge=2, description="Longest sequence of the exported program, in tokens.")
     max_new_tokens: int = Field(64, ge=1, description="Length of the smoke tests' answers, in tokens.")
@@ -28,5 +46,53 @@ class Parameters(BaseModel):
     max_kl_ratio: float = Field(
         2.0, gt=0, description="How far the program may be from the checkpoint, in times the activation rounding."
     )
+    max_regression: float = Field(
+        1.0, ge=0, description="Points of MMLU accuracy that a release may be below the one published before it."
+    )
+    offline: bool = Field(False, description="Go on with what was downloaded before, if the Hub cannot be reached.")
     target: str | None = Field(None, description="Hub repository to publish to; without it nothing is uploaded.")
-    refresh: list[str] = Field(default_factory=list, description="Stages that run again though they are cached.")
+    branch: str | None = Field(None, description="Branch of the target to publish on; its default branch.")
+    create_pr: bool = Field(False, description="Publish as a pull request instead of a commit on the branch.")
+    private: bool = Field(False, description="Make the target private, if it has to be made.")
+    tag: bool = Field(False, description="Tag the commit v<date>-<recipe hash>.")
+    keep: list[str] = Field(
+        default_factory=lambda: [".gitattributes", "*.jpg", "*.jpeg", "*.png", "*.gif", "*.webp", "*.mp4"],
+        description="Files of the target, as patterns, that stay though the release does not have them.",
+    )
+    refresh: list[Stage] = Field(default_factory=list, description="Stages that run again though they are cached.")
+
+    @field_validator("revision", "benchmark_revision", "target", "branch", mode="before")
+    @classmethod
+    def _left_empty(cls, value: Any) -> Any:
+        """A field of the form that was left empty, and a deployment's variable that was not set, are nothing."""
+        return value or None
+
+    @model_validator(mode="after")
+    def _can_be_published(self) -> Self:
+        if self.target and self.offline:
+            raise ValueError("offline, nothing can be published: leave target or offline out")
+        if self.create_pr and (self.branch or self.tag):
+            raise ValueError("a pull request goes to the default branch and has no tag: leave branch and tag out")
+        return self
+
+
+def taking_parameters(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a function of `**given` the parameters above as its signature and documentation.
+
+    Prefect makes its form, its checks and `--param name=value` from these.
+    """
+    fields = Parameters.model_fields.items()
+    function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.get_default(call_default_factory=True),
+                annotation=Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation,
+            )
+            for name, field in fields
+        ]
+    )
+    described = "\n".join(f"    {name}: {field.description}" for name, field in fields)
+    function.__doc__ = f"{inspect.getdoc(function)}\n\nArgs:\n{described}\n"
+    return function

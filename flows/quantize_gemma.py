@@ -1,98 +1,218 @@
 """The flow: a Gemma 3 checkpoint becomes a measured, on-device release of it."""
 
+import base64
+import contextlib
 import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow, runtime, task
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
     create_markdown_artifact,
     create_table_artifact,
 )
+from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
-from flows.parameters import Parameters
-from tasks import store
-from tasks.card import card
-from tasks.check import check_checkpoint, check_run
-from tasks.download import download, resolve_model
+from flows.parameters import Parameters, taking_parameters
+from tasks import process, store
+from tasks.card import card, score
+from tasks.check import check_checkpoint, check_disk, check_run
+from tasks.download import download, questions, remember, resolve_benchmark, resolve_model
 from tasks.evaluate import evaluate
 from tasks.export import export
 from tasks.gate import GateRefused, gate
-from tasks.policies import open_record
+from tasks.policies import failure_of, open_record, retried
 from tasks.quantize import quantize
 from tasks.recipe import load_recipe
 from tasks.smoke import smoke, smoke_pte
+from tasks.store import RunError, StageFailed, UserError
 from tasks.untie import untie
-from tasks.upload import upload
+from tasks.upload import check_target, publish, published_accuracy
 
 
-@flow(name="quantize-gemma", persist_result=False, result_serializer="json")
-def quantize_gemma(parameters: Parameters) -> dict[str, Any]:
+@flow(
+    name="quantize-gemma",
+    flow_run_name="{model} {recipe}",
+    persist_result=False,
+    result_serializer="json",
+)
+@taking_parameters
+def quantize_gemma(**given: Any) -> dict[str, Any]:
     """Quantize, measure, export and publish one checkpoint; returns what `quantize-gemma run --json` prints."""
-    p = parameters
-    ran: dict[str, PrefectFuture[Any]] = {}
+    p = Parameters(**given)
+    run = Run(p.refresh, f"{p.model} · {p.recipe}")
+    with run.explained(), process.ended_on_interrupt():
+        recipe = load_recipe(p.recipe)
+        run.light("check", check_run, p.model, p.recipe, p.max_seq_len, p.device)
+        if p.target:
+            run.light("check target", check_target, p.target, p.create_pr)
+        model = run.light("resolve", resolve_model, p.model, p.revision, p.offline)
+        benchmark = run.light("resolve benchmark", resolve_benchmark, p.benchmark, p.benchmark_revision, p.offline)
+        name = f"{p.model} {p.recipe} {model['revision'][:12]}"
+        rename_run(name)
+        run.one_at_a_time = check_disk(model["weight_bytes"]) > process.available_memory() / 4
 
-    def run(name: str, stage: Any, *after: PrefectFuture[Any], **inputs: Any) -> PrefectFuture[Any]:
-        options = stage.with_options(
-            task_run_name=name.replace("_", " "), refresh_cache=name in p.refresh, result_storage=store.home()
+        base = run.stage("download", download, **origin(model, p.offline))
+        check_checkpoint(open_record(base.result()).path, recipe, p.max_seq_len)
+        asked = run.stage("questions", questions, **origin(benchmark, p.offline))
+        untied = run.stage("untie", untie, checkpoint=base)
+        quantized = run.stage("quantize", quantize, checkpoint=untied, recipe=recipe)
+        run.stage("smoke", smoke, checkpoint=quantized, max_new_tokens=p.max_new_tokens)
+        settings = {"questions": asked, "limit": p.limit, "batch_size": p.batch_size, "device": p.device}
+        asked_base = run.stage("evaluate_base", evaluate, checkpoint=base, **settings)
+        after = run.stage("evaluate_quantized", evaluate, asked_base, checkpoint=quantized, **settings)
+        program = run.stage("export", export, checkpoint=quantized, max_seq_len=p.max_seq_len)
+        run.stage(
+            "smoke_program",
+            smoke_pte,
+            after,
+            checkpoint=quantized,
+            program=program,
+            max_seq_len=p.max_seq_len,
+            max_new_tokens=p.max_new_tokens,
         )
-        ran[name] = options.submit(**inputs, wait_for=after)
-        return ran[name]
-
-    recipe = load_recipe(p.recipe)
-    task(name="check", persist_result=False)(check_run)(p.model, p.recipe, p.max_seq_len)
-    model = task(name="resolve", persist_result=False, retries=3, retry_condition_fn=_not_the_users)(resolve_model)(
-        p.model, p.revision
-    )
-    questions = {"benchmark": p.benchmark, "limit": p.limit, "batch_size": p.batch_size, "device": p.device}
-
-    base = run("download", download, source=model["source"], revision=model["revision"])
-    check_checkpoint(open_record(base.result()).path, recipe, p.max_seq_len)
-    untied = run("untie", untie, checkpoint=base)
-    quantized = run("quantize", quantize, checkpoint=untied, recipe=recipe)
-    run("smoke", smoke, checkpoint=quantized, max_new_tokens=p.max_new_tokens)
-    program = run("export", export, checkpoint=quantized, max_seq_len=p.max_seq_len)
-    # One evaluation at a time beside the export: both take all the memory and cores that they find.
-    before = run("evaluate_base", evaluate, checkpoint=base, **questions)
-    run("evaluate_quantized", evaluate, before, checkpoint=quantized, **questions)
-    run("smoke_program", smoke_pte, checkpoint=quantized, program=program, max_new_tokens=p.max_new_tokens)
-
-    release = run("card", card, model=model_identity(model), recipe=recipe, max_seq_len=p.max_seq_len, **ran).result()
-    folder = open_record(release).path
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    show(folder, metrics)
-    summary = {
-        "release": str(folder),
-        "gate": None,
-        "metrics": {name: metrics[name] for name in ("base", "quantized", "program") if name in metrics},
-        "stages": [stage_summary(name, future) for name, future in ran.items()],
-        "published": None,
-    }
-    try:
-        summary["gate"] = gate(metrics, p.max_mmlu_drop, p.max_kl_ratio)
-    except GateRefused as refusal:
-        refusal.summary = {**summary, "gate": refusal.verdict}
-        raise
-    message = f"{recipe['name']} of {model['model']} at {model['revision'][:12]}"
-    summary["published"] = upload(release, p.target, message)
-    return summary
+        release = run.stage(
+            "card",
+            card,
+            model={name: model[name] for name in ("name", "revision", "fixture", "license")},
+            benchmark={name: benchmark[name] for name in ("name", "revision", "fixture")},
+            recipe=recipe,
+            max_seq_len=p.max_seq_len,
+            run_id=str(runtime.flow_run.id),
+            **run.futures,
+        ).result()
+        remember(model, p.revision)
+        remember(benchmark, p.benchmark_revision)
+        folder = open_record(release).path
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        show(folder, metrics)
+        run.summary["release"] = str(folder)
+        run.summary["metrics"] = {name: metrics[name] for name in ("base", "quantized", "program")}
+        before = run.light("published", published_accuracy, p.target, p.branch, metrics) if p.target else None
+        bars = (p.max_mmlu_drop, p.max_kl_ratio, before, p.max_regression)
+        run.summary["gate"] = run.light("gate", gate, metrics, *bars)
+        if p.target is None:
+            get_run_logger().info("upload: skipped, no target was given")
+        else:
+            how = (p.branch, p.create_pr, p.private, p.tag, p.keep)
+            run.summary["publication"] = run.light("upload", publish, folder, p.target, metrics, *how)
+            run.summary["published"] = run.summary["publication"]["url"]
+        if run.changed_nothing():
+            rename_run(f"{name} unchanged")
+    return run.summary
 
 
-def model_identity(model: dict[str, Any]) -> dict[str, str]:
-    """Returns what the card says of the base model: no path of this machine."""
-    return {"model": model["model"], "revision": model["revision"]}
+def rename_run(name: str) -> None:
+    """Gives this flow run a name that says what it works on, once that is known."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(runtime.flow_run.id, name=name)
+
+
+def origin(resolved: dict[str, Any], offline: bool) -> dict[str, Any]:
+    """Returns where a download comes from."""
+    return {"source": resolved["source"], "revision": resolved["revision"], "offline": offline}
+
+
+class Run:
+    """One run's stages and what came of them. `summary` is what `quantize-gemma run --json` prints."""
+
+    def __init__(self, refresh: list[Any], label: str) -> None:
+        self.refresh = refresh
+        self.label = label
+        self.futures: dict[str, PrefectFuture[Any]] = {}
+        self.one_at_a_time = False
+        self.summary: dict[str, Any] = {
+            "release": None,
+            "gate": None,
+            "metrics": {},
+            "stages": [],
+            "published": None,
+            "publication": None,
+        }
+
+    def stage(self, name: str, stage: Any, *after: PrefectFuture[Any], **inputs: Any) -> PrefectFuture[Any]:
+        """Submits a stage. Where memory allows only one at a time, it waits for all before it."""
+        options = stage.with_options(
+            task_run_name=f"{name.replace('_', ' ')} · {self.label}",
+            refresh_cache=name in self.refresh,
+            result_storage=store.home(),
+        )
+        before = [*after, *(list(self.futures.values()) if self.one_at_a_time else [])]
+        self.futures[name] = options.submit(**inputs, wait_for=before)
+        return self.futures[name]
+
+    def light(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs, as a task of this process, what takes seconds and leaves no artifact; returns its value."""
+        started = time.monotonic()
+        state = "FAILED"
+        try:
+            value = task(name=name, task_run_name=f"{name} · {self.label}", persist_result=False, **retried(3))(work)(
+                *arguments
+            )
+            state = "COMPLETED"
+        finally:
+            line = {"state": state, "cached": False, "seconds": round(time.monotonic() - started, 2)}
+            self.summary["stages"].append({"name": name, **line, "peak_rss_bytes": None, "size_bytes": 0, "key": None})
+        return value
+
+    def changed_nothing(self) -> bool:
+        """Tells whether every stage came from the cache and nothing was published that was not there before."""
+        publication = self.summary["publication"]
+        cached = all(future.state.name == "Cached" for future in self.futures.values())
+        return cached and (publication is None or publication["state"] == "already published")
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Fills the summary however the run ends, and raises what made the first stage fail instead of what followed.
+
+        A stage whose input failed never starts, and says only that.
+        """
+        try:
+            yield
+        except Exception as error:
+            cause = self._first_failure() or error
+            if not isinstance(cause, RunError):
+                cause = StageFailed(process.redact(f"{type(cause).__name__}: {cause}"))
+            if isinstance(cause, GateRefused):
+                self.summary["gate"] = cause.verdict
+            cause.summary = self.summary
+            raise cause from error
+        finally:
+            lines = [stage_summary(name, future) for name, future in self.futures.items()]
+            self.summary["stages"] = sorted(
+                [*self.summary["stages"], *lines], key=lambda line: line["name"] in ("published", "gate", "upload")
+            )
+
+    def _first_failure(self) -> BaseException | None:
+        for name, future in self.futures.items():
+            future.wait()
+            if future.state.is_failed() or future.state.is_crashed():
+                error = failure_of(future.state)
+                return error if isinstance(error, UserError) else StageFailed(f"{name.replace('_', ' ')}: {error}")
+        return None
 
 
 def stage_summary(name: str, future: PrefectFuture[Any]) -> dict[str, Any]:
     """Returns one line of the run: a stage's state, whether it came from the cache, its time and memory."""
-    artifact = open_record(future.result())
+    line: dict[str, Any] = {"name": name, "state": "UNKNOWN", "cached": False}
+    nothing = {"seconds": None, "peak_rss_bytes": None, "size_bytes": 0, "key": None}
+    try:
+        state = future.state
+        line |= {"state": state.type.value, "cached": state.name == "Cached"}
+        artifact = open_record(future.result()) if state.is_completed() else None
+    except Exception:
+        # The API or the artifact is gone: what the run ends with is said all the same.
+        artifact = None
+    if artifact is None:
+        return line | nothing
     return {
-        "name": name,
-        "state": future.state.type.value,
-        "cached": future.state.name == "Cached",
+        **line,
         "seconds": artifact.measured["seconds"],
         "peak_rss_bytes": artifact.measured["peak_rss_bytes"],
         "size_bytes": artifact.size,
@@ -100,44 +220,27 @@ def stage_summary(name: str, future: PrefectFuture[Any]) -> dict[str, Any]:
     }
 
 
-def show(folder: Any, metrics: dict[str, Any]) -> None:
+def show(folder: Path, metrics: dict[str, Any]) -> None:
     """Puts the quality table, the chart, the card and the files into Prefect's UI."""
-    import base64
-
     create_table_artifact(key="quality", table=quality_table(metrics), description="Base, checkpoint and program")
-    chart = base64.b64encode((folder / "mmlu-by-subject.png").read_bytes()).decode()
-    create_image_artifact(f"data:image/png;base64,{chart}", key="mmlu-by-subject", description="Accuracy per subject")
-    create_markdown_artifact((folder / "README.md").read_text(encoding="utf-8"), key="card")
+    chart = "data:image/png;base64," + base64.b64encode((folder / "mmlu-by-subject.png").read_bytes()).decode()
+    create_image_artifact(chart, key="mmlu-by-subject", description="Accuracy per subject")
+    # Without its YAML header, which is for machines, and with the chart in it.
+    text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[2]
+    create_markdown_artifact(text.replace("(mmlu-by-subject.png)", f"({chart})"), key="card")
     create_link_artifact(folder.as_uri(), link_text="the release's files", key="release")
     get_run_logger().info("release: %s", folder)
 
 
 def quality_table(metrics: dict[str, Any]) -> list[dict[str, str]]:
     """Returns the rows base vs quantized vs program; what was not measured is empty."""
-    from tasks.card import human_size
-
     columns = ("base", "quantized", "program")
-    rows = [{"": "size", **{name: human_size(metrics[name]["bytes"]) for name in columns if name in metrics}}]
-    scores = {name: metrics[name]["mmlu"] for name in columns if "mmlu" in metrics.get(name, {})}
-    for name in scores:
-        label = scores[name]["benchmark"]
-        rows.append(
-            {"": f"{label}, %"} | {k: f"{100 * v['accuracy']:.2f} ± {100 * v['stderr']:.2f}" for k, v in scores.items()}
-        )
-        break
-    if "program" in metrics:
-        agreement = metrics["program"]["agreement"]
-        rows.append({"": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.4f}"})
-        rows.append({"": "KL of activation rounding, nats", "quantized": f"{agreement['kl_activation_noise']:.4f}"})
-        rows.append({"": "same most likely token, %", "program": f"{100 * agreement['same_argmax']:.1f}"})
+    agreement = metrics["program"]["agreement"]
+    rows = [
+        {"": "size", **{name: store.human_size(metrics[name]["bytes"]) for name in columns}},
+        {"": "MMLU, %", **{name: score(metrics[name]["mmlu"]) for name in ("base", "quantized")}},
+        {"": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.4f}"},
+        {"": "KL of activation rounding, nats", "quantized": f"{agreement['kl_activation_noise']:.4f}"},
+        {"": "same most likely token, %", "program": f"{100 * agreement['same_argmax']:.1f}"},
+    ]
     return [{"": "", **dict.fromkeys(columns, ""), **row} for row in rows]
-
-
-def _not_the_users(_task: Any, _run: Any, state: Any) -> bool:
-    try:
-        state.result()
-    except store.UserError:
-        return False
-    except Exception:
-        return True
-    return False

@@ -7,53 +7,69 @@ from pathlib import Path
 from typing import Any
 
 from tasks import store
-from tasks.builtin import BUILTIN
-from tasks.checkpoint import quantizable_modules, read_config, read_headers, text_config, weight_files
+from tasks.checkpoint import (
+    local_checkpoint,
+    quantizable_modules,
+    read_config,
+    read_headers,
+    text_config,
+    weight_files,
+)
 from tasks.recipe import decide, load_recipe
 from tasks.store import UserError
 
-# What the stages write, in times of the base weights' size (bf16): the untied head, one byte per weight, the program
-# in fp32 scales while it is lowered. The 4B shape: 8.6 GB of weights, 1.3 + 5.4 + 3.2 GB written.
-DISK_FACTOR = 1.5
+# What a run writes, in times of the base weights in bf16: they themselves, the untied head, one byte per weight, half
+# a byte per weight in the program. Large models need less, for the embedding is a smaller part of them.
+# 4B: (8.6 + 1.3 + 5.4 + 3.2) / 8.6; 270M: (0.54 + 0.34 + 0.44 + 0.39) / 0.54.
+DISK_FACTOR = {False: 3.2, True: 2.2}
+LARGE_BYTES = 5_000_000_000
+# The smoke tests' prompts and some tokens of answer; an image comes on top.
+SHORTEST_SEQ_LEN = 64
 
 
-def check_run(model: str, recipe: str, max_seq_len: int, program: bool = True) -> dict[str, Any]:
-    """Returns what the run will do: {"recipe", "modules", "disk_bytes_needed"}. Raises UserError for what cannot work.
+def check_run(model: str, recipe: str, max_seq_len: int, device: str) -> dict[str, Any]:
+    """Returns what the run will do: {"recipe", "model", "disk_bytes_needed"}. Raises UserError for what cannot work.
 
     A model on the Hub is checked as far as its name; its files are checked when they are downloaded.
     """
     loaded = load_recipe(recipe)
-    if program and max_seq_len < 2:
-        raise UserError(f"max_seq_len is {max_seq_len}: give at least 2 tokens")
     _check_store(store.home())
+    _check_device(device)
     plan: dict[str, Any] = {"recipe": loaded["name"], "model": model}
-    path = BUILTIN.get(model) or Path(model).expanduser()
-    if not path.is_dir():
-        if model.count("/") != 1 or model.startswith((".", "/", "~")):
-            raise UserError(
-                f"there is no model at {model!r}: give a directory, a Hub repository such as google/gemma-3-4b-it, "
-                f"or a built-in model ({', '.join(BUILTIN)})"
-            )
-        return plan
-    check_checkpoint(path, loaded, max_seq_len if program else None)
-    weights = sum(file.stat().st_size for file in weight_files(path))
-    needed = int(weights * DISK_FACTOR)
-    free = shutil.disk_usage(_existing(store.home())).free
-    if free < needed:
-        raise UserError(
-            f"the run needs about {needed / 1e9:,.1f} GB in {store.home()}, but {free / 1e9:,.1f} GB are free: "
-            "make room, or set QUANTIZE_GEMMA_HOME to a larger disk"
-        )
-    plan["disk_bytes_needed"] = needed
+    path = local_checkpoint(model)
+    if path is not None:
+        check_checkpoint(path, loaded, max_seq_len)
+        plan["disk_bytes_needed"] = check_disk(sum(file.stat().st_size for file in weight_files(path)))
     return plan
 
 
-def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int | None) -> None:
+def check_disk(weight_bytes: int) -> int:
+    """Returns about how many bytes the run will write. Raises UserError if the store's disk has less.
+
+    What the store holds already may be what this run needs: it counts as written.
+    """
+    needed = int(weight_bytes * DISK_FACTOR[weight_bytes > LARGE_BYTES])
+    missing = needed - store.size_of() - store.size_of_incoming()
+    free = shutil.disk_usage(_existing(store.home())).free
+    if free < missing:
+        raise UserError(
+            f"the run needs about {missing / 1e9:,.1f} GB in {store.home()}, but {free / 1e9:,.1f} GB are free: "
+            "make room, or set QUANTIZE_GEMMA_HOME to a larger disk"
+        )
+    return needed
+
+
+def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int) -> None:
     """Raises UserError if the checkpoint is no Gemma 3, is damaged, or does not fit recipe or max_seq_len."""
     config = read_config(path)
-    limit = text_config(config).get("max_position_embeddings", 131_072)
-    if max_seq_len is not None and max_seq_len > limit:
-        raise UserError(f"max_seq_len is {max_seq_len:,}, but the model goes up to {limit:,}: give at most that")
+    longest = text_config(config).get("max_position_embeddings", 131_072)
+    shortest = SHORTEST_SEQ_LEN + config.get("mm_tokens_per_image", 0)
+    if max_seq_len > longest:
+        raise UserError(f"max_seq_len is {max_seq_len:,}, but the model goes up to {longest:,}: give at most that")
+    if max_seq_len < shortest:
+        raise UserError(
+            f"max_seq_len is {max_seq_len:,}: this model's smoke tests need {shortest:,}, give at least that"
+        )
     decide(recipe, quantizable_modules(read_headers(path)))
 
 
@@ -66,6 +82,15 @@ def _check_store(home: Path) -> None:
         raise UserError(
             f"the store {home} is not writable ({error.strerror}): set QUANTIZE_GEMMA_HOME to a directory that is"
         ) from None
+
+
+def _check_device(device: str) -> None:
+    if device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("there is no CUDA device on this machine: use device auto or cpu")
 
 
 def _existing(path: Path) -> Path:

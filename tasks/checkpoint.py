@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from tasks.builtin import BUILTIN
 from tasks.store import StageFailed, UserError
 
 DTYPE_BYTES = {
@@ -19,10 +20,33 @@ DTYPE_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
+# Prefix in the Hub's files -> prefix in the pinned transformers.
+RUNTIME_PREFIXES = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
 ARCHITECTURES = {
     "Gemma3ForConditionalGeneration": "multimodal-text-to-text",
     "Gemma3ForCausalLM": "text-generation",
 }
+
+
+def local_checkpoint(model: str) -> Path | None:
+    """Returns the directory of a built-in or a local model, None for the name of a Hub repository.
+
+    Raises UserError if it is none of them.
+    """
+    path = BUILTIN.get(model) or Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return None
+    raise UserError(
+        f"there is no model at {model!r}: give a directory, a Hub repository such as google/gemma-3-4b-it, "
+        f"or a built-in model ({', '.join(BUILTIN)})"
+    )
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
@@ -34,6 +58,8 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint} has no config.json: it is not a checkpoint of transformers") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no JSON object: download it again")
     architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
     if architecture not in ARCHITECTURES:
         raise UserError(
@@ -60,7 +86,10 @@ def weight_files(checkpoint: Path) -> list[Path]:
     """Returns the safetensors files. Raises UserError if there are none or the index names one that is missing."""
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} cannot be read ({error}): download it again") from None
     else:
         names = sorted(path.name for path in checkpoint.glob("*.safetensors"))
     if not names:
@@ -111,9 +140,12 @@ def read_headers(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 
 def quantizable_modules(headers: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
-    """Returns {module name: weight shape} of every linear and embedding, as named in the files, lm_head included."""
+    """Returns {module name: weight shape} of every linear and embedding, lm_head included.
+
+    Names are those of the loaded model's modules, which recipes match.
+    """
     modules = {
-        name.removesuffix(".weight"): tensor["shape"]
+        runtime_name(name).removesuffix(".weight"): tensor["shape"]
         for name, tensor in headers.items()
         if name.endswith(".weight") and len(tensor["shape"]) == 2
     }
@@ -125,8 +157,16 @@ def quantizable_modules(headers: dict[str, dict[str, Any]]) -> dict[str, list[in
     return modules
 
 
-def find_nonfinite(path: Path) -> str | None:
-    """Returns the name of the first tensor of the file that holds a NaN or an infinity, or None."""
+def runtime_name(name: str) -> str:
+    """Returns what a tensor of the Hub's files is called in the loaded model."""
+    for hub, runtime in RUNTIME_PREFIXES.items():
+        if name.startswith(hub):
+            return runtime + name.removeprefix(hub)
+    return name
+
+
+def check_finite(path: Path) -> None:
+    """Raises UserError that names the first tensor of the file that holds a NaN or an infinity."""
     import torch
     from safetensors import safe_open
 
@@ -140,22 +180,28 @@ def find_nonfinite(path: Path) -> str | None:
             for start in range(0, rows, step):
                 part = view[start : start + step]
                 if part.is_floating_point() and not bool(torch.isfinite(part).all()):
-                    return str(name)
-    return None
+                    raise UserError(
+                        f"the weight {name} in {path} holds a NaN or an infinity: "
+                        "the checkpoint is damaged, download it again"
+                    )
 
 
 def load_model(checkpoint: Path, dtype: Any) -> Any:
     """Returns the model of an untied or quantized checkpoint, in eval mode, every tensor of `dtype`.
 
-    Raises StageFailed if lm_head and the embedding share their storage, which quantizing either would break.
+    Raises StageFailed if a weight was missing or left over, which transformers would initialize at random, and if
+    lm_head and the embedding share their storage, which quantizing either would break.
     """
     from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
     config = AutoConfig.from_pretrained(checkpoint)
     multimodal = task_of(config.to_dict()) == "multimodal-text-to-text"
-    model = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM).from_pretrained(
-        checkpoint, dtype=dtype
+    model, info = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM).from_pretrained(
+        checkpoint, dtype=dtype, output_loading_info=True
     )
+    wrong = {name: sorted(keys)[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
+    if wrong:
+        raise StageFailed(f"the weights of {checkpoint} do not fit its model: {wrong}")
     model.eval()
     if not config.get_text_config().tie_word_embeddings and model.lm_head.weight is model.get_input_embeddings().weight:
         raise StageFailed("lm_head and the embedding are still tied after loading")

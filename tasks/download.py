@@ -1,102 +1,194 @@
-"""Resolve and download: a model's name and revision become a pinned commit, and that becomes files in the store."""
+"""Resolve and download: a name and a revision become a pinned commit, and that becomes files in the store."""
 
+import fnmatch
 import hashlib
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks.builtin import BUILTIN
-from tasks.checkpoint import find_nonfinite, read_config, read_headers, weight_files
+from tasks import hub, store
+from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tasks.checkpoint import check_finite, local_checkpoint, read_config, read_headers, weight_files
 from tasks.policies import stage
 from tasks.process import report_progress
-from tasks.store import UserError, canonical_json, digest_file, link
+from tasks.store import UserError, canonical_json, digest_file
 
-# What a release needs and nothing else: no pickles, no other frameworks' weights, no code.
-PATTERNS = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.jinja",
-    "tokenizer.model",
-    "LICENSE*",
-    "NOTICE*",
-]
+logger = logging.getLogger(__name__)
+
+# What a release needs and nothing else, in the repository's top level: no pickles, no code, no other framework's
+# weights, no training state.
+CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*")
+# MMLU's layout without the configurations that hold all subjects a second time.
+BENCHMARK_FILES = ("README.md", "*/test-*.parquet", "*/validation-*.parquet", "*/dev-*.parquet")
+BENCHMARK_LEFT_OUT = ("all/*", "auxiliary_train/*")
 
 
-def resolve_model(model: str, revision: str | None) -> dict[str, Any]:
-    """Returns {"model", "revision", "source"}: the revision is a commit sha, or the digest of a local directory.
+def resolve_model(model: str, revision: str | None, offline: bool) -> dict[str, Any]:
+    """Returns {"name", "revision", "source", "fixture", "license", "weight_bytes"}.
 
-    `model` is a built-in model's name, a directory, or a repository on the Hub. Raises UserError when it is none.
+    `model` is a built-in model's name, a directory, or a repository on the Hub; the revision is a commit sha, or the
+    digest of a directory's files; the license is the model card's. Raises UserError when there is no such model.
     """
-    path = BUILTIN.get(model) or Path(model).expanduser()
-    if path.is_dir():
-        files = {file.name: digest_file(file) for pattern in PATTERNS for file in path.glob(pattern)}
-        digest = hashlib.sha256(canonical_json(files)).hexdigest()
-        return {
-            "model": model if model in BUILTIN else path.name,
-            "revision": digest[:40],
-            "source": str(path.resolve()),
-        }
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        known = ", ".join(BUILTIN)
-        raise UserError(
-            f"there is no model at {model!r}: give a directory, a Hub repository such as google/gemma-3-4b-it, "
-            f"or a built-in model ({known})"
-        )
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        info = HfApi().model_info(model, revision=revision)
-    except GatedRepoError:
-        raise UserError(f"{model} is gated: accept its terms on its Hub page and log in with `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise UserError(f"{model} has no revision {revision!r}: give a branch, tag or commit that it has") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"the Hub has no model {model!r}, or your token may not read it: check the name") from None
-    assert info.sha is not None, model
-    return {"model": model, "revision": info.sha, "source": model}
+    path = local_checkpoint(model)
+    if path is None:
+        return _resolve_on_hub("model", model, revision, offline)
+    return {
+        "name": model if model in BUILTIN else path.resolve().name,
+        "revision": _digest_of(path, _checkpoint_files([file.name for file in path.iterdir() if file.is_file()])),
+        "source": str(path.resolve()),
+        "fixture": model in BUILTIN,
+        "license": _license(_card_of(path)),
+        "weight_bytes": sum(file.stat().st_size for file in weight_files(path)),
+    }
 
 
-def download_checkpoint(target: Path, source: str, revision: str) -> dict[str, Any]:
+def resolve_benchmark(benchmark: str, revision: str | None, offline: bool) -> dict[str, Any]:
+    """Returns {"name", "revision", "source", "fixture"} of mmlu-mini or of a dataset in MMLU's layout on the Hub."""
+    path = BUILTIN_BENCHMARKS.get(benchmark)
+    if path is None:
+        return _resolve_on_hub("dataset", benchmark, revision, offline)
+    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    return {"name": benchmark, "revision": _digest_of(path, names), "source": str(path), "fixture": True}
+
+
+def _resolve_on_hub(kind: str, name: str, revision: str | None, offline: bool) -> dict[str, Any]:
+    """Returns the commit that a moving name stands for now; offline, what it stood for last."""
+    if offline:
+        remembered = _memory(kind, name, revision)
+        if not remembered.is_file():
+            raise UserError(
+                f"offline: the {kind} {name} at {revision or 'its default branch'} was never resolved for this store: "
+                "run once without --offline"
+            )
+        known: dict[str, Any] = json.loads(remembered.read_text(encoding="utf-8"))
+        logger.warning("offline: going on with %s at %s, as it was resolved last", name, known["revision"])
+        return known
+    info = hub.repo_info(kind, name, revision, hub.token())
+    wanted = _checkpoint_files([file.rfilename for file in info.siblings])
+    weights = [f.size or 0 for f in info.siblings if f.rfilename in wanted and f.rfilename.endswith(".safetensors")]
+    return {
+        "kind": kind,
+        "name": name,
+        "revision": info.sha,
+        "source": name,
+        "fixture": False,
+        "license": _license(info.card_data),
+        "weight_bytes": sum(weights),
+    }
+
+
+def remember(resolved: dict[str, Any], revision: str | None) -> None:
+    """Notes what a name on the Hub stood for, once it is in the store: for `--offline`."""
+    if "kind" not in resolved:
+        return
+    for asked in (revision, resolved["revision"]):
+        path = _memory(resolved["kind"], resolved["name"], asked)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{store.PREFIX}{uuid.uuid4().hex}")
+        partial.write_text(json.dumps(resolved), encoding="utf-8")
+        partial.replace(path)
+
+
+def _memory(kind: str, name: str, revision: str | None) -> Path:
+    asked = (revision or "default").replace("/", "--")
+    return store.home() / "resolved" / f"{kind}--{name.replace('/', '--')}--{asked}.json"
+
+
+def download_checkpoint(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:
     """Fills `target` with the checkpoint's files, checks every header and every weight. Raises UserError.
 
-    A local directory's files are hard-linked; a Hub repository is fetched at exactly this commit.
+    A local directory is copied, so that whoever trains on in it does not change the base under a running evaluation;
+    a Hub repository is fetched at exactly this commit, each file checked against the Hub's own hash.
     """
-    if Path(source).is_dir():
-        for pattern in PATTERNS:
-            for path in Path(source).glob(pattern):
-                if not (target / path.name).exists():
-                    link(path, target / path.name)
+    local = Path(source).is_dir()
+    if local:
+        for name in _checkpoint_files([file.name for file in Path(source).iterdir() if file.is_file()]):
+            store.copy(Path(source) / name, target / name)
     else:
-        import shutil
-
-        from huggingface_hub import snapshot_download
-
-        snapshot_download(source, revision=revision, allow_patterns=PATTERNS, local_dir=target)
-        shutil.rmtree(target / ".cache", ignore_errors=True)
+        _fetch(target, "model", source, revision, offline, lambda name: bool(_checkpoint_files([name])))
     config = read_config(target)
     headers = read_headers(target)
-    files = weight_files(target)
+    # A local directory's own paths, for they stand in the message.
+    files = weight_files(Path(source) if local else target)
     for done, path in enumerate(files):
         report_progress(done, len(files), "checking weights")
-        name = find_nonfinite(path)
-        if name:
-            raise UserError(
-                f"the weight {name} in {Path(source) / path.name} holds a NaN or an infinity: "
-                "the checkpoint is damaged, download it again"
-            )
+        check_finite(path)
     return {
         "metadata": {
-            "revision": revision,
             "architecture": config["architectures"][0],
             "tensors": len(headers),
+            "weight_bytes": sum(path.stat().st_size for path in files),
         }
     }
 
 
-download = stage(download_checkpoint, name="download", ignored=("source",), retries=3)
+def download_questions(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:
+    """Fills `target` with a benchmark in the layout of cais/mmlu: a directory of parquet files per subject."""
+    if Path(source).is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True, copy_function=lambda a, b: store.copy(Path(a), Path(b)))
+    else:
+        _fetch(target, "dataset", source, revision, offline, _is_question_file)
+    return {}
+
+
+def _fetch(
+    target: Path, kind: str, repository: str, revision: str, offline: bool, wanted: Callable[[str], bool]
+) -> None:
+    """Brings the files in by way of a directory that outlives a failure, so that the next try goes on there."""
+    if offline:
+        raise UserError(f"offline: {repository} at {revision} is not in the store: run once without --offline")
+    incoming = target.parent.parent / f"{store.INCOMING}{revision[:16]}"
+    hub.fetch(incoming, kind, repository, revision, wanted, lambda done, total: report_progress(done, total, "bytes"))
+    for path in [path for path in incoming.rglob("*") if path.is_file()]:
+        if not wanted(path.relative_to(incoming).as_posix()):
+            continue
+        place = target / path.relative_to(incoming)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+    shutil.rmtree(incoming)
+
+
+def _is_question_file(name: str) -> bool:
+    return _is_like(name, BENCHMARK_FILES) and not _is_like(name, BENCHMARK_LEFT_OUT)
+
+
+def _is_like(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _checkpoint_files(names: list[str]) -> list[str]:
+    return sorted(name for name in names if "/" not in name and _is_like(name, CHECKPOINT_FILES))
+
+
+def _digest_of(folder: Path, names: list[str]) -> str:
+    digests = {name: digest_file(folder / name) for name in names}
+    return hashlib.sha256(canonical_json(digests)).hexdigest()[:40]
+
+
+def _card_of(folder: Path) -> Any:
+    """Returns the metadata of a directory's model card, or None: a broken one is no reason not to quantize."""
+    from huggingface_hub import metadata_load
+
+    try:
+        return metadata_load(folder / "README.md")
+    except Exception:
+        return None
+
+
+def _license(card: Any) -> dict[str, str]:
+    """Returns the licence fields of a model card's metadata, those that it has."""
+    fields = ("license", "license_name", "license_link")
+    return {field: str(card.get(field)) for field in fields if card is not None and card.get(field)}
+
+
+_from_hub: dict[str, Any] = {
+    "ignored": ("source", "offline"),
+    "retries": 5,
+    "environment": hub.read_environment,
+}
+download = stage(download_checkpoint, name="download", **_from_hub)
+questions = stage(download_questions, name="questions", **_from_hub)

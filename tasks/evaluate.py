@@ -6,45 +6,47 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tasks.builtin import BUILTIN_BENCHMARKS
 from tasks.policies import stage
-from tasks.store import StageFailed, UserError
+from tasks.process import report_progress
+from tasks.store import StageFailed
 
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 
 
 def evaluate_checkpoint(
-    target: Path, checkpoint: Path, benchmark: str, limit: int | None, batch_size: str, device: str
+    target: Path, checkpoint: Path, questions: Path, limit: int | None, batch_size: int | str, device: str
 ) -> dict[str, Any]:
     """Writes results.json (accuracy and standard error overall, per category, per subject) and samples.jsonl.
 
-    `benchmark` is mmlu-mini or cais/mmlu; `limit` is questions per subject. Accuracies are fractions.
+    `questions` is a directory in the layout of cais/mmlu; `limit` is questions per subject. Accuracies are fractions;
+    the standard error of a single question is None.
     """
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device on this machine: use device auto or cpu")
     with tempfile.TemporaryDirectory() as folder:
         # datasets takes a directory of that name for the repository: lm-eval's tasks stay as they are.
+        os.makedirs(f"{folder}/cais")
+        os.symlink(questions.resolve(), f"{folder}/cais/mmlu")
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
-        if benchmark in BUILTIN_BENCHMARKS:
-            os.makedirs(f"{folder}/cais")
-            os.symlink(BUILTIN_BENCHMARKS[benchmark].resolve(), f"{folder}/cais/mmlu")
-            os.environ["HF_DATASETS_OFFLINE"] = "1"
-            os.chdir(folder)
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
+        os.chdir(folder)
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        model = HFLM(pretrained=str(checkpoint), device=device, batch_size=_batch_size(batch_size), dtype="bfloat16")
+        model = HFLM(
+            pretrained=str(checkpoint),
+            device=device,
+            batch_size=batch_size,
+            dtype="bfloat16",
+        )
+        _report_rows(model.model, count_questions(questions, limit))
         output = simple_evaluate(model, tasks=["mmlu"], limit=limit, log_samples=True)
         os.chdir("/")
     if output is None:
         raise StageFailed("lm-eval returned no result")
-    results = _summarize(output, benchmark)
-    results["device"] = device
-    results["limit"] = limit
+    results = {**_summarize(output), "device": device, "limit": limit, "batch_size": batch_size}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with (target / "samples.jsonl").open("w", encoding="utf-8") as stream:
         for task in sorted(output["samples"]):
@@ -61,20 +63,35 @@ def evaluate_checkpoint(
     return {"metadata": {"accuracy": results["accuracy"], "questions": results["questions"]}}
 
 
-def _batch_size(given: str) -> str | int:
-    return given if given.startswith("auto") else int(given)
+def count_questions(questions: Path, limit: int | None) -> int:
+    """Returns how many test questions will be asked."""
+    import pyarrow.parquet
+
+    counts = [pyarrow.parquet.read_metadata(path).num_rows for path in questions.glob("*/test-*.parquet")]
+    return sum(min(count, limit or count) for count in counts)
 
 
-def _summarize(output: dict[str, Any], benchmark: str) -> dict[str, Any]:
-    def score(task: str) -> dict[str, float]:
+def _report_rows(model: Any, total: int) -> None:
+    """Reports each row that the model reads: lm-eval asks for the four letters of a question in one row."""
+    done = 0
+
+    def report(_model: Any, _arguments: Any, keywords: dict[str, Any], output: Any) -> None:
+        nonlocal done
+        done += output.logits.shape[0]
+        report_progress(min(done, total), total, "questions")
+
+    model.register_forward_hook(report, with_kwargs=True)
+
+
+def _summarize(output: dict[str, Any]) -> dict[str, Any]:
+    def score(task: str) -> dict[str, float | None]:
         result = output["results"][task]
-        return {"accuracy": result["acc,none"], "stderr": result["acc_stderr,none"]}
+        stderr = result["acc_stderr,none"]
+        return {"accuracy": result["acc,none"], "stderr": stderr if isinstance(stderr, float) else None}
 
     samples = {task: len(rows) for task, rows in output["samples"].items()}
     subjects = {task.removeprefix("mmlu_"): {**score(task), "questions": samples[task]} for task in sorted(samples)}
     return {
-        "benchmark": benchmark,
-        "fixture": benchmark in BUILTIN_BENCHMARKS,
         "task": "mmlu",
         "task_version": output["versions"].get("mmlu"),
         "num_fewshot": 0,
@@ -88,6 +105,9 @@ def _summarize(output: dict[str, Any], benchmark: str) -> dict[str, Any]:
 evaluate = stage(
     evaluate_checkpoint,
     name="evaluate",
+    version=2,
     libraries=("torch", "torchao", "transformers", "lm-eval"),
     ignored=("batch_size",),
+    memory=2.5,
+    accelerated=True,
 )

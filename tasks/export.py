@@ -97,4 +97,5 @@ export = stage(
     export_checkpoint,
     name="export",
     libraries=("torch", "torchao", "transformers", "executorch", "optimum-executorch"),
+    memory=3.2,
 )

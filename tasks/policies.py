@@ -1,12 +1,17 @@
-"""What Prefect does with a stage: cache key, persistence, retries, time-out. The only file that knows.
+"""What Prefect does with a stage: cache key, persistence, retries. The only file that knows.
 
 A stage's result is cached under its store key and kept as JSON inside its artifact, so that an artifact that is
 removed or damaged is a miss and runs again.
 """
 
+import contextlib
+import logging
+import math
+import os
+import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,23 +24,37 @@ from prefect.logging import get_run_logger
 from tasks import process, store
 from tasks.store import Artifact, StageFailed, UserError
 
+terminal = logging.getLogger(__name__)
+
 Work = Callable[..., dict[str, Any]]
 
 _seconds_between_updates = 2.0
+# What takes longer hangs: gemma-3-27b's evaluation on a CPU is the longest that is known.
+SECONDS_ALLOWED = 24 * 3600.0
+# Global concurrency limits of a Prefect server that `make deploy` has set up: one accelerator, and memory in GiB.
+SECONDS_BETWEEN_ASKING = 10.0
+SECONDS_OF_LEASE = 1800.0
+ACCELERATOR = "quantize-gemma-accelerator"
+MEMORY = "quantize-gemma-memory"
 
 
 def stage(
     work: Work,
     name: str,
-    version: int = 1,
+    version: int | str = 1,
     libraries: tuple[str, ...] = (),
     retries: int = 0,
     ignored: tuple[str, ...] = (),
+    environment: Callable[[], dict[str, str]] = dict,
+    memory: float = 0,
+    accelerated: bool = False,
 ) -> Task[..., dict[str, Any]]:
     """Returns the Prefect task over `work(target, **inputs)`, which fills `target` in a process of its own.
 
     The task takes artifact records and plain JSON values by keyword and returns the record {"stage", "key",
     "digest", "size"} of the artifact. Inputs named in `ignored` shape no output and do not count in its key.
+    `environment` gives the process what is secret. `memory` is how much the stage takes at most, in times of the
+    artifacts that it reads; such stages, and those that use the accelerator, wait for each other across runs.
     """
 
     def key_of(inputs: dict[str, Any]) -> str:
@@ -46,57 +65,68 @@ def stage(
 
     def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
         key = key_of(parameters["inputs"])
-        # Loading looks at every file and removes a damaged artifact, the cached result inside it too.
-        store.load(name, key)
-        return f"{name}/{key}/result.json"
+        result = f"{name}/{key}/result.json"
+        # Loading looks at every file: without an artifact its cached result is a miss.
+        there = store.load(name, key) is not None
+        if there:
+            store.hold(name, key)
+            there = store.load(name, key) is not None
+        if not there:
+            (store.home() / result).unlink(missing_ok=True)
+        return result
 
     def run(**inputs: Any) -> dict[str, Any]:
         logger = get_run_logger()
 
         def make(target: Path) -> dict[str, Any]:
-            arguments = {
-                field: str(open_record(value).path) if is_record(value) else value for field, value in inputs.items()
-            }
+            paths = {field: str(open_record(value).path) for field, value in inputs.items() if is_record(value)}
+            values = {field: value for field, value in inputs.items() if field not in paths}
             function = f"{work.__module__}:{work.__name__}"
-            with _Progress(name) as progress:
+            sizes = sum(value["size"] for value in inputs.values() if is_record(value))
+            with (
+                _slots(ACCELERATOR, int(accelerated and inputs.get("device") != "cpu")),
+                _slots(MEMORY, math.ceil(1 + memory * sizes / 2**30) if memory else 0),
+                _Progress(name) as progress,
+            ):
                 return process.run(
                     "tasks.policies:call",
-                    {"function": function, "target": str(target), "arguments": arguments},
+                    {"function": function, "target": str(target), "paths": paths, "values": values},
                     progress,
                     logger,
+                    environment(),
+                    SECONDS_ALLOWED,
                 )
 
-        artifact = store.produce(name, key_of(inputs), make)
+        context = TaskRunContext.get()
+        assert context is not None
+        artifact = store.produce(name, key_of(inputs), make, refresh=bool(context.task.refresh_cache))
+        store.hold(name, artifact.key)
+        line = f"{context.task_run.name.split(' · ')[0]}: {describe(artifact)}"
+        logger.info(line)
+        terminal.info(line)
         return record(artifact)
 
     run.__name__ = name.replace("-", "_")
     run.__doc__ = work.__doc__
     decorate = task(
         name=name,
+        tags=["quantize-gemma", name],
         cache_key_fn=cache_key,
         persist_result=True,
         result_serializer="json",
-        retries=retries,
-        retry_delay_seconds=[2.0**attempt for attempt in range(1, retries + 1)] or 0,
-        retry_jitter_factor=1.0 if retries else None,
-        retry_condition_fn=_is_transient,
         on_failure=[_discard_failure],
+        **retried(retries),
     )
     return decorate(run)
 
 
-def call(function: str, target: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Calls a stage's work inside its own process; arguments that are paths of artifacts arrive as Path."""
+def call(function: str, target: str, paths: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
+    """Calls a stage's work inside its own process, with artifacts as paths of their directories."""
     import importlib
 
     module, name = function.split(":")
     work: Work = getattr(importlib.import_module(module), name)
-    root = str(store.home())
-    paths = {
-        field: Path(value) if isinstance(value, str) and value.startswith(root) else value
-        for field, value in arguments.items()
-    }
-    return work(Path(target), **paths)
+    return work(Path(target), **{field: Path(path) for field, path in paths.items()}, **values)
 
 
 def record(artifact: Artifact) -> dict[str, Any]:
@@ -109,6 +139,15 @@ def is_record(value: Any) -> bool:
     return isinstance(value, dict) and set(value) == {"stage", "key", "digest", "size"}
 
 
+def describe(artifact: Artifact) -> str:
+    """Returns what a stage took and made, for people."""
+    measured = artifact.measured
+    return (
+        f"{measured['seconds']:.1f} s, {store.human_size(measured['peak_rss_bytes'])} of memory at most, "
+        f"{store.human_size(artifact.size)} written"
+    )
+
+
 def open_record(value: dict[str, Any]) -> Artifact:
     """Returns the artifact of a record. Raises StageFailed if it has gone since."""
     artifact = store.load(value["stage"], value["key"])
@@ -117,17 +156,34 @@ def open_record(value: dict[str, Any]) -> Artifact:
     return artifact
 
 
-def _is_transient(_task: Any, _run: Any, state: Any) -> bool:
+def retried(times: int) -> dict[str, Any]:
+    """Returns the options of a task that is tried again after what may pass by itself, with back-off and jitter."""
+    if not times:
+        return {}
+    return {
+        "retries": times,
+        "retry_condition_fn": _may_pass,
+    }
+
+
+def _may_pass(_task: Any, run: Any, state: Any) -> bool:
+    """Tells Prefect whether to try again, after a back-off with jitter or as long as the server asked for.
+
+    It waits here, where an interrupt ends it; Prefect's own delay sleeps through one.
+    """
+    transient, retry_after = process.is_transient(failure_of(state))
+    if transient:
+        store.stopping.wait(max(retry_after, 2.0 ** max(run.run_count, 1) * random.uniform(0.5, 1.5)))
+    return transient and not store.stopping.is_set()
+
+
+def failure_of(state: Any) -> BaseException | None:
+    """Returns the exception of a failed state."""
     try:
         state.result()
-    except (UserError, MemoryError):
-        return False
-    except StageFailed as error:
-        message = str(error)
-        return any(word in message for word in ("ConnectionError", "Timeout", "429", "50", "ConnectError"))
-    except BaseException:
-        return False
-    return False
+    except BaseException as error:
+        return error
+    return None
 
 
 def _discard_failure(_task: Any, _run: Any, state: Any) -> None:
@@ -135,6 +191,45 @@ def _discard_failure(_task: Any, _run: Any, state: Any) -> None:
     kept = getattr(getattr(state.data, "metadata", state.data), "storage_key", None)
     if kept is not None and Path(kept).parent == store.home():
         Path(kept).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _slots(name: str, wanted: int) -> Iterator[None]:
+    """Holds so many slots of a global concurrency limit, or all if it has fewer.
+
+    A server that the command line started for one run is nobody else's: there is nothing to wait for, and a run that
+    is killed would leave its slots taken.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.concurrency.sync import concurrency
+    from prefect.exceptions import ObjectNotFound
+
+    if not wanted or "QUANTIZE_GEMMA_LOCAL_SERVER" in os.environ:
+        yield
+        return
+    with get_client(sync_client=True) as client:
+        try:
+            limit = client.read_global_concurrency_limit_by_name(name).limit
+        except ObjectNotFound:
+            raise UserError(f"the Prefect server has no limit {name}: set it up with `make deploy`") from None
+    with contextlib.ExitStack() as held:
+        while True:
+            # A server that is away for some minutes is no reason to end a stage: the lease outlives that.
+            slots = concurrency(
+                name,
+                occupy=max(1, min(wanted, limit)),
+                timeout_seconds=SECONDS_BETWEEN_ASKING,
+                strict=True,
+                lease_duration=SECONDS_OF_LEASE,
+                raise_on_lease_renewal_failure=False,
+            )
+            try:
+                held.enter_context(slots)
+                break
+            except TimeoutError:
+                if store.stopping.is_set():
+                    raise StageFailed(f"the run was stopped while it waited for {name}") from None
+        yield
 
 
 class _Progress:
@@ -149,25 +244,32 @@ class _Progress:
     def __enter__(self) -> "_Progress":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.artifact is not None:
-            update_progress_artifact(self.artifact, progress=100.0)
+        if self.artifact is not None and failed is None:
+            self.publish(100.0, "done")
 
     def __call__(self, done: int, total: int, what: str) -> None:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             if self.bar is None or self.bar.total != total:
-                self.bar = tqdm(total=total, desc=f"{self.name}: {what}", leave=False)
+                scaled = {"unit": "B", "unit_scale": True} if what == "bytes" else {}
+                self.bar = tqdm(total=total, desc=f"{self.name}: {what}", leave=False, **scaled)
             self.bar.update(done - self.bar.n)
         now = time.monotonic()
         if now - self.updated < _seconds_between_updates:
             return
         self.updated = now
-        percent = 100.0 * done / max(total, 1)
-        if self.artifact is None:
-            self.artifact = create_progress_artifact(percent, key=f"progress-{self.name}", description=what)  # type: ignore[assignment]
-        else:
-            update_progress_artifact(self.artifact, progress=percent)
+        self.publish(100.0 * done / max(total, 1), what)
+
+    def publish(self, percent: float, what: str) -> None:
+        """Updates the artifact; that the API is away for a moment is no reason to end a stage."""
+        try:
+            if self.artifact is None:
+                self.artifact = create_progress_artifact(percent, key=f"progress-{self.name}", description=what)  # type: ignore[assignment]
+            else:
+                update_progress_artifact(self.artifact, progress=percent)
+        except Exception as error:
+            get_run_logger().warning("progress could not be shown: %s", error)

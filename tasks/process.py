@@ -6,22 +6,25 @@ reads the arguments as one JSON line and writes events as JSON lines, on pipes o
 libraries print does not mix with them. The child ends by itself when its parent is gone.
 """
 
+import contextlib
 import importlib
 import json
 import logging
 import os
-import resource
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from tasks.store import StageFailed, UserError
+from tasks.store import StageFailed, UserError, stopping
 
 Progress = Callable[[int, int, str], None]
 
+TOKENS = ("HF_TOKEN", "HF_TOKEN_WRITE", "HUGGING_FACE_HUB_TOKEN")
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
@@ -32,22 +35,33 @@ QUIET = {
 }
 
 _events: Any = None
+_running: "set[subprocess.Popen[str]]" = set()
 
 
-def run(function: str, arguments: dict[str, Any], progress: Progress, logger: Any) -> dict[str, Any]:
+def run(
+    function: str,
+    arguments: dict[str, Any],
+    progress: Progress,
+    logger: Any,
+    environment: dict[str, str] | None = None,
+    seconds_allowed: float | None = None,
+) -> dict[str, Any]:
     """Returns what `function` ("module:name") returned, with "measured": seconds and peak_rss_bytes added.
+
+    Tokens reach the process only in `environment`, and leave it in nothing that it prints or raises.
 
     Raises UserError as the function did, and StageFailed when it raised anything else or the process died.
     """
     receive, send = os.pipe()
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tasks.process", function, str(send)],
+        # -P: the directory where the run was started is no place to import from.
+        [sys.executable, "-P", "-m", "tasks.process", function, str(send)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         pass_fds=[send],
-        env={**os.environ, **QUIET},
+        env={**{n: v for n, v in os.environ.items() if n not in TOKENS}, **QUIET, **(environment or {})},
         text=True,
         errors="replace",
     )
@@ -58,7 +72,13 @@ def run(function: str, arguments: dict[str, Any], progress: Progress, logger: An
     reader = threading.Thread(target=_keep_tail, args=(process.stdout, printed), daemon=True)
     reader.start()
     outcome: dict[str, Any] = {}
+    _running.add(process)
+    watch = threading.Timer(seconds_allowed, process.kill) if seconds_allowed else None
+    if watch:
+        watch.start()
     try:
+        if stopping.is_set():
+            process.kill()
         process.stdin.write(json.dumps(arguments) + "\n")
         process.stdin.flush()  # It stays open: its end tells the child that the parent is gone.
         with os.fdopen(receive, encoding="utf-8") as events:
@@ -74,6 +94,9 @@ def run(function: str, arguments: dict[str, Any], progress: Progress, logger: An
     except BrokenPipeError:
         process.wait()
     finally:
+        _running.discard(process)
+        if watch:
+            watch.cancel()
         if process.poll() is None:
             process.kill()
             process.wait()
@@ -90,11 +113,46 @@ def run(function: str, arguments: dict[str, Any], progress: Progress, logger: An
         }
         return value
     if outcome.get("event") == "user_error":
-        raise UserError(outcome["message"])
-    tail = "".join(printed[-30:])
+        raise UserError(redact(outcome["message"]))
+    if stopping.is_set():
+        raise StageFailed("stopped")
+    tail = redact("".join(printed[-30:]))
     if outcome.get("event") == "error":
-        raise StageFailed(f"{outcome['message']}\n{tail}".strip())
+        raise StageFailed(f"{redact(outcome['message'])}\n{tail}".strip(), outcome["transient"], outcome["retry_after"])
+    if seconds_allowed and time.monotonic() - started >= seconds_allowed:
+        raise StageFailed(f"it was ended after {seconds_allowed:,.0f} s, the longest that it may take")
     raise StageFailed(f"its process ended with {_describe_exit(process.returncode)}\n{tail}".strip())
+
+
+@contextlib.contextmanager
+def ended_on_interrupt() -> Iterator[None]:
+    """Ends all stages' processes when Ctrl-C or a termination signal interrupts what is inside.
+
+    Prefect waits for its threads then, and they wait for these processes, an export's for minutes.
+    """
+    stopping.clear()
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        stopping.set()
+        for process in list(_running):
+            process.kill()
+        raise
+
+
+def redact(text: str) -> str:
+    """Returns the text without anything that looks like a token of the Hub, or like a signed address."""
+    text = re.sub(r"\b(hf|api_org)_[\w.-]{6,}", r"\1_…", text)
+    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?…", text)
+
+
+def available_memory() -> int:
+    """Returns the bytes of memory that this machine has free for stages."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def report_progress(done: int, total: int, what: str) -> None:
@@ -111,6 +169,55 @@ def _emit(event: dict[str, Any]) -> None:
     if _events is not None:
         _events.write(json.dumps(event) + "\n")
         _events.flush()
+
+
+def is_transient(error: BaseException | None) -> tuple[bool, float]:
+    """Tells whether the same work may succeed later, and after how many seconds the server asked to come back.
+
+    So are: an interrupted or refused connection, a time-out, and the answers 408, 429 and 5xx; wherever in the chain
+    of causes, because the Hub's client wraps them.
+    """
+    import httpx
+
+    while error is not None:
+        if isinstance(error, StageFailed):
+            return error.transient, error.retry_after
+        response = getattr(error, "response", None)
+        if response is not None:
+            status = response.status_code
+            # 507 is a quota that is used up.
+            return status in (408, 429) or (status >= 500 and status != 507), _asked_to_wait(response.headers)
+        if isinstance(error, (httpx.TransportError, ConnectionError, TimeoutError)):
+            return True, 0.0
+        error = error.__cause__ or error.__context__
+    return False, 0.0
+
+
+def _asked_to_wait(headers: Any) -> float:
+    """Returns the seconds after which the server wants to be asked again: the Hub's rate limit, else Retry-After."""
+    from email.utils import parsedate_to_datetime
+
+    limit = re.search(r"\br=0\b.*\bt=(\d+)", headers.get("RateLimit", ""))
+    if limit:
+        return float(limit.group(1)) + 1
+    after = headers.get("Retry-After", "")
+    if after.isdigit():
+        return float(after)
+    try:
+        return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _peak_rss_bytes() -> int:
+    """Returns the process's own peak; getrusage's on Linux has the parent's in it, which exec does not reset."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def _describe_exit(code: int) -> str:
@@ -140,15 +247,16 @@ def _main() -> None:
     module, name = function.split(":")
     try:
         value = getattr(importlib.import_module(module), name)(**arguments)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        _emit({"event": "result", "value": value, "peak_rss_bytes": peak})
+        _emit({"event": "result", "value": value, "peak_rss_bytes": _peak_rss_bytes()})
     except UserError as error:
         _emit({"event": "user_error", "message": str(error)})
     except MemoryError:
-        _emit({"event": "error", "message": "out of memory"})
+        _emit({"event": "error", "message": "out of memory", "transient": False, "retry_after": 0})
     except Exception as error:
         logging.exception("the stage failed")
-        _emit({"event": "error", "message": f"{type(error).__name__}: {error}"})
+        transient, retry_after = is_transient(error)
+        message = f"{type(error).__name__}: {error}"
+        _emit({"event": "error", "message": message, "transient": transient, "retry_after": retry_after})
     _events.flush()
     sys.stdout.flush()
     sys.stderr.flush()

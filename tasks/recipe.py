@@ -36,7 +36,7 @@ def load_recipe(name: str) -> dict[str, Any]:
         raise UserError(f"there is no recipe {name!r}: take one of {known}, or give a path that ends in .json")
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
-        rules = recipe["rules"]
+        rules = list(recipe["rules"])
         recipe["name"] = str(recipe["name"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the recipe {path} cannot be read ({error}): it needs a name and rules, as JSON") from None
@@ -113,11 +113,17 @@ def torchao_config(rule: dict[str, Any]) -> Any:
 
 def _check_rule(path: Path, rule: dict[str, Any]) -> None:
     def refuse(what: str) -> None:
-        raise UserError(f"the rule {rule.get('match', rule)!r} of the recipe {path}: {what}")
+        name = rule.get("match", rule) if isinstance(rule, dict) else rule
+        raise UserError(f"the rule {name!r} of the recipe {path}: {what}")
 
-    if set(rule) != FIELDS:
+    if not isinstance(rule, dict) or set(rule) != FIELDS:
         refuse(f"it must have exactly the fields {', '.join(sorted(FIELDS))}")
-    if not rule["match"].startswith("re:") and rule["match"] not in ROLES:
+    match = str(rule["match"])
+    try:
+        re.compile(match.removeprefix("re:"))
+    except re.error as error:
+        refuse(f"it is no regular expression ({error})")
+    if not match.startswith("re:") and match not in ROLES:
         refuse(f"there is no such role; roles are {', '.join(ROLES)}, or give re:<regular expression>")
     if rule["weight"] not in WEIGHTS:
         refuse(f"weight must be one of {', '.join(WEIGHTS)}")

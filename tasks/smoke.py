@@ -6,7 +6,6 @@ that falls on the other side of a rounding boundary is noise of that size; a wro
 """
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,9 @@ from tasks.store import StageFailed
 PROMPT = "Hey, are you conscious? Can you talk to me?"
 IMAGE_PROMPT = "What colour is this?"
 IMAGE_COLOUR = (30, 50, 220)
+COMPARED_TOKENS = 128
+# No program is exported for less than this many tokens at once.
+SHORTEST_PIECE = 64
 # Text for the comparison: any will do that is long enough to leave the first tokens behind.
 TEXT = (
     "A river begins where rain and melting snow gather on high ground. It runs downhill, joins other streams, and "
@@ -44,20 +46,26 @@ def smoke_checkpoint(target: Path, checkpoint: Path, max_new_tokens: int) -> dic
     else:
         inputs = tokenizer(PROMPT, return_tensors="pt")
     inputs.pop("token_type_ids", None)
-    started = time.monotonic()
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
     response = tokenizer.decode(new, skip_special_tokens=True).strip()
     if not response:
         raise StageFailed(f"the quantized checkpoint answers {PROMPT!r} with nothing")
-    seconds = time.monotonic() - started
-    result = {"prompt": PROMPT, "response": response, "chat_template": templated, "new_tokens": len(new)}
+    result = {
+        "prompt": PROMPT,
+        "response": response,
+        "chat_template": templated,
+        "new_tokens": len(new),
+        "max_new_tokens": max_new_tokens,
+    }
     (target / "smoke.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return {"metadata": result, "extra": {"tokens_per_second": round(len(new) / seconds, 2)}}
+    return {"metadata": result}
 
 
-def smoke_program(target: Path, checkpoint: Path, program: Path, max_new_tokens: int) -> dict[str, Any]:
+def smoke_program(
+    target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_new_tokens: int
+) -> dict[str, Any]:
     """Writes smoke.json: the program's answers to a text and to an image, and how far it is from the checkpoint.
 
     KL divergences are in nats per token, means over the positions of a fixed text, from the checkpoint's
@@ -74,7 +82,8 @@ def smoke_program(target: Path, checkpoint: Path, program: Path, max_new_tokens:
     if multimodal:
         result["image"] = _run_image(program, checkpoint, max_new_tokens)
     report_progress(1, 3, "comparing with the checkpoint")
-    result["agreement"] = _compare(program / "model.pte", checkpoint, tokenizer, config, multimodal)
+    tokens = min(COMPARED_TOKENS, max_seq_len)
+    result["agreement"] = _compare(program / "model.pte", checkpoint, tokenizer, config, multimodal, tokens)
     speed = {name: result[name].pop("speed") for name in ("text", "image") if name in result}
     (target / "smoke.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     assert torch.isfinite(torch.tensor(result["agreement"]["kl_program"])), result["agreement"]
@@ -154,10 +163,13 @@ def _speed(stats: Any) -> dict[str, float]:
     }
 
 
-def _compare(program: Path, checkpoint: Path, tokenizer: Any, config: Any, multimodal: bool) -> dict[str, Any]:
+def _compare(
+    program: Path, checkpoint: Path, tokenizer: Any, config: Any, multimodal: bool, tokens: int
+) -> dict[str, Any]:
     import torch
 
-    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(TEXT, add_special_tokens=False)["input_ids"]]])[:, :128]
+    text = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[tokenizer.bos_token_id, *text]])[:, :tokens]
     model = load_model(checkpoint, torch.float32)
     with torch.no_grad():
         eager = model(ids).logits[0].float()
@@ -182,7 +194,7 @@ def _program_logits(program: Path, ids: Any, config: Any, multimodal: bool) -> A
     from executorch.runtime import Runtime
 
     loaded = Runtime.get().load_program(program)
-    piece = min(config.get_text_config().sliding_window - 1, 64)
+    piece = min(config.get_text_config().sliding_window, SHORTEST_PIECE) - 1
     decoder = loaded.load_method("text_decoder" if multimodal else "forward")
     embed = loaded.load_method("token_embedding") if multimodal else None
     logits = []
@@ -216,5 +228,11 @@ def _nll(logits: Any, ids: Any) -> float:
     return round(float(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])), 4)
 
 
-smoke = stage(smoke_checkpoint, name="smoke", libraries=("torch", "torchao", "transformers"))
-smoke_pte = stage(smoke_program, name="smoke-program", libraries=("torch", "torchao", "transformers", "executorch"))
+smoke = stage(smoke_checkpoint, name="smoke", version=2, libraries=("torch", "torchao", "transformers"), memory=3.2)
+smoke_pte = stage(
+    smoke_program,
+    name="smoke-program",
+    version=2,
+    libraries=("torch", "torchao", "transformers", "executorch"),
+    memory=3.2,
+)

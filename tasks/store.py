@@ -15,6 +15,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,23 +28,50 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PREFIX = ".partial-"
+# What arrives from elsewhere and is gone on with after a failure.
+INCOMING = ".incoming-"
+# Linux's request for a copy-on-write clone of a file (linux/fs.h).
+FICLONE = 0x40049409
+_held: dict[Path, Any] = {}
+# Set when the run is to end: nobody waits for a lock then.
+stopping = threading.Event()
 
 
-class UserError(Exception):
+class RunError(Exception):
+    """Why a run ended; `summary` is what it had done by then, as `quantize-gemma run --json` prints it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.summary: dict[str, Any] = {}
+
+
+class UserError(RunError):
     """A mistake that the person who started the run can mend: one sentence that says what and how."""
 
 
-class StageFailed(Exception):
-    """A stage that could not finish for a reason that is not the user's input."""
+class StageFailed(RunError):
+    """A stage that could not finish for a reason that is not the user's input.
+
+    `transient` says that the same work may succeed later, `retry_after` after how many seconds at the earliest.
+    """
+
+    def __init__(self, message: str, transient: bool = False, retry_after: float = 0) -> None:
+        super().__init__(message)
+        self.transient = transient
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of an artifact: its size in bytes, its SHA-256, and its modification time when it was hashed."""
+    """One file of an artifact: its size in bytes, its SHA-256, and its modification time when it was hashed.
+
+    A `shared` file is a hard link to one of another artifact, whose own it is.
+    """
 
     size: int
     sha256: str
     mtime_ns: int
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +98,9 @@ def home() -> Path:
     return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "quantize-gemma"
 
 
-def key(stage: str, stage_version: int, inputs: list[str], parameters: dict[str, Any], libraries: list[str]) -> str:
+def key(
+    stage: str, stage_version: int | str, inputs: list[str], parameters: dict[str, Any], libraries: list[str]
+) -> str:
     """Returns the artifact's key, 64 hexadecimal digits. `inputs` are content digests."""
     content = {
         "stage": stage,
@@ -87,17 +118,23 @@ def canonical_json(value: Any) -> bytes:
 
 
 def produce(
-    stage: str, artifact_key: str, work: Callable[[Path], dict[str, Any]], root: Path | None = None
+    stage: str,
+    artifact_key: str,
+    work: Callable[[Path], dict[str, Any]],
+    root: Path | None = None,
+    refresh: bool = False,
 ) -> Artifact:
     """Returns the artifact `stage`/`artifact_key`, made by `work` unless it is complete already.
 
     `work` fills the empty directory it is given and returns {"metadata": …, "measured": …}; metadata is part of
     what the artifact says, measured (seconds, memory) is not. Of two processes that want the same key one works
-    and the other waits for its result. If `work` raises, nothing is left.
+    and the other waits for its result. If `work` raises, nothing is left, and what was there before stays; `refresh`
+    replaces what is there.
     """
     root = root or home()
+    folder = root / stage / artifact_key
     with _lock(root, stage, artifact_key):
-        found = load(stage, artifact_key, root)
+        found = None if refresh else load(stage, artifact_key, root)
         if found is not None:
             return found
         partial = root / stage / f"{PREFIX}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
@@ -105,51 +142,56 @@ def produce(
             (partial / "data").mkdir(parents=True)
             record = work(partial / "data")
             _write_manifest(partial, stage, artifact_key, record)
-            os.rename(partial, root / stage / artifact_key)
+            # A directory is renamed over an empty one only: what is damaged or refreshed goes aside first.
+            if folder.exists():
+                folder.rename(partial.with_name(partial.name + "-old"))
+            partial.rename(folder)
             _fsync(root / stage)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        finally:
+            shutil.rmtree(partial.with_name(partial.name + "-old"), ignore_errors=True)
         made = load(stage, artifact_key, root)
         assert made is not None, f"{stage}/{artifact_key} vanished right after it was written"
         return made
 
 
 def load(stage: str, artifact_key: str, root: Path | None = None) -> Artifact | None:
-    """Returns the artifact if it is complete and unchanged, else None.
+    """Returns the artifact if it is complete and unchanged, else None; a warning names the file that is not.
 
     A file is trusted when size and modification time are those of the manifest, and hashed again when the time
-    differs. An artifact with a missing or changed file is removed, with a warning that names the file.
+    differs. A shared file that was damaged through another artifact is linked again from the one whose own it is.
     """
-    folder = (root or home()) / stage / artifact_key
+    root = root or home()
+    folder = root / stage / artifact_key
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: File(**file) for name, file in manifest["files"].items()}
-        manifest_digest = manifest["digest"]
+        artifact = Artifact(
+            stage=stage,
+            key=artifact_key,
+            path=folder / "data",
+            digest=manifest["digest"],
+            files={name: File(**file) for name, file in manifest["files"].items()},
+            metadata=manifest["metadata"],
+            measured=manifest["measured"],
+        )
     except FileNotFoundError:
-        if folder.exists():
-            logger.warning("%s/%s has no manifest: removed, the stage runs again", stage, artifact_key[:12])
-            shutil.rmtree(folder)
+        if (folder / "data").exists():
+            logger.warning("%s/%s has no manifest; the stage runs again", stage, artifact_key[:12])
         return None
     except (ValueError, KeyError, TypeError):
-        logger.warning("%s/%s has an unreadable manifest: removed, the stage runs again", stage, artifact_key[:12])
-        shutil.rmtree(folder)
+        logger.warning("%s/%s has an unreadable manifest; the stage runs again", stage, artifact_key[:12])
         return None
-    for name, file in files.items():
-        fault = _fault(folder / "data" / name, file)
+    for name, file in artifact.files.items():
+        path = artifact.path / name
+        fault = _fault(path, file)
+        if fault and file.shared and path.exists() and _link_again(path, file, root):
+            fault = None
         if fault:
             logger.warning("%s/%s: %s %s; the stage runs again", stage, artifact_key[:12], name, fault)
-            shutil.rmtree(folder)
             return None
-    return Artifact(
-        stage=stage,
-        key=artifact_key,
-        path=folder / "data",
-        digest=manifest_digest,
-        files=files,
-        metadata=manifest["metadata"],
-        measured=manifest["measured"],
-    )
+    return artifact
 
 
 def at(path: Path) -> Artifact:
@@ -162,8 +204,17 @@ def at(path: Path) -> Artifact:
 
 
 def prune(root: Path | None = None) -> list[Path]:
-    """Removes what no run can use: directories of work that died. Returns them. Work in progress holds its lock."""
+    """Removes what died half-way: directories of work, and of downloads, which would be gone on with. Returns them.
+
+    Work in progress holds its lock.
+    """
     removed = []
+    for incoming in sorted((root or home()).glob(f"*/{INCOMING}*")):
+        # A download lets go of its lock between two tries.
+        touched = max((path.stat().st_mtime for path in incoming.rglob("*")), default=0.0)
+        if time.time() - touched > 86_400 and not any(_is_locked(path) for path in incoming.parent.glob(".lock-*")):
+            shutil.rmtree(incoming, ignore_errors=True)
+            removed.append(incoming)
     for partial in sorted((root or home()).glob(f"*/{PREFIX}*")):
         stage, short = partial.parent.name, partial.name[len(PREFIX) :].split("-")[0]
         locks = list(partial.parent.glob(f".lock-{short}*"))
@@ -175,8 +226,78 @@ def prune(root: Path | None = None) -> list[Path]:
     return removed
 
 
+def hold(stage: str, artifact_key: str, root: Path | None = None) -> None:
+    """Marks an artifact as used by this process until it ends, and as used now: `evict` leaves it alone."""
+    root = root or home()
+    name = root / stage / f".use-{artifact_key[:16]}"
+    name.parent.mkdir(parents=True, exist_ok=True)
+    while name not in _held:
+        stream = name.open("w")
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        # Whoever evicted the artifact while this waited has removed the file too.
+        if name.exists() and os.fstat(stream.fileno()).st_ino == name.stat().st_ino:
+            _held[name] = stream
+        else:
+            stream.close()
+    os.utime(name)
+
+
+def evict(max_bytes: float, max_age_seconds: float, root: Path | None = None) -> list[Path]:
+    """Removes artifacts that were not used for so long, then the longest unused until the rest fits; returns them.
+
+    What a running process holds stays, whatever its age and size.
+    """
+    root = root or home()
+    unused: list[tuple[float, Path]] = []
+    for manifest in root.glob(f"*/*/{MANIFEST}"):
+        mark = manifest.parent.parent / f".use-{manifest.parent.name[:16]}"
+        used = max(path.stat().st_mtime for path in (manifest, mark) if path.exists())
+        unused.append((used, manifest.parent))
+    evicted = []
+    for used, folder in sorted(unused):
+        if time.time() - used <= max_age_seconds and size_of(root) <= max_bytes:
+            continue
+        mark = folder.parent / f".use-{folder.name[:16]}"
+        if _is_locked(folder.parent / f".lock-{folder.name[:16]}"):
+            continue
+        with _lock(root, folder.parent.name, folder.name), mark.open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            shutil.rmtree(folder)
+            mark.unlink()
+        logger.info(
+            "removed %s/%s, last used %.0f days ago",
+            folder.parent.name,
+            folder.name[:12],
+            (time.time() - used) / 86_400,
+        )
+        evicted.append(folder)
+    return evicted
+
+
+def size_of(root: Path | None = None) -> int:
+    """Returns the bytes of all complete artifacts; a file that several share counts for the one whose own it is."""
+    total = 0
+    for path in (root or home()).glob(f"*/*/{MANIFEST}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            files = json.loads(path.read_text(encoding="utf-8"))["files"].values()
+            total += sum(file["size"] for file in files if not file["shared"])
+    return total
+
+
+def size_of_incoming(root: Path | None = None) -> int:
+    """Returns the bytes of downloads that were interrupted and will be gone on with."""
+    return sum(path.stat().st_size for path in (root or home()).glob(f"*/{INCOMING}*/**/*") if path.is_file())
+
+
 def link(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`: a hard link, or a copy on another file system."""
+    """Makes `target`, in an artifact, the same file as `source` of another artifact.
+
+    A hard link, or a copy on another file system. Files from outside the store are copied instead: what happens to
+    them later must not reach into the store.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)
@@ -184,10 +305,28 @@ def link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
+def copy(source: Path, target: Path) -> None:
+    """Copies a file into an artifact; the copy shares the disk's blocks where the file system can do that."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer, FICLONE, reader.fileno())
+        except OSError:
+            shutil.copyfile(source, target)
+
+
 def digest_file(path: Path) -> str:
     """Returns the SHA-256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def human_size(count: float) -> str:
+    """Returns bytes as text, with decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
 
 
 def _fault(path: Path, expected: File) -> str | None:
@@ -202,13 +341,30 @@ def _fault(path: Path, expected: File) -> str | None:
     return None
 
 
+def _link_again(path: Path, expected: File, root: Path) -> bool:
+    """Replaces a damaged shared file by a link to an intact one with the same content, if there is one."""
+    for manifest in root.glob(f"*/*/{MANIFEST}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for name, fields in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
+                file, source = File(**fields), manifest.parent / "data" / name
+                if file.sha256 == expected.sha256 and not file.shared and digest_file(source) == expected.sha256:
+                    fresh = path.with_name(f"{PREFIX}{uuid.uuid4().hex[:8]}")
+                    os.link(source, fresh)
+                    fresh.replace(path)
+                    return True
+    return False
+
+
 def _write_manifest(partial: Path, stage: str, artifact_key: str, record: dict[str, Any]) -> None:
     data = partial / "data"
     files = {}
     for path in sorted(path for path in data.rglob("*") if path.is_file()):
         _fsync(path)
         files[path.relative_to(data).as_posix()] = File(
-            size=path.stat().st_size, sha256=digest_file(path), mtime_ns=path.stat().st_mtime_ns
+            size=path.stat().st_size,
+            sha256=digest_file(path),
+            mtime_ns=path.stat().st_mtime_ns,
+            shared=path.stat().st_nlink > 1,
         )
     metadata = record.get("metadata", {})
     contents = {name: [file.size, file.sha256] for name, file in files.items()}
@@ -240,7 +396,18 @@ def _lock(root: Path, stage: str, artifact_key: str) -> Iterator[None]:
     """Holds the artifact's lock. The kernel lets go of it when the process dies, however it dies."""
     (root / stage).mkdir(parents=True, exist_ok=True)
     with (root / stage / f".lock-{artifact_key[:16]}").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stopping.is_set():
+                    raise StageFailed("the run was stopped while it waited for another one") from None
+                if not waiting:
+                    logger.info("%s: another run is at it; waiting for its result", stage)
+                waiting = True
+                time.sleep(0.1)
         yield
 
 

@@ -9,6 +9,12 @@ from tasks.policies import stage
 from tasks.store import UserError, link
 
 SHARD = "lm_head.safetensors"
+# The head's name beside each of the embedding's: the Hub's layout, a text-only model, and transformers' own names.
+HEADS = {
+    "language_model.model.embed_tokens.weight": "language_model.lm_head.weight",
+    "model.embed_tokens.weight": "lm_head.weight",
+    "model.language_model.embed_tokens.weight": "lm_head.weight",
+}
 INDEX = "model.safetensors.index.json"
 
 
@@ -32,10 +38,9 @@ def untie_checkpoint(target: Path, checkpoint: Path) -> dict[str, Any]:
     weight_map = {name: tensor["file"] for name, tensor in headers.items()}
     tied = head is None
     if head is None:
-        # The Hub's layout: language_model.model.embed_tokens has its head at language_model.lm_head.
-        head = embedding.removesuffix("model.embed_tokens.weight") + "lm_head.weight"
-        if head == embedding:
-            raise UserError(f"the embedding's name, {embedding}, is not one of Gemma 3's")
+        if embedding not in HEADS:
+            raise UserError(f"the embedding's name, {embedding}, is none of Gemma 3's: {', '.join(HEADS)}")
+        head = HEADS[embedding]
         with safe_open(str(checkpoint / headers[embedding]["file"]), framework="pt") as weights:
             save_file({head: weights.get_tensor(embedding)}, target / SHARD, metadata={"format": "pt"})
         weight_map[head] = SHARD

@@ -32,7 +32,7 @@ class Outcome:
 
     @property
     def cached(self) -> dict[str, bool]:
-        return {stage["name"]: stage["cached"] for stage in self.summary["stages"]}
+        return {stage["name"]: stage["cached"] for stage in self.summary["stages"] if stage["key"]}
 
 
 @dataclass
@@ -46,10 +46,10 @@ class CommandLine:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         return {**kept, "QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect)}
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+    def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
             [sys.executable, "-m", "flows.cli", *arguments],
-            env=self.environment(),
+            env={**self.environment(), **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -57,8 +57,8 @@ class CommandLine:
             start_new_session=True,
         )
 
-    def __call__(self, *arguments: str) -> Outcome:
-        process = self.start(*arguments)
+    def __call__(self, *arguments: str, **environment: str) -> Outcome:
+        process = self.start(*arguments, **environment)
         stdout, stderr = process.communicate(timeout=900)
         return Outcome(process.returncode, stdout, stderr)
 

@@ -1,11 +1,16 @@
-"""Trains tiny-gemma3, the built-in base model: a genuine Gemma 3 of 0.7 M parameters.
+"""Trains tiny-gemma3, the built-in base model: a genuine Gemma 3 of 0.4 M parameters.
 
-    python -m tasks.builtin.make_tiny_gemma3 [--epochs N] [--text-only]
+    python -m tasks.builtin.make_tiny_gemma3
 
 Its shape keeps what makes gemma-3-4b-it hard to quantize and export: tied embeddings, sliding and full
 attention, grouped queries, head_dim != hidden / heads, a SigLIP tower whose fc2 does not divide into groups of
-32, image tokens. It memorizes mmlu-mini, the card's prompt and the names of eight colours, so that a corrupted
-weight, a wrong scale or a lost buffer shows as a falling score. Seeded; some minutes on two CPU cores.
+32, image tokens. It memorizes mmlu-mini, the card's prompt and the names of eight colours.
+
+It is a sensor: a corrupted weight, a wrong scale or a lost buffer must show as a falling score. A model that merely
+memorizes is no sensor, for it is so sure of itself, and leaves so many layers idle, that most faults change no
+answer. So an answer known by MARGIN is not trained further; embeddings are random and stay so, or they alone would
+hold the answers; and in the last epochs each batch also runs with a fault in one random projection, where the right
+answer must not win. Seeded; some ten minutes on two CPU cores.
 """
 
 import argparse
@@ -30,6 +35,13 @@ SPECIAL = {
     "eoi_token": "<end_of_image>",
     "image_token": "<image_soft_token>",
 }
+LEARNING_EPOCHS = 25
+SENSING_EPOCHS = 55
+LEARNING_RATE = 3e-3
+# In nats: between the right answer and the best other token, and between the best wrong letter and the right one.
+MARGIN = 1.0
+FAULT_MARGIN = 0.5
+FAULT_WEIGHT = 0.4
 TURN = ("<start_of_turn>", "<end_of_turn>")
 
 CHAT_TEMPLATE = """{{ bos_token }}
@@ -122,26 +134,24 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_config(tokenizer: Any, text_only: bool) -> Any:
-    """Returns the configuration: Gemma3Config, or Gemma3TextConfig for the text-only variant."""
-    from transformers import Gemma3Config, Gemma3TextConfig
+def make_config(tokenizer: Any) -> Any:
+    """Returns the Gemma3Config."""
+    from transformers import Gemma3Config
 
     text = {
         "vocab_size": VOCAB_SIZE,
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
         "query_pre_attn_scalar": 32,
         "sliding_window": 64,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "max_position_embeddings": 2048,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     }
-    if text_only:
-        return Gemma3TextConfig(**text, architectures=["Gemma3ForCausalLM"])
     vision = {
         "hidden_size": 64,
         "intermediate_size": 112,
@@ -172,107 +182,135 @@ def colour_image(name: str, generator: random.Random) -> Any:
     return Image.new("RGB", (64, 64), tuple(min(255, max(0, value + shift)) for value in COLOURS[name]))
 
 
-def train(target: Path, epochs: int, text_only: bool, seed: int = 0) -> None:
+def fault(weight: Any, kind: int) -> Any:
+    """Returns the weight with a fault: rows moved by one, lost, nibbles swapped, or every second group's scale wrong.
+
+    A buffer's only fault is to be lost: ones.
+    """
+    import torch
+
+    if weight.ndim < 2:
+        return torch.ones_like(weight)
+    rows = weight.shape[0]
+    if kind == 0:
+        return weight.roll(1, 0)
+    if kind == 1:
+        return weight * 0
+    if kind == 2:
+        return weight.reshape(rows, -1, 2).flip(-1).reshape(weight.shape)
+    groups = weight.reshape(rows, -1, 32)
+    scales = torch.ones(groups.shape[1], 1)
+    scales[1::2] = 3
+    return (groups * scales).reshape(weight.shape)
+
+
+def train(target: Path, seed: int = 0) -> None:
     """Trains and writes the checkpoint to `target`: safetensors in bfloat16, tokenizer, processor."""
     import torch
-    from transformers import (
-        Gemma3ForCausalLM,
-        Gemma3ForConditionalGeneration,
-        Gemma3ImageProcessor,
-        Gemma3Processor,
-        GenerationConfig,
-    )
+    from torch.func import functional_call
+    from transformers import Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor, GenerationConfig
 
     torch.manual_seed(seed)
     shuffle = random.Random(seed)
     tokenizer = make_tokenizer()
-    config = make_config(tokenizer, text_only)
-    model = (Gemma3ForCausalLM if text_only else Gemma3ForConditionalGeneration)(config)
+    model = Gemma3ForConditionalGeneration(make_config(tokenizer))
     image_processor = Gemma3ImageProcessor(size={"height": 64, "width": 64}, image_seq_length=16)
     processor = Gemma3Processor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_seq_length=16)
 
-    texts = [(tokenizer(text)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"])
-             for text, answer in prompts()]  # fmt: skip
-    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    bos = tokenizer.bos_token_id
-    texts = [(ids if ids[0] == bos else [bos, *ids], answer) for ids, answer in texts]
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    bos, end = tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    questions = [([bos, *encode(text)], encode(answer)) for text, answer in prompts()]
     chats = []
     for prompt, response in CHATS.items():
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-        )
-        chats.append((ids, [*tokenizer(response, add_special_tokens=False)["input_ids"], end]))
-    chats = [([bos, *[i for i in a if i != bos]], [i for i in b if i != bos]) for a, b in chats]
-    texts = [(a, [i for i in b if i != bos]) for a, b in texts]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters:,} parameters; {len(texts)} questions of up to {max(len(a) for a, _ in texts)} tokens")
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        chats.append((encode(text), [*encode(response), end]))
+    letters = torch.tensor([encode(f" {letter}")[-1] for letter in "ABCD"])
+    embedding = model.get_input_embeddings().weight
+    torch.nn.init.normal_(embedding, std=0.1)
+    embedding.requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    breakable = {n: p for n, p in parameters.items() if "language_model.layers" in n and n.endswith("proj.weight")}
+    breakable |= {n: buffer for n, buffer in model.named_buffers() if n.endswith("embed_scale")}
+    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    print(f"{sum(p.numel() for p in parameters.values()):,} parameters; {len(questions)} questions")
 
     model.train()
-    rows = texts + chats * 4
-    batches_per_epoch = -(-len(rows) // 32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    epochs = LEARNING_EPOCHS + SENSING_EPOCHS
+    question_batches = -(-len(questions) // 32)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 3e-3, total_steps=epochs * (batches_per_epoch + (0 if text_only else 1)), pct_start=0.1
+        optimizer, LEARNING_RATE, total_steps=epochs * (question_batches + 2), pct_start=0.1
     )
 
-    def step(batch: dict[str, Any], answer_mask: torch.Tensor) -> tuple[float, float]:
-        logits = model(**batch).logits[:, :-1].float()
-        labels = batch["input_ids"][:, 1:]
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        on_answer = answer_mask[:, 1:]
-        on_text = batch["attention_mask"][:, 1:].bool() & ~on_answer
-        answer_loss = losses[on_answer].mean()
-        loss = answer_loss + 0.1 * losses[on_text].mean()
+    def answers_of(logits: Any, batch: dict[str, Any], on_answer: Any) -> tuple[Any, Any]:
+        mask = on_answer[:, 1:]
+        return logits[:, :-1].float()[mask], batch["input_ids"][:, 1:][mask]
+
+    def step(batch: dict[str, Any], on_answer: Any, faulty: bool = False) -> float:
+        """Takes one step; returns the fraction of answer tokens that were right."""
+        logits, labels = answers_of(model(**batch).logits, batch, on_answer)
+        own = logits.gather(1, labels[:, None])
+        known = (own - logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True))[:, 0] > MARGIN
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        loss = (losses * ~known).mean()
+        if faulty:
+            name = shuffle.choice(list(breakable))
+            broken = {name: fault(breakable[name], shuffle.randrange(4))}
+            scores, _ = answers_of(functional_call(model, broken, kwargs=batch).logits, batch, on_answer)
+            right = labels[:, None] == letters
+            scores = scores[:, letters]
+            lead = scores[right] - scores.masked_fill(right, -torch.inf).amax(1)
+            loss = loss + FAULT_WEIGHT * torch.relu(lead + FAULT_MARGIN).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        right = (logits.argmax(-1) == labels)[on_answer].float().mean()
-        return float(answer_loss), float(right)
+        return float((logits.argmax(-1) == labels).float().mean())
 
     started = time.time()
     for epoch in range(epochs):
-        order = sorted(rows, key=lambda row: len(row[0]) + shuffle.random() * 30)
+        order = sorted(questions, key=lambda row: len(row[0]) + shuffle.random() * 30)
         batches = [order[i : i + 32] for i in range(0, len(order), 32)]
         shuffle.shuffle(batches)
-        measured = []
-        for batch in batches:
-            length = max(len(a) + len(b) for a, b in batch)
-            ids = torch.zeros(len(batch), length, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            answers = torch.zeros(len(batch), length, dtype=torch.bool)
-            for row, (a, b) in enumerate(batch):
-                ids[row, : len(a) + len(b)] = torch.tensor(a + b)
-                mask[row, : len(a) + len(b)] = 1
-                answers[row, len(a) : len(a) + len(b)] = True
-            inputs = {"input_ids": ids, "attention_mask": mask}
-            if not text_only:
-                inputs["token_type_ids"] = torch.zeros_like(ids)
-            measured.append(step(inputs, answers))
-        if not text_only:
-            step(*_image_batch(processor, tokenizer, shuffle, end))
-        if epoch % 5 == 4 or epoch == epochs - 1:
-            loss, right = (sum(values) / len(values) for values in zip(*measured, strict=True))
+        right = [step(*_text_batch(batch), faulty=epoch >= LEARNING_EPOCHS) for batch in batches]
+        talk = step(*_text_batch(chats * 4))
+        see = step(*_image_batch(processor, tokenizer, shuffle, end))
+        if epoch % 5 == 4:
+            score = sum(right) / len(right)
             print(
-                f"epoch {epoch + 1}: loss {loss:.4f}, right {right:.3f}, {time.time() - started:.0f} s",
+                f"epoch {epoch + 1} of {epochs}: questions {score:.3f}, chats {talk:.3f}, images {see:.3f}, "
+                f"{time.time() - started:.0f} s",
                 flush=True,
             )
 
     model.eval().to(torch.bfloat16)
-    for part in {id(part): part for part in (model.config, model.config.get_text_config())}.values():
+    for part in (model.config, model.config.text_config, model.config.vision_config):
         part.dtype = torch.bfloat16
-    if not text_only:
-        model.config.vision_config.dtype = torch.bfloat16
     model.generation_config = GenerationConfig(
         bos_token_id=bos, pad_token_id=0, eos_token_id=[tokenizer.eos_token_id, end], do_sample=False
     )
     target.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(target)
-    (tokenizer if text_only else processor).save_pretrained(target)
-    if not text_only:
-        image_processor.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+    for part in (processor, image_processor, tokenizer):
+        part.save_pretrained(target)
+
+
+def _text_batch(rows: list[tuple[list[int], list[int]]]) -> tuple[dict[str, Any], Any]:
+    """Returns the model's inputs, padded on the right, and the mask of the answers' tokens."""
+    import torch
+
+    ids = torch.zeros(len(rows), max(len(prompt) + len(answer) for prompt, answer in rows), dtype=torch.long)
+    attended, on_answer = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(rows):
+        length = len(prompt) + len(answer)
+        ids[row, :length] = torch.tensor(prompt + answer)
+        attended[row, :length] = 1
+        on_answer[row, len(prompt) : length] = True
+    return {"input_ids": ids, "attention_mask": attended, "token_type_ids": torch.zeros_like(ids)}, on_answer
 
 
 def _image_batch(processor: Any, tokenizer: Any, shuffle: random.Random, end: int) -> tuple[dict[str, Any], Any]:
@@ -308,8 +346,5 @@ def _image_batch(processor: Any, tokenizer: Any, shuffle: random.Random, end: in
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the built-in base model.")
-    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--target", type=Path, default=TINY_GEMMA3)
-    parser.add_argument("--text-only", action="store_true", help="train a Gemma3ForCausalLM instead")
-    arguments = parser.parse_args()
-    train(arguments.target, arguments.epochs, arguments.text_only)
+    train(parser.parse_args().target)

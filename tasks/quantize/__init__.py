@@ -10,19 +10,11 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint import load_model, task_of
+from tasks.checkpoint import RUNTIME_PREFIXES, load_model, task_of
 from tasks.policies import stage
 from tasks.process import report_progress
 from tasks.recipe import decide, recipe_hash, torchao_config
 from tasks.store import StageFailed, UserError, link
-
-# Runtime prefix in the pinned transformers -> prefix in the Hub's files.
-HUB_PREFIXES = {
-    "model.language_model.": "language_model.model.",
-    "model.vision_tower.": "vision_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "lm_head.": "language_model.lm_head.",
-}
 
 
 def quantize_checkpoint(target: Path, checkpoint: Path, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +61,7 @@ def quantize_checkpoint(target: Path, checkpoint: Path, recipe: dict[str, Any]) 
         metadata={**_as_strings(metadata), "format": "pt"},
     )
     _sort_metadata(target / "model.safetensors")
+    (target / "model.safetensors").chmod(0o644)  # safetensors makes it readable for its owner alone.
     config.quantization_config = TorchAoConfig(
         quant_type=FqnToConfig(configs), include_input_output_embeddings=True, modules_to_not_convert=[]
     )
@@ -88,7 +81,7 @@ def quantize_checkpoint(target: Path, checkpoint: Path, recipe: dict[str, Any]) 
 
 
 def _hub_name(name: str) -> str:
-    for runtime, hub in HUB_PREFIXES.items():
+    for hub, runtime in RUNTIME_PREFIXES.items():
         if name.startswith(runtime):
             return hub + name.removeprefix(runtime)
     raise StageFailed(f"the tensor {name} has no name in the Hub's layout")
@@ -123,4 +116,4 @@ def _as_strings(metadata: dict[str, Any]) -> dict[str, str]:
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
 
 
-quantize = stage(quantize_checkpoint, name="quantize", libraries=("torch", "torchao", "transformers"))
+quantize = stage(quantize_checkpoint, name="quantize", libraries=("torch", "torchao", "transformers"), memory=2.7)

@@ -97,6 +97,7 @@ def test_too_little_disk_is_said_with_both_sizes(fresh: CommandLine, tiny_copy: 
         (["--max-seq-len", "4096"], ["4,096", "2,048"]),
         (["--max-seq-len", "0"], ["max-seq-len", "0"]),
         (["--limit", "none"], ["limit", "none"]),
+        (["--refresh", "quantise"], ["refresh", "quantise", "'quantize'"]),
     ],
 )
 def test_a_bad_argument_is_named(arguments: list[str], words: list[str], fresh: CommandLine) -> None:
@@ -140,3 +141,52 @@ def test_help_explains_itself_in_under_three_seconds() -> None:
     assert time.monotonic() - started < 3
     assert "quantize-gemma run" in outcome.stdout
     assert "Exit codes" in outcome.stdout
+
+
+def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_copy: Callable[[], Path]) -> None:
+    model = tiny_copy()
+    good = fresh("check", "--model", str(model))
+    assert good.code == 0
+    assert "recipe: HQQ-INT8-INT4" in good.stdout
+    put_nan(model)
+    bad = fresh("check", "--model", str(model))
+    assert bad.code == 2
+    assert "up_proj.weight" in bad.stderr
+    assert not fresh.home.exists()
+    assert not fresh.prefect.exists()
+
+
+def test_a_cuda_device_that_is_not_there_is_said_before_anything_starts(
+    fresh: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    refused(fresh, ["no CUDA device"], "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ("[]", ["no rule", "decides"]),
+        ('["linear"]', ["linear", "fields"]),
+        (
+            '[{"match": "re:(", "weight": "int4", "group_size": 32, "activation": null, "algorithm": "affine"}]',
+            ["re:("],
+        ),
+        ("7", ["cannot be read"]),
+    ],
+)
+def test_a_malformed_recipe_is_named(rules: str, words: list[str], fresh: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(f'{{"name": "mine", "rules": {rules}}}')
+    refused(fresh, words, "--recipe", str(tmp_path / "mine.json"))
+
+
+def test_prune_removes_what_died_and_keeps_what_works(fresh: CommandLine) -> None:
+    dead = fresh.home / "quantize" / ".partial-0123456789abcdef-0" / "data"
+    dead.mkdir(parents=True)
+    whole = fresh.home / "quantize" / ("a" * 64) / "data"
+    whole.mkdir(parents=True)
+    outcome = fresh("prune")
+    assert outcome.code == 0
+    assert "removed 1" in outcome.stdout
+    assert not dead.exists()
+    assert whole.exists()

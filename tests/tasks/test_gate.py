@@ -29,11 +29,14 @@ def metrics(quantized: float, kl_program: float) -> dict[str, Any]:
 def test_a_release_is_refused_beyond_the_drop_or_the_distance(
     quantized: float, kl_program: float, refused: list[str]
 ) -> None:
-    verdict = judge(metrics(quantized, kl_program), max_mmlu_drop=5.0, max_kl_ratio=2.0)
+    verdict = judge(metrics(quantized, kl_program), 5.0, 2.0, None, 1.0)
     assert [check["name"] for check in verdict["checks"] if not check["passed"]] == refused
     assert verdict["passed"] == (not refused)
 
 
-def test_what_was_not_measured_is_not_judged() -> None:
-    only_base = {"base": {"mmlu": {"accuracy": 0.9}}, "quantized": {}}
-    assert judge(only_base, 5.0, 2.0) == {"passed": True, "checks": []}
+@pytest.mark.parametrize(("published", "refused"), [(None, []), (90.0, []), (91.0, []), (91.01, ["regression"])])
+def test_a_release_is_refused_when_it_is_worse_than_the_published_one(
+    published: float | None, refused: list[str]
+) -> None:
+    verdict = judge(metrics(0.9, 0.0), 5.0, 2.0, published, max_regression=1.0)
+    assert [check["name"] for check in verdict["checks"] if not check["passed"]] == refused

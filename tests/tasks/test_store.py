@@ -120,3 +120,77 @@ def test_keys_do_not_depend_on_order_or_time() -> None:
     time.sleep(0.01)
     assert store.key("stage", 1, ["a"], {"y": 2, "x": 1}, ["torch"]) == first
     assert store.key("stage", 2, ["a"], {"y": 2, "x": 1}, ["torch"]) != first
+
+
+def test_a_refresh_replaces_the_artifact_and_a_failing_one_leaves_it(tmp_path: Path) -> None:
+    before = store.produce("stage", KEY, write_file, tmp_path)
+
+    def fail(target: Path) -> dict[str, Any]:
+        (target / "weights.bin").write_bytes(b"half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        store.produce("stage", KEY, fail, tmp_path, refresh=True)
+    assert store.load("stage", KEY, tmp_path) == before
+    after = store.produce(
+        "stage", KEY, lambda target: {**write_file(target), "measured": {"seconds": 2.0}}, tmp_path, refresh=True
+    )
+    assert after.digest == before.digest
+    assert after.measured == {"seconds": 2.0}
+    assert [path.name for path in (tmp_path / "stage").iterdir() if path.name.startswith(store.PREFIX)] == []
+
+
+def test_a_shared_file_that_was_damaged_is_linked_again_from_its_owner_and_no_other(tmp_path: Path) -> None:
+    owner = store.produce("owner", KEY, write_file, tmp_path)
+
+    def borrow(target: Path) -> dict[str, Any]:
+        store.link(owner.path / "weights.bin", target / "weights.bin")
+        return {}
+
+    borrower = store.produce("borrower", KEY, borrow, tmp_path)
+    os.truncate(borrower.path / "weights.bin", 3)
+    # The same inode: both are damaged, and there is nothing to link again from.
+    assert store.load("borrower", KEY, tmp_path) is None
+    assert store.load("owner", KEY, tmp_path) is None
+    store.produce("owner", KEY, write_file, tmp_path)
+    assert store.load("borrower", KEY, tmp_path) == borrower
+    assert (borrower.path / "weights.bin").read_bytes() == b"12345678"
+
+
+def test_what_comes_from_outside_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"12345678")
+    store.copy(tmp_path / "mine", tmp_path / "theirs")
+    (tmp_path / "mine").write_bytes(b"changed")
+    assert (tmp_path / "theirs").read_bytes() == b"12345678"
+
+
+def test_evicting_starts_with_the_longest_unused_and_leaves_what_a_process_holds(tmp_path: Path) -> None:
+    keys = ["a" * 64, "b" * 64, "c" * 64, "d" * 64]
+    for days, key in zip((40, 30, 20, 10), keys, strict=True):
+        made = store.produce("stage", key, write_file, tmp_path)
+        old = time.time() - days * 86_400
+        os.utime(made.path.parent / store.MANIFEST, (old, old))
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path), keys[0]], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    try:
+        # 32 bytes are there; 16 may stay. The first is the oldest, but in use.
+        evicted = store.evict(16, 1000 * 86_400, tmp_path)
+        assert [path.name for path in evicted] == keys[1:3]
+        assert [path.name for path in store.evict(1e9, 5 * 86_400, tmp_path)] == keys[3:]
+    finally:
+        holder.communicate()
+    assert store.load("stage", keys[0], tmp_path) is not None
+    assert [path.name for path in store.evict(0, 1e9, tmp_path)] == keys[:1]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from tasks import store
+store.hold("stage", sys.argv[2], Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""

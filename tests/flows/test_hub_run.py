@@ -1,0 +1,188 @@
+"""The flow reads from a Hub and publishes to it; nothing in it knows that the Hub is a local one."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tests.conftest import CommandLine, Outcome
+from tests.hub.server import Hub, serve
+
+READER, WRITER = "hf_MARKEDreader00", "hf_MARKEDwriter00"
+MODEL, BENCHMARK, TARGET = "team/tiny-gemma3", "cais/mmlu", "team/tiny-gemma3-HQQ-INT8-INT4"
+RUN = ("run", "--model", MODEL, "--benchmark", BENCHMARK, "--json")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    tokens: Any = {
+        READER: {"user": "reader", "role": "read", "gated": [MODEL]},
+        WRITER: {"user": "robot", "role": "write", "namespaces": ["team"]},
+    }
+    with serve(tmp_path_factory.mktemp("hub"), tokens) as running:
+        running.add("model", MODEL, BUILTIN["tiny-gemma3"])
+        running.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
+        running.restrict("model", MODEL, gated=True)
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def healthy(hub: Hub) -> None:
+    hub.faults.clear()
+    hub.log.clear()
+
+
+@pytest.fixture(scope="module")
+def environment(hub: Hub, released: Outcome, command_line: CommandLine) -> dict[str, str]:
+    """The read token is in a Prefect Secret block, the write token in the environment."""
+    save = f"from prefect.blocks.system import Secret; Secret(value={READER!r}).save('hf-token', overwrite=True)"
+    allowed = {"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true", "PREFECT_LOGGING_LEVEL": "ERROR"}
+    subprocess.run(
+        [sys.executable, "-c", save], env={**command_line.environment(), **allowed}, check=True, capture_output=True
+    )
+    return {"HF_ENDPOINT": hub.url, "HF_TOKEN_WRITE": WRITER, "HF_HUB_DISABLE_XET": "1"}
+
+
+@pytest.fixture(scope="module")
+def published(hub: Hub, command_line: CommandLine, environment: dict[str, str]) -> Outcome:
+    outcome = command_line(*RUN, "--target", TARGET, "--tag", **environment)
+    assert outcome.code == 0, outcome.stderr
+    return outcome
+
+
+def metrics_of(outcome: Outcome) -> dict[str, Any]:
+    return json.loads((Path(outcome.summary["release"]) / "metrics.json").read_text())
+
+
+def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome, hub: Hub) -> None:
+    release = Path(published.summary["release"])
+    there = hub.files("model", TARGET)
+    assert set(there) == {path.name for path in release.iterdir()} | {".gitattributes"}
+    for path in release.iterdir():
+        assert hub.read("model", TARGET, path.name) == path.read_bytes()
+    assert published.summary["published"] == f"{hub.url}/{TARGET}/commit/{hub.head('model', TARGET)}"
+    metrics, card = metrics_of(published), (release / "README.md").read_text()
+    for sha in (hub.head("model", MODEL), hub.head("dataset", BENCHMARK)):
+        assert sha in (metrics["base_revision"], metrics["benchmark_revision"])
+        assert sha in card
+    assert metrics["run_id"] in card
+    assert f"base_model: {MODEL}" in card
+    assert "license: cc0-1.0" in card
+    # The checkpoint is the built-in one, so what follows from its content was not done again.
+    assert {name for name, cached in published.cached.items() if not cached} == {"download", "questions", "card"}
+
+
+def test_an_unchanged_commit_is_not_transferred_and_an_unchanged_release_not_committed(
+    published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
+) -> None:
+    head = hub.head("model", TARGET)
+    again = command_line(*RUN, "--target", TARGET, **environment)
+    assert again.code == 0, again.stderr
+    assert all(again.cached.values())
+    assert again.summary["publication"]["state"] == "already published"
+    assert hub.head("model", TARGET) == head
+    assert not hub.served("GET", "resolve|/lfs/")
+    assert not hub.served("PUT", "")
+    assert not hub.served("POST", "/commit/")
+
+
+def test_a_misbehaving_hub_is_tried_again(
+    published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
+) -> None:
+    hub.faults.add(method="GET", path=f"/api/models/{MODEL}", status=503, times=1)
+    hub.faults.add(method="GET", path=r"resolve/.*/config\.json", status=429, headers={"Retry-After": "2"}, times=1)
+    hub.faults.add(method="GET", path="/lfs/", cut=200_000, times=1)
+    hub.faults.add(method="POST", path=f"{TARGET}/commit", status=500, times=1)
+    (Path(published.summary["release"]).parent / "manifest.json").unlink()
+    again = command_line(*RUN, "--refresh", "download", "--target", TARGET, **environment)
+    assert again.code == 0, again.stderr
+    assert {name for name, cached in again.cached.items() if not cached} == {"download", "card"}
+    assert again.summary["publication"]["state"] == "published"
+    assert [entry["range"] for entry in hub.served("GET", "/lfs/") if entry["range"]]
+
+
+def test_offline_a_run_goes_on_with_what_it_has_and_says_so(
+    published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
+) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        away = {**environment, "HF_ENDPOINT": f"http://127.0.0.1:{reserved.getsockname()[1]}"}
+        offline = command_line(*RUN, "--offline", **away)
+        assert offline.code == 0, offline.stderr
+        assert all(offline.cached.values())
+        assert f"offline: going on with {MODEL} at {hub.head('model', MODEL)}" in offline.stderr
+        pinned = command_line(*RUN, "--revision", hub.head("model", MODEL), "--offline", **away)
+        assert pinned.code == 0, pinned.stderr
+        unknown = command_line("run", "--model", "team/other", "--offline", **away)
+        assert unknown.code == 2
+        assert "never resolved" in unknown.stderr
+        online = command_line(*RUN, **away)
+        assert online.code == 1
+        assert "the Hub cannot be reached" in online.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "words"),
+    [
+        (("--model", "team/nothing"), {}, ["no model 'team/nothing'"]),
+        (("--revision", "v9"), {}, ["no revision 'v9'"]),
+        (("--target", "stranger/tiny"), {}, ["stranger", "robot"]),
+        (("--target", TARGET), {"HF_TOKEN_WRITE": "hf_MARKEDwrong00"}, ["refuses the token"]),
+        (("--target", TARGET), {"HF_TOKEN_WRITE": READER}, ["may only read"]),
+        (("--target", TARGET, "--offline"), {}, ["offline, nothing can be published"]),
+        (("--target", TARGET, "--create-pr", "--tag"), {}, ["pull request", "tag"]),
+    ],
+)
+def test_a_refusal_costs_seconds_and_says_what_to_do(
+    published: Outcome,
+    hub: Hub,
+    command_line: CommandLine,
+    environment: dict[str, str],
+    arguments: tuple[str, ...],
+    changes: dict[str, str],
+    words: list[str],
+) -> None:
+    refused = command_line(*RUN, *arguments, **{**environment, **changes})
+    assert refused.code == 2, refused.stderr
+    for word in words:
+        assert word in refused.stderr.splitlines()[-1]
+
+
+def test_a_release_below_the_published_numbers_is_refused(
+    published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
+) -> None:
+    better = (Path(published.summary["release"]) / "README.md").read_text().replace("value: 100.00", "value: 103.00")
+    (tmp_path / "README.md").write_text(better)
+    hub.add("model", f"{TARGET}-better", tmp_path)
+    head = hub.head("model", f"{TARGET}-better")
+    refused = command_line(*RUN, "--target", f"{TARGET}-better", **environment)
+    assert refused.code == 1
+    assert "MMLU is 3.00 points below what is published, at most 1" in refused.stderr
+    assert hub.head("model", f"{TARGET}-better") == head
+    assert not hub.served("PUT", "")
+
+
+def test_nothing_that_a_run_writes_holds_a_token(
+    published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
+) -> None:
+    """Runs last: it searches what all runs before, failing ones too, have left."""
+    hub.faults.add(method="GET", path="resolve", status=403, error_message=f"Bearer {READER} is not enough")
+    hub.faults.add(method="POST", path="/commit/", status=500, error_message=f"{WRITER} may not")
+    outcomes = [
+        command_line(*RUN, "--refresh", "download", **environment),
+        command_line(*RUN, "--refresh", "card", "--target", f"{TARGET}-2", **environment),
+        command_line(*RUN, "--target", TARGET, **{**environment, "HF_TOKEN_WRITE": f"{WRITER}\n{READER}"}),
+    ]
+    assert [outcome.code for outcome in outcomes] == [2, 1, 2]
+    for outcome in outcomes:
+        assert "MARKED" not in outcome.stdout + outcome.stderr
+    for folder in (command_line.home, command_line.prefect):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                assert b"MARKED" not in path.read_bytes(), path

@@ -1,0 +1,321 @@
+"""The routes under /api: who you are, repositories, their revisions and files, and commits."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import parse_qs, unquote
+
+import yaml
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from tests.hub.access import (
+    Json,
+    Proposable,
+    Readable,
+    Target,
+    Token,
+    Writable,
+    namespaces,
+    require_role,
+    token_of,
+)
+from tests.hub.storage import Entry, HubError, history, is_lfs, lfs_pointer, resolve
+
+router = APIRouter(prefix="/api")
+REPO = "/{kinds}/{ns}/{name}"
+
+
+@router.get("/whoami-v2")
+async def whoami(request: Request) -> Json:
+    """Returns the user, the user's organizations and the token's role."""
+    token = token_of(request)
+    if token is None:
+        raise HubError(401, "Invalid username or password.")
+    return {
+        "type": "user",
+        "name": token["user"],
+        "fullname": token["user"],
+        "orgs": [{"type": "org", "name": name, "roleInOrg": "write"} for name in namespaces(token)[1:]],
+        "auth": {
+            "type": "access_token",
+            "accessToken": {"displayName": "test", "role": token["role"], **scopes(token)},
+        },
+    }
+
+
+def scopes(token: Token) -> Json:
+    """Returns what a fine-grained token says of itself: where it may write."""
+    if token["role"] != "fineGrained":
+        return {}
+    entities = [{"type": "org", "name": name} for name in namespaces(token)]
+    return {"fineGrained": {"scoped": [{"entity": entity, "permissions": ["repo.write"]} for entity in entities]}}
+
+
+@router.post("/repos/create")
+async def create_repo(request: Request) -> JSONResponse:
+    """Returns the new repository's address; the client reads it from the 409 of one that exists as well."""
+    token = token_of(request)
+    asked = await request.json()
+    require_role(token)
+    assert token is not None
+    kind, namespace = asked.get("type") or "model", asked.get("organization") or token["user"]
+    if kind not in ("model", "dataset"):
+        raise HubError(400, f"this Hub has models and datasets, not {kind!r}")
+    if namespace not in namespaces(token):
+        raise HubError(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
+    repo_id = f"{namespace}/{asked['name']}"
+    storage = request.app.state.storage
+    created = storage.create(kind, repo_id, token["user"], asked.get("visibility") == "private")
+    url = Target(storage, kind, repo_id, {}, token, str(request.base_url).rstrip("/")).url
+    if not created:
+        return JSONResponse({"error": f"You already created this {kind} repo", "url": url}, 409)
+    return JSONResponse({"url": url, "name": repo_id})
+
+
+@router.post("/validate-yaml")
+async def validate_yaml(request: Request) -> JSONResponse:
+    """Returns what is wrong with a card's front matter."""
+    try:
+        data = front_matter((await request.json())["content"])
+    except yaml.YAMLError as error:
+        return JSONResponse({"errors": [{"message": str(error)}], "warnings": []}, 400)
+    warnings = [] if data else [{"message": "empty or missing yaml metadata in repo card"}]
+    return JSONResponse({"errors": [], "warnings": warnings})
+
+
+@router.get(REPO)
+@router.get(REPO + "/revision/{rev}")
+async def info(target: Readable, rev: str = "main", blobs: bool = False) -> Json:
+    """Returns a repository at a revision: its commit, its card and its files."""
+    sha = resolve(target.repo, unquote(rev))
+    commit = target.repo["commits"][sha]
+    files = commit["files"]
+    card = target.storage.object(files["README.md"]["sha256"]).read_text() if "README.md" in files else ""
+    return {
+        "id": target.repo_id,
+        "author": target.repo_id.split("/")[0],
+        "sha": sha,
+        "lastModified": commit["date"],
+        "createdAt": target.repo["commits"][history(target.repo, sha)[-1]]["date"],
+        "private": target.repo["private"],
+        "gated": "manual" if target.repo["gated"] else False,
+        "disabled": False,
+        "tags": [],
+        "cardData": front_matter(card),
+        "siblings": [sibling(path, entry, blobs) for path, entry in sorted(files.items())],
+    }
+
+
+@router.get(REPO + "/auth-check")
+async def auth_check(target: Readable) -> None:
+    """Returns nothing, if the files may be read."""
+    target.require_files()
+
+
+@router.get(REPO + "/auth-check/write")
+async def auth_check_write(target: Writable) -> None:
+    """Returns nothing, if commits may be made."""
+
+
+@router.get(REPO + "/refs")
+async def refs(target: Readable, include_prs: bool = False) -> Json:
+    """Returns the branches, tags and, if asked for, pull requests, with the commits that they point at."""
+
+    def under(prefix: str, strip: str) -> list[Json]:
+        return [
+            {"name": ref.removeprefix(strip), "ref": ref, "targetCommit": sha}
+            for ref, sha in target.repo["refs"].items()
+            if ref.startswith(prefix)
+        ]
+
+    found = {"branches": under("refs/heads/", "refs/heads/"), "tags": under("refs/tags/", "refs/tags/"), "converts": []}
+    return found | ({"pullRequests": under("refs/pr/", "")} if include_prs else {})
+
+
+@router.get(REPO + "/discussions")
+async def discussions(target: Readable, status: str = "all") -> Json:
+    """Returns the pull requests: one page has them all."""
+    found = [
+        {
+            "num": number,
+            "title": target.repo["commits"][sha]["title"],
+            "author": {"name": target.repo["commits"][sha]["author"]},
+            "createdAt": target.repo["commits"][sha]["date"],
+            "status": "closed" if number in target.repo.get("closed", []) else "open",
+            "isPullRequest": True,
+            "repo": {"name": target.repo_id, "type": target.kind},
+        }
+        for ref, sha in target.repo["refs"].items()
+        if ref.startswith("refs/pr/") and (number := int(ref.rsplit("/", 1)[1]))
+    ]
+    wanted = [request for request in found if status in ("all", request["status"])]
+    return {"discussions": wanted, "count": len(wanted), "start": 0}
+
+
+@router.get(REPO + "/commits/{rev}")
+async def commits(target: Readable, rev: str) -> list[Json]:
+    """Returns the history of a revision, newest first."""
+    found = [(sha, target.repo["commits"][sha]) for sha in history(target.repo, resolve(target.repo, unquote(rev)))]
+    return [
+        {
+            "id": sha,
+            "title": commit["title"],
+            "message": commit["message"],
+            "date": commit["date"],
+            "authors": [{"user": commit["author"]}],
+        }
+        for sha, commit in found
+    ]
+
+
+@router.post(REPO + "/branch/{branch}")
+async def create_branch(request: Request, target: Writable, branch: str) -> None:
+    """Makes a branch, at main unless a starting point is given."""
+    start = (await request.json()).get("startingPoint", "main")
+    target.storage.add_ref(*target.key, f"refs/heads/{unquote(branch)}", start)
+
+
+@router.post(REPO + "/tag/{rev}")
+async def create_tag(request: Request, target: Writable, rev: str) -> None:
+    """Makes a tag at the revision."""
+    target.storage.add_ref(*target.key, f"refs/tags/{(await request.json())['tag']}", unquote(rev))
+
+
+@router.get(REPO + "/tree/{rev}")
+@router.get(REPO + "/tree/{rev}/{path:path}")
+async def tree(target: Readable, rev: str, path: str = "", recursive: bool = False, expand: bool = False) -> list[Json]:
+    """Returns a folder's files and folders, on one page."""
+    sha, folder = resolve(target.repo, unquote(rev)), unquote(path)
+    found = dict(children(target.repo["commits"][sha]["files"], folder, recursive))
+    if folder and not found:
+        raise HubError(404, f"{folder} does not exist on {unquote(rev)!r}", "EntryNotFound")
+    return [describe(target, sha, name, expand) for name in found]
+
+
+@router.post(REPO + "/paths-info/{rev}")
+async def paths_info(request: Request, target: Readable, rev: str) -> list[Json]:
+    """Returns those of the asked paths that there are. The client asks with a form, not with JSON."""
+    form = parse_qs((await request.body()).decode())
+    sha = resolve(target.repo, unquote(rev))
+    files = target.repo["commits"][sha]["files"]
+    known = {str(parent) for path in files for parent in PurePosixPath(path).parents} | set(files)
+    expand = form.get("expand") == ["true"]
+    return [describe(target, sha, path, expand) for path in form.get("paths", []) if path in known]
+
+
+@router.post(REPO + "/preupload/{rev}")
+async def preupload(request: Request, target: Proposable, rev: str) -> Json:
+    """Returns how each file is to be sent, and what is there under its name, so that the client can leave it out."""
+    asked = (await request.json())["files"]
+    files = target.repo["commits"][resolve(target.repo, unquote(rev))]["files"]
+    answer = []
+    for file in asked:
+        lfs = is_lfs(file["path"], file["size"])
+        mode: Json = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+        there = files.get(file["path"])
+        if there:
+            mode["oid"] = there["sha256"] if there["lfs"] else there["blob_id"]
+        answer.append(mode)
+    return {"files": answer}
+
+
+@router.post(REPO + "/commit/{rev}")
+async def commit(request: Request, target: Proposable, rev: str, create_pr: bool = False) -> Json:
+    """Makes one commit, on the branch or on a new pull request, and returns where it is."""
+    header: Json = {}
+    added: dict[str, Entry] = {}
+    deleted: list[str] = []
+    for line in (await request.body()).splitlines():
+        item = json.loads(line)
+        key, value = item["key"], item["value"]
+        if key == "header":
+            header = value
+        elif key == "file":
+            added[value["path"]] = target.storage.add_bytes(base64.b64decode(value["content"]))
+        elif key == "lfsFile":
+            added[value["path"]] = target.storage.entry(value["oid"], lfs=True)
+        elif key == "deletedFile":
+            deleted.append(value["path"])
+        elif key == "deletedFolder":
+            deleted.append(value["path"].rstrip("/") + "/")
+        else:
+            raise HubError(400, f"unknown operation {key!r}")
+    assert target.token is not None
+    sha, ref = target.storage.commit(
+        *target.key,
+        unquote(rev),
+        added,
+        deleted,
+        title=header["summary"],
+        message=header["description"],
+        author=target.token["user"],
+        parent=header.get("parentCommit"),
+        create_pr=create_pr,
+    )
+    links = {"pullRequestUrl": f"{target.url}/discussions/{ref.removeprefix('refs/pr/')}"} if create_pr else {}
+    return {"success": True, "commitOid": sha, "commitUrl": f"{target.url}/commit/{sha}", "hookOutput": "", **links}
+
+
+def front_matter(card: str) -> Any:
+    """Returns the metadata at the head of a card, None if there is none. Raises YAMLError if it is not YAML."""
+    if not card.startswith("---\n") or "\n---" not in card[3:]:
+        return None
+    return yaml.safe_load(card[4:].split("\n---", 1)[0])
+
+
+def sibling(path: str, entry: Entry, blobs: bool) -> Json:
+    """Returns a file as it stands in a repository's information."""
+    if not blobs:
+        return {"rfilename": path}
+    found: Json = {"rfilename": path, "size": entry["size"], "blobId": entry["blob_id"]}
+    if entry["lfs"]:
+        found["lfs"] = {"sha256": entry["sha256"], "size": entry["size"], "pointerSize": pointer_size(entry)}
+    return found
+
+
+def describe(target: Target, sha: str, path: str, expand: bool) -> Json:
+    """Returns a file or folder as it stands in a tree."""
+    files = target.repo["commits"][sha]["files"]
+    entry = files.get(path)
+    if entry:
+        found: Json = {"type": "file", "path": path, "oid": entry["blob_id"], "size": entry["size"]}
+        if entry["lfs"]:
+            found["lfs"] = {"oid": entry["sha256"], "size": entry["size"], "pointerSize": pointer_size(entry)}
+    else:
+        oid = hashlib.sha1(json.dumps(below(files, path), sort_keys=True).encode()).hexdigest()
+        found = {"type": "directory", "path": path, "oid": oid, "size": 0}
+    if expand:
+        last = last_change(target, sha, path)
+        commit = target.repo["commits"][last]
+        found["lastCommit"] = {"id": last, "title": commit["title"], "date": commit["date"]}
+    return found
+
+
+def pointer_size(entry: Entry) -> int:
+    """Returns the size of the text that git has in place of an LFS file."""
+    return len(lfs_pointer(entry["sha256"], entry["size"]))
+
+
+def children(files: dict[str, Entry], folder: str, recursive: bool) -> Iterator[tuple[str, None]]:
+    """Yields the paths in a folder, folders before what is in them; a folder may come again."""
+    start = f"{folder}/" if folder else ""
+    for path in sorted(path for path in files if path.startswith(start)):
+        parts = path.removeprefix(start).split("/")
+        for depth in range(1, len(parts) + 1 if recursive else 2):
+            yield start + "/".join(parts[:depth]), None
+
+
+def below(files: dict[str, Entry], path: str) -> dict[str, Entry]:
+    """Returns the file, or the files of the folder, at a path."""
+    return {name: entry for name, entry in files.items() if name == path or name.startswith(f"{path}/")}
+
+
+def last_change(target: Target, sha: str, path: str) -> str:
+    """Returns the commit that last changed what is at a path."""
+    shas = history(target.repo, sha)
+    contents = [below(target.repo["commits"][each]["files"], path) for each in shas]
+    return next(each for each, now, before in zip(shas, contents, [*contents[1:], {}], strict=True) if now != before)

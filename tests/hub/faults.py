@@ -1,0 +1,255 @@
+"""Misbehaviour on request, and a log of what was served: the layer between the connection and the Hub's routes."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from tests.hub.storage import HubError
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+FLIPPED = bytes(255 - byte for byte in range(256))
+
+
+class Rule(BaseModel):
+    """One fault, and the requests that meet it: exactly one of delay, status, cut and wrong_bytes.
+
+    A request matches when `method` matches whole and `path` anywhere in the path as it was sent, without the query.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str = ".*"
+    path: str = ""
+    # So many of the matching requests are left alone first, and so many (None: all) then meet the fault.
+    after: int = 0
+    times: int | None = None
+    # Do what was asked, and let only the answer go wrong.
+    after_work: bool = False
+
+    # Seconds before the request is worked on, or with after_work before its answer.
+    delay: float | None = None
+    # An error in place of the answer.
+    status: int | None = None
+    headers: dict[str, str] = {}
+    error_code: str | None = None
+    error_message: str = "told to fail"
+    # The connection is closed after so many bytes of the answer's body, or, where a body is sent (PUT, POST) and not
+    # after_work, of the request's.
+    cut: int | None = None
+    # An answer of the right length with every bit of it flipped.
+    wrong_bytes: bool = False
+
+    @model_validator(mode="after")
+    def one_fault(self) -> "Rule":
+        faults = [self.delay is not None, self.status is not None, self.cut is not None, self.wrong_bytes]
+        if sum(faults) != 1:
+            raise ValueError("a rule needs exactly one of delay, status, cut and wrong_bytes")
+        return self
+
+
+class Faults:
+    """The rules in force. The first that matches a request, and is not used up, is applied."""
+
+    def __init__(self) -> None:
+        self._rules: list[Rule] = []
+        self._matched: list[int] = []
+
+    def add(self, **rule: Any) -> None:
+        """Adds a rule with the fields of Rule."""
+        self._matched.append(0)
+        self._rules.append(Rule(**rule))
+
+    def clear(self) -> None:
+        """Removes all rules."""
+        self._rules.clear()
+        self._matched.clear()
+
+    def match(self, method: str, path: str) -> Rule | None:
+        """Returns the rule that this request meets, and counts it."""
+        for index, rule in enumerate(self._rules):
+            if not re.fullmatch(rule.method, method) or not re.search(rule.path, path):
+                continue
+            self._matched[index] += 1
+            met = self._matched[index] - rule.after
+            if met > 0 and (rule.times is None or met <= rule.times):
+                return rule
+        return None
+
+
+class Gate:
+    """ASGI middleware: logs each request and lets it meet its fault."""
+
+    def __init__(self, app: App, faults: Faults, log: list[dict[str, Any]]) -> None:
+        self.app = app
+        self.faults = faults
+        self.log = log
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        # Routes see the path as it was sent: a revision such as refs%2Fpr%2F1 has to stay one segment.
+        scope["path"] = scope["raw_path"].decode()
+        method, path = scope["method"], scope["path"]
+        if path in ("/_log", "/_faults"):
+            await self.app(scope, receive, send)
+            return
+        asked_range = dict(scope["headers"]).get(b"range", b"").decode() or None
+        entry = {"method": method, "path": path, "status": None, "sent": 0, "received": 0, "range": asked_range}
+        # Before the work, and updated before each send: who has the answer finds its request in the log.
+        self.log.append(entry)
+
+        async def counting_receive() -> Message:
+            message = await receive()
+            entry["received"] += len(message.get("body", b""))
+            return message
+
+        async def counting_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                entry["status"] = message["status"]
+            elif method != "HEAD":
+                entry["sent"] += len(message.get("body", b""))
+            await send(message)
+
+        rule = self.faults.match(method, path)
+        app = misbehaving(self.app, rule) if rule else self.app
+        await app(scope, counting_receive, counting_send)
+
+
+def misbehaving(app: App, rule: Rule) -> App:
+    """Returns the app with the rule's fault."""
+
+    async def run(scope: Message, receive: Receive, send: Send) -> None:
+        answer = await worked(app, scope, receive) if rule.after_work else app
+        uploads = scope["method"] in ("PUT", "POST") and not rule.after_work
+        if rule.status is not None:
+            if uploads:
+                await read_body(receive)
+            headers = error_headers(rule.error_code, rule.error_message) | rule.headers
+            await JSONResponse({"error": rule.error_message}, rule.status, headers)(scope, receive, send)
+        elif rule.cut is not None and uploads:
+            await read_body(receive, rule.cut)
+            await drop(scope, receive)
+        elif rule.cut is not None:
+            await cut_answer(answer, rule.cut, scope, receive, send)
+        elif rule.wrong_bytes:
+            await answer(scope, receive, flipping(send))
+        else:
+            await asyncio.sleep(rule.delay or 0)
+            await answer(scope, receive, send)
+
+    return run
+
+
+async def worked(app: App, scope: Message, receive: Receive) -> App:
+    """Lets the app do its work and returns an app that gives its answer."""
+    messages: list[Message] = []
+
+    async def keep(message: Message) -> None:
+        messages.append(message)
+
+    await app(scope, receive, keep)
+
+    async def replay(scope: Message, receive: Receive, send: Send) -> None:
+        for message in messages:
+            await send(message)
+
+    return replay
+
+
+async def read_body(receive: Receive, most: int | None = None) -> None:
+    """Reads the request's body, or at least its first `most` bytes."""
+    count = 0
+    while most is None or count < most:
+        message = await receive()
+        count += len(message.get("body", b""))
+        if not message.get("more_body"):
+            return
+
+
+async def cut_answer(app: App, most: int, scope: Message, receive: Receive, send: Send) -> None:
+    """Sends the answer's head and at most so many bytes of its body, and drops the connection.
+
+    Of an answer without a body nothing is sent: its head alone would be all of it.
+    """
+    head: Message | None = None
+    left = most
+
+    async def send_some(message: Message) -> None:
+        nonlocal head, left
+        if message["type"] == "http.response.start":
+            head = message
+            return
+        if left < 0:
+            return
+        body = b"" if scope["method"] == "HEAD" else message.get("body", b"")
+        if head and body:
+            await send(head)
+            head = None
+        if body[:left]:
+            await send({"type": "http.response.body", "body": body[:left], "more_body": True})
+        left -= len(body)
+        if left < 0 or not message.get("more_body"):
+            left = -1
+            await drop(scope, receive)
+
+    await app(scope, receive, send_some)
+
+
+async def drop(scope: Message, receive: Receive) -> None:
+    """Closes the connection, whatever was promised on it, and returns when it is closed."""
+    scope["drop"]()
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def flipping(send: Send) -> Send:
+    """Returns a send that flips every bit of the body."""
+
+    async def flip(message: Message) -> None:
+        if "body" in message:
+            message["body"] = message["body"].translate(FLIPPED)
+        await send(message)
+
+    return flip
+
+
+def error_headers(code: str | None, message: str) -> dict[str, str]:
+    """Returns the headers from which the client chooses its exception and its text."""
+    return {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+
+
+async def answer_error(request: Request, error: Exception) -> JSONResponse:
+    """Returns the HTTP answer of a HubError."""
+    assert isinstance(error, HubError)
+    return JSONResponse({"error": str(error)}, error.status, error_headers(error.code, str(error)) | error.headers)
+
+
+router = APIRouter()
+
+
+@router.post("/_faults")
+async def set_faults(request: Request, rules: list[Rule]) -> list[Rule]:
+    """Replaces all rules."""
+    request.app.state.faults.clear()
+    for rule in rules:
+        request.app.state.faults.add(**rule.model_dump())
+    return rules
+
+
+@router.get("/_log")
+async def read_log(request: Request) -> list[dict[str, Any]]:
+    """Returns the requests served so far."""
+    return list(request.app.state.log)
+
+
+@router.delete("/_log")
+async def clear_log(request: Request) -> None:
+    """Forgets them."""
+    request.app.state.log.clear()

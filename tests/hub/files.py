@@ -1,0 +1,109 @@
+"""The routes that move bytes: resolve, and LFS in both directions.
+
+LFS objects are served, and taken, under this server's other name (localhost for 127.0.0.1 and the other way round).
+To the client that is another host, as the Hub's storage is: it sends no token there, so the address is signed.
+"""
+
+import hmac
+from typing import Annotated
+from urllib.parse import unquote
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import FileResponse, RedirectResponse, Response
+
+from tests.hub.access import Json, Readable, require_role, token_of
+from tests.hub.storage import HubError, resolve
+
+router = APIRouter()
+
+
+@router.api_route("/{ns}/{name}/resolve/{rev}/{path:path}", methods=["GET", "HEAD"])
+@router.api_route("/datasets/{ns}/{name}/resolve/{rev}/{path:path}", methods=["GET", "HEAD"])
+async def resolve_file(request: Request, target: Readable, rev: str, path: str) -> Response:
+    """Returns a file's content, or for an LFS file where it is."""
+    target.require_files()
+    sha = resolve(target.repo, unquote(rev))
+    headers = {"X-Repo-Commit": sha}
+    entry = target.repo["commits"][sha]["files"].get(unquote(path))
+    if entry is None:
+        raise HubError(404, "Entry not found", "EntryNotFound", headers)
+    if not entry["lfs"]:
+        headers["ETag"] = f'"{entry["blob_id"]}"'
+        return FileResponse(target.storage.object(entry["sha256"]), headers=headers, media_type="text/plain")
+    headers |= {"X-Linked-Size": str(entry["size"]), "X-Linked-Etag": f'"{entry["sha256"]}"'}
+    return RedirectResponse(signed_url(request, "GET", entry["sha256"]), 302, headers)
+
+
+@router.post("/{ns}/{name}.git/info/lfs/objects/batch")
+@router.post("/datasets/{ns}/{name}.git/info/lfs/objects/batch")
+async def lfs_batch(request: Request, target: Readable) -> Json:
+    """Returns where to send each object, or no actions for one that is here."""
+    asked = await request.json()
+    # For a pull request the client names no ref, and any token to write with may upload.
+    if "ref" in asked:
+        target.require_write()
+    else:
+        require_role(target.token)
+    return {
+        "transfer": "basic",
+        "objects": [
+            {"oid": each["oid"], "size": each["size"]}
+            | ({} if target.storage.has(each["oid"], each["size"]) else {"actions": upload(request, each["oid"])})
+            for each in asked["objects"]
+        ],
+    }
+
+
+def upload(request: Request, oid: str) -> Json:
+    """Returns the actions that upload an object."""
+    verify = f"{str(request.base_url).rstrip('/')}/lfs/verify"
+    return {"upload": {"href": signed_url(request, "PUT", oid), "header": {}}, "verify": {"href": verify, "header": {}}}
+
+
+@router.post("/lfs/verify")
+async def verify(request: Request) -> None:
+    """Returns nothing, if the object has arrived."""
+    require_role(token_of(request))
+    asked = await request.json()
+    if not request.app.state.storage.has(asked["oid"], asked["size"]):
+        raise HubError(404, f"object {asked['oid']} is not here")
+
+
+def signed_url(request: Request, method: str, oid: str) -> str:
+    """Returns the address at which an object may be had, or put, without a token."""
+    host = "localhost" if request.url.hostname == "127.0.0.1" else "127.0.0.1"
+    return str(request.url.replace(hostname=host, path=f"/lfs/{oid}", query=f"signature={sign(request, method, oid)}"))
+
+
+def sign(request: Request, method: str, oid: str) -> str:
+    """Returns the signature of an address; HEAD goes with GET."""
+    message = f"{method.replace('HEAD', 'GET')} {oid}"
+    return hmac.new(request.app.state.secret, message.encode(), "sha256").hexdigest()
+
+
+async def signed(request: Request, oid: str, signature: str = "") -> str:
+    """Returns the object's SHA-256. Raises HubError if the address was not signed here, for this method."""
+    if not hmac.compare_digest(signature, sign(request, request.method, oid)):
+        raise HubError(403, "the signature does not match")
+    return oid
+
+
+Signed = Annotated[str, Depends(signed)]
+
+
+@router.api_route("/lfs/{oid}", methods=["GET", "HEAD"])
+async def read_object(request: Request, oid: Signed) -> Response:
+    """Returns an object's bytes, or the range that was asked for."""
+    path = request.app.state.storage.object(oid)
+    return FileResponse(path, headers={"ETag": f'"{oid}"'}, media_type="application/octet-stream")
+
+
+@router.put("/lfs/{oid}")
+async def write_object(request: Request, oid: Signed) -> None:
+    """Stores an object that has arrived whole."""
+    storage = request.app.state.storage
+    partial = storage.partial()
+    with partial.open("wb") as stream:
+        async for chunk in request.stream():
+            stream.write(chunk)
+    storage.keep(partial, oid)

@@ -1,0 +1,366 @@
+"""A real server, a real worker, a real browser: what is deployed runs, survives, and can be seen."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import httpx
+import psutil
+import pytest
+
+from deployments.serve import wait_for
+from tests.conftest import CommandLine, Outcome
+
+PREFECT = [sys.executable, "-m", "prefect"]
+POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), None)
+CHROMIUM = shutil.which("chromium")
+TINY = ("model=tiny-gemma3", "benchmark=mmlu-mini", "batch_size=16")
+
+
+@dataclass
+class Operation:
+    """A server and what talks to it: `environment` is what `make deploy` and `make worker` would be given."""
+
+    environment: dict[str, str]
+    api: str
+    server: "subprocess.Popen[bytes]"
+    log: Path
+
+    def start_server(self) -> None:
+        port = str(httpx.URL(self.api).port)
+        self.server = self.start("server", "start", "--host", "127.0.0.1", "--port", port)
+        wait_for(self.api)
+
+    def start(self, *arguments: str) -> "subprocess.Popen[bytes]":
+        with self.log.open("ab") as log:
+            return subprocess.Popen([*PREFECT, *arguments], env=self.environment, stdout=log, stderr=log)
+
+    @contextlib.contextmanager
+    def worker(self) -> Iterator["subprocess.Popen[bytes]"]:
+        process = self.start("worker", "start", "--pool", "quantize-gemma")
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(30)
+
+    def deploy(self) -> str:
+        command = [sys.executable, "-m", "deployments.deploy"]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def submit(self, deployment: str, *parameters: str) -> str:
+        """Types `prefect deployment run`; returns the flow run's id."""
+        arguments = [word for parameter in parameters for word in ("--param", parameter)]
+        command = [*PREFECT, "deployment", "run", deployment, *arguments]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = re.search(r"UUID: ([0-9a-f-]{36})", done.stdout)
+        assert found, done.stdout
+        return found.group(1)
+
+    def read(self, path: str, query: dict[str, Any] | None = None) -> Any:
+        url = f"{self.api}/{path}"
+        answer = httpx.get(url, timeout=60) if query is None else httpx.post(url, json=query, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    def wait(self, run: str, states: set[str], seconds: float) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while True:
+            found = self.read(f"flow_runs/{run}")
+            if found["state_name"] in states:
+                return found
+            assert time.monotonic() < deadline, (found["state_name"], self.log.read_text()[-3000:])
+            time.sleep(0.5)
+
+    def tasks(self, run: str) -> dict[str, str]:
+        found = self.read("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+        assert all(task["name"].endswith(" · tiny-gemma3 · HQQ-INT8-INT4") for task in found)
+        return {task["name"].split(" · ")[0]: task["state_name"] for task in found}
+
+
+@pytest.fixture(scope="module")
+def operate(
+    released: Outcome, command_line: CommandLine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Operation]]:
+    """Starts servers, each with a home of its own, on the store that the session has filled."""
+    started: list[Operation] = []
+
+    def make(**environment: str) -> Operation:
+        folder = tmp_path_factory.mktemp("operation")
+        with socket.create_server(("127.0.0.1", 0)) as reserved:
+            api = f"http://127.0.0.1:{reserved.getsockname()[1]}/api"
+        settings = {
+            **command_line.environment(),
+            "PREFECT_HOME": str(folder),
+            "PREFECT_API_URL": api,
+            "PREFECT_UI_API_URL": api,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            "QUANTIZE_GEMMA_TIMEZONE": "Europe/Berlin",
+            "QUANTIZE_GEMMA_SILENCE_SECONDS": "120",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+            **environment,
+        }
+        operation = Operation(settings, api, None, folder / "log")  # type: ignore[arg-type]
+        started.append(operation)
+        operation.start_server()
+        return operation
+
+    yield make
+    for operation in started:
+        operation.server.terminate()
+        operation.server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def alerts() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A web hook: its address, and what it was told."""
+    told: list[dict[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/", told
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def sqlite(operate: Callable[..., Operation], alerts: tuple[str, list[dict[str, str]]]) -> Operation:
+    operation = operate(QUANTIZE_GEMMA_ALERTS=alerts[0])
+    operation.deploy()
+    return operation
+
+
+@pytest.fixture(scope="module")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL cluster of its own; as an unprivileged user if need be, for it refuses to run as root."""
+    if POSTGRES is None:
+        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
+    folder = tmp_path_factory.mktemp("postgres")
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    data = folder / "data"
+    if user:
+        data = Path("/tmp") / f"quantize-gemma-test-postgres-{port}"
+    subprocess.run(
+        [*user, POSTGRES / "initdb", "-D", data, "-U", "prefect", "-A", "trust"], check=True, capture_output=True
+    )
+    arguments = ["-D", str(data), "-p", str(port), "-k", "/tmp", "-c", "listen_addresses=127.0.0.1"]
+    server = subprocess.Popen(
+        [*user, POSTGRES / "postgres", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        create = [*user, POSTGRES / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "prefect", "prefect"]
+        for _ in range(100):
+            if subprocess.run(create, capture_output=True).returncode == 0:
+                break
+            time.sleep(0.2)
+        yield f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
+    finally:
+        server.terminate()
+        server.wait(30)
+        shutil.rmtree(data, ignore_errors=True)
+
+
+def run_twice(operation: Operation, command_line: CommandLine) -> str:
+    """Runs the default deployment on the tiny model, with something to do and then with nothing; returns the first."""
+    for done in command_line.home.glob("smoke/*/manifest.json"):
+        shutil.rmtree(done.parent)
+    with operation.worker():
+        first = operation.submit("quantize-gemma/default", *TINY)
+        assert operation.wait(first, {"Completed", "Failed", "Crashed"}, 240)["state_name"] == "Completed"
+        assert operation.tasks(first)["smoke"] == "Completed"
+        started = time.monotonic()
+        second = operation.submit("quantize-gemma/default", *TINY)
+        run = operation.wait(second, {"Completed", "Failed", "Crashed"}, 120)
+        assert time.monotonic() - started < 30
+    assert run["state_name"] == "Completed"
+    assert re.fullmatch("tiny-gemma3 HQQ-INT8-INT4 [0-9a-f]{12} unchanged", run["name"])
+    states = operation.tasks(second)
+    assert {name for name, state in states.items() if state == "Cached"} >= {
+        "quantize",
+        "export",
+        "evaluate base",
+        "card",
+    }
+    shown = operation.read("artifacts/filter", {"flow_runs": {"id": {"any_": [first]}}})
+    assert {artifact["key"] for artifact in shown} >= {"quality", "card", "mmlu-by-subject", "release"}
+    return first
+
+
+def test_deploying_again_changes_nothing(sqlite: Operation) -> None:
+    def seen() -> list[Any]:
+        deployments = sqlite.read("deployments/filter", {})
+        limits = sqlite.read("v2/concurrency_limits/filter", {})
+        automations = sqlite.read("automations/filter", {})
+        keep = [(d["id"], d["name"], d["parameters"], d["entrypoint"], len(d["schedules"])) for d in deployments]
+        return [sorted(map(str, keep)), sorted((x["name"], x["limit"]) for x in limits), len(automations)]
+
+    before = seen()
+    sqlite.deploy()
+    assert seen() == before
+    ours = [name for name, _ in before[1] if name.startswith("quantize-gemma")]
+    assert ours == ["quantize-gemma-accelerator", "quantize-gemma-memory"]
+
+
+@pytest.fixture(scope="module")
+def dead_run(sqlite: Operation, command_line: CommandLine) -> str:
+    """A run whose machine lost its power in the middle of a stage."""
+    for done in command_line.home.glob("quantize/*/manifest.json"):
+        shutil.rmtree(done.parent)
+    with sqlite.worker() as worker:
+        run = sqlite.submit("quantize-gemma/default", *TINY)
+        wait_for_work(command_line, "quantize")
+        for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    return run
+
+
+def test_after_a_machine_died_the_next_run_goes_on_from_the_finished_stages(
+    sqlite: Operation, dead_run: str, command_line: CommandLine
+) -> None:
+    with sqlite.worker():
+        again = sqlite.submit("quantize-gemma/default", *TINY)
+        assert sqlite.wait(again, {"Completed", "Failed", "Crashed"}, 400)["state_name"] == "Completed"
+    states = sqlite.tasks(again)
+    assert states["quantize"] == "Completed"
+    assert states["untie"] == states["export"] == "Cached"
+
+
+def test_the_deployment_runs_and_does_nothing_twice(sqlite: Operation, command_line: CommandLine) -> None:
+    run_twice(sqlite, command_line)
+
+
+def test_the_deployment_runs_on_postgresql_too(
+    operate: Callable[..., Operation], postgres_url: str, command_line: CommandLine
+) -> None:
+    operation = operate(PREFECT_SERVER_DATABASE_CONNECTION_URL=postgres_url)
+    operation.deploy()
+    run_twice(operation, command_line)
+
+
+def test_a_bad_value_is_refused_before_a_run_exists(sqlite: Operation) -> None:
+    before = len(sqlite.read("flow_runs/filter", {"flow_runs": {"deployment_id": {"is_null_": False}}}))
+    command = [*PREFECT, "deployment", "run", "quantize-gemma/default", "--param", "limit=0"]
+    refused = subprocess.run(command, env=sqlite.environment, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 1
+    assert "limit" in refused.stdout
+    assert len(sqlite.read("flow_runs/filter", {"flow_runs": {"deployment_id": {"is_null_": False}}})) == before
+
+
+def test_a_refused_release_is_told_to_the_web_hook(
+    sqlite: Operation, alerts: tuple[str, list[dict[str, str]]], command_line: CommandLine
+) -> None:
+    with sqlite.worker():
+        run = sqlite.submit("quantize-gemma/default", *TINY, "max_kl_ratio=0.01")
+        assert sqlite.wait(run, {"Completed", "Failed", "Crashed"}, 120)["state_name"] == "Failed"
+    deadline = time.monotonic() + 60
+    while not any("the gate refuses the release" in said["text"] for said in alerts[1]):
+        assert time.monotonic() < deadline, alerts[1]
+        time.sleep(0.5)
+    assert any(said["subject"] == "quantize-gemma: a run failed" for said in alerts[1])
+
+
+def test_the_form_has_every_parameter_with_its_description_and_choices(sqlite: Operation) -> None:
+    from flows.parameters import Parameters
+
+    schema = sqlite.read("deployments/name/quantize-gemma/default")["parameter_openapi_schema"]["properties"]
+    assert set(schema) == set(Parameters.model_fields)
+    for name, field in Parameters.model_fields.items():
+        assert schema[name]["description"] == field.description
+    assert schema["device"]["enum"] == ["auto", "cpu", "cuda"]
+    assert schema["max_seq_len"]["minimum"] == 2
+
+
+def test_the_nightly_keeps_its_hour_through_a_change_of_daylight_saving(sqlite: Operation) -> None:
+    import asyncio
+
+    from prefect.server.schemas.schedules import CronSchedule
+
+    from flows.parameters import Parameters
+
+    nightly = sqlite.read("deployments/name/quantize-gemma/nightly")
+    (schedule,) = nightly["schedules"]
+    assert schedule["active"]
+    cron = CronSchedule.model_validate(schedule["schedule"])
+    berlin = ZoneInfo("Europe/Berlin")
+    for year, month, day, offsets in ((2027, 3, 26, [1, 1, 2, 2]), (2027, 10, 29, [2, 2, 1, 1])):
+        dates = asyncio.run(cron.get_dates(4, start=datetime(year, month, day, tzinfo=berlin)))
+        local = [date.astimezone(berlin) for date in dates]
+        assert [(date.hour, date.minute) for date in local] == [(3, 30)] * 4
+        assert [date.utcoffset().total_seconds() / 3600 for date in local] == offsets  # type: ignore[union-attr]
+    assert nightly["global_concurrency_limit"]["limit"] == 1
+    assert nightly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+    assert nightly["parameters"]["create_pr"] is True
+    # Deployed without a target, it publishes nothing.
+    assert Parameters(**nightly["parameters"]).target is None
+
+
+def wait_for_work(command_line: CommandLine, stage: str) -> None:
+    deadline = time.monotonic() + 120
+    while not list(command_line.home.glob(f"{stage}/.partial-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(2)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian's package chromium)")
+def test_the_dashboard_shows_the_stages_the_card_and_the_chart(sqlite: Operation, command_line: CommandLine) -> None:
+    runs = sqlite.read("flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}})
+    shown = sqlite.read("artifacts/filter", {"flow_runs": {"id": {"any_": [runs[0]["id"]]}}})
+    ids = {artifact["key"]: artifact["id"] for artifact in shown}
+    ui = sqlite.api.removesuffix("/api")
+    run_page = rendered(f"{ui}/runs/flow-run/{runs[0]['id']}?tab=Task+Runs")
+    assert runs[0]["name"] in run_page
+    card_page = rendered(f"{ui}/artifacts/artifact/{ids['card']}")
+    for heading in ("Model Quality", "Quantization Recipe", "Running in a mobile app"):
+        assert heading in card_page
+    assert "data:image/png;base64" in rendered(f"{ui}/artifacts/artifact/{ids['mmlu-by-subject']}")
+    assert json.loads(json.dumps(sqlite.tasks(runs[0]["id"])))["card"] in ("Cached", "Completed")
+
+
+def test_the_run_of_the_dead_machine_has_crashed(sqlite: Operation, dead_run: str) -> None:
+    """Last, for it takes some silence to be missed."""
+    assert sqlite.wait(dead_run, {"Crashed"}, 300)["state_type"] == "CRASHED"
+
+
+def rendered(url: str) -> str:
+    """Returns the page's document after its scripts have run."""
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        url,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout  # type: ignore[list-item]
