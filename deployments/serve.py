@@ -11,17 +11,21 @@ import time
 
 import httpx
 
-URL = os.environ.setdefault("PREFECT_API_URL", "http://127.0.0.1:4200/api")
-# Leases of concurrency slots outlive a restart of the server.
-os.environ.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "prefect.server.concurrency.lease_storage.filesystem")
-os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+DEFAULTS = {
+    "PREFECT_API_URL": "http://127.0.0.1:4200/api",
+    # Leases of concurrency slots outlive a restart of the server.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
 SECONDS_TO_START = 120
 
 
 def main() -> int:
     """Returns the exit code of what ended first."""
-    address = httpx.URL(URL)
+    environment = {**DEFAULTS, **os.environ}
+    url = environment["PREFECT_API_URL"]
+    address = httpx.URL(url)
     prefect = [sys.executable, "-m", "prefect"]
     server = subprocess.Popen(
         [
@@ -34,16 +38,17 @@ def main() -> int:
             str(address.port),
             "--log-level",
             "WARNING",
-        ]
+        ],
+        env=environment,
     )
     worker = None
     # A termination signal, too, ends what was started here.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        wait_for(URL)
-        subprocess.run([sys.executable, "-m", "deployments.deploy"], check=True)
-        worker = subprocess.Popen([*prefect, "worker", "start", "--pool", "quantize-gemma"])
-        print(f"\nThe dashboard: {URL.removesuffix('/api')}\nTry: prefect deployment run quantize-gemma/tiny --watch\n")
+        wait_for(url)
+        subprocess.run([sys.executable, "-m", "deployments.deploy"], check=True, env=environment)
+        worker = subprocess.Popen([*prefect, "worker", "start", "--pool", "quantize-gemma"], env=environment)
+        print(f"\nThe dashboard: {url.removesuffix('/api')}\nTry: prefect deployment run quantize-gemma/tiny --watch\n")
         return worker.wait()
     except KeyboardInterrupt:
         return 130

@@ -20,6 +20,7 @@ from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
 from flows.parameters import Parameters, taking_parameters
+from flows.server import outlive_server_restarts
 from tasks import process, store
 from tasks.card import card, score
 from tasks.check import check_checkpoint, check_disk, check_run
@@ -46,6 +47,7 @@ from tasks.upload import check_target, publish, published_accuracy
 def quantize_gemma(**given: Any) -> dict[str, Any]:
     """Quantize, measure, export and publish one checkpoint; returns what `quantize-gemma run --json` prints."""
     p = Parameters(**given)
+    outlive_server_restarts()
     run = Run(p.refresh, f"{p.model} · {p.recipe}")
     with run.explained(), process.ended_on_interrupt():
         recipe = load_recipe(p.recipe)
@@ -190,8 +192,10 @@ class Run:
             )
 
     def _first_failure(self) -> BaseException | None:
-        for name, future in self.futures.items():
+        # Whatever does not need the failed stage comes to its end first: the next run finds it done.
+        for future in self.futures.values():
             future.wait()
+        for name, future in self.futures.items():
             if future.state.is_failed() or future.state.is_crashed():
                 error = failure_of(future.state)
                 return error if isinstance(error, UserError) else StageFailed(f"{name.replace('_', ' ')}: {error}")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -191,8 +192,7 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def run_twice(operation: Operation, command_line: CommandLine) -> str:
     """Runs the default deployment on the tiny model, with something to do and then with nothing; returns the first."""
-    for done in command_line.home.glob("smoke/*/manifest.json"):
-        shutil.rmtree(done.parent)
+    forget(command_line, "smoke")
     with operation.worker():
         first = operation.submit("quantize-gemma/default", *TINY)
         assert operation.wait(first, {"Completed", "Failed", "Crashed"}, 240)["state_name"] == "Completed"
@@ -233,8 +233,7 @@ def test_deploying_again_changes_nothing(sqlite: Operation) -> None:
 @pytest.fixture(scope="module")
 def dead_run(sqlite: Operation, command_line: CommandLine) -> str:
     """A run whose machine lost its power in the middle of a stage."""
-    for done in command_line.home.glob("quantize/*/manifest.json"):
-        shutil.rmtree(done.parent)
+    forget(command_line, "quantize")
     with sqlite.worker() as worker:
         run = sqlite.submit("quantize-gemma/default", *TINY)
         wait_for_work(command_line, "quantize")
@@ -253,6 +252,40 @@ def test_after_a_machine_died_the_next_run_goes_on_from_the_finished_stages(
     states = sqlite.tasks(again)
     assert states["quantize"] == "Completed"
     assert states["untie"] == states["export"] == "Cached"
+
+
+def test_a_run_outlives_its_servers_restart(sqlite: Operation, command_line: CommandLine) -> None:
+    forget(command_line, "quantize")
+    with sqlite.worker():
+        run = sqlite.submit("quantize-gemma/default", *TINY)
+        wait_for_work(command_line, "quantize")
+        sqlite.server.terminate()
+        sqlite.server.wait(60)
+        time.sleep(8)  # The stages that come next begin without a server.
+        sqlite.start_server()
+        assert sqlite.wait(run, {"Completed", "Failed", "Crashed"}, 240)["state_name"] == "Completed"
+    assert sqlite.read("v2/concurrency_limits/quantize-gemma-accelerator")["active_slots"] == 0
+
+
+def test_two_runs_never_hold_the_same_slot(sqlite: Operation, command_line: CommandLine) -> None:
+    """With one slot of memory, the heavy stages of two runs follow each other, and both runs come to their end."""
+    limit = "v2/concurrency_limits/quantize-gemma-memory"
+    slots = sqlite.read(limit)["limit"]
+    httpx.patch(f"{sqlite.api}/{limit}", json={"limit": 1}, timeout=60).raise_for_status()
+    forget(command_line, "smoke")
+    forget(command_line, "smoke-program")
+    with sqlite.worker():
+        runs = [sqlite.submit("quantize-gemma/default", *TINY, f"max_new_tokens={count}") for count in (3, 4)]
+        for run in runs:
+            assert sqlite.wait(run, {"Completed", "Failed", "Crashed"}, 240)["state_name"] == "Completed"
+    assert sqlite.read(limit)["active_slots"] == 0
+    httpx.patch(f"{sqlite.api}/{limit}", json={"limit": slots}, timeout=60).raise_for_status()
+    spans = []
+    for manifest in command_line.home.glob("smoke*/*/manifest.json"):
+        ended = manifest.stat().st_mtime
+        spans.append((ended - json.loads(manifest.read_text())["measured"]["seconds"], ended))
+    assert len(spans) == 4
+    assert all(before[1] <= after[0] for before, after in pairwise(sorted(spans)))
 
 
 def test_the_deployment_runs_and_does_nothing_twice(sqlite: Operation, command_line: CommandLine) -> None:
@@ -322,6 +355,11 @@ def test_the_nightly_keeps_its_hour_through_a_change_of_daylight_saving(sqlite: 
     assert nightly["parameters"]["create_pr"] is True
     # Deployed without a target, it publishes nothing.
     assert Parameters(**nightly["parameters"]).target is None
+
+
+def forget(command_line: CommandLine, stage: str) -> None:
+    """Empties the store of a stage, and of what killed runs of it left."""
+    shutil.rmtree(command_line.home / stage)
 
 
 def wait_for_work(command_line: CommandLine, stage: str) -> None:
