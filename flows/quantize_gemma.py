@@ -28,10 +28,11 @@ from tasks.download import download, questions, remember, resolve_benchmark, res
 from tasks.evaluate import evaluate
 from tasks.export import export
 from tasks.gate import GateRefused, gate
-from tasks.policies import failure_of, open_record, retried
+from tasks.policies import as_task, failure_of, open_record, retried
 from tasks.quantize import quantize
 from tasks.recipe import load_recipe
 from tasks.smoke import smoke, smoke_pte
+from tasks.stage import Stage
 from tasks.store import RunError, StageFailed, UserError
 from tasks.untie import untie
 from tasks.upload import check_target, publish, published_accuracy
@@ -64,7 +65,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         check_checkpoint(open_record(base.result()).path, recipe, p.max_seq_len)
         asked = run.stage("questions", questions, **origin(benchmark, p.offline))
         untied = run.stage("untie", untie, checkpoint=base)
-        quantized = run.stage("quantize", quantize, checkpoint=untied, recipe=recipe)
+        quantized = run.stage("quantize", quantize, checkpoint=untied, recipe=recipe, device=p.device)
         run.stage("smoke", smoke, checkpoint=quantized, max_new_tokens=p.max_new_tokens)
         settings = {"questions": asked, "limit": p.limit, "batch_size": p.batch_size, "device": p.device}
         asked_base = run.stage("evaluate_base", evaluate, checkpoint=base, **settings)
@@ -138,9 +139,9 @@ class Run:
             "publication": None,
         }
 
-    def stage(self, name: str, stage: Any, *after: PrefectFuture[Any], **inputs: Any) -> PrefectFuture[Any]:
+    def stage(self, name: str, stage: Stage, *after: PrefectFuture[Any], **inputs: Any) -> PrefectFuture[Any]:
         """Submits a stage. Where memory allows only one at a time, it waits for all before it."""
-        options = stage.with_options(
+        options = as_task(stage).with_options(
             task_run_name=f"{name.replace('_', ' ')} · {self.label}",
             refresh_cache=name in self.refresh,
             result_storage=store.home(),

@@ -1,6 +1,7 @@
 """Reading checkpoints: what can be known from their files alone, and loading their model."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ DTYPE_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
+# safetensors puts what needs the widest alignment first.
+DTYPE_ORDER = ("BOOL", "U8", "I8", "F16", "BF16", "I32", "F32", "F64", "I64")
 # Prefix in the Hub's files -> prefix in the pinned transformers.
 RUNTIME_PREFIXES = {
     "language_model.model.": "model.language_model.",
@@ -128,6 +131,27 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     except (struct.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is truncated or corrupt ({error}): download it again") from None
     return header
+
+
+def write_header(file: int, tensors: dict[str, tuple[str, list[int]]], metadata: dict[str, str]) -> dict[str, int]:
+    """Writes the header of a safetensors file, as safetensors' own `save_file` does, and gives the file its size.
+
+    `tensors` is {name: (dtype, shape)}. Returns where each tensor's bytes go, from the file's start. The metadata are
+    sorted, which safetensors leaves to chance.
+    """
+    order = sorted(tensors, key=lambda name: (-DTYPE_ORDER.index(tensors[name][0]), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        start, end = end, end + DTYPE_BYTES[dtype] * _count(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-len(text) % 8 + len(text))
+    os.pwrite(file, struct.pack("<Q", len(text)) + text, 0)
+    first = 8 + len(text)
+    os.ftruncate(file, first + end)
+    return {name: first + header[name]["data_offsets"][0] for name in order}
 
 
 def read_headers(checkpoint: Path) -> dict[str, dict[str, Any]]:

@@ -13,8 +13,8 @@ from typing import Any
 from tasks import hub, store
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tasks.checkpoint import check_finite, local_checkpoint, read_config, read_headers, weight_files
-from tasks.policies import stage
 from tasks.process import report_progress
+from tasks.stage import Stage
 from tasks.store import UserError, canonical_json, digest_file
 
 logger = logging.getLogger(__name__)
@@ -190,5 +190,5 @@ _from_hub: dict[str, Any] = {
     "retries": 5,
     "environment": hub.read_environment,
 }
-download = stage(download_checkpoint, name="download", **_from_hub)
-questions = stage(download_questions, name="questions", **_from_hub)
+download = Stage(download_checkpoint, name="download", **_from_hub)
+questions = Stage(download_questions, name="questions", **_from_hub)

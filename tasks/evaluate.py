@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tasks.policies import stage
 from tasks.process import report_progress
+from tasks.stage import Stage
 from tasks.store import StageFailed
 
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
@@ -102,7 +102,7 @@ def _summarize(output: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-evaluate = stage(
+evaluate = Stage(
     evaluate_checkpoint,
     name="evaluate",
     version=2,

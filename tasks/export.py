@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint import task_of
-from tasks.policies import stage
 from tasks.process import report_progress
+from tasks.stage import Stage
 from tasks.store import StageFailed
 
 
@@ -93,7 +93,7 @@ def read_metadata(program: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
-export = stage(
+export = Stage(
     export_checkpoint,
     name="export",
     libraries=("torch", "torchao", "transformers", "executorch", "optimum-executorch"),

@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -22,11 +22,10 @@ from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 
 from tasks import process, store
+from tasks.stage import Stage
 from tasks.store import Artifact, StageFailed, UserError
 
 terminal = logging.getLogger(__name__)
-
-Work = Callable[..., dict[str, Any]]
 
 _seconds_between_updates = 2.0
 # What takes longer hangs: gemma-3-27b's evaluation on a CPU is the longest that is known.
@@ -38,30 +37,19 @@ ACCELERATOR = "quantize-gemma-accelerator"
 MEMORY = "quantize-gemma-memory"
 
 
-def stage(
-    work: Work,
-    name: str,
-    version: int | str = 1,
-    libraries: tuple[str, ...] = (),
-    retries: int = 0,
-    ignored: tuple[str, ...] = (),
-    environment: Callable[[], dict[str, str]] = dict,
-    memory: float = 0,
-    accelerated: bool = False,
-) -> Task[..., dict[str, Any]]:
-    """Returns the Prefect task over `work(target, **inputs)`, which fills `target` in a process of its own.
+def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
+    """Returns the Prefect task over a stage.
 
-    The task takes artifact records and plain JSON values by keyword and returns the record {"stage", "key",
-    "digest", "size"} of the artifact. Inputs named in `ignored` shape no output and do not count in its key.
-    `environment` gives the process what is secret. `memory` is how much the stage takes at most, in times of the
-    artifacts that it reads; such stages, and those that use the accelerator, wait for each other across runs.
+    It takes artifact records and plain JSON values by keyword and returns the record {"stage", "key", "digest",
+    "size"} of the artifact.
     """
+    work, name = stage.work, stage.name
 
     def key_of(inputs: dict[str, Any]) -> str:
-        counted = {field: value for field, value in sorted(inputs.items()) if field not in ignored}
+        counted = {field: value for field, value in sorted(inputs.items()) if field not in stage.ignored}
         digests = [f"{field}={value['digest']}" for field, value in counted.items() if is_record(value)]
         parameters = {field: value for field, value in counted.items() if not is_record(value)}
-        return store.key(name, version, digests, parameters, list(libraries))
+        return store.key(name, stage.version, digests, parameters, list(stage.libraries))
 
     def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
         key = key_of(parameters["inputs"])
@@ -84,16 +72,16 @@ def stage(
             function = f"{work.__module__}:{work.__name__}"
             sizes = sum(value["size"] for value in inputs.values() if is_record(value))
             with (
-                _slots(ACCELERATOR, int(accelerated and inputs.get("device") != "cpu")),
-                _slots(MEMORY, math.ceil(1 + memory * sizes / 2**30) if memory else 0),
+                _slots(ACCELERATOR, int(stage.accelerated and inputs.get("device") != "cpu")),
+                _slots(MEMORY, math.ceil(1 + stage.memory * sizes / 2**30) if stage.memory else 0),
                 _Progress(name) as progress,
             ):
                 return process.run(
-                    "tasks.policies:call",
+                    "tasks.process:call",
                     {"function": function, "target": str(target), "paths": paths, "values": values},
                     progress,
                     logger,
-                    environment(),
+                    stage.environment(),
                     SECONDS_ALLOWED,
                 )
 
@@ -115,18 +103,9 @@ def stage(
         persist_result=True,
         result_serializer="json",
         on_failure=[_discard_failure],
-        **retried(retries),
+        **retried(stage.retries),
     )
     return decorate(run)
-
-
-def call(function: str, target: str, paths: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
-    """Calls a stage's work inside its own process, with artifacts as paths of their directories."""
-    import importlib
-
-    module, name = function.split(":")
-    work: Work = getattr(importlib.import_module(module), name)
-    return work(Path(target), **{field: Path(path) for field, path in paths.items()}, **values)
 
 
 def record(artifact: Artifact) -> dict[str, Any]:

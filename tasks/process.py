@@ -124,6 +124,14 @@ def run(
     raise StageFailed(f"its process ended with {_describe_exit(process.returncode)}\n{tail}".strip())
 
 
+def call(function: str, target: str, paths: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
+    """Calls a stage's work inside its own process, with artifacts as paths of their directories."""
+    module, name = function.split(":")
+    work = getattr(importlib.import_module(module), name)
+    result: dict[str, Any] = work(Path(target), **{field: Path(path) for field, path in paths.items()}, **values)
+    return result
+
+
 @contextlib.contextmanager
 def ended_on_interrupt() -> Iterator[None]:
     """Ends all stages' processes when Ctrl-C or a termination signal interrupts what is inside.

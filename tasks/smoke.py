@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint import load_model, task_of
-from tasks.policies import stage
 from tasks.process import report_progress
+from tasks.stage import Stage
 from tasks.store import StageFailed
 
 # The card's manual test.
@@ -228,8 +228,8 @@ def _nll(logits: Any, ids: Any) -> float:
     return round(float(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])), 4)
 
 
-smoke = stage(smoke_checkpoint, name="smoke", version=2, libraries=("torch", "torchao", "transformers"), memory=3.2)
-smoke_pte = stage(
+smoke = Stage(smoke_checkpoint, name="smoke", version=2, libraries=("torch", "torchao", "transformers"), memory=3.2)
+smoke_pte = Stage(
     smoke_program,
     name="smoke-program",
     version=2,

@@ -1,12 +1,13 @@
 """Untie: gives lm_head its own copy of the embedding, by writing one new shard beside the unchanged ones."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint import quantizable_modules, read_headers
-from tasks.policies import stage
-from tasks.store import UserError, link
+from tasks.checkpoint import quantizable_modules, read_header, read_headers, write_header
+from tasks.stage import Stage
+from tasks.store import StageFailed, UserError, link
 
 SHARD = "lm_head.safetensors"
 # The head's name beside each of the embedding's: the Hub's layout, a text-only model, and transformers' own names.
@@ -24,9 +25,6 @@ def untie_checkpoint(target: Path, checkpoint: Path) -> dict[str, Any]:
     Files that do not change are hard links. A checkpoint that is untied already passes through. Raises UserError
     if there is no embedding. (Card section: Untie weights.)
     """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     headers = read_headers(checkpoint)
     quantizable_modules(headers)
     embedding = next(name for name in headers if name.endswith("embed_tokens.weight"))
@@ -41,8 +39,7 @@ def untie_checkpoint(target: Path, checkpoint: Path) -> dict[str, Any]:
         if embedding not in HEADS:
             raise UserError(f"the embedding's name, {embedding}, is none of Gemma 3's: {', '.join(HEADS)}")
         head = HEADS[embedding]
-        with safe_open(str(checkpoint / headers[embedding]["file"]), framework="pt") as weights:
-            save_file({head: weights.get_tensor(embedding)}, target / SHARD, metadata={"format": "pt"})
+        _write_shard(target / SHARD, head, checkpoint / headers[embedding]["file"], embedding)
         weight_map[head] = SHARD
         # Hugging Face's loaders take an index only if no file is called as a single-file checkpoint would be.
         if (target / "model.safetensors").exists():
@@ -62,4 +59,25 @@ def untie_checkpoint(target: Path, checkpoint: Path) -> dict[str, Any]:
     return {"metadata": {"tied_before": tied}}
 
 
-untie = stage(untie_checkpoint, name="untie")
+def _write_shard(shard: Path, head: str, file: Path, embedding: str) -> None:
+    """Writes a safetensors file that holds the embedding's bytes under the head's name; the kernel copies them."""
+    tensor = read_header(file)[embedding]
+    start, end = tensor["data_offsets"]
+    source = os.open(file, os.O_RDONLY)
+    # Readable by all: a release's files are served to others.
+    target = os.open(shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        to = write_header(target, {head: (tensor["dtype"], tensor["shape"])}, {"format": "pt"})[head]
+        os.lseek(target, to, os.SEEK_SET)
+        while start < end:
+            # sendfile, for copy_file_range fails between file systems, and a store may lie on another one.
+            copied = os.sendfile(target, source, start, end - start)
+            if not copied:
+                raise StageFailed(f"{file} became shorter while it was read")
+            start += copied
+    finally:
+        os.close(source)
+        os.close(target)
+
+
+untie = Stage(untie_checkpoint, name="untie")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks import store
-from tasks.policies import stage
 from tasks.recipe import ROLES, recipe_hash
+from tasks.stage import Stage
 
 LIBRARIES = (
     "torch",
@@ -166,4 +166,4 @@ def _rule_as_code(rule: dict[str, Any]) -> dict[str, str]:
 
 # A changed template is a changed card.
 _template = hashlib.sha256((HERE / "README.md.j2").read_bytes()).hexdigest()[:12]
-card = stage(make_release, name="card", version=f"2-{_template}", libraries=LIBRARIES, ignored=("run_id",))
+card = Stage(make_release, name="card", version=f"2-{_template}", libraries=LIBRARIES, ignored=("run_id",))

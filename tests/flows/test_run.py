@@ -210,7 +210,7 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     function = "tests.flows.test_run:evaluate_damaged"
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     call = {"function": function, "target": str(target), "paths": paths, "values": asked}
-    process.run("tasks.policies:call", call, lambda *_: None, None)
+    process.run("tasks.process:call", call, lambda *_: None, None)
     metrics = json.loads((Path(released.summary["release"]) / "metrics.json").read_text())
     metrics["quantized"]["mmlu"] = json.loads((target / "results.json").read_text())
     verdict = judge(metrics, 5.0, 2.0, None, 1.0)

@@ -32,7 +32,7 @@ def download(hub: Hub, tmp_path: Path, revision: str, token: str | None = None, 
     values = {"source": NAME, "revision": revision, "offline": offline}
     call = {"function": "tasks.download:download_checkpoint", "target": str(target), "paths": {}, "values": values}
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "2", **({"HF_TOKEN": token} if token else {})}
-    process.run("tasks.policies:call", call, lambda *_: None, None, environment)
+    process.run("tasks.process:call", call, lambda *_: None, None, environment)
     return target
 
 

@@ -61,7 +61,7 @@ def in_process(function: str, hub: Hub, token: str, paths: dict[str, str], value
         "HF_HUB_DISABLE_XET": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    return process.run("tasks.policies:call", call, lambda *_: None, None, environment)["metadata"]
+    return process.run("tasks.process:call", call, lambda *_: None, None, environment)["metadata"]
 
 
 def publish_in_process(_target: Path, release: Path, **settings: Any) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""Checkpoints with random weights in the exact shapes of Gemma 3, made on disk without holding one in memory."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tasks.builtin import BUILTIN
+from tasks.checkpoint import RUNTIME_PREFIXES, write_header
+from tasks.store import copy
+
+_TEXT = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262_144,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 32_768,
+    "rope_theta": 1_000_000,
+    "rope_local_base_freq": 10_000,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
+_ALONE = {"architectures": ["Gemma3ForCausalLM"], "dtype": "bfloat16"}
+# The configurations of google/gemma-3-270m, gemma-3-1b-pt, gemma-3-4b-it and gemma-3-27b-it.
+SHAPES: dict[str, dict[str, Any]] = {
+    "270m": {
+        **_TEXT,
+        **_ALONE,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    },
+    "1b": {
+        **_TEXT,
+        **_ALONE,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    },
+    "4b": {
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "dtype": "bfloat16",
+        "boi_token_index": 255_999,
+        "eoi_token_index": 256_000,
+        "image_token_index": 262_144,
+        "mm_tokens_per_image": 256,
+        "eos_token_id": [1, 106],
+        "tie_word_embeddings": True,
+        "text_config": {
+            **_TEXT,
+            "vocab_size": 262_208,
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "sliding_window": 1024,
+            "max_position_embeddings": 131_072,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 896,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    },
+}
+
+
+def make_checkpoint(shape: str, folder: Path) -> Path:
+    """Returns the directory of a bf16 checkpoint of this shape, made if it is not there; `tiny` is the built-in one."""
+    if shape == "tiny":
+        return BUILTIN["tiny-gemma3"]
+    target = folder / shape
+    if (target / "model.safetensors").exists():
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(SHAPES[shape], indent=2) + "\n", encoding="utf-8")
+    for path in BUILTIN["tiny-gemma3"].iterdir():
+        if path.name not in ("config.json", "README.md") and path.suffix != ".safetensors":
+            copy(path, target / path.name)
+    partial = target / "model.partial"
+    write_random_weights(partial, weight_shapes(target))
+    partial.rename(target / "model.safetensors")
+    return target
+
+
+def weight_shapes(checkpoint: Path) -> dict[str, list[int]]:
+    """Returns {tensor: shape} of the checkpoint that config.json describes, by its names on the Hub."""
+    import torch
+    from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    multimodal = hasattr(config, "text_config")
+    with torch.device("meta"):
+        model = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM)(config)
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        hub = next((h for h, r in RUNTIME_PREFIXES.items() if multimodal and name.startswith(r)), None)
+        shapes[hub + name.removeprefix(RUNTIME_PREFIXES[hub]) if hub else name] = list(tensor.shape)
+    return shapes
+
+
+def write_random_weights(path: Path, shapes: dict[str, list[int]]) -> None:
+    """Writes a safetensors file of bf16 numbers, normal with a deviation of 0.02, the same every time."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    offsets = write_header(file, {name: ("BF16", shape) for name, shape in shapes.items()}, {"format": "pt"})
+    step = 2**22
+
+    def write(seed: int, offset: int, count: int) -> None:
+        values = np.random.default_rng(seed).standard_normal(count, np.float32) * np.float32(0.02)
+        os.pwrite(file, (values.view(np.uint32) >> 16).astype(np.uint16), offset)
+
+    with ThreadPoolExecutor() as pool:
+        jobs = []
+        for name, shape in shapes.items():
+            size = int(np.prod(shape))
+            for first in range(0, size, step):
+                jobs.append(pool.submit(write, len(jobs), offsets[name] + 2 * first, min(step, size - first)))
+        for job in jobs:
+            job.result()
+    os.close(file)

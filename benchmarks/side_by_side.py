@@ -1,0 +1,63 @@
+"""What the benchmarks share: steps in fresh processes, one after the other, on files that are not in memory yet."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from tasks import process
+from tasks.store import human_size
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(function: str, **arguments: Any) -> dict[str, Any]:
+    """Calls "module:name" in a process of its own; returns its value, "seconds" and "peak_rss_bytes".
+
+    The time is that until everything is on disk. Arguments are JSON values and paths.
+    """
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
+    for value in arguments.values():
+        if isinstance(value, Path):
+            forget(value)
+    started = time.monotonic()
+    found = process.run(function, values, lambda *_: None, None, {"PYTHONPATH": str(ROOT)})
+    os.sync()
+    return {**found, "seconds": time.monotonic() - started, "peak_rss_bytes": found["measured"]["peak_rss_bytes"]}
+
+
+def forget(folder: Path) -> None:
+    """Drops a directory's files from the page cache, so that the next who reads them reads the disk."""
+    os.sync()
+    for path in folder.iterdir():
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def machine() -> str:
+    """Returns what the numbers were measured on."""
+    models = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{models[0]}, {os.cpu_count()} cores, {memory / 2**30:.0f} GiB, {platform.system()} {platform.machine()}"
+
+
+def version() -> str:
+    """Returns the commit that was measured."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def line(name: str, step: dict[str, Any]) -> str:
+    """Returns one line of a benchmark's table."""
+    return f"{name:28} {step['seconds']:9.1f} s {human_size(step['peak_rss_bytes']):>10}"
+
+
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """Prints what a benchmark found: as one JSON object, or its lines."""
+    print(json.dumps(result) if as_json else "\n".join(result["lines"]))

@@ -1,0 +1,373 @@
+"""HQQ with scales only, as torchao's `_choose_qparams_and_quantize_scale_only_hqq` computes it, to the bit.
+
+torchao works on whole matrices, in some twenty float32 temporaries of their size. Here a group's twenty iterations
+run on data that stays in the processor's cache. Three things make the results equal, not close:
+
+- every element goes through the same float32 operations;
+- sums are added up in the order of torch's own kernel, which follows the processor's vector width (`sum_lanes`);
+- torchao stops all groups of a matrix at the first iteration in which none of them changed by more than 1e-5. A chunk
+  cannot know that, so it returns how much it changed in every iteration, and whoever has seen all chunks of a matrix
+  repeats them with that number of iterations (`iterations_needed`). Mostly there is nothing to repeat.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+
+ITERATIONS = 20
+TOLERANCE = np.float32(1e-5)
+EPSILON = np.finfo(np.float32).eps
+BOUNDS = {"int4": (-8, 7), "int8": (-128, 127)}
+# Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
+ROUNDER = np.float32(12582912.0)
+# Groups up to this length are worked on so many at a time, side by side; longer ones one by one.
+SIDE_BY_SIDE = 256
+WIDTH = 64
+ZERO = np.float32(0)
+
+
+@dataclass
+class Quantized:
+    """Some rows of a matrix, quantized.
+
+    integers: int8, [rows, columns]. scales: float32, [rows, groups]. changes: float32, [ITERATIONS], the largest
+    relative change of a scale in every iteration, 0 from where nothing changed any more. error, square: the sums of
+    squares of what quantization changed and of the weights, in float64; the second is NaN or infinite if a weight is.
+    """
+
+    integers: Any
+    scales: Any
+    changes: Any
+    error: float
+    square: float
+
+
+def quantize_chunk(weight: Any, group_size: int, dtype: str, lanes: int, iterations: int = ITERATIONS) -> Quantized:
+    """Quantizes some rows of a matrix on the CPU.
+
+    `weight` is contiguous, [rows, columns], float32, or uint16 for the bits of bfloat16, whose error is then that of
+    scales stored as bfloat16. `lanes` is `sum_lanes()`, and no group may be shorter.
+    """
+    rows, columns = weight.shape
+    groups = weight.reshape(rows * columns // group_size, group_size)
+    integers = np.empty(groups.shape, np.int8)
+    scales = np.empty(groups.shape[0], np.float32)
+    changes = np.zeros(ITERATIONS, np.float32)
+    sums = np.zeros(2, np.float64)
+    low, high = (np.float32(bound) for bound in BOUNDS[dtype])
+    kernel = _quantize_side_by_side if group_size <= SIDE_BY_SIDE else _quantize_one_by_one
+    kernel(groups, weight.dtype == np.uint16, low, high, iterations, lanes, integers, scales, changes, sums)
+    scales = scales.reshape(rows, columns // group_size)
+    return Quantized(integers.reshape(rows, columns), scales, changes, float(sums[0]), float(sums[1]))
+
+
+def quantize_chunk_with_torch(weight: Any, group_size: int, dtype: str, iterations: int = ITERATIONS) -> Quantized:
+    """Does what quantize_chunk does, in torch's operations and order, where the tensor `weight` is; returns tensors."""
+    import torch
+
+    low, high = BOUNDS[dtype]
+    epsilon = float(EPSILON)
+    groups = weight.float().unflatten(1, (-1, group_size))
+    scales = (groups.abs().amax(dim=2) / max(-low, high)).clamp_min(epsilon)
+    changes = torch.zeros(ITERATIONS, device=weight.device)
+    for iteration in range(iterations):
+        integers = (groups / scales.unsqueeze(-1)).round().clamp(low, high)
+        numerator, denominator = (groups * integers).sum(dim=2), (integers * integers).sum(dim=2)
+        before, scales = scales, torch.where(denominator > 0, numerator / denominator, scales)
+        scales = scales.clamp_min(epsilon).abs()
+        changes[iteration] = ((scales - before).abs() / before.clamp_min(epsilon)).max()
+    integers = (groups / scales.unsqueeze(-1)).round().clamp(low, high)
+    error = (integers * scales.to(weight.dtype).float().unsqueeze(-1) - groups).double().square().sum()
+    square = groups.double().square().sum()
+    return Quantized(integers.flatten(1).to(torch.int8), scales, changes, float(error), float(square))
+
+
+def iterations_needed(changes: Any) -> int:
+    """Returns after how many iterations torchao stops on a matrix, from all its chunks' changes, [chunks, ITERATIONS].
+
+    That is ITERATIONS too where later iterations change nothing.
+    """
+    largest = np.max(changes, axis=0)
+    settled = np.flatnonzero(largest < TOLERANCE)
+    if not settled.size or not largest[settled[0] + 1 :].any():
+        return ITERATIONS
+    return int(settled[0]) + 1
+
+
+@functools.cache
+def sum_lanes() -> int:
+    """Returns the vector width, in floats, of torch's summation on this processor; 0 if its order is none that we know.
+
+    Found by trying: sums of random numbers differ in their last bits with the order.
+    """
+    import torch
+
+    values = np.random.default_rng(0).standard_normal((64, 2575), np.float32)
+    expected = torch.from_numpy(values).sum(dim=1).numpy()
+    short = torch.from_numpy(values[:, :32].copy()).sum(dim=1).numpy()
+    for lanes in (16, 8, 4):
+        found = np.array([_sum_of_products(row, np.ones_like(row), lanes, _accumulators(lanes)) for row in values])
+        first = np.array([_sum_of_products(r[:32], np.ones_like(r[:32]), lanes, _accumulators(lanes)) for r in values])
+        if np.array_equal(found, expected) and np.array_equal(first, short):
+            return lanes
+    return 0
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")
+def _nearest(weight: Any, scale: Any, low: Any, high: Any) -> Any:
+    """Returns the integer, as float32, that stands for the weight; written so that it becomes vector instructions."""
+    value = weight / scale
+    value = value if value < high else high
+    value = value if value > low else low
+    return (value + ROUNDER) - ROUNDER
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _quantize_side_by_side(
+    groups: Any,
+    halves: bool,
+    low: Any,
+    high: Any,
+    iterations: int,
+    lanes: int,
+    integers: Any,
+    scales: Any,
+    changes: Any,
+    sums: Any,
+) -> None:
+    count, length = groups.shape
+    weight = np.empty((length, WIDTH), np.float32)
+    bits = weight.view(np.uint32)
+    quantized = np.empty((length, WIDTH), np.float32)
+    scale = np.empty(WIDTH, np.float32)
+    stored = np.empty(WIDTH, np.float32)
+    errors = np.zeros(WIDTH, np.float64)
+    squares = np.zeros(WIDTH, np.float64)
+    numerator = np.empty(WIDTH, np.float32)
+    denominator = np.empty(WIDTH, np.float32)
+    in_lane = np.empty((2, WIDTH), np.float32)
+    in_part = np.empty((2, WIDTH), np.float32)
+    largest = max(-low, high)
+    vectors = length // lanes
+    quads = vectors // 4
+    for first in range(0, count, WIDTH):
+        # The last group stands in for those that are missing in the last block.
+        for place in range(WIDTH):
+            group = min(first + place, count - 1)
+            if halves:
+                for k in range(length):
+                    bits[k, place] = np.uint32(groups[group, k]) << np.uint32(16)
+            else:
+                for k in range(length):
+                    weight[k, place] = groups[group, k]
+        scale[:] = ZERO
+        for k in range(length):
+            for g in range(WIDTH):
+                size = abs(weight[k, g])
+                scale[g] = size if size > scale[g] else scale[g]
+        for g in range(WIDTH):
+            start = scale[g] / largest
+            scale[g] = start if start > EPSILON else EPSILON
+        settled = False
+        for iteration in range(iterations):
+            for k in range(length):
+                for g in range(WIDTH):
+                    quantized[k, g] = _nearest(weight[k, g], scale[g], low, high)
+            numerator[:] = ZERO
+            denominator[:] = ZERO
+            for k in range(vectors * lanes, length):
+                for g in range(WIDTH):
+                    numerator[g] += weight[k, g] * quantized[k, g]
+                    denominator[g] += quantized[k, g] * quantized[k, g]
+            for lane in range(lanes):
+                in_lane[:] = ZERO
+                if vectors <= 4:
+                    for vector in range(vectors):
+                        k = vector * lanes + lane
+                        for g in range(WIDTH):
+                            in_lane[0, g] += weight[k, g] * quantized[k, g]
+                            in_lane[1, g] += quantized[k, g] * quantized[k, g]
+                else:
+                    for part in range(4):
+                        in_part[:] = ZERO
+                        # What four vectors at a time leave over is the first part's.
+                        for step in range(quads + (vectors - 4 * quads if part == 0 else 0)):
+                            k = (part + 4 * step if step < quads else 3 * quads + step) * lanes + lane
+                            for g in range(WIDTH):
+                                in_part[0, g] += weight[k, g] * quantized[k, g]
+                                in_part[1, g] += quantized[k, g] * quantized[k, g]
+                        for g in range(WIDTH):
+                            in_lane[0, g] += in_part[0, g]
+                            in_lane[1, g] += in_part[1, g]
+                for g in range(WIDTH):
+                    numerator[g] += in_lane[0, g]
+                    denominator[g] += in_lane[1, g]
+            change = ZERO
+            for g in range(WIDTH):
+                before = scale[g]
+                after = numerator[g] / denominator[g]
+                after = after if after > EPSILON else EPSILON
+                after = after if denominator[g] > ZERO else before
+                moved = abs(after - before) / before
+                change = moved if moved > change else change
+                scale[g] = after
+            changes[iteration] = max(changes[iteration], change)
+            if change == ZERO:
+                settled = True
+                break
+        for k in range(length):
+            for g in range(WIDTH):
+                if not settled:
+                    quantized[k, g] = _nearest(weight[k, g], scale[g], low, high)
+        present = min(WIDTH, count - first)
+        _store_scales(scale, stored, halves)
+        for g in range(present, WIDTH):
+            stored[g] = ZERO
+            for k in range(length):
+                weight[k, g] = ZERO
+        for k in range(length):
+            for g in range(WIDTH):
+                difference = np.float64(quantized[k, g] * stored[g] - weight[k, g])
+                errors[g] += difference * difference
+                squares[g] += np.float64(weight[k, g]) * np.float64(weight[k, g])
+        for place in range(present):
+            scales[first + place] = scale[place]
+            for k in range(length):
+                integers[first + place, k] = np.int8(quantized[k, place])
+    for g in range(WIDTH):
+        sums[0] += errors[g]
+        sums[1] += squares[g]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _quantize_one_by_one(
+    groups: Any,
+    halves: bool,
+    low: Any,
+    high: Any,
+    iterations: int,
+    lanes: int,
+    integers: Any,
+    scales: Any,
+    changes: Any,
+    sums: Any,
+) -> None:
+    count, length = groups.shape
+    weight = np.empty(length, np.float32)
+    bits = weight.view(np.uint32)
+    quantized = np.empty(length, np.float32)
+    scale_kept = np.empty(1, np.float32)
+    stored = np.empty(1, np.float32)
+    errors = np.zeros(WIDTH, np.float64)
+    squares = np.zeros(WIDTH, np.float64)
+    accumulators = np.empty((4, 4 * lanes), np.float32)
+    largest = max(-low, high)
+    for group in range(count):
+        if halves:
+            for k in range(length):
+                bits[k] = np.uint32(groups[group, k]) << np.uint32(16)
+        else:
+            for k in range(length):
+                weight[k] = groups[group, k]
+        scale = ZERO
+        for k in range(length):
+            scale = max(scale, abs(weight[k]))
+        scale = max(scale / largest, EPSILON)
+        settled = False
+        for iteration in range(iterations):
+            for k in range(length):
+                quantized[k] = _nearest(weight[k], scale, low, high)
+            numerator = _sum_of_products(weight, quantized, lanes, accumulators)
+            denominator = _sum_of_products(quantized, quantized, lanes, accumulators)
+            before = scale
+            if denominator > 0:
+                scale = max(numerator / denominator, EPSILON)
+            change = abs(scale - before) / before
+            changes[iteration] = max(changes[iteration], change)
+            if change == 0:
+                settled = True
+                break
+        scales[group] = scale
+        scale_kept[0] = scale
+        _store_scales(scale_kept, stored, halves)
+        for k in range(length):
+            if not settled:
+                quantized[k] = _nearest(weight[k], scale, low, high)
+            integers[group, k] = np.int8(quantized[k])
+        for first in range(0, length, WIDTH):
+            for k in range(min(WIDTH, length - first)):
+                difference = np.float64(quantized[first + k] * stored[0] - weight[first + k])
+                errors[k] += difference * difference
+                squares[k] += np.float64(weight[first + k]) * np.float64(weight[first + k])
+    for k in range(WIDTH):
+        sums[0] += errors[k]
+        sums[1] += squares[k]
+
+
+@numba.njit(nogil=True, cache=True)
+def _store_scales(scale: Any, stored: Any, halves: bool) -> None:
+    """Makes `stored` the scales as they are read again: rounded to bfloat16, ties to even, if `halves`."""
+    stored[:] = scale
+    if halves:
+        bits = stored.view(np.uint32)
+        for g in range(len(bits)):
+            odd = (bits[g] >> np.uint32(16)) & np.uint32(1)
+            bits[g] = (bits[g] + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_of_products(left: Any, right: Any, lanes: int, accumulators: Any) -> Any:
+    """Returns the float32 sum of left * right, added up as torch's CPU kernel does.
+
+    It keeps four vectors side by side, empties them into the next of four levels every so many steps, then adds the
+    levels, the four vectors, what is left over, and last the vector's lanes in their order.
+    """
+    accumulators[:] = np.float32(0)
+    length = left.shape[0]
+    vectors = length // lanes
+    steps = vectors // 4
+    width = 4 * lanes
+    bits = 0
+    while (1 << bits) < steps:
+        bits += 1
+    power = max(4, bits // 4)
+    step = 0
+    while step + (1 << power) <= steps:
+        for _ in range(1 << power):
+            base = step * width
+            for k in range(width):
+                accumulators[0, k] += left[base + k] * right[base + k]
+            step += 1
+        for level in range(1, 4):
+            for k in range(width):
+                accumulators[level, k] += accumulators[level - 1, k]
+                accumulators[level - 1, k] = np.float32(0)
+            if step & (((1 << power) - 1) << (level * power)):
+                break
+    while step < steps:
+        base = step * width
+        for k in range(width):
+            accumulators[0, k] += left[base + k] * right[base + k]
+        step += 1
+    for level in range(1, 4):
+        for k in range(width):
+            accumulators[0, k] += accumulators[level, k]
+    for vector in range(4 * steps, vectors):
+        for k in range(lanes):
+            accumulators[0, k] += left[vector * lanes + k] * right[vector * lanes + k]
+    for part in range(1, 4):
+        for k in range(lanes):
+            accumulators[0, k] += accumulators[0, part * lanes + k]
+    total = np.float32(0)
+    for k in range(vectors * lanes, length):
+        total += left[k] * right[k]
+    for k in range(lanes):
+        total += accumulators[0, k]
+    return total
+
+
+def _accumulators(lanes: int) -> Any:
+    return np.empty((4, 4 * lanes), np.float32)
