@@ -359,10 +359,8 @@ def _size(shape: list[int]) -> int:
 
 
 def _hub_name(name: str) -> str:
-    for hub, runtime in RUNTIME_PREFIXES.items():
-        if name.startswith(runtime):
-            return hub + name.removeprefix(runtime)
-    raise StageFailed(f"the tensor {name} has no name in the Hub's layout")
+    hub = next((hub for hub, runtime in RUNTIME_PREFIXES.items() if name.startswith(runtime)), "")
+    return hub + name.removeprefix(RUNTIME_PREFIXES[hub]) if hub else name
 
 
 def _with_newer_names(metadata: dict[str, str]) -> dict[str, str]:
