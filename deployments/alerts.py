@@ -21,6 +21,8 @@ ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crash
 # Workers send a heartbeat every 30 s (PREFECT_FLOWS_HEARTBEAT_FREQUENCY). A server that is away hears none of them, and
 # must not take a restart of its own for the death of all runs.
 SILENCE = timedelta(seconds=float(os.environ.get("QUANTIZE_GEMMA_SILENCE_SECONDS", 900)))
+# Without a nightly run for so long: a day of 25 hours, and an hour's grace. Another schedule needs another.
+NIGHT = timedelta(seconds=float(os.environ.get("QUANTIZE_GEMMA_NIGHT_SECONDS", 26 * 3600)))
 BODY = (
     "Flow run {{ flow_run.name }} of quantize-gemma is {{ flow_run.state.name }}: {{ flow_run.state.message }}\n"
     "{{ flow_run|ui_url }}"
@@ -98,11 +100,10 @@ def missing_nightly_is_told(block_id: UUID) -> AutomationCore:
             match={"prefect.resource.id": "prefect.flow-run.*"},
             match_related={"prefect.resource.role": "deployment", "prefect.resource.name": "nightly"},
             threshold=1,
-            # A day of 25 hours, and an hour's grace.
-            within=timedelta(hours=26),
+            within=NIGHT,
         ),
         actions=[
-            _tell(block_id, "quantize-gemma: the nightly did not start", "No nightly run has started for 26 hours.")
+            _tell(block_id, "quantize-gemma: the nightly did not start", f"No nightly run has started for {NIGHT}.")
         ],
     )
 

@@ -39,9 +39,11 @@ def digests(command_line: CommandLine, outcome: Outcome, *names: str) -> list[st
 
 def start_run_into(stage: str, seconds: float, command_line: CommandLine, *arguments: str) -> "subprocess.Popen[str]":
     """Starts a run and returns it so many seconds into the stage."""
+    # A run that was killed before leaves its own.
+    before = set(command_line.home.glob(f"{stage}/.partial-*"))
     process = command_line.start("run", *arguments, "--json")
     deadline = time.monotonic() + 120
-    while not list(command_line.home.glob(f"{stage}/.partial-*")):
+    while set(command_line.home.glob(f"{stage}/.partial-*")) <= before:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)

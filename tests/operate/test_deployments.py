@@ -117,6 +117,7 @@ def operate(
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "QUANTIZE_GEMMA_TIMEZONE": "Europe/Berlin",
             "QUANTIZE_GEMMA_SILENCE_SECONDS": "120",
+            "QUANTIZE_GEMMA_NIGHT_SECONDS": "90",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             **environment,
         }
@@ -322,6 +323,42 @@ def test_a_refused_release_is_told_to_the_web_hook(
     assert any(said["subject"] == "quantize-gemma: a run failed" for said in alerts[1])
 
 
+@pytest.fixture(scope="module")
+def last_night(sqlite: Operation) -> str:
+    """A nightly run, after which there is none."""
+    with sqlite.worker():
+        run = sqlite.submit("quantize-gemma/nightly", *TINY)
+        assert sqlite.wait(run, {"Completed", "Failed", "Crashed"}, 120)["state_name"] == "Completed"
+    return run
+
+
+def test_serve_runs_everything_on_one_machine_and_ends_with_it(
+    released: Outcome, command_line: CommandLine, tmp_path: Path, last_night: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        api = f"http://127.0.0.1:{reserved.getsockname()[1]}/api"
+    environment = {**command_line.environment(), "PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": api}
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        serve = subprocess.Popen(
+            [sys.executable, "-m", "deployments.serve"], env=environment, stdout=stream, stderr=stream
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while "prefect deployment run quantize-gemma/tiny" not in log.read_text():
+            assert serve.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        command = [*PREFECT, "deployment", "run", "quantize-gemma/tiny", "--watch"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr + log.read_text()[-3000:]
+        started = psutil.Process(serve.pid).children(recursive=True)
+    finally:
+        serve.terminate()
+        assert serve.wait(60) == 143
+    assert not psutil.wait_procs(started, timeout=30)[1]
+
+
 def test_the_form_has_every_parameter_with_its_description_and_choices(sqlite: Operation) -> None:
     from flows.parameters import Parameters
 
@@ -383,6 +420,15 @@ def test_the_dashboard_shows_the_stages_the_card_and_the_chart(sqlite: Operation
         assert heading in card_page
     assert "data:image/png;base64" in rendered(f"{ui}/artifacts/artifact/{ids['mmlu-by-subject']}")
     assert json.loads(json.dumps(sqlite.tasks(runs[0]["id"])))["card"] in ("Cached", "Completed")
+
+
+def test_a_night_without_a_nightly_is_told(
+    sqlite: Operation, last_night: str, alerts: tuple[str, list[dict[str, str]]]
+) -> None:
+    deadline = time.monotonic() + 150
+    while not any(said["subject"] == "quantize-gemma: the nightly did not start" for said in alerts[1]):
+        assert time.monotonic() < deadline, alerts[1]
+        time.sleep(0.5)
 
 
 def test_the_run_of_the_dead_machine_has_crashed(sqlite: Operation, dead_run: str) -> None:
