@@ -44,7 +44,7 @@ class Parameters(BaseModel):
     max_new_tokens: int = Field(64, ge=1, description="Length of the smoke tests' answers, in tokens.")
     max_mmlu_drop: float = Field(5.0, ge=0, description="Points of MMLU accuracy that the gate lets a release lose.")
     max_kl_ratio: float = Field(
-        2.0, gt=0, description="How far the program may be from the checkpoint, in times the activation rounding."
+        1.0, gt=0, description="How far the program may be from the checkpoint, in times the activation rounding."
     )
     max_regression: float = Field(
         1.0, ge=0, description="Points of MMLU accuracy that a release may be below the one published before it."

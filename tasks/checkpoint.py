@@ -226,7 +226,8 @@ def load_model(checkpoint: Path, dtype: Any) -> Any:
     wrong = {name: sorted(keys)[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
     if wrong:
         raise StageFailed(f"the weights of {checkpoint} do not fit its model: {wrong}")
-    model.eval()
+    # transformers loads quantized weights as they were saved, and what stands beside them too.
+    model.to(dtype).eval()
     if not config.get_text_config().tie_word_embeddings and model.lm_head.weight is model.get_input_embeddings().weight:
         raise StageFailed("lm_head and the embedding are still tied after loading")
     return model

@@ -4,8 +4,14 @@ from typing import Any
 
 from tasks.store import RunError
 
-# Below this, in nats per token, rounding in float32 alone makes the difference.
-KL_FLOOR = 1e-3
+# Below this, in nats per token, or in mean squares of one, rounding in float32 alone makes the difference.
+FLOOR = 1e-6
+# What of the program was compared with the checkpoint, and how it is called.
+COMPARED = {
+    "last": "at the end of the longest sequence",
+    "step_by_step": "token by token",
+    "image": "after an image",
+}
 
 
 class GateRefused(RunError):
@@ -23,17 +29,23 @@ def judge(
     """Returns {"passed", "checks": [{"name", "passed", "value", "limit", "message"}]}.
 
     `max_mmlu_drop` is in points of accuracy (percent). `max_kl_ratio` bounds the KL divergence between checkpoint and
-    program by that of the activation rounding alone. `published` is the accuracy, in percent, of the release that
-    would be replaced, if there is one; `max_regression` how many points it may be lost by.
+    program, and the vision encoder's squared error, by what rounding the activations makes of them. `published` is the
+    accuracy, in percent, of the release that would be replaced, if there is one; `max_regression` how many points it
+    may be lost by.
     """
     drop = round(100 * (metrics["base"]["mmlu"]["accuracy"] - metrics["quantized"]["mmlu"]["accuracy"]), 4)
+    checks = [_check("mmlu_drop", drop, max_mmlu_drop, f"MMLU falls by {drop:.2f} points")]
     agreement = metrics["program"]["agreement"]
-    limit = max(max_kl_ratio * agreement["kl_activation_noise"], KL_FLOOR)
-    value = agreement["kl_program"]
-    checks = [
-        _check("mmlu_drop", drop, max_mmlu_drop, f"MMLU falls by {drop:.2f} points"),
-        _check("program_kl", value, limit, f"the program is {value:.4f} nats from the checkpoint"),
-    ]
+    parts = {"": agreement, **{name: agreement[name] for name in COMPARED if name in agreement}}
+    for name, part in parts.items():
+        value, limit = part["kl_program"], max(max_kl_ratio * part["kl_activation_noise"], FLOOR)
+        what = f"the program is {value:.6f} nats from the checkpoint {COMPARED.get(name, '')}".strip()
+        checks.append(_check(f"program_kl_{name}".rstrip("_"), value, limit, what))
+    if "vision_encoder" in agreement:
+        found = agreement["vision_encoder"]
+        limit = max(max_kl_ratio * found["noise"], FLOOR)
+        what = f"the vision encoder's squared error is {found['error']:.2g}"
+        checks.append(_check("vision_encoder", found["error"], limit, what))
     if published is not None:
         loss = round(published - 100 * metrics["quantized"]["mmlu"]["accuracy"], 4)
         checks.append(_check("regression", loss, max_regression, f"MMLU is {loss:.2f} points below what is published"))

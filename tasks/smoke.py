@@ -1,8 +1,6 @@
 """Smoke: does it talk? The card's prompt through chat template and `generate`, and through the program's C++ runner.
 
-The program is also compared with the checkpoint that it was made from, token by token: by how far their next-token
-distributions are apart, next to how far rounding the activations alone moves the checkpoint's. An int8 activation
-that falls on the other side of a rounding boundary is noise of that size; a wrong scale or cache is not.
+The program is also compared with the checkpoint that it was made from; see verify.py.
 """
 
 import json
@@ -13,21 +11,11 @@ from tasks.checkpoint import load_model, task_of
 from tasks.process import report_progress
 from tasks.stage import Stage
 from tasks.store import StageFailed
+from tasks.verify import IMAGE_PROMPT, compare
 
 # The card's manual test.
 PROMPT = "Hey, are you conscious? Can you talk to me?"
-IMAGE_PROMPT = "What colour is this?"
 IMAGE_COLOUR = (30, 50, 220)
-COMPARED_TOKENS = 128
-# No program is exported for less than this many tokens at once.
-SHORTEST_PIECE = 64
-# Text for the comparison: any will do that is long enough to leave the first tokens behind.
-TEXT = (
-    "A river begins where rain and melting snow gather on high ground. It runs downhill, joins other streams, and "
-    "carries sand and stones with it. Where the land is flat it slows down and lays down what it carried. Towns "
-    "grew beside rivers because boats could reach them and because fields near the water gave good harvests. The "
-    "water that reaches the sea rises again as vapour, forms clouds, and falls as rain on the hills."
-)
 
 
 def smoke_checkpoint(target: Path, checkpoint: Path, max_new_tokens: int) -> dict[str, Any]:
@@ -66,12 +54,7 @@ def smoke_checkpoint(target: Path, checkpoint: Path, max_new_tokens: int) -> dic
 def smoke_program(
     target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_new_tokens: int
 ) -> dict[str, Any]:
-    """Writes smoke.json: the program's answers to a text and to an image, and how far it is from the checkpoint.
-
-    KL divergences are in nats per token, means over the positions of a fixed text, from the checkpoint's
-    distribution to the other one.
-    """
-    import torch
+    """Writes smoke.json: the program's answers to a text and to an image, and how far it is from the checkpoint."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(checkpoint)
@@ -82,11 +65,9 @@ def smoke_program(
     if multimodal:
         result["image"] = _run_image(program, checkpoint, max_new_tokens)
     report_progress(1, 3, "comparing with the checkpoint")
-    tokens = min(COMPARED_TOKENS, max_seq_len)
-    result["agreement"] = _compare(program / "model.pte", checkpoint, tokenizer, config, multimodal, tokens)
+    result["agreement"] = compare(program, checkpoint, config, max_seq_len)
     speed = {name: result[name].pop("speed") for name in ("text", "image") if name in result}
     (target / "smoke.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    assert torch.isfinite(torch.tensor(result["agreement"]["kl_program"])), result["agreement"]
     return {"metadata": result, "extra": {"speed": speed}}
 
 
@@ -163,76 +144,11 @@ def _speed(stats: Any) -> dict[str, float]:
     }
 
 
-def _compare(
-    program: Path, checkpoint: Path, tokenizer: Any, config: Any, multimodal: bool, tokens: int
-) -> dict[str, Any]:
-    import torch
-
-    text = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([[tokenizer.bos_token_id, *text]])[:, :tokens]
-    model = load_model(checkpoint, torch.float32)
-    with torch.no_grad():
-        eager = model(ids).logits[0].float()
-        _dequantize_linears(model)
-        plain = model(ids).logits[0].float()
-    ran = _program_logits(program, ids, config, multimodal)
-    return {
-        "tokens": ids.shape[1],
-        "kl_program": _kl(eager, ran),
-        "kl_activation_noise": _kl(eager, plain),
-        "same_argmax": round(float((eager.argmax(-1) == ran.argmax(-1)).float().mean()), 4),
-        "nll_checkpoint": _nll(eager, ids),
-        "nll_program": _nll(ran, ids),
-    }
-
-
-def _program_logits(program: Path, ids: Any, config: Any, multimodal: bool) -> Any:
-    """Returns the program's logits, [tokens, vocabulary], run in pieces shorter than the sliding window."""
-    import executorch.extension.llm.custom_ops.custom_ops
-    import executorch.kernels.quantized  # noqa: F401 (both register operators)
-    import torch
-    from executorch.runtime import Runtime
-
-    loaded = Runtime.get().load_program(program)
-    piece = min(config.get_text_config().sliding_window, SHORTEST_PIECE) - 1
-    decoder = loaded.load_method("text_decoder" if multimodal else "forward")
-    embed = loaded.load_method("token_embedding") if multimodal else None
-    logits = []
-    for start in range(0, ids.shape[1], piece):
-        part = ids[:, start : start + piece]
-        positions = torch.arange(start, start + part.shape[1])
-        given = embed.execute([part])[0] if embed else part
-        logits.append(decoder.execute([given, positions])[0][0].clone())
-    return torch.cat(logits).float()
-
-
-def _dequantize_linears(model: Any) -> None:
-    """Takes the activation quantization out: every weight becomes the plain tensor that it stands for."""
-    import torch
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and hasattr(module.weight, "dequantize"):
-            module.weight = torch.nn.Parameter(module.weight.dequantize(), requires_grad=False)
-
-
-def _kl(reference: Any, other: Any) -> float:
-    import torch
-
-    p, q = torch.log_softmax(reference, -1), torch.log_softmax(other, -1)
-    return round(float((p.exp() * (p - q)).sum(-1).mean()), 6)
-
-
-def _nll(logits: Any, ids: Any) -> float:
-    import torch
-
-    return round(float(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])), 4)
-
-
-smoke = Stage(smoke_checkpoint, name="smoke", version=2, libraries=("torch", "torchao", "transformers"), memory=3.2)
+smoke = Stage(smoke_checkpoint, name="smoke", version=3, libraries=("torch", "torchao", "transformers"), memory=3.2)
 smoke_pte = Stage(
     smoke_program,
     name="smoke-program",
-    version=2,
+    version=3,
     libraries=("torch", "torchao", "transformers", "executorch"),
     memory=3.2,
 )

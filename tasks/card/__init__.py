@@ -127,9 +127,14 @@ def render(metrics: dict[str, Any], recipe: dict[str, Any], sizes: dict[str, int
     )
     environment.filters["size"] = store.human_size
     environment.filters["percent"] = lambda value: f"{100 * value:.2f}"
+    environment.filters["small"] = lambda value: f"{value:.2g}"
     environment.filters["score"] = score
     return environment.get_template("README.md.j2").render(
-        m=metrics, recipe=recipe, sizes=sizes, rules=[_rule_as_code(rule) for rule in recipe["rules"]]
+        m=metrics,
+        agreement=metrics["program"]["agreement"],
+        recipe=recipe,
+        sizes=sizes,
+        rules=[_rule_as_code(rule) for rule in recipe["rules"]],
     )
 
 

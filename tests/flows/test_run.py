@@ -68,7 +68,8 @@ def test_one_command_leaves_a_release_that_passed_the_gate(released: Outcome) ->
     assert set(released.cached) == ALL
     assert not any(released.cached.values())
     assert summary["gate"]["passed"]
-    assert {check["name"] for check in summary["gate"]["checks"]} == {"mmlu_drop", "program_kl"}
+    kl = {f"program_kl{part}" for part in ("", "_last", "_step_by_step", "_image")}
+    assert {check["name"] for check in summary["gate"]["checks"]} == {"mmlu_drop", "vision_encoder", *kl}
     assert summary["published"] is None
     base, quantized, program = (summary["metrics"][name] for name in ("base", "quantized", "program"))
     assert base["mmlu"]["accuracy"] >= 0.8
@@ -217,6 +218,75 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     metrics["quantized"]["mmlu"] = json.loads((target / "results.json").read_text())
     verdict = judge(metrics, 5.0, 2.0, None, 1.0)
     assert [check["name"] for check in verdict["checks"] if not check["passed"]] == ["mmlu_drop"]
+
+
+def swap_rows_of_release(source: Path, target: Path, *modules: str) -> Path:
+    """Copies a release with rows of some quantized weights swapped."""
+    import shutil
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    shutil.copytree(source, target)
+    with safe_open(str(target / "model.safetensors"), framework="pt") as weights:
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+        metadata = weights.metadata()
+    for module in modules:
+        swap_rows(tensors, module)
+    save_file(tensors, target / "model.safetensors", metadata=metadata)
+    return target
+
+
+def test_the_program_is_no_further_from_the_checkpoint_than_rounding_explains_and_from_another_one_it_is(
+    released: Outcome, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    from tasks.gate import judge
+    from tasks.verify import compare
+
+    release = Path(released.summary["release"])
+    metrics = metrics_of(released)
+    agreement = metrics["program"]["agreement"]
+    assert agreement["token_embedding"] == {"max": 0.0, "mean": 0.0}
+    assert agreement["same_argmax"] == 1.0
+    assert agreement["last"]["tokens"] == 1024
+    for part in (agreement, agreement["last"], agreement["step_by_step"], agreement["image"]):
+        assert 0 < part["kl_program"] < 0.2 * part["kl_activation_noise"]
+    assert agreement["vision_encoder"]["error"] < 0.2 * agreement["vision_encoder"]["noise"]
+    modules = ("vision_tower.vision_model.encoder.layers.1.mlp.fc2", "language_model.model.layers.1.mlp.up_proj")
+    other = swap_rows_of_release(release, tmp_path / "other", *modules)
+    metrics["program"]["agreement"] = compare(release, other, AutoConfig.from_pretrained(other), 1024)
+    failed = {check["name"] for check in judge(metrics, 5.0, 1.0, None, 1.0)["checks"] if not check["passed"]}
+    assert failed == {"program_kl", "program_kl_last", "program_kl_step_by_step", "program_kl_image", "vision_encoder"}
+
+
+def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
+    released: Outcome, command_line: CommandLine
+) -> None:
+    import pyarrow.parquet
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from tasks.verify import Methods
+
+    release = Path(released.summary["release"])
+    samples = artifact(command_line, released, "evaluate_quantized") / "data" / "samples.jsonl"
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(release)
+    methods = Methods(release / "model.pte", AutoConfig.from_pretrained(release))
+    letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"]
+    agreed = 0
+    for row in rows:
+        (questions,) = BUILTIN_BENCHMARKS["mmlu-mini"].glob(f"{row['subject']}/test-*.parquet")
+        asked = pyarrow.parquet.read_table(questions).to_pylist()[row["doc_id"]]
+        # As lm-eval's mmlu asks it.
+        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", asked["choices"], strict=True))
+        about = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}."
+        ids = torch.tensor([tokenizer(f"{about}\n\n{asked['question'].strip()}\n{choices}\nAnswer:")["input_ids"]])
+        logits = methods.decode(methods.embed(ids), {ids.shape[1] - 1})[0]
+        agreed += int(logits[letters].argmax()) == row["prediction"]
+    assert agreed == len(rows) == 228
 
 
 def evaluate_damaged(target: Path, lost_buffer: str | None, **settings: Any) -> dict[str, Any]:

@@ -1,0 +1,223 @@
+"""Verify: the program against the checkpoint that it was made from, method by method, by running both.
+
+They do not agree to the bit, and need not: int8 activations round differently, and one that falls on the other side of
+a rounding boundary moves all that follows. So every difference stands next to the one that this rounding alone makes:
+the checkpoint with and without quantized activations. A wrong scale, cache or mask is further away than that.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tasks.checkpoint import load_model
+
+# The distributions of so many first tokens are compared, and of so many at the end of the longest sequence.
+COMPARED_TOKENS = 128
+LAST_TOKENS = 8
+# So many are decoded one at a time, after a prefill of as many.
+STEPS = 16
+# No program takes fewer tokens at once than one less than this.
+SHORTEST_PIECE = 64
+# Text for the comparison: any will do that is long enough to leave the first tokens behind.
+TEXT = (
+    "A river begins where rain and melting snow gather on high ground. It runs downhill, joins other streams, and "
+    "carries sand and stones with it. Where the land is flat it slows down and lays down what it carried. Towns "
+    "grew beside rivers because boats could reach them and because fields near the water gave good harvests. The "
+    "water that reaches the sea rises again as vapour, forms clouds, and falls as rain on the hills. "
+)
+IMAGE_PROMPT = "What colour is this?"
+
+
+def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> dict[str, Any]:
+    """Returns how far model.pte is from the checkpoint.
+
+    KL divergences are in nats per token, means over positions, from the checkpoint's distribution to the other one;
+    `kl_activation_noise` is that of the checkpoint without quantized activations. `max` and `mean` are absolute
+    differences of logits or embeddings, `error` and `noise` mean squared differences over the mean square.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    multimodal = hasattr(config, "vision_config")
+    words = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    words *= max_seq_len // len(words) + 1
+    ids = torch.tensor([[tokenizer.bos_token_id, *words][:max_seq_len]])
+    first = min(COMPARED_TOKENS, max_seq_len)
+    kept = torch.tensor(sorted({*range(first), *range(max_seq_len - LAST_TOKENS, max_seq_len)}))
+
+    model = load_model(checkpoint, torch.float32)
+    inputs: dict[str, dict[str, Any]] = {"text": {"input_ids": ids, "logits_to_keep": kept}}
+    if multimodal:
+        inputs["image"] = _image_inputs(checkpoint)
+        pixels = _images(config)
+    eager, plain = {}, {}
+    with torch.no_grad():
+        for name, given in inputs.items():
+            eager[name] = model(**given).logits[0].float()
+        embedded = model.get_input_embeddings()(ids)
+        if multimodal:
+            seen = [model.get_image_features(image) for image in pixels]
+            both_ways = model(**inputs["image"], token_type_ids=_types(inputs["image"], config)).logits[0].float()
+        _keep_activations(model)
+        for name, given in inputs.items():
+            plain[name] = model(**given).logits[0].float()
+        if multimodal:
+            seen_plain = [model.get_image_features(image) for image in pixels]
+    del model
+
+    methods = Methods(program / "model.pte", config)
+    ran = methods.decode(methods.embed(ids), {int(position) for position in kept})
+    result: dict[str, Any] = {
+        "tokens": first,
+        "kl_program": _kl(eager["text"][:first], ran[:first]),
+        "kl_activation_noise": _kl(eager["text"][:first], plain["text"][:first]),
+        "same_argmax": round(float((eager["text"].argmax(-1) == ran.argmax(-1)).float().mean()), 4),
+        "nll_checkpoint": _nll(eager["text"][:first], ids[0, :first]),
+        "nll_program": _nll(ran[:first], ids[0, :first]),
+        "text_decoder": _distance(eager["text"], ran),
+        "last": {
+            "tokens": max_seq_len,
+            "kl_program": _kl(eager["text"][-LAST_TOKENS:], ran[-LAST_TOKENS:]),
+            "kl_activation_noise": _kl(eager["text"][-LAST_TOKENS:], plain["text"][-LAST_TOKENS:]),
+        },
+    }
+    steps = methods.decode(methods.embed(ids[:, : 2 * STEPS]), set(range(STEPS, 2 * STEPS)), prefill=STEPS)
+    result["step_by_step"] = {
+        "tokens": STEPS,
+        "kl_program": _kl(eager["text"][STEPS : 2 * STEPS], steps),
+        "kl_activation_noise": _kl(eager["text"][STEPS : 2 * STEPS], plain["text"][STEPS : 2 * STEPS]),
+    }
+    if multimodal:
+        result["token_embedding"] = _distance(embedded, methods.embed(ids))
+        result["vision_encoder"] = _vision(seen, seen_plain, [methods.see(image) for image in pixels])
+        given = inputs["image"]
+        tokens = given["input_ids"].shape[1]
+        embeddings = methods.embed(given["input_ids"])
+        image = given["input_ids"][0] == config.image_token_id
+        embeddings[0, image] = methods.see(given["pixel_values"]).reshape(-1, embeddings.shape[-1])
+        ran = methods.decode(embeddings, set(range(tokens)))
+        text = ~image
+        result["image"] = {
+            "tokens": tokens,
+            "kl_program": _kl(eager["image"][text], ran[text]),
+            "kl_activation_noise": _kl(eager["image"][text], plain["image"][text]),
+            # The decoder's mask is causal; the model lets an image's tokens see each other in both directions.
+            "kl_causal_image": _kl(both_ways[text], eager["image"][text]),
+        }
+    return result
+
+
+class Methods:
+    """The program's methods, as its users call them: embed tokens, encode images, decode with a cache."""
+
+    def __init__(self, program: Path, config: Any) -> None:
+        import executorch.extension.llm.custom_ops.custom_ops
+        import executorch.kernels.quantized  # noqa: F401 (both register operators)
+        from executorch.runtime import Runtime
+
+        self.program = Runtime.get().load_program(program)
+        self.multimodal = "text_decoder" in self.program.method_names
+        self.piece = min(config.get_text_config().sliding_window, SHORTEST_PIECE) - 1
+        self.embedding = self.program.load_method("token_embedding") if self.multimodal else None
+        self.encoder = self.program.load_method("vision_encoder") if self.multimodal else None
+
+    def embed(self, ids: Any) -> Any:
+        """Returns the tokens' embeddings, [1, tokens, hidden size]; of a text-only program the token ids."""
+        import torch
+
+        if self.embedding is None:
+            return ids
+        parts = [self.embedding.execute([part])[0].clone() for part in ids.split(self.piece, dim=1)]
+        return torch.cat(parts, dim=1)
+
+    def see(self, pixels: Any) -> Any:
+        """Returns the image's embeddings, [1, tokens per image, hidden size]."""
+        assert self.encoder is not None
+        return self.encoder.execute([pixels])[0].clone()
+
+    def decode(self, given: Any, kept: set[int], prefill: int | None = None) -> Any:
+        """Returns the logits at the positions `kept`, [positions, vocabulary], of a sequence with an empty cache.
+
+        It is given in pieces, and from position `prefill` on one token at a time.
+        """
+        import torch
+
+        decoder = self.program.load_method("text_decoder" if self.multimodal else "forward")
+        logits = []
+        start, length = 0, given.shape[1]
+        while start < length:
+            end = start + 1 if prefill is not None and start >= prefill else min(start + self.piece, length)
+            if prefill is not None and start < prefill:
+                end = min(end, prefill)
+            positions = torch.arange(start, end)
+            found = decoder.execute([given[:, start:end], positions])[0][0]
+            logits += [found[position - start].clone() for position in range(start, end) if position in kept]
+            start = end
+        return torch.stack(logits).float()
+
+
+def _images(config: Any) -> list[Any]:
+    """Returns pixels of a plain image, of one that changes slowly, and of noise."""
+    import torch
+
+    size, channels = config.vision_config.image_size, config.vision_config.num_channels
+    slope = torch.linspace(-1, 1, size)
+    smooth = torch.stack([slope.roll(size // 3 * c)[None] * slope[:, None] for c in range(channels)])[None]
+    noise = torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return [torch.full((1, channels, size, size), 0.25), smooth, noise]
+
+
+def _image_inputs(checkpoint: Path) -> dict[str, Any]:
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    content = [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    image = Image.effect_mandelbrot((256, 192), (-2, -1.2, 1, 1.2), 40).convert("RGB")
+    found = processor(text=prompt, images=image, return_tensors="pt")
+    return {name: found[name] for name in ("input_ids", "pixel_values")}
+
+
+def _types(given: dict[str, Any], config: Any) -> Any:
+    return (given["input_ids"] == config.image_token_id).long()
+
+
+def _keep_activations(model: Any) -> None:
+    """Takes the quantization of activations out of every linear; weights stay as they are."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and hasattr(module.weight, "activation_quantization"):
+            module.weight.activation_quantization = None
+
+
+def _vision(eager: list[Any], plain: list[Any], ran: list[Any]) -> dict[str, Any]:
+    import torch
+
+    one, other, third = (torch.cat([image.float().flatten() for image in images]) for images in (eager, plain, ran))
+    square = float(one.square().mean())
+    return {
+        "images": len(eager),
+        **_distance(one, third),
+        "error": round(float((third - one).square().mean()) / square, 8),
+        "noise": round(float((other - one).square().mean()) / square, 8),
+    }
+
+
+def _distance(reference: Any, other: Any) -> dict[str, float]:
+    difference = (reference.float() - other.float()).abs()
+    return {"max": round(float(difference.max()), 6), "mean": round(float(difference.mean()), 8)}
+
+
+def _kl(reference: Any, other: Any) -> float:
+    import torch
+
+    p, q = torch.log_softmax(reference, -1), torch.log_softmax(other, -1)
+    return round(float((p.exp() * (p - q)).sum(-1).mean()), 6)
+
+
+def _nll(logits: Any, ids: Any) -> float:
+    import torch
+
+    return round(float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:])), 4)
