@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 
 from tasks.builtin import BUILTIN
 from tasks.checkpoint import RUNTIME_PREFIXES, write_header
+from tasks.quantize import quantize_checkpoint
+from tasks.recipe import load_recipe
 from tasks.store import copy
+from tasks.untie import untie_checkpoint
 
-_TEXT = {
+TEXT = {
     "model_type": "gemma3_text",
     "vocab_size": 262_144,
     "head_dim": 256,
@@ -29,12 +33,12 @@ _TEXT = {
     "pad_token_id": 0,
     "tie_word_embeddings": True,
 }
-_ALONE = {"architectures": ["Gemma3ForCausalLM"], "dtype": "bfloat16"}
+ALONE = {"architectures": ["Gemma3ForCausalLM"], "dtype": "bfloat16"}
 # The configurations of google/gemma-3-270m, gemma-3-1b-pt, gemma-3-4b-it and gemma-3-27b-it.
 SHAPES: dict[str, dict[str, Any]] = {
     "270m": {
-        **_TEXT,
-        **_ALONE,
+        **TEXT,
+        **ALONE,
         "hidden_size": 640,
         "intermediate_size": 2048,
         "num_hidden_layers": 18,
@@ -42,8 +46,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
     },
     "1b": {
-        **_TEXT,
-        **_ALONE,
+        **TEXT,
+        **ALONE,
         "hidden_size": 1152,
         "intermediate_size": 6912,
         "num_hidden_layers": 26,
@@ -61,7 +65,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": [1, 106],
         "tie_word_embeddings": True,
         "text_config": {
-            **_TEXT,
+            **TEXT,
             "vocab_size": 262_208,
             "hidden_size": 2560,
             "intermediate_size": 10_240,
@@ -91,17 +95,28 @@ def make_checkpoint(shape: str, folder: Path) -> Path:
     if shape == "tiny":
         return BUILTIN["tiny-gemma3"]
     target = folder / shape
-    if (target / "model.safetensors").exists():
-        return target
+    if not (target / "model.safetensors").exists():
+        write_checkpoint(target, SHAPES[shape])
+    return target
+
+
+def write_checkpoint(target: Path, config: dict[str, Any]) -> None:
+    """Writes a bf16 checkpoint of this configuration, with the tiny model's tokenizer."""
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(SHAPES[shape], indent=2) + "\n", encoding="utf-8")
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in BUILTIN["tiny-gemma3"].iterdir():
         if path.name not in ("config.json", "README.md") and path.suffix != ".safetensors":
             copy(path, target / path.name)
     partial = target / "model.partial"
     write_random_weights(partial, weight_shapes(target))
     partial.rename(target / "model.safetensors")
-    return target
+
+
+def quantized_checkpoint(checkpoint: Path, target: Path) -> None:
+    """Fills `target` with the checkpoint as the pipeline quantizes it."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as untied:
+        untie_checkpoint(Path(untied), checkpoint)
+        quantize_checkpoint(target, Path(untied), load_recipe("HQQ-INT8-INT4"), "cpu")
 
 
 def weight_shapes(checkpoint: Path) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ from tasks.store import human_size
 ROOT = Path(__file__).parents[1]
 
 
-def run(function: str, **arguments: Any) -> dict[str, Any]:
+def run(function: str, environment: dict[str, str] | None = None, /, **arguments: Any) -> dict[str, Any]:
     """Calls "module:name" in a process of its own; returns its value, "seconds" and "peak_rss_bytes".
 
     The time is that until everything is on disk. Arguments are JSON values and paths.
@@ -24,7 +24,7 @@ def run(function: str, **arguments: Any) -> dict[str, Any]:
         if isinstance(value, Path):
             forget(value)
     started = time.monotonic()
-    found = process.run(function, values, lambda *_: None, None, {"PYTHONPATH": str(ROOT)})
+    found = process.run(function, values, lambda *_: None, None, {"PYTHONPATH": str(ROOT), **(environment or {})})
     os.sync()
     return {**found, "seconds": time.monotonic() - started, "peak_rss_bytes": found["measured"]["peak_rss_bytes"]}
 

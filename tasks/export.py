@@ -6,11 +6,13 @@ honoured, scales are float32 as XNNPACK wants them, and the program's metadata s
 (Card section: Exporting to ExecuTorch.)
 """
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint import task_of
+from tasks.lowering import lean_lowering
 from tasks.process import report_progress
 from tasks.stage import Stage
 from tasks.store import StageFailed
@@ -49,7 +51,10 @@ def export_checkpoint(target: Path, checkpoint: Path, max_seq_len: int) -> dict[
     expected = expected_metadata(checkpoint, max_seq_len)
     module.metadata.update(expected)
     report_progress(1, 3, "lowering")
-    export_to_executorch(module, task_of(config.to_dict()), "xnnpack", str(target))
+    with lean_lowering():
+        export_to_executorch(module, task_of(config.to_dict()), "xnnpack", str(target))
+    del module
+    gc.collect()  # Graphs refer to themselves; the program must fit beside what is left.
     report_progress(2, 3, "verifying the program's metadata")
     found = read_metadata(target / "model.pte", list(expected))
     wrong = {name: found.get(name) for name, value in expected.items() if found.get(name) != value}

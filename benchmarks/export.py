@@ -1,0 +1,125 @@
+"""Export, with optimum-executorch and ExecuTorch as they are and as the flow does it, in turn:
+`python -m benchmarks.export --shape 270m`.
+
+Both are optimum-executorch's own path with what it needs to run at all: an example image made from the configuration,
+float32 scales, max_seq_len honoured, the metadata put right.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
+from benchmarks.side_by_side import line, machine, run, show, version
+from tasks.lowering import SWITCH
+from tasks.store import human_size
+
+# Prompts of these many tokens are given to both programs when their bytes differ.
+LENGTHS = 1, 7, 60
+
+
+def measure(shape: str, max_seq_len: int, folder: Path) -> dict[str, Any]:
+    """Exports both ways. Returns the figures, and the lines that say them."""
+    checkpoint = folder / f"quantized-{shape}"
+    if not (checkpoint / "config.json").exists():
+        checkpoint.mkdir(parents=True)
+        quantized_checkpoint(make_checkpoint(shape, folder), checkpoint)
+    steps, programs = {}, []
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        for name, switch in (("optimum-executorch", "1"), ("ours", "0")):
+            target = Path(made) / name
+            target.mkdir()
+            arguments = {"target": target, "checkpoint": checkpoint, "max_seq_len": max_seq_len}
+            steps[name] = run("benchmarks.export:export", {SWITCH: switch}, **arguments)
+            programs.append(target / "model.pte")
+        equal = run("benchmarks.export:compare", {}, programs=[str(program) for program in programs])["equal"]
+        sizes = [program.stat().st_size for program in programs]
+    kept = ("seconds", "peak_rss_bytes")
+    ratios = {what: steps["optimum-executorch"][what] / steps["ours"][what] for what in kept}
+    lines = [
+        f"{shape}, max_seq_len {max_seq_len}, {version()}, {machine()}",
+        *(line(name, step) for name, step in steps.items()),
+        f"programs of {' and '.join(human_size(size) for size in sizes)}: {equal}",
+        f"time: {ratios['seconds']:.2f}",
+        f"memory: {ratios['peak_rss_bytes']:.2f}",
+    ]
+    figures = {name: {what: step[what] for what in kept} for name, step in steps.items()}
+    return {
+        "shape": shape,
+        "max_seq_len": max_seq_len,
+        "steps": figures,
+        "ratios": ratios,
+        "program_bytes": sizes,
+        "equal": equal,
+        "machine": machine(),
+        "version": version(),
+        "lines": lines,
+    }
+
+
+def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
+    """Exports as the flow's stage does, with the libraries as they are if the switch in the environment says so."""
+    from tasks.export import export_checkpoint
+
+    export_checkpoint(Path(target), Path(checkpoint), max_seq_len)
+    return {}
+
+
+def compare(programs: list[str]) -> dict[str, Any]:
+    """Returns {"equal": in what two programs are}; runs them only if their bytes differ."""
+    import filecmp
+
+    import torch
+
+    if filecmp.cmp(*programs, shallow=False):
+        return {"equal": "the same bytes"}
+    outputs = [_outputs(Path(program)) for program in programs]
+    same = len(outputs[0]) == len(outputs[1]) and all(map(torch.equal, *outputs))
+    return {"equal": "the same outputs" if same else "DIFFERENT"}
+
+
+def _outputs(program: Path) -> list[Any]:
+    """Returns what every method that has inputs gives for random ones."""
+    import executorch.extension.llm.custom_ops.custom_ops
+    import executorch.kernels.quantized  # noqa: F401 (both register operators)
+    import torch
+    from executorch.runtime import Runtime
+
+    loaded = Runtime.get().load_program(program)
+    outputs = []
+    for name in sorted(loaded.method_names):
+        method = loaded.load_method(name)
+        shapes = [method.metadata.input_tensor_meta(i).sizes() for i in range(method.metadata.num_inputs())]
+        start = 0
+        for length in LENGTHS if name != "vision_encoder" else (0,):
+            torch.manual_seed(length)
+            inputs: dict[str, list[Any]] = {
+                "token_embedding": [torch.randint(0, 64, (1, length))],
+                "text_decoder": [torch.randn(1, length, shapes[0][-1] if shapes else 1)],
+                "forward": [torch.randint(0, 64, (1, length))],
+                "vision_encoder": [torch.rand(*shapes[0]) if shapes else None],
+            }
+            if shapes:
+                positions = [torch.arange(start, start + length)] if len(shapes) == 2 else []
+                outputs += [output.clone() for output in method.execute([*inputs[name], *positions])]
+            start += length
+    return outputs
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.export", description=__doc__)
+    parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
+    parser.add_argument("--max-seq-len", type=int, default=1024)
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        show(measure(given.shape, given.max_seq_len, folder), given.json)
+
+
+if __name__ == "__main__":
+    main()

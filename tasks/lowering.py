@@ -1,0 +1,497 @@
+"""Lean lowering: what torch.export and ExecuTorch do many times over while they lower a program is done once.
+
+    with lean_lowering():
+        ...
+
+gives the same program, byte for byte, in less time and memory. Everything that is changed in a library is in this
+file, one function per change; each says what the library does, why that is slow, and why the result stays the same.
+Outside the `with` the libraries are as they were. QUANTIZE_GEMMA_STOCK_LOWERING=1 in the environment leaves them as
+they are inside it too.
+
+A change fits the code that it was written for and no other, so each names a hash of the functions' source that it
+replaces or relies on; LibraryChanged is raised when it is not what is installed.
+"""
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+SWITCH = "QUANTIZE_GEMMA_STOCK_LOWERING"
+
+
+class LibraryChanged(RuntimeError):
+    """A library is not the version that a change here was written for."""
+
+
+@contextlib.contextmanager
+def lean_lowering() -> Iterator[None]:
+    """Applies every change of this file; raises LibraryChanged if an installed library is not the one it is for."""
+    if os.environ.get(SWITCH) == "1":
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        for change in CHANGES:
+            stack.enter_context(change())
+        yield
+
+
+def source_hash(function: Any) -> str:
+    """Returns the hash by which a change here knows the code that it was written for."""
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+
+
+def _written_for(function: Any, digest: str) -> None:
+    found = source_hash(function)
+    if found != digest:
+        name = (
+            f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__module__") else function.__name__
+        )
+        raise LibraryChanged(
+            f"{name} is not the code that tasks/lowering.py was written for "
+            f"(source {found} instead of {digest}): check the change there, or set {SWITCH}=1 to do without it"
+        )
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _shared_provenance() -> Iterator[None]:
+    """Copies of a node's provenance share it.
+
+    torch.fx notes in every node of a traced graph which node it was traced from, which was traced from another one,
+    and so on, and copies the whole chain whenever a graph is traced again: the longer the chain the slower. The links
+    of the chain are never written to once they are made, so a reference does as well as a copy.
+    """
+    from torch.fx.traceback import NodeSource
+
+    _written_for(NodeSource, "0e29c3d55d6345c3")
+
+    def share(self: Any, memo: dict[int, Any]) -> Any:
+        return self
+
+    with _replaced(NodeSource, "__deepcopy__", share):
+        yield
+
+
+@contextlib.contextmanager
+def _plain_guards() -> Iterator[None]:
+    """Guard code is compiled as it is, common subexpressions and all.
+
+    torch.export has dynamo build the guards of what it traced, to find violated constraints while it collects them;
+    nobody calls the compiled guard function. Before it compiles it, dynamo parses and prints every expression several
+    times over to share what they have in common, to make calls faster that never come.
+    """
+    from torch._dynamo import guards
+
+    _written_for(guards.PyExprCSEPass, "fc278c4377c1786c")
+    _written_for(guards.build_guard_function, "6dda0d6e669fb49b")
+
+    def count(self: Any, expressions: list[str]) -> None:
+        pass
+
+    def replace(self: Any, expression: str) -> tuple[list[str], str]:
+        return [], expression
+
+    with _replaced(guards.PyExprCSEPass, "count", count), _replaced(guards.PyExprCSEPass, "replace", replace):
+        yield
+
+
+@contextlib.contextmanager
+def _uncopied_values() -> Iterator[None]:
+    """Dynamo keeps the weights that it meets, not copies of them.
+
+    While it traces for torch.export it copies the value of every weight, twice, and keeps one copy until it is done:
+    a second model in memory. It does so to be able to run an operator on real values when one on fake tensors needs
+    them, without changing the caller's. No operator of a decoder or an encoder does; one that did would read.
+    """
+    from torch._dynamo.variables import builder
+
+    _written_for(builder._clone_input, "0a081e31c15a61b3")
+    _written_for(builder.cache_real_value_when_export, "f7d4268f430034c3")
+
+    def keep(value: Any, fake_mode: Any) -> Any:
+        return value
+
+    with _replaced(builder, "_clone_input", keep):
+        yield
+
+
+@contextlib.contextmanager
+def _fewer_decompositions() -> Iterator[None]:
+    """A program is decomposed once instead of three times.
+
+    Each of the three traces it from scratch. The first has an empty table, which only makes the program functional,
+    and so does the next; the partitioner is asked in between but does not look at the program. The third undoes the
+    keeping of those operators that the partitioner then does not want: it changes nothing if there are none, that is
+    if no operator is left that the third table decomposes and the second did not. An operator that stands in both
+    tables and is left after the second stays after the third for the same reason.
+    """
+    from executorch.exir.backend.canonical_partitioners.config_partitioner import ConfigerationBasedPartitioner
+    from executorch.exir.program import _program
+    from torch.export import ExportedProgram
+
+    _written_for(_program._gen_edge_manager_for_partitioners, "1165268e5782bf8f")
+    _written_for(ConfigerationBasedPartitioner.ops_to_not_decompose, "9713395f05ceec1b")
+    stock = ExportedProgram.run_decompositions
+    _written_for(stock, "c74cbc17d3874021")
+    tables: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+
+    def run_decompositions(self: Any, decomp_table: Any = None, decompose_custom_triton_ops: bool = False) -> Any:
+        if decomp_table is None:
+            return stock(self, decomp_table, decompose_custom_triton_ops)
+        table = set(dict(decomp_table))
+        if not table:
+            return self
+        done = tables.get(self)
+        if done is not None and not any(node.target in table - done for node in _every_node(self.graph_module)):
+            return self
+        decomposed = stock(self, decomp_table, decompose_custom_triton_ops)
+        tables[decomposed] = table
+        return decomposed
+
+    with _replaced(ExportedProgram, "run_decompositions", run_decompositions):
+        yield
+
+
+@contextlib.contextmanager
+def _remembered_shapes() -> Iterator[None]:
+    """A pass that traces a graph again computes no operator's shape that an earlier pass has computed.
+
+    Nearly every pass of ExecuTorch runs the whole graph with fake tensors, whatever it changes. An operator with the
+    very same (not only equal) fake tensors and constants as arguments gives a fake tensor of the same shape, type and
+    layout, so the one from before stands in for it. Operators with other arguments, real tensors for example, are run
+    as before.
+    """
+    import torch
+    from executorch.exir.lowered_backend_module import LoweredBackendModule
+    from executorch.exir.pass_base import ProxyValue, _ExportPassBase
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils import _pytree as pytree
+
+    stock = _ExportPassBase._fx
+    _written_for(stock, "d21aacbb5c107fba")
+    constants = int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format
+    objects = FakeTensor, torch.SymInt, torch.SymFloat, torch.SymBool, LoweredBackendModule
+    # With each result its arguments, so that their ids stay theirs.
+    results: dict[Any, tuple[list[Any], Any]] = {}
+
+    def _fx(self: Any, kind: str, target: Any, args: Any, kwargs: Any, meta: Any) -> Any:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        leaves = [leaf.data if isinstance(leaf, ProxyValue) else leaf for leaf in leaves]
+        if kind != "call_function" or not all(isinstance(leaf, (*constants, *objects)) for leaf in leaves):
+            return stock(self, kind, target, args, kwargs, meta)
+        same = tuple(id(leaf) if isinstance(leaf, objects) else (type(leaf), leaf) for leaf in leaves)
+        known = results.get((target, structure, same))
+        if known is None:
+            proxy = stock(self, kind, target, args, kwargs, meta)
+            results[target, structure, same] = leaves, proxy.data
+            return proxy
+        with _replaced(self.interpreter, "call_function", lambda *_: known[1]):
+            return stock(self, kind, target, args, kwargs, meta)
+
+    with _replaced(_ExportPassBase, "_fx", _fx):
+        yield
+
+
+@contextlib.contextmanager
+def _interpreted_delegates() -> Iterator[None]:
+    """The shape of a delegate's results is found by interpreting its graph.
+
+    A pass that meets a delegate makes a module of the delegate's program, with attributes for its weights and Python
+    code for its graph, compiles the code, and calls it with fake tensors. Interpreting the graph with the same
+    arguments calls the same operators.
+    """
+    import torch
+    from executorch.exir import delegate
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    _written_for(delegate, "06cf009c74e7f2a0")
+    kernels = delegate.executorch_call_delegate.python_key_table
+    stock = kernels[FakeTensorMode]
+
+    def call(mode: Any, lowered_module: Any, *args: Any) -> Any:
+        program = lowered_module.original_module
+        signature = program.graph_signature
+        if signature.buffers_to_mutate:
+            return stock(mode, lowered_module, *args)
+        weights = {**program.state_dict, **program.constants}
+        owned = {spec.arg.name: weights[spec.target] for spec in signature.input_specs if spec.target is not None}
+        given = iter(args)
+        names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+        inputs = [owned[name] if name in owned else next(given) for name in names]
+        with mode:
+            return tuple(torch.fx.Interpreter(program.graph_module).run(*inputs))
+
+    kernels[FakeTensorMode] = call
+    try:
+        yield
+    finally:
+        kernels[FakeTensorMode] = stock
+
+
+@contextlib.contextmanager
+def _shared_weights() -> Iterator[None]:
+    """Copies of the partitions share their weights.
+
+    ExecuTorch copies every partition with all its weights before the first is given to XNNPACK, in case a backend
+    writes to them: a second copy of the model. XNNPACK's passes put new tensors in the place of weights, but write to
+    none.
+    """
+    from types import SimpleNamespace
+
+    import torch
+    from executorch.exir.backend import backend_api
+
+    _written_for(backend_api.lower_all_submodules_to_backend, "127a1e6ff26baa84")
+
+    def deepcopy(value: Any) -> Any:
+        if not isinstance(value, torch.export.ExportedProgram):
+            return copy.deepcopy(value)
+        weights = [*value.state_dict.values(), *value.constants.values()]
+        return copy.deepcopy(value, {id(weight): weight for weight in weights})
+
+    with _replaced(backend_api, "copy", SimpleNamespace(copy=copy.copy, deepcopy=deepcopy)):
+        yield
+
+
+@contextlib.contextmanager
+def _released_weights() -> Iterator[None]:
+    """Weights are let go when they are packed into a delegate.
+
+    The model, the programs that torch.export made of it, those in between, and every delegate's own program hold
+    them until the program is written, next to the packed ones and to the file's content. After packing nobody reads
+    them: the methods' programs have handed them to the delegates, and of a delegate's program passes take the shapes
+    alone, which fake tensors have. What a method still uses itself, a shared weight for example, stays.
+    """
+    from executorch.exir.backend import backend_api
+
+    stock = backend_api.lower_all_submodules_to_backend
+    _written_for(stock, "127a1e6ff26baa84")
+
+    def lower(backend_id: str, nodes: dict[str, list[Any]], programs: dict[str, Any]) -> None:
+        partitions = [node.meta["submodule_program"] for calls in nodes.values() for node in calls]
+        stock(backend_id, nodes, programs)
+        used = {_storage(weight) for program in programs.values() for weight in _weights(program)}
+        for partition in partitions:
+            packed = [weight.untyped_storage() for weight in _weights(partition) if _storage(weight) not in used]
+            shapes = {node.name: node.meta.get("val") for node in partition.graph.nodes if node.op == "placeholder"}
+            for spec in partition.graph_signature.input_specs:
+                for held in partition._state_dict, partition._constants:
+                    if spec.target in held:
+                        held[spec.target] = shapes[spec.arg.name]
+            for storage in packed:
+                if storage.resizable():
+                    storage.resize_(0)
+
+    with _replaced(backend_api, "lower_all_submodules_to_backend", lower):
+        yield
+
+
+def _weights(program: Any) -> list[Any]:
+    import torch
+
+    held = [*program.state_dict.values(), *program.constants.values()]
+    return [weight for weight in held if isinstance(weight, torch.Tensor)]
+
+
+def _storage(weight: Any) -> int:
+    return int(weight.untyped_storage()._cdata)
+
+
+@contextlib.contextmanager
+def _no_idle_passes() -> Iterator[None]:
+    """XNNPACK's passes run on a partition only if it holds what they look for.
+
+    Each of the 17 traces the partition again, whether it has changed something or not, verifies it before and after,
+    and prints it, for a log that nobody reads. None changes anything in a partition without the operators below.
+    """
+    from executorch.backends.transforms import addmm_mm_to_linear
+    from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
+    from executorch.backends.xnnpack import _passes
+    from executorch.backends.xnnpack.partition.graphs import bilinear_2d, sdpa
+    from executorch.exir.dialects._ops import ops
+
+    manager = _passes.XNNPACKPassManager
+    _written_for(manager, "7fcec85f18a3016d")
+    for name, digest in XNNPACK_PASSES.items():
+        _written_for(getattr(_passes, name), digest)
+    _written_for(RemoveCloneOpsTransform, "8c3444d8f8bbceb0")
+    _written_for(addmm_mm_to_linear, "9a0237833ac93426")
+    _written_for(sdpa, "72dc165858843f37")
+    _written_for(bilinear_2d, "516f2e3fcb9c6835")
+    aten, dim_order = ops.edge.aten, ops.edge.dim_order_ops
+    batch_norms = {aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default}
+    wanted: dict[str, set[Any]] = {
+        "XNNPACKRemoveCloneOpsTransform": {aten.clone.default, dim_order._clone_dim_order.default},
+        "DimOrderOpsRevertPass": {
+            dim_order._clone_dim_order.default,
+            dim_order._empty_dim_order.default,
+            dim_order._to_dim_order_copy.default,
+        },
+        "ConvertToUpsampleBilinear2d": {aten.upsample_bilinear2d.vec},
+        # It also takes the view_copy away that stands before or after a linear.
+        "ConvertToLinearPass": {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.view_copy.default},
+        "ConvertToSDPAPass": {aten._softmax.default},
+        "FuseBatchNormPass": batch_norms,
+        "DecomposeBatchNorm": batch_norms,
+        "FuseActivationPass": {aten.relu.default, aten.hardtanh.default},
+        "DecomposeConcatenate": {aten.cat.default},
+        "RemoveGetItemPass": {aten.max_pool2d_with_indices.default, aten.max.dim},
+        "InsertPadQDQPass": {aten.constant_pad_nd.default},
+        "Conv1dUnsqueezePass": {aten.convolution.default},
+        "PReLUReshapePass": {aten._prelu_kernel.default},
+        "RemoveRedundantCopyPass": {aten._to_copy.default},
+    }
+
+    def is_idle(name: str, nodes: list[Any]) -> bool:
+        if name in wanted:
+            return wanted[name].isdisjoint(node.target for node in nodes)
+        if name == "PropagateCustomMetaPass":
+            return not any("custom" in node.meta for node in nodes)
+        if name == "ConstPropPass":
+            called = [node for node in nodes if node.op == "call_function"]
+            return not any(all(given.op == "get_attr" for given in node.all_input_nodes) for node in called)
+        return False
+
+    stock = manager.transform
+
+    def transform(self: Any) -> Any:
+        passes = self.passes
+        for step in passes:
+            if not is_idle(step.__name__, list(self._exported_program.graph.nodes)):
+                self.passes = [step]
+                self._exported_program = stock(self)
+        return self._exported_program
+
+    with _replaced(manager, "transform", transform):
+        yield
+
+
+@contextlib.contextmanager
+def _late_code() -> Iterator[None]:
+    """Python code of a graph that is being cut into partitions is generated when all are cut out.
+
+    Each cut generates and compiles the code of the whole graph and of every partition so far, quadratic in the number
+    of partitions, although nothing calls that code between two cuts.
+    """
+    from executorch.exir.backend import backend_api
+    from torch.fx import GraphModule
+
+    stock = backend_api._create_partitions_in_graph_module
+    _written_for(stock, "2c8bd8d290ecfb2d")
+    _written_for(GraphModule.recompile, "98adb1519c457ae4")
+
+    def create_partitions(*args: Any, **kwargs: Any) -> Any:
+        stale: dict[int, Any] = {}
+
+        def recompile(self: Any) -> None:
+            stale[id(self)] = self
+
+        with _replaced(GraphModule, "recompile", recompile):
+            partitions = stock(*args, **kwargs)
+        for module in stale.values():
+            module.recompile()
+        return partitions
+
+    with _replaced(backend_api, "_create_partitions_in_graph_module", create_partitions):
+        yield
+
+
+@contextlib.contextmanager
+def _short_ancestries() -> Iterator[None]:
+    """Whether two partitions can be merged is found without the set of descendants of every node.
+
+    The partitioner builds the set of all descendants and the set of all ancestors of every node, quadratic in time
+    and memory, and then asks of every pair of partitions whether a node outside that uses one of them has a
+    descendant in them, and after that, of the same nodes, whether one is reached from there in the graph. Both are
+    the same question. One integer per node, with a bit for each descendant, answers it.
+    """
+    from executorch.exir.backend.canonical_partitioners import group_partitioner
+
+    _written_for(group_partitioner, "e7540c82b898199b")
+
+    class Descendants:
+        def __init__(self, graph_module: Any) -> None:
+            nodes = list(graph_module.graph.nodes)
+            self.bit = {node: 1 << place for place, node in enumerate(nodes)}
+            self.below: dict[Any, int] = {}
+            for node in reversed(nodes):
+                below = 0
+                for user in node.users:
+                    below |= self.bit[user] | self.below[user]
+                self.below[node] = below
+
+    def can_merge(self: Any, one: Any, other: Any, partitions: Any) -> bool:
+        viewer = self.dependency_viewer
+        nodes = {**partitions[one].nodes, **partitions[other].nodes}
+        inside = 0
+        for node in nodes:
+            inside |= viewer.bit[node]
+        users = {user for node in nodes for user in node.users if user not in nodes}
+        return not any(viewer.below[user] & inside for user in users)
+
+    with (
+        _replaced(group_partitioner, "_DependencyViewer", Descendants),
+        _replaced(group_partitioner.GroupBasedPartitioner, "_can_merge_partitions", can_merge),
+    ):
+        yield
+
+
+XNNPACK_PASSES = {
+    "XNNPACKRemoveCloneOpsTransform": "45143105d38c4776",
+    "DimOrderOpsRevertPass": "04efcf31f4ef6c1d",
+    "ConvertToUpsampleBilinear2d": "711c5e3e00df8749",
+    "ConvertToLinearPass": "8b1c34b3756ac59e",
+    "PropagateCustomMetaPass": "2605f4cbed81e58a",
+    "ConvertToSDPAPass": "d23a04af509e40ea",
+    "ConstPropPass": "e157eae245386b5c",
+    "FuseBatchNormPass": "d20f5c6a6f37a9b1",
+    "DecomposeBatchNorm": "aa0abaea1b71743d",
+    "FuseActivationPass": "751d5edc43de94d3",
+    "DecomposeConcatenate": "03f83199646f7226",
+    "RemoveGetItemPass": "c58434b5a108e03d",
+    "InsertPadQDQPass": "3b29387c0a22b31d",
+    "Conv1dUnsqueezePass": "e77fb6e9fc466db7",
+    "PReLUReshapePass": "063a4ac4abd8944f",
+    "RemoveRedundantCopyPass": "61192c6844c1c4e7",
+}
+
+
+def _every_node(module: Any) -> Iterator[Any]:
+    import torch
+
+    for part in module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            yield from part.graph.nodes
+
+
+CHANGES: tuple[Callable[[], contextlib.AbstractContextManager[None]], ...] = (
+    _plain_guards,
+    _uncopied_values,
+    _shared_provenance,
+    _fewer_decompositions,
+    _remembered_shapes,
+    _interpreted_delegates,
+    _shared_weights,
+    _released_weights,
+    _no_idle_passes,
+    _late_code,
+    _short_ancestries,
+)
