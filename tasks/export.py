@@ -17,11 +17,17 @@ from tasks.process import report_progress
 from tasks.stage import Stage
 from tasks.store import StageFailed
 
+# What a graph holds besides operators.
+NO_OPERATORS = {"alloc", "getitem", "sym_size"}
+# ExecuTorch's own kernels for attention, its cache, and quantized embeddings.
+CUSTOM = ("llama_", "update_cache", "quantized_decomposed_")
+HEAVY = ("linear", "mm", "addmm", "bmm", "convolution", "_softmax", "scaled_dot_product")
+
 
 def export_checkpoint(target: Path, checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
-    """Writes model.pte, for sequences up to `max_seq_len` tokens, with custom SDPA and KV cache; returns its methods.
+    """Writes model.pte, for sequences up to `max_seq_len` tokens, with custom SDPA and KV cache; and delegation.json.
 
-    Raises StageFailed if the program's metadata differ from the model's.
+    Raises StageFailed if the program's metadata differ from the model's, or if a heavy operator is not delegated.
     """
     import torch
     from optimum.exporters.executorch import integrations
@@ -52,15 +58,50 @@ def export_checkpoint(target: Path, checkpoint: Path, max_seq_len: int) -> dict[
     module.metadata.update(expected)
     report_progress(1, 3, "lowering")
     with lean_lowering():
-        export_to_executorch(module, task_of(config.to_dict()), "xnnpack", str(target))
-    del module
+        made = export_to_executorch(module, task_of(config.to_dict()), "xnnpack", str(target))["model"]
+    delegation = {name: count_operators(made.exported_program(name).graph_module) for name in sorted(made.methods)}
+    check_delegation(delegation)
+    (target / "delegation.json").write_text(json.dumps(delegation, indent=1) + "\n", encoding="utf-8")
+    del module, made
     gc.collect()  # Graphs refer to themselves; the program must fit beside what is left.
     report_progress(2, 3, "verifying the program's metadata")
     found = read_metadata(target / "model.pte", list(expected))
     wrong = {name: found.get(name) for name, value in expected.items() if found.get(name) != value}
     if wrong:
         raise StageFailed(f"the program's metadata differ from the model's: {wrong} instead of {expected}")
-    return {"metadata": {"max_seq_len": max_seq_len, "task": task_of(config.to_dict()), "program": found}}
+    return {
+        "metadata": {
+            "max_seq_len": max_seq_len,
+            "task": task_of(config.to_dict()),
+            "program": found,
+            "delegation": delegation,
+        }
+    }
+
+
+def count_operators(method: Any) -> dict[str, dict[str, int]]:
+    """Returns {"xnnpack" | "custom" | "portable": {operator: how often}}: who runs what of one method's graph."""
+    from executorch.devtools.backend_debug import get_delegation_info
+
+    counted: dict[str, dict[str, int]] = {"xnnpack": {}, "custom": {}, "portable": {}}
+    for name, found in sorted(get_delegation_info(method).delegation_by_operator.items()):
+        if name in NO_OPERATORS:
+            continue
+        if found.delegated:
+            counted["xnnpack"][name] = found.delegated
+        if found.non_delegated:
+            counted["custom" if name.startswith(CUSTOM) else "portable"][name] = found.non_delegated
+    return counted
+
+
+def check_delegation(delegation: dict[str, dict[str, dict[str, int]]]) -> None:
+    """Raises StageFailed if a matrix product or an attention is left to the portable kernels, which are slow."""
+    for method, counted in delegation.items():
+        slow = [name for name in counted["portable"] if any(f"aten_{word}_" in name for word in HEAVY)]
+        if slow:
+            raise StageFailed(
+                f"{method} of the program runs {', '.join(slow)} outside of XNNPACK and the custom kernels"
+            )
 
 
 def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
@@ -73,6 +114,7 @@ def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
     eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.exists() else None
     if eos is None:
         eos = config.eos_token_id if getattr(config, "eos_token_id", None) is not None else text.eos_token_id
+    seen = {"modality": "vision", "vision_token_id": config.image_token_id} if hasattr(config, "vision_config") else {}
     return {
         "get_max_seq_len": max_seq_len,
         "get_max_context_len": max_seq_len,
@@ -82,6 +124,9 @@ def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
         "get_vocab_size": text.vocab_size,
         "get_bos_id": text.bos_token_id,
         "get_eos_ids": eos if isinstance(eos, list) else [eos],
+        **(
+            {"modality": "vision", "vision_token_id": config.image_token_id} if hasattr(config, "vision_config") else {}
+        ),
     }
 
 
@@ -101,6 +146,7 @@ def read_metadata(program: Path, names: list[str]) -> dict[str, Any]:
 export = Stage(
     export_checkpoint,
     name="export",
+    version=2,
     libraries=("torch", "torchao", "transformers", "executorch", "optimum-executorch"),
     memory=3.2,
 )

@@ -44,7 +44,8 @@ def make_release(
     checkpoint = artifacts["quantize"]
     for name in checkpoint.files:
         store.link(checkpoint.path / name, target / name)
-    store.link(artifacts["export"].path / "model.pte", target / "model.pte")
+    for name in artifacts["export"].files:
+        store.link(artifacts["export"].path / name, target / name)
     draw_subjects(metrics, target / "mmlu-by-subject.png")
     (target / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
@@ -98,6 +99,7 @@ def collect_metrics(
         "program": {
             "bytes": artifacts["export"].files["model.pte"].size,
             "task": artifacts["export"].metadata["task"],
+            "delegation": artifacts["export"].metadata["delegation"],
             **program.metadata,
             "speed": program.measured["speed"],
         },

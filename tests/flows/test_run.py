@@ -247,6 +247,12 @@ def test_the_program_is_no_further_from_the_checkpoint_than_rounding_explains_an
 
     release = Path(released.summary["release"])
     metrics = metrics_of(released)
+    delegation = json.loads((release / "delegation.json").read_text())
+    assert delegation == metrics["program"]["delegation"]
+    # 3 layers of 7 and the head; 2 layers of 6.
+    assert delegation["text_decoder"]["xnnpack"]["aten_linear_default"] == 3 * 7 + 1
+    assert delegation["vision_encoder"]["xnnpack"]["aten_linear_default"] == 2 * 6
+    assert delegation["text_decoder"]["custom"]["llama_custom_sdpa_default"] == 3
     agreement = metrics["program"]["agreement"]
     assert agreement["token_embedding"] == {"max": 0.0, "mean": 0.0}
     assert agreement["same_argmax"] == 1.0
