@@ -124,9 +124,7 @@ def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
         "get_vocab_size": text.vocab_size,
         "get_bos_id": text.bos_token_id,
         "get_eos_ids": eos if isinstance(eos, list) else [eos],
-        **(
-            {"modality": "vision", "vision_token_id": config.image_token_id} if hasattr(config, "vision_config") else {}
-        ),
+        **seen,
     }
 
 
