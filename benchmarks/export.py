@@ -62,7 +62,7 @@ def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
     """Exports as the flow's stage does, with the libraries as they are if the switch in the environment says so."""
     from tasks.export import export_checkpoint
 
-    export_checkpoint(Path(target), Path(checkpoint), max_seq_len)
+    export_checkpoint(Path(target), Path(checkpoint), max_seq_len, last_logits_only=True)
     return {}
 
 

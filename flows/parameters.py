@@ -41,6 +41,9 @@ class Parameters(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(16, description="Questions per batch, or auto.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the evaluation runs.")
     max_seq_len: int = Field(1024, ge=2, description="Longest sequence of the exported program, in tokens.")
+    last_logits_only: bool = Field(
+        True, description="Let the program return the logits of the last token alone, as generating needs them."
+    )
     max_new_tokens: int = Field(64, ge=1, description="Length of the smoke tests' answers, in tokens.")
     max_mmlu_drop: float = Field(5.0, ge=0, description="Points of MMLU accuracy that the gate lets a release lose.")
     max_kl_ratio: float = Field(

@@ -70,7 +70,8 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         settings = {"questions": asked, "limit": p.limit, "batch_size": p.batch_size, "device": p.device}
         asked_base = run.stage("evaluate_base", evaluate, checkpoint=base, **settings)
         after = run.stage("evaluate_quantized", evaluate, asked_base, checkpoint=quantized, **settings)
-        program = run.stage("export", export, checkpoint=quantized, max_seq_len=p.max_seq_len)
+        shape = {"max_seq_len": p.max_seq_len, "last_logits_only": p.last_logits_only}
+        program = run.stage("export", export, checkpoint=quantized, **shape)
         run.stage(
             "smoke_program",
             smoke_pte,

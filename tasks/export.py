@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tasks import process
 from tasks.checkpoint import task_of
 from tasks.lowering import lean_lowering
 from tasks.process import report_progress
@@ -24,8 +25,11 @@ CUSTOM = ("llama_", "update_cache", "quantized_decomposed_")
 HEAVY = ("linear", "mm", "addmm", "bmm", "convolution", "_softmax", "scaled_dot_product")
 
 
-def export_checkpoint(target: Path, checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
+def export_checkpoint(target: Path, checkpoint: Path, max_seq_len: int, last_logits_only: bool) -> dict[str, Any]:
     """Writes model.pte, for sequences up to `max_seq_len` tokens, with custom SDPA and KV cache; and delegation.json.
+
+    With `last_logits_only` the decoder returns the logits of the last of the tokens that it is given, [1, 1,
+    vocabulary], which is what generating needs, instead of all of them.
 
     Raises StageFailed if the program's metadata differ from the model's, or if a heavy operator is not delegated.
     """
@@ -54,6 +58,8 @@ def export_checkpoint(target: Path, checkpoint: Path, max_seq_len: int) -> dict[
         pixels = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)
         # Patched because the class fetches a photograph from a web site to learn this shape.
         integrations.VisionExportableModule.prepare_export_inputs = lambda _: (pixels, None)
+    if last_logits_only:
+        module.model.lm_head = _last_position(module.model.lm_head)
     expected = expected_metadata(checkpoint, max_seq_len)
     module.metadata.update(expected)
     report_progress(1, 3, "lowering")
@@ -65,18 +71,40 @@ def export_checkpoint(target: Path, checkpoint: Path, max_seq_len: int) -> dict[
     del module, made
     gc.collect()  # Graphs refer to themselves; the program must fit beside what is left.
     report_progress(2, 3, "verifying the program's metadata")
-    found = read_metadata(target / "model.pte", list(expected))
+    # In a process of its own: the runtime keeps the program in memory, beside all that making it took.
+    arguments = {"program": str(target / "model.pte"), "names": list(expected)}
+    found = process.run("tasks.export:read_metadata", arguments, lambda *_: None, None)["metadata"]
     wrong = {name: found.get(name) for name, value in expected.items() if found.get(name) != value}
     if wrong:
         raise StageFailed(f"the program's metadata differ from the model's: {wrong} instead of {expected}")
     return {
         "metadata": {
             "max_seq_len": max_seq_len,
+            "last_logits_only": last_logits_only,
             "task": task_of(config.to_dict()),
             "program": found,
             "delegation": delegation,
         }
     }
+
+
+def _last_position(head: Any) -> Any:
+    """Returns lm_head for the last position of what it is given.
+
+    Of a long prompt it has a thousandth of the work. And the program plans memory for the longest piece that a
+    prompt is read in: 1,023 positions of gemma-3-4b's 262,208 logits are 1.07 GB of float32.
+    """
+    import torch
+
+    class LastPosition(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, hidden: Any) -> Any:
+            return self.head(hidden[:, -1:])
+
+    return LastPosition()
 
 
 def count_operators(method: Any) -> dict[str, dict[str, int]]:
@@ -128,8 +156,8 @@ def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
     }
 
 
-def read_metadata(program: Path, names: list[str]) -> dict[str, Any]:
-    """Returns the values of the program's constant methods of these names, those that it has."""
+def read_metadata(program: str, names: list[str]) -> dict[str, Any]:
+    """Returns {"metadata": the values of the program's constant methods of these names, those that it has}."""
     from executorch.runtime import Runtime
 
     loaded = Runtime.get().load_program(program)
@@ -138,7 +166,7 @@ def read_metadata(program: Path, names: list[str]) -> dict[str, Any]:
         if name in loaded.method_names:
             values = loaded.load_method(name).execute([])
             found[name] = values if name == "get_eos_ids" else values[0]
-    return found
+    return {"metadata": found}
 
 
 export = Stage(

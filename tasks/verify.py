@@ -13,7 +13,7 @@ from tasks.checkpoint import load_model
 # The distributions of so many first tokens are compared, and of so many at the end of the longest sequence.
 COMPARED_TOKENS = 128
 LAST_TOKENS = 8
-# So many are decoded one at a time, after a prefill of as many.
+# So many are decoded one at a time, after as many at once.
 STEPS = 16
 # No program takes fewer tokens at once than one less than this.
 SHORTEST_PIECE = 64
@@ -81,7 +81,7 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
             "kl_activation_noise": _kl(eager["text"][-LAST_TOKENS:], plain["text"][-LAST_TOKENS:]),
         },
     }
-    steps = methods.decode(methods.embed(ids[:, : 2 * STEPS]), set(range(STEPS, 2 * STEPS)), prefill=STEPS)
+    steps = methods.decode(methods.embed(ids[:, : 2 * STEPS]), set(range(STEPS, 2 * STEPS)))
     result["step_by_step"] = {
         "tokens": STEPS,
         "kl_program": _kl(eager["text"][STEPS : 2 * STEPS], steps),
@@ -135,23 +135,22 @@ class Methods:
         assert self.encoder is not None
         return self.encoder.execute([pixels])[0].clone()
 
-    def decode(self, given: Any, kept: set[int], prefill: int | None = None) -> Any:
+    def decode(self, given: Any, kept: set[int]) -> Any:
         """Returns the logits at the positions `kept`, [positions, vocabulary], of a sequence with an empty cache.
 
-        It is given in pieces, and from position `prefill` on one token at a time.
+        It is given in pieces that end at these positions, for a program may return the last one's alone.
         """
         import torch
 
         decoder = self.program.load_method("text_decoder" if self.multimodal else "forward")
+        ends = sorted({position + 1 for position in kept} | {given.shape[1]})
         logits = []
-        start, length = 0, given.shape[1]
-        while start < length:
-            end = start + 1 if prefill is not None and start >= prefill else min(start + self.piece, length)
-            if prefill is not None and start < prefill:
-                end = min(end, prefill)
-            positions = torch.arange(start, end)
-            found = decoder.execute([given[:, start:end], positions])[0][0]
-            logits += [found[position - start].clone() for position in range(start, end) if position in kept]
+        start = 0
+        while start < given.shape[1]:
+            end = min(start + self.piece, next(end for end in ends if end > start))
+            found = decoder.execute([given[:, start:end], torch.arange(start, end)])[0]
+            if end - 1 in kept:
+                logits.append(found[0, -1].clone())
             start = end
         return torch.stack(logits).float()
 

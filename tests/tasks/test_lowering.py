@@ -22,7 +22,7 @@ for name, stock in ("lean", "0"), ("stock", "1"):
     os.environ[sys.argv[3]] = stock
     target = Path(sys.argv[1]) / name
     target.mkdir()
-    export_checkpoint(target, Path(sys.argv[2]), 64)
+    export_checkpoint(target, Path(sys.argv[2]), 64, last_logits_only=True)
 """
 
 
