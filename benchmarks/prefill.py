@@ -1,0 +1,88 @@
+"""Reading a prompt with a program that returns all logits and with one that returns the last position's, in turn:
+`python -m benchmarks.prefill --shape 270m`.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
+from benchmarks.side_by_side import line, machine, run, show, version
+
+TOKENS = 1000
+
+
+def measure(shape: str, folder: Path) -> dict[str, Any]:
+    """Exports both programs and reads the same prompt with each. Returns the figures, and the lines that say them."""
+    checkpoint = folder / f"quantized-{shape}"
+    if not (checkpoint / "config.json").exists():
+        checkpoint.mkdir(parents=True)
+        quantized_checkpoint(make_checkpoint(shape, folder), checkpoint)
+    steps, answers = {}, []
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        for name, last in (("all logits", False), ("the last position's", True)):
+            target = Path(made) / name
+            target.mkdir()
+            run("benchmarks.prefill:export", {}, target=target, checkpoint=checkpoint, last_logits_only=last)
+            steps[name] = run("benchmarks.prefill:read", {}, program=target, checkpoint=checkpoint)
+            answers.append(steps[name]["answer"])
+    seconds, memory = ([step[what] for step in steps.values()] for what in ("prefill_seconds", "peak_rss_bytes"))
+    equal = "the same last logits" if answers[0] == answers[1] else "DIFFERENT last logits"
+    lines = [
+        f"{shape}, {TOKENS} tokens, {version()}, {machine()}",
+        *(line(name, {**step, "seconds": step["prefill_seconds"]}) for name, step in steps.items()),
+        f"time: {seconds[0] / seconds[1]:.2f}",
+        f"memory: {memory[0] / memory[1]:.2f}",
+        equal,
+    ]
+    figures = {
+        name: {"seconds": step["prefill_seconds"], "peak_rss_bytes": step["peak_rss_bytes"]}
+        for name, step in steps.items()
+    }
+    return {"shape": shape, "tokens": TOKENS, "steps": figures, "equal": equal, "machine": machine(), "lines": lines}
+
+
+def export(target: str, checkpoint: str, last_logits_only: bool) -> dict[str, Any]:
+    """Exports as the flow's stage does."""
+    from tasks.export import export_checkpoint
+
+    export_checkpoint(Path(target), Path(checkpoint), TOKENS + 24, last_logits_only)
+    return {}
+
+
+def read(program: str, checkpoint: str) -> dict[str, Any]:
+    """Reads a prompt in the largest pieces; returns the seconds that it took and the digest of the last logits."""
+    import hashlib
+    import time
+
+    import torch
+    from transformers import AutoConfig
+
+    from tasks.verify import Methods
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    methods = Methods(Path(program) / "model.pte", config)
+    methods.piece = min(config.get_text_config().sliding_window, TOKENS + 24) - 1
+    ids = torch.randint(10, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    started = time.monotonic()
+    logits = methods.decode(methods.embed(ids), {TOKENS - 1})
+    seconds = time.monotonic() - started
+    return {"prefill_seconds": seconds, "answer": hashlib.sha256(logits.numpy().tobytes()).hexdigest()}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prefill", description=__doc__)
+    parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        show(measure(given.shape, folder), given.json)
+
+
+if __name__ == "__main__":
+    main()
