@@ -15,6 +15,8 @@ from tasks.recipe import load_recipe
 from tasks.untie import untie_checkpoint
 
 ROOT = Path(__file__).parents[2]
+# lm-eval hands transformers the configuration that it has just read from the same checkpoint.
+pytestmark = pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning")
 
 
 @pytest.fixture(scope="module")
