@@ -38,7 +38,9 @@ class Parameters(BaseModel):
         None, description="Branch, tag or commit of the benchmark; its default branch."
     )
     limit: int | None = Field(None, ge=1, description="Questions per subject; all.")
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(16, description="Questions per batch, or auto.")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Most questions per batch; auto: as many as memory allows."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the evaluation runs.")
     max_seq_len: int = Field(1024, ge=2, description="Longest sequence of the exported program, in tokens.")
     last_logits_only: bool = Field(

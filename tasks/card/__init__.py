@@ -86,7 +86,7 @@ def collect_metrics(
             "run": run,
             "mmlu": "lm_eval --model hf --model_args pretrained=PATH_OR_NAME,dtype=bfloat16 --tasks mmlu "
             + (f"--limit {limit} " if limit else "")
-            + f"--device {mmlu['base']['device']} --batch_size {mmlu['base']['batch_size']}",
+            + f"--device {mmlu['base']['device']}",
         },
         "versions": {name: version(name).split("+")[0] for name in LIBRARIES},
         "base": {"bytes": artifacts["download"].metadata["weight_bytes"], "mmlu": mmlu["base"]},

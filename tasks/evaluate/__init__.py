@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tasks.process import report_progress
 from tasks.stage import Stage
 from tasks.store import StageFailed
 
@@ -33,15 +32,10 @@ def evaluate_checkpoint(
         os.environ["HF_DATASETS_OFFLINE"] = "1"
         os.chdir(folder)
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
-        model = HFLM(
-            pretrained=str(checkpoint),
-            device=device,
-            batch_size=batch_size,
-            dtype="bfloat16",
-        )
-        _report_rows(model.model, count_questions(questions, limit))
+        from tasks.evaluate.model import PackedLM
+
+        model = PackedLM(checkpoint, device, batch_size)
         output = simple_evaluate(model, tasks=["mmlu"], limit=limit, log_samples=True)
         os.chdir("/")
     if output is None:
@@ -61,26 +55,6 @@ def evaluate_checkpoint(
                 }
                 stream.write(json.dumps(row) + "\n")
     return {"metadata": {"accuracy": results["accuracy"], "questions": results["questions"]}}
-
-
-def count_questions(questions: Path, limit: int | None) -> int:
-    """Returns how many test questions will be asked."""
-    import pyarrow.parquet
-
-    counts = [pyarrow.parquet.read_metadata(path).num_rows for path in questions.glob("*/test-*.parquet")]
-    return sum(min(count, limit or count) for count in counts)
-
-
-def _report_rows(model: Any, total: int) -> None:
-    """Reports each row that the model reads: lm-eval asks for the four letters of a question in one row."""
-    done = 0
-
-    def report(_model: Any, _arguments: Any, keywords: dict[str, Any], output: Any) -> None:
-        nonlocal done
-        done += output.logits.shape[0]
-        report_progress(min(done, total), total, "questions")
-
-    model.register_forward_hook(report, with_kwargs=True)
 
 
 def _summarize(output: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +79,7 @@ def _summarize(output: dict[str, Any]) -> dict[str, Any]:
 evaluate = Stage(
     evaluate_checkpoint,
     name="evaluate",
-    version=2,
+    version=3,
     libraries=("torch", "torchao", "transformers", "lm-eval"),
     ignored=("batch_size",),
     memory=2.5,

@@ -1,0 +1,228 @@
+"""Our evaluation gives what lm-eval's own command line gives on the same directory, to the bit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evaluate import command_line, compare
+from tasks import process
+from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tasks.quantize import quantize_checkpoint
+from tasks.recipe import load_recipe
+from tasks.untie import untie_checkpoint
+
+ROOT = Path(__file__).parents[2]
+# lm-eval hands transformers the configuration that it has just read from the same checkpoint.
+pytestmark = pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    untied, quantized = tmp_path_factory.mktemp("untied"), tmp_path_factory.mktemp("quantized")
+    untie_checkpoint(untied, BUILTIN["tiny-gemma3"])
+    quantize_checkpoint(quantized, untied, load_recipe("HQQ-INT8-INT4"), "cpu")
+    return {"base": BUILTIN["tiny-gemma3"], "quantized": quantized}
+
+
+def in_its_process(function: str, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> dict[str, Any]:
+    """Calls a function as a stage's work is called; returns its progress, too."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    reported: list[Any] = []
+    result = process.run(function, arguments, lambda *progress: reported.append(progress), None)
+    return {**result, "progress": reported}
+
+
+@pytest.mark.parametrize("name", ["base", "quantized"])
+def test_questions_and_scores_are_those_of_the_command_line(
+    name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    ours.mkdir()
+    paths = {"checkpoint": str(checkpoints[name]), "questions": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
+    reference = f"{command_line.__module__}:{command_line.__name__}"
+    in_its_process(reference, monkeypatch, target=str(theirs), **paths, limit=2, batch_size="1", device="cpu")
+    call = {"function": "tasks.evaluate:evaluate_checkpoint", "target": str(ours), "paths": paths}
+    values = {"limit": 2, "batch_size": "auto", "device": "cpu"}
+    made = in_its_process("tasks.process:call", monkeypatch, **call, values=values)
+    assert compare(theirs, ours) == {
+        "questions": 114,
+        "different_predictions": 0,
+        "different_loglikelihoods": 0,
+        "different_scores": [],
+    }
+    assert made["progress"][-1] == (114, 114, "questions")
+    results = json.loads((ours / "results.json").read_text())
+    assert results["questions"] == 114
+    assert all(score["stderr"] is not None for score in results["subjects"].values())
+
+
+@pytest.fixture(scope="module")
+def packed(checkpoints: dict[str, Path]) -> Callable[..., Any]:
+    def load(name: str, batch_size: int | str = "auto") -> Any:
+        from tasks.evaluate.model import PackedLM
+
+        return PackedLM(checkpoints[name], "cpu", batch_size)
+
+    return load
+
+
+def requests(lengths: list[int], continuations: list[int]) -> list[Any]:
+    """Makes requests of random tokens. Each context has all these lengths of continuation, the first one twice."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(10, 2048, (count,), generator=generator).tolist()
+
+    contexts = [tokens(length) for length in lengths]
+    return [(None, context, tokens(n)) for context in contexts for n in (continuations[0], *continuations)]
+
+
+def alone(model: Any, asked: list[Any]) -> list[Any]:
+    """Answers each request by a forward of its own, with log-softmax over every position, as the library's model."""
+    import torch
+
+    answers = []
+    for _, context, continuation in asked:
+        with torch.no_grad():
+            logits = model(torch.tensor([context + continuation])[:, :-1]).logits[0]
+        logs = torch.log_softmax(logits, -1)[-len(continuation) :]
+        tokens = torch.tensor(continuation)
+        answers.append((float(logs.gather(1, tokens[:, None]).sum()), bool((logs.argmax(-1) == tokens).all())))
+    return answers
+
+
+@pytest.mark.parametrize("name", ["base", "quantized"])
+def test_a_packed_question_is_answered_as_if_it_were_alone(
+    name: str, checkpoints: dict[str, Path], packed: Callable[..., Any]
+) -> None:
+    """Lengths on both sides of the sliding window of 64; continuations of one token and of several."""
+    import torch
+
+    from tasks.checkpoint import load_model
+
+    asked = requests([5, 90, 63, 64, 65, 130, 90, 1, 31, 200], [1, 4, 2])
+    expected = alone(load_model(checkpoints[name], torch.bfloat16), asked)
+    assert packed(name)._loglikelihood_tokens(asked) == expected
+    assert packed(name, 3)._loglikelihood_tokens(asked) == expected
+
+
+def test_a_continuation_that_the_model_would_write_is_greedy(
+    checkpoints: dict[str, Path], packed: Callable[..., Any]
+) -> None:
+    import torch
+
+    from tasks.checkpoint import load_model
+
+    model = load_model(checkpoints["base"], torch.bfloat16)
+    context = requests([40], [1])[0][1]
+    written = list(context)
+    for _ in range(3):
+        with torch.no_grad():
+            written.append(int(model(torch.tensor([written])).logits[0, -1].argmax()))
+    answers = packed("base")._loglikelihood_tokens(
+        [(None, context, written[-3:]), (None, context, [*written[-3:-1], 11])]
+    )
+    assert [greedy for _, greedy in answers] == [True, False]
+
+
+def test_too_long_a_question_loses_its_start_as_in_the_library(packed: Callable[..., Any]) -> None:
+    model = packed("base")
+    model._max_length = 50
+    long, short = requests([90, 90], [2])[::2]
+    cut = (None, long[1][-49:], long[2])
+    assert model._loglikelihood_tokens([long, short])[0] == model._loglikelihood_tokens([cut])[0]
+
+
+@pytest.mark.parametrize(
+    "message", ["cuda", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"]
+)
+def test_a_batch_that_does_not_fit_shrinks(
+    message: str, packed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    asked = requests([5, 90, 63, 64, 65, 130, 90, 31], [1])
+    expected = packed("base")._loglikelihood_tokens(asked)
+    model = packed("base")
+    seen: list[int] = []
+
+    def refuse(_module: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
+        seen.append(keywords["input_ids"].shape[1])
+        if seen[-1] > 200:
+            raise torch.OutOfMemoryError(message) if message == "cuda" else RuntimeError(message)
+
+    model.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    assert model._loglikelihood_tokens(asked) == expected
+    assert seen[0] > 200
+    # Once it is known, no batch is as large again.
+    assert max(seen[[size <= 200 for size in seen].index(True) :]) <= 200
+
+
+def test_a_question_that_does_not_fit_alone_fails(packed: Callable[..., Any]) -> None:
+    import torch
+
+    model = packed("base")
+
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    model.model.register_forward_pre_hook(refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        model._loglikelihood_tokens(requests([20, 30], [1]))
+
+
+def test_weights_dequantized_once_give_the_same_logits(checkpoints: dict[str, Path]) -> None:
+    import torch
+
+    from tasks.checkpoint import load_model
+    from tasks.evaluate import dequantized
+
+    tokens = torch.arange(2, 152).reshape(2, 75)
+    model = load_model(checkpoints["quantized"], torch.bfloat16)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        dequantized.dequantize_once(model)
+        assert torch.equal(model(tokens).logits, expected)
+    left = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert left == []
+
+
+def test_chunks_of_a_weight_give_the_same_logits(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from tasks.checkpoint import load_model
+    from tasks.evaluate import dequantized
+
+    monkeypatch.setattr(dequantized, "CHUNK", 64 * 300)
+    model = load_model(checkpoints["quantized"], torch.bfloat16)
+    tokens = torch.arange(2, 90)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        dequantized.dequantize_once(model)
+        assert torch.equal(model(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("width", [64, 640, 1001])
+@pytest.mark.parametrize("size", [1e-38, 1e-3, 1.0, 50.0, 1e30])
+def test_activations_are_rounded_as_by_torchao(size: float, width: int) -> None:
+    import torch
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        _apply_int8_act_asym_per_token_quant_dequant as reference,
+    )
+
+    from tasks.evaluate.rounding import round_per_token
+
+    activations = torch.randn(2, 77, width, generator=torch.Generator().manual_seed(1)) * size
+    activations[0, 0] = 0
+    activations[0, 1] = activations[0, 1].abs()
+    activations[0, 2] = -activations[0, 2].abs()
+    activations[0, 3, 5] = size * 1e5
+    activations = activations.bfloat16()
+    assert torch.equal(round_per_token(activations), reference(activations))
+    assert torch.equal(round_per_token(activations[:, ::2]), reference(activations[:, ::2].contiguous()))
