@@ -211,11 +211,12 @@ def check_finite(path: Path) -> None:
 
 
 def load_model(checkpoint: Path, dtype: Any) -> Any:
-    """Returns the model of an untied or quantized checkpoint, in eval mode, every tensor of `dtype`.
+    """Returns the model of an untied or quantized checkpoint, in eval mode, its weights of `dtype`, bfloat16 or float32.
 
     Raises StageFailed if a weight was missing or left over, which transformers would initialize at random, and if
     lm_head and the embedding share their storage, which quantizing either would break.
     """
+    import torch
     from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
     config = AutoConfig.from_pretrained(checkpoint)
@@ -226,8 +227,10 @@ def load_model(checkpoint: Path, dtype: Any) -> Any:
     wrong = {name: sorted(keys)[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
     if wrong:
         raise StageFailed(f"the weights of {checkpoint} do not fit its model: {wrong}")
-    # transformers loads quantized weights as they were saved, and what stands beside them too.
-    model.to(dtype).eval()
+    model.eval()
+    if dtype == torch.float32:
+        # transformers loads a quantized checkpoint as it was saved. Upwards only: some buffers are float32 in any case.
+        model.to(dtype)
     if not config.get_text_config().tie_word_embeddings and model.lm_head.weight is model.get_input_embeddings().weight:
         raise StageFailed("lm_head and the embedding are still tied after loading")
     return model
