@@ -211,7 +211,7 @@ def check_finite(path: Path) -> None:
 
 
 def load_model(checkpoint: Path, dtype: Any) -> Any:
-    """Returns the model of an untied or quantized checkpoint, in eval mode, its weights of `dtype`, bfloat16 or float32.
+    """Returns the model of an untied or quantized checkpoint, in eval mode, its weights bfloat16 or float32.
 
     Raises StageFailed if a weight was missing or left over, which transformers would initialize at random, and if
     lm_head and the embedding share their storage, which quantizing either would break.
