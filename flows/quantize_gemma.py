@@ -245,8 +245,8 @@ def quality_table(metrics: dict[str, Any]) -> list[dict[str, str]]:
     rows = [
         {"": "size", **{name: store.human_size(metrics[name]["bytes"]) for name in columns}},
         {"": "MMLU, %", **{name: score(metrics[name]["mmlu"]) for name in ("base", "quantized")}},
-        {"": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.4f}"},
-        {"": "KL of activation rounding, nats", "quantized": f"{agreement['kl_activation_noise']:.4f}"},
+        {"": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.2g}"},
+        {"": "KL of activation rounding, nats", "quantized": f"{agreement['kl_activation_noise']:.2g}"},
         {"": "same most likely token, %", "program": f"{100 * agreement['same_argmax']:.1f}"},
     ]
     return [{"": "", **dict.fromkeys(columns, ""), **row} for row in rows]
