@@ -23,7 +23,7 @@ from flows.parameters import Parameters, taking_parameters
 from flows.server import outlive_server_restarts
 from tasks import process, store
 from tasks.card import card, score
-from tasks.check import check_checkpoint, check_disk, check_run
+from tasks.check import check_checkpoint, check_disk, check_memory, check_run
 from tasks.download import download, questions, remember, resolve_benchmark, resolve_model
 from tasks.evaluate import evaluate
 from tasks.export import export
@@ -59,6 +59,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         benchmark = run.light("resolve benchmark", resolve_benchmark, p.benchmark, p.benchmark_revision, p.offline)
         name = f"{p.model} {p.recipe} {model['revision'][:12]}"
         rename_run(name)
+        check_memory(model["weight_bytes"])
         run.one_at_a_time = check_disk(model["weight_bytes"]) > process.available_memory() / 4
 
         base = run.stage("download", download, **origin(model, p.offline))

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tasks import store
+from tasks import process, store
 from tasks.checkpoint import (
     local_checkpoint,
     quantizable_modules,
@@ -23,12 +23,16 @@ from tasks.store import UserError
 # 4B: (8.6 + 1.3 + 5.4 + 3.2) / 8.6; 270M: (0.54 + 0.34 + 0.44 + 0.39) / 0.54.
 DISK_FACTOR = {False: 3.2, True: 2.2}
 LARGE_BYTES = 5_000_000_000
+# What exporting, and running checkpoint and program side by side, take of memory, in times of the base weights in
+# bf16, measured on gemma-3-4b's shape; and what Python and the libraries take.
+MEMORY_FACTOR = 2.0
+MEMORY_OF_LIBRARIES = 1_000_000_000
 # The smoke tests' prompts and some tokens of answer; an image comes on top.
 SHORTEST_SEQ_LEN = 64
 
 
 def check_run(model: str, recipe: str, max_seq_len: int, device: str) -> dict[str, Any]:
-    """Returns what the run will do: {"recipe", "model", "disk_bytes_needed"}. Raises UserError for what cannot work.
+    """Returns what the run will do: {"recipe", "model", "memory_bytes_needed", "disk_bytes_needed"}. Raises UserError for what cannot work.
 
     A model on the Hub is checked as far as its name; its files are checked when they are downloaded.
     """
@@ -39,8 +43,22 @@ def check_run(model: str, recipe: str, max_seq_len: int, device: str) -> dict[st
     path = local_checkpoint(model)
     if path is not None:
         check_checkpoint(path, loaded, max_seq_len)
-        plan["disk_bytes_needed"] = check_disk(sum(file.stat().st_size for file in weight_files(path)))
+        weight_bytes = sum(file.stat().st_size for file in weight_files(path))
+        plan["memory_bytes_needed"] = check_memory(weight_bytes)
+        plan["disk_bytes_needed"] = check_disk(weight_bytes)
     return plan
+
+
+def check_memory(weight_bytes: int) -> int:
+    """Returns about how many bytes of memory the run will take. Raises UserError if the machine has less."""
+    needed = int(MEMORY_OF_LIBRARIES + weight_bytes * MEMORY_FACTOR)
+    there = process.total_memory()
+    if there < needed:
+        raise UserError(
+            f"exporting this model takes about {needed / 1e9:,.1f} GB of memory, but this machine has "
+            f"{there / 1e9:,.1f} GB: use a larger one, or a smaller model"
+        )
+    return needed
 
 
 def check_disk(weight_bytes: int) -> int:

@@ -163,6 +163,13 @@ def available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def total_memory() -> int:
+    """Returns the bytes of memory that this machine has."""
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
 def report_progress(done: int, total: int, what: str) -> None:
     """Tells the parent how far the work is; does nothing where no parent listens."""
     _emit({"event": "progress", "done": done, "total": total, "what": what})

@@ -96,6 +96,7 @@ def test_too_little_disk_is_said_with_both_sizes(fresh: CommandLine, tiny_copy: 
         (["--model", "/no/such/model"], ["/no/such/model", "tiny-gemma3"]),
         (["--max-seq-len", "4096"], ["4,096", "2,048"]),
         (["--max-seq-len", "0"], ["max-seq-len", "0"]),
+        (["--max-seq-len", "-5"], ["max-seq-len", "-5"]),
         (["--limit", "none"], ["limit", "none"]),
         (["--refresh", "quantise"], ["refresh", "quantise", "'quantize'"]),
     ],
@@ -154,6 +155,19 @@ def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_c
     assert "up_proj.weight" in bad.stderr
     assert not fresh.home.exists()
     assert not fresh.prefect.exists()
+
+
+def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_needs(
+    fresh: CommandLine, tiny_copy: Callable[[], Path]
+) -> None:
+    from tasks.checkpoint import read_header, write_header
+
+    model = tiny_copy()
+    tensors = {name: (t["dtype"], t["shape"]) for name, t in read_header(model / "model.safetensors").items()}
+    tensors["language_model.model.embed_tokens.weight"] = ("BF16", [10**10, 64])
+    with (model / "model.safetensors").open("wb") as stream:
+        write_header(stream.fileno(), tensors, {"format": "pt"})  # A file of holes.
+    refused(fresh, ["2,561.", "GB of memory", "this machine has"], "--model", str(model))
 
 
 def test_a_cuda_device_that_is_not_there_is_said_before_anything_starts(
