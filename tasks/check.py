@@ -32,7 +32,9 @@ SHORTEST_SEQ_LEN = 64
 
 
 def check_run(model: str, recipe: str, max_seq_len: int, device: str) -> dict[str, Any]:
-    """Returns what the run will do: {"recipe", "model", "memory_bytes_needed", "disk_bytes_needed"}. Raises UserError for what cannot work.
+    """Returns what the run will do: {"recipe", "model", "memory_bytes_needed", "disk_bytes_needed"}.
+
+    Raises UserError for what cannot work.
 
     A model on the Hub is checked as far as its name; its files are checked when they are downloaded.
     """
