@@ -41,7 +41,7 @@ def our_evaluation(target: str, checkpoint: str, questions: str, limit: int | No
     from tasks.evaluate.model import PackedLM
 
     def evaluate() -> None:
-        evaluate_checkpoint(Path(target), Path(checkpoint), Path(questions), limit, "auto", device)
+        evaluate_checkpoint(Path(target), Path(checkpoint), Path(questions), limit, "auto", device, refresh=True)
 
     return {"evaluation_seconds": _timed(PackedLM, evaluate)}
 

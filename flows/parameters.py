@@ -41,6 +41,7 @@ class Parameters(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Most questions per batch; auto: as many as memory allows."
     )
+    workers: int = Field(1, ge=1, description="Processes that answer the questions, each with its own model.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the evaluation runs.")
     max_seq_len: int = Field(1024, ge=2, description="Longest sequence of the exported program, in tokens.")
     last_logits_only: bool = Field(

@@ -68,7 +68,8 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         untied = run.stage("untie", untie, checkpoint=base)
         quantized = run.stage("quantize", quantize, checkpoint=untied, recipe=recipe, device=p.device)
         run.stage("smoke", smoke, checkpoint=quantized, max_new_tokens=p.max_new_tokens)
-        settings = {"questions": asked, "limit": p.limit, "batch_size": p.batch_size, "device": p.device}
+        settings = {"questions": asked, "limit": p.limit, "device": p.device}
+        settings |= {"batch_size": p.batch_size, "workers": p.workers}
         asked_base = run.stage("evaluate_base", evaluate, checkpoint=base, **settings)
         after = run.stage("evaluate_quantized", evaluate, asked_base, checkpoint=quantized, **settings)
         shape = {"max_seq_len": p.max_seq_len, "last_logits_only": p.last_logits_only}

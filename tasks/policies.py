@@ -65,10 +65,15 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
 
     def run(**inputs: Any) -> dict[str, Any]:
         logger = get_run_logger()
+        context = TaskRunContext.get()
+        assert context is not None
+        refresh = bool(context.task.refresh_cache)
 
         def make(target: Path) -> dict[str, Any]:
             paths = {field: str(open_record(value).path) for field, value in inputs.items() if is_record(value)}
             values = {field: value for field, value in inputs.items() if field not in paths}
+            if stage.resumes:
+                values["refresh"] = refresh
             function = f"{work.__module__}:{work.__name__}"
             sizes = sum(value["size"] for value in inputs.values() if is_record(value))
             with (
@@ -85,9 +90,7 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
                     SECONDS_ALLOWED,
                 )
 
-        context = TaskRunContext.get()
-        assert context is not None
-        artifact = store.produce(name, key_of(inputs), make, refresh=bool(context.task.refresh_cache))
+        artifact = store.produce(name, key_of(inputs), make, refresh=refresh)
         store.hold(name, artifact.key)
         line = f"{context.task_run.name.split(' · ')[0]}: {describe(artifact)}"
         logger.info(line)

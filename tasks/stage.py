@@ -16,6 +16,7 @@ class Stage:
     libraries: those whose version shapes what it writes.
     retries: how often it is tried again after what may pass by itself.
     ignored: inputs that shape no output and do not count in its key.
+    resumes: it keeps finished parts in the store; its `refresh` says that they are to be made again.
     environment: gives the process what is secret.
     memory: how much it takes at most, in times of the artifacts that it reads; such stages, and those that are
         `accelerated` and use the GPU, wait for each other across runs.
@@ -27,6 +28,7 @@ class Stage:
     libraries: tuple[str, ...] = ()
     retries: int = 0
     ignored: tuple[str, ...] = ()
+    resumes: bool = False
     environment: Callable[[], dict[str, str]] = dict
     memory: float = 0
     accelerated: bool = False

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tasks import store
 from tasks.stage import Stage
 from tasks.store import StageFailed
 
@@ -13,12 +14,20 @@ CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 
 
 def evaluate_checkpoint(
-    target: Path, checkpoint: Path, questions: Path, limit: int | None, batch_size: int | str, device: str
+    target: Path,
+    checkpoint: Path,
+    questions: Path,
+    limit: int | None,
+    batch_size: int | str,
+    device: str,
+    workers: int = 1,
+    refresh: bool = False,
 ) -> dict[str, Any]:
     """Writes results.json (accuracy and standard error overall, per category, per subject) and samples.jsonl.
 
     `questions` is a directory in the layout of cais/mmlu; `limit` is questions per subject. Accuracies are fractions;
-    the standard error of a single question is None.
+    the standard error of a single question is None. Each subject's answers are kept in the store when they are there,
+    if the checkpoint is of the store, and read from there unless `refresh`; `workers` is the processes that answer.
     """
     import torch
 
@@ -33,9 +42,10 @@ def evaluate_checkpoint(
         os.chdir(folder)
         from lm_eval import simple_evaluate
 
-        from tasks.evaluate.model import PackedLM
+        from tasks.evaluate.shards import ShardedLM
 
-        model = PackedLM(checkpoint, device, batch_size)
+        digest, root = _kept(checkpoint, Path(folder))
+        model = ShardedLM(checkpoint, digest, root, device, batch_size, workers, refresh)
         output = simple_evaluate(model, tasks=["mmlu"], limit=limit, log_samples=True)
         os.chdir("/")
     if output is None:
@@ -55,6 +65,14 @@ def evaluate_checkpoint(
                 }
                 stream.write(json.dumps(row) + "\n")
     return {"metadata": {"accuracy": results["accuracy"], "questions": results["questions"]}}
+
+
+def _kept(checkpoint: Path, otherwise: Path) -> tuple[str, Path]:
+    """Returns the checkpoint's digest and the store that it is in."""
+    try:
+        return store.at(checkpoint).digest, checkpoint.parents[2]
+    except StageFailed:
+        return "not in a store", otherwise / "store"
 
 
 def _summarize(output: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +99,8 @@ evaluate = Stage(
     name="evaluate",
     version=3,
     libraries=("torch", "torchao", "transformers", "lm-eval"),
-    ignored=("batch_size",),
+    ignored=("batch_size", "workers"),
+    resumes=True,
     memory=2.5,
     accelerated=True,
 )

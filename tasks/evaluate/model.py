@@ -34,6 +34,8 @@ class PackedLM(HFLM):
         super().__init__(pretrained=str(checkpoint), device=device, dtype="bfloat16", batch_size=1)
         self.tokens = TOKENS[torch.device(device).type]
         self.rows = None if batch_size == "auto" else int(batch_size)
+        # Of several calls, for the progress.
+        self.answered = self.expected = 0
         if hasattr(self.model.model, "vision_tower"):
             self.model.model.vision_tower = None
         dequantize_once(self.model)
@@ -57,7 +59,6 @@ class PackedLM(HFLM):
         answers: list[Any] = [None] * len(requests)
         rows = sorted(sharing, key=lambda row: (-len(row), row))
         done = 0
-        report_progress(done, len(rows), "questions")
         while done < len(rows):
             batch = self._next_batch(rows[done:], wanted)
             try:
@@ -80,7 +81,8 @@ class PackedLM(HFLM):
                     if strings is not None:
                         self.cache_hook.add_partial("loglikelihood", strings, answers[number])
             done += len(batch)
-            report_progress(done, len(rows), "questions")
+            self.answered += len(batch)
+            report_progress(self.answered, max(self.expected, self.answered), "questions")
         return answers
 
     def _next_batch(self, rows: list[tuple[int, ...]], wanted: dict[tuple[int, ...], int]) -> list[tuple[int, ...]]:

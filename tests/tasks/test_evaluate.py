@@ -1,6 +1,8 @@
 """Our evaluation gives what lm-eval's own command line gives on the same directory, to the bit."""
 
 import json
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.evaluate import command_line, compare
-from tasks import process
+from tasks import process, store
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tasks.quantize import quantize_checkpoint
 from tasks.recipe import load_recipe
@@ -27,12 +29,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"base": BUILTIN["tiny-gemma3"], "quantized": quantized}
 
 
-def in_its_process(function: str, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> dict[str, Any]:
+def in_its_process(function: str, monkeypatch: pytest.MonkeyPatch, /, **arguments: Any) -> dict[str, Any]:
     """Calls a function as a stage's work is called; returns its progress, too."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     reported: list[Any] = []
-    result = process.run(function, arguments, lambda *progress: reported.append(progress), None)
+    log = logging.getLogger(__name__)
+    result = process.run(function, arguments, lambda *progress: reported.append(progress), log)
     return {**result, "progress": reported}
+
+
+def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
+    """Evaluates as the stage does, on the built-in questions."""
+    target.mkdir(exist_ok=True)
+    paths = {"checkpoint": str(checkpoint), "questions": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
+    values = {"batch_size": "auto", "device": "cpu", **settings}
+    call = {"function": "tasks.evaluate:evaluate_checkpoint", "target": str(target), "paths": paths, "values": values}
+    return in_its_process("tasks.process:call", monkeypatch, **call)
 
 
 @pytest.mark.parametrize("name", ["base", "quantized"])
@@ -41,13 +53,10 @@ def test_questions_and_scores_are_those_of_the_command_line(
 ) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir()
-    ours.mkdir()
     paths = {"checkpoint": str(checkpoints[name]), "questions": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
     reference = f"{command_line.__module__}:{command_line.__name__}"
     in_its_process(reference, monkeypatch, target=str(theirs), **paths, limit=2, batch_size="1", device="cpu")
-    call = {"function": "tasks.evaluate:evaluate_checkpoint", "target": str(ours), "paths": paths}
-    values = {"limit": 2, "batch_size": "auto", "device": "cpu"}
-    made = in_its_process("tasks.process:call", monkeypatch, **call, values=values)
+    made = evaluated(checkpoints[name], ours, monkeypatch, limit=2)
     assert compare(theirs, ours) == {
         "questions": 114,
         "different_predictions": 0,
@@ -58,6 +67,84 @@ def test_questions_and_scores_are_those_of_the_command_line(
     results = json.loads((ours / "results.json").read_text())
     assert results["questions"] == 114
     assert all(score["stderr"] is not None for score in results["subjects"].values())
+
+
+def in_a_store(checkpoint: Path, home: Path) -> Path:
+    def copy(target: Path) -> dict[str, Any]:
+        shutil.copytree(checkpoint, target, dirs_exist_ok=True)
+        return {}
+
+    return store.produce("quantize", "0" * 64, copy, home).path
+
+
+def test_answers_are_kept_and_the_same_whoever_gives_them(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def progress(made: dict[str, Any]) -> Any:
+        return made["progress"][-1][:2]
+
+    def files(target: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in target.iterdir()}
+
+    one = in_a_store(checkpoints["quantized"], tmp_path / "one")
+    two = in_a_store(checkpoints["quantized"], tmp_path / "two")
+    assert progress(evaluated(one, tmp_path / "a", monkeypatch, limit=1)) == (57, 57)
+    assert progress(evaluated(two, tmp_path / "b", monkeypatch, limit=1, workers=2)) == (57, 57)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    shards = sorted((tmp_path / "one").glob("evaluate-shard/*/manifest.json"))
+    assert len(shards) == 57
+    assert [path.parent.name for path in shards] == sorted(
+        path.parent.name for path in (tmp_path / "two").glob("evaluate-shard/*/manifest.json")
+    )
+    # A shard that is damaged or was never finished is answered again, and nothing else.
+    shutil.rmtree(shards[3].parent)
+    (shards[40].parent / "data" / "answers.json").write_text("[]")
+    assert progress(evaluated(one, tmp_path / "c", monkeypatch, limit=1)) == (2, 2)
+    assert files(tmp_path / "a") == files(tmp_path / "c")
+    # A refreshed stage asks all of them again.
+    assert progress(evaluated(one, tmp_path / "d", monkeypatch, limit=1, refresh=True)) == (57, 57)
+
+
+def test_a_shards_key_follows_whatever_is_asked() -> None:
+    from tasks.evaluate.shards import ShardedLM
+
+    def key(digest: str = "0", subject: str = "a", pairs: Any = None, device: str = "cpu", workers: int = 1) -> str:
+        model = ShardedLM(Path(), digest, Path(), device, "auto", workers, False)
+        return model._key(subject, pairs or [["Question:", " A"]])
+
+    more = [["Question:", " A"], ["Another:", " A"]]
+    others = {key(), key(digest="1"), key(subject="b"), key(pairs=more), key(device="cuda")}
+    assert len(others) == 5
+    assert key(workers=2) == key()
+
+
+def test_a_killed_evaluation_keeps_the_shards_that_were_finished(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks.evaluate import shards
+    from tasks.evaluate.model import PackedLM
+
+    monkeypatch.setattr(shards, "QUESTIONS", 2)
+    asked = [{"key": str(n) * 64, "pairs": [[f"Question {n}:", " A"], [f"Question {n}:", " B"]]} for n in range(6)]
+    ask = PackedLM._loglikelihood_tokens
+
+    def die_at_the_third(model: Any, *arguments: Any, **keywords: Any) -> Any:
+        if model.answered == 4:
+            raise KeyboardInterrupt
+        return ask(model, *arguments, **keywords)
+
+    monkeypatch.setattr(PackedLM, "_loglikelihood_tokens", die_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        shards.answer(str(checkpoints["base"]), str(tmp_path), "cpu", "auto", False, asked)
+    assert sorted(path.name[0] for path in (tmp_path / "evaluate-shard").glob("[0-9]*")) == ["0", "1", "2", "3"]
+
+
+def test_workers_get_about_the_same_work_and_nobody_none() -> None:
+    from tasks.evaluate.shards import deal
+
+    assert deal(["a", "b", "c", "d"], {"a": 9, "b": 3, "c": 3, "d": 2}, 2) == [["a"], ["b", "c", "d"]]
+    assert deal(["a"], {"a": 1}, 3) == [["a"]]
+    assert deal([], {}, 3) == []
 
 
 @pytest.fixture(scope="module")
