@@ -258,8 +258,8 @@ def test_the_program_is_no_further_from_the_checkpoint_than_rounding_explains_an
     assert agreement["same_argmax"] == 1.0
     assert agreement["last"]["tokens"] == 1024
     for part in (agreement, agreement["last"], agreement["step_by_step"], agreement["image"]):
-        assert 0 < part["kl_program"] < 0.2 * part["kl_activation_noise"]
-    assert agreement["vision_encoder"]["error"] < 0.2 * agreement["vision_encoder"]["noise"]
+        assert 0 < part["kl_program"] < 0.5 * part["kl_activation_noise"]
+    assert agreement["vision_encoder"]["error"] < 0.5 * agreement["vision_encoder"]["noise"]
     modules = ("vision_tower.vision_model.encoder.layers.1.mlp.fc2", "language_model.model.layers.1.mlp.up_proj")
     other = swap_rows_of_release(release, tmp_path / "other", *modules)
     metrics["program"]["agreement"] = compare(release, other, AutoConfig.from_pretrained(other), 1024)
