@@ -40,7 +40,15 @@ def measure(shape: str, folder: Path) -> dict[str, Any]:
         name: {"seconds": step["prefill_seconds"], "peak_rss_bytes": step["peak_rss_bytes"]}
         for name, step in steps.items()
     }
-    return {"shape": shape, "tokens": TOKENS, "steps": figures, "equal": equal, "machine": machine(), "lines": lines}
+    return {
+        "shape": shape,
+        "tokens": TOKENS,
+        "steps": figures,
+        "equal": answers[0] == answers[1],
+        "machine": machine(),
+        "version": version(),
+        "lines": lines,
+    }
 
 
 def export(target: str, checkpoint: str, last_logits_only: bool) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def measure(shape: str, folder: Path, recipe: str, device: str, reference: bool)
             result["ratios"][f"{name}, memory"] = steps[theirs]["peak_rss_bytes"] / ours["peak_rss_bytes"]
         files = [made[name] / "model.safetensors" for name in ("reference-quantized", "quantized")]
         result["different"] = differences(*files)
+        result["equal"] = not result["different"]
         lines.append("equal, tensor for tensor" if not result["different"] else f"DIFFERENT: {result['different']}")
     lines += [f"{name}: {ratio:.2f}" for name, ratio in result["ratios"].items()]
     for path in made.values():

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -59,5 +60,7 @@ def line(name: str, step: dict[str, Any]) -> str:
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
-    """Prints what a benchmark found: as one JSON object, or its lines."""
+    """Prints what a benchmark found: as one JSON object, or its lines. Exits with 1 if the results are not equal."""
     print(json.dumps(result) if as_json else "\n".join(result["lines"]))
+    if not result.get("equal", True):
+        sys.exit(1)

@@ -27,6 +27,8 @@ def main() -> int:
     url = environment["PREFECT_API_URL"]
     address = httpx.URL(url)
     prefect = [sys.executable, "-m", "prefect"]
+    # A termination signal, too, ends what is started here.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     server = subprocess.Popen(
         [
             *prefect,
@@ -42,8 +44,6 @@ def main() -> int:
         env=environment,
     )
     worker = None
-    # A termination signal, too, ends what was started here.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         wait_for(url)
         subprocess.run([sys.executable, "-m", "deployments.deploy"], check=True, env=environment)

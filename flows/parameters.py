@@ -39,18 +39,18 @@ class Parameters(BaseModel):
     )
     limit: int | None = Field(None, ge=1, description="Questions per subject; all.")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="Most questions per batch; auto: as many as memory allows."
+        "auto", description="Most questions per batch; auto: as many as have 4,096 tokens, or 32,768 on a GPU."
     )
     workers: int = Field(1, ge=1, description="Processes that answer the questions, each with its own model.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the evaluation runs.")
-    max_seq_len: int = Field(1024, ge=2, description="Longest sequence of the exported program, in tokens.")
+    max_seq_len: int = Field(1024, ge=64, description="Longest sequence of the exported program, in tokens.")
     last_logits_only: bool = Field(
         True, description="Let the program return the logits of the last token alone, as generating needs them."
     )
     max_new_tokens: int = Field(64, ge=1, description="Length of the smoke tests' answers, in tokens.")
     max_mmlu_drop: float = Field(5.0, ge=0, description="Points of MMLU accuracy that the gate lets a release lose.")
     max_kl_ratio: float = Field(
-        1.0, gt=0, description="How far the program may be from the checkpoint, in times the activation rounding."
+        2.0, gt=0, description="How far the program may be from the checkpoint, in times the activation rounding."
     )
     max_regression: float = Field(
         1.0, ge=0, description="Points of MMLU accuracy that a release may be below the one published before it."

@@ -1,5 +1,6 @@
 """Check: everything that can be known before a long stage starts, so that a mistake costs seconds."""
 
+import math
 import os
 import shutil
 import tempfile
@@ -44,16 +45,17 @@ def check_run(model: str, recipe: str, max_seq_len: int, device: str) -> dict[st
     plan: dict[str, Any] = {"recipe": loaded["name"], "model": model}
     path = local_checkpoint(model)
     if path is not None:
-        check_checkpoint(path, loaded, max_seq_len)
-        weight_bytes = sum(file.stat().st_size for file in weight_files(path))
-        plan["memory_bytes_needed"] = check_memory(weight_bytes)
-        plan["disk_bytes_needed"] = check_disk(weight_bytes)
+        plan["disk_bytes_needed"] = check_disk(sum(file.stat().st_size for file in weight_files(path)))
+        plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len)
     return plan
 
 
-def check_memory(weight_bytes: int) -> int:
-    """Returns about how many bytes of memory the run will take. Raises UserError if the machine has less."""
-    needed = int(MEMORY_OF_LIBRARIES + weight_bytes * MEMORY_FACTOR)
+def check_memory(weights: int) -> int:
+    """Returns about how many bytes of memory a model of so many weights will take.
+
+    Raises UserError if the machine has less.
+    """
+    needed = int(MEMORY_OF_LIBRARIES + 2 * weights * MEMORY_FACTOR)
     there = process.total_memory()
     if there < needed:
         raise UserError(
@@ -79,8 +81,11 @@ def check_disk(weight_bytes: int) -> int:
     return needed
 
 
-def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int) -> None:
-    """Raises UserError if the checkpoint is no Gemma 3, is damaged, or does not fit recipe or max_seq_len."""
+def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int) -> int:
+    """Returns about how many bytes of memory the run will take.
+
+    Raises UserError if the checkpoint is no Gemma 3, is damaged, or does not fit recipe, max_seq_len or this machine.
+    """
     config = read_config(path)
     longest = text_config(config).get("max_position_embeddings", 131_072)
     shortest = SHORTEST_SEQ_LEN + config.get("mm_tokens_per_image", 0)
@@ -90,7 +95,9 @@ def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int) -> No
         raise UserError(
             f"max_seq_len is {max_seq_len:,}: this model's smoke tests need {shortest:,}, give at least that"
         )
-    decide(recipe, quantizable_modules(read_headers(path)))
+    headers = read_headers(path)
+    decide(recipe, quantizable_modules(headers))
+    return check_memory(sum(math.prod(tensor["shape"]) for tensor in headers.values()))
 
 
 def _check_store(home: Path) -> None:

@@ -21,7 +21,7 @@ from tasks.store import StageFailed
 # What a graph holds besides operators.
 NO_OPERATORS = {"alloc", "getitem", "sym_size"}
 # ExecuTorch's own kernels for attention, its cache, and quantized embeddings.
-CUSTOM = ("llama_", "update_cache", "quantized_decomposed_")
+CUSTOM = ("llama_", "update_cache", "quantized_decomposed_embedding")
 HEAVY = ("linear", "mm", "addmm", "bmm", "convolution", "_softmax", "scaled_dot_product")
 
 

@@ -75,7 +75,7 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
             if stage.resumes:
                 values["refresh"] = refresh
             function = f"{work.__module__}:{work.__name__}"
-            sizes = sum(value["size"] for value in inputs.values() if is_record(value))
+            sizes = sum(value["size"] for value in inputs.values() if is_record(value)) * inputs.get("workers", 1)
             with (
                 _slots(ACCELERATOR, int(stage.accelerated and inputs.get("device") != "cpu")),
                 _slots(MEMORY, math.ceil(1 + stage.memory * sizes / 2**30) if stage.memory else 0),
@@ -105,7 +105,7 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
         cache_key_fn=cache_key,
         persist_result=True,
         result_serializer="json",
-        on_failure=[_discard_failure],
+        on_failure=[_tell_failure, _discard_failure],
         **retried(stage.retries),
     )
     return decorate(run)
@@ -166,6 +166,11 @@ def failure_of(state: Any) -> BaseException | None:
     except BaseException as error:
         return error
     return None
+
+
+def _tell_failure(_task: Any, run: Any, state: Any) -> None:
+    """Says it at once: what does not need this stage comes to its end first, and that may take hours."""
+    terminal.error(f"{run.name.split(' · ')[0]}: {failure_of(state)}")
 
 
 def _discard_failure(_task: Any, _run: Any, state: Any) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.store import StageFailed, UserError, stopping
+from tasks.store import StageFailed, UserError, home, stopping
 
 Progress = Callable[[int, int, str], None]
 
@@ -61,7 +61,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         pass_fds=[send],
-        env={**{n: v for n, v in os.environ.items() if n not in TOKENS}, **QUIET, **(environment or {})},
+        env={**{n: v for n, v in os.environ.items() if n not in TOKENS}, **QUIET, **_cache(), **(environment or {})},
         text=True,
         errors="replace",
     )
@@ -145,9 +145,21 @@ def ended_on_interrupt() -> Iterator[None]:
         raise
     except BaseException:
         stopping.set()
-        for process in list(_running):
-            process.kill()
+        kill_all()
         raise
+
+
+def kill_all() -> None:
+    """Ends all processes that run() has started and waits for."""
+    for process in list(_running):
+        process.kill()
+
+
+def _cache() -> dict[str, str]:
+    """Returns where numba keeps what it compiled, if that cannot be beside the code; the store can be written to."""
+    if "NUMBA_CACHE_DIR" in os.environ or os.access(Path(__file__).parent, os.W_OK):
+        return {}
+    return {"NUMBA_CACHE_DIR": str(home() / ".numba")}
 
 
 def redact(text: str) -> str:
@@ -164,10 +176,13 @@ def available_memory() -> int:
 
 
 def total_memory() -> int:
-    """Returns the bytes of memory that this machine has."""
+    """Returns the bytes of memory that this machine, or this container, has."""
     import psutil
 
-    return int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    total = int(psutil.virtual_memory().total)
+    return min(total, int(allowed)) if allowed.isdigit() else total
 
 
 def report_progress(done: int, total: int, what: str) -> None:

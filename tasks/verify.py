@@ -5,10 +5,13 @@ a rounding boundary moves all that follows. So every difference stands next to t
 the checkpoint with and without quantized activations. A wrong scale, cache or mask is further away than that.
 """
 
+import gc
+import json
 from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint import load_model
+from tasks.store import StageFailed
 
 # The distributions of so many first tokens are compared, and of so many at the end of the longest sequence.
 COMPARED_TOKENS = 128
@@ -64,6 +67,7 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
         if multimodal:
             seen_plain = [model.get_image_features(image) for image in pixels]
     del model
+    gc.collect()  # Its modules refer to themselves, and the program takes as much again.
 
     methods = Methods(program / "model.pte", config)
     ran = methods.decode(methods.embed(ids), {int(position) for position in kept})
@@ -104,6 +108,8 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
             # The decoder's mask is causal; the model lets an image's tokens see each other in both directions.
             "kl_causal_image": _kl(both_ways[text], eager["image"][text]),
         }
+    if "NaN" in json.dumps(result) or "Infinity" in json.dumps(result):
+        raise StageFailed(f"the logits of the checkpoint or of the program are not finite: {result}")
     return result
 
 

@@ -50,7 +50,7 @@ def evaluate_checkpoint(
         os.chdir("/")
     if output is None:
         raise StageFailed("lm-eval returned no result")
-    results = {**_summarize(output), "device": device, "limit": limit, "batch_size": batch_size}
+    results = {**_summarize(output), "device": device, "limit": limit}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with (target / "samples.jsonl").open("w", encoding="utf-8") as stream:
         for task in sorted(output["samples"]):

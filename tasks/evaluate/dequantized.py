@@ -30,6 +30,8 @@ def dequantize_once(model: Any) -> None:
                 setattr(parent, name, _Embedding(module))
             elif isinstance(module, torch.nn.Linear):
                 setattr(parent, name, (_Head if name == "lm_head" else _Linear)(module, rounded))
+            # torchao's modules refer to themselves and would keep their weights until they are collected.
+            module._parameters.clear()
 
 
 class _Rounded:

@@ -6,6 +6,7 @@ are packed into one row without padding: all that works on single tokens runs on
 on each question alone. Only the positions that are asked for reach lm_head.
 """
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class PackedLM(HFLM):
         if hasattr(self.model.model, "vision_tower"):
             self.model.model.vision_tower = None
         dequantize_once(self.model)
+        gc.collect()
         ALL_ATTENTION_FUNCTIONS.register("packed", _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register("packed", sdpa_mask)
         self.model.config.get_text_config()._attn_implementation = "packed"

@@ -54,8 +54,13 @@ def _round(source: Any, target: Any) -> None:
     one = np.empty(1, np.float32)
     one_bits = one.view(np.uint32)
     for token in range(count):
+        is_nan = False
         for k in range(width):
             bits[k] = np.uint32(source[token, k]) << np.uint32(16)
+            is_nan |= (source[token, k] & 0x7FFF) > 0x7F80
+        if is_nan:
+            target[token] = 0x7FC0
+            continue
         low = high = ZERO
         for k in range(width):
             low = value[k] if value[k] < low else low

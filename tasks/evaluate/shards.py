@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,13 @@ def _answer_in_processes(jobs: list[dict[str, Any]]) -> None:
         process.run("tasks.evaluate.shards:answer", job, progress, _Log(), {"OMP_NUM_THREADS": threads})
 
     with ThreadPoolExecutor(len(jobs)) as pool:
-        for future in [pool.submit(work, number) for number in range(len(jobs))]:
-            future.result()
+        for future in as_completed([pool.submit(work, number) for number in range(len(jobs))]):
+            try:
+                future.result()
+            except BaseException:
+                # What the others have answered so far is kept.
+                process.kill_all()
+                raise
 
 
 class _Log:

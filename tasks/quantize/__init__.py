@@ -69,14 +69,12 @@ class Sums:
 def quantize_checkpoint(target: Path, checkpoint: Path, recipe: dict[str, Any], device: str) -> dict[str, Any]:
     """Fills `target` with the quantized checkpoint: model.safetensors, config with `quantization_config`, tokenizer.
 
-    `device` is cpu, cuda, or auto: an accelerator if there is one. Returns the weight error per role (mean squared
-    error over mean square). Raises UserError when the checkpoint does not fit its configuration, the recipe does not
-    fit the model, or a weight is not finite.
+    `device` is cpu, or cuda, where sums are added up in another order: a scale may differ in its last bit. Returns the
+    weight error per role (mean squared error over mean square). Raises UserError when the checkpoint does not fit its
+    configuration, the recipe does not fit the model, or a weight is not finite.
     """
     import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     multimodal = task_of(read_config(checkpoint)) == "multimodal-text-to-text"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # The work is spread here; torch's own threads would only get in each other's way.
@@ -175,7 +173,9 @@ class _Writer:
         self.sources = sources
         self.rules = {name: decided.get(name.removesuffix(".weight")) for name in sources}
         self.device = device
-        self.pool = ThreadPoolExecutor((os.cpu_count() or 1) + 1)
+        # One more than cores, for some wait for the disk; an accelerator has memory for few chunks.
+        cores = len(os.sched_getaffinity(0))
+        self.pool = ThreadPoolExecutor(min(cores, 16) + 1 if device == "cpu" else 3)
         metadata: dict[str, str] = {}
         layout: dict[str, tuple[str, list[int]]] = {}
         self.parts: dict[str, dict[str, str]] = {}
@@ -218,7 +218,7 @@ class _Writer:
                 done += 2 * future.result().elements
                 report_progress(done, total, "bytes")
             rule = self.rules[name]
-            if rule is None:
+            if rule is None or not futures:
                 continue
             iterations = _iterations([future.result().changes for future in futures])
             if iterations is not None:
@@ -231,6 +231,8 @@ class _Writer:
 
 
 def _chunks(source: Source, to: dict[str, int], elements: int) -> Iterator[Chunk]:
+    if not _size(source.shape):
+        return
     rows = source.shape[0] if source.shape else 1
     step = max(1, elements // max(1, _size(source.shape[1:])))
     for first in range(0, rows, step):

