@@ -42,7 +42,9 @@ class Parameters(BaseModel):
         "auto", description="Most questions per batch; auto: as many as have 4,096 tokens, or 32,768 on a GPU."
     )
     workers: int = Field(1, ge=1, description="Processes that answer the questions, each with its own model.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the evaluation runs.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the evaluation runs; with cuda, quantizing too."
+    )
     max_seq_len: int = Field(1024, ge=64, description="Longest sequence of the exported program, in tokens.")
     last_logits_only: bool = Field(
         True, description="Let the program return the logits of the last token alone, as generating needs them."
