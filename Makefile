@@ -7,8 +7,9 @@ BIN := .venv/bin
 run: .venv/installed
 	$(BIN)/quantize-gemma run
 
+# Two files of tests at a time: half of it is waiting, for servers above all.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # The same against a Hugging Face Hub, a local one.
 hub-demo: .venv/installed
