@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
 from benchmarks.side_by_side import line, machine, run, show, version
-from tasks.lowering import SWITCH
+from tasks.lean import SWITCH
 from tasks.store import human_size
 
 # Prompts of these many tokens are given to both programs when their bytes differ.

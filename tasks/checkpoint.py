@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.builtin import BUILTIN
+from tasks.lean import lean_loading
 from tasks.store import StageFailed, UserError
 
 DTYPE_BYTES = {
@@ -221,9 +222,10 @@ def load_model(checkpoint: Path, dtype: Any) -> Any:
 
     config = AutoConfig.from_pretrained(checkpoint)
     multimodal = task_of(config.to_dict()) == "multimodal-text-to-text"
-    model, info = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM).from_pretrained(
-        checkpoint, dtype=dtype, output_loading_info=True
-    )
+    with lean_loading():
+        model, info = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM).from_pretrained(
+            checkpoint, dtype=dtype, output_loading_info=True
+        )
     wrong = {name: sorted(keys)[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
     if wrong:
         raise StageFailed(f"the weights of {checkpoint} do not fit its model: {wrong}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from tasks import process
 from tasks.checkpoint import task_of
-from tasks.lowering import lean_lowering
+from tasks.lean import lean_loading, lean_lowering
 from tasks.process import report_progress
 from tasks.stage import Stage
 from tasks.store import StageFailed
@@ -44,14 +44,15 @@ def export_checkpoint(target: Path, checkpoint: Path, max_seq_len: int, last_log
     multimodal = task_of(config.to_dict()) == "multimodal-text-to-text"
     report_progress(0, 3, "loading")
     load = load_multimodal_text_to_text_model if multimodal else load_causal_lm_model
-    module = load(
-        str(checkpoint),
-        dtype="float32",
-        use_custom_sdpa=True,
-        use_custom_kv_cache=True,
-        # The multimodal task reads max_length, the text task max_seq_len.
-        **{"max_length" if multimodal else "max_seq_len": max_seq_len},
-    )
+    with lean_loading():
+        module = load(
+            str(checkpoint),
+            dtype="float32",
+            use_custom_sdpa=True,
+            use_custom_kv_cache=True,
+            # The multimodal task reads max_length, the text task max_seq_len.
+            **{"max_length" if multimodal else "max_seq_len": max_seq_len},
+        )
     module.model.to(torch.float32)
     if multimodal:
         vision = config.vision_config

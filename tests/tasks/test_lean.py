@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import ALONE, TEXT, quantized_checkpoint, write_checkpoint
-from tasks import lowering
-from tasks.lowering import CHANGES, SWITCH, LibraryChanged, lean_lowering
+from tasks import lean
+from tasks.lean import CHANGES, SWITCH, LibraryChanged, lean_lowering
 
 # Both ways in one process, so that the libraries are imported once.
 EXPORT = """
@@ -114,7 +114,7 @@ def test_the_installed_libraries_are_those_that_the_change_was_written_for(chang
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
 def test_a_change_refuses_a_library_that_is_another(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "source_hash", lambda function: "another")
-    with pytest.raises(LibraryChanged, match=rf"tasks/lowering\.py was written for .*{SWITCH}=1"), change():
+    with pytest.raises(LibraryChanged, match=rf"tasks.lean\.py was written for .*{SWITCH}=1"), change():
         pass
 
 
@@ -144,7 +144,7 @@ def test_descendants_as_bits_decide_as_the_partitioners_sets_do() -> None:
             return [can_merge(partitioner, a, b, parts) for a in parts for b in parts if a < b]
 
         stock = ask()
-        with lowering._short_ancestries():
+        with lean._short_ancestries():
             assert ask() == stock
         answers += stock
     assert {True, False} == set(answers)

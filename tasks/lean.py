@@ -1,41 +1,51 @@
-"""Lean lowering: what torch.export and ExecuTorch do many times over while they lower a program is done once.
+"""Lean libraries: what transformers, torch.export and ExecuTorch do many times over is done once.
 
+    with lean_loading():
+        model = Gemma3ForCausalLM.from_pretrained(...)
     with lean_lowering():
         ...
 
-gives the same program, byte for byte, in less time and memory. Everything that is changed in a library is in this
-file, one function per change; each says what the library does, why that is slow, and why the result stays the same.
-Outside the `with` the libraries are as they were. QUANTIZE_GEMMA_STOCK_LOWERING=1 in the environment leaves them as
-they are inside it too.
+give the same model and the same program, byte for byte, in less time and memory. Everything that is changed in a
+library is in this file, one function per change; each says what the library does, why that is slow, and why the result
+stays the same. Outside the `with` the libraries are as they were. QUANTIZE_GEMMA_STOCK_LIBRARIES=1 in the environment
+leaves them as they are inside it too.
 
 A change fits the code that it was written for and no other, so each names a hash of the functions' source that it
 replaces or relies on; LibraryChanged is raised when it is not what is installed.
 """
 
+import collections
 import contextlib
 import copy
 import hashlib
 import inspect
+import json
 import os
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SWITCH = "QUANTIZE_GEMMA_STOCK_LOWERING"
+SWITCH = "QUANTIZE_GEMMA_STOCK_LIBRARIES"
 
 
 class LibraryChanged(RuntimeError):
     """A library is not the version that a change here was written for."""
 
 
+def lean_loading() -> contextlib.AbstractContextManager[None]:
+    """Applies the changes to loading a quantized checkpoint; raises LibraryChanged if they are for another library."""
+    return _changed(LOADING)
+
+
+def lean_lowering() -> contextlib.AbstractContextManager[None]:
+    """Applies the changes to exporting a program; raises LibraryChanged if they are for another library."""
+    return _changed(LOWERING)
+
+
 @contextlib.contextmanager
-def lean_lowering() -> Iterator[None]:
-    """Applies every change of this file; raises LibraryChanged if an installed library is not the one it is for."""
-    if os.environ.get(SWITCH) == "1":
-        yield
-        return
+def _changed(changes: "Changes") -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for change in CHANGES:
+        for change in changes if os.environ.get(SWITCH) != "1" else ():
             stack.enter_context(change())
         yield
 
@@ -52,7 +62,7 @@ def _written_for(function: Any, digest: str) -> None:
             f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__module__") else function.__name__
         )
         raise LibraryChanged(
-            f"{name} is not the code that tasks/lowering.py was written for "
+            f"{name} is not the code that tasks/lean.py was written for "
             f"(source {found} instead of {digest}): check the change there, or set {SWITCH}=1 to do without it"
         )
 
@@ -69,6 +79,49 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _own_metadata() -> Iterator[None]:
+    """A quantized weight is put together with its own metadata, not with everybody's.
+
+    transformers calls torchao for one weight at a time, but with the metadata of all, through which torchao looks for
+    every weight that might be meant, comparing it with everything there is: cubic in the number of weights. It returns
+    those whose tensors it was given, and these are the one's.
+    """
+    from torchao.prototype.safetensors import safetensors_support
+    from transformers.integrations import torchao
+
+    stock = safetensors_support.unflatten_tensor_state_dict
+    _written_for(stock, "0f9620cf89e8c76b")
+    _written_for(torchao.TorchAoDeserialize, "539a3d244cc09a99")
+
+    def unflatten(tensors: dict[str, Any], metadata: dict[str, Any]) -> Any:
+        modules = {name.rsplit(".", 1)[0] for name in tensors}
+        own = {name: value for name, value in metadata.items() if name.rsplit(".", 1)[0] in modules}
+        return stock(tensors, {**own, "tensor_names": json.dumps(list(own))})
+
+    with _replaced(torchao, "unflatten_tensor_state_dict", unflatten):
+        yield
+
+
+@contextlib.contextmanager
+def _shared_quantizer() -> Iterator[None]:
+    """Copies of the rule by which weights are put together share the quantizer.
+
+    transformers copies the rule for every weight, and with it the quantizer and the metadata of all weights, which
+    nobody writes to.
+    """
+    from transformers import core_model_loading
+    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+    _written_for(core_model_loading.convert_and_load_state_dict_in_model, "9c66a82c4c3b5503")
+
+    def share(self: Any, memo: dict[int, Any]) -> Any:
+        return self
+
+    with _replaced(TorchAoHfQuantizer, "__deepcopy__", share):
+        yield
 
 
 @contextlib.contextmanager
@@ -134,6 +187,41 @@ def _uncopied_values() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _one_export() -> Iterator[None]:
+    """A decoder is exported once, and loses its idle transposes in the program that came of it.
+
+    optimum-executorch makes a module of the exported decoder again, takes out transposes that undo each other, and
+    exports that module, which costs more than the first time. What is exported has the same operators with the same
+    inputs either way, and the pass works on a program's graph as it does on a module's.
+    """
+    import torch
+    from executorch.extension.llm.export.export_passes import RemoveRedundantTransposes
+    from optimum.exporters.executorch import integrations
+    from torch.export import ExportedProgram
+
+    _written_for(integrations.MultiModalTextToTextExportableModule.export, "308e2e74e748359b")
+    _written_for(integrations.CausalLMExportableModule.export, "628a7421b86c9c5a")
+    _written_for(RemoveRedundantTransposes, "b3cc7ad6264abe4e")
+    stock_module, stock_export = ExportedProgram.module, torch.export.export
+    programs: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def module(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = stock_module(self, *args, **kwargs)
+        programs[made] = self
+        return made
+
+    def export(module: Any, *args: Any, **kwargs: Any) -> Any:
+        program = programs.get(module)
+        if program is None:
+            return stock_export(module, *args, **kwargs)
+        RemoveRedundantTransposes().call(program.graph_module)
+        return program
+
+    with _replaced(ExportedProgram, "module", module), _replaced(torch.export, "export", export):
+        yield
+
+
+@contextlib.contextmanager
 def _fewer_decompositions() -> Iterator[None]:
     """A program is decomposed once instead of three times.
 
@@ -172,14 +260,17 @@ def _fewer_decompositions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _remembered_shapes() -> Iterator[None]:
-    """A pass that traces a graph again computes no operator's shape that an earlier pass has computed.
+    """A pass that traces a graph again computes no operator's shape that was computed before.
 
-    Nearly every pass of ExecuTorch runs the whole graph with fake tensors, whatever it changes. An operator with the
-    very same (not only equal) fake tensors and constants as arguments gives a fake tensor of the same shape, type and
-    layout, so the one from before stands in for it. Operators with other arguments, real tensors for example, are run
-    as before.
+    Nearly every pass of ExecuTorch runs the whole graph with fake tensors, whatever it changes, layer for layer. What an
+    operator gives for fake tensors is decided by their shapes, strides and types, and by its other arguments: the
+    result from before stands in for it. An edge operator gives what its ATen operator gives; a delegate is an operator
+    of its own. Operators whose result depends on values, and those that are given anything else, real tensors for
+    example, are run as before; so are those whose result is no tensor.
     """
     import torch
+    from executorch.exir.delegate import executorch_call_delegate
+    from executorch.exir.dialects.edge._ops import EdgeOpOverload
     from executorch.exir.lowered_backend_module import LoweredBackendModule
     from executorch.exir.pass_base import ProxyValue, _ExportPassBase
     from torch._subclasses.fake_tensor import FakeTensor
@@ -188,26 +279,53 @@ def _remembered_shapes() -> Iterator[None]:
     stock = _ExportPassBase._fx
     _written_for(stock, "d21aacbb5c107fba")
     constants = int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format
-    objects = FakeTensor, torch.SymInt, torch.SymFloat, torch.SymBool, LoweredBackendModule
-    # With each result its arguments, so that their ids stay theirs.
-    results: dict[Any, tuple[list[Any], Any]] = {}
+    objects = FakeTensor, torch.SymInt, LoweredBackendModule
+    by_value = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+    results: dict[Any, Any] = {}
+    # With each key what it was made of, so that its id stays its own.
+    layouts: dict[int, tuple[Any, Any]] = {}
+
+    def layout_of(leaf: Any) -> Any:
+        if isinstance(leaf, constants):
+            return type(leaf), leaf
+        if id(leaf) not in layouts:
+            delegate = isinstance(leaf, LoweredBackendModule)
+            own = id(leaf) if delegate else _layout(leaf) if isinstance(leaf, FakeTensor) else leaf.node.expr
+            layouts[id(leaf)] = leaf, own
+        return layouts[id(leaf)][1]
+
+    def remembers(kind: str, operator: Any) -> bool:
+        if kind != "call_function" or operator is executorch_call_delegate:
+            return kind == "call_function"
+        return isinstance(operator, torch._ops.OpOverload) and by_value.isdisjoint(operator.tags)
 
     def _fx(self: Any, kind: str, target: Any, args: Any, kwargs: Any, meta: Any) -> Any:
+        operator = target._op if isinstance(target, EdgeOpOverload) else target
+        if not remembers(kind, operator):
+            return stock(self, kind, target, args, kwargs, meta)
         leaves, structure = pytree.tree_flatten((args, kwargs))
         leaves = [leaf.data if isinstance(leaf, ProxyValue) else leaf for leaf in leaves]
-        if kind != "call_function" or not all(isinstance(leaf, (*constants, *objects)) for leaf in leaves):
+        if not all(isinstance(leaf, (*constants, *objects)) for leaf in leaves):
             return stock(self, kind, target, args, kwargs, meta)
-        same = tuple(id(leaf) if isinstance(leaf, objects) else (type(leaf), leaf) for leaf in leaves)
-        known = results.get((target, structure, same))
+        key = operator, structure, tuple(map(layout_of, leaves))
+        known = results.get(key)
         if known is None:
             proxy = stock(self, kind, target, args, kwargs, meta)
-            results[target, structure, same] = leaves, proxy.data
+            if all(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(proxy.data)):
+                results[key] = proxy.data
             return proxy
-        with _replaced(self.interpreter, "call_function", lambda *_: known[1]):
+        with _replaced(self.interpreter, "call_function", lambda *_: known):
             return stock(self, kind, target, args, kwargs, meta)
 
     with _replaced(_ExportPassBase, "_fx", _fx):
         yield
+
+
+def _layout(tensor: Any) -> tuple[Any, ...]:
+    """Returns what an operator on fake tensors sees of one."""
+    extents = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
+    plain = tuple(extent if isinstance(extent, int) else extent.node.expr for extent in extents)
+    return plain, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad, type(tensor), id(tensor.fake_mode)
 
 
 @contextlib.contextmanager
@@ -415,6 +533,36 @@ def _late_code() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _sorted_in_place() -> Iterator[None]:
+    """A graph from which a partition was cut is sorted where it is, instead of being copied in order.
+
+    After each cut ExecuTorch makes a new graph of copies of all nodes, in topological order: quadratic in the number of
+    nodes, and a copy of a node costs a hundred times what moving it does. Nodes and their users come into the very
+    order that the copies have.
+    """
+    from executorch.exir import lowered_backend_module
+    from torch.fx.passes import tools_common
+
+    stock = tools_common.legalize_graph
+    _written_for(stock, "6dc8094b32ebd463")
+
+    def legalize_graph(module: Any) -> Any:
+        order = _topological(module.graph)
+        for node in order:
+            node.users.clear()
+        end = module.graph._root
+        for node in order:
+            end.prepend(node)
+            for given in node.all_input_nodes:
+                given.users[node] = None
+        module.recompile()
+        return module
+
+    with _replaced(lowered_backend_module, "legalize_graph", legalize_graph):
+        yield
+
+
+@contextlib.contextmanager
 def _short_ancestries() -> Iterator[None]:
     """Whether two partitions can be merged is found without the set of descendants of every node.
 
@@ -454,6 +602,32 @@ def _short_ancestries() -> Iterator[None]:
         yield
 
 
+def _topological(graph: Any) -> list[Any]:
+    """Returns the nodes in the order that torch.fx's legalize_graph gives them: breadth first, arithmetic ahead."""
+    import operator
+
+    import torch
+
+    aten = torch.ops.aten
+    names = "add", "mul", "sub", "floordiv", "truediv", "mod", "le", "lt", "ge", "gt", "eq", "ne"
+    ahead = {getattr(operator, name) for name in names}
+    ahead |= {aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default, aten._assert_async.msg}
+    ahead |= {aten.scalar_tensor.default, aten._assert_scalar.default}
+    nodes = list(graph.nodes)
+    missing = {node: len(node.all_input_nodes) for node in nodes}
+    queue = collections.deque(node for node in nodes if not missing[node])
+    order = []
+    while queue:
+        node = queue.popleft()
+        order.append(node)
+        for user in node.users:
+            missing[user] -= 1
+            if not missing[user]:
+                (queue.appendleft if user.op == "call_function" and user.target in ahead else queue.append)(user)
+    assert len(order) == len(nodes), f"{len(nodes) - len(order)} nodes of the graph depend on themselves"
+    return order
+
+
 XNNPACK_PASSES = {
     "XNNPACKRemoveCloneOpsTransform": "45143105d38c4776",
     "DimOrderOpsRevertPass": "04efcf31f4ef6c1d",
@@ -482,7 +656,10 @@ def _every_node(module: Any) -> Iterator[Any]:
             yield from part.graph.nodes
 
 
-CHANGES: tuple[Callable[[], contextlib.AbstractContextManager[None]], ...] = (
+Changes = tuple[Callable[[], contextlib.AbstractContextManager[None]], ...]
+LOADING: Changes = (_own_metadata, _shared_quantizer)
+LOWERING: Changes = (
+    _one_export,
     _plain_guards,
     _uncopied_values,
     _shared_provenance,
@@ -493,5 +670,6 @@ CHANGES: tuple[Callable[[], contextlib.AbstractContextManager[None]], ...] = (
     _released_weights,
     _no_idle_passes,
     _late_code,
+    _sorted_in_place,
     _short_ancestries,
 )
