@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from typing import Any, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 DESCRIPTION = """\
 Turn a Gemma 3 checkpoint into a quantized, measured, on-device release of it.
@@ -48,15 +48,17 @@ def _parser() -> argparse.ArgumentParser:
     for verb, names in ((run, list(Parameters.model_fields)), (check, ["model", "recipe", "max_seq_len", "device"])):
         for name in names:
             field = Parameters.model_fields[name]
-            flag = field.annotation is bool
-            several: dict[str, Any] = {"nargs": "*"} if get_origin(field.annotation) is list else {}
-            shown = "" if flag or several or field.default is None else f" [{field.default}]"
-            verb.add_argument(
-                f"--{name.replace('_', '-')}",
-                help=f"{field.description}{shown}",
-                default=argparse.SUPPRESS,
-                **({"action": "store_true"} if flag else {"metavar": "X", **several}),
-            )
+            how: dict[str, Any] = {"metavar": "X"}
+            shown = "" if field.default is None else f" [{field.default}]"
+            if field.annotation is bool:
+                how = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+                shown = ""
+            elif get_origin(field.annotation) is list:
+                how, shown = {"metavar": "X", "nargs": "*"}, ""
+            elif get_origin(field.annotation) is Literal:
+                how = {"metavar": "|".join(get_args(field.annotation))}
+            text = f"{field.description}{shown}"
+            verb.add_argument(f"--{name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **how)
     run.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     return parser
 

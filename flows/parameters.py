@@ -46,6 +46,12 @@ class Parameters(BaseModel):
         "auto", description="Where the evaluation runs; with cuda, quantizing too."
     )
     max_seq_len: int = Field(1024, ge=64, description="Longest sequence of the exported program, in tokens.")
+    backend: Literal["xnnpack"] = Field("xnnpack", description="What the program is lowered to.")
+    dtype: Literal["float32", "float16"] = Field("float32", description="Type of the program's activations.")
+    custom_sdpa: bool = Field(True, description="Let ExecuTorch's own kernel do the program's attention.")
+    custom_kv_cache: bool = Field(
+        True, description="Let ExecuTorch's own kernels keep the attention's cache, which needs custom_sdpa."
+    )
     last_logits_only: bool = Field(
         True, description="Let the program return the logits of the last token alone, as generating needs them."
     )
@@ -76,7 +82,9 @@ class Parameters(BaseModel):
         return value or None
 
     @model_validator(mode="after")
-    def _can_be_published(self) -> Self:
+    def _fit_together(self) -> Self:
+        if self.custom_kv_cache and not self.custom_sdpa:
+            raise ValueError("the custom cache needs the custom attention: leave custom_kv_cache out, too")
         if self.target and self.offline:
             raise ValueError("offline, nothing can be published: leave target or offline out")
         if self.create_pr and (self.branch or self.tag):

@@ -75,8 +75,8 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         settings |= {"batch_size": p.batch_size, "workers": p.workers}
         asked_base = run.stage("evaluate_base", evaluate, checkpoint=base, **settings)
         after = run.stage("evaluate_quantized", evaluate, asked_base, checkpoint=quantized, **settings)
-        shape = {"max_seq_len": p.max_seq_len, "last_logits_only": p.last_logits_only}
-        program = run.stage("export", export, checkpoint=quantized, **shape)
+        lowered = ("max_seq_len", "backend", "dtype", "custom_sdpa", "custom_kv_cache", "last_logits_only")
+        program = run.stage("export", export, checkpoint=quantized, **{name: getattr(p, name) for name in lowered})
         run.stage(
             "smoke_program",
             smoke_pte,

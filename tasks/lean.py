@@ -262,8 +262,8 @@ def _fewer_decompositions() -> Iterator[None]:
 def _remembered_shapes() -> Iterator[None]:
     """A pass that traces a graph again computes no operator's shape that was computed before.
 
-    Nearly every pass of ExecuTorch runs the whole graph with fake tensors, whatever it changes, layer for layer. What an
-    operator gives for fake tensors is decided by their shapes, strides and types, and by its other arguments: the
+    Nearly every pass of ExecuTorch runs the whole graph with fake tensors, whatever it changes, layer for layer. What
+    an operator gives for fake tensors is decided by their shapes, strides and types, and by its other arguments: the
     result from before stands in for it. An edge operator gives what its ATen operator gives; a delegate is an operator
     of its own. Operators whose result depends on values, and those that are given anything else, real tensors for
     example, are run as before; so are those whose result is no tensor.

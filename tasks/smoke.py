@@ -4,9 +4,11 @@ The program is also compared with the checkpoint that it was made from; see veri
 """
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from tasks import process
 from tasks.checkpoint import load_model, task_of
 from tasks.process import report_progress
 from tasks.stage import Stage
@@ -106,7 +108,42 @@ def _run_image(program: Path, checkpoint: Path, max_new_tokens: int) -> dict[str
 def _generate(
     program: Path, checkpoint: Path, pieces: list[Any], multimodal: bool, max_new_tokens: int
 ) -> dict[str, Any]:
-    """Runs the C++ runner that the phone apps use. Texts that start with <bos> need none added."""
+    """Returns what the C++ runner answers, which the phone apps use, how fast, and with how much memory.
+
+    It runs in a process of its own, whose memory is the program's and nothing else's.
+    """
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        given = []
+        for number, piece in enumerate(pieces):
+            if not isinstance(piece, str):
+                pixels = f"{folder}/{number}.safetensors"
+                save_file({"pixels": piece.contiguous()}, pixels)
+            given.append({"text": piece} if isinstance(piece, str) else {"pixels": pixels})
+        arguments = {
+            "program": str(program / "model.pte"),
+            "tokenizer": str(checkpoint / "tokenizer.json"),
+            "pieces": given,
+            "multimodal": multimodal,
+            "max_new_tokens": max_new_tokens,
+        }
+        ran = process.run("tasks.smoke:run_program", arguments, lambda *_: None, None)
+    if not ran["response"]:
+        raise StageFailed("the program answers with nothing")
+    return {
+        "response": ran["response"],
+        "speed": {**ran["speed"], "peak_rss_bytes": ran["measured"]["peak_rss_bytes"]},
+    }
+
+
+def run_program(
+    program: str, tokenizer: str, pieces: list[dict[str, str]], multimodal: bool, max_new_tokens: int
+) -> dict[str, Any]:
+    """Returns {"response", "speed"} of the C++ runner. A piece of the prompt is {"text"} or {"pixels": a file}.
+
+    Texts that start with <bos> need none added.
+    """
     import executorch.extension.llm.custom_ops.custom_ops
     import executorch.kernels.quantized  # noqa: F401 (both register operators)
     from executorch.extension.llm.runner import (
@@ -116,20 +153,23 @@ def _generate(
         make_image_input,
         make_text_input,
     )
+    from safetensors.torch import load_file
 
-    paths = str(program / "model.pte"), str(checkpoint / "tokenizer.json")
-    bos = 0 if pieces[0].startswith("<bos>") else 1
+    bos = 0 if pieces[0]["text"].startswith("<bos>") else 1
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0, echo=False, num_bos=bos)
     answer: list[str] = []
     stats: list[Any] = []
     if multimodal:
-        inputs = [make_text_input(piece) if isinstance(piece, str) else make_image_input(piece) for piece in pieces]
-        MultimodalRunner(*paths).generate(inputs, config, answer.append, stats.append)
+        inputs = [
+            make_text_input(piece["text"])
+            if "text" in piece
+            else make_image_input(load_file(piece["pixels"])["pixels"])
+            for piece in pieces
+        ]
+        MultimodalRunner(program, tokenizer).generate(inputs, config, answer.append, stats.append)
     else:
-        TextLLMRunner(*paths).generate(pieces[0], config, answer.append, stats.append)
+        TextLLMRunner(program, tokenizer).generate(pieces[0]["text"], config, answer.append, stats.append)
     response = "".join(answer).replace("<end_of_turn>", "").replace("<eos>", "").strip()
-    if not response:
-        raise StageFailed("the program answers with nothing")
     return {"response": response, "speed": _speed(stats[-1])}
 
 
@@ -148,7 +188,7 @@ smoke = Stage(smoke_checkpoint, name="smoke", version=3, libraries=("torch", "to
 smoke_pte = Stage(
     smoke_program,
     name="smoke-program",
-    version=3,
+    version=4,
     libraries=("torch", "torchao", "transformers", "executorch"),
     memory=3.2,
 )
