@@ -17,14 +17,18 @@ replaces or relies on; LibraryChanged is raised when it is not what is installed
 import collections
 import contextlib
 import copy
+import ctypes
 import hashlib
 import inspect
 import json
+import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# Linux 5.4 and later (asm-generic/mman-common.h).
+MADV_PAGEOUT = 21
 SWITCH = "QUANTIZE_GEMMA_STOCK_LIBRARIES"
 
 
@@ -422,6 +426,37 @@ def _released_weights() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _mapped_weights() -> Iterator[None]:
+    """Weights that are a part of the checkpoint's file leave memory once they are packed into a delegate.
+
+    Packing reads them in, and they stay, next to the packed ones and to the file's content: a second model in memory.
+    The system may take pages of a file back at any time, for it can read them again; here it is asked to. Pages that
+    are no file's stay as they are.
+    """
+    from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    stock = XnnpackBackend.preprocess
+    _written_for(stock, "62f7dc915f1ef40c")
+    advise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_DONTNEED") else None
+    page = mmap.PAGESIZE
+
+    def preprocess(program: Any, specs: Any) -> Any:
+        # The passes put others in their place.
+        weights = [weight for weight in _weights(program) if not isinstance(weight, FakeTensor)]
+        packed = stock(program, specs)
+        for weight in weights if advise else ():
+            first = -(-weight.data_ptr() // page) * page
+            size = (weight.data_ptr() + weight.nbytes - first) // page * page
+            if size > 0:
+                advise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_PAGEOUT)
+        return packed
+
+    with _replaced(XnnpackBackend, "preprocess", staticmethod(preprocess)):
+        yield
+
+
 def _weights(program: Any) -> list[Any]:
     import torch
 
@@ -667,6 +702,7 @@ LOWERING: Changes = (
     _remembered_shapes,
     _interpreted_delegates,
     _shared_weights,
+    _mapped_weights,
     _released_weights,
     _no_idle_passes,
     _late_code,
