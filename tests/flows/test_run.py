@@ -274,7 +274,7 @@ def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
-    from tasks.verify import Methods
+    from tasks.program import Methods
 
     release = Path(released.summary["release"])
     samples = artifact(command_line, released, "evaluate_quantized") / "data" / "samples.jsonl"
