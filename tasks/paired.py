@@ -25,7 +25,7 @@ def share_difference(pairs: Pairs) -> tuple[float, float]:
     few questions do not pass for equal: A. Agresti and Y. Min, Simple improved confidence intervals for comparing
     matched proportions, Statistics in Medicine 24 (2005), 729-740.
     """
-    _, first, second, _, total = _adjusted(pairs)
+    _, first, second, total = _adjusted(pairs)
     variance = (first + second - (first - second) ** 2 / total) / total**2
     return (pairs["first"] - pairs["second"]) / sum(pairs.values()), math.sqrt(variance)
 
@@ -35,7 +35,7 @@ def share_ratio(pairs: Pairs) -> tuple[float, float]:
 
     The standard error is the delta method's, on the adjusted counts above.
     """
-    both, first, second, _, total = _adjusted(pairs)
+    both, first, second, _ = _adjusted(pairs)
     ratio = (both + second) / (both + first)
     # Of each question second - ratio * first, whose mean is zero.
     square = both * (1 - ratio) ** 2 + first * ratio**2 + second
@@ -48,6 +48,5 @@ def confidence(margin: float, stderr: float) -> float:
     return 0.5 * math.erfc(-margin / (stderr * math.sqrt(2)))
 
 
-def _adjusted(pairs: Pairs) -> tuple[float, float, float, float, float]:
-    counts = [pairs[name] + 0.5 for name in ("both", "first", "second", "neither")]
-    return counts[0], counts[1], counts[2], counts[3], sum(counts)
+def _adjusted(pairs: Pairs) -> tuple[float, float, float, float]:
+    return pairs["both"] + 0.5, pairs["first"] + 0.5, pairs["second"] + 0.5, sum(pairs.values()) + 2

@@ -92,7 +92,6 @@ def read_samples(evaluated: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (evaluated / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-
 def _kept(checkpoint: Path, otherwise: Path) -> tuple[str, Path]:
     """Returns the checkpoint's digest and the store that it is in."""
     try:

@@ -36,7 +36,7 @@ def evaluate_program(
 
         asked = _ask(ProgramLM(checkpoint, program), sample)
         gc.collect()  # The checkpoint takes as much again.
-        without = _ask_again(PackedLM(checkpoint, "cpu", "auto", quantized_activations=False), asked)
+        without = _ask_again(PackedLM(checkpoint, "cpu", "auto", unrounded=True), asked)
     rows = [
         {
             "subject": row["subject"],
@@ -152,7 +152,7 @@ def _score(rows: list[dict[str, Any]], answers: list[int]) -> dict[str, float | 
     return {"accuracy": accuracy, "stderr": stderr}
 
 
-evaluate_with_program = Stage(
+evaluate_pte = Stage(
     evaluate_program,
     name="evaluate-program",
     libraries=("torch", "torchao", "transformers", "lm-eval", "executorch"),

@@ -31,12 +31,10 @@ Request = tuple[Any, list[int], list[int]]
 class PackedLM(HFLM):
     """HFLM, for checkpoints of Gemma 3, plain or quantized, read as text alone."""
 
-    def __init__(
-        self, checkpoint: Path, device: str, batch_size: int | str, quantized_activations: bool = True
-    ) -> None:
+    def __init__(self, checkpoint: Path, device: str, batch_size: int | str, unrounded: bool = False) -> None:
         """`batch_size` is the most questions of a batch; with "auto" only tokens count.
 
-        Without `quantized_activations` a quantized checkpoint's activations stay as they are.
+        `unrounded` is for reference: float32, and no activation is quantized. It is slow, and takes no more memory.
         """
         super().__init__(pretrained=str(checkpoint), device=device, dtype="bfloat16", batch_size=1)
         self.tokens = TOKENS[torch.device(device).type]
@@ -45,9 +43,11 @@ class PackedLM(HFLM):
         self.answered = self.expected = 0
         if hasattr(self.model.model, "vision_tower"):
             self.model.model.vision_tower = None
-        if not quantized_activations:
+        if unrounded:
             keep_activations(self.model)
-        dequantize_once(self.model)
+            self.model.to(torch.float32)
+        else:
+            dequantize_once(self.model)
         gc.collect()
         ALL_ATTENTION_FUNCTIONS.register("packed", _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register("packed", sdpa_mask)

@@ -1,13 +1,12 @@
 """The program answers lm-eval as the checkpoint that it was made from, and another one's does not."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks import process, store
+from tasks import process
 from tasks.builtin import BUILTIN_BENCHMARKS
 from tasks.evaluate.agreement import draw, summarize
 from tests.conftest import CommandLine, Outcome
@@ -186,7 +185,14 @@ def test_the_sample_is_the_same_whatever_order_the_answers_come_in() -> None:
 def test_agreement_counts_who_differs_from_whom() -> None:
     a, b = [-1.0, -2.0, -3.0, -4.0], [-2.0, -1.5, -3.0, -4.0]
     rows = [
-        {"subject": "s", "doc_id": number, "target": 0, "checkpoint": checkpoint, "unrounded": unrounded, "program": ran}
+        {
+            "subject": "s",
+            "doc_id": number,
+            "target": 0,
+            "checkpoint": checkpoint,
+            "unrounded": unrounded,
+            "program": ran,
+        }
         for number, (checkpoint, unrounded, ran) in enumerate([(a, a, a), (a, a, b), (b, a, a), (b, a, b), (b, b, b)])
     ]
     asked = [{"question": f"Question {number}?", "choices": list("wxyz")} for number in range(5)]
