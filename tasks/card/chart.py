@@ -31,7 +31,7 @@ def draw_subjects(metrics: dict[str, Any], path: Path) -> None:
             [number + 0.51 + 0.25 * place for number in range(len(subjects))],
             [100 * scores[subject]["accuracy"] for subject in subjects],
             0.23,
-            xerr=[100 * (scores[subject]["stderr"] or 0) for subject in subjects],
+            xerr=[100 * (scores[subject]["stderr"] or float("nan")) for subject in subjects],
             error_kw={"elinewidth": 1, "ecolor": "#222222"},
             color=colour,
             label=name,

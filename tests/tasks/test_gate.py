@@ -22,7 +22,7 @@ def pairs(both: int, first: int, second: int, neither: int) -> dict[str, int]:
 
 
 def metrics(mmlu: dict[str, int], kl_program: float = 0.0, differing: dict[str, int] | None = None) -> dict[str, Any]:
-    """Makes metrics of a run: questions that base and checkpoint got right, and that their program answers otherwise."""
+    """Makes the metrics of a run from what base and checkpoint got right, and what the program answers otherwise."""
     return {
         "pairs": {"mmlu": mmlu},
         "quantized": {"mmlu": {"accuracy": (mmlu["both"] + mmlu["second"]) / sum(mmlu.values())}},
