@@ -166,7 +166,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     from flows.quantize_gemma import quality_table
-    from tasks.gate import rows as gate_table
+    from tasks.gate import gate_table
     from tasks.store import human_size
 
     console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)

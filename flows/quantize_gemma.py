@@ -28,7 +28,7 @@ from tasks.download import download, questions, remember, resolve_benchmark, res
 from tasks.evaluate import evaluate
 from tasks.evaluate.agreement import evaluate_pte
 from tasks.export import export
-from tasks.gate import LIMITS, GateRefused, gate
+from tasks.gate import LIMITS, GateRefused, gate, gate_table
 from tasks.policies import as_task, failure_of, open_record, retried
 from tasks.quantize import quantize
 from tasks.recipe import load_recipe
@@ -242,8 +242,11 @@ def stage_summary(name: str, future: PrefectFuture[Any]) -> dict[str, Any]:
 
 
 def show(folder: Path, metrics: dict[str, Any]) -> None:
-    """Puts the quality table, the chart, the card and the files into Prefect's UI."""
+    """Puts the quality table, the gate's checks, the chart, the card and the files into Prefect's UI."""
     create_table_artifact(key="quality", table=quality_table(metrics), description="Base, checkpoint and program")
+    create_table_artifact(
+        key="gate", table=gate_table(metrics["gate"]["checks"]), description="What the release had to hold"
+    )
     chart = "data:image/png;base64," + base64.b64encode((folder / "mmlu-by-subject.png").read_bytes()).decode()
     create_image_artifact(chart, key="mmlu-by-subject", description="Accuracy per subject")
     # Without its YAML header, which is for machines, and with the chart in it.

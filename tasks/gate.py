@@ -154,7 +154,7 @@ def _verdict(checks: list[Check]) -> dict[str, Any]:
     }
 
 
-def rows(checks: list[Check]) -> list[dict[str, str]]:
+def gate_table(checks: list[Check]) -> list[dict[str, str]]:
     """Returns the checks as a table's rows of text, for people."""
     return [
         {
@@ -171,7 +171,7 @@ def rows(checks: list[Check]) -> list[dict[str, str]]:
 
 def text_table(checks: list[Check]) -> str:
     """Returns the checks as lines of text in columns."""
-    lines = rows(checks)
+    lines = gate_table(checks)
     lines = [{name: name for name in lines[0]}, *lines]
     widths = {name: max(len(line[name]) for line in lines) for name in lines[0]}
     return "\n".join("  ".join(line[name].ljust(widths[name]) for name in widths).rstrip() for line in lines)

@@ -8,7 +8,7 @@ from typing import Any
 from tasks import store
 from tasks.card.chart import draw_subjects
 from tasks.card.metrics import LIBRARIES, collect_metrics
-from tasks.gate import judge, rows
+from tasks.gate import gate_table, judge
 from tasks.recipe import ROLES
 from tasks.stage import Stage
 
@@ -80,7 +80,7 @@ def render(metrics: dict[str, Any], recipe: dict[str, Any], sizes: dict[str, int
         agreement=metrics["program"]["agreement"],
         sample=metrics["program"]["mmlu"],
         charts=chartqa_scores(metrics),
-        checks=rows(metrics["gate"]["checks"]),
+        checks=gate_table(metrics["gate"]["checks"]),
         recipe=recipe,
         sizes=sizes,
         rules=[_rule_as_code(rule) for rule in recipe["rules"]],

@@ -156,5 +156,5 @@ evaluate_pte = Stage(
     evaluate_program,
     name="evaluate-program",
     libraries=("torch", "torchao", "transformers", "lm-eval", "executorch"),
-    memory=2.0,
+    memory=1.6,
 )

@@ -42,7 +42,7 @@ def requests(lengths: list[int], continuations: list[int]) -> list[Any]:
 
 
 def alone(release: Path, asked: list[Any]) -> list[Any]:
-    """Answers each request with a program that was just loaded, token by token."""
+    """Answers each request with a program that was just loaded."""
     import torch
     from transformers import AutoConfig
 
@@ -64,8 +64,7 @@ def test_a_question_leaves_no_trace_in_the_next_ones_answer(model: Any, release:
     asked = requests([300, 5, 130, 63, 64, 1, 200, 127, 31], [1, 3])
     answers = model._loglikelihood_tokens(asked)
     for (score, greedy), (expected, as_greedy) in zip(answers, alone(release, asked), strict=True):
-        # The pieces end elsewhere, so the last bits may differ and what they make of a rounding to int8.
-        assert score == pytest.approx(expected, abs=0.5)
+        assert score == pytest.approx(expected, abs=1e-4)
         assert greedy == as_greedy
     assert model._loglikelihood_tokens(asked) == answers
     assert model._loglikelihood_tokens(asked[::-1]) == answers[::-1]
