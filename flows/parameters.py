@@ -43,7 +43,7 @@ class Parameters(BaseModel):
         "auto", description="Most questions per batch; auto: as many as have 4,096 tokens, or 32,768 on a GPU."
     )
     program_questions: int = Field(
-        100, ge=1, description="Questions that the program answers too: of those of the checkpoint, always the same."
+        100, ge=1, description="Questions that the program answers, too: a sample of the checkpoint's, always the same."
     )
     workers: int = Field(1, ge=1, description="Processes that answer the questions, each with its own model.")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -64,8 +64,7 @@ class Parameters(BaseModel):
     max_disagreement: float = Field(
         2.0,
         ge=0,
-        description="Points by which rounded activations may change more of the program's answers than of the "
-        "checkpoint's.",
+        description="Points by which rounding may change more of the program's answers than the checkpoint's.",
     )
     max_kl_ratio: float = Field(
         2.0, gt=0, description="How far the program may be from the checkpoint, in times the activation rounding."
