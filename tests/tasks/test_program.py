@@ -104,6 +104,23 @@ def test_text_becomes_the_tokens_that_the_checkpoint_gets(model: Any, release: P
     assert model.eot_token_id == packed.eot_token_id
 
 
+def test_the_reference_is_the_checkpoint_in_float32_with_activations_that_are_not_quantized(release: Path) -> None:
+    import torch
+
+    from tasks.checkpoint import keep_activations, load_model
+    from tasks.evaluate.model import PackedLM
+
+    asked = requests([40, 90], [1, 2])
+    eager = load_model(release, torch.float32)
+    keep_activations(eager)
+    answers = PackedLM(release, "cpu", "auto", unrounded=True)._loglikelihood_tokens(asked)
+    for (_, context, continuation), (score, _) in zip(asked, answers, strict=True):
+        with torch.no_grad():
+            logs = torch.log_softmax(eager(torch.tensor([context + continuation])).logits[0], -1)
+        scores = [float(logs[len(context) - 1 + place, token]) for place, token in enumerate(continuation)]
+        assert score == pytest.approx(sum(scores), abs=1e-4)
+
+
 def test_an_answerer_answers_as_the_model(release: Path, model: Any) -> None:
     from tasks.evaluate.program import load_program_answerer
 
