@@ -67,7 +67,7 @@ def read(program: str, checkpoint: str) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
-    from tasks.verify import Methods
+    from tasks.program import Methods
 
     config = AutoConfig.from_pretrained(checkpoint)
     methods = Methods(Path(program) / "model.pte", config)

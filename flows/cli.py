@@ -168,6 +168,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     from flows.quantize_gemma import quality_table
+    from tasks.gate import gate_table
     from tasks.store import human_size
 
     console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
@@ -190,6 +191,12 @@ def _print_summary(summary: dict[str, Any]) -> None:
     console.print(stages)
     console.print(quality)
     passed = summary["gate"] is not None and summary["gate"]["passed"]
+    if passed:
+        checks = gate_table(summary["gate"]["checks"])
+        table = Table(*checks[0], title="Gate")
+        for row in checks:
+            table.add_row(*row.values())
+        console.print(table)
     console.print(f"gate: {'passed' if passed else 'refused'}")
     if passed:
         console.print(f"upload: {summary['published'] or 'skipped, no target was given'}")

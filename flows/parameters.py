@@ -15,6 +15,7 @@ Stage = Literal[
     "export",
     "evaluate_base",
     "evaluate_quantized",
+    "evaluate_program",
     "smoke_program",
     "card",
 ]
@@ -41,6 +42,9 @@ class Parameters(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Most questions per batch; auto: as many as have 4,096 tokens, or 32,768 on a GPU."
     )
+    program_questions: int = Field(
+        100, ge=1, description="Questions that the program answers, too: a sample of the checkpoint's, always the same."
+    )
     workers: int = Field(1, ge=1, description="Processes that answer the questions, each with its own model.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the evaluation runs; with cuda, quantizing too."
@@ -57,6 +61,17 @@ class Parameters(BaseModel):
     )
     max_new_tokens: int = Field(64, ge=1, description="Length of the smoke tests' answers, in tokens.")
     max_mmlu_drop: float = Field(5.0, ge=0, description="Points of MMLU accuracy that the gate lets a release lose.")
+    max_chartqa_drop: float = Field(
+        10.0, ge=0, description="Points of ChartQA's relaxed accuracy that the gate lets a release lose."
+    )
+    min_recovery: float = Field(
+        80.0, ge=0, description="Percent of the base's score that a release must keep, on each benchmark."
+    )
+    max_disagreement: float = Field(
+        2.0,
+        ge=0,
+        description="Points by which rounding may change more of the program's answers than the checkpoint's.",
+    )
     max_kl_ratio: float = Field(
         2.0, gt=0, description="How far the program may be from the checkpoint, in times the activation rounding."
     )

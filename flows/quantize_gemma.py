@@ -22,12 +22,13 @@ from prefect.logging import get_run_logger
 from flows.parameters import Parameters, taking_parameters
 from flows.server import outlive_server_restarts
 from tasks import process, store
-from tasks.card import card, score
+from tasks.card import card, chartqa_scores, score
 from tasks.check import check_checkpoint, check_disk, check_memory, check_run
 from tasks.download import download, questions, remember, resolve_benchmark, resolve_model
 from tasks.evaluate import evaluate
+from tasks.evaluate.agreement import evaluate_pte
 from tasks.export import export
-from tasks.gate import GateRefused, gate
+from tasks.gate import LIMITS, GateRefused, gate, gate_table
 from tasks.policies import as_task, failure_of, open_record, retried
 from tasks.quantize import quantize
 from tasks.recipe import load_recipe
@@ -86,6 +87,15 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             max_seq_len=p.max_seq_len,
             max_new_tokens=p.max_new_tokens,
         )
+        run.stage(
+            "evaluate_program",
+            evaluate_pte,
+            checkpoint=quantized,
+            program=program,
+            questions=asked,
+            answered=after,
+            sample_size=p.program_questions,
+        )
         release = run.stage(
             "card",
             card,
@@ -93,6 +103,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             benchmark={name: benchmark[name] for name in ("name", "revision", "fixture")},
             recipe=recipe,
             max_seq_len=p.max_seq_len,
+            limits={name: getattr(p, name) for name in LIMITS},
             run_id=str(runtime.flow_run.id),
             **run.futures,
         ).result()
@@ -104,8 +115,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         run.summary["release"] = str(folder)
         run.summary["metrics"] = {name: metrics[name] for name in ("base", "quantized", "program")}
         before = run.light("published", published_accuracy, p.target, p.branch, metrics) if p.target else None
-        bars = (p.max_mmlu_drop, p.max_kl_ratio, before, p.max_regression)
-        run.summary["gate"] = run.light("gate", gate, metrics, *bars)
+        run.summary["gate"] = run.light("gate", gate, metrics, before, p.max_regression)
         if p.target is None:
             get_run_logger().info("upload: skipped, no target was given")
         else:
@@ -232,8 +242,11 @@ def stage_summary(name: str, future: PrefectFuture[Any]) -> dict[str, Any]:
 
 
 def show(folder: Path, metrics: dict[str, Any]) -> None:
-    """Puts the quality table, the chart, the card and the files into Prefect's UI."""
+    """Puts the quality table, the gate's checks, the chart, the card and the files into Prefect's UI."""
     create_table_artifact(key="quality", table=quality_table(metrics), description="Base, checkpoint and program")
+    create_table_artifact(
+        key="gate", table=gate_table(metrics["gate"]["checks"]), description="What the release had to hold"
+    )
     chart = "data:image/png;base64," + base64.b64encode((folder / "mmlu-by-subject.png").read_bytes()).decode()
     create_image_artifact(chart, key="mmlu-by-subject", description="Accuracy per subject")
     # Without its YAML header, which is for machines, and with the chart in it.
@@ -246,10 +259,18 @@ def show(folder: Path, metrics: dict[str, Any]) -> None:
 def quality_table(metrics: dict[str, Any]) -> list[dict[str, str]]:
     """Returns the rows base vs quantized vs program; what was not measured is empty."""
     columns = ("base", "quantized", "program")
-    agreement = metrics["program"]["agreement"]
+    agreement, sample = metrics["program"]["agreement"], metrics["program"]["mmlu"]
     rows = [
         {"": "size", **{name: store.human_size(metrics[name]["bytes"]) for name in columns}},
         {"": "MMLU, %", **{name: score(metrics[name]["mmlu"]) for name in ("base", "quantized")}},
+        {
+            "": f"MMLU, {sample['questions']} questions, %",
+            "quantized": score(sample["checkpoint"]),
+            "program": score(sample),
+        },
+        {"": "same answers as the checkpoint, %", "program": f"{100 * sample['agreement']:.1f}"},
+        {"": "same answers without rounding, %", "quantized": f"{100 * sample['noise_agreement']:.1f}"},
+        *({"": f"{name}, %", **columns} for name, columns in chartqa_scores(metrics).items()),
         {"": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.2g}"},
         {"": "KL of activation rounding, nats", "quantized": f"{agreement['kl_activation_noise']:.2g}"},
         {"": "same most likely token, %", "program": f"{100 * agreement['same_argmax']:.1f}"},

@@ -238,6 +238,15 @@ def load_model(checkpoint: Path, dtype: Any) -> Any:
     return model
 
 
+def keep_activations(model: Any) -> None:
+    """Takes the quantization of activations out of every linear of a loaded model; weights stay as they are."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and hasattr(module.weight, "activation_quantization"):
+            module.weight.activation_quantization = None
+
+
 def _count(shape: list[int]) -> int:
     count = 1
     for extent in shape:

@@ -1,67 +1,200 @@
-"""Gate: a release that lost too much is not published."""
+"""Gate: a release that lost too much, or whose program is another model, is not published."""
 
+import textwrap
 from typing import Any
 
+from tasks.paired import confidence, share_difference, share_ratio
 from tasks.store import RunError
 
 # Below this, in nats per token, or in mean squares of one, rounding in float32 alone makes the difference.
 FLOOR = 1e-6
+# What holds with less confidence is weak; a disagreement is refused when it is as sure that it is too wide.
+CONFIDENT = 0.95
+LIMITS = ("max_mmlu_drop", "max_chartqa_drop", "min_recovery", "max_disagreement", "max_kl_ratio")
+BENCHMARKS = {"mmlu": "MMLU", "chartqa": "ChartQA"}
 # What of the program was compared with the checkpoint, and how it is called.
 COMPARED = {
     "last": "at the end of the longest sequence",
     "step_by_step": "token by token",
     "image": "after an image",
 }
+SHOWN = 5
+
+Check = dict[str, Any]
 
 
 class GateRefused(RunError):
-    """The release does not reach the bar; `verdict` says which checks it failed."""
+    """The release does not reach the bar; `verdict` says which checks it failed, the message shows all of them."""
 
-    def __init__(self, verdict: dict[str, Any]) -> None:
-        failed = "; ".join(check["message"] for check in verdict["checks"] if not check["passed"])
-        super().__init__(f"the gate refuses the release: {failed}")
+    def __init__(self, verdict: dict[str, Any], disagreements: list[dict[str, Any]]) -> None:
+        failed = [check for check in verdict["checks"] if not check["passed"]]
+        parts = [f"the gate refuses the release: {'; '.join(check['message'] for check in failed)}"]
+        parts.append(text_table(verdict["checks"]))
+        if any(check["name"] == "program_disagreement" for check in failed):
+            parts.append(_as_text(disagreements))
+        super().__init__("\n\n".join(parts))
         self.verdict = verdict
 
 
-def judge(
-    metrics: dict[str, Any], max_mmlu_drop: float, max_kl_ratio: float, published: float | None, max_regression: float
-) -> dict[str, Any]:
-    """Returns {"passed", "checks": [{"name", "passed", "value", "limit", "message"}]}.
+def gate(metrics: dict[str, Any], published: float | None, max_regression: float) -> dict[str, Any]:
+    """Returns the verdict of metrics.json, and whether the release is good enough to follow the published one.
 
-    `max_mmlu_drop` is in points of accuracy (percent). `max_kl_ratio` bounds the KL divergence between checkpoint and
-    program, and the vision encoder's squared error, by what rounding the activations makes of them. `published` is the
-    accuracy, in percent, of the release that would be replaced, if there is one; `max_regression` how many points it
-    may be lost by.
+    `published` is the accuracy, in percent, of the release that would be replaced, if there is one; `max_regression`
+    how many points it may be lost by. Raises GateRefused.
     """
-    drop = round(100 * (metrics["base"]["mmlu"]["accuracy"] - metrics["quantized"]["mmlu"]["accuracy"]), 4)
-    checks = [_check("mmlu_drop", drop, max_mmlu_drop, f"MMLU falls by {drop:.2f} points")]
-    agreement = metrics["program"]["agreement"]
-    parts = {"": agreement, **{name: agreement[name] for name in COMPARED if name in agreement}}
-    for name, part in parts.items():
-        value, limit = part["kl_program"], max(max_kl_ratio * part["kl_activation_noise"], FLOOR)
-        what = f"the program is {value:.6f} nats from the checkpoint {COMPARED.get(name, '')}".strip()
-        checks.append(_check(f"program_kl_{name}".rstrip("_"), value, limit, what))
-    if "vision_encoder" in agreement:
-        found = agreement["vision_encoder"]
-        limit = max(max_kl_ratio * found["noise"], FLOOR)
-        what = f"the vision encoder's squared error is {found['error']:.2g}"
-        checks.append(_check("vision_encoder", found["error"], limit, what))
+    checks = list(metrics["gate"]["checks"])
     if published is not None:
         loss = round(published - 100 * metrics["quantized"]["mmlu"]["accuracy"], 4)
-        checks.append(_check("regression", loss, max_regression, f"MMLU is {loss:.2f} points below what is published"))
-    return {"passed": all(check["passed"] for check in checks), "checks": checks}
-
-
-def _check(name: str, value: float, limit: float, what: str) -> dict[str, Any]:
-    passed = value <= limit
-    return {"name": name, "passed": passed, "value": value, "limit": limit, "message": f"{what}, at most {limit:.4g}"}
-
-
-def gate(
-    metrics: dict[str, Any], max_mmlu_drop: float, max_kl_ratio: float, published: float | None, max_regression: float
-) -> dict[str, Any]:
-    """Judge the release by the quality it lost. Raises GateRefused."""
-    verdict = judge(metrics, max_mmlu_drop, max_kl_ratio, published, max_regression)
+        what = f"MMLU is {loss:.2f} points below what is published"
+        # How sure the published number was is not known.
+        checks.append(_at_most("regression", what, loss, max_regression))
+    verdict = _verdict(checks)
     if not verdict["passed"]:
-        raise GateRefused(verdict)
+        raise GateRefused(verdict, metrics["program"]["mmlu"]["disagreements"])
     return verdict
+
+
+def judge(metrics: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
+    """Returns {"passed", "weak", "checks": [{"name", "passed", "weak", "value", "limit", "margin", …}]}.
+
+    `limits` are those of LIMITS, parameters of the flow: the drops in points of accuracy; `min_recovery` in percent of
+    the base's score; `max_disagreement` in points, how many percent more of the questions the program may answer
+    otherwise than the checkpoint in float32, without rounded activations, than the checkpoint itself does;
+    `max_kl_ratio` bounds the KL divergence between checkpoint and program, and the vision encoder's squared error, by
+    what rounding the activations makes of them.
+
+    A check's `margin` is what it holds by, less than 0 if it does not. `stderr` is the value's standard error, from
+    the questions on which the columns differ, and `confidence` the probability that the true value is within the
+    limit; both are None where questions are not what is counted.
+
+    The value decides, however sure it is: a run on few questions is as good as its number, and `weak` tells that its
+    number says little. The disagreement is the exception, for its sample is small and activations round differently
+    in any program, a good one too: it is refused when the confidence is below 5%, beyond what chance explains.
+    """
+    checks = []
+    for name, title in BENCHMARKS.items():
+        if name in metrics["pairs"]:
+            pairs = metrics["pairs"][name]
+            checks += [_drop(name, title, pairs, limits[f"max_{name}_drop"])]
+            checks += [_recovery(name, title, pairs, limits["min_recovery"])]
+    checks += [_disagreement(metrics["program"]["mmlu"]["differing"], limits["max_disagreement"])]
+    checks += _distances(metrics["program"]["agreement"], limits["max_kl_ratio"])
+    return _verdict(checks)
+
+
+def _drop(name: str, title: str, pairs: dict[str, int], limit: float) -> Check:
+    value, stderr = (round(100 * number, 4) for number in share_difference(pairs))
+    what = f"{title} {'falls' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points"
+    return _at_most(f"{name}_drop", what, value, limit, stderr)
+
+
+def _recovery(name: str, title: str, pairs: dict[str, int], limit: float) -> Check:
+    value, stderr = (round(100 * number, 4) for number in share_ratio(pairs))
+    what = f"{title} keeps {value:.2f} ± {stderr:.2f} % of the base's score, at least {limit:.4g}"
+    return _check(f"{name}_recovery", what, value, limit, value >= limit, round(value - limit, 4), stderr)
+
+
+def _disagreement(differing: dict[str, int], limit: float) -> Check:
+    value, stderr = (round(100 * number, 4) for number in share_difference(differing))
+    both = differing["both"]
+    what = (
+        f"of {sum(differing.values())} questions the program answers {both + differing['first']} otherwise than the "
+        f"checkpoint without rounding, the checkpoint {both + differing['second']}: "
+        f"{value:.2f} ± {stderr:.2f} points more, at most {limit:.4g}"
+    )
+    margin = round(limit - value, 4)
+    passed = confidence(margin, stderr) >= 1 - CONFIDENT
+    return _check("program_disagreement", what, value, limit, passed, margin, stderr)
+
+
+def _distances(agreement: dict[str, Any], max_ratio: float) -> list[Check]:
+    checks = []
+    parts = {"": agreement, **{name: agreement[name] for name in COMPARED if name in agreement}}
+    for name, part in parts.items():
+        value, limit = part["kl_program"], max(max_ratio * part["kl_activation_noise"], FLOOR)
+        what = f"the program is {value:.6f} nats from the checkpoint {COMPARED.get(name, '')}".strip()
+        checks.append(_at_most(f"program_kl_{name}".rstrip("_"), what, value, limit))
+    if "vision_encoder" in agreement:
+        found = agreement["vision_encoder"]
+        what = f"the vision encoder's squared error is {found['error']:.2g}"
+        checks.append(_at_most("vision_encoder", what, found["error"], max(max_ratio * found["noise"], FLOOR)))
+    return checks
+
+
+def _at_most(name: str, what: str, value: float, limit: float, stderr: float | None = None) -> Check:
+    margin = round(limit - value, 12)
+    return _check(name, f"{what}, at most {limit:.4g}", value, limit, value <= limit, margin, stderr)
+
+
+def _check(
+    name: str, what: str, value: float, limit: float, passed: bool, margin: float, stderr: float | None
+) -> Check:
+    sure = None if stderr is None else confidence(margin, stderr)
+    outcome = f"{'held' if margin >= 0 else 'failed'} by {abs(margin):.3g}"
+    if passed and margin < 0:
+        outcome = f"over by {-margin:.3g}, which chance explains"
+    return {
+        "name": name,
+        "passed": passed,
+        "weak": passed and sure is not None and sure < CONFIDENT,
+        "value": value,
+        "limit": limit,
+        "margin": margin,
+        "stderr": stderr,
+        "confidence": None if sure is None else round(sure, 6),
+        "message": f"{what}: {outcome}" + ("" if sure is None else f", confidence {_percent(sure)}"),
+    }
+
+
+def _verdict(checks: list[Check]) -> dict[str, Any]:
+    return {
+        "passed": all(check["passed"] for check in checks),
+        "weak": any(check["weak"] for check in checks),
+        "checks": checks,
+    }
+
+
+def gate_table(checks: list[Check]) -> list[dict[str, str]]:
+    """Returns the checks as a table's rows of text, for people."""
+    return [
+        {
+            "check": check["name"].replace("_", " "),
+            "value": _number(check["value"], check["stderr"]),
+            "limit": ("≥ " if check["name"].endswith("recovery") else "≤ ") + _number(check["limit"], None),
+            "margin": _number(check["margin"], None),
+            "confidence": "" if check["confidence"] is None else _percent(check["confidence"]),
+            "verdict": "refused" if not check["passed"] else "held, weakly" if check["weak"] else "held",
+        }
+        for check in checks
+    ]
+
+
+def text_table(checks: list[Check]) -> str:
+    """Returns the checks as lines of text in columns."""
+    lines = gate_table(checks)
+    lines = [{name: name for name in lines[0]}, *lines]
+    widths = {name: max(len(line[name]) for line in lines) for name in lines[0]}
+    return "\n".join("  ".join(line[name].ljust(widths[name]) for name in widths).rstrip() for line in lines)
+
+
+def _as_text(disagreements: list[dict[str, Any]]) -> str:
+    lines = [f"{len(disagreements)} questions that program and checkpoint answer differently:"]
+    for one in disagreements[:SHOWN]:
+        choices = " ".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", one["choices"], strict=True))
+        answers = ", ".join(
+            f"{name} {one[name]['answer']} by {one[name]['margin']:.2f} nats"
+            for name in ("checkpoint", "unrounded", "program")
+        )
+        question = textwrap.shorten(f"{one['question']} {choices}", 300, placeholder=" …")
+        lines.append(f"- {one['subject'].replace('_', ' ')} {one['doc_id']}: {question} ({one['target']}; {answers})")
+    return "\n".join(lines + ["…"] * (len(disagreements) > SHOWN))
+
+
+def _number(value: float, stderr: float | None) -> str:
+    return f"{value:.3g}" if stderr is None else f"{value:.2f} ± {stderr:.2f}"
+
+
+def _percent(share: float) -> str:
+    if share > 0.999:
+        return "over 99.9 %"
+    return "under 0.1 %" if share < 0.001 else f"{100 * share:.1f} %"

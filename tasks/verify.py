@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint import load_model
+from tasks.checkpoint import keep_activations, load_model
+from tasks.program import Methods
 from tasks.store import StageFailed
 
 # The distributions of so many first tokens are compared, and of so many at the end of the longest sequence.
@@ -18,8 +19,6 @@ COMPARED_TOKENS = 128
 LAST_TOKENS = 8
 # So many are decoded one at a time, after as many at once.
 STEPS = 16
-# No program takes fewer tokens at once than one less than this.
-SHORTEST_PIECE = 64
 # Text for the comparison: any will do that is long enough to leave the first tokens behind.
 TEXT = (
     "A river begins where rain and melting snow gather on high ground. It runs downhill, joins other streams, and "
@@ -61,7 +60,7 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
         if multimodal:
             seen = [model.get_image_features(image) for image in pixels]
             both_ways = model(**inputs["image"], token_type_ids=_types(inputs["image"], config)).logits[0].float()
-        _keep_activations(model)
+        keep_activations(model)
         for name, given in inputs.items():
             plain[name] = model(**given).logits[0].float()
         if multimodal:
@@ -113,54 +112,6 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
     return result
 
 
-class Methods:
-    """The program's methods, as its users call them: embed tokens, encode images, decode with a cache."""
-
-    def __init__(self, program: Path, config: Any) -> None:
-        import executorch.extension.llm.custom_ops.custom_ops
-        import executorch.kernels.quantized  # noqa: F401 (both register operators)
-        from executorch.runtime import Runtime
-
-        self.program = Runtime.get().load_program(program)
-        self.multimodal = "text_decoder" in self.program.method_names
-        self.piece = min(config.get_text_config().sliding_window, SHORTEST_PIECE) - 1
-        self.embedding = self.program.load_method("token_embedding") if self.multimodal else None
-        self.encoder = self.program.load_method("vision_encoder") if self.multimodal else None
-
-    def embed(self, ids: Any) -> Any:
-        """Returns the tokens' embeddings, [1, tokens, hidden size]; of a text-only program the token ids."""
-        import torch
-
-        if self.embedding is None:
-            return ids
-        parts = [self.embedding.execute([part])[0].clone() for part in ids.split(self.piece, dim=1)]
-        return torch.cat(parts, dim=1)
-
-    def see(self, pixels: Any) -> Any:
-        """Returns the image's embeddings, [1, tokens per image, hidden size]."""
-        assert self.encoder is not None
-        return self.encoder.execute([pixels])[0].clone()
-
-    def decode(self, given: Any, kept: set[int]) -> Any:
-        """Returns the logits at the positions `kept`, [positions, vocabulary], of a sequence with an empty cache.
-
-        It is given in pieces that end at these positions, for a program may return the last one's alone.
-        """
-        import torch
-
-        decoder = self.program.load_method("text_decoder" if self.multimodal else "forward")
-        ends = sorted({position + 1 for position in kept} | {given.shape[1]})
-        logits = []
-        start = 0
-        while start < given.shape[1]:
-            end = min(start + self.piece, next(end for end in ends if end > start))
-            found = decoder.execute([given[:, start:end], torch.arange(start, end)])[0]
-            if end - 1 in kept:
-                logits.append(found[0, -1].clone())
-            start = end
-        return torch.stack(logits).float()
-
-
 def _images(config: Any) -> list[Any]:
     """Returns pixels of a plain image, of one that changes slowly, and of noise."""
     import torch
@@ -186,15 +137,6 @@ def _image_inputs(checkpoint: Path) -> dict[str, Any]:
 
 def _types(given: dict[str, Any], config: Any) -> Any:
     return (given["input_ids"] == config.image_token_id).long()
-
-
-def _keep_activations(model: Any) -> None:
-    """Takes the quantization of activations out of every linear; weights stay as they are."""
-    import torch
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and hasattr(module.weight, "activation_quantization"):
-            module.weight.activation_quantization = None
 
 
 def _vision(eager: list[Any], plain: list[Any], ran: list[Any]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Evaluate: lm-eval's own `mmlu` task group on a checkpoint, as a library. (Card section: Model Quality.)"""
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,38 @@ def evaluate_checkpoint(
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    with benchmark(questions) as folder:
+        from lm_eval import simple_evaluate
+
+        from tasks.evaluate.shards import ShardedLM
+
+        digest, root = _kept(checkpoint, folder)
+        model = ShardedLM(checkpoint, digest, root, device, batch_size, workers, refresh)
+        output = simple_evaluate(model, tasks=["mmlu"], limit=limit, log_samples=True)
+    if output is None:
+        raise StageFailed("lm-eval returned no result")
+    results = {**_summarize(output), "device": device, "limit": limit}
+    (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    with (target / "samples.jsonl").open("w", encoding="utf-8") as stream:
+        for subject, sample in in_order(output):
+            scores = [response[0] for response in sample["filtered_resps"]]
+            row = {
+                "subject": subject,
+                "doc_id": sample["doc_id"],
+                "loglikelihoods": scores,
+                "prediction": max(range(4), key=lambda choice: scores[choice]),
+                "target": int(sample["target"]),
+            }
+            stream.write(json.dumps(row) + "\n")
+    return {"metadata": {"accuracy": results["accuracy"], "questions": results["questions"]}}
+
+
+@contextlib.contextmanager
+def benchmark(questions: Path) -> Iterator[Path]:
+    """Lets lm-eval's tasks find these questions, in the layout of cais/mmlu. Yields a directory that goes afterwards.
+
+    Before lm-eval is imported, and once in a process: the libraries keep where they looked first.
+    """
     with tempfile.TemporaryDirectory() as folder:
         # datasets takes a directory of that name for the repository: lm-eval's tasks stay as they are.
         os.makedirs(f"{folder}/cais")
@@ -40,31 +74,22 @@ def evaluate_checkpoint(
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
         os.chdir(folder)
-        from lm_eval import simple_evaluate
-
-        from tasks.evaluate.shards import ShardedLM
-
-        digest, root = _kept(checkpoint, Path(folder))
-        model = ShardedLM(checkpoint, digest, root, device, batch_size, workers, refresh)
-        output = simple_evaluate(model, tasks=["mmlu"], limit=limit, log_samples=True)
+        yield Path(folder)
         os.chdir("/")
-    if output is None:
-        raise StageFailed("lm-eval returned no result")
-    results = {**_summarize(output), "device": device, "limit": limit}
-    (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    with (target / "samples.jsonl").open("w", encoding="utf-8") as stream:
-        for task in sorted(output["samples"]):
-            for sample in sorted(output["samples"][task], key=lambda sample: sample["doc_id"]):
-                scores = [response[0] for response in sample["filtered_resps"]]
-                row = {
-                    "subject": task.removeprefix("mmlu_"),
-                    "doc_id": sample["doc_id"],
-                    "loglikelihoods": scores,
-                    "prediction": max(range(4), key=lambda choice: scores[choice]),
-                    "target": int(sample["target"]),
-                }
-                stream.write(json.dumps(row) + "\n")
-    return {"metadata": {"accuracy": results["accuracy"], "questions": results["questions"]}}
+
+
+def in_order(output: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns lm-eval's samples as (subject, sample), by subject and number."""
+    return [
+        (task.removeprefix("mmlu_"), sample)
+        for task in sorted(output["samples"])
+        for sample in sorted(output["samples"][task], key=lambda sample: sample["doc_id"])
+    ]
+
+
+def read_samples(evaluated: Path) -> list[dict[str, Any]]:
+    """Returns the rows of an evaluation's samples.jsonl."""
+    return [json.loads(line) for line in (evaluated / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _kept(checkpoint: Path, otherwise: Path) -> tuple[str, Path]:

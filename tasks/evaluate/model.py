@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tasks.checkpoint import keep_activations
 from tasks.evaluate.dequantized import dequantize_once
 from tasks.process import report_progress
 
@@ -30,8 +31,11 @@ Request = tuple[Any, list[int], list[int]]
 class PackedLM(HFLM):
     """HFLM, for checkpoints of Gemma 3, plain or quantized, read as text alone."""
 
-    def __init__(self, checkpoint: Path, device: str, batch_size: int | str) -> None:
-        """`batch_size` is the most questions of a batch; with "auto" only tokens count."""
+    def __init__(self, checkpoint: Path, device: str, batch_size: int | str, unrounded: bool = False) -> None:
+        """`batch_size` is the most questions of a batch; with "auto" only tokens count.
+
+        `unrounded` is for reference: float32, and no activation is quantized. It is slow, and takes no more memory.
+        """
         super().__init__(pretrained=str(checkpoint), device=device, dtype="bfloat16", batch_size=1)
         self.tokens = TOKENS[torch.device(device).type]
         self.rows = None if batch_size == "auto" else int(batch_size)
@@ -39,7 +43,11 @@ class PackedLM(HFLM):
         self.answered = self.expected = 0
         if hasattr(self.model.model, "vision_tower"):
             self.model.model.vision_tower = None
-        dequantize_once(self.model)
+        if unrounded:
+            keep_activations(self.model)
+            self.model.to(torch.float32)
+        else:
+            dequantize_once(self.model)
         gc.collect()
         ALL_ATTENTION_FUNCTIONS.register("packed", _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register("packed", sdpa_mask)
@@ -52,11 +60,7 @@ class PackedLM(HFLM):
 
         A request is (strings or None, context, continuation), the last two as tokens.
         """
-        # Continuations of one token after the same context, as the letters of a question, are one row.
-        sharing: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, continuation) in enumerate(requests):
-            tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
-            sharing.setdefault(tuple(tokens), []).append(number)
+        sharing = share_rows(requests, self.max_length)
         wanted = {row: max(len(requests[number][2]) for number in sharing[row]) for row in sharing}
         answers: list[Any] = [None] * len(requests)
         rows = sorted(sharing, key=lambda row: (-len(row), row))
@@ -79,7 +83,7 @@ class PackedLM(HFLM):
                 logs = torch.log_softmax(part, dim=-1)
                 for number in sharing[row]:
                     strings, _, continuation = requests[number]
-                    answers[number] = _answer(logs, continuation)
+                    answers[number] = score_continuation(logs, continuation)
                     if strings is not None:
                         self.cache_hook.add_partial("loglikelihood", strings, answers[number])
             done += len(batch)
@@ -114,6 +118,26 @@ class PackedLM(HFLM):
                 logits_to_keep=torch.tensor(kept, device=self.device),
             ).logits[0]
         return list(logits.split(wanted))
+
+
+def share_rows(requests: list[Request], max_length: int) -> dict[tuple[int, ...], list[int]]:
+    """Returns {a row of tokens that is to be read: the numbers of the requests that its logits answer}.
+
+    Continuations of one token after the same context, as the letters of a question, share a row. What is longer than
+    `max_length` is cut on the left, as lm-eval does.
+    """
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for number, (_, context, continuation) in enumerate(requests):
+        tokens = (context + continuation)[-(max_length + 1) :][:-1]
+        sharing.setdefault(tuple(tokens), []).append(number)
+    return sharing
+
+
+def score_continuation(logs: Any, continuation: list[int]) -> tuple[float, bool]:
+    """Returns a continuation's answer from the log-probabilities at the last positions of its row."""
+    logs = logs[-len(continuation) :]
+    tokens = torch.tensor(continuation, device=logs.device)
+    return float(logs.gather(1, tokens[:, None]).sum()), bool((logs.argmax(-1) == tokens).all())
 
 
 class _Questions:
@@ -161,13 +185,6 @@ def _attend(
         outputs.append(output.flatten(0, 1))
         start = stop
     return torch.cat(outputs)[None], None
-
-
-def _answer(logs: Any, continuation: list[int]) -> tuple[float, bool]:
-    """Returns a continuation's answer from the log-probabilities at the last positions of its row."""
-    logs = logs[-len(continuation) :]
-    tokens = torch.tensor(continuation, device=logs.device)
-    return float(logs.gather(1, tokens[:, None]).sum()), bool((logs.argmax(-1) == tokens).all())
 
 
 def _out_of_memory(error: BaseException) -> bool:

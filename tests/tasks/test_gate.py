@@ -1,60 +1,251 @@
-"""The gate's bar is where it says."""
+"""The gate's bar is where it says, and it says how sure it is."""
 
+import math
 from typing import Any
 
 import pytest
 
-from tasks.gate import judge
+from tasks.gate import GateRefused, gate, judge
+from tasks.paired import confidence, count_pairs, share_difference, share_ratio
+
+LIMITS = {
+    "max_mmlu_drop": 5.0,
+    "max_chartqa_drop": 10.0,
+    "min_recovery": 80.0,
+    "max_disagreement": 2.0,
+    "max_kl_ratio": 2.0,
+}
 
 
-def metrics(quantized: float, kl_program: float) -> dict[str, Any]:
+def pairs(both: int, first: int, second: int, neither: int) -> dict[str, int]:
+    return {"both": both, "first": first, "second": second, "neither": neither}
+
+
+def metrics(mmlu: dict[str, int], kl_program: float = 0.0, differing: dict[str, int] | None = None) -> dict[str, Any]:
+    """Makes the metrics of a run from what base and checkpoint got right, and what the program answers otherwise."""
     return {
-        "base": {"mmlu": {"accuracy": 0.9}},
-        "quantized": {"mmlu": {"accuracy": quantized}},
-        "program": {"agreement": {"kl_program": kl_program, "kl_activation_noise": 0.03}},
+        "pairs": {"mmlu": mmlu},
+        "quantized": {"mmlu": {"accuracy": (mmlu["both"] + mmlu["second"]) / sum(mmlu.values())}},
+        "program": {
+            "agreement": {"kl_program": kl_program, "kl_activation_noise": 0.03},
+            "mmlu": {"differing": differing or pairs(0, 0, 0, 100), "disagreements": []},
+        },
     }
 
 
+def refused(verdict: dict[str, Any]) -> list[str]:
+    return [check["name"] for check in verdict["checks"] if not check["passed"]]
+
+
+def found(verdict: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(check for check in verdict["checks"] if check["name"] == name)
+
+
+# Of 2,000 questions the base has 1,800, 90 %.
 @pytest.mark.parametrize(
-    ("quantized", "kl_program", "refused"),
+    ("mmlu", "kl_program", "failed"),
     [
-        (0.85, 0.06, []),
-        (0.95, 0.0, []),
-        (0.849, 0.06, ["mmlu_drop"]),
-        (0.85, 0.061, ["program_kl"]),
-        (0.5, 2.0, ["mmlu_drop", "program_kl"]),
-        (0.85, float("nan"), ["program_kl"]),
+        (pairs(1700, 100, 0, 200), 0.06, []),
+        (pairs(1650, 150, 50, 150), 0.06, []),
+        (pairs(1800, 0, 100, 100), 0.0, []),
+        (pairs(1699, 101, 0, 200), 0.06, ["mmlu_drop"]),
+        (pairs(1700, 100, 0, 200), 0.061, ["program_kl"]),
+        (pairs(1000, 800, 0, 200), 2.0, ["mmlu_drop", "mmlu_recovery", "program_kl"]),
+        (pairs(1700, 100, 0, 200), math.nan, ["program_kl"]),
     ],
 )
 def test_a_release_is_refused_beyond_the_drop_or_the_distance(
-    quantized: float, kl_program: float, refused: list[str]
+    mmlu: dict[str, int], kl_program: float, failed: list[str]
 ) -> None:
-    verdict = judge(metrics(quantized, kl_program), 5.0, 2.0, None, 1.0)
-    assert [check["name"] for check in verdict["checks"] if not check["passed"]] == refused
-    assert verdict["passed"] == (not refused)
+    verdict = judge(metrics(mmlu, kl_program), LIMITS)
+    assert refused(verdict) == failed
+    assert verdict["passed"] == (not failed)
 
 
-@pytest.mark.parametrize(("published", "refused"), [(None, []), (90.0, []), (91.0, []), (91.01, ["regression"])])
+@pytest.mark.parametrize(("right", "failed"), [(240, []), (239, ["mmlu_recovery"])])
+def test_a_release_is_refused_when_it_keeps_too_small_a_part_of_a_low_score(right: int, failed: list[str]) -> None:
+    """Of 2,000 questions the base has 300: 60 fewer are 3 points, and a fifth of what it knew."""
+    verdict = judge(metrics(pairs(right, 300 - right, 0, 1700)), LIMITS)
+    assert refused(verdict) == failed
+    check = found(verdict, "mmlu_recovery")
+    assert check["value"] == pytest.approx(100 * right / 300, abs=1e-4)
+    assert check["margin"] == pytest.approx(check["value"] - 80, abs=1e-4)
+
+
+def test_chartqa_is_judged_where_it_was_measured() -> None:
+    measured = metrics(pairs(90, 0, 0, 10))
+    assert not any("chartqa" in check["name"] for check in judge(measured, LIMITS)["checks"])
+    measured["pairs"]["chartqa"] = pairs(880, 100, 0, 20)
+    assert judge(measured, LIMITS)["passed"]
+    measured["pairs"]["chartqa"] = pairs(879, 101, 0, 20)
+    assert refused(judge(measured, LIMITS)) == ["chartqa_drop"]
+
+
+# By hand, with half a question added to each count: sqrt(first + second - (first - second)^2 / total) / total.
+@pytest.mark.parametrize(
+    ("counts", "difference", "stderr"),
+    [
+        (pairs(0, 0, 0, 100), 0.0, math.sqrt(1) / 102),
+        (pairs(98, 0, 0, 0), 0.0, 0.01),
+        (pairs(80, 10, 5, 3), 5 / 98, math.sqrt(16 - 25 / 100) / 100),
+        (pairs(0, 0, 1, 0), -1.0, math.sqrt(2 - 1 / 3) / 3),
+    ],
+)
+def test_a_difference_is_as_sure_as_the_questions_that_differ_say(
+    counts: dict[str, int], difference: float, stderr: float
+) -> None:
+    assert share_difference(counts) == (pytest.approx(difference), pytest.approx(stderr))
+
+
+def test_a_standard_error_is_that_of_many_samples_of_the_same_questions() -> None:
+    import random
+
+    generator = random.Random(0)
+    kinds, weights = [(True, True), (True, False), (False, True), (False, False)], (0.6, 0.1, 0.05, 0.25)
+    samples = [count_pairs(generator.choices(kinds, weights, k=400)) for _ in range(2000)]
+    for estimate, truth in ((share_difference, 0.1 - 0.05), (share_ratio, 0.65 / 0.7)):
+        values, stderrs = zip(*map(estimate, samples), strict=True)
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+        assert mean == pytest.approx(truth, abs=0.003)
+        assert sum(stderrs) / len(stderrs) == pytest.approx(spread, rel=0.05)
+
+
+def test_a_base_that_knew_nothing_has_nothing_to_lose() -> None:
+    ratio, stderr = share_ratio(pairs(0, 0, 3, 97))
+    assert ratio == 1.0
+    assert math.isfinite(stderr)
+
+
+@pytest.mark.parametrize(("margin", "expected"), [(0.0, 0.5), (1.96, 0.975), (-1.645, 0.05), (10.0, 1.0)])
+def test_confidence_is_the_normal_laws(margin: float, expected: float) -> None:
+    assert confidence(margin, 1.0) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_check_says_by_how_much_it_held_and_with_what_confidence() -> None:
+    """Of 14,042 questions, as MMLU has them, 1,000 are lost and 715 won."""
+    check = found(judge(metrics(pairs(7000, 1000, 715, 5327)), LIMITS), "mmlu_drop")
+    assert check["value"] == pytest.approx(100 * 285 / 14042, abs=1e-4)
+    stderr = 100 * math.sqrt(1716 - 285**2 / 14044) / 14044
+    assert check["stderr"] == pytest.approx(stderr, abs=1e-4)
+    assert check["margin"] == pytest.approx(5 - check["value"])
+    assert check["confidence"] > 0.999
+    assert not check["weak"]
+    assert check["message"] == ("MMLU falls by 2.03 ± 0.29 points, at most 5: held by 2.97, confidence over 99.9 %")
+
+
+def test_few_questions_are_told_not_refused() -> None:
+    verdict = judge(metrics(pairs(18, 1, 0, 1)), {**LIMITS, "max_mmlu_drop": 5.0})
+    check = found(verdict, "mmlu_drop")
+    assert check["value"] == check["limit"] == 5.0
+    assert check["passed"]
+    assert check["confidence"] == 0.5
+    assert check["weak"]
+    assert verdict["weak"]
+    assert not judge(metrics(pairs(1800, 0, 0, 200)), LIMITS)["weak"]
+
+
+@pytest.mark.parametrize(
+    ("differing", "failed"),
+    [
+        # As many of its answers change as of the checkpoint's, whichever they are: it rounds, no more.
+        (pairs(0, 12, 12, 76), []),
+        (pairs(12, 0, 0, 88), []),
+        # 4 points more, where chance alone makes 5.
+        (pairs(2, 14, 10, 74), []),
+        (pairs(0, 6, 0, 94), []),
+        (pairs(0, 8, 0, 92), ["program_disagreement"]),
+        (pairs(5, 30, 5, 60), ["program_disagreement"]),
+        (pairs(0, 100, 0, 0), ["program_disagreement"]),
+        # The more questions, the less is chance.
+        (pairs(200, 1400, 1000, 7400), ["program_disagreement"]),
+    ],
+)
+def test_a_program_is_refused_when_its_answers_differ_beyond_chance_and_rounding(
+    differing: dict[str, int], failed: list[str]
+) -> None:
+    verdict = judge(metrics(pairs(90, 0, 0, 10), differing=differing), LIMITS)
+    assert refused(verdict) == failed
+
+
+def test_a_disagreement_that_chance_explains_is_told() -> None:
+    check = found(judge(metrics(pairs(90, 0, 0, 10), differing=pairs(2, 14, 10, 74)), LIMITS), "program_disagreement")
+    assert check["passed"]
+    assert check["weak"]
+    assert check["value"] == 4.0
+    assert check["margin"] == -2.0
+    assert check["message"].startswith(
+        "of 100 questions the program answers 16 otherwise than the checkpoint without rounding, the checkpoint 12: "
+        "4.00 ± 4.89 points more, at most 2: over by 2, which chance explains, confidence 34.1 %"
+    )
+
+
+@pytest.mark.parametrize(("published", "failed"), [(None, []), (90.0, []), (91.0, []), (91.01, ["regression"])])
 def test_a_release_is_refused_when_it_is_worse_than_the_published_one(
-    published: float | None, refused: list[str]
+    published: float | None, failed: list[str]
 ) -> None:
-    verdict = judge(metrics(0.9, 0.0), 5.0, 2.0, published, max_regression=1.0)
-    assert [check["name"] for check in verdict["checks"] if not check["passed"]] == refused
+    measured = metrics(pairs(90, 0, 0, 10))
+    measured["gate"] = judge(measured, LIMITS)
+    if not failed:
+        assert gate(measured, published, 1.0)["passed"]
+        return
+    with pytest.raises(GateRefused, match=r"1\.01 points below what is published, at most 1") as error:
+        gate(measured, published, 1.0)
+    assert refused(error.value.verdict) == failed
+
+
+def test_a_refusal_shows_all_checks_and_the_questions_that_the_program_answers_otherwise() -> None:
+    measured = metrics(pairs(80, 20, 0, 0), differing=pairs(0, 8, 0, 92))
+    answer = {"answer": "B", "margin": 0.25}
+    measured["program"]["mmlu"]["disagreements"] = [
+        {
+            "subject": "world_religions",
+            "doc_id": number,
+            "question": f"Question {number}?",
+            "choices": ["w", "x", "y", "z"],
+            "target": "B",
+            "checkpoint": answer,
+            "unrounded": answer,
+            "program": {"answer": "D", "margin": 1.5},
+        }
+        for number in range(8)
+    ]
+    measured["gate"] = judge(measured, LIMITS)
+    with pytest.raises(GateRefused) as error:
+        gate(measured, None, 1.0)
+    sentence, table, questions = str(error.value).split("\n\n")
+    assert sentence.startswith(
+        "the gate refuses the release: MMLU falls by 20.00 ± 4.05 points, at most 5: failed by 15"
+    )
+    assert [line.split("  ")[0] for line in table.splitlines()] == [
+        "check",
+        "mmlu drop",
+        "mmlu recovery",
+        "program disagreement",
+        "program kl",
+    ]
+    assert [line.rsplit("  ")[-1] for line in table.splitlines()[1:]] == ["refused", "held, weakly", "refused", "held"]
+    assert questions.splitlines()[0] == "8 questions that program and checkpoint answer differently:"
+    assert questions.splitlines()[1] == (
+        "- world religions 0: Question 0? A. w B. x C. y D. z "
+        "(B; checkpoint B by 0.25 nats, unrounded B by 0.25 nats, program D by 1.50 nats)"
+    )
+    assert len(questions.splitlines()) == 1 + 5 + 1
 
 
 @pytest.mark.parametrize("part", ["last", "step_by_step", "image"])
 def test_a_program_that_is_far_from_the_checkpoint_somewhere_is_refused(part: str) -> None:
-    measured = metrics(0.9, 0.01)
+    measured = metrics(pairs(90, 0, 0, 10), 0.01)
     agreement = measured["program"]["agreement"]
     for name in ("last", "step_by_step", "image"):
         agreement[name] = {"kl_program": 0.0301 if name == part else 0.0299, "kl_activation_noise": 0.03}
-    verdict = judge(measured, 5.0, 1.0, None, 1.0)
-    assert [check["name"] for check in verdict["checks"] if not check["passed"]] == [f"program_kl_{part}"]
+    verdict = judge(measured, {**LIMITS, "max_kl_ratio": 1.0})
+    assert refused(verdict) == [f"program_kl_{part}"]
+    assert found(verdict, f"program_kl_{part}")["confidence"] is None
 
 
-@pytest.mark.parametrize(("error", "refused"), [(0.9e-5, []), (1.1e-5, ["vision_encoder"])])
-def test_a_vision_encoder_that_is_far_from_the_checkpoints_is_refused(error: float, refused: list[str]) -> None:
-    measured = metrics(0.9, 0.0)
+@pytest.mark.parametrize(("error", "failed"), [(0.9e-5, []), (1.1e-5, ["vision_encoder"])])
+def test_a_vision_encoder_that_is_far_from_the_checkpoints_is_refused(error: float, failed: list[str]) -> None:
+    measured = metrics(pairs(90, 0, 0, 10))
     measured["program"]["agreement"]["vision_encoder"] = {"error": error, "noise": 1e-5}
-    verdict = judge(measured, 5.0, 1.0, None, 1.0)
-    assert [check["name"] for check in verdict["checks"] if not check["passed"]] == refused
+    assert refused(judge(measured, {**LIMITS, "max_kl_ratio": 1.0})) == failed

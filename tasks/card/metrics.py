@@ -1,0 +1,126 @@
+"""What metrics.json says: every number of the card, with what it takes to measure it again."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tasks import store
+from tasks.paired import Pairs, count_pairs
+from tasks.recipe import recipe_hash
+
+LIBRARIES = (
+    "torch",
+    "torchao",
+    "transformers",
+    "executorch",
+    "optimum-executorch",
+    "lm-eval",
+    "huggingface_hub",
+    "prefect",
+)
+# Weights derived from Gemma's stay under its terms, whatever a local directory does not say.
+GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
+# Benchmark -> its stages, one per column.
+EVALUATIONS = {"mmlu": "evaluate", "chartqa": "charts"}
+
+
+def collect_metrics(
+    artifacts: dict[str, store.Artifact],
+    model: dict[str, Any],
+    benchmark: dict[str, Any],
+    recipe: dict[str, Any],
+    max_seq_len: int,
+) -> dict[str, Any]:
+    """Returns what metrics.json says: results, sizes, versions, commands, and time and memory of each stage."""
+    scores = collect_scores(artifacts)
+    mmlu = {name: scores[name]["mmlu"] for name in scores}
+    program = artifacts["smoke_program"]
+    limit = mmlu["base"]["limit"]
+    run = f"quantize-gemma run --model {model['name']} --recipe {recipe['name']} --max-seq-len {max_seq_len}"
+    if not model["fixture"]:
+        run += f" --revision {model['revision']}"
+    run += f" --benchmark {benchmark['name']}" + (f" --limit {limit}" if limit else "")
+    run += f" --program-questions {mmlu['program']['questions']}"
+    return {
+        "base_model": model["name"],
+        "base_revision": model["revision"],
+        "license": model["license"] or GEMMA_TERMS,
+        "fixture_model": model["fixture"],
+        "benchmark": benchmark["name"],
+        "benchmark_revision": benchmark["revision"],
+        "fixture_benchmark": benchmark["fixture"],
+        "recipe": recipe["name"],
+        "recipe_hash": recipe_hash(recipe),
+        "max_seq_len": max_seq_len,
+        "commands": {
+            "run": run,
+            "mmlu": "lm_eval --model hf --model_args pretrained=PATH_OR_NAME,dtype=bfloat16 --tasks mmlu "
+            + (f"--limit {limit} " if limit else "")
+            + f"--device {mmlu['base']['device']}",
+        },
+        "versions": {name: version(name).split("+")[0] for name in LIBRARIES},
+        "pairs": collect_pairs(artifacts),
+        "base": {"bytes": artifacts["download"].metadata["weight_bytes"], **scores["base"]},
+        "quantized": {
+            "bytes": artifacts["quantize"].files["model.safetensors"].size,
+            "weight_error": artifacts["quantize"].metadata["weight_error"],
+            "smoke": artifacts["smoke"].metadata,
+            **scores["quantized"],
+        },
+        "program": {
+            "bytes": artifacts["export"].files["model.pte"].size,
+            "task": artifacts["export"].metadata["task"],
+            "delegation": artifacts["export"].metadata["delegation"],
+            **program.metadata,
+            **scores["program"],
+            "speed": program.measured["speed"],
+        },
+        "stages": {
+            name: {
+                "seconds": artifact.measured["seconds"],
+                "peak_rss_bytes": artifact.measured["peak_rss_bytes"],
+                "bytes": artifact.size,
+            }
+            for name, artifact in artifacts.items()
+        },
+    }
+
+
+def collect_scores(artifacts: dict[str, store.Artifact]) -> dict[str, dict[str, Any]]:
+    """Returns {"base" | "quantized" | "program": {"mmlu" | "chartqa": its results}}, of what was measured."""
+    scores: dict[str, dict[str, Any]] = {"base": {}, "quantized": {}, "program": {}}
+    for benchmark, stage in EVALUATIONS.items():
+        for column in scores:
+            if f"{stage}_{column}" in artifacts:
+                results = artifacts[f"{stage}_{column}"].path / "results.json"
+                scores[column][benchmark] = json.loads(results.read_text(encoding="utf-8"))
+    return scores
+
+
+def collect_pairs(artifacts: dict[str, store.Artifact]) -> dict[str, Pairs]:
+    """Returns for each benchmark how many questions both, only the base, only the checkpoint, or neither got right."""
+    pairs = {}
+    for benchmark, stage in EVALUATIONS.items():
+        if f"{stage}_base" in artifacts:
+            before, after = (read_outcomes(artifacts[f"{stage}_{column}"].path) for column in ("base", "quantized"))
+            pairs[benchmark] = pair_outcomes(before, after)
+    return pairs
+
+
+def read_outcomes(evaluated: Path) -> dict[str, bool]:
+    """Returns {question: whether it was answered rightly} of an evaluation's samples.jsonl."""
+    outcomes = {}
+    for line in (evaluated / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "relaxed" in row:
+            outcomes[str(row["question"])] = bool(row["relaxed"])
+        else:
+            outcomes[f"{row['subject']} {row['doc_id']}"] = row["prediction"] == row["target"]
+    return outcomes
+
+
+def pair_outcomes(before: dict[str, bool], after: dict[str, bool]) -> Pairs:
+    """Returns the counts of questions that were answered rightly before and after."""
+    assert before.keys() == after.keys(), "base and checkpoint were asked other questions"
+    return count_pairs((before[question], after[question]) for question in before)

@@ -1,0 +1,149 @@
+"""The card and its chart say what was measured, and no more."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.quantize_gemma import quality_table
+from tasks.card import render
+from tasks.card.chart import draw_subjects
+from tasks.card.metrics import collect_pairs, pair_outcomes, read_outcomes
+from tasks.gate import judge
+from tasks.recipe import load_recipe
+from tests.conftest import Outcome
+from tests.flows.test_run import metrics_of
+
+
+@pytest.fixture
+def measured(released: Outcome) -> dict[str, Any]:
+    return copy.deepcopy(metrics_of(released))
+
+
+def card(metrics: dict[str, Any]) -> str:
+    return render(metrics, load_recipe("HQQ-INT8-INT4"), {})
+
+
+def table_row(text: str, first: str) -> list[str]:
+    """Returns the cells of the only row of a table that starts so."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {first}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def add_charts(metrics: dict[str, Any]) -> None:
+    for column, accuracy in (("base", 0.5), ("quantized", 0.42)):
+        parts = ("overall", "human", "augmented")
+        relaxed = {name: {"accuracy": accuracy, "stderr": 0.01, "questions": 2500} for name in parts}
+        normalized = {"overall": {"accuracy": accuracy + 0.1, "stderr": 0.012, "questions": 2500}}
+        metrics[column]["chartqa"] = {"relaxed_accuracy": relaxed, "normalized": normalized, "questions": 2500}
+    metrics["pairs"]["chartqa"] = {"both": 950, "first": 300, "second": 100, "neither": 1150}
+    metrics["gate"] |= judge(metrics, metrics["gate"]["limits"])
+
+
+def test_every_score_has_its_column_its_standard_error_and_its_number_of_questions(measured: dict[str, Any]) -> None:
+    measured["quantized"]["mmlu"] |= {"accuracy": 0.9, "stderr": 0.0199}
+    measured["quantized"]["mmlu"]["categories"]["stem"] = {"accuracy": 0.8, "stderr": 0.05}
+    measured["program"]["mmlu"] |= {"accuracy": 0.75, "stderr": 0.0435}
+    text = card(measured)
+    assert table_row(text, "mmlu-mini")[1:] == ["100.00 ± 0.00", "90.00 ± 1.99", ""]
+    assert table_row(text, "stem")[1:] == ["100.00 ± 0.00", "80.00 ± 5.00", ""]
+    assert table_row(text, "a sample of 100 of them")[1:] == ["", "100.00 ± 0.00", "75.00 ± 4.35"]
+    assert "ChartQA" not in text
+    rows = {row[""]: row for row in quality_table(measured)}
+    assert rows["MMLU, 100 questions, %"]["program"] == "75.00 ± 4.35"
+    assert rows["MMLU, 100 questions, %"]["base"] == ""
+
+
+def test_agreement_is_told_with_what_rounding_alone_explains(measured: dict[str, Any]) -> None:
+    assert "answers 100 of 100 as the checkpoint does" in card(measured)
+    assert "on which program and checkpoint differ" not in card(measured)
+    measured["program"]["mmlu"] |= {"agreement": 0.97, "noise_agreement": 0.96, "disagreements": [{}] * 3}
+    text = " ".join(card(measured).split())
+    assert "answers 97 of 100 as the checkpoint does" in text
+    assert "the checkpoint answers 96 of 100 as it does here" in text
+    assert "The questions on which program and checkpoint differ are in `metrics.json`" in text
+    rows = {row[""]: row for row in quality_table(measured)}
+    assert rows["same answers as the checkpoint, %"]["program"] == "97.0"
+    assert rows["same answers without rounding, %"]["quantized"] == "96.0"
+
+
+def test_chartqa_has_its_rows_where_it_was_measured(measured: dict[str, Any]) -> None:
+    add_charts(measured)
+    text = card(measured)
+    for part in ("overall", "human", "augmented"):
+        assert table_row(text, f"ChartQA, {part}")[1:] == ["50.00 ± 1.00", "42.00 ± 1.00", ""]
+    assert table_row(text, "ChartQA, normalized")[1:] == ["60.00 ± 1.20", "52.00 ± 1.20", ""]
+    assert table_row(text, "chartqa drop")[1:3] == ["8.00 ± 0.78", "≤ 10"]
+    rows = {row[""]: row for row in quality_table(measured)}
+    assert rows["ChartQA, human, %"] == {
+        "": "ChartQA, human, %",
+        "base": "50.00 ± 1.00",
+        "quantized": "42.00 ± 1.00",
+        "program": "",
+    }
+
+
+def test_the_gates_checks_are_on_the_card_and_weak_ones_are_explained(measured: dict[str, Any]) -> None:
+    text = card(measured)
+    assert table_row(text, "mmlu drop")[1:] == ["0.00 ± 0.43", "≤ 5", "5", "over 99.9 %", "held"]
+    assert table_row(text, "program kl step by step")[4:] == ["", "held"]
+    assert "held weakly" not in text
+    measured["pairs"]["mmlu"] = {"both": 20, "first": 0, "second": 0, "neither": 0}
+    measured["gate"] |= judge(measured, measured["gate"]["limits"])
+    text = card(measured)
+    assert table_row(text, "mmlu drop")[1:] == ["0.00 ± 4.55", "≤ 5", "5", "86.4 %", "held, weakly"]
+    assert "held weakly" in text
+
+
+def test_a_questions_outcomes_are_paired_by_the_question_not_by_its_place(tmp_path: Path) -> None:
+    def evaluated(name: str, rows: list[dict[str, Any]]) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    one = [{"subject": "a", "doc_id": n, "prediction": n, "target": 1} for n in range(4)]
+    other = [{"subject": "a", "doc_id": n, "prediction": 1, "target": 1} for n in (3, 1, 0, 2)]
+    before, after = (read_outcomes(evaluated(name, rows)) for name, rows in (("one", one), ("other", other)))
+    assert pair_outcomes(before, after) == {"both": 1, "first": 0, "second": 3, "neither": 0}
+    with pytest.raises(AssertionError, match="other questions"):
+        pair_outcomes(before, {**after, "a 4": True})
+    charts = [{"question": n, "relaxed": n % 2, "normalized": 1} for n in range(3)]
+    assert read_outcomes(evaluated("charts", charts)) == {"0": False, "1": True, "2": False}
+    assert collect_pairs({}) == {}
+
+
+def test_the_chart_is_for_a_phone_and_its_bars_are_as_long_as_the_accuracy(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    blue, orange = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)
+    subjects = {"anatomy": 0.8, "virology": 0.4}
+
+    def drawn(stderr: float | None) -> Any:
+        scores = {name: {"accuracy": accuracy, "stderr": stderr} for name, accuracy in subjects.items()}
+        columns = {name: {"mmlu": {"subjects": scores}} for name in ("base", "quantized")}
+        draw_subjects(
+            {**columns, "base_model": "google/gemma", "recipe": "R", "benchmark": "b"}, tmp_path / "chart.png"
+        )
+        with Image.open(tmp_path / "chart.png") as image:
+            return np.asarray(image.convert("RGB"))
+
+    def longest(pixels: Any, colour: tuple[int, ...]) -> list[int]:
+        """Returns how many pixels of a colour the rows of each bar have, from the top."""
+        counts = (pixels == colour).all(-1).sum(1)
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], counts > 100, [0])).astype(int)))
+        return [int(counts[start:stop].max()) for start, stop in edges.reshape(-1, 2)]
+
+    plain = drawn(None)
+    assert plain.shape[1] == 800
+    assert tuple(plain[0, 0]) == (255, 255, 255)
+    # 100 % is 720 pixels long. The chance line may cross a bar.
+    for colour in (blue, orange):
+        assert longest(plain, colour) == pytest.approx([0.8 * 720, 0.4 * 720], abs=5)
+    # A standard error is drawn on both sides of the bars' ends, and nothing where there is none.
+    across = np.flatnonzero((drawn(0.05) != plain).any(-1).any(0))
+    assert across.max() == pytest.approx(40 + 0.85 * 720, abs=3)
+    assert across.min() == pytest.approx(40 + 0.35 * 720, abs=3)
+    assert (drawn(None) == drawn(0.0)).all()
