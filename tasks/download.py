@@ -213,4 +213,4 @@ _from_hub: dict[str, Any] = {
 }
 download = Stage(download_checkpoint, name="download", **_from_hub)
 questions = Stage(download_questions, name="questions", **_from_hub)
-charts = Stage(download_charts, name="charts", **_from_hub)
+chart_questions = Stage(download_charts, name="chart-questions", **_from_hub)

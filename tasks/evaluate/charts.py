@@ -10,10 +10,8 @@ lm-eval's own `hf-multimodal` model answers; see chart_model.py.
 
 import io
 import json
-import os
 import re
 import string
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,21 +29,11 @@ PLACEHOLDER = "<image>"
 GENERATION = {"until": [], "max_gen_toks": 16, "do_sample": False, "temperature": 0.0}
 # How far a number may be from the right one, relative to that.
 TOLERANCE = 0.05
+# fmt: off
 NUMBER_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
 ]
+# fmt: on
 CURRENCIES = "$€£¥₹"
 
 # Numbers of questions -> the model's texts.
@@ -111,14 +99,11 @@ def messages_of(query: str) -> list[dict[str, Any]]:
 
 def score_answers(answer: Answerer, questions: Path, limit: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns the content of results.json and samples.jsonl, from lm-eval's evaluation of what `answer` gives."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_DATASETS_CACHE"] = folder
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
-        from lm_eval import simple_evaluate
+    from lm_eval import simple_evaluate
 
-        from tasks.evaluate.chart_model import AnsweredLM
+    from tasks.evaluate.chart_model import AnsweredLM
 
-        output = simple_evaluate(AnsweredLM(answer), tasks=[chart_task(questions, limit)], log_samples=True)
+    output = simple_evaluate(AnsweredLM(answer), tasks=[chart_task(questions, limit)], log_samples=True)
     if output is None:
         raise StageFailed("lm-eval returned no result")
     samples = []
@@ -142,7 +127,8 @@ def chart_task(questions: Path, limit: int | None) -> dict[str, Any]:
     """Returns the lm-eval task over the first `limit` questions of each kind."""
     table = read_charts(questions)
     kinds = table["human_or_machine"].to_pylist()
-    numbers = [number for number, kind in enumerate(kinds) if limit is None or kinds[:number].count(kind) < limit]
+    each = [[number for number, kind in enumerate(kinds) if kind == one] for one in range(len(CHART_KINDS))]
+    numbers = sorted(number for numbers in each for number in numbers[:limit])
 
     def read(**_metadata: Any) -> dict[str, Any]:
         from datasets import Dataset
@@ -169,7 +155,7 @@ def chart_task(questions: Path, limit: int | None) -> dict[str, Any]:
         "custom_dataset": read,
         "test_split": "test",
         "output_type": "generate_until",
-        "generation_kwargs": GENERATION,
+        "generation_kwargs": dict(GENERATION),
         "doc_to_image": look,
         "doc_to_text": f"{PLACEHOLDER}{{{{query}}}}{POST_PROMPT}",
         "doc_to_target": "label",
@@ -249,13 +235,13 @@ def _to_number(text: str) -> float | None:
 def _normalize(text: str) -> str:
     """Returns a number as digits, and other text in lower case without the punctuation around it."""
     text = " ".join(text.lower().replace("−", "-").split())
-    text = text.rstrip(_edges("%")).lstrip(_edges(".-"))
-    number = re.fullmatch(rf"(-?)[{CURRENCIES}]? ?([0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]*)(\.[0-9]+)? ?(%?)", text)
-    if number and any(map(str.isdigit, text)):
+    inner = text.rstrip(_edges("%")).lstrip(_edges(".-"))
+    number = re.fullmatch(rf"(-?)[{CURRENCIES}]? ?([0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]*)(\.[0-9]+)? ?(%?)", inner)
+    if number and any(map(str.isdigit, inner)):
         sign, whole, fraction, percent = number.groups(default="")
         return sign + whole.replace(",", "") + fraction + percent
-    text = text.strip(_edges(""))
-    return str(NUMBER_WORDS.index(text)) if text in NUMBER_WORDS else text
+    word = inner.strip(_edges("")) or text
+    return str(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else word
 
 
 def _edges(kept: str) -> str:
@@ -263,7 +249,7 @@ def _edges(kept: str) -> str:
     return "".join(set(string.punctuation + string.whitespace + CURRENCIES + "“”‘’") - set(kept))
 
 
-charts = Stage(
+evaluate_on_charts = Stage(
     evaluate_charts,
     name="evaluate-charts",
     libraries=("torch", "torchao", "transformers", "lm-eval"),
