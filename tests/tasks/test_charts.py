@@ -118,6 +118,30 @@ def test_results_are_those_of_the_samples_with_standard_errors(
     assert made["metadata"] == {"accuracy": accuracy, "questions": 12}
 
 
+def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_standard_error(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    from tasks.evaluate.charts import score_answers
+
+    rows = pyarrow.parquet.read_table(CHARTS / "data" / "test-00000-of-00001.parquet")
+    (tmp_path / "data").mkdir()
+    for number, part in enumerate((rows.slice(0, 3), rows.slice(3, 2))):
+        pyarrow.parquet.write_table(part, tmp_path / "data" / f"test-0000{number}-of-00002.parquet")
+    labels = [label[0] for label in rows["label"].to_pylist()]
+
+    def answer(numbers: list[int]) -> list[str]:
+        return [labels[number] if number % 2 else f"{labels[number]}." for number in numbers]
+
+    results, samples = score_answers(answer, tmp_path, None)
+    # "red." and "blue." are wrong, "No" and "Wed" right, and "4." is the number 4.
+    right = {"accuracy": 0.6, "stderr": pytest.approx(math.sqrt(0.6 * 0.4 / 4)), "questions": 5}
+    assert results["relaxed_accuracy"] == {"overall": right, "human": right}
+    assert results["normalized"]["overall"] == {"accuracy": 1.0, "stderr": 0.0, "questions": 5}
+    assert [sample["query"] for sample in samples] == rows["query"].to_pylist()[:5]
+    results, _ = score_answers(answer, tmp_path, 1)
+    assert results["relaxed_accuracy"]["human"] == {"accuracy": 0.0, "stderr": None, "questions": 1}
+
+
 def ask_alone_and_in_a_row(checkpoint: str, questions: str, numbers: list[int]) -> dict[str, Any]:
     """Answers the questions backwards, one by one, then as they come, and counts how often that looks at a picture."""
     from transformers import SiglipVisionModel
