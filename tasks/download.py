@@ -14,6 +14,7 @@ from tasks import hub, store
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tasks.checkpoint import check_finite, local_checkpoint, read_config, read_headers, weight_files
 from tasks.process import report_progress
+from tasks.questions import check_charts, check_mmlu
 from tasks.stage import Stage
 from tasks.store import UserError, canonical_json, digest_file
 
@@ -25,6 +26,8 @@ CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LI
 # MMLU's layout without the configurations that hold all subjects a second time.
 BENCHMARK_FILES = ("README.md", "*/test-*.parquet", "*/validation-*.parquet", "*/dev-*.parquet")
 BENCHMARK_LEFT_OUT = ("all/*", "auxiliary_train/*")
+# ChartQA's test split; the others are ten times as large.
+CHART_FILES = ("README.md", "data/test-*.parquet")
 
 
 def resolve_model(model: str, revision: str | None, offline: bool) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def resolve_model(model: str, revision: str | None, offline: bool) -> dict[str, 
 
 
 def resolve_benchmark(benchmark: str, revision: str | None, offline: bool) -> dict[str, Any]:
-    """Returns {"name", "revision", "source", "fixture"} of mmlu-mini or of a dataset in MMLU's layout on the Hub."""
+    """Returns {"name", "revision", "source", "fixture"} of a built-in benchmark or of a dataset on the Hub."""
     path = BUILTIN_BENCHMARKS.get(benchmark)
     if path is None:
         return _resolve_on_hub("dataset", benchmark, revision, offline)
@@ -127,12 +130,30 @@ def download_checkpoint(target: Path, source: str, revision: str, offline: bool)
 
 
 def download_questions(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:
-    """Fills `target` with a benchmark in the layout of cais/mmlu: a directory of parquet files per subject."""
+    """Fills `target` with a benchmark in the layout of cais/mmlu: a directory of parquet files per subject.
+
+    Raises UserError that says what does not fit that layout.
+    """
+    _bring(target, source, revision, offline, _is_question_file)
+    check_mmlu(target, source)
+    return {}
+
+
+def download_charts(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:
+    """Fills `target` with the test split of a benchmark in the layout of HuggingFaceM4/ChartQA, in data/.
+
+    Raises UserError that says what does not fit that layout.
+    """
+    _bring(target, source, revision, offline, lambda name: _is_like(name, CHART_FILES))
+    check_charts(target, source)
+    return {}
+
+
+def _bring(target: Path, source: str, revision: str, offline: bool, wanted: Callable[[str], bool]) -> None:
     if Path(source).is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True, copy_function=lambda a, b: store.copy(Path(a), Path(b)))
     else:
-        _fetch(target, "dataset", source, revision, offline, _is_question_file)
-    return {}
+        _fetch(target, "dataset", source, revision, offline, wanted)
 
 
 def _fetch(
@@ -192,3 +213,4 @@ _from_hub: dict[str, Any] = {
 }
 download = Stage(download_checkpoint, name="download", **_from_hub)
 questions = Stage(download_questions, name="questions", **_from_hub)
+chart_questions = Stage(download_charts, name="chart-questions", **_from_hub)

@@ -1,7 +1,7 @@
-"""Built-in fixtures: a tiny genuine Gemma 3 and a small benchmark in MMLU's layout, to try an installation."""
+"""Built-in fixtures: a tiny genuine Gemma 3, and small benchmarks in MMLU's and ChartQA's layout, to try it all."""
 
 from pathlib import Path
 
 HERE = Path(__file__).parent
 BUILTIN = {"tiny-gemma3": HERE / "tiny-gemma3"}
-BUILTIN_BENCHMARKS = {"mmlu-mini": HERE / "mmlu-mini"}
+BUILTIN_BENCHMARKS = {"mmlu-mini": HERE / "mmlu-mini", "chartqa-mini": HERE / "chartqa-mini"}

@@ -2,7 +2,7 @@
 
 torchao's linear rounds the activations to int8, per token, and multiplies with the dequantized weight, which it makes
 anew in every forward. lm_head and the embedding stay quantized, which halves their memory: few tokens reach lm_head,
-and of the embedding only the rows that are looked up are dequantized.
+unless the model generates, and of the embedding only the rows that are looked up are dequantized.
 """
 
 from typing import Any
@@ -19,8 +19,11 @@ from tasks.evaluate import rounding
 CHUNK = 2**24
 
 
-def dequantize_once(model: Any) -> None:
-    """Replaces every quantized linear and embedding of the model; plain ones stay."""
+def dequantize_once(model: Any, head: bool = False) -> None:
+    """Replaces every quantized linear and embedding of the model; plain ones stay.
+
+    With `head`, lm_head is dequantized once too: generating needs it for every token.
+    """
     rounded = _Rounded()
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
@@ -29,7 +32,7 @@ def dequantize_once(model: Any) -> None:
             if isinstance(module, torch.nn.Embedding):
                 setattr(parent, name, _Embedding(module))
             elif isinstance(module, torch.nn.Linear):
-                setattr(parent, name, (_Head if name == "lm_head" else _Linear)(module, rounded))
+                setattr(parent, name, (_Head if name == "lm_head" and not head else _Linear)(module, rounded))
             # torchao's modules refer to themselves and would keep their weights until they are collected.
             module._parameters.clear()
 

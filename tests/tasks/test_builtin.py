@@ -1,9 +1,11 @@
 """The built-in fixtures are what they say they are."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
-from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS, make_chartqa_mini
 from tasks.builtin.make_mmlu_mini import read_questions
 from tasks.checkpoint import read_config, read_headers
 
@@ -34,6 +36,85 @@ def test_mmlu_minis_parquet_files_hold_the_written_questions() -> None:
             path = BUILTIN_BENCHMARKS["mmlu-mini"] / subject / f"{split}-00000-of-00001.parquet"
             expected = [{"subject": subject, **question} for question in questions]
             assert pyarrow.parquet.read_table(path).to_pylist() == expected, (subject, split)
+
+
+def test_chartqa_minis_parquet_file_holds_the_written_questions_and_the_drawn_charts(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    def read(folder: Path) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(
+            folder / "data" / "test-00000-of-00001.parquet"
+        ).to_pylist()
+        return [{**row, "image": pixels(row["image"]["bytes"])} for row in rows]
+
+    def pixels(png: bytes) -> tuple[Any, bytes]:
+        from PIL import Image
+
+        image = Image.open(io.BytesIO(png))
+        return (image.mode, image.size), image.tobytes()
+
+    make_chartqa_mini.write_chartqa_mini(tmp_path)
+    shipped = BUILTIN_BENCHMARKS["chartqa-mini"]
+    assert read(shipped) == read(tmp_path)
+    assert (shipped / "README.md").read_text() == (tmp_path / "README.md").read_text()
+    chart = make_chartqa_mini.read_charts()[0]
+    first = read(shipped)[0]
+    assert first["image"] == (("RGB", (256, 192)), make_chartqa_mini.draw(chart).tobytes())
+    assert [first["query"], first["label"][0]] == chart["human"][0]
+
+
+def test_chartqa_mini_is_read_as_chartqa_is() -> None:
+    """Features as on the Hub; kinds of questions and of answers as there; small."""
+    import pyarrow.parquet
+    from datasets import ClassLabel, Features, Image, List, Value
+
+    path = BUILTIN_BENCHMARKS["chartqa-mini"] / "data" / "test-00000-of-00001.parquet"
+    assert sum(file.stat().st_size for file in BUILTIN_BENCHMARKS["chartqa-mini"].rglob("*.*")) < 300_000
+    assert Features.from_arrow_schema(pyarrow.parquet.read_schema(path)) == {
+        "image": Image(),
+        "query": Value("string"),
+        "label": List(Value("string")),
+        "human_or_machine": ClassLabel(names=["human", "machine"]),
+    }
+    rows = make_chartqa_mini.questions()
+    assert {row["human_or_machine"] for row in rows} == {0, 1}
+    assert len({(row["image"]["bytes"], row["query"]) for row in rows}) == len(rows)
+    labels = {row["label"][0] for row in rows}
+    assert {"Yes", "No", "red", "62%", "12.5%", "3.5", "1000", "Jan"} <= labels
+
+
+def test_chartqa_minis_answers_are_those_of_its_charts() -> None:
+    for chart in make_chartqa_mini.read_charts():
+        values = {label: value for label, _, value in chart["points"]}
+        colours = {label: colour for label, colour, _ in chart["points"]}
+        highest, lowest = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
+        unit = chart["unit"]
+        expected = {
+            "What is the colour of the highest bar?": colours[highest],
+            "What is the colour of the largest slice?": colours[highest],
+            "What is the colour of the lowest bar?": colours[lowest],
+            "What is the colour of the line?": colours[highest],
+            "What is the colour of the bars?": colours[highest],
+            "Which slice is the smallest?": lowest,
+            "When was the peak?": highest,
+            "How many bars are there?": str(len(values)),
+            "How many slices are there?": str(len(values)),
+            "Does the line rise from the first to the last point?": _yes(
+                chart["points"][-1][2] > chart["points"][0][2]
+            ),
+        }
+        for label, value in values.items():
+            expected[f"What was the value of {label}?"] = f"{value}{unit}"
+            expected[f"What share does {label} have?"] = f"{value}{unit}"
+            for other in values:
+                expected[f"Is {label} higher than {other}?"] = _yes(value > values[other])
+                expected[f"Is the share of {label} larger than that of {other}?"] = _yes(value > values[other])
+        for query, label in chart["human"] + chart["machine"]:
+            assert expected.get(query, label) == label, (chart["title"], query)
+
+
+def _yes(value: bool) -> str:
+    return "Yes" if value else "No"
 
 
 def test_tiny_gemma3_keeps_the_difficulties_of_the_4b_model() -> None:

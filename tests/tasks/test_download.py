@@ -1,7 +1,7 @@
 """Downloads are what the Hub says they are, go on where they stopped, and name what is wrong."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from tasks import hub as client
 from tasks import process, store
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tasks.questions import check_charts, check_mmlu
 from tasks.store import StageFailed, UserError
 from tests.hub.server import Hub, serve
 
@@ -32,6 +33,16 @@ def download(hub: Hub, tmp_path: Path, revision: str, token: str | None = None, 
     values = {"source": NAME, "revision": revision, "offline": offline}
     call = {"function": "tasks.download:download_checkpoint", "target": str(target), "paths": {}, "values": values}
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "2", **({"HF_TOKEN": token} if token else {})}
+    process.run("tasks.process:call", call, lambda *_: None, None, environment)
+    return target
+
+
+def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "0" * 40, **environment: str) -> Path:
+    """Runs download_questions or download_charts as the flow does; returns the directory that it filled."""
+    target = tmp_path / "store" / stage / ".partial-x" / "data"
+    target.mkdir(parents=True)
+    values = {"source": str(source), "revision": revision, "offline": False}
+    call = {"function": f"tasks.download:download_{stage}", "target": str(target), "paths": {}, "values": values}
     process.run("tasks.process:call", call, lambda *_: None, None, environment)
     return target
 
@@ -161,3 +172,122 @@ def test_files_match_the_hubs_hashes_only_if_they_are_the_same(hub: Hub, tmp_pat
     assert client.is_file(path, File)
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     assert not client.is_file(path, File)
+
+
+def test_of_chartqa_only_the_test_split_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    source = shutil.copytree(BUILTIN_BENCHMARKS["chartqa-mini"], tmp_path / "source")
+    test = next((source / "data").iterdir())
+    for name in ("train-00000-of-00003-49492f364babfa44.parquet", "val-00000-of-00001-0f11003c77497969.parquet"):
+        shutil.copy(test, source / "data" / name)
+    test.rename(test.with_name("test-00000-of-00001-e2cd0b7a0f9eb20d.parquet"))
+    sha = hub.add("dataset", "HuggingFaceM4/ChartQA", source)
+    target = bring("charts", "HuggingFaceM4/ChartQA", tmp_path, sha, HF_ENDPOINT=hub.url)
+    assert names_of(target) == {"README.md", "test-00000-of-00001-e2cd0b7a0f9eb20d.parquet"}
+    assert not hub.served("GET", "train-|val-")
+    assert digests(target) <= digests(source)
+
+
+def digests(folder: Path) -> set[str]:
+    return {store.digest_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_benchmark_of_another_layout_is_refused(hub: Hub, tmp_path: Path) -> None:
+    sha = hub.add("dataset", "team/other", BUILTIN["tiny-gemma3"])
+    with pytest.raises(UserError, match=r"team/other has no <subject>/test-\*.parquet: .* the layout of cais/mmlu"):
+        bring("questions", "team/other", tmp_path, sha, HF_ENDPOINT=hub.url)
+    with pytest.raises(UserError, match=r"team/other has no data/test-\*.parquet: .* of HuggingFaceM4/ChartQA"):
+        bring("charts", "team/other", tmp_path, sha, HF_ENDPOINT=hub.url)
+
+
+def damaged(benchmark: str, name: str, tmp_path: Path, damage: Callable[[list[dict[str, Any]]], Any]) -> Path:
+    """Copies a built-in benchmark with one of its files changed: `damage` changes the rows, or returns a table."""
+    import pyarrow
+    import pyarrow.parquet
+
+    source = shutil.copytree(BUILTIN_BENCHMARKS[benchmark], tmp_path / "source")
+    table = pyarrow.parquet.read_table(source / name)
+    rows = table.to_pylist()
+    changed = damage(rows)
+    if changed is None:
+        changed = pyarrow.Table.from_pylist(rows, schema=table.schema)
+    pyarrow.parquet.write_table(changed, source / name)
+    return source
+
+
+def without(column: str) -> Callable[[list[dict[str, Any]]], Any]:
+    def drop(rows: list[dict[str, Any]]) -> Any:
+        import pyarrow
+
+        return pyarrow.Table.from_pylist([{name: row[name] for name in row if name != column} for row in rows])
+
+    return drop
+
+
+def with_values(column: str, change: Callable[[Any], Any]) -> Callable[[list[dict[str, Any]]], Any]:
+    def replace(rows: list[dict[str, Any]]) -> Any:
+        import pyarrow
+
+        return pyarrow.Table.from_pylist([{**row, column: change(row[column])} for row in rows])
+
+    return replace
+
+
+def in_row(number: int, **values: Any) -> Callable[[list[dict[str, Any]]], None]:
+    return lambda rows: rows[number].update(values)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("choices"), "has no column 'choices', only subject, question, answer: give a dataset in the layout"),
+        (with_values("answer", "ABCD".__getitem__), "the column 'answer' of .* is string, not an integer"),
+        (with_values("choices", str), "the column 'choices' of .* is string, not a list of texts"),
+        (in_row(3, choices=["one", "two", "three"]), "row 3 of .* has 3 choices, not 4"),
+        (in_row(0, choices=None), "row 0 of .* has 0 choices, not 4"),
+        (in_row(1, choices=["one", "two", "three", None]), "row 1 of .* has an empty choice"),
+        (in_row(2, answer=4), "row 2 of .* has the answer 4, not one of 0 to 3"),
+        (in_row(2, answer=-1), "row 2 of .* has the answer -1, not one of 0 to 3"),
+        (in_row(1, answer=None), "row 1 of .* has the answer None, not one of 0 to 3"),
+        (in_row(1, question=None), "row 1 of .* has no question"),
+    ],
+)
+def test_questions_that_do_not_fit_are_named(damage: Any, message: str, tmp_path: Path) -> None:
+    name = "anatomy/test-00000-of-00001.parquet"
+    source = damaged("mmlu-mini", name, tmp_path, damage)
+    with pytest.raises(UserError, match=message) as mistake:
+        check_mmlu(source, "team/questions")
+    assert f"{name} of team/questions" in str(mistake.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("label"), "has no column 'label', only image, query, human_or_machine: give a dataset in the layout"),
+        (with_values("label", lambda label: label[0]), "the column 'label' of .* is string, not a list of texts"),
+        (with_values("image", lambda image: image["bytes"]), "the column 'image' of .* is binary, not a struct"),
+        (in_row(70, label=[]), "row 70 of .* has no label"),
+        (in_row(1, label=[""]), "row 1 of .* has no label"),
+        (in_row(5, image=None), "row 5 of .* has no picture"),
+        (in_row(5, image={"bytes": None, "path": "chart.png"}), "row 5 of .* has no picture"),
+        (in_row(6, image={"bytes": b"GIF", "path": None}), "row 6 of .* has a picture that cannot be read"),
+        (in_row(6, human_or_machine=2), "row 6 of .* has 2 for human_or_machine, not 0 or 1"),
+        (in_row(6, query=""), "row 6 of .* has no query"),
+    ],
+)
+def test_charts_that_do_not_fit_are_named(damage: Any, message: str, tmp_path: Path) -> None:
+    name = "data/test-00000-of-00001.parquet"
+    source = damaged("chartqa-mini", name, tmp_path, damage)
+    with pytest.raises(UserError, match=message) as mistake:
+        check_charts(source, "team/charts")
+    assert f"{name} of team/charts" in str(mistake.value)
+
+
+@pytest.mark.parametrize(("stage", "benchmark"), [("questions", "mmlu-mini"), ("charts", "chartqa-mini")])
+def test_a_damaged_benchmark_ends_the_download(stage: str, benchmark: str, tmp_path: Path) -> None:
+    path = next(BUILTIN_BENCHMARKS[benchmark].glob("*/test-*.parquet"))
+    source = shutil.copytree(BUILTIN_BENCHMARKS[benchmark], tmp_path / "source")
+    assert digests(bring(stage, source, tmp_path)) == digests(source)
+    copy = source / path.parent.name / path.name
+    copy.write_bytes(copy.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{path.name} of {source} is truncated or corrupt .*: download it again"):
+        bring(stage, source, tmp_path / "again")
