@@ -42,6 +42,9 @@ class Parameters(BaseModel):
         "auto", description="Most questions per batch; auto: as many as have 4,096 tokens, or 32,768 on a GPU."
     )
     workers: int = Field(1, ge=1, description="Processes that answer the questions, each with its own model.")
+    cluster: str | None = Field(
+        None, description="Cluster that answers them instead and shares the store: tcp://… of Dask, ray://… of Ray."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the evaluation runs; with cuda, quantizing too."
     )
@@ -69,7 +72,7 @@ class Parameters(BaseModel):
     )
     refresh: list[Stage] = Field(default_factory=list, description="Stages that run again though they are cached.")
 
-    @field_validator("revision", "benchmark_revision", "target", "branch", mode="before")
+    @field_validator("revision", "benchmark_revision", "cluster", "target", "branch", mode="before")
     @classmethod
     def _left_empty(cls, value: Any) -> Any:
         """A field of the form that was left empty, and a deployment's variable that was not set, are nothing."""

@@ -52,7 +52,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
     run = Run(p.refresh, f"{p.model} · {p.recipe}")
     with run.explained(), process.ended_on_interrupt():
         recipe = load_recipe(p.recipe)
-        run.light("check", check_run, p.model, p.recipe, p.max_seq_len, p.device)
+        run.light("check", check_run, p.model, p.recipe, p.max_seq_len, p.device, p.cluster)
         if p.target:
             run.light("check target", check_target, p.target, p.create_pr)
         model = run.light("resolve", resolve_model, p.model, p.revision, p.offline)
@@ -68,11 +68,11 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         asked = run.stage("questions", questions, **origin(benchmark, p.offline))
         untied = run.stage("untie", untie, checkpoint=base)
         # The same bytes everywhere, unless a GPU is asked for: it adds up in another order.
-        where = "cuda" if p.device == "cuda" else "cpu"
+        where = "cuda" if p.device == "cuda" and p.cluster is None else "cpu"
         quantized = run.stage("quantize", quantize, checkpoint=untied, recipe=recipe, device=where)
         run.stage("smoke", smoke, checkpoint=quantized, max_new_tokens=p.max_new_tokens)
-        settings = {"questions": asked, "limit": p.limit, "device": p.device}
-        settings |= {"batch_size": p.batch_size, "workers": p.workers}
+        settings: dict[str, Any] = {"questions": asked, "limit": p.limit, "device": p.device}
+        settings |= {"batch_size": p.batch_size, "workers": p.workers, "cluster": p.cluster}
         asked_base = run.stage("evaluate_base", evaluate, checkpoint=base, **settings)
         after = run.stage("evaluate_quantized", evaluate, asked_base, checkpoint=quantized, **settings)
         shape = {"max_seq_len": p.max_seq_len, "last_logits_only": p.last_logits_only}

@@ -1,8 +1,11 @@
 """Check: everything that can be known before a long stage starts, so that a mistake costs seconds."""
 
+import importlib.util
 import math
 import os
+import re
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,9 +33,10 @@ MEMORY_FACTOR = 2.0
 MEMORY_OF_LIBRARIES = 1_000_000_000
 # The smoke tests' prompts and some tokens of answer; an image comes on top.
 SHORTEST_SEQ_LEN = 64
+SECONDS_TO_CONNECT = 10.0
 
 
-def check_run(model: str, recipe: str, max_seq_len: int, device: str) -> dict[str, Any]:
+def check_run(model: str, recipe: str, max_seq_len: int, device: str, cluster: str | None) -> dict[str, Any]:
     """Returns what the run will do: {"recipe", "model", "memory_bytes_needed", "disk_bytes_needed"}.
 
     Raises UserError for what cannot work.
@@ -41,7 +45,10 @@ def check_run(model: str, recipe: str, max_seq_len: int, device: str) -> dict[st
     """
     loaded = load_recipe(recipe)
     _check_store(store.home())
-    _check_device(device)
+    if cluster is None:
+        _check_device(device)
+    else:
+        _check_cluster(cluster)
     plan: dict[str, Any] = {"recipe": loaded["name"], "model": model}
     path = local_checkpoint(model)
     if path is not None:
@@ -118,6 +125,21 @@ def _check_device(device: str) -> None:
 
     if not torch.cuda.is_available():
         raise UserError("there is no CUDA device on this machine: use device auto or cpu")
+
+
+def _check_cluster(address: str) -> None:
+    found = re.fullmatch(r"(tcp|ray)://(.+):(\d+)", address)
+    if found is None:
+        raise UserError(
+            f"cluster {address!r} is no address of one: give tcp://host:8786 (Dask) or ray://host:10001 (Ray)"
+        )
+    extra = {"tcp": "dask", "ray": "ray"}[found[1]]
+    if importlib.util.find_spec(f"prefect_{extra}") is None:
+        raise UserError(f"cluster {address!r} needs the package prefect-{extra}: install it, here and on the cluster")
+    try:
+        socket.create_connection((found[2].strip("[]"), int(found[3])), SECONDS_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"nothing answers at {address} ({error}): start the cluster, or mend the address") from None
 
 
 def _existing(path: Path) -> Path:

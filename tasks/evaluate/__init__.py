@@ -1,5 +1,6 @@
 """Evaluate: lm-eval's own `mmlu` task group on a checkpoint, as a library. (Card section: Model Quality.)"""
 
+import functools
 import json
 import os
 import tempfile
@@ -7,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks import store
+from tasks.evaluate import shards
 from tasks.stage import Stage
 from tasks.store import StageFailed
 
+LIBRARIES = ("torch", "torchao", "transformers", "lm-eval")
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 
 
@@ -21,13 +24,15 @@ def evaluate_checkpoint(
     batch_size: int | str,
     device: str,
     workers: int = 1,
+    cluster: str | None = None,
     refresh: bool = False,
 ) -> dict[str, Any]:
     """Writes results.json (accuracy and standard error overall, per category, per subject) and samples.jsonl.
 
     `questions` is a directory in the layout of cais/mmlu; `limit` is questions per subject. Accuracies are fractions;
     the standard error of a single question is None. Each subject's answers are kept in the store when they are there,
-    if the checkpoint is of the store, and read from there unless `refresh`; `workers` is the processes that answer.
+    if the checkpoint is of the store, and read from there unless `refresh`. In a flow run `workers` processes answer,
+    or the cluster of that address.
     """
     import torch
 
@@ -42,11 +47,22 @@ def evaluate_checkpoint(
         os.chdir(folder)
         from lm_eval import simple_evaluate
 
-        from tasks.evaluate.shards import ShardedLM
+        from tasks.evaluate.lm import ShardedLM
 
         digest, root = _kept(checkpoint, Path(folder))
-        model = ShardedLM(checkpoint, digest, root, device, batch_size, workers, refresh)
-        output = simple_evaluate(model, tasks=["mmlu"], limit=limit, log_samples=True)
+        ask = functools.partial(
+            shards.answers,
+            answerer="tasks.evaluate.model:load_packed",
+            settings={"device": device, "batch_size": batch_size},
+            paths={"checkpoint": checkpoint},
+            identity={"checkpoint": digest, "device": device},
+            libraries=LIBRARIES,
+            root=root,
+            workers=workers,
+            cluster=cluster,
+            refresh=refresh,
+        )
+        output = simple_evaluate(ShardedLM(ask), tasks=["mmlu"], limit=limit, log_samples=True)
         os.chdir("/")
     if output is None:
         raise StageFailed("lm-eval returned no result")
@@ -98,8 +114,8 @@ evaluate = Stage(
     evaluate_checkpoint,
     name="evaluate",
     version=3,
-    libraries=("torch", "torchao", "transformers", "lm-eval"),
-    ignored=("batch_size", "workers"),
+    libraries=LIBRARIES,
+    ignored=("batch_size", "workers", "cluster"),
     resumes=True,
     memory=2.5,
     accelerated=True,
