@@ -43,8 +43,10 @@ class Pool:
         self.closed = False
         self.lock = threading.Lock()
 
-    def answers(self, answerer: str, settings: dict[str, Any], requests: list[Any], part: int) -> tuple[list[Any], int]:
-        """Returns the answers, and the most memory that their resident has taken, in bytes."""
+    def answers(
+        self, answerer: str, settings: dict[str, Any], requests: list[Any], part: int
+    ) -> tuple[list[Any], int, int]:
+        """Returns the answers, the process that gave them, and the most memory that it has taken, in bytes."""
 
         def progress(done: int, total: int, _what: str) -> None:
             self.progress(part, done / max(total, 1))
@@ -55,7 +57,7 @@ class Pool:
         answers: list[Any] = event["value"]
         if len(answers) != len(requests):
             raise StageFailed(f"{answerer} gave {len(answers)} answers to {len(requests)} requests")
-        return answers, event["peak_rss_bytes"]
+        return answers, resident.process.pid, event["peak_rss_bytes"]
 
     @contextlib.contextmanager
     def _resident(self, answerer: str, settings: dict[str, Any]) -> Iterator[process.Child]:

@@ -7,6 +7,8 @@ has lost only what was in work.
 
 import hashlib
 import json
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ ASKED = "evaluate-requests"
 VERSION = 2
 # Small shards are answered together until there are so many questions, which fills batches and hides a task's cost.
 QUESTIONS = 100
+
+# Answers, and the process that gave them.
+Answered = tuple[list[Any], int]
 
 
 def answers(
@@ -79,10 +84,11 @@ def answer_part(evaluation: str, number: int, part: dict[str, Any]) -> int:
     """Has a resident of the evaluation answer a part; returns the most memory that it has taken, in bytes."""
     peak = 0
 
-    def answer(settings: dict[str, Any], requests: list[Any]) -> list[Any]:
+    def answer(settings: dict[str, Any], requests: list[Any]) -> Answered:
         nonlocal peak
-        answers, peak = residents.pool_of(evaluation).answers(part["answerer"], settings, requests, number)
-        return answers
+        pool = residents.pool_of(evaluation)
+        answers, process_id, peak = pool.answers(part["answerer"], settings, requests, number)
+        return answers, process_id
 
     _answer(part, answer)
     return peak
@@ -91,10 +97,10 @@ def answer_part(evaluation: str, number: int, part: dict[str, Any]) -> int:
 def _answer_here(parts: list[dict[str, Any]]) -> None:
     loaded: list[Callable[[list[Any]], list[Any]]] = []
 
-    def answer(settings: dict[str, Any], requests: list[Any]) -> list[Any]:
+    def answer(settings: dict[str, Any], requests: list[Any]) -> Answered:
         if not loaded:
             loaded.append(process.named(parts[0]["answerer"])(**settings))
-        return loaded[0](requests)
+        return loaded[0](requests), os.getpid()
 
     done = 0
     for part in parts:
@@ -103,7 +109,7 @@ def _answer_here(parts: list[dict[str, Any]]) -> None:
         done += part["questions"]
 
 
-def _answer(part: dict[str, Any], answer: Callable[[dict[str, Any], list[Any]], list[Any]]) -> None:
+def _answer(part: dict[str, Any], answer: Callable[[dict[str, Any], list[Any]], Answered]) -> None:
     """Puts the answers to each shard of a part into the store."""
     root = Path(part["root"]) if part["root"] else store.home()
     artifact = store.load(ASKED, part["requests"], root)
@@ -111,13 +117,15 @@ def _answer(part: dict[str, Any], answer: Callable[[dict[str, Any], list[Any]], 
         raise StageFailed(f"the questions are not in {root}: whoever answers needs the store of the run")
     asked = {name: json.loads((artifact.path / f"{name}.json").read_text("utf-8")) for name in part["shards"]}
     settings = {**part["settings"], **{name: str(root / path) for name, path in part["paths"].items()}}
-    given = iter(answer(settings, [request for requests in asked.values() for request in requests]))
+    answers, process_id = answer(settings, [request for requests in asked.values() for request in requests])
+    measured = {"host": socket.gethostname(), "process": process_id}
+    given = iter(answers)
     for name, key in part["shards"].items():
         text = json.dumps([next(given) for _ in asked[name]])
 
         def write(target: Path, text: str = text) -> dict[str, Any]:
             (target / "answers.json").write_text(text, encoding="utf-8")
-            return {}
+            return {"measured": measured}
 
         store.produce(STAGE, key, write, root, part["refresh"])
 
