@@ -208,7 +208,7 @@ def _spread(
         answered = sum(part["questions"] * fraction for part, fraction in zip(parts, done, strict=True))
         progress(round(answered), total, "questions")
 
-    here = residents.Pool(residents.threads_of_each(workers), done.__setitem__, seconds_allowed=SECONDS_ALLOWED)
+    here = residents.Pool(residents.threads_of_each(workers), done.__setitem__)
     peak = 0
     try:
         # In the end, and at the first failure, the pool ends what the runner waits for.
@@ -256,12 +256,8 @@ def _as_they_finish(futures: list[PrefectFuture[int]], show: Callable[[], None])
                 show()
 
 
-@task(
-    task_run_name="{name}",
-    tags=["quantize-gemma"],
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+# Without tags: for each of a task's the server is asked whether it has a limit.
+@task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def answer(name: str, function: str, evaluation: str, number: int, part: dict[str, Any]) -> int:
     """Answers some shards of an evaluation."""
     peak: int = process.named(function)(evaluation, number, part)

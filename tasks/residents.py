@@ -17,6 +17,8 @@ from tasks import process
 from tasks.store import StageFailed
 
 SECONDS_UNASKED = 30.0
+# What takes longer over one list of requests hangs.
+SECONDS_ALLOWED = 24 * 3600.0
 
 logger = logging.getLogger(__name__)
 _pools: dict[str, "Pool"] = {}
@@ -31,13 +33,11 @@ class Pool:
         environment: dict[str, str] | None = None,
         progress: Callable[[int, float], None] = lambda _part, _done: None,
         seconds_unasked: float | None = None,
-        seconds_allowed: float | None = None,
     ) -> None:
         self.environment = environment
         self.progress = progress
         self.seconds_unasked = seconds_unasked
-        self.seconds_allowed = seconds_allowed
-        self.started: list[process.Child] = []
+        self.alive: list[process.Child] = []
         self.idle: list[process.Child] = []
         self.waiting: threading.Timer | None = None
         self.closed = False
@@ -53,7 +53,7 @@ class Pool:
 
         with self._resident(answerer, settings) as resident:
             resident.send(requests)
-            event = resident.receive(progress, logger, self.seconds_allowed)
+            event = resident.receive(progress, logger, SECONDS_ALLOWED)
         answers: list[Any] = event["value"]
         if len(answers) != len(requests):
             raise StageFailed(f"{answerer} gave {len(answers)} answers to {len(requests)} requests")
@@ -69,35 +69,44 @@ class Pool:
             if self.idle:
                 resident = self.idle.pop()
             else:
-                arguments = {"answerer": answerer, "settings": settings, "number": len(self.started)}
+                arguments = {"answerer": answerer, "settings": settings, "number": len(self.alive)}
                 resident = process.Child("tasks.residents:serve", arguments, self.environment)
-                self.started.append(resident)
+                self.alive.append(resident)
         try:
             yield resident
         except BaseException:
-            resident.close()
+            self._end(resident)
             raise
         with self.lock:
-            self.idle.append(resident)
-            if self.seconds_unasked is not None:
+            kept = not self.closed
+            if kept:
+                self.idle.append(resident)
+            if kept and self.seconds_unasked is not None:
                 self.waiting = threading.Timer(self.seconds_unasked, self.close_idle)
                 self.waiting.daemon = True
                 self.waiting.start()
+        if not kept:
+            self._end(resident)
 
     def close_idle(self) -> None:
         """Ends the residents that nobody uses."""
         with self.lock:
             idle, self.idle = self.idle, []
         for resident in idle:
-            resident.close()
+            self._end(resident)
 
     def close(self) -> None:
         """Ends all residents; who waits for one is told that it was stopped."""
         with self.lock:
             self.closed = True
-            for resident in self.started:
+            for resident in self.alive:
                 resident.kill()
         self.close_idle()
+
+    def _end(self, resident: process.Child) -> None:
+        resident.close()
+        with self.lock:
+            self.alive.remove(resident)
 
 
 @contextlib.contextmanager
