@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,6 @@ ASKED = "evaluate-requests"
 VERSION = 2
 # Small shards are answered together until there are so many questions, which fills batches and hides a task's cost.
 QUESTIONS = 100
-
-# Answers, and the process that gave them.
-Answered = tuple[list[Any], int]
 
 
 def answers(
@@ -50,84 +46,100 @@ def answers(
     if len(missing) < len(asked):
         process.report(f"{len(asked) - len(missing)} of {len(asked)} shards were answered before")
     if missing:
-        sizes = {name: _questions(asked[name]) for name in missing}
-        # A cluster says nothing of how many its workers are: there each shard is a part of its own.
-        enough = 1 if cluster else min(QUESTIONS, -(-sum(sizes.values()) // workers))
-        elsewhere = root.resolve() != store.home().resolve()
         common = {
-            "root": str(root) if elsewhere else None,
-            "requests": _write_requests(asked, root),
             "answerer": answerer,
             "settings": settings,
-            "paths": {name: _portable(path, root) for name, path in paths.items()},
+            "paths": {
+                name: str(path.relative_to(root) if root in path.parents else path) for name, path in paths.items()
+            },
+            "root": None if root.resolve() == store.home().resolve() else str(root),
+            "requests": _write_requests(asked, root),
+            "libraries": store.versions(libraries),
             "refresh": refresh,
         }
-        parts = [
-            {
-                **common,
-                "name": together[0] + (f" and {len(together) - 1} more" if together[1:] else ""),
-                "questions": sum(sizes[name] for name in together),
-                "shards": {name: keys[name] for name in together},
-            }
-            for together in _groups(sizes, enough)
-        ]
+        parts = _parts({name: _questions(asked[name]) for name in missing}, keys, common, workers, cluster)
         if not process.spread_parts("tasks.evaluate.shards:answer_part", parts, workers, cluster):
             _answer_here(parts)
-    found = {name: _load(keys[name], root) for name in asked}
-    lost = [name for name in asked if found[name] is None]
-    if lost:
-        raise StageFailed(f"the answers of {lost[0]} are not in {root}: whoever answers needs the same store")
-    return {name: kept for name, kept in found.items() if kept is not None}
+    found: dict[str, list[Any]] = {}
+    for name, key in keys.items():
+        kept = _load(key, root)
+        if kept is None:
+            raise StageFailed(f"the answers of {name} are not in {root}: whoever answers needs the same store")
+        found[name] = kept
+    return found
 
 
 def answer_part(evaluation: str, number: int, part: dict[str, Any]) -> int:
     """Has a resident of the evaluation answer a part; returns the most memory that it has taken, in bytes."""
-    peak = 0
-
-    def answer(settings: dict[str, Any], requests: list[Any]) -> Answered:
-        nonlocal peak
-        pool = residents.pool_of(evaluation)
-        answers, process_id, peak = pool.answers(part["answerer"], settings, requests, number)
-        return answers, process_id
-
-    _answer(part, answer)
+    settings, asked = _open(part)
+    pool = residents.pool_of(evaluation)
+    given, process_id, peak = pool.answers(part["answerer"], settings, _all(asked), number)
+    _keep(part, asked, given, process_id)
     return peak
 
 
 def _answer_here(parts: list[dict[str, Any]]) -> None:
-    loaded: list[Callable[[list[Any]], list[Any]]] = []
-
-    def answer(settings: dict[str, Any], requests: list[Any]) -> Answered:
-        if not loaded:
-            loaded.append(process.named(parts[0]["answerer"])(**settings))
-        return loaded[0](requests), os.getpid()
-
-    done = 0
+    settings, _ = _open(parts[0])
+    answer = process.named(parts[0]["answerer"])(**settings)
+    done, total = 0, sum(part["questions"] for part in parts)
     for part in parts:
-        with process.as_part(done, part["questions"], sum(part["questions"] for part in parts)):
-            _answer(part, answer)
+        _, asked = _open(part)
+        with process.as_part(done, part["questions"], total):
+            given = answer(_all(asked))
+        _keep(part, asked, given, os.getpid())
         done += part["questions"]
 
 
-def _answer(part: dict[str, Any], answer: Callable[[dict[str, Any], list[Any]], Answered]) -> None:
-    """Puts the answers to each shard of a part into the store."""
-    root = Path(part["root"]) if part["root"] else store.home()
+def _parts(
+    sizes: dict[str, int], keys: dict[str, str], common: dict[str, Any], workers: int, cluster: str | None
+) -> list[dict[str, Any]]:
+    """Returns what is answered by a task each: small values, of shards of so many questions."""
+    # A cluster does not say how many its workers are: there each shard is a part of its own.
+    enough = 1 if cluster else min(QUESTIONS, -(-sum(sizes.values()) // workers))
+    return [
+        {
+            **common,
+            "name": together[0] + (f" and {len(together) - 1} more" if together[1:] else ""),
+            "questions": sum(sizes[name] for name in together),
+            "shards": {name: keys[name] for name in together},
+        }
+        for together in _groups(sizes, enough)
+    ]
+
+
+def _open(part: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Returns the answerer's settings on this machine, and the requests of each shard of the part."""
+    root = _root(part)
     artifact = store.load(ASKED, part["requests"], root)
     if artifact is None:
         raise StageFailed(f"the questions are not in {root}: whoever answers needs the store of the run")
+    for library, here in store.versions(tuple(part["libraries"])).items():
+        if here != part["libraries"][library]:
+            there = part["libraries"][library]
+            raise StageFailed(f"{socket.gethostname()} has {library} {here}, the run {there}: install the same")
     asked = {name: json.loads((artifact.path / f"{name}.json").read_text("utf-8")) for name in part["shards"]}
-    settings = {**part["settings"], **{name: str(root / path) for name, path in part["paths"].items()}}
-    answers, process_id = answer(settings, [request for requests in asked.values() for request in requests])
-    measured = {"host": socket.gethostname(), "process": process_id}
+    return {**part["settings"], **{name: str(root / path) for name, path in part["paths"].items()}}, asked
+
+
+def _keep(part: dict[str, Any], asked: dict[str, list[Any]], answers: list[Any], process_id: int) -> None:
+    """Puts the answers to each shard of a part into the store."""
     given = iter(answers)
     for name, key in part["shards"].items():
         text = json.dumps([next(given) for _ in asked[name]])
 
         def write(target: Path, text: str = text) -> dict[str, Any]:
             (target / "answers.json").write_text(text, encoding="utf-8")
-            return {"measured": measured}
+            return {"measured": {"host": socket.gethostname(), "process": process_id}}
 
-        store.produce(STAGE, key, write, root, part["refresh"])
+        store.produce(STAGE, key, write, _root(part), part["refresh"])
+
+
+def _root(part: dict[str, Any]) -> Path:
+    return Path(part["root"]) if part["root"] else store.home()
+
+
+def _all(asked: dict[str, list[Any]]) -> list[Any]:
+    return [request for requests in asked.values() for request in requests]
 
 
 def _key(name: str, requests: list[Any], answerer: str, identity: dict[str, Any], libraries: tuple[str, ...]) -> str:
@@ -149,12 +161,6 @@ def _write_requests(asked: dict[str, list[Any]], root: Path) -> str:
     store.produce(ASKED, key, write, root)
     store.hold(ASKED, key, root)
     return key
-
-
-def _portable(path: Path, root: Path) -> str:
-    """Returns a path relative to the store, if it is in there."""
-    inside = path.is_relative_to(root)
-    return str(path.relative_to(root) if inside else path)
 
 
 def _groups(sizes: dict[str, int], enough: int) -> list[list[str]]:

@@ -168,6 +168,15 @@ def test_the_largest_shards_come_first_and_every_worker_gets_some() -> None:
     assert _groups({}, 1) == []
 
 
+def test_another_version_of_a_library_answers_nothing(tmp_path: Path) -> None:
+    from tasks.evaluate import shards
+
+    requests = shards._write_requests({"a": [["Question:", " A"]]}, tmp_path)
+    part = {"root": str(tmp_path), "requests": requests, "shards": {"a": "1" * 64}, "libraries": {"torch": "1.0"}}
+    with pytest.raises(store.StageFailed, match=r"has torch 2\.13\.0, the run 1\.0: install the same"):
+        shards.answer_part("evaluation", 0, part)
+
+
 def test_without_the_runs_store_nobody_can_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks.evaluate import shards
 
