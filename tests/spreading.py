@@ -76,7 +76,7 @@ def spread_evaluation(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     )
     with process.ended_on_interrupt():
         artifact = open_record(options.submit(**asked).result())
-    manifests = store.home().glob("evaluate-shard/*/manifest.json")
+    manifests = store.home().glob("evaluate-shard/[0-9a-f]*/manifest.json")
     by = [json.loads(path.read_text(encoding="utf-8"))["measured"]["process"] for path in manifests]
     return {"folder": str(artifact.path), "measured": artifact.measured, "answered": Counter(by)}
 

@@ -440,7 +440,9 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
     import shutil
 
     def shards() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in command_line.home.glob("evaluate-shard/*/manifest.json")}
+        return {
+            path: path.stat().st_mtime_ns for path in command_line.home.glob("evaluate-shard/[0-9a-f]*/manifest.json")
+        }
 
     before = digests(command_line, released, "evaluate_base")
     shutil.rmtree(artifact(command_line, released, "evaluate_base"))
