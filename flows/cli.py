@@ -45,7 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     prune = verbs.add_parser("prune", help="remove what died half-way, and what was not used for long")
     prune.add_argument("--max-gigabytes", type=float, default=math.inf, help="what the store may hold at most")
     prune.add_argument("--max-age-days", type=float, default=math.inf, help="for how long an artifact may stay unused")
-    for verb, names in ((run, list(Parameters.model_fields)), (check, ["model", "recipe", "max_seq_len", "device"])):
+    for verb, names in (
+        (run, list(Parameters.model_fields)),
+        (check, ["model", "recipe", "max_seq_len", "device", "cluster"]),
+    ):
         for name in names:
             field = Parameters.model_fields[name]
             how: dict[str, Any] = {"metavar": "X"}
@@ -69,9 +72,9 @@ def _check(arguments: argparse.Namespace) -> int:
     from tasks.store import UserError
 
     try:
-        parameters = _parameters(arguments)
-        plan = check_run(parameters.model, parameters.recipe, parameters.max_seq_len, parameters.device)
-        local = local_checkpoint(parameters.model)
+        p = _parameters(arguments)
+        plan = check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster)
+        local = local_checkpoint(p.model)
         for path in weight_files(local) if local else []:
             check_finite(path)
     except UserError as error:
@@ -96,8 +99,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from tasks.store import UserError
 
     try:
-        parameters = _parameters(arguments)
-        check_run(parameters.model, parameters.recipe, parameters.max_seq_len, parameters.device)
+        p = _parameters(arguments)
+        check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster)
     except UserError as error:
         return _refuse(error)
     # Before Prefect is imported: it reads them once.
@@ -119,7 +122,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     code = 0
     try:
-        summary = quantize_gemma(**parameters.model_dump())
+        summary = quantize_gemma(**p.model_dump())
     except RunError as error:
         summary = error.summary
         code = _refuse(error) if isinstance(error, UserError) else 1

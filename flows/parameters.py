@@ -13,9 +13,12 @@ Stage = Literal[
     "quantize",
     "smoke",
     "export",
+    "chart_questions",
     "evaluate_base",
     "evaluate_quantized",
     "evaluate_program",
+    "charts_base",
+    "charts_quantized",
     "smoke_program",
     "card",
 ]
@@ -38,7 +41,11 @@ class Parameters(BaseModel):
     benchmark_revision: str | None = Field(
         None, description="Branch, tag or commit of the benchmark; its default branch."
     )
-    limit: int | None = Field(None, ge=1, description="Questions per subject; all.")
+    charts: Literal["chartqa-mini", "HuggingFaceM4/ChartQA", "none"] | None = Field(
+        None, description="Charts to measure on: the fixture with the benchmark's, ChartQA with MMLU, or none."
+    )
+    charts_revision: str | None = Field(None, description="Branch, tag or commit of the charts; their default branch.")
+    limit: int | None = Field(None, ge=1, description="Questions per subject, and per kind of chart question; all.")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Most questions per batch; auto: as many as have 4,096 tokens, or 32,768 on a GPU."
     )
@@ -46,12 +53,15 @@ class Parameters(BaseModel):
         100, ge=1, description="Questions that the program answers, too: a sample of the checkpoint's, always the same."
     )
     workers: int = Field(1, ge=1, description="Processes that answer the questions, each with its own model.")
+    cluster: str | None = Field(
+        None, description="Cluster that answers them instead and shares the store: tcp://… of Dask, ray://… of Ray."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the evaluation runs; with cuda, quantizing too."
     )
     max_seq_len: int = Field(1024, ge=64, description="Longest sequence of the exported program, in tokens.")
     backend: Literal["xnnpack"] = Field("xnnpack", description="What the program is lowered to.")
-    dtype: Literal["float32", "float16"] = Field("float32", description="Type of the program's activations.")
+    dtype: Literal["float32"] = Field("float32", description="Type of the program's activations and scales.")
     custom_sdpa: bool = Field(True, description="Let ExecuTorch's own kernel do the program's attention.")
     custom_kv_cache: bool = Field(
         True, description="Let ExecuTorch's own kernels keep the attention's cache, which needs custom_sdpa."
@@ -90,11 +100,18 @@ class Parameters(BaseModel):
     )
     refresh: list[Stage] = Field(default_factory=list, description="Stages that run again though they are cached.")
 
-    @field_validator("revision", "benchmark_revision", "target", "branch", mode="before")
+    @field_validator(
+        "revision", "benchmark_revision", "charts", "charts_revision", "cluster", "target", "branch", mode="before"
+    )
     @classmethod
     def _left_empty(cls, value: Any) -> Any:
         """A field of the form that was left empty, and a deployment's variable that was not set, are nothing."""
         return value or None
+
+    def chart_benchmark(self) -> str | None:
+        """Returns the charts that are measured on, None for none."""
+        given = self.charts or ("chartqa-mini" if self.benchmark == "mmlu-mini" else "HuggingFaceM4/ChartQA")
+        return None if given == "none" else given
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

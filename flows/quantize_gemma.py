@@ -24,9 +24,11 @@ from flows.server import outlive_server_restarts
 from tasks import process, store
 from tasks.card import card, chartqa_scores, score
 from tasks.check import check_checkpoint, check_disk, check_memory, check_run
-from tasks.download import download, questions, remember, resolve_benchmark, resolve_model
+from tasks.checkpoint import read_config
+from tasks.download import chart_questions, download, questions, remember, resolve_benchmark, resolve_model
 from tasks.evaluate import evaluate
 from tasks.evaluate.agreement import evaluate_pte
+from tasks.evaluate.charts import evaluate_on_charts
 from tasks.export import export
 from tasks.gate import LIMITS, GateRefused, gate, gate_table
 from tasks.policies import as_task, failure_of, open_record, retried
@@ -53,7 +55,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
     run = Run(p.refresh, f"{p.model} · {p.recipe}")
     with run.explained(), process.ended_on_interrupt():
         recipe = load_recipe(p.recipe)
-        run.light("check", check_run, p.model, p.recipe, p.max_seq_len, p.device)
+        run.light("check", check_run, p.model, p.recipe, p.max_seq_len, p.device, p.cluster)
         if p.target:
             run.light("check target", check_target, p.target, p.create_pr)
         model = run.light("resolve", resolve_model, p.model, p.revision, p.offline)
@@ -65,17 +67,25 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         run.one_at_a_time = check_disk(model["weight_bytes"]) > process.available_memory() / 4
 
         base = run.stage("download", download, **origin(model, p.offline))
-        check_checkpoint(open_record(base.result()).path, recipe, p.max_seq_len)
+        files = open_record(base.result()).path
+        check_checkpoint(files, recipe, p.max_seq_len, p.custom_kv_cache)
         asked = run.stage("questions", questions, **origin(benchmark, p.offline))
         untied = run.stage("untie", untie, checkpoint=base)
         # The same bytes everywhere, unless a GPU is asked for: it adds up in another order.
-        where = "cuda" if p.device == "cuda" else "cpu"
+        where = "cuda" if p.device == "cuda" and p.cluster is None else "cpu"
         quantized = run.stage("quantize", quantize, checkpoint=untied, recipe=recipe, device=where)
         run.stage("smoke", smoke, checkpoint=quantized, max_new_tokens=p.max_new_tokens)
-        settings = {"questions": asked, "limit": p.limit, "device": p.device}
-        settings |= {"batch_size": p.batch_size, "workers": p.workers}
+        settings: dict[str, Any] = {"questions": asked, "limit": p.limit, "device": p.device}
+        settings |= {"batch_size": p.batch_size, "workers": p.workers, "cluster": p.cluster}
         asked_base = run.stage("evaluate_base", evaluate, checkpoint=base, **settings)
         after = run.stage("evaluate_quantized", evaluate, asked_base, checkpoint=quantized, **settings)
+        charts = None
+        if p.chart_benchmark() and "vision_config" in read_config(files):
+            charts = run.light("resolve charts", resolve_benchmark, p.chart_benchmark(), p.charts_revision, p.offline)
+            settings["questions"] = run.stage("chart_questions", chart_questions, **origin(charts, p.offline))
+            del settings["batch_size"]
+            after_base = run.stage("charts_base", evaluate_on_charts, after, checkpoint=base, **settings)
+            after = run.stage("charts_quantized", evaluate_on_charts, after_base, checkpoint=quantized, **settings)
         lowered = ("max_seq_len", "backend", "dtype", "custom_sdpa", "custom_kv_cache", "last_logits_only")
         program = run.stage("export", export, checkpoint=quantized, **{name: getattr(p, name) for name in lowered})
         run.stage(
@@ -93,14 +103,15 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             checkpoint=quantized,
             program=program,
             questions=asked,
-            answered=after,
+            answered=run.futures["evaluate_quantized"],
             sample_size=p.program_questions,
         )
         release = run.stage(
             "card",
             card,
             model={name: model[name] for name in ("name", "revision", "fixture", "license")},
-            benchmark={name: benchmark[name] for name in ("name", "revision", "fixture")},
+            benchmark=named(benchmark),
+            charts=named(charts) if charts else None,
             recipe=recipe,
             max_seq_len=p.max_seq_len,
             limits={name: getattr(p, name) for name in LIMITS},
@@ -109,6 +120,8 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         ).result()
         remember(model, p.revision)
         remember(benchmark, p.benchmark_revision)
+        if charts:
+            remember(charts, p.charts_revision)
         folder = open_record(release).path
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         show(folder, metrics)
@@ -131,6 +144,11 @@ def rename_run(name: str) -> None:
     """Gives this flow run a name that says what it works on, once that is known."""
     with get_client(sync_client=True) as client:
         client.update_flow_run(runtime.flow_run.id, name=name)
+
+
+def named(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the card says of a benchmark."""
+    return {name: resolved[name] for name in ("name", "revision", "fixture")}
 
 
 def origin(resolved: dict[str, Any], offline: bool) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Check: everything that can be known before a long stage starts, so that a mistake costs seconds."""
 
+import importlib.util
 import math
 import os
+import re
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,9 +33,10 @@ MEMORY_FACTOR = 2.0
 MEMORY_OF_LIBRARIES = 1_000_000_000
 # The smoke tests' prompts and some tokens of answer; an image comes on top.
 SHORTEST_SEQ_LEN = 64
+SECONDS_TO_CONNECT = 10.0
 
 
-def check_run(model: str, recipe: str, max_seq_len: int, device: str) -> dict[str, Any]:
+def check_run(model: str, recipe: str, max_seq_len: int, device: str, cluster: str | None) -> dict[str, Any]:
     """Returns what the run will do: {"recipe", "model", "memory_bytes_needed", "disk_bytes_needed"}.
 
     Raises UserError for what cannot work.
@@ -41,7 +45,10 @@ def check_run(model: str, recipe: str, max_seq_len: int, device: str) -> dict[st
     """
     loaded = load_recipe(recipe)
     _check_store(store.home())
-    _check_device(device)
+    if cluster is None:
+        _check_device(device)
+    else:
+        _check_cluster(cluster)
     plan: dict[str, Any] = {"recipe": loaded["name"], "model": model}
     path = local_checkpoint(model)
     if path is not None:
@@ -81,7 +88,7 @@ def check_disk(weight_bytes: int) -> int:
     return needed
 
 
-def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int) -> int:
+def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int, custom_kv_cache: bool = True) -> int:
     """Returns about how many bytes of memory the run will take.
 
     Raises UserError if the checkpoint is no Gemma 3, is damaged, or does not fit recipe, max_seq_len or this machine.
@@ -94,6 +101,12 @@ def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int) -> in
     if max_seq_len < shortest:
         raise UserError(
             f"max_seq_len is {max_seq_len:,}: this model's smoke tests need {shortest:,}, give at least that"
+        )
+    window = text_config(config).get("sliding_window") or longest
+    if not custom_kv_cache and (max_seq_len > window or "vision_config" not in config):
+        raise UserError(
+            f"without custom_kv_cache a program with pictures goes up to the sliding window, here {window:,} tokens, "
+            "and a text-only one reads no prompt at once: give at most that as max_seq_len, or leave custom_kv_cache on"
         )
     headers = read_headers(path)
     decide(recipe, quantizable_modules(headers))
@@ -118,6 +131,21 @@ def _check_device(device: str) -> None:
 
     if not torch.cuda.is_available():
         raise UserError("there is no CUDA device on this machine: use device auto or cpu")
+
+
+def _check_cluster(address: str) -> None:
+    found = re.fullmatch(r"(tcp|ray)://(.+):(\d+)", address)
+    if found is None:
+        raise UserError(
+            f"cluster {address!r} is no address of one: give tcp://host:8786 (Dask) or ray://host:10001 (Ray)"
+        )
+    extra = {"tcp": "dask", "ray": "ray"}[found[1]]
+    if importlib.util.find_spec(f"prefect_{extra}") is None:
+        raise UserError(f"cluster {address!r} needs the package prefect-{extra}: install it, here and on the cluster")
+    try:
+        socket.create_connection((found[2].strip("[]"), int(found[3])), SECONDS_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"nothing answers at {address} ({error}): start the cluster, or mend the address") from None
 
 
 def _existing(path: Path) -> Path:

@@ -23,6 +23,7 @@ import inspect
 import json
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -439,14 +440,15 @@ def _mapped_weights() -> Iterator[None]:
 
     stock = XnnpackBackend.preprocess
     _written_for(stock, "62f7dc915f1ef40c")
-    advise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_DONTNEED") else None
     page = mmap.PAGESIZE
+    # Elsewhere the request has another number, and nothing is asked.
+    advise: Any = ctypes.CDLL(None).madvise if sys.platform == "linux" else lambda *_: None
 
     def preprocess(program: Any, specs: Any) -> Any:
         # The passes put others in their place.
         weights = [weight for weight in _weights(program) if not isinstance(weight, FakeTensor)]
         packed = stock(program, specs)
-        for weight in weights if advise else ():
+        for weight in weights:
             first = -(-weight.data_ptr() // page) * page
             size = (weight.data_ptr() + weight.nbytes - first) // page * page
             if size > 0:

@@ -5,25 +5,30 @@ removed or damaged is a miss and runs again.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
+import queue
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
-from prefect import Task, task
+from prefect import Task, task, unmapped
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
+from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
+from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks import process, store
+from tasks import process, residents, store
 from tasks.stage import Stage
-from tasks.store import Artifact, StageFailed, UserError
+from tasks.store import Artifact, RunError, StageFailed, UserError
 
 terminal = logging.getLogger(__name__)
 
@@ -76,9 +81,11 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
                 values["refresh"] = refresh
             function = f"{work.__module__}:{work.__name__}"
             sizes = sum(value["size"] for value in inputs.values() if is_record(value)) * inputs.get("workers", 1)
+            # What a cluster's machines have is not this server's to share out.
+            here = not inputs.get("cluster")
             with (
-                _slots(ACCELERATOR, int(stage.accelerated and inputs.get("device") != "cpu")),
-                _slots(MEMORY, math.ceil(1 + stage.memory * sizes / 2**30) if stage.memory else 0),
+                _slots(ACCELERATOR, int(stage.accelerated and inputs.get("device") != "cpu" and here)),
+                _slots(MEMORY, math.ceil(1 + stage.memory * sizes * here / 2**30) if stage.memory else 0),
                 _Progress(name) as progress,
             ):
                 return process.run(
@@ -88,6 +95,7 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
                     logger,
                     stage.environment(),
                     SECONDS_ALLOWED,
+                    functools.partial(_spread, context.task_run.name.split(" · ")[0], progress),
                 )
 
         artifact = store.produce(name, key_of(inputs), make, refresh=refresh)
@@ -178,6 +186,82 @@ def _discard_failure(_task: Any, _run: Any, state: Any) -> None:
     kept = getattr(getattr(state.data, "metadata", state.data), "storage_key", None)
     if kept is not None and Path(kept).parent == store.home():
         Path(kept).unlink(missing_ok=True)
+
+
+def _spread(
+    of: str,
+    progress: process.Progress,
+    function: str,
+    parts: list[dict[str, Any]],
+    workers: int,
+    cluster: str | None,
+) -> int:
+    """Runs `function` as a task for each of the parts; returns the most memory that its process took, in bytes.
+
+    The first failure ends the others; what they have finished is in the store.
+    """
+    evaluation = uuid4().hex
+    total = sum(part["questions"] for part in parts)
+    done = [0.0] * len(parts)
+
+    def show() -> None:
+        answered = sum(part["questions"] * fraction for part, fraction in zip(parts, done, strict=True))
+        progress(round(answered), total, "questions")
+
+    here = residents.Pool(residents.threads_of_each(workers), done.__setitem__)
+    peak = 0
+    try:
+        # In the end, and at the first failure, the pool ends what the runner waits for.
+        with _runner(workers, cluster) as runner, residents.pool(evaluation, here):
+            same = {"function": unmapped(function), "evaluation": unmapped(evaluation)}
+            names = [f"{of} · {part['name']}" for part in parts]
+            futures = list(runner.map(answer, {"name": names, "number": range(len(parts)), "part": parts, **same}))
+            for future in _as_they_finish(futures, show):
+                peak = max(peak, future.result())
+                done[futures.index(future)] = 1.0
+        show()
+    except RunError:
+        raise
+    except Exception as error:
+        where = f"on {cluster}" if cluster else "here"
+        raise StageFailed(f"it could not be spread {where}: {type(error).__name__}: {error}") from error
+    return peak
+
+
+def _runner(workers: int, cluster: str | None) -> Any:
+    if cluster is None:
+        return ThreadPoolTaskRunner(max_workers=workers)
+    if cluster.startswith("ray://"):
+        from prefect_ray import RayTaskRunner
+
+        return RayTaskRunner(address=cluster)
+    from prefect_dask import DaskTaskRunner
+
+    return DaskTaskRunner(address=cluster)
+
+
+def _as_they_finish(futures: list[PrefectFuture[int]], show: Callable[[], None]) -> Iterator[PrefectFuture[int]]:
+    """Yields each future when it is done, and shows the progress while it waits."""
+    finished: queue.SimpleQueue[PrefectFuture[int]] = queue.SimpleQueue()
+    for future in futures:
+        future.add_done_callback(finished.put)
+    for _ in futures:
+        while True:
+            try:
+                yield finished.get(timeout=0.5)
+                break
+            except queue.Empty:
+                if store.stopping.is_set():
+                    raise StageFailed("stopped") from None
+                show()
+
+
+# Without tags: for each of a task's the server is asked whether it has a limit.
+@task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
+def answer(name: str, function: str, evaluation: str, number: int, part: dict[str, Any]) -> int:
+    """Answers some shards of an evaluation."""
+    peak: int = process.named(function)(evaluation, number, part)
+    return peak
 
 
 @contextlib.contextmanager

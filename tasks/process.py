@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 from tasks.store import StageFailed, UserError, home, stopping
 
 Progress = Callable[[int, int, str], None]
+Spread = Callable[[str, list[dict[str, Any]], int, str | None], int]
 
 TOKENS = ("HF_TOKEN", "HF_TOKEN_WRITE", "HUGGING_FACE_HUB_TOKEN")
 QUIET = {
@@ -35,7 +37,10 @@ QUIET = {
 }
 
 _events: Any = None
-_running: "set[subprocess.Popen[str]]" = set()
+_lines: "queue.SimpleQueue[str]" = queue.SimpleQueue()
+_running: "set[Child]" = set()
+# What the work was before this part, this part, and all of it.
+_part: tuple[int, int, int] | None = None
 
 
 def run(
@@ -45,91 +50,138 @@ def run(
     logger: Any,
     environment: dict[str, str] | None = None,
     seconds_allowed: float | None = None,
+    spread: Spread | None = None,
 ) -> dict[str, Any]:
     """Returns what `function` ("module:name") returned, with "measured": seconds and peak_rss_bytes added.
 
-    Tokens reach the process only in `environment`, and leave it in nothing that it prints or raises.
+    Tokens reach the process only in `environment`, and leave it in nothing that it prints or raises. `spread` does what
+    the function hands out with spread_parts(), and returns the most memory that one of its processes took.
 
     Raises UserError as the function did, and StageFailed when it raised anything else or the process died.
     """
-    receive, send = os.pipe()
     started = time.monotonic()
-    process = subprocess.Popen(
-        # -P: the directory where the run was started is no place to import from.
-        [sys.executable, "-P", "-m", "tasks.process", function, str(send)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=[send],
-        env={**{n: v for n, v in os.environ.items() if n not in TOKENS}, **QUIET, **_cache(), **(environment or {})},
-        text=True,
-        errors="replace",
-    )
-    os.close(send)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    printed: list[str] = []
-    reader = threading.Thread(target=_keep_tail, args=(process.stdout, printed), daemon=True)
-    reader.start()
-    outcome: dict[str, Any] = {}
-    _running.add(process)
-    watch = threading.Timer(seconds_allowed, process.kill) if seconds_allowed else None
-    if watch:
-        watch.start()
-    try:
+    peak = 0
+    with contextlib.closing(Child(function, arguments, environment)) as child:
+        while (event := child.receive(progress, logger, seconds_allowed))["event"] == "spread":
+            if spread is not None:
+                peak = max(peak, spread(event["function"], event["parts"], event["workers"], event["cluster"]))
+            child.send(spread is not None)
+    value: dict[str, Any] = event["value"]
+    value["measured"] = {
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_rss_bytes": max(peak, event["peak_rss_bytes"]),
+        **value.pop("extra", {}),
+    }
+    return value
+
+
+class Child:
+    """A process that works for this one, on lines of JSON. Whoever starts it ends it with close()."""
+
+    def __init__(self, function: str, arguments: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+        """Starts `function` ("module:name") with the arguments."""
+        receive, send = os.pipe()
+        kept = {name: value for name, value in os.environ.items() if name not in TOKENS}
+        self.process = subprocess.Popen(
+            # -P: the directory where the run was started is no place to import from.
+            [sys.executable, "-P", "-m", "tasks.process", function, str(send)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=[send],
+            env={**kept, **QUIET, **_cache(), **(environment or {})},
+            text=True,
+            errors="replace",
+        )
+        os.close(send)
+        self.events = os.fdopen(receive, encoding="utf-8")
+        self.printed: list[str] = []
+        self.reader = threading.Thread(target=_keep_tail, args=(self.process.stdout, self.printed), daemon=True)
+        self.reader.start()
+        self.killed = False
+        _running.add(self)
         if stopping.is_set():
-            process.kill()
-        process.stdin.write(json.dumps(arguments) + "\n")
-        process.stdin.flush()  # It stays open: its end tells the child that the parent is gone.
-        with os.fdopen(receive, encoding="utf-8") as events:
-            for line in events:
-                event = json.loads(line)
-                if event["event"] == "progress":
-                    progress(event["done"], event["total"], event["what"])
-                elif event["event"] == "log":
-                    logger.info(event["message"])
-                else:
-                    outcome = event
-        process.wait()
-    except BrokenPipeError:
-        process.wait()
-    finally:
-        _running.discard(process)
+            self.kill()
+        self.send(arguments)
+
+    def send(self, value: Any) -> None:
+        """Sends the process a line. It stays open for more: its end tells the process that this one is gone."""
+        assert self.process.stdin is not None
+        # What it died of, receive() says.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(value) + "\n")
+            self.process.stdin.flush()
+
+    def receive(self, progress: Progress, logger: Any, seconds_allowed: float | None = None) -> dict[str, Any]:
+        """Returns the next event that is no progress and no line for the log: a result, or parts to be spread.
+
+        Raises UserError and StageFailed as run() does.
+        """
+        started = time.monotonic()
+        watch = threading.Timer(seconds_allowed, self.process.kill) if seconds_allowed else None
         if watch:
-            watch.cancel()
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        reader.join(timeout=5)
-        process.stdin.close()
-        process.stdout.close()
-    if outcome.get("event") == "result":
-        value: dict[str, Any] = outcome["value"]
-        seconds = round(time.monotonic() - started, 2)
-        value["measured"] = {
-            "seconds": seconds,
-            "peak_rss_bytes": outcome["peak_rss_bytes"],
-            **value.pop("extra", {}),
-        }
-        return value
-    if outcome.get("event") == "user_error":
-        raise UserError(redact(outcome["message"]))
-    if stopping.is_set():
-        raise StageFailed("stopped")
-    tail = redact("".join(printed[-30:]))
-    if outcome.get("event") == "error":
-        raise StageFailed(f"{redact(outcome['message'])}\n{tail}".strip(), outcome["transient"], outcome["retry_after"])
-    if seconds_allowed and time.monotonic() - started >= seconds_allowed:
-        raise StageFailed(f"it was ended after {seconds_allowed:,.0f} s, the longest that it may take")
-    raise StageFailed(f"its process ended with {_describe_exit(process.returncode)}\n{tail}".strip())
+            watch.start()
+        event: dict[str, Any] = {"event": "died"}
+        try:
+            # The last line of a process that was killed may be half of one.
+            while (line := self.events.readline()).endswith("\n"):
+                said = json.loads(line)
+                if said["event"] == "progress":
+                    progress(said["done"], said["total"], said["what"])
+                elif said["event"] == "log":
+                    logger.info(said["message"])
+                else:
+                    event = said
+                    break
+        finally:
+            if watch:
+                watch.cancel()
+        if event["event"] in ("result", "spread"):
+            return event
+        if event["event"] == "user_error":
+            raise UserError(redact(event["message"]))
+        self.process.wait()
+        self.reader.join(timeout=5)
+        if self.killed or stopping.is_set():
+            raise StageFailed("stopped")
+        tail = redact("".join(self.printed[-30:]))
+        if event["event"] == "error":
+            message = f"{redact(event['message'])}\n{tail}".strip()
+            raise StageFailed(message, event["transient"], event["retry_after"])
+        if seconds_allowed and time.monotonic() - started >= seconds_allowed:
+            raise StageFailed(f"it was ended after {seconds_allowed:,.0f} s, the longest that it may take")
+        raise StageFailed(f"its process ended with {_describe_exit(self.process.returncode)}\n{tail}".strip())
+
+    def kill(self) -> None:
+        """Ends the process at once; whoever waits for it is told that it was stopped."""
+        self.killed = True
+        self.process.kill()
+
+    def close(self) -> None:
+        """Ends the process and frees what it took."""
+        _running.discard(self)
+        self.process.kill()
+        self.process.wait()
+        self.reader.join(timeout=5)
+        self.events.close()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
 
 
 def call(function: str, target: str, paths: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
     """Calls a stage's work inside its own process, with artifacts as paths of their directories."""
-    module, name = function.split(":")
-    work = getattr(importlib.import_module(module), name)
+    work = named(function)
     result: dict[str, Any] = work(Path(target), **{field: Path(path) for field, path in paths.items()}, **values)
     return result
+
+
+def named(function: str) -> Callable[..., Any]:
+    """Returns the function of a name "module:function"."""
+    module, name = function.split(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
 
 
 @contextlib.contextmanager
@@ -150,9 +202,9 @@ def ended_on_interrupt() -> Iterator[None]:
 
 
 def kill_all() -> None:
-    """Ends all processes that run() has started and waits for."""
-    for process in list(_running):
-        process.kill()
+    """Ends all processes that this one has started and waits for."""
+    for child in list(_running):
+        child.kill()
 
 
 def _cache() -> dict[str, str]:
@@ -187,7 +239,41 @@ def total_memory() -> int:
 
 def report_progress(done: int, total: int, what: str) -> None:
     """Tells the parent how far the work is; does nothing where no parent listens."""
+    if _part is not None:
+        before, size, whole = _part
+        done, total = before + size * done // max(total, 1), whole
     _emit({"event": "progress", "done": done, "total": total, "what": what})
+
+
+@contextlib.contextmanager
+def as_part(before: int, size: int, total: int) -> Iterator[None]:
+    """Makes what is reported inside a part of something larger."""
+    global _part
+    _part = before, size, total
+    try:
+        yield
+    finally:
+        _part = None
+
+
+def spread_parts(function: str, parts: list[dict[str, Any]], workers: int, cluster: str | None) -> bool:
+    """Has the parent call `function` ("module:name") with each of the parts, in so many processes or on a cluster.
+
+    Returns False, and nothing was done, where no parent does such a thing. If a part fails, the parent ends this
+    process.
+    """
+    _emit({"event": "spread", "function": function, "parts": parts, "workers": workers, "cluster": cluster})
+    return _events is not None and bool(next_line())
+
+
+def next_line() -> Any:
+    """Waits for what the parent sends next, and returns it."""
+    return json.loads(_lines.get())
+
+
+def give(value: Any) -> None:
+    """Sends the parent a result."""
+    _emit({"event": "result", "value": value, "peak_rss_bytes": _peak_rss_bytes()})
 
 
 def report(message: str) -> None:
@@ -262,8 +348,10 @@ def _keep_tail(stream: Any, lines: list[str]) -> None:
         del lines[:-200]
 
 
-def _exit_with_parent() -> None:
-    sys.stdin.read()
+def _listen() -> None:
+    """Takes what the parent sends; the end of it is the parent's."""
+    for line in sys.stdin:
+        _lines.put(line)
     os._exit(1)
 
 
@@ -271,13 +359,10 @@ def _main() -> None:
     global _events
     function, descriptor = sys.argv[1], int(sys.argv[2])
     _events = os.fdopen(descriptor, "w", encoding="utf-8")
-    arguments = json.loads(sys.stdin.readline())
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_listen, daemon=True).start()
     logging.basicConfig(level=logging.WARNING)
-    module, name = function.split(":")
     try:
-        value = getattr(importlib.import_module(module), name)(**arguments)
-        _emit({"event": "result", "value": value, "peak_rss_bytes": _peak_rss_bytes()})
+        give(named(function)(**next_line()))
     except UserError as error:
         _emit({"event": "user_error", "message": str(error)})
     except MemoryError:

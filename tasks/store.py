@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -107,9 +107,14 @@ def key(
         "version": stage_version,
         "inputs": inputs,
         "parameters": parameters,
-        "libraries": {name: version(name).split("+")[0] for name in libraries},
+        "libraries": versions(libraries),
     }
     return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of installed libraries, without what they were built for."""
+    return {name: version(name).split("+")[0] for name in libraries}
 
 
 def canonical_json(value: Any) -> bytes:

@@ -19,6 +19,7 @@ def make_release(
     target: Path,
     model: dict[str, Any],
     benchmark: dict[str, Any],
+    charts: dict[str, Any] | None,
     recipe: dict[str, Any],
     max_seq_len: int,
     limits: dict[str, float],
@@ -27,11 +28,11 @@ def make_release(
 ) -> dict[str, Any]:
     """Fills `target` with a release that can be pushed to the Hub as it is: checkpoint, program, metrics.json, card.
 
-    `model` and `benchmark` say what was resolved: {"name", "revision", "fixture", …}; `limits` the gate's;
+    `model`, `benchmark` and `charts` say what was resolved: {"name", "revision", "fixture", …}; `limits` the gate's;
     `stages` are the artifacts' directories by stage.
     """
     artifacts = {name: store.at(path) for name, path in stages.items()}
-    metrics = {**collect_metrics(artifacts, model, benchmark, recipe, max_seq_len), "run_id": run_id}
+    metrics = {**collect_metrics(artifacts, model, benchmark, charts, recipe, max_seq_len), "run_id": run_id}
     metrics["gate"] = {"limits": limits, **judge(metrics, limits)}
     checkpoint = artifacts["quantize"]
     for name in checkpoint.files:

@@ -21,6 +21,8 @@ LIBRARIES = (
 )
 # Weights derived from Gemma's stay under its terms, whatever a local directory does not say.
 GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
+# What the export says of itself.
+EXPORTED = ("task", "delegation", "backend", "dtype", "custom_sdpa", "custom_kv_cache", "last_logits_only")
 # Benchmark -> its stages, one per column.
 EVALUATIONS = {"mmlu": "evaluate", "chartqa": "charts"}
 
@@ -29,6 +31,7 @@ def collect_metrics(
     artifacts: dict[str, store.Artifact],
     model: dict[str, Any],
     benchmark: dict[str, Any],
+    charts: dict[str, Any] | None,
     recipe: dict[str, Any],
     max_seq_len: int,
 ) -> dict[str, Any]:
@@ -41,6 +44,7 @@ def collect_metrics(
     if not model["fixture"]:
         run += f" --revision {model['revision']}"
     run += f" --benchmark {benchmark['name']}" + (f" --limit {limit}" if limit else "")
+    run += f" --charts {charts['name'] if charts else 'none'}"
     run += f" --program-questions {mmlu['program']['questions']}"
     return {
         "base_model": model["name"],
@@ -50,6 +54,7 @@ def collect_metrics(
         "benchmark": benchmark["name"],
         "benchmark_revision": benchmark["revision"],
         "fixture_benchmark": benchmark["fixture"],
+        "charts": charts,
         "recipe": recipe["name"],
         "recipe_hash": recipe_hash(recipe),
         "max_seq_len": max_seq_len,
@@ -70,8 +75,7 @@ def collect_metrics(
         },
         "program": {
             "bytes": artifacts["export"].files["model.pte"].size,
-            "task": artifacts["export"].metadata["task"],
-            "delegation": artifacts["export"].metadata["delegation"],
+            **{name: artifacts["export"].metadata[name] for name in EXPORTED},
             **program.metadata,
             **scores["program"],
             "speed": program.measured["speed"],

@@ -1,6 +1,7 @@
 """Evaluate: lm-eval's own `mmlu` task group on a checkpoint, as a library. (Card section: Model Quality.)"""
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks import store
+from tasks.evaluate import shards
 from tasks.stage import Stage
 from tasks.store import StageFailed
 
+LIBRARIES = ("torch", "torchao", "transformers", "lm-eval")
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 
 
@@ -23,13 +26,15 @@ def evaluate_checkpoint(
     batch_size: int | str,
     device: str,
     workers: int = 1,
+    cluster: str | None = None,
     refresh: bool = False,
 ) -> dict[str, Any]:
     """Writes results.json (accuracy and standard error overall, per category, per subject) and samples.jsonl.
 
     `questions` is a directory in the layout of cais/mmlu; `limit` is questions per subject. Accuracies are fractions;
     the standard error of a single question is None. Each subject's answers are kept in the store when they are there,
-    if the checkpoint is of the store, and read from there unless `refresh`; `workers` is the processes that answer.
+    if the checkpoint is of the store, and read from there unless `refresh`. In a flow run `workers` processes answer,
+    or the cluster of that address.
     """
     import torch
 
@@ -38,11 +43,22 @@ def evaluate_checkpoint(
     with benchmark(questions) as folder:
         from lm_eval import simple_evaluate
 
-        from tasks.evaluate.shards import ShardedLM
+        from tasks.evaluate.lm import ShardedLM
 
-        digest, root = _kept(checkpoint, folder)
-        model = ShardedLM(checkpoint, digest, root, device, batch_size, workers, refresh)
-        output = simple_evaluate(model, tasks=["mmlu"], limit=limit, log_samples=True)
+        digest, root = kept(checkpoint, folder)
+        ask = functools.partial(
+            shards.answers,
+            answerer="tasks.evaluate.model:load_packed",
+            settings={"device": device, "batch_size": batch_size},
+            paths={"checkpoint": checkpoint},
+            identity={"checkpoint": digest, "device": device},
+            libraries=LIBRARIES,
+            root=root,
+            workers=workers,
+            cluster=cluster,
+            refresh=refresh,
+        )
+        output = simple_evaluate(ShardedLM(ask), tasks=["mmlu"], limit=limit, log_samples=True)
     if output is None:
         raise StageFailed("lm-eval returned no result")
     results = {**_summarize(output), "device": device, "limit": limit}
@@ -92,7 +108,7 @@ def read_samples(evaluated: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (evaluated / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _kept(checkpoint: Path, otherwise: Path) -> tuple[str, Path]:
+def kept(checkpoint: Path, otherwise: Path) -> tuple[str, Path]:
     """Returns the checkpoint's digest and the store that it is in."""
     try:
         return store.at(checkpoint).digest, checkpoint.parents[2]
@@ -123,8 +139,8 @@ evaluate = Stage(
     evaluate_checkpoint,
     name="evaluate",
     version=3,
-    libraries=("torch", "torchao", "transformers", "lm-eval"),
-    ignored=("batch_size", "workers"),
+    libraries=LIBRARIES,
+    ignored=("batch_size", "workers", "cluster"),
     resumes=True,
     memory=2.5,
     accelerated=True,

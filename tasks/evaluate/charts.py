@@ -8,15 +8,18 @@ JPEG; here the model gets the dataset's own pixels.) The normalized score beside
 lm-eval's own `hf-multimodal` model answers; see chart_model.py.
 """
 
+import functools
 import io
 import json
 import re
 import string
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint import task_of
+from tasks.evaluate import LIBRARIES, kept, shards
 from tasks.process import report_progress
 from tasks.questions import CHART_KINDS, read_charts
 from tasks.stage import Stage
@@ -36,16 +39,30 @@ NUMBER_WORDS = [
 # fmt: on
 CURRENCIES = "$€£¥₹"
 
+# Questions that are answered together, and lost together when the evaluation is killed.
+SHARD = 50
+# Goes up when the same question may be answered differently.
+ANSWERER_VERSION = 1
+
 # Numbers of questions -> the model's texts.
 Answerer = Callable[[list[int]], list[str]]
 
 
-def evaluate_charts(target: Path, checkpoint: Path, questions: Path, limit: int | None, device: str) -> dict[str, Any]:
+def evaluate_charts(
+    target: Path,
+    checkpoint: Path,
+    questions: Path,
+    limit: int | None,
+    device: str,
+    workers: int = 1,
+    cluster: str | None = None,
+    refresh: bool = False,
+) -> dict[str, Any]:
     """Writes results.json (relaxed accuracy and its standard error, overall and per kind) and samples.jsonl.
 
     `questions` is a directory in the layout of HuggingFaceM4/ChartQA; `limit` is questions per kind, human and
-    augmented. Accuracies are fractions; the standard error of a single question is None. Raises UserError if the
-    checkpoint reads no pictures.
+    augmented. Accuracies are fractions; the standard error of a single question is None. Answers are kept in the store
+    as those of MMLU are. Raises UserError if the checkpoint reads no pictures.
     """
     import torch
     from transformers import AutoConfig
@@ -54,7 +71,29 @@ def evaluate_charts(target: Path, checkpoint: Path, questions: Path, limit: int 
         raise UserError(f"{checkpoint} is a text-only checkpoint: it cannot be asked about charts")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    results, samples = score_answers(load_chart_answerer(str(checkpoint), str(questions), device), questions, limit)
+    with tempfile.TemporaryDirectory() as folder:
+        digest, root = kept(checkpoint, Path(folder))
+        asked, _ = kept(questions, Path(folder))
+        ask = functools.partial(
+            shards.answers,
+            answerer="tasks.evaluate.charts:load_chart_answerer",
+            settings={"device": device},
+            paths={"checkpoint": checkpoint, "questions": questions},
+            identity={"checkpoint": digest, "questions": asked, "device": device, "version": ANSWERER_VERSION},
+            libraries=LIBRARIES,
+            root=root,
+            workers=workers,
+            cluster=cluster,
+            refresh=refresh,
+        )
+
+        def answer(numbers: list[int]) -> list[str]:
+            # A picture's questions are neighbours and share its features: they stay together.
+            parts = {f"charts-{i}": numbers[i : i + SHARD] for i in range(0, len(numbers), SHARD)}
+            given = ask(parts)
+            return [text for name in parts for text in given[name]]
+
+        results, samples = score_answers(answer, questions, limit)
     results |= {"device": device, "limit": limit}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with (target / "samples.jsonl").open("w", encoding="utf-8") as stream:
@@ -76,7 +115,7 @@ def load_chart_answerer(checkpoint: str, questions: str, device: str) -> Answere
         for number in numbers:
             row = table.slice(number, 1).to_pylist()[0]
             texts.append(model.ask(picture(row), messages_of(row["query"]), GENERATION))
-            report_progress(len(texts), len(numbers), "charts")
+            report_progress(len(texts), len(numbers), "questions")
         return texts
 
     return answer
@@ -252,7 +291,9 @@ def _edges(kept: str) -> str:
 evaluate_on_charts = Stage(
     evaluate_charts,
     name="evaluate-charts",
-    libraries=("torch", "torchao", "transformers", "lm-eval"),
+    libraries=LIBRARIES,
+    ignored=("workers", "cluster"),
+    resumes=True,
     memory=2.5,
     accelerated=True,
 )

@@ -7,10 +7,13 @@ on each question alone. Only the positions that are asked for reach lm_head.
 """
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate, sdpa_mask
@@ -18,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tasks.checkpoint import keep_activations
 from tasks.evaluate.dequantized import dequantize_once
+from tasks.lean import lean_loading
 from tasks.process import report_progress
 
 # More tokens per batch make no matrix product faster, only the memory larger.
@@ -28,6 +32,21 @@ POSITIONS = 256
 Request = tuple[Any, list[int], list[int]]
 
 
+def load_packed(checkpoint: str, device: str, batch_size: int | str) -> Callable[[list[Any]], list[Any]]:
+    """Returns the answerer of a checkpoint: of [context, continuation] to [log-likelihood, is greedy]."""
+    return answering(PackedLM(Path(checkpoint), device, batch_size))
+
+
+def answering(model: LM) -> Callable[[list[Any]], list[Any]]:
+    """Returns a model of lm-eval as an answerer."""
+
+    def answer(requests: list[Any]) -> list[Any]:
+        given = [Instance("loglikelihood", {}, (context, continuation), 0) for context, continuation in requests]
+        return [[score, greedy] for score, greedy in model.loglikelihood(given, disable_tqdm=True)]
+
+    return answer
+
+
 class PackedLM(HFLM):
     """HFLM, for checkpoints of Gemma 3, plain or quantized, read as text alone."""
 
@@ -36,11 +55,10 @@ class PackedLM(HFLM):
 
         `unrounded` is for reference: float32, and no activation is quantized. It is slow, and takes no more memory.
         """
-        super().__init__(pretrained=str(checkpoint), device=device, dtype="bfloat16", batch_size=1)
+        with lean_loading():
+            super().__init__(pretrained=str(checkpoint), device=device, dtype="bfloat16", batch_size=1)
         self.tokens = TOKENS[torch.device(device).type]
         self.rows = None if batch_size == "auto" else int(batch_size)
-        # Of several calls, for the progress.
-        self.answered = self.expected = 0
         if hasattr(self.model.model, "vision_tower"):
             self.model.model.vision_tower = None
         if unrounded:
@@ -87,8 +105,7 @@ class PackedLM(HFLM):
                     if strings is not None:
                         self.cache_hook.add_partial("loglikelihood", strings, answers[number])
             done += len(batch)
-            self.answered += len(batch)
-            report_progress(self.answered, max(self.expected, self.answered), "questions")
+            report_progress(done, len(rows), "questions")
         return answers
 
     def _next_batch(self, rows: list[tuple[int, ...]], wanted: dict[tuple[int, ...], int]) -> list[tuple[int, ...]]:

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoTokenizer
 
-from tasks.evaluate.model import Request, score_continuation, share_rows
+from tasks.evaluate.model import Request, answering, score_continuation, share_rows
 from tasks.process import report_progress
 from tasks.program import Methods
 
@@ -56,11 +55,5 @@ class ProgramLM(TemplateLM):
 
 
 def load_program_answerer(checkpoint: str, program: str) -> Callable[[list[Any]], list[Any]]:
-    """Returns a function from [[context, continuation]] to [[log-likelihood, whether it is greedy]]."""
-    model = ProgramLM(Path(checkpoint), Path(program))
-
-    def answer(requests: list[Any]) -> list[Any]:
-        asked = [Instance("loglikelihood", doc={}, arguments=tuple(pair), idx=0) for pair in requests]
-        return [list(found) for found in model.loglikelihood(asked, disable_tqdm=True)]
-
-    return answer
+    """Returns the answerer of a program: of [context, continuation] to [log-likelihood, is greedy]."""
+    return answering(ProgramLM(Path(checkpoint), Path(program)))

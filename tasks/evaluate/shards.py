@@ -1,181 +1,184 @@
-"""Answers in shards, one per subject, each an artifact of its own in the store as soon as it is there.
+"""Answers in shards, each an artifact of its own in the store as soon as it is there.
 
-lm-eval asks for the whole benchmark at once. What is in the store is read from there; the rest is answered here, or
-by several processes, each with its own model. An evaluation that is killed has lost only what was in work.
+What is in the store is read from there. The rest is handed to the flow run, which has it answered by mapped tasks, in
+processes of this machine or on a cluster; where there is no flow run, it is answered here. An evaluation that is killed
+has lost only what was in work.
 """
 
 import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-
-from tasks import process, store
+from tasks import process, residents, store
+from tasks.store import StageFailed
 
 STAGE = "evaluate-shard"
-# Goes up when the same request may be answered differently.
-VERSION = 1
-LIBRARIES = ("torch", "torchao", "transformers", "lm-eval")
-# Small shards are answered together until there are so many questions, which fills batches.
+ASKED = "evaluate-requests"
+# Goes up when a shard's artifact is written differently; what answers differently belongs into `identity`.
+VERSION = 2
+# Small shards are answered together until there are so many questions, which fills batches and hides a task's cost.
 QUESTIONS = 100
 
-Pairs = list[list[str]]
+
+def answers(
+    asked: dict[str, list[Any]],
+    answerer: str,
+    settings: dict[str, Any],
+    paths: dict[str, Path],
+    identity: dict[str, Any],
+    libraries: tuple[str, ...],
+    root: Path,
+    workers: int = 1,
+    cluster: str | None = None,
+    refresh: bool = False,
+) -> dict[str, list[Any]]:
+    """Returns the answers to each shard's requests, by the shards' names, which are fit for names of files.
+
+    The answerer (see residents.py) is loaded with `settings` and `paths`, which may be on another machine: there a
+    path in the store `root` is that store's. A shard's key is made of its name, its requests, the answerer, `identity`
+    and the libraries' versions. Shards of the same key in the store are not answered again, unless `refresh`.
+    """
+    keys = {name: _key(name, requests, answerer, identity, libraries) for name, requests in asked.items()}
+    missing = [name for name in asked if refresh or _load(keys[name], root) is None]
+    if len(missing) < len(asked):
+        process.report(f"{len(asked) - len(missing)} of {len(asked)} shards were answered before")
+    if missing:
+        common = {
+            "answerer": answerer,
+            "settings": settings,
+            "paths": {
+                name: str(path.relative_to(root) if root in path.parents else path) for name, path in paths.items()
+            },
+            "root": None if root.resolve() == store.home().resolve() else str(root),
+            "requests": _write_requests(asked, root),
+            "libraries": store.versions(libraries),
+            "refresh": refresh,
+        }
+        parts = _parts({name: _questions(asked[name]) for name in missing}, keys, common, workers, cluster)
+        if not process.spread_parts("tasks.evaluate.shards:answer_part", parts, workers, cluster):
+            _answer_here(parts)
+    found: dict[str, list[Any]] = {}
+    for name, key in keys.items():
+        kept = _load(key, root)
+        if kept is None:
+            raise StageFailed(f"the answers of {name} are not in {root}: whoever answers needs the same store")
+        found[name] = kept
+    return found
 
 
-class ShardedLM(LM):
-    """An lm-eval model whose answers go through the store. It answers log-likelihoods and nothing else."""
-
-    def __init__(
-        self, checkpoint: Path, digest: str, root: Path, device: str, batch_size: int | str, workers: int, refresh: bool
-    ) -> None:
-        super().__init__()
-        self.checkpoint = checkpoint
-        self.digest = digest
-        self.root = root
-        self.device_name = device
-        self.batch_size = batch_size
-        self.workers = workers
-        self.refresh = refresh
-
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Returns lm-eval's answers, in the order of the requests."""
-        subjects: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            subjects.setdefault(request.task_name, []).append(number)
-        pairs = {subject: [list(requests[n].args) for n in numbers] for subject, numbers in subjects.items()}
-        keys = {subject: self._key(subject, pairs[subject]) for subject in subjects}
-        missing = [subject for subject in subjects if self.refresh or _load(keys[subject], self.root) is None]
-        if len(missing) < len(subjects):
-            process.report(f"{len(subjects) - len(missing)} of {len(subjects)} subjects were answered before")
-        sizes = {subject: len(str(pairs[subject])) for subject in missing}
-        jobs: list[dict[str, Any]] = [
-            {
-                "checkpoint": str(self.checkpoint),
-                "root": str(self.root),
-                "device": self.device_name,
-                "batch_size": self.batch_size,
-                "refresh": self.refresh,
-                "shards": [{"key": keys[subject], "pairs": pairs[subject]} for subject in part],
-            }
-            for part in deal(missing, sizes, self.workers)
-        ]
-        if len(jobs) == 1:
-            answer(**jobs[0])
-        elif jobs:
-            _answer_in_processes(jobs)
-        answers: list[Any] = [None] * len(requests)
-        for subject, numbers in subjects.items():
-            found = _load(keys[subject], self.root)
-            if found is None:
-                raise store.StageFailed(f"the answers of {subject} have gone from the store: start the run again")
-            for number, (score, greedy) in zip(numbers, found, strict=True):
-                answers[number] = score, greedy
-        return answers
-
-    def _key(self, subject: str, pairs: Pairs) -> str:
-        """The requests' text stands for dataset, task, few-shot examples and limit."""
-        text = hashlib.sha256(store.canonical_json(pairs)).hexdigest()
-        parameters = {"subject": subject, "requests": text, "device": self.device_name}
-        return store.key(STAGE, VERSION, [self.digest], parameters, list(LIBRARIES))
-
-    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Is not needed for questions."""
-        raise NotImplementedError
-
-    def generate_until(self, requests: list[Any]) -> list[str]:
-        """Is not needed for questions."""
-        raise NotImplementedError
+def answer_part(evaluation: str, number: int, part: dict[str, Any]) -> int:
+    """Has a resident of the evaluation answer a part; returns the most memory that it has taken, in bytes."""
+    settings, asked = _open(part)
+    pool = residents.pool_of(evaluation)
+    given, process_id, peak = pool.answers(part["answerer"], settings, _all(asked), number)
+    _keep(part, asked, given, process_id)
+    return peak
 
 
-def deal(subjects: list[str], sizes: dict[str, int], workers: int) -> list[list[str]]:
-    """Returns each worker's subjects, about the same work for all; nobody gets none."""
-    parts: list[list[str]] = [[] for _ in range(min(workers, len(subjects)))]
-    for subject in sorted(subjects, key=lambda subject: (-sizes[subject], subject)):
-        min(parts, key=lambda part: sum(sizes[one] for one in part)).append(subject)
-    return parts
+def _answer_here(parts: list[dict[str, Any]]) -> None:
+    settings, _ = _open(parts[0])
+    answer = process.named(parts[0]["answerer"])(**settings)
+    done, total = 0, sum(part["questions"] for part in parts)
+    for part in parts:
+        _, asked = _open(part)
+        with process.as_part(done, part["questions"], total):
+            given = answer(_all(asked))
+        _keep(part, asked, given, os.getpid())
+        done += part["questions"]
 
 
-def answer(
-    checkpoint: str, root: str, device: str, batch_size: int | str, refresh: bool, shards: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Answers shards, {"key", "pairs": [[context, continuation]]}, and puts each into the store when it is there."""
-    from tasks.evaluate.model import PackedLM
-
-    model = PackedLM(Path(checkpoint), device, batch_size)
-    model.expected = sum(_questions(shard) for shard in shards)
-    for together in _rounds(shards):
-        requests = [_request(*pair) for shard in together for pair in shard["pairs"]]
-        answers = iter(model.loglikelihood(requests, disable_tqdm=True))
-        for shard in together:
-            found = [next(answers) for _ in shard["pairs"]]
-
-            def write(target: Path, found: Any = found) -> dict[str, Any]:
-                (target / "answers.json").write_text(json.dumps(found), encoding="utf-8")
-                return {}
-
-            store.produce(STAGE, shard["key"], write, Path(root), refresh)
-    return {}
+def _parts(
+    sizes: dict[str, int], keys: dict[str, str], common: dict[str, Any], workers: int, cluster: str | None
+) -> list[dict[str, Any]]:
+    """Returns what is answered by a task each: small values, of shards of so many questions."""
+    # A cluster does not say how many its workers are: there each shard is a part of its own.
+    enough = 1 if cluster else min(QUESTIONS, -(-sum(sizes.values()) // workers))
+    return [
+        {
+            **common,
+            "name": together[0] + (f" and {len(together) - 1} more" if together[1:] else ""),
+            "questions": sum(sizes[name] for name in together),
+            "shards": {name: keys[name] for name in together},
+        }
+        for together in _groups(sizes, enough)
+    ]
 
 
-def _rounds(shards: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yields the shards in groups of at least QUESTIONS questions, but for the last."""
-    together: list[dict[str, Any]] = []
-    for shard in shards:
-        together.append(shard)
-        if sum(_questions(one) for one in together) >= QUESTIONS:
-            yield together
-            together = []
-    if together:
-        yield together
+def _open(part: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Returns the answerer's settings on this machine, and the requests of each shard of the part."""
+    root = _root(part)
+    artifact = store.load(ASKED, part["requests"], root)
+    if artifact is None:
+        raise StageFailed(f"the questions are not in {root}: whoever answers needs the store of the run")
+    for library, here in store.versions(tuple(part["libraries"])).items():
+        if here != part["libraries"][library]:
+            there = part["libraries"][library]
+            raise StageFailed(f"{socket.gethostname()} has {library} {here}, the run {there}: install the same")
+    asked = {name: json.loads((artifact.path / f"{name}.json").read_text("utf-8")) for name in part["shards"]}
+    return {**part["settings"], **{name: str(root / path) for name, path in part["paths"].items()}}, asked
 
 
-def _questions(shard: dict[str, Any]) -> int:
-    return len({context for context, _ in shard["pairs"]})
+def _keep(part: dict[str, Any], asked: dict[str, list[Any]], answers: list[Any], process_id: int) -> None:
+    """Puts the answers to each shard of a part into the store."""
+    given = iter(answers)
+    for name, key in part["shards"].items():
+        text = json.dumps([next(given) for _ in asked[name]])
+
+        def write(target: Path, text: str = text) -> dict[str, Any]:
+            (target / "answers.json").write_text(text, encoding="utf-8")
+            return {"measured": {"host": socket.gethostname(), "process": process_id}}
+
+        store.produce(STAGE, key, write, _root(part), part["refresh"])
 
 
-def _answer_in_processes(jobs: list[dict[str, Any]]) -> None:
-    """Runs each job in a process of its own, on a device or a part of the processor's cores of its own."""
-    import torch
-
-    done = [(0, sum(_questions(shard) for shard in job["shards"])) for job in jobs]
-    one_at_a_time = threading.Lock()
-
-    def work(number: int) -> None:
-        def progress(count: int, total: int, what: str) -> None:
-            with one_at_a_time:
-                done[number] = count, total
-                process.report_progress(sum(d for d, _ in done), sum(t for _, t in done), what)
-
-        job = dict(jobs[number])
-        if job["device"] == "cuda":
-            job["device"] = f"cuda:{number % torch.cuda.device_count()}"
-        threads = str(max(1, torch.get_num_threads() // len(jobs)))
-        process.run("tasks.evaluate.shards:answer", job, progress, _Log(), {"OMP_NUM_THREADS": threads})
-
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        for future in as_completed([pool.submit(work, number) for number in range(len(jobs))]):
-            try:
-                future.result()
-            except BaseException:
-                # What the others have answered so far is kept.
-                process.kill_all()
-                raise
+def _root(part: dict[str, Any]) -> Path:
+    return Path(part["root"]) if part["root"] else store.home()
 
 
-class _Log:
-    """What a process of this process says goes on to the parent."""
-
-    def info(self, message: str) -> None:
-        process.report(message)
+def _all(asked: dict[str, list[Any]]) -> list[Any]:
+    return [request for requests in asked.values() for request in requests]
 
 
-def _request(context: str, continuation: str) -> Any:
-    return Instance(request_type="loglikelihood", doc={}, arguments=(context, continuation), idx=0)
+def _key(name: str, requests: list[Any], answerer: str, identity: dict[str, Any], libraries: tuple[str, ...]) -> str:
+    """The requests' text stands for dataset, task, few-shot examples and limit."""
+    text = hashlib.sha256(store.canonical_json(requests)).hexdigest()
+    parameters = {"shard": name, "requests": text, "answerer": answerer, **identity}
+    return store.key(STAGE, VERSION, [], parameters, list(libraries))
+
+
+def _write_requests(asked: dict[str, list[Any]], root: Path) -> str:
+    """Puts all requests into the store, where every worker finds its own; returns their key."""
+
+    def write(target: Path) -> dict[str, Any]:
+        for name, requests in asked.items():
+            (target / f"{name}.json").write_text(json.dumps(requests), encoding="utf-8")
+        return {}
+
+    key = store.key(ASKED, VERSION, [], {"asked": asked}, [])
+    store.produce(ASKED, key, write, root)
+    store.hold(ASKED, key, root)
+    return key
+
+
+def _groups(sizes: dict[str, int], enough: int) -> list[list[str]]:
+    """Returns the shards in groups of at least so many questions, but for the last; the largest come first."""
+    groups: list[list[str]] = []
+    count = enough
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        if count >= enough:
+            groups.append([])
+            count = 0
+        groups[-1].append(name)
+        count += sizes[name]
+    return groups
+
+
+def _questions(requests: list[Any]) -> int:
+    """Counts the requests; those with the same context, as the letters of a question, are one."""
+    return len({request[0] if isinstance(request, list) else request for request in requests})
 
 
 def _load(key: str, root: Path) -> list[Any] | None:
@@ -183,5 +186,5 @@ def _load(key: str, root: Path) -> list[Any] | None:
     if artifact is None:
         return None
     store.hold(STAGE, key, root)
-    answers: list[Any] = json.loads((artifact.path / "answers.json").read_text(encoding="utf-8"))
-    return answers
+    found: list[Any] = json.loads((artifact.path / "answers.json").read_text(encoding="utf-8"))
+    return found

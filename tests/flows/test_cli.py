@@ -99,6 +99,10 @@ def test_too_little_disk_is_said_with_both_sizes(fresh: CommandLine, tiny_copy: 
         (["--max-seq-len", "-5"], ["max-seq-len", "-5"]),
         (["--limit", "none"], ["limit", "none"]),
         (["--refresh", "quantise"], ["refresh", "quantise", "'quantize'"]),
+        (["--cluster", "localhost:8786"], ["'localhost:8786'", "tcp://host:8786 (Dask)", "ray://host:10001 (Ray)"]),
+        (["--cluster", "tcp://127.0.0.1:1"], ["tcp://127.0.0.1:1", "refused", "start the cluster"]),
+        (["--cluster", "tcp://127.0.0.1:99999"], ["tcp://127.0.0.1:99999", "mend the address"]),
+        (["--cluster", "ray://127.0.0.1:10001"], ["ray://127.0.0.1:10001", "prefect-ray", "install"]),
     ],
 )
 def test_a_bad_argument_is_named(arguments: list[str], words: list[str], fresh: CommandLine) -> None:

@@ -469,6 +469,38 @@ def test_a_run_killed_in_quantize_is_finished_by_the_next(released: Outcome, com
     assert json.loads((folder / "manifest.json").read_text())["digest"] == before
 
 
+def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects_that_were_answered(
+    released: Outcome, command_line: CommandLine
+) -> None:
+    import shutil
+
+    def shards() -> dict[Path, int]:
+        return {
+            path: path.stat().st_mtime_ns for path in command_line.home.glob("evaluate-shard/[0-9a-f]*/manifest.json")
+        }
+
+    before = digests(command_line, released, "evaluate_base")
+    shutil.rmtree(artifact(command_line, released, "evaluate_base"))
+    shutil.rmtree(command_line.home / "evaluate-shard")
+    process = start_run_into("evaluate", 0, command_line, "--workers", "2")
+    deadline = time.monotonic() + 120
+    while not shards():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert sum("tasks.residents:serve" in child.cmdline() for child in children) == 2
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+    kept = shards()
+    again = command_line("run", "--json")
+    assert again.cached == {name: name != "evaluate_base" for name in ALL}
+    assert digests(command_line, again, "evaluate_base") == before
+    assert len(shards()) == 57
+    assert {path: finished for path, finished in shards().items() if path in kept} == kept
+
+
 def test_a_text_only_checkpoint_goes_through_the_same_flow(command_line: CommandLine, tmp_path: Path) -> None:
     import shutil
 

@@ -77,7 +77,7 @@ def in_a_store(checkpoint: Path, home: Path) -> Path:
     return store.produce("quantize", "0" * 64, copy, home).path
 
 
-def test_answers_are_kept_and_the_same_whoever_gives_them(
+def test_answers_are_kept_and_a_lost_shard_is_answered_again(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def progress(made: dict[str, Any]) -> Any:
@@ -87,15 +87,9 @@ def test_answers_are_kept_and_the_same_whoever_gives_them(
         return {path.name: path.read_bytes() for path in target.iterdir()}
 
     one = in_a_store(checkpoints["quantized"], tmp_path / "one")
-    two = in_a_store(checkpoints["quantized"], tmp_path / "two")
     assert progress(evaluated(one, tmp_path / "a", monkeypatch, limit=1)) == (57, 57)
-    assert progress(evaluated(two, tmp_path / "b", monkeypatch, limit=1, workers=2)) == (57, 57)
-    assert files(tmp_path / "a") == files(tmp_path / "b")
     shards = sorted((tmp_path / "one").glob("evaluate-shard/*/manifest.json"))
     assert len(shards) == 57
-    assert [path.parent.name for path in shards] == sorted(
-        path.parent.name for path in (tmp_path / "two").glob("evaluate-shard/*/manifest.json")
-    )
     # A shard that is damaged or was never finished is answered again, and nothing else.
     shutil.rmtree(shards[3].parent)
     (shards[40].parent / "data" / "answers.json").write_text("[]")
@@ -105,46 +99,91 @@ def test_answers_are_kept_and_the_same_whoever_gives_them(
     assert progress(evaluated(one, tmp_path / "d", monkeypatch, limit=1, refresh=True)) == (57, 57)
 
 
-def test_a_shards_key_follows_whatever_is_asked() -> None:
-    from tasks.evaluate.shards import ShardedLM
+def load_echo(path: str) -> Callable[[list[Any]], list[Any]]:
+    """Returns an answerer of [context, continuation] that needs no model; a file says what is asked together."""
 
-    def key(digest: str = "0", subject: str = "a", pairs: Any = None, device: str = "cpu", workers: int = 1) -> str:
-        model = ShardedLM(Path(), digest, Path(), device, "auto", workers, False)
-        return model._key(subject, pairs or [["Question:", " A"]])
+    def answer(requests: list[Any]) -> list[Any]:
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(requests) + "\n")
+        if ["stop", ""] in requests:
+            raise KeyboardInterrupt
+        return [[len(context), continuation] for context, continuation in requests]
 
-    more = [["Question:", " A"], ["Another:", " A"]]
-    others = {key(), key(digest="1"), key(subject="b"), key(pairs=more), key(device="cuda")}
-    assert len(others) == 5
-    assert key(workers=2) == key()
+    return answer
 
 
-def test_a_killed_evaluation_keeps_the_shards_that_were_finished(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def echoed(store_of_run: Path, asked: dict[str, list[Any]], **settings: Any) -> dict[str, list[Any]]:
+    from tasks.evaluate import shards
+
+    settings = {"identity": {"checkpoint": "0", "device": "cpu"}, "libraries": (), **settings}
+    return shards.answers(
+        asked,
+        answerer="tests.tasks.test_evaluate:load_echo",
+        settings={},
+        paths={"path": store_of_run / "asked.txt"},
+        root=store_of_run,
+        **settings,
+    )
+
+
+def test_a_shards_key_follows_whatever_is_asked(tmp_path: Path) -> None:
+    def key(name: str = "a", more: bool = False, **settings: Any) -> str:
+        before = set(tmp_path.glob("evaluate-shard/*/manifest.json"))
+        echoed(tmp_path, {name: [["Question:", " A"], *([["Another:", " A"]] if more else [])]}, **settings)
+        new = set(tmp_path.glob("evaluate-shard/*/manifest.json")) - before
+        return new.pop().parent.name if new else ""
+
+    device = {"identity": {"checkpoint": "0", "device": "cuda"}}
+    checkpoint = {"identity": {"checkpoint": "1", "device": "cpu"}}
+    keys = [key(), key("b"), key(more=True), key(**device), key(**checkpoint), key(libraries=("torch",))]
+    assert len(set(keys)) == 6
+    assert "" not in keys
+    # Who answers does not count.
+    assert key(workers=2, cluster="tcp://somewhere:8786") == ""
+
+
+def test_small_shards_are_asked_together_and_what_is_stopped_keeps_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tasks.evaluate import shards
-    from tasks.evaluate.model import PackedLM
 
     monkeypatch.setattr(shards, "QUESTIONS", 2)
-    asked = [{"key": str(n) * 64, "pairs": [[f"Question {n}:", " A"], [f"Question {n}:", " B"]]} for n in range(6)]
-    ask = PackedLM._loglikelihood_tokens
-
-    def die_at_the_third(model: Any, *arguments: Any, **keywords: Any) -> Any:
-        if model.answered == 4:
-            raise KeyboardInterrupt
-        return ask(model, *arguments, **keywords)
-
-    monkeypatch.setattr(PackedLM, "_loglikelihood_tokens", die_at_the_third)
+    four = {name: [[f"Question {name}:", letter] for letter in "ABCD"] for name in "abcd"}
+    stopped = {**four, "x": [["stop", ""]]}
     with pytest.raises(KeyboardInterrupt):
-        shards.answer(str(checkpoints["base"]), str(tmp_path), "cpu", "auto", False, asked)
-    assert sorted(path.name[0] for path in (tmp_path / "evaluate-shard").glob("[0-9]*")) == ["0", "1", "2", "3"]
+        echoed(tmp_path, stopped)
+    asked = [json.loads(line) for line in (tmp_path / "asked.txt").read_text().splitlines()]
+    assert [len(together) for together in asked] == [8, 8, 1]
+    (tmp_path / "asked.txt").unlink()
+    assert echoed(tmp_path, four)["c"] == [[11, letter] for letter in "ABCD"]
+    assert not (tmp_path / "asked.txt").exists()
 
 
-def test_workers_get_about_the_same_work_and_nobody_none() -> None:
-    from tasks.evaluate.shards import deal
+def test_the_largest_shards_come_first_and_every_worker_gets_some() -> None:
+    from tasks.evaluate.shards import _groups
 
-    assert deal(["a", "b", "c", "d"], {"a": 9, "b": 3, "c": 3, "d": 2}, 2) == [["a"], ["b", "c", "d"]]
-    assert deal(["a"], {"a": 1}, 3) == [["a"]]
-    assert deal([], {}, 3) == []
+    assert _groups({"a": 30, "b": 90, "c": 120, "d": 30}, 100) == [["c"], ["b", "a"], ["d"]]
+    assert _groups({"a": 1, "b": 1, "c": 1}, 2) == [["a", "b"], ["c"]]
+    assert _groups({"a": 1, "b": 5}, 1) == [["b"], ["a"]]
+    assert _groups({}, 1) == []
+
+
+def test_another_version_of_a_library_answers_nothing(tmp_path: Path) -> None:
+    from tasks.evaluate import shards
+
+    requests = shards._write_requests({"a": [["Question:", " A"]]}, tmp_path)
+    part = {"root": str(tmp_path), "requests": requests, "shards": {"a": "1" * 64}, "libraries": {"torch": "1.0"}}
+    with pytest.raises(store.StageFailed, match=r"has torch 2\.13\.0, the run 1\.0: install the same"):
+        shards.answer_part("evaluation", 0, part)
+
+
+def test_without_the_runs_store_nobody_can_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks.evaluate import shards
+
+    monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path / "another"))
+    part = {"root": None, "requests": "0" * 64, "shards": {"a": "1" * 64}}
+    with pytest.raises(store.StageFailed, match=r"the questions are not in .*another: whoever answers needs the store"):
+        shards.answer_part("evaluation", 0, part)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,102 @@
+"""Flows that spread an evaluation, for tests, each in a process of its own: `python -m tests.spreading '{…}'`.
+
+The last line of stdout is the result as JSON. {"stage": "evaluate", …} evaluates tiny-gemma3 on the built-in questions
+with those settings of the stage; {"stage": "lengths", …} answers some words with their lengths, which needs no model.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from tasks import process, store
+from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tasks.evaluate import evaluate, shards
+from tasks.policies import as_task, open_record, record
+from tasks.stage import Stage
+
+
+def load_lengths(loaded: str, seconds: float) -> Callable[[list[str]], list[int]]:
+    """Returns the answerer of words by their lengths; it dies of "SIGKILL", and leaves a line when it is loaded."""
+    with open(loaded, "a", encoding="utf-8") as stream:
+        stream.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
+
+    def answer(words: list[str]) -> list[int]:
+        time.sleep(seconds)
+        if "fail" in words:
+            raise ValueError("a word that cannot be measured")
+        if "SIGKILL" in words:
+            os.kill(os.getpid(), signal.SIGKILL)
+        taken = b"x" * 500_000_000 if "large" in words else b""
+        return [len(word) + 0 * len(taken) for word in words]
+
+    return answer
+
+
+def measure_words(
+    target: Path, words: dict[str, list[str]], loaded: str, seconds: float, workers: int, cluster: str | None
+) -> dict[str, Any]:
+    """Writes each list's lengths."""
+    found = shards.answers(
+        words,
+        answerer="tests.spreading:load_lengths",
+        settings={"loaded": loaded, "seconds": seconds},
+        paths={},
+        identity={},
+        libraries=(),
+        root=store.home(),
+        workers=workers,
+        cluster=cluster,
+    )
+    (target / "lengths.json").write_text(json.dumps(found), encoding="utf-8")
+    return {}
+
+
+lengths = Stage(measure_words, name="lengths", ignored=("loaded", "seconds", "workers", "cluster"))
+
+
+@flow
+def spread_evaluation(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the artifact's directory, what it took, and how many shards each process has answered."""
+    asked = {"workers": 1, "cluster": None, **settings}
+    if stage == "evaluate":
+        asked = {"limit": None, "batch_size": "auto", "device": "cpu", **asked}
+        asked |= {"checkpoint": in_the_store(BUILTIN["tiny-gemma3"])}
+        asked |= {"questions": in_the_store(BUILTIN_BENCHMARKS["mmlu-mini"])}
+    options = as_task({"evaluate": evaluate, "lengths": lengths}[stage]).with_options(
+        task_run_name=f"{stage} · test", result_storage=store.home()
+    )
+    with process.ended_on_interrupt():
+        artifact = open_record(options.submit(**asked).result())
+    manifests = store.home().glob("evaluate-shard/[0-9a-f]*/manifest.json")
+    by = [json.loads(path.read_text(encoding="utf-8"))["measured"]["process"] for path in manifests]
+    return {"folder": str(artifact.path), "measured": artifact.measured, "answered": Counter(by)}
+
+
+def in_the_store(source: Path) -> dict[str, Any]:
+    """Returns the record of a directory's copy in the store."""
+
+    def copy(target: Path) -> dict[str, Any]:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return {}
+
+    return record(store.produce("download", store.key("test", 1, [], {"name": source.name}, []), copy))
+
+
+if __name__ == "__main__":
+    # As the imported module: a cluster's workers look the flow's names up there.
+    from tests import spreading
+
+    given = json.loads(sys.argv[1])
+    try:
+        print(json.dumps(spreading.spread_evaluation(given.pop("stage"), given)))
+    except store.RunError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
