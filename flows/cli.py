@@ -73,7 +73,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     try:
         p = _parameters(arguments)
-        plan = check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster)
+        plan = check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster, p.custom_kv_cache)
         local = local_checkpoint(p.model)
         for path in weight_files(local) if local else []:
             check_finite(path)
@@ -100,7 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     try:
         p = _parameters(arguments)
-        check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster)
+        check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster, p.custom_kv_cache)
     except UserError as error:
         return _refuse(error)
     # Before Prefect is imported: it reads them once.

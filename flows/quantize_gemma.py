@@ -55,7 +55,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
     run = Run(p.refresh, f"{p.model} · {p.recipe}")
     with run.explained(), process.ended_on_interrupt():
         recipe = load_recipe(p.recipe)
-        run.light("check", check_run, p.model, p.recipe, p.max_seq_len, p.device, p.cluster)
+        run.light("check", check_run, p.model, p.recipe, p.max_seq_len, p.device, p.cluster, p.custom_kv_cache)
         if p.target:
             run.light("check target", check_target, p.target, p.create_pr)
         model = run.light("resolve", resolve_model, p.model, p.revision, p.offline)

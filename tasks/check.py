@@ -36,7 +36,9 @@ SHORTEST_SEQ_LEN = 64
 SECONDS_TO_CONNECT = 10.0
 
 
-def check_run(model: str, recipe: str, max_seq_len: int, device: str, cluster: str | None) -> dict[str, Any]:
+def check_run(
+    model: str, recipe: str, max_seq_len: int, device: str, cluster: str | None, custom_kv_cache: bool = True
+) -> dict[str, Any]:
     """Returns what the run will do: {"recipe", "model", "memory_bytes_needed", "disk_bytes_needed"}.
 
     Raises UserError for what cannot work.
@@ -53,7 +55,7 @@ def check_run(model: str, recipe: str, max_seq_len: int, device: str, cluster: s
     path = local_checkpoint(model)
     if path is not None:
         plan["disk_bytes_needed"] = check_disk(sum(file.stat().st_size for file in weight_files(path)))
-        plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len)
+        plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len, custom_kv_cache)
     return plan
 
 

@@ -25,8 +25,8 @@ ALL = set(get_args(Stage))
 
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:
     key = next(stage["key"] for stage in outcome.summary["stages"] if stage["name"] == name)
-    stage = "evaluate" if name in ("evaluate_base", "evaluate_quantized") else name.replace("_", "-")
-    return command_line.home / stage / key
+    stage = {"evaluate": "evaluate", "charts": "evaluate-charts"}.get(name.rpartition("_")[0], name.replace("_", "-"))
+    return command_line.home / ("evaluate-program" if name == "evaluate_program" else stage) / key
 
 
 def metrics_of(outcome: Outcome) -> dict[str, Any]:
@@ -70,13 +70,16 @@ def test_one_command_leaves_a_release_that_passed_the_gate(released: Outcome) ->
     assert not any(released.cached.values())
     assert summary["gate"]["passed"]
     kl = {f"program_kl{part}" for part in ("", "_last", "_step_by_step", "_image")}
-    answered = {"mmlu_drop", "mmlu_recovery", "program_disagreement"}
+    answered = {"mmlu_drop", "mmlu_recovery", "chartqa_drop", "chartqa_recovery", "program_disagreement"}
     assert {check["name"] for check in summary["gate"]["checks"]} == {*answered, "vision_encoder", *kl}
     assert summary["published"] is None
     base, quantized, program = (summary["metrics"][name] for name in ("base", "quantized", "program"))
     assert base["mmlu"]["accuracy"] >= 0.8
     assert quantized["mmlu"]["accuracy"] >= 0.8
     assert base["mmlu"]["questions"] == 228
+    assert 0.6 < base["chartqa"]["relaxed_accuracy"]["overall"]["accuracy"] < 1
+    assert 0.6 < quantized["chartqa"]["relaxed_accuracy"]["overall"]["accuracy"] < 1
+    assert program["speed"]["image"]["peak_rss_bytes"] > 10_000_000
     assert program["image"]["response"] == "blue"
     assert program["text"]["response"] == quantized["smoke"]["response"]
     assert quantized["smoke"]["response"].startswith("I can talk to you")
@@ -528,4 +531,5 @@ def test_a_text_only_checkpoint_goes_through_the_same_flow(command_line: Command
     assert program["task"] == "text-generation"
     assert program["text"]["response"].startswith("I can talk to you")
     assert "image" not in program
+    assert "chartqa" not in outcome.summary["metrics"]["quantized"]
     assert outcome.summary["metrics"]["quantized"]["mmlu"]["accuracy"] >= 0.8

@@ -1,9 +1,18 @@
 """What the exported program must be, and what is said when it is not."""
 
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from tasks.export import check_delegation
-from tasks.store import StageFailed
+from benchmarks.shapes import quantized_checkpoint
+from tasks import process
+from tasks.builtin import BUILTIN
+from tasks.export import check_delegation, check_exportable
+from tasks.store import StageFailed, UserError
 
 
 def counted(**portable: int) -> dict[str, dict[str, dict[str, int]]]:
@@ -22,3 +31,70 @@ def test_operators_that_cost_little_may_stay_with_the_portable_kernels() -> None
 def test_a_linear_or_an_attention_that_is_not_delegated_is_an_error(name: str) -> None:
     with pytest.raises(StageFailed, match=f"text_decoder of the program runs {name}"):
         check_delegation(counted(aten_mean_dim=4, **{name: 1}))
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("checkpoint") / "quantized"
+    target.mkdir()
+    quantized_checkpoint(BUILTIN["tiny-gemma3"], target)
+    return target
+
+
+def test_a_checkpoint_that_is_not_ours_is_refused(quantized: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not quantized with torchao"):
+        check_exportable(tmp_path, BUILTIN["tiny-gemma3"])
+    other = Path(shutil.copytree(quantized, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(UserError, match="not a checkpoint of Gemma 3"):
+        check_exportable(tmp_path, other)
+    with pytest.raises(UserError, match="not a checkpoint of Gemma 3"):
+        check_exportable(tmp_path, tmp_path)
+    check_exportable(tmp_path, quantized)
+
+
+def test_no_room_for_the_program_is_said_with_both_sizes(quantized: Path, tmp_path: Path) -> None:
+    """The checkpoint's weights claim 4 TB, in a file that takes no room."""
+    huge = Path(shutil.copytree(quantized, tmp_path / "huge"))
+    os.truncate(huge / "model.safetensors", 2**42)
+    with pytest.raises(UserError, match=r"the program takes about 3298\.53 GB, but .* GB are free"):
+        check_exportable(tmp_path, huge)
+
+
+def decoded(program: str, checkpoint: str) -> dict[str, Any]:
+    """Returns the KL divergences from the checkpoint of a short text, read at once and token by token."""
+    import torch
+    from transformers import AutoConfig
+
+    from tasks.checkpoint import load_model
+    from tasks.program import Methods
+    from tasks.verify import _kl
+
+    ids = torch.arange(40, 64)[None]
+    with torch.no_grad():
+        expected = load_model(Path(checkpoint), torch.float32)(ids).logits[0]
+    methods = Methods(Path(program), AutoConfig.from_pretrained(checkpoint))
+    embedded = methods.embed(ids)
+    return {
+        "at_once": _kl(expected[-1:], methods.decode(embedded, {23})),
+        "step_by_step": _kl(expected[8:], methods.decode(embedded, set(range(8, 24)))),
+    }
+
+
+@pytest.mark.parametrize("custom_sdpa", [True, False])
+def test_without_the_custom_cache_a_program_is_right_within_the_sliding_window(
+    custom_sdpa: bool, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    values = {"max_seq_len": 64, "custom_sdpa": custom_sdpa, "custom_kv_cache": False}
+    call = {"function": "tasks.export:export_checkpoint", "target": str(tmp_path), "values": values}
+    call["paths"] = {"checkpoint": str(quantized)}
+    made = process.run("tasks.process:call", call, lambda *_: None, None)["metadata"]
+    custom = {name for method in made["delegation"].values() for name in method["custom"]}
+    assert not any(name.startswith("update_cache") for name in custom)
+    assert ("llama_custom_sdpa_default" in custom) == custom_sdpa
+    arguments = {"program": str(tmp_path / "model.pte"), "checkpoint": str(quantized)}
+    found = process.run("tests.tasks.test_export:decoded", arguments, lambda *_: None, None)
+    assert found["at_once"] < 0.003, found
+    assert found["step_by_step"] < 0.003, found
