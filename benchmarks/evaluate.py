@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.side_by_side import compared as result_of
 from benchmarks.side_by_side import line, machine, run, show, version
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 
@@ -136,17 +137,12 @@ def measure(
         f"different: {compared['different_predictions']} predictions, {compared['different_loglikelihoods']} "
         f"questions' log-likelihoods, {len(compared['different_scores'])} scores",
     ]
-    kept = ("seconds", "peak_rss_bytes", "evaluation_seconds")
+    case = {"model": checkpoint.name, "limit": limit, "batch_size": batch_size, "device": device}
     return {
-        "name": "evaluate",
-        "machine": machine(),
-        "version": version(),
-        "case": {"model": checkpoint.name, "limit": limit, "batch_size": batch_size, "device": device},
-        "steps": {name: {k: step[k] for k in kept} for name, step in steps.items()},
-        "questions_per_second": speeds,
-        "ratios": ratios,
+        **result_of("evaluate", case, steps["lm_eval"], steps["ours"], equal),
+        "evaluation_seconds": {name: step["evaluation_seconds"] for name, step in steps.items()},
+        "questions_per_second": {**speeds, "ratio": ratios["questions per second"]},
         **compared,
-        "equal": equal,
         "lines": lines,
     }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
-from benchmarks.side_by_side import line, machine, run, show, version
+from benchmarks.side_by_side import compared, line, machine, run, show, version
 from tasks.lean import SWITCH
 from tasks.store import human_size
 
@@ -35,28 +35,16 @@ def measure(shape: str, max_seq_len: int, folder: Path) -> dict[str, Any]:
             programs.append(target / "model.pte")
         equal = run("benchmarks.export:compare", {}, programs=[str(program) for program in programs])["equal"]
         sizes = [program.stat().st_size for program in programs]
-    kept = ("seconds", "peak_rss_bytes")
-    ratios = {what: steps["optimum-executorch"][what] / steps["ours"][what] for what in kept}
+    reference, ours = steps.values()
+    case = {"shape": shape, "max_seq_len": max_seq_len}
+    result = compared("export", case, reference, ours, equal != "DIFFERENT")
     lines = [
         f"{shape}, max_seq_len {max_seq_len}, {version()}, {machine()}",
         *(line(name, step) for name, step in steps.items()),
         f"programs of {' and '.join(human_size(size) for size in sizes)}: {equal}",
-        f"time: {ratios['seconds']:.2f}",
-        f"memory: {ratios['peak_rss_bytes']:.2f}",
+        *(f"{what}: {ratio:.2f}" for what, ratio in result["ratio"].items()),
     ]
-    figures = {name: {what: step[what] for what in kept} for name, step in steps.items()}
-    return {
-        "shape": shape,
-        "max_seq_len": max_seq_len,
-        "steps": figures,
-        "ratios": ratios,
-        "program_bytes": sizes,
-        "equal": equal != "DIFFERENT",
-        "how_equal": equal,
-        "machine": machine(),
-        "version": version(),
-        "lines": lines,
-    }
+    return {**result, "how_equal": equal, "program_bytes": sizes, "lines": lines}
 
 
 def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:

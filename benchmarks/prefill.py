@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
-from benchmarks.side_by_side import line, machine, run, show, version
+from benchmarks.side_by_side import compared, line, machine, run, show, version
 
 TOKENS = 1000
 
@@ -27,35 +27,24 @@ def measure(shape: str, folder: Path) -> dict[str, Any]:
             run("benchmarks.prefill:export", {}, target=target, checkpoint=checkpoint, last_logits_only=last)
             steps[name] = run("benchmarks.prefill:read", {}, program=target, checkpoint=checkpoint)
             answers.append(steps[name]["answer"])
-    seconds, memory = ([step[what] for step in steps.values()] for what in ("prefill_seconds", "peak_rss_bytes"))
-    equal = "the same last logits" if answers[0] == answers[1] else "DIFFERENT last logits"
+    whole, last = ({**step, "seconds": step["prefill_seconds"]} for step in steps.values())
+    equal = answers[0] == answers[1]
+    result = compared("prefill", {"shape": shape, "tokens": TOKENS}, whole, last, equal)
     lines = [
         f"{shape}, {TOKENS} tokens, {version()}, {machine()}",
-        *(line(name, {**step, "seconds": step["prefill_seconds"]}) for name, step in steps.items()),
-        f"time: {seconds[0] / seconds[1]:.2f}",
-        f"memory: {memory[0] / memory[1]:.2f}",
-        equal,
+        line("all logits", whole),
+        line("the last position's", last),
+        *(f"{what}: {ratio:.2f}" for what, ratio in result["ratio"].items()),
+        "the same last logits" if equal else "DIFFERENT last logits",
     ]
-    figures = {
-        name: {"seconds": step["prefill_seconds"], "peak_rss_bytes": step["peak_rss_bytes"]}
-        for name, step in steps.items()
-    }
-    return {
-        "shape": shape,
-        "tokens": TOKENS,
-        "steps": figures,
-        "equal": answers[0] == answers[1],
-        "machine": machine(),
-        "version": version(),
-        "lines": lines,
-    }
+    return {**result, "lines": lines}
 
 
 def export(target: str, checkpoint: str, last_logits_only: bool) -> dict[str, Any]:
     """Exports as the flow's stage does."""
     from tasks.export import export_checkpoint
 
-    export_checkpoint(Path(target), Path(checkpoint), TOKENS + 24, last_logits_only)
+    export_checkpoint(Path(target), Path(checkpoint), TOKENS + 24, last_logits_only=last_logits_only)
     return {}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint
-from benchmarks.side_by_side import line, machine, run, show, version
+from benchmarks.side_by_side import compared, line, machine, run, show, version
 from tasks.recipe import decide, load_recipe, torchao_config
 from tasks.store import human_size
 
@@ -133,7 +133,8 @@ def measure(shape: str, folder: Path, recipe: str, device: str, reference: bool)
         *(line(name, step) for name, step in steps.items()),
         f"read {human_size(read)}, written {human_size(written)}",
     ]
-    result: dict[str, Any] = {"shape": shape, "recipe": recipe, "bytes": {"read": read, "written": written}}
+    result: dict[str, Any] = {"bytes": {"read": read, "written": written}}
+    equal = None
     result["steps"] = {name: {k: step[k] for k in ("seconds", "peak_rss_bytes")} for name, step in steps.items()}
     floor = steps["quantize, ours"]["seconds"] / steps["cp of what it reads"]["seconds"]
     result["ratios"] = {"quantize to cp of what it reads": floor}
@@ -144,12 +145,14 @@ def measure(shape: str, folder: Path, recipe: str, device: str, reference: bool)
             result["ratios"][f"{name}, memory"] = steps[theirs]["peak_rss_bytes"] / ours["peak_rss_bytes"]
         files = [made[name] / "model.safetensors" for name in ("reference-quantized", "quantized")]
         result["different"] = differences(*files)
-        result["equal"] = not result["different"]
+        equal = not result["different"]
         lines.append("equal, tensor for tensor" if not result["different"] else f"DIFFERENT: {result['different']}")
     lines += [f"{name}: {ratio:.2f}" for name, ratio in result["ratios"].items()]
     for path in made.values():
         shutil.rmtree(path, ignore_errors=True)
-    return {**result, "machine": machine(), "version": version(), "lines": lines}
+    case = {"shape": shape, "recipe": recipe, "device": device}
+    both = steps.get("quantize, torchao"), steps["quantize, ours"]
+    return {**compared("quantize", case, *both, equal), **result, "lines": lines}
 
 
 def _load(checkpoint: str) -> Any:

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tasks import process
 from tasks.store import human_size
 
 ROOT = Path(__file__).parents[1]
+LIBRARIES = ("torch", "torchao", "transformers", "executorch", "optimum-executorch", "lm-eval")
 
 
 def run(function: str, environment: dict[str, str] | None = None, /, **arguments: Any) -> dict[str, Any]:
@@ -54,6 +56,24 @@ def version() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def compared(
+    name: str, case: dict[str, Any], reference: dict[str, Any] | None, ours: dict[str, Any], equal: bool | None
+) -> dict[str, Any]:
+    """Returns what every benchmark says as JSON, of steps {"seconds", "peak_rss_bytes"}; a ratio is reference / ours."""
+    kept = {"time": "seconds", "memory": "peak_rss_bytes"}
+    steps = {"reference": reference, "ours": ours}
+    return {
+        "name": name,
+        "machine": machine(),
+        "version": version(),
+        "versions": {library: installed(library).split("+")[0] for library in LIBRARIES},
+        "case": case,
+        **{who: {what: step[what] for what in kept.values()} for who, step in steps.items() if step},
+        "ratio": {short: reference[what] / ours[what] for short, what in kept.items()} if reference else None,
+        "equal": equal,
+    }
+
+
 def line(name: str, step: dict[str, Any]) -> str:
     """Returns one line of a benchmark's table."""
     return f"{name:28} {step['seconds']:9.1f} s {human_size(step['peak_rss_bytes']):>10}"
@@ -62,5 +82,5 @@ def line(name: str, step: dict[str, Any]) -> str:
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Prints what a benchmark found: as one JSON object, or its lines. Exits with 1 if the results are not equal."""
     print(json.dumps(result) if as_json else "\n".join(result["lines"]))
-    if not result.get("equal", True):
+    if result["equal"] is False:
         sys.exit(1)

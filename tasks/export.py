@@ -210,5 +210,5 @@ export = Stage(
     name="export",
     version=3,
     libraries=("torch", "torchao", "transformers", "executorch", "optimum-executorch"),
-    memory=3.2,
+    memory=1.5,
 )
