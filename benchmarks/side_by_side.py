@@ -59,7 +59,7 @@ def version() -> str:
 def compared(
     name: str, case: dict[str, Any], reference: dict[str, Any] | None, ours: dict[str, Any], equal: bool | None
 ) -> dict[str, Any]:
-    """Returns what every benchmark says as JSON, of steps {"seconds", "peak_rss_bytes"}; a ratio is reference / ours."""
+    """Returns what every benchmark says as JSON, of steps {"seconds", "peak_rss_bytes"}; ratio: reference / ours."""
     kept = {"time": "seconds", "memory": "peak_rss_bytes"}
     steps = {"reference": reference, "ours": ours}
     return {
