@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--max-age-days", type=float, default=math.inf, help="for how long an artifact may stay unused")
     for verb, names in (
         (run, list(Parameters.model_fields)),
-        (check, ["model", "recipe", "max_seq_len", "device", "cluster"]),
+        (check, ["model", "recipe", "max_seq_len", "custom_sdpa", "custom_kv_cache", "device", "cluster"]),
     ):
         for name in names:
             field = Parameters.model_fields[name]

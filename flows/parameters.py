@@ -116,7 +116,7 @@ class Parameters(BaseModel):
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if self.custom_kv_cache and not self.custom_sdpa:
-            raise ValueError("the custom cache needs the custom attention: leave custom_kv_cache out, too")
+            raise ValueError("custom_kv_cache needs custom_sdpa: turn it off, too")
         if self.target and self.offline:
             raise ValueError("offline, nothing can be published: leave target or offline out")
         if self.create_pr and (self.branch or self.tag):

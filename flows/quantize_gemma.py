@@ -60,6 +60,9 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             run.light("check target", check_target, p.target, p.create_pr)
         model = run.light("resolve", resolve_model, p.model, p.revision, p.offline)
         benchmark = run.light("resolve benchmark", resolve_benchmark, p.benchmark, p.benchmark_revision, p.offline)
+        charts = None
+        if p.chart_benchmark():
+            charts = run.light("resolve charts", resolve_benchmark, p.chart_benchmark(), p.charts_revision, p.offline)
         name = f"{p.model} {p.recipe} {model['revision'][:12]}"
         rename_run(name)
         # Of a model on the Hub only the size is known yet: float32 weights, at worst, are half as many.
@@ -79,9 +82,10 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         settings |= {"batch_size": p.batch_size, "workers": p.workers, "cluster": p.cluster}
         asked_base = run.stage("evaluate_base", evaluate, checkpoint=base, **settings)
         after = run.stage("evaluate_quantized", evaluate, asked_base, checkpoint=quantized, **settings)
-        charts = None
-        if p.chart_benchmark() and "vision_config" in read_config(files):
-            charts = run.light("resolve charts", resolve_benchmark, p.chart_benchmark(), p.charts_revision, p.offline)
+        if charts and "vision_config" not in read_config(files):
+            get_run_logger().info("charts: skipped, the model reads no pictures")
+            charts = None
+        if charts:
             settings["questions"] = run.stage("chart_questions", chart_questions, **origin(charts, p.offline))
             del settings["batch_size"]
             after_base = run.stage("charts_base", evaluate_on_charts, after, checkpoint=base, **settings)

@@ -105,10 +105,12 @@ def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int, custo
             f"max_seq_len is {max_seq_len:,}: this model's smoke tests need {shortest:,}, give at least that"
         )
     window = text_config(config).get("sliding_window") or longest
-    if not custom_kv_cache and (max_seq_len > window or "vision_config" not in config):
+    if not custom_kv_cache and "vision_config" not in config:
+        raise UserError("without custom_kv_cache the program of a text-only model reads no prompt at once: leave it on")
+    if not custom_kv_cache and max_seq_len > window:
         raise UserError(
-            f"without custom_kv_cache a program with pictures goes up to the sliding window, here {window:,} tokens, "
-            "and a text-only one reads no prompt at once: give at most that as max_seq_len, or leave custom_kv_cache on"
+            f"without custom_kv_cache a program goes up to the sliding window, here {window:,} tokens: "
+            "give at most that as max_seq_len, or leave custom_kv_cache on"
         )
     headers = read_headers(path)
     decide(recipe, quantizable_modules(headers))

@@ -312,7 +312,7 @@ def _remembered_shapes() -> Iterator[None]:
         leaves = [leaf.data if isinstance(leaf, ProxyValue) else leaf for leaf in leaves]
         if not all(isinstance(leaf, (*constants, *objects)) for leaf in leaves):
             return stock(self, kind, target, args, kwargs, meta)
-        key = operator, structure, tuple(map(layout_of, leaves))
+        key = self.fake_tensor_mode, operator, structure, tuple(map(layout_of, leaves))
         known = results.get(key)
         if known is None:
             proxy = stock(self, kind, target, args, kwargs, meta)
@@ -432,8 +432,8 @@ def _mapped_weights() -> Iterator[None]:
     """Weights that are a part of the checkpoint's file leave memory once they are packed into a delegate.
 
     Packing reads them in, and they stay, next to the packed ones and to the file's content: a second model in memory.
-    The system may take pages of a file back at any time, for it can read them again; here it is asked to. Pages that
-    are no file's stay as they are.
+    The system may take pages of a file back at any time, for it can read them again; here it is asked to. Nothing is
+    lost: pages that are no file's stay where they are, or go to swap space if there is some.
     """
     from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
     from torch._subclasses.fake_tensor import FakeTensor

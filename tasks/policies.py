@@ -211,8 +211,13 @@ def _spread(
     here = residents.Pool(residents.threads_of_each(workers), done.__setitem__)
     peak = 0
     try:
-        # In the end, and at the first failure, the pool ends what the runner waits for.
-        with _runner(workers, cluster) as runner, residents.pool(evaluation, here):
+        # At the first failure the pool is closed before the runner is, which waits for what it has started; and it is
+        # known until then, so that what starts late is told that it was stopped.
+        with (
+            residents.pool(evaluation, here),
+            _runner(workers, cluster) as runner,
+            contextlib.closing(here),
+        ):
             same = {"function": unmapped(function), "evaluation": unmapped(evaluation)}
             names = [f"{of} · {part['name']}" for part in parts]
             futures = list(runner.map(answer, {"name": names, "number": range(len(parts)), "part": parts, **same}))

@@ -9,12 +9,13 @@ no end: there they end when nobody has asked them for a while, or another evalua
 import contextlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from tasks import process
-from tasks.store import StageFailed
+from tasks.store import StageFailed, UserError
 
 SECONDS_UNASKED = 30.0
 # What takes longer over one list of requests hangs.
@@ -82,6 +83,8 @@ class Pool:
             if kept:
                 self.idle.append(resident)
             if kept and self.seconds_unasked is not None:
+                if self.waiting:
+                    self.waiting.cancel()
                 self.waiting = threading.Timer(self.seconds_unasked, self.close_idle)
                 self.waiting.daemon = True
                 self.waiting.start()
@@ -117,7 +120,7 @@ def pool(evaluation: str, residents: Pool) -> Iterator[None]:
         yield
     finally:
         residents.close()
-        del _pools[evaluation]
+        _pools.pop(evaluation, None)
 
 
 def pool_of(evaluation: str) -> Pool:
@@ -146,6 +149,8 @@ def serve(answerer: str, settings: dict[str, Any], number: int) -> None:
     if settings.get("device") == "cuda":
         import torch
 
+        if not torch.cuda.is_available():
+            raise UserError(f"{socket.gethostname()} has no CUDA device: use device cpu, or give its workers GPUs")
         settings = {**settings, "device": f"cuda:{number % torch.cuda.device_count()}"}
     answer = process.named(answerer)(**settings)
     while True:

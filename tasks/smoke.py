@@ -13,7 +13,7 @@ from tasks.checkpoint import load_model, task_of
 from tasks.process import report_progress
 from tasks.stage import Stage
 from tasks.store import StageFailed
-from tasks.verify import IMAGE_PROMPT, compare
+from tasks.verify import IMAGE_PROMPT, compare, image_prompt
 
 # The card's manual test.
 PROMPT = "Hey, are you conscious? Can you talk to me?"
@@ -93,8 +93,7 @@ def _run_image(program: Path, checkpoint: Path, max_new_tokens: int) -> dict[str
 
     processor = AutoProcessor.from_pretrained(checkpoint)
     image = Image.new("RGB", (256, 192), IMAGE_COLOUR)
-    content = [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    prompt = image_prompt(processor)
     before, after = prompt.split(processor.boi_token)
     pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     pieces = [

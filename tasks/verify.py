@@ -128,11 +128,18 @@ def _image_inputs(checkpoint: Path) -> dict[str, Any]:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint)
-    content = [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    prompt = image_prompt(processor)
     image = Image.effect_mandelbrot((256, 192), (-2, -1.2, 1, 1.2), 40).convert("RGB")
     found = processor(text=prompt, images=image, return_tensors="pt")
     return {name: found[name] for name in ("input_ids", "pixel_values")}
+
+
+def image_prompt(processor: Any) -> str:
+    """Returns the prompt about a picture, in the chat template if there is one."""
+    if not (processor.chat_template or processor.tokenizer.chat_template):
+        return f"{processor.boi_token}{IMAGE_PROMPT}"
+    content = [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]
+    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
 
 
 def _types(given: dict[str, Any], config: Any) -> Any:

@@ -44,6 +44,14 @@ def collect_metrics(
     if not model["fixture"]:
         run += f" --revision {model['revision']}"
     run += f" --benchmark {benchmark['name']}" + (f" --limit {limit}" if limit else "")
+    run += "".join(
+        f" --no-{name.replace('_', '-')}"
+        for name in ("custom_sdpa", "custom_kv_cache", "last_logits_only")
+        if not artifacts["export"].metadata[name]
+    )
+    for name, resolved in (("benchmark", benchmark), ("charts", charts)):
+        if resolved and not resolved["fixture"]:
+            run += f" --{name}-revision {resolved['revision']}"
     run += f" --charts {charts['name'] if charts else 'none'}"
     run += f" --program-questions {mmlu['program']['questions']}"
     return {

@@ -6,6 +6,7 @@ right is no further from that than the checkpoint is.
 """
 
 import gc
+import itertools
 import json
 import math
 import random
@@ -15,7 +16,7 @@ from typing import Any
 from tasks.evaluate import benchmark, in_order, read_samples
 from tasks.paired import count_pairs
 from tasks.stage import Stage
-from tasks.store import StageFailed
+from tasks.store import StageFailed, UserError
 
 # Another seed would be another sample, and a release that was refused could be tried until one passes.
 SEED = 20
@@ -27,7 +28,8 @@ def evaluate_program(
 ) -> dict[str, Any]:
     """Writes results.json, see `summarize`, and samples.jsonl: log-likelihoods of the choices, in nats, by column.
 
-    `answered` is the checkpoint's evaluation, of whose questions `sample_size` are drawn, or all. The columns are
+    `answered` is the checkpoint's evaluation, of whose questions `sample_size` are drawn, or all; those that are longer
+    than the program's sequences are left out. The columns are
     "checkpoint"; "unrounded", the same in float32 with activations that are not quantized; and "program".
     """
     sample = draw(read_samples(answered), sample_size)
@@ -35,7 +37,14 @@ def evaluate_program(
         from tasks.evaluate.model import PackedLM
         from tasks.evaluate.program import ProgramLM
 
-        asked = _ask(ProgramLM(checkpoint, program), sample)
+        model = ProgramLM(checkpoint, program)
+        asked = _ask(model, sample)
+        # The checkpoint would see the start of a longer question, the program not.
+        fitting = [model.fits(*found["arguments"][0]) for found in asked]
+        sample, asked = (list(itertools.compress(rows, fitting)) for rows in (sample, asked))
+        if not asked:
+            raise UserError(f"no question fits into a program of {model.methods.max_seq_len} tokens: raise max_seq_len")
+        del model
         gc.collect()  # The checkpoint takes as much again.
         without = _ask_again(PackedLM(checkpoint, "cpu", "auto", unrounded=True), asked)
     rows = [

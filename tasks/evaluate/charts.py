@@ -73,7 +73,10 @@ def evaluate_charts(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         digest, root = kept(checkpoint, Path(folder))
-        asked, _ = kept(questions, Path(folder))
+        asked, known = kept(questions, Path(folder))
+        if known != root:
+            # What has no digest is not to be found again.
+            root = Path(folder) / "store"
         ask = functools.partial(
             shards.answers,
             answerer="tasks.evaluate.charts:load_chart_answerer",

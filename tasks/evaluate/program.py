@@ -28,6 +28,10 @@ class ProgramLM(TemplateLM):
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self.methods = Methods(program / "model.pte", AutoConfig.from_pretrained(checkpoint))
 
+    def fits(self, context: str, continuation: str) -> bool:
+        """Tells whether the program takes a question as a whole."""
+        return len(self.tok_encode(context + continuation)) - 1 <= self.methods.max_seq_len
+
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns (sum of the continuation's log-probabilities, whether each of its tokens is the likeliest).
 
