@@ -50,10 +50,19 @@ def test_every_score_has_its_column_its_standard_error_and_its_number_of_questio
     assert table_row(text, "mmlu-mini")[1:] == ["100.00 ± 0.00", "90.00 ± 1.99", ""]
     assert table_row(text, "stem")[1:] == ["100.00 ± 0.00", "80.00 ± 5.00", ""]
     assert table_row(text, "a sample of 100 of them")[1:] == ["", "100.00 ± 0.00", "75.00 ± 4.35"]
-    assert "ChartQA" not in text
     rows = {row[""]: row for row in quality_table(measured)}
     assert rows["MMLU, 100 questions, %"]["program"] == "75.00 ± 4.35"
     assert rows["MMLU, 100 questions, %"]["base"] == ""
+
+
+def test_a_card_without_charts_does_not_speak_of_them(measured: dict[str, Any]) -> None:
+    measured["charts"] = None
+    for column in ("base", "quantized"):
+        del measured[column]["chartqa"]
+    del measured["pairs"]["chartqa"]
+    measured["gate"] |= judge(measured, measured["gate"]["limits"])
+    assert not {"chartqa", "visual"} & set(card(measured).lower().replace("-", " ").split())
+    assert not any("ChartQA" in row[""] for row in quality_table(measured))
 
 
 def test_agreement_is_told_with_what_rounding_alone_explains(measured: dict[str, Any]) -> None:
