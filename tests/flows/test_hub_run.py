@@ -28,6 +28,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     with serve(tmp_path_factory.mktemp("hub"), tokens) as running:
         running.add("model", MODEL, BUILTIN["tiny-gemma3"])
         running.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
+        running.add("dataset", "HuggingFaceM4/ChartQA", BUILTIN_BENCHMARKS["chartqa-mini"])
         running.restrict("model", MODEL, gated=True)
         yield running
 
@@ -68,14 +69,21 @@ def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome
         assert hub.read("model", TARGET, path.name) == path.read_bytes()
     assert published.summary["published"] == f"{hub.url}/{TARGET}/commit/{hub.head('model', TARGET)}"
     metrics, card = metrics_of(published), (release / "README.md").read_text()
-    for sha in (hub.head("model", MODEL), hub.head("dataset", BENCHMARK)):
-        assert sha in (metrics["base_revision"], metrics["benchmark_revision"])
+    revisions = metrics["base_revision"], metrics["benchmark_revision"], metrics["charts"]["revision"]
+    datasets = BENCHMARK, "HuggingFaceM4/ChartQA"
+    assert revisions == (hub.head("model", MODEL), *(hub.head("dataset", name) for name in datasets))
+    for sha in revisions:
         assert sha in card
     assert metrics["run_id"] in card
     assert f"base_model: {MODEL}" in card
     assert "license: cc0-1.0" in card
     # The checkpoint is the built-in one, so what follows from its content was not done again.
-    assert {name for name, cached in published.cached.items() if not cached} == {"download", "questions", "card"}
+    assert {name for name, cached in published.cached.items() if not cached} == {
+        "download",
+        "questions",
+        "chart_questions",
+        "card",
+    }
 
 
 def test_an_unchanged_commit_is_not_transferred_and_an_unchanged_release_not_committed(

@@ -20,6 +20,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root, serve(Path(root), tokens) as hub:
         hub.add("model", MODEL, BUILTIN["tiny-gemma3"])
         hub.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
+        hub.add("dataset", "HuggingFaceM4/ChartQA", BUILTIN_BENCHMARKS["chartqa-mini"])
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
         run = ["run", "--model", MODEL, "--benchmark", BENCHMARK, "--target", TARGET, "--tag"]
         code = subprocess.run([sys.executable, "-m", "flows.cli", *run], env={**os.environ, **environment}).returncode
