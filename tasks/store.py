@@ -32,7 +32,8 @@ PREFIX = ".partial-"
 INCOMING = ".incoming-"
 # Linux's request for a copy-on-write clone of a file (linux/fs.h).
 FICLONE = 0x40049409
-_held: dict[Path, Any] = {}
+# Files that are locked until the process ends, when the system closes them.
+_held: dict[Path, int] = {}
 # Set when the run is to end: nobody waits for a lock then.
 stopping = threading.Event()
 
@@ -237,13 +238,13 @@ def hold(stage: str, artifact_key: str, root: Path | None = None) -> None:
     name = root / stage / f".use-{artifact_key[:16]}"
     name.parent.mkdir(parents=True, exist_ok=True)
     while name not in _held:
-        stream = name.open("w")
-        fcntl.flock(stream, fcntl.LOCK_SH)
+        file = os.open(name, os.O_WRONLY | os.O_CREAT, 0o666)
+        fcntl.flock(file, fcntl.LOCK_SH)
         # Whoever evicted the artifact while this waited has removed the file too.
-        if name.exists() and os.fstat(stream.fileno()).st_ino == name.stat().st_ino:
-            _held[name] = stream
+        if name.exists() and os.fstat(file).st_ino == name.stat().st_ino:
+            _held[name] = file
         else:
-            stream.close()
+            os.close(file)
     os.utime(name)
 
 
