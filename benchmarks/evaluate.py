@@ -22,11 +22,11 @@ def command_line(
     import os
     import sys
 
-    os.makedirs(f"{target}/work/cais")
-    os.symlink(Path(questions).resolve(), f"{target}/work/cais/mmlu")
+    os.makedirs(f"{target}/here/cais")
+    os.symlink(Path(questions).resolve(), f"{target}/here/cais/mmlu")
     os.environ["HF_DATASETS_CACHE"] = f"{target}/cache"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
-    os.chdir(f"{target}/work")
+    os.chdir(f"{target}/here")
     sys.argv = ["lm_eval", "run", "--model", "hf", "--tasks", "mmlu", "--log_samples"]
     sys.argv += ["--model_args", f"pretrained={checkpoint},dtype=bfloat16", "--output_path", f"{target}/out"]
     sys.argv += ["--device", device, "--batch_size", batch_size, *(["--limit", str(limit)] if limit else [])]

@@ -7,6 +7,7 @@ libraries print does not mix with them. The child ends by itself when its parent
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
 import logging
@@ -235,6 +236,13 @@ def total_memory() -> int:
     allowed = limit.read_text().strip() if limit.exists() else "max"
     total = int(psutil.virtual_memory().total)
     return min(total, int(allowed)) if allowed.isdigit() else total
+
+
+def trim_memory() -> None:
+    """Gives freed memory back to the system: reading Gemma's tokenizer leaves 0.3 GB of it behind."""
+    # glibc's alone; elsewhere there is nothing to do.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def report_progress(done: int, total: int, what: str) -> None:

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tasks.checkpoint import keep_activations
 from tasks.evaluate.dequantized import dequantize_once
 from tasks.lean import lean_loading
-from tasks.process import report_progress
+from tasks.process import report_progress, trim_memory
 
 # More tokens per batch make no matrix product faster, only the memory larger.
 TOKENS = {"cpu": 4096, "cuda": 32_768}
@@ -67,6 +67,7 @@ class PackedLM(HFLM):
         else:
             dequantize_once(self.model)
         gc.collect()
+        trim_memory()
         ALL_ATTENTION_FUNCTIONS.register("packed", _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register("packed", sdpa_mask)
         self.model.config.get_text_config()._attn_implementation = "packed"
