@@ -146,9 +146,10 @@ class Child:
         if self.killed or stopping.is_set():
             raise StageFailed("stopped")
         tail = redact("".join(self.printed[-30:]))
-        if event["event"] == "error":
-            message = f"{redact(event['message'])}\n{tail}".strip()
-            raise StageFailed(message, event["transient"], event["retry_after"])
+        if event["event"] in ("failed", "error"):
+            # What a stage says of its failure is enough; of an error nobody thought of, its last lines say where.
+            message = redact(event["message"]) + (f"\n{tail}" if event["event"] == "error" else "")
+            raise StageFailed(message.strip(), event["transient"], event["retry_after"])
         if seconds_allowed and time.monotonic() - started >= seconds_allowed:
             raise StageFailed(f"it was ended after {seconds_allowed:,.0f} s, the longest that it may take")
         raise StageFailed(f"its process ended with {_describe_exit(self.process.returncode)}\n{tail}".strip())
@@ -378,8 +379,10 @@ def _main() -> None:
     except Exception as error:
         logging.exception("the stage failed")
         transient, retry_after = is_transient(error)
-        message = f"{type(error).__name__}: {error}"
-        _emit({"event": "error", "message": message, "transient": transient, "retry_after": retry_after})
+        failed = isinstance(error, StageFailed)
+        message = str(error) if failed else f"{type(error).__name__}: {error}"
+        kind = "failed" if failed else "error"
+        _emit({"event": kind, "message": message, "transient": transient, "retry_after": retry_after})
     _events.flush()
     sys.stdout.flush()
     sys.stderr.flush()

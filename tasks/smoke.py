@@ -83,12 +83,12 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def _run_text(program: Path, checkpoint: Path, tokenizer: Any, multimodal: bool, max_new_tokens: int) -> dict[str, Any]:
-    prompt = PROMPT
+    text = PROMPT
     if has_chat_template(tokenizer):
-        prompt = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [{"role": "user", "content": PROMPT}], add_generation_prompt=True, tokenize=False
         )
-    return {"prompt": PROMPT, **_generate(program, checkpoint, [prompt], multimodal, max_new_tokens)}
+    return _generate(program, checkpoint, PROMPT, [text], multimodal, max_new_tokens)
 
 
 def _run_image(program: Path, checkpoint: Path, max_new_tokens: int) -> dict[str, Any]:
@@ -105,13 +105,15 @@ def _run_image(program: Path, checkpoint: Path, max_new_tokens: int) -> dict[str
         pixels,
         f"{processor.tokenizer.eoi_token}\n\n{after}",
     ]
-    return {"prompt": IMAGE_PROMPT, **_generate(program, checkpoint, pieces, True, max_new_tokens)}
+    return _generate(program, checkpoint, IMAGE_PROMPT, pieces, True, max_new_tokens)
 
 
 def _generate(
-    program: Path, checkpoint: Path, pieces: list[Any], multimodal: bool, max_new_tokens: int
+    program: Path, checkpoint: Path, prompt: str, pieces: list[Any], multimodal: bool, max_new_tokens: int
 ) -> dict[str, Any]:
-    """Returns what the C++ runner answers, which the phone apps use, how fast, and with how much memory.
+    """Returns what the C++ runner, which the phone apps use, answers, how fast, and with how much memory.
+
+    `pieces` are the prompt as the model reads it, pictures as pixels.
 
     It runs in a process of its own, whose memory is the program's and nothing else's.
     """
@@ -133,8 +135,9 @@ def _generate(
         }
         ran = process.run("tasks.smoke:run_program", arguments, lambda *_: None, None)
     if not ran["response"]:
-        raise StageFailed("the program answers with nothing")
+        raise StageFailed(f"the program answers {prompt!r} with nothing")
     return {
+        "prompt": prompt,
         "response": ran["response"],
         "speed": {**ran["speed"], "peak_rss_bytes": ran["measured"]["peak_rss_bytes"]},
     }
