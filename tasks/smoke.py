@@ -196,7 +196,7 @@ smoke = Stage(smoke_checkpoint, name="smoke", version=4, libraries=("torch", "to
 smoke_pte = Stage(
     smoke_program,
     name="smoke-program",
-    version=5,
+    version=6,
     libraries=("torch", "torchao", "transformers", "executorch"),
     memory=1.7,
 )

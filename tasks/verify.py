@@ -48,23 +48,27 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
     kept = torch.tensor(sorted({*range(first), *range(max_seq_len - LAST_TOKENS, max_seq_len)}))
 
     model = load_model(checkpoint, torch.float32)
-    inputs: dict[str, dict[str, Any]] = {"text": {"input_ids": ids, "logits_to_keep": kept}}
-    if multimodal:
-        inputs["image"] = _image_inputs(checkpoint)
-        pixels = _images(config)
     eager, plain = {}, {}
     with torch.no_grad():
-        for name, given in inputs.items():
-            eager[name] = model(**given).logits[0].float()
         embedded = model.get_input_embeddings()(ids)
+        eager["text"] = model(input_ids=ids, logits_to_keep=kept).logits[0].float()
         if multimodal:
-            seen = [model.get_image_features(image) for image in pixels]
-            both_ways = model(**inputs["image"], token_type_ids=_types(inputs["image"], config)).logits[0].float()
+            asked, picture = _image_inputs(checkpoint)
+            image = asked[0] == config.image_token_id
+            text = (~image).nonzero()[:, 0]
+            pixels = _images(picture)
+            seen = [model.get_image_features(one) for one in pixels]
+            # The encoder takes most of the time: what it saw of the picture goes to the decoder as the program's does.
+            empty = model.get_input_embeddings()(asked.masked_fill(image, 0))
+            given = {"inputs_embeds": _put(seen[0], empty, image), "logits_to_keep": text}
+            eager["image"] = model(**given).logits[0].float()
+            both_ways = model(**given, token_type_ids=image[None].long()).logits[0].float()
         keep_activations(model)
-        for name, given in inputs.items():
-            plain[name] = model(**given).logits[0].float()
+        plain["text"] = model(input_ids=ids, logits_to_keep=kept).logits[0].float()
         if multimodal:
-            seen_plain = [model.get_image_features(image) for image in pixels]
+            seen_plain = [model.get_image_features(one) for one in pixels]
+            given["inputs_embeds"] = _put(seen_plain[0], empty, image)
+            plain["image"] = model(**given).logits[0].float()
     del model
     gc.collect()  # Its modules refer to themselves, and the program takes as much again.
 
@@ -92,38 +96,31 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
     }
     if multimodal:
         result["token_embedding"] = _distance(embedded, methods.embed(ids))
-        result["vision_encoder"] = _vision(seen, seen_plain, [methods.see(image) for image in pixels])
-        given = inputs["image"]
-        tokens = given["input_ids"].shape[1]
-        embeddings = methods.embed(given["input_ids"])
-        image = given["input_ids"][0] == config.image_token_id
-        embeddings[0, image] = methods.see(given["pixel_values"]).reshape(-1, embeddings.shape[-1])
-        ran = methods.decode(embeddings, set(range(tokens)))
-        text = ~image
+        seen_by_program = [methods.see(one) for one in pixels]
+        result["vision_encoder"] = _vision(seen, seen_plain, seen_by_program)
+        ran = methods.decode(_put(seen_by_program[0], methods.embed(asked), image), set(text.tolist()))
         result["image"] = {
-            "tokens": tokens,
-            "kl_program": _kl(eager["image"][text], ran[text]),
-            "kl_activation_noise": _kl(eager["image"][text], plain["image"][text]),
+            "tokens": len(image),
+            "kl_program": _kl(eager["image"], ran),
+            "kl_activation_noise": _kl(eager["image"], plain["image"]),
             # The decoder's mask is causal; the model lets an image's tokens see each other in both directions.
-            "kl_causal_image": _kl(both_ways[text], eager["image"][text]),
+            "kl_causal_image": _kl(both_ways, eager["image"]),
         }
     if "NaN" in json.dumps(result) or "Infinity" in json.dumps(result):
         raise StageFailed(f"the logits of the checkpoint or of the program are not finite: {result}")
     return result
 
 
-def _images(config: Any) -> list[Any]:
-    """Returns pixels of a plain image, of one that changes slowly, and of noise."""
+def _images(picture: Any) -> list[Any]:
+    """Returns pixels of a picture, of one colour, and of noise."""
     import torch
 
-    size, channels = config.vision_config.image_size, config.vision_config.num_channels
-    slope = torch.linspace(-1, 1, size)
-    smooth = torch.stack([slope.roll(size // 3 * c)[None] * slope[:, None] for c in range(channels)])[None]
-    noise = torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return [torch.full((1, channels, size, size), 0.25), smooth, noise]
+    noise = torch.rand(picture.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return [picture, torch.full_like(picture, 0.25), noise]
 
 
-def _image_inputs(checkpoint: Path) -> dict[str, Any]:
+def _image_inputs(checkpoint: Path) -> tuple[Any, Any]:
+    """Returns a question about a picture as token ids, [1, tokens], and the picture's pixels."""
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -133,7 +130,14 @@ def _image_inputs(checkpoint: Path) -> dict[str, Any]:
     # The template has written <bos> already.
     starts = prompt.startswith(processor.tokenizer.bos_token)
     found = processor(text=prompt, images=image, add_special_tokens=not starts, return_tensors="pt")
-    return {name: found[name] for name in ("input_ids", "pixel_values")}
+    return found["input_ids"], found["pixel_values"]
+
+
+def _put(features: Any, embeddings: Any, image: Any) -> Any:
+    """Returns the embeddings of a text, [1, tokens, width], with those of an image where `image` says."""
+    found = embeddings.clone()
+    found[0, image] = features.reshape(-1, embeddings.shape[-1])
+    return found
 
 
 def image_prompt(processor: Any) -> str:
@@ -142,10 +146,6 @@ def image_prompt(processor: Any) -> str:
         return f"{processor.boi_token}{IMAGE_PROMPT}"
     content = [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]
     return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-
-
-def _types(given: dict[str, Any], config: Any) -> Any:
-    return (given["input_ids"] == config.image_token_id).long()
 
 
 def _vision(eager: list[Any], plain: list[Any], ran: list[Any]) -> dict[str, Any]:
