@@ -29,6 +29,9 @@ def main() -> int:
     prefect = [sys.executable, "-m", "prefect"]
     # A termination signal, too, ends what is started here.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # A shell that starts this in the background has interrupts ignored, here and in what is started here; but the
+    # worker passes its end on as one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     server = subprocess.Popen(
         [
             *prefect,

@@ -338,10 +338,10 @@ def test_serve_runs_everything_on_one_machine_and_ends_with_it(
         api = f"http://127.0.0.1:{reserved.getsockname()[1]}/api"
     environment = {**command_line.environment(), "PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": api}
     log = tmp_path / "log"
+    # As a shell starts it in the background.
+    command = ["sh", "-c", "trap '' INT; exec \"$0\" -m deployments.serve", sys.executable]
     with log.open("wb") as stream:
-        serve = subprocess.Popen(
-            [sys.executable, "-m", "deployments.serve"], env=environment, stdout=stream, stderr=stream
-        )
+        serve = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
     try:
         deadline = time.monotonic() + 180
         while "prefect deployment run quantize-gemma/tiny" not in log.read_text():
