@@ -1,6 +1,6 @@
 """MMLU by the `lm_eval` command line and by ours, in turn: `python -m benchmarks.evaluate --model DIR --limit 1`.
 
-Both get the same directory, in fresh processes. What counts as different is a question's prediction.
+Both get the same directory, in fresh processes. They are equal if no prediction and no score differs.
 """
 
 import argparse

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--max-age-days", type=float, default=math.inf, help="for how long an artifact may stay unused")
     for verb, names in (
         (run, list(Parameters.model_fields)),
-        (check, ["model", "recipe", "max_seq_len", "custom_sdpa", "custom_kv_cache", "device", "cluster"]),
+        (check, ["model", "revision", "recipe", "max_seq_len", "custom_sdpa", "custom_kv_cache", "device", "cluster"]),
     ):
         for name in names:
             field = Parameters.model_fields[name]
@@ -67,9 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from tasks.check import check_run
+    from tasks.check import check_disk, check_memory, check_run
     from tasks.checkpoint import check_finite, local_checkpoint, weight_files
-    from tasks.store import UserError
+    from tasks.download import resolve_model
+    from tasks.store import StageFailed, UserError
 
     try:
         p = _parameters(arguments)
@@ -77,8 +78,15 @@ def _check(arguments: argparse.Namespace) -> int:
         local = local_checkpoint(p.model)
         for path in weight_files(local) if local else []:
             check_finite(path)
+        if local is None:
+            model = resolve_model(p.model, p.revision, p.offline)
+            plan["disk_bytes_needed"] = check_disk(model["weight_bytes"])
+            plan["memory_bytes_needed"] = check_memory(model["weights"])
     except UserError as error:
         return _refuse(error)
+    except StageFailed as error:
+        _refuse(error)
+        return 1
     print(", ".join(f"{name}: {value}" for name, value in plan.items()))
     return 0
 

@@ -65,8 +65,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             charts = run.light("resolve charts", resolve_benchmark, p.chart_benchmark(), p.charts_revision, p.offline)
         name = f"{p.model} {p.recipe} {model['revision'][:12]}"
         rename_run(name)
-        # Of a model on the Hub only the size is known yet: float32 weights, at worst, are half as many.
-        check_memory(model["weight_bytes"] // 4)
+        check_memory(model["weights"])
         run.one_at_a_time = check_disk(model["weight_bytes"]) > process.available_memory() / 4
 
         base = run.stage("download", download, **origin(model, p.offline))

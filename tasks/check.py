@@ -27,8 +27,8 @@ from tasks.store import UserError
 # 4B: (8.6 + 1.3 + 5.4 + 3.2) / 8.6; 270M: (0.54 + 0.34 + 0.44 + 0.39) / 0.54.
 DISK_FACTOR = {False: 3.2, True: 2.2}
 LARGE_BYTES = 5_000_000_000
-# What a quantized checkpoint that answers questions about charts takes of memory, more than any other stage, in times of
-# the base weights in bf16, measured on gemma-3-4b's shape: 17.2 GB; and what Python and the libraries take.
+# What a quantized checkpoint that answers questions about charts takes of memory, more than any other stage, in times
+# of the base weights in bf16, measured on gemma-3-4b's shape: 17.2 GB; and what Python and the libraries take.
 MEMORY_FACTOR = 2.0
 MEMORY_OF_LIBRARIES = 1_000_000_000
 # The smoke tests' prompts and some tokens of answer; an image comes on top.
@@ -43,7 +43,7 @@ def check_run(
 
     Raises UserError for what cannot work.
 
-    A model on the Hub is checked as far as its name; its files are checked when they are downloaded.
+    A model on the Hub is checked as far as its name.
     """
     loaded = load_recipe(recipe)
     _check_store(store.home())

@@ -31,21 +31,24 @@ CHART_FILES = ("README.md", "data/test-*.parquet")
 
 
 def resolve_model(model: str, revision: str | None, offline: bool) -> dict[str, Any]:
-    """Returns {"name", "revision", "source", "fixture", "license", "weight_bytes"}.
+    """Returns {"name", "revision", "source", "fixture", "license", "weight_bytes", "weights"}.
 
     `model` is a built-in model's name, a directory, or a repository on the Hub; the revision is a commit sha, or the
-    digest of a directory's files; the license is the model card's. Raises UserError when there is no such model.
+    digest of a directory's files; the license is the model card's; "weights" is how many there are at least. Raises
+    UserError when there is no such model.
     """
     path = local_checkpoint(model)
     if path is None:
         return _resolve_on_hub("model", model, revision, offline)
+    size = sum(file.stat().st_size for file in weight_files(path))
     return {
         "name": model if model in BUILTIN else path.resolve().name,
         "revision": _digest_of(path, _checkpoint_files([file.name for file in path.iterdir() if file.is_file()])),
         "source": str(path.resolve()),
         "fixture": model in BUILTIN,
         "license": _license(_card_of(path)),
-        "weight_bytes": sum(file.stat().st_size for file in weight_files(path)),
+        "weight_bytes": size,
+        "weights": _fewest_weights(size),
     }
 
 
@@ -73,6 +76,7 @@ def _resolve_on_hub(kind: str, name: str, revision: str | None, offline: bool) -
     info = hub.repo_info(kind, name, revision, hub.token())
     wanted = _checkpoint_files([file.rfilename for file in info.siblings])
     weights = [f.size or 0 for f in info.siblings if f.rfilename in wanted and f.rfilename.endswith(".safetensors")]
+    counted = getattr(info, "safetensors", None)
     return {
         "kind": kind,
         "name": name,
@@ -81,7 +85,14 @@ def _resolve_on_hub(kind: str, name: str, revision: str | None, offline: bool) -
         "fixture": False,
         "license": _license(info.card_data),
         "weight_bytes": sum(weights),
+        # The Hub counts them; a Hub that does not leaves their size.
+        "weights": counted.total if counted else _fewest_weights(sum(weights)),
     }
+
+
+def _fewest_weights(size: int) -> int:
+    """Returns how many float32 weights have this size in bytes: there may be twice as many."""
+    return size // 4
 
 
 def remember(resolved: dict[str, Any], revision: str | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tasks import process
 from tasks.checkpoint import ARCHITECTURES, task_of, weight_files
-from tasks.lean import lean_loading, lean_lowering
+from tasks.lean import example_picture, lean_loading, lean_lowering
 from tasks.process import report_progress
 from tasks.stage import Stage
 from tasks.store import StageFailed, UserError, human_size
@@ -58,7 +58,7 @@ def export_checkpoint(
     module.metadata.update(expected)
     report_progress(1, 3, "lowering")
     task = task_of(module.config.to_dict())
-    with lean_lowering():
+    with example_picture(_blank(module.config, dtype)), lean_lowering():
         made = export_to_executorch(module, task, backend, str(target))["model"]
     delegation = {name: count_operators(made.exported_program(name).graph_module) for name in sorted(made.methods)}
     check_delegation(delegation)
@@ -97,7 +97,6 @@ def check_exportable(target: Path, checkpoint: Path) -> None:
 def _exportable(checkpoint: Path, max_seq_len: int, dtype: str, custom_sdpa: bool, custom_kv_cache: bool) -> Any:
     """Returns optimum-executorch's exportable module, with what its command line gets wrong put right."""
     import torch
-    from optimum.exporters.executorch import integrations
     from optimum.exporters.executorch.tasks.causal_lm import load_causal_lm_model
     from optimum.exporters.executorch.tasks.multimodal_text_to_text import load_multimodal_text_to_text_model
     from transformers import AutoConfig
@@ -115,13 +114,17 @@ def _exportable(checkpoint: Path, max_seq_len: int, dtype: str, custom_sdpa: boo
             **{"max_length" if multimodal else "max_seq_len": max_seq_len},
         )
     module.model.to(getattr(torch, dtype))
-    if multimodal:
-        vision = config.vision_config
-        shape = 1, vision.num_channels, vision.image_size, vision.image_size
-        pixels = torch.zeros(shape, dtype=getattr(torch, dtype))
-        # Patched because the class fetches a photograph from a web site to learn this shape.
-        integrations.VisionExportableModule.prepare_export_inputs = lambda _: (pixels, None)
     return module
+
+
+def _blank(config: Any, dtype: str) -> Any:
+    """Returns a picture that the model takes, [1, channels, height, width]; None if it takes none."""
+    import torch
+
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return None
+    return torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, dtype=getattr(torch, dtype))
 
 
 def _last_position(head: Any) -> Any:

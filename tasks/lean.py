@@ -48,6 +48,19 @@ def lean_lowering() -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
+def example_picture(pixels: Any) -> Iterator[None]:
+    """The vision encoder is exported with this picture, [1, channels, height, width], of which only the shape counts.
+
+    optimum-executorch fetches a photograph from a web site instead. The switch does not reach this change: without it
+    nothing is exported where there is no network.
+    """
+    from optimum.exporters.executorch.integrations import VisionExportableModule
+
+    with _replaced(VisionExportableModule, "prepare_export_inputs", lambda _: (pixels, None)):
+        yield
+
+
+@contextlib.contextmanager
 def _changed(changes: "Changes") -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for change in changes if os.environ.get(SWITCH) != "1" else ():

@@ -238,7 +238,7 @@ def hold(stage: str, artifact_key: str, root: Path | None = None) -> None:
     name = root / stage / f".use-{artifact_key[:16]}"
     name.parent.mkdir(parents=True, exist_ok=True)
     while name not in _held:
-        file = os.open(name, os.O_WRONLY | os.O_CREAT, 0o666)
+        file = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(file, fcntl.LOCK_SH)
         # Whoever evicted the artifact while this waited has removed the file too.
         if name.exists() and os.fstat(file).st_ino == name.stat().st_ino:

@@ -53,7 +53,9 @@ def collect_metrics(
         if resolved and not resolved["fixture"]:
             run += f" --{name}-revision {resolved['revision']}"
     run += f" --charts {charts['name'] if charts else 'none'}"
-    run += f" --program-questions {mmlu['program']['questions']}"
+    # What was asked for: of a sample, those that do not fit into the program are left out.
+    run += f" --program-questions {artifacts['evaluate_program'].metadata['sample_size']}"
+    run += f" --max-new-tokens {artifacts['smoke'].metadata['max_new_tokens']}"
     return {
         "base_model": model["name"],
         "base_revision": model["revision"],

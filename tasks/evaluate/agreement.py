@@ -64,7 +64,8 @@ def evaluate_program(
     results = summarize(rows, [found["doc"] for found in asked])
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (target / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return {"metadata": {name: results[name] for name in ("accuracy", "questions", "agreement", "noise_agreement")}}
+    shown = {name: results[name] for name in ("accuracy", "questions", "agreement", "noise_agreement")}
+    return {"metadata": {**shown, "sample_size": sample_size}}
 
 
 def draw(answered: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
@@ -165,6 +166,7 @@ def _score(rows: list[dict[str, Any]], answers: list[int]) -> dict[str, float | 
 evaluate_pte = Stage(
     evaluate_program,
     name="evaluate-program",
+    version=2,
     libraries=("torch", "torchao", "transformers", "lm-eval", "executorch"),
     memory=1.6,
 )

@@ -39,7 +39,7 @@ NUMBER_WORDS = [
 # fmt: on
 CURRENCIES = "$€£¥₹"
 
-# Questions that are answered together, and lost together when the evaluation is killed.
+# Questions of a shard.
 SHARD = 50
 # Goes up when the same question may be answered differently.
 ANSWERER_VERSION = 1
@@ -297,6 +297,6 @@ evaluate_on_charts = Stage(
     libraries=LIBRARIES,
     ignored=("workers", "cluster"),
     resumes=True,
-    memory=2.5,
+    memory=3.3,
     accelerated=True,
 )

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,23 @@ def published(hub: Hub, command_line: CommandLine, environment: dict[str, str]) 
 
 def metrics_of(outcome: Outcome) -> dict[str, Any]:
     return json.loads((Path(outcome.summary["release"]) / "metrics.json").read_text())
+
+
+def test_a_model_that_is_too_large_is_refused_before_it_is_downloaded(
+    hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
+) -> None:
+    # A million million weights, by the file's header alone.
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [10**12], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    hub.add("model", "team/huge", tmp_path)
+    good = command_line("check", "--model", MODEL, HF_TOKEN=READER, **environment)
+    assert good.code == 0, good.stderr
+    assert "memory_bytes_needed: " in good.stdout
+    for verb in ("check", "run"):
+        refused = command_line(verb, "--model", "team/huge", **environment)
+        assert refused.code == 2, refused.stderr
+        assert "running this model takes about 4,001.0 GB of memory, but this machine has" in refused.stderr
+    assert not any("resolve/" in line["path"] for line in hub.log if "huge" in line["path"])
 
 
 def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome, hub: Hub) -> None:

@@ -3,8 +3,11 @@
 import base64
 import hashlib
 import json
+import math
+import struct
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
@@ -95,6 +98,7 @@ async def info(target: Readable, rev: str = "main", blobs: bool = False) -> Json
     commit = target.repo["commits"][sha]
     files = commit["files"]
     card = target.storage.object(files["README.md"]["sha256"]).read_text() if "README.md" in files else ""
+    weights = [target.storage.object(files[name]["sha256"]) for name in files if name.endswith(".safetensors")]
     return {
         "id": target.repo_id,
         "author": target.repo_id.split("/")[0],
@@ -106,8 +110,24 @@ async def info(target: Readable, rev: str = "main", blobs: bool = False) -> Json
         "disabled": False,
         "tags": [],
         "cardData": front_matter(card),
+        **count_weights(weights),
         "siblings": [sibling(path, entry, blobs) for path, entry in sorted(files.items())],
     }
+
+
+def count_weights(paths: list[Path]) -> Json:
+    """Returns how many weights safetensors files have, by type and in all, as their headers say; {} without any."""
+    counted: Counter[str] = Counter()
+    try:
+        for path in paths:
+            data = path.read_bytes()
+            header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+            for name, tensor in header.items():
+                if name != "__metadata__":
+                    counted[tensor["dtype"]] += math.prod(tensor["shape"])
+    except (ValueError, struct.error):
+        return {}
+    return {"safetensors": {"parameters": dict(counted), "total": counted.total()}} if counted else {}
 
 
 @router.get(REPO + "/auth-check")

@@ -10,6 +10,7 @@ import pytest
 from tasks import hub as client
 from tasks import process, store
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tasks.checkpoint import check_finite
 from tasks.questions import check_charts, check_mmlu
 from tasks.store import StageFailed, UserError
 from tests.hub.server import Hub, serve
@@ -291,3 +292,22 @@ def test_a_damaged_benchmark_ends_the_download(stage: str, benchmark: str, tmp_p
     copy.write_bytes(copy.read_bytes()[:-100])
     with pytest.raises(UserError, match=rf"{path.name} of {source} is truncated or corrupt .*: download it again"):
         bring(stage, source, tmp_path / "again")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("place", [0, 999])
+def test_an_infinity_is_found_wherever_it_is(
+    dtype: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr("tasks.checkpoint.CHUNK_BYTES", 64)
+    weights = {"counts": torch.full((7,), -1), "w": torch.ones(10, 100, dtype=getattr(torch, dtype))}
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+    check_finite(path)
+    weights["w"].view(-1)[place] = torch.inf
+    save_file(weights, path)
+    with pytest.raises(UserError, match=r"the weight w in .* holds a NaN or an infinity"):
+        check_finite(path)

@@ -115,6 +115,7 @@ def snapshot() -> dict[str, Any]:
     """Everything that the changes replace."""
     import torch
     from executorch.backends.xnnpack._passes import XNNPACKPassManager
+    from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
     from executorch.exir import lowered_backend_module
     from executorch.exir.backend import backend_api
     from executorch.exir.backend.canonical_partitioners import group_partitioner
@@ -130,6 +131,7 @@ def snapshot() -> dict[str, Any]:
 
     return {
         "transform": XNNPACKPassManager.transform,
+        "preprocess": XnnpackBackend.preprocess,
         "copy": backend_api.copy,
         "lower": backend_api.lower_all_submodules_to_backend,
         "create_partitions": backend_api._create_partitions_in_graph_module,
@@ -169,6 +171,16 @@ def test_the_switch_leaves_the_libraries_as_they_are(monkeypatch: pytest.MonkeyP
     before = snapshot()
     with lean_loading(), lean_lowering():
         assert snapshot() == before
+
+
+def test_the_picture_is_still_needed_and_the_class_is_restored() -> None:
+    from optimum.exporters.executorch.integrations import VisionExportableModule
+
+    stock = VisionExportableModule.prepare_export_inputs
+    assert "https://" in inspect.getsource(stock)
+    with lean.example_picture("pixels"):
+        assert VisionExportableModule.prepare_export_inputs(None) == ("pixels", None)
+    assert VisionExportableModule.prepare_export_inputs is stock
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
