@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check install hub-demo deploy worker serve
+.PHONY: run test campaign check install hub-demo deploy worker serve
 
 run: .venv/installed
 	$(BIN)/quantize-gemma run
@@ -10,6 +10,14 @@ run: .venv/installed
 # Two files of tests at a time: half of it is waiting, for servers above all.
 test: check
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# Attacks and accidents at random, each at its full size: hours. Each prints its cases, its failures and its seed.
+campaign: .venv/installed
+	$(BIN)/python -m tests.campaigns.starting_place
+	$(BIN)/python -m tests.campaigns.input_fuzz
+	$(BIN)/python -m tests.campaigns.hub_faults
+	$(BIN)/python -m tests.campaigns.store
+	$(BIN)/python -m tests.campaigns.kill_points
 
 # The same against a Hugging Face Hub, a local one.
 hub-demo: .venv/installed
