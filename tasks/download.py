@@ -108,8 +108,8 @@ def remember(resolved: dict[str, Any], revision: str | None) -> None:
 
 
 def _memory(kind: str, name: str, revision: str | None) -> Path:
-    asked = (revision or "default").replace("/", "--")
-    return store.home() / "resolved" / f"{kind}--{name.replace('/', '--')}--{asked}.json"
+    asked = hashlib.sha256(canonical_json([kind, name, revision])).hexdigest()
+    return store.home() / "resolved" / f"{asked}.json"
 
 
 def download_checkpoint(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:

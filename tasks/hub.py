@@ -2,20 +2,27 @@
 
 import contextlib
 import hashlib
+import json
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.process import is_transient, redact
+from tasks.process import MOST_SECONDS_TO_WAIT, asked_to_wait, is_transient, redact, report
 from tasks.store import RunError, StageFailed, UserError
+
+logger = logging.getLogger(__name__)
 
 # Blocks of Prefect and environment variables that may hold a token, in the order they are asked.
 READ_TOKENS = (("hf-token", "HF_TOKEN"),)
 WRITE_TOKENS = (("hf-token-write", "HF_TOKEN_WRITE"), *READ_TOKENS)
 _prepared: set[str] = set()
 REPORTED_BYTES = 8 * 1024 * 1024
+SECONDS_OF_A_YEAR = 365 * 86_400.0
 
 
 def token(write: bool = False) -> str | None:
@@ -107,16 +114,49 @@ def explained(kind: str, repository: str, revision: str | None = None) -> Iterat
             ) from None
         if status in (400, 404, 422):
             raise UserError(f"the Hub refuses the request for {repository}: {said}") from None
-        raise StageFailed(f"the Hub answers {status} for {repository}: {said}", *is_transient(error)) from None
+        later = _come_back(error.response.headers)
+        raise StageFailed(f"the Hub answers {status} for {repository}: {said}{later}", *is_transient(error)) from None
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set: unset it, or give --offline to go on with what is there") from None
     except httpx.ConnectError as error:
         raise StageFailed(f"the Hub cannot be reached at {constants.ENDPOINT} ({error})", True) from None
-    except Exception as error:
-        # Whatever else the client raises may hold a header or a signed address.
-        if isinstance(error, RunError):
-            raise
+    except RunError:
+        raise
+    except httpx.HTTPError as error:
+        # Its text may hold a header or a signed address.
         raise StageFailed(f"{type(error).__name__}: {redact(str(error))}", *is_transient(error)) from None
+    except ValueError as error:
+        # Neither JSON nor text: what arrived is not what the Hub sent.
+        if not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+            raise _unexpected(error) from None
+        raise StageFailed(f"the Hub's answer for {repository} cannot be read ({redact(str(error))})", True) from None
+    except Exception as error:
+        raise _unexpected(error) from None
+
+
+def _unexpected(error: Exception) -> StageFailed:
+    """Returns the failure that an error nobody thought of is for the run; where it was raised goes into the log."""
+    from prefect.exceptions import MissingContextError
+    from prefect.logging import get_run_logger
+
+    where = redact("".join(traceback.format_exception(error)))
+    try:
+        get_run_logger().error(where)
+    except MissingContextError:
+        # A stage's own process, or none of a run.
+        logger.error(where)
+        report(where)
+    return StageFailed(f"{type(error).__name__}: {redact(str(error))}", *is_transient(error))
+
+
+def _come_back(headers: Mapping[str, str]) -> str:
+    """Returns when the server wants to be asked again, as the end of a sentence, if nobody waits for that long."""
+    seconds = asked_to_wait(headers)
+    if seconds <= MOST_SECONDS_TO_WAIT:
+        return ""
+    if seconds > SECONDS_OF_A_YEAR:
+        return "; it asks not to be asked again for more than a year"
+    return f"; start the run again after {time.strftime('%Y-%m-%d %H:%M', time.gmtime(time.time() + seconds))} UTC"
 
 
 def repo_info(kind: str, repository: str, revision: str | None, value: str | None) -> Any:
@@ -147,11 +187,20 @@ def _set_time_out() -> None:
     seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", 60))
     set_client_factory(
         lambda: httpx.Client(
-            event_hooks={"request": [hf_request_event_hook]},
+            event_hooks={"request": [hf_request_event_hook], "response": [_refuse_to_wait]},
             follow_redirects=True,
             timeout=httpx.Timeout(seconds, connect=min(seconds, 30)),
         )
     )
+
+
+def _refuse_to_wait(response: Any) -> None:
+    """Raises the Hub's error at once where its client would first sleep for as long as the server asks for."""
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+
+    if response.is_error and asked_to_wait(response.headers) > MOST_SECONDS_TO_WAIT:
+        response.read()
+        hf_raise_for_status(response)
 
 
 def fetch(

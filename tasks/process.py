@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ Progress = Callable[[int, int, str], None]
 Spread = Callable[[str, list[dict[str, Any]], int, str | None], int]
 
 TOKENS = ("HF_TOKEN", "HF_TOKEN_WRITE", "HUGGING_FACE_HUB_TOKEN")
+# Whoever wants to be asked again later than in so many seconds has failed for this run.
+MOST_SECONDS_TO_WAIT = 900.0
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
@@ -300,37 +302,45 @@ def is_transient(error: BaseException | None) -> tuple[bool, float]:
     """Tells whether the same work may succeed later, and after how many seconds the server asked to come back.
 
     So are: an interrupted or refused connection, a time-out, and the answers 408, 429 and 5xx; wherever in the chain
-    of causes, because the Hub's client wraps them.
+    of causes, because the Hub's client wraps them. A user's mistake is not, and neither is a server that wants to be
+    left alone for longer than MOST_SECONDS_TO_WAIT.
     """
     import httpx
 
     while error is not None:
+        if isinstance(error, UserError):
+            return False, 0.0
         if isinstance(error, StageFailed):
             return error.transient, error.retry_after
         response = getattr(error, "response", None)
         if response is not None:
-            status = response.status_code
+            status, seconds = response.status_code, asked_to_wait(response.headers)
             # 507 is a quota that is used up.
-            return status in (408, 429) or (status >= 500 and status != 507), _asked_to_wait(response.headers)
+            passes = status in (408, 429) or (status >= 500 and status != 507)
+            return (True, seconds) if passes and seconds <= MOST_SECONDS_TO_WAIT else (False, 0.0)
         if isinstance(error, (httpx.TransportError, ConnectionError, TimeoutError)):
             return True, 0.0
-        error = error.__cause__ or error.__context__
+        # What was raised `from None` does not follow from what was handled just then.
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False, 0.0
 
 
-def _asked_to_wait(headers: Any) -> float:
-    """Returns the seconds after which the server wants to be asked again: the Hub's rate limit, else Retry-After."""
+def asked_to_wait(headers: Mapping[str, str]) -> float:
+    """Returns the seconds after which the server wants to be asked again: the Hub's rate limit, else Retry-After.
+
+    0 if it does not say so in a way that can be read; it may be infinite.
+    """
     from email.utils import parsedate_to_datetime
 
-    limit = re.search(r"\br=0\b.*\bt=(\d+)", headers.get("RateLimit", ""))
+    limit = re.search(r"\br=0\b.*\bt=([0-9]+)", headers.get("RateLimit", ""))
     if limit:
         return float(limit.group(1)) + 1
-    after = headers.get("Retry-After", "")
-    if after.isdigit():
+    after = headers.get("Retry-After", "").strip()
+    if re.fullmatch("[0-9]+", after):
         return float(after)
     try:
         return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, IndexError, OverflowError):
         return 0.0
 
 

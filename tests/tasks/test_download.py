@@ -11,6 +11,7 @@ from tasks import hub as client
 from tasks import process, store
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tasks.checkpoint import check_finite
+from tasks.download import remember, resolve_model
 from tasks.questions import check_charts, check_mmlu
 from tasks.store import StageFailed, UserError
 from tests.hub.server import Hub, serve
@@ -125,6 +126,59 @@ def test_what_may_pass_by_itself_is_marked_so(
         download(hub, tmp_path, sha)
     assert failure.value.transient
     assert failure.value.retry_after == retry_after
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({"Retry-After": "7200"}, r"too busy; start the run again after \d{4}-\d\d-\d\d \d\d:\d\d UTC"),
+        ({"Retry-After": "99999999999"}, "too busy; it asks not to be asked again for more than a year"),
+        ({"Retry-After": "Fri, 31 Dec 2099 23:59:59 GMT"}, "more than a year"),
+        ({"RateLimit": '"api";r=0;t=99999999999'}, "more than a year"),
+    ],
+)
+def test_a_hub_that_wants_to_be_left_alone_for_hours_ends_the_stage_and_says_until_when(
+    hub: Hub, tmp_path: Path, headers: dict[str, str], words: str
+) -> None:
+    sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
+    hub.faults.add(method="GET", path="resolve", status=429, headers=headers, error_message="too busy")
+    with pytest.raises(StageFailed, match=words) as failure:
+        download(hub, tmp_path, sha)
+    assert not failure.value.transient
+    assert len(hub.served("GET", "resolve")) == 1
+
+
+def test_an_answer_that_cannot_be_read_may_pass_by_itself(hub: Hub, tmp_path: Path) -> None:
+    sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
+    hub.faults.add(method="GET", path="/api/models", wrong_bytes=True)
+    with pytest.raises(StageFailed, match="the Hub's answer for team/tiny cannot be read") as failure:
+        download(hub, tmp_path, sha)
+    assert failure.value.transient
+
+
+def test_an_error_in_our_own_code_is_one_line_for_the_user_and_a_traceback_without_tokens_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(StageFailed) as failure, client.explained("model", NAME):
+        raise KeyError("Bearer hf_MARKED000000")
+    assert "\n" not in str(failure.value)
+    assert not failure.value.transient
+    assert "Traceback" in caplog.text
+    assert 'raise KeyError("Bearer' in caplog.text
+    assert "MARKED" not in caplog.text + str(failure.value)
+
+
+def test_what_a_name_stood_for_last_is_remembered_for_that_name_and_that_revision_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
+    known = {"kind": "model", "name": "a/b--c", "revision": "0" * 40}
+    remember(known, "default")
+    remember({**known, "revision": "1" * 40}, "x--y")
+    assert resolve_model("a/b--c", "default", offline=True) == known
+    for name, revision in (("a/b--c", None), ("a--b/c", "default"), ("a/b--c", "x/y")):
+        with pytest.raises(UserError, match="never resolved"):
+            resolve_model(name, revision, offline=True)
 
 
 @pytest.mark.parametrize(
