@@ -6,7 +6,11 @@ import logging
 import math
 import os
 import sys
-from typing import Any, Literal, get_args, get_origin
+import traceback
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from flows.summary import Interrupted, empty_summary
+from tasks.store import RunError, StageFailed, UserError
 
 DESCRIPTION = """\
 Turn a Gemma 3 checkpoint into a quantized, measured, on-device release of it.
@@ -18,25 +22,39 @@ Turn a Gemma 3 checkpoint into a quantized, measured, on-device release of it.
 
 Results live in $QUANTIZE_GEMMA_HOME (default ~/.cache/quantize-gemma) and are found again by the next run. Without
 PREFECT_API_URL a local Prefect server is started for the run and stopped after it.
-Exit codes: 0 done; 1 a stage failed or the gate refused; 2 a mistake in what was asked for, nothing started.
+Exit codes: 0 done; 1 a stage or the upload failed, or the gate refused; 2 a mistake in what was asked for, found before
+anything was made; 130 interrupted.
 """
 
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    arguments = _parser().parse_args()
+    verbs = {"run": _run, "check": _check, "prune": _prune}
     try:
-        code = {"run": _run, "check": _check, "prune": _prune}[arguments.verb](arguments)
+        arguments = _parser().parse_args()
+        code = verbs[arguments.verb](arguments)
     except KeyboardInterrupt:
         code = 130
+    except UserError as error:
+        code = _refuse(error)
+        # What was meant could not be read to its end, this could.
+        if sys.argv[1:2] == ["run"] and "--json" in sys.argv:
+            print(json.dumps({**empty_summary(), "error": str(error)}))
     sys.stdout.flush()
     sys.exit(code)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without all that could have been given instead."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def _parser() -> argparse.ArgumentParser:
     from flows.parameters import Parameters
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="quantize-gemma", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="run | check | prune")
@@ -70,7 +88,6 @@ def _check(arguments: argparse.Namespace) -> int:
     from tasks.check import check_disk, check_memory, check_run
     from tasks.checkpoint import check_finite, local_checkpoint, weight_files
     from tasks.download import resolve_model
-    from tasks.store import StageFailed, UserError
 
     try:
         p = _parameters(arguments)
@@ -103,14 +120,37 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from tasks.check import check_run
-    from tasks.store import UserError
-
+    summary, code = empty_summary(), 0
     try:
-        p = _parameters(arguments)
-        check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster, p.custom_kv_cache)
+        summary = _run_flow(arguments)
     except UserError as error:
-        return _refuse(error)
+        summary, code = {**summary, **error.summary, "error": str(error)}, 2
+    except RunError as error:
+        summary, code = {**summary, **error.summary, "error": str(error)}, 1
+    except Interrupted as error:
+        summary, code = error.summary, 130
+    except KeyboardInterrupt:
+        summary, code = {**summary, "error": "interrupted"}, 130
+    except Exception as error:
+        from tasks.process import redact
+
+        # A mistake of ours, or an API that went away: where it happened helps whoever mends it.
+        print(redact(traceback.format_exc()), file=sys.stderr)
+        summary, code = {**summary, "error": redact(f"{type(error).__name__}: {error}")}, 1
+    if summary["error"]:
+        print(f"quantize-gemma: {summary['error']}", file=sys.stderr)
+    if summary["release"]:
+        _print_summary(summary)
+    if arguments.json:
+        print(json.dumps(summary))
+    return code
+
+
+def _run_flow(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tasks.check import check_run
+
+    p = _parameters(arguments)
+    check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster, p.custom_kv_cache)
     # Before Prefect is imported: it reads them once.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -126,21 +166,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if url:
         print(f"quantize-gemma: watch the run at {url.removesuffix('/api')}", file=sys.stderr)
     from flows.quantize_gemma import quantize_gemma
-    from tasks.store import RunError
 
-    code = 0
-    try:
-        summary = quantize_gemma(**p.model_dump())
-    except RunError as error:
-        summary = error.summary
-        code = _refuse(error) if isinstance(error, UserError) else 1
-        if code == 1:
-            print(f"quantize-gemma: {error}", file=sys.stderr)
-    if summary["release"]:
-        _print_summary(summary)
-    if arguments.json and code != 2:
-        print(json.dumps(summary))
-    return code
+    summary: dict[str, Any] = quantize_gemma(**p.model_dump())
+    return summary
 
 
 class _Terminal(logging.Handler):
@@ -156,7 +184,6 @@ def _parameters(arguments: argparse.Namespace) -> Any:
     from pydantic import ValidationError
 
     from flows.parameters import Parameters
-    from tasks.store import UserError
 
     given = {name: value for name, value in vars(arguments).items() if name in Parameters.model_fields}
     try:
@@ -201,17 +228,25 @@ def _print_summary(summary: dict[str, Any]) -> None:
         quality.add_row(*row.values())
     console.print(stages)
     console.print(quality)
-    passed = summary["gate"] is not None and summary["gate"]["passed"]
-    if passed:
-        checks = gate_table(summary["gate"]["checks"])
+    gate = summary["gate"]
+    # A refusal has said it already.
+    if gate and gate["passed"]:
+        checks = gate_table(gate["checks"])
         table = Table(*checks[0], title="Gate")
         for row in checks:
             table.add_row(*row.values())
         console.print(table)
-    console.print(f"gate: {'passed' if passed else 'refused'}")
-    if passed:
-        console.print(f"upload: {summary['published'] or 'skipped, no target was given'}")
+    console.print(f"gate: {'not reached' if gate is None else 'passed' if gate['passed'] else 'refused'}")
+    console.print(f"upload: {_upload_line(summary)}", soft_wrap=True)
     console.print(f"release: {summary['release']}", soft_wrap=True)
+
+
+def _upload_line(summary: dict[str, Any]) -> str:
+    if summary["published"]:
+        return str(summary["published"])
+    if any(stage["name"] == "upload" for stage in summary["stages"]):
+        return "failed"
+    return "none, for the run ended before it" if summary["error"] else "skipped, no target was given"
 
 
 if __name__ == "__main__":

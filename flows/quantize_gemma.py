@@ -21,6 +21,7 @@ from prefect.logging import get_run_logger
 
 from flows.parameters import Parameters, taking_parameters
 from flows.server import outlive_server_restarts
+from flows.summary import Interrupted, empty_summary
 from tasks import process, store
 from tasks.card import card, chartqa_scores, score
 from tasks.check import check_checkpoint, check_disk, check_memory, check_run
@@ -167,14 +168,7 @@ class Run:
         self.label = label
         self.futures: dict[str, PrefectFuture[Any]] = {}
         self.one_at_a_time = False
-        self.summary: dict[str, Any] = {
-            "release": None,
-            "gate": None,
-            "metrics": {},
-            "stages": [],
-            "published": None,
-            "publication": None,
-        }
+        self.summary = empty_summary()
 
     def stage(self, name: str, stage: Stage, *after: PrefectFuture[Any], **inputs: Any) -> PrefectFuture[Any]:
         """Submits a stage. Where memory allows only one at a time, it waits for all before it."""
@@ -211,33 +205,43 @@ class Run:
     def explained(self) -> Iterator[None]:
         """Fills the summary however the run ends, and raises what made the first stage fail instead of what followed.
 
-        A stage whose input failed never starts, and says only that.
+        A stage whose input failed never starts, and says only that. A user's mistake is one only as long as nothing
+        was made: what the Hub refuses after hours is what failed.
         """
         try:
             yield
         except Exception as error:
-            cause = self._first_failure() or error
-            if not isinstance(cause, RunError):
-                cause = StageFailed(process.redact(f"{type(cause).__name__}: {cause}"))
+            cause = self._failure(error)
             if isinstance(cause, GateRefused):
                 self.summary["gate"] = cause.verdict
+            self.summary["error"] = process.redact(str(cause))
             cause.summary = self.summary
             raise cause from error
+        except KeyboardInterrupt:
+            self.summary["error"] = "interrupted"
+            raise Interrupted(self.summary) from None
         finally:
             lines = [stage_summary(name, future) for name, future in self.futures.items()]
             self.summary["stages"] = sorted(
                 [*self.summary["stages"], *lines], key=lambda line: line["name"] in ("published", "gate", "upload")
             )
 
-    def _first_failure(self) -> BaseException | None:
+    def _failure(self, error: Exception) -> RunError:
+        """Returns what the run ends with: the failure of the first stage that failed, else the error."""
         # Whatever does not need the failed stage comes to its end first: the next run finds it done.
         for future in self.futures.values():
             future.wait()
-        for name, future in self.futures.items():
+        cause: BaseException = error
+        name = next((line["name"] for line in self.summary["stages"] if line["state"] == "FAILED"), None)
+        for stage, future in self.futures.items():
             if future.state.is_failed() or future.state.is_crashed():
-                error = failure_of(future.state)
-                return error if isinstance(error, UserError) else StageFailed(f"{name.replace('_', ' ')}: {error}")
-        return None
+                name, cause = stage.replace("_", " "), failure_of(future.state) or error
+                break
+        made = any(future.state.is_completed() and future.state.name != "Cached" for future in self.futures.values())
+        if isinstance(cause, GateRefused) or (isinstance(cause, UserError) and not made and name != "upload"):
+            return cause
+        said = str(cause) if isinstance(cause, RunError) else process.redact(f"{type(cause).__name__}: {cause}")
+        return StageFailed(f"{name}: {said}" if name else said)
 
 
 def stage_summary(name: str, future: PrefectFuture[Any]) -> dict[str, Any]:

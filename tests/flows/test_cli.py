@@ -116,6 +116,39 @@ def test_a_bad_argument_is_named(arguments: list[str], words: list[str], fresh: 
     refused(fresh, words, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--recipe", "INT2"], "there is no recipe 'INT2'"),
+        (["--limit", "0"], "--limit '0': Input should be greater than or equal to 1"),
+        (["--lmit", "5"], "unrecognized arguments: --lmit 5; see `quantize-gemma --help`"),
+        (["--model", "/no/such/model"], "there is no model at '/no/such/model'"),
+    ],
+)
+def test_json_is_printed_whatever_is_wrong(arguments: list[str], error: str, fresh: CommandLine) -> None:
+    outcome = fresh("run", *arguments, "--json")
+    assert outcome.code == 2
+    (line,) = outcome.stdout.splitlines()
+    summary = json.loads(line)
+    assert summary["error"].startswith(error)
+    assert outcome.stderr == f"quantize-gemma: {summary.pop('error')}\n"
+    assert summary == {
+        "release": None,
+        "gate": None,
+        "metrics": {},
+        "stages": [],
+        "published": None,
+        "publication": None,
+    }
+
+
+def test_an_error_that_nobody_thought_of_is_told_in_the_json_and_where_it_was_on_stderr(fresh: CommandLine) -> None:
+    outcome = fresh("run", "--json", PREFECT_SERVER_LOGGING_LEVEL="LOUD")
+    assert outcome.code == 1
+    assert "LOUD" in outcome.summary["error"]
+    assert "Traceback" in outcome.stderr
+
+
 def test_a_rule_that_matches_no_module_is_named(fresh: CommandLine, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, of="vision.fc2", match="re:experts")
     refused(fresh, ["re:experts", "matches no module"], "--recipe", str(recipe))

@@ -180,6 +180,25 @@ def test_a_refusal_costs_seconds_and_says_what_to_do(
         assert word in refused.stderr.splitlines()[-1]
 
 
+def test_what_the_hub_refuses_when_all_is_made_is_a_failure_not_a_mistake(
+    published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
+) -> None:
+    hub.faults.add(method="POST", path="/info/lfs/objects/batch", status=507, error_message="no room")
+    refused = command_line(*RUN, "--target", f"{TARGET}-full", **environment)
+    assert refused.code == 1
+    summary = refused.summary
+    assert (
+        summary["error"] == f"upload: the quota for {TARGET}-full is used up (no room): make room there or ask for more"
+    )
+    assert refused.stderr.count(summary["error"]) == 1
+    assert "upload: failed" in refused.stderr
+    assert "skipped" not in refused.stderr
+    assert summary["release"] == published.summary["release"]
+    assert summary["gate"]["passed"]
+    assert summary["published"] is None
+    assert set(hub.files("model", f"{TARGET}-full")) == {".gitattributes"}
+
+
 def test_a_release_below_the_published_numbers_is_refused(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
 ) -> None:

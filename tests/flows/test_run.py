@@ -424,8 +424,10 @@ def test_an_interrupted_run_ends_at_once_and_leaves_no_process(
     process = start_run_into("export", 5, command_line)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(sent)
-    process.communicate(timeout=20)
+    stdout, _ = process.communicate(timeout=20)
     assert process.returncode == code
+    if sent == signal.SIGINT:
+        assert json.loads(stdout.splitlines()[-1])["error"] == "interrupted"
     _, alive = psutil.wait_procs(children, timeout=20)
     assert alive == []
     assert not list(command_line.home.glob("*/.partial-*"))
