@@ -85,17 +85,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from tasks import process
     from tasks.check import check_disk, check_memory, check_run
-    from tasks.checkpoint import check_finite, local_checkpoint, weight_files
+    from tasks.checkpoint import local_checkpoint
     from tasks.download import resolve_model
 
     try:
         p = _parameters(arguments)
         plan = check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster, p.custom_kv_cache)
         local = local_checkpoint(p.model)
-        for path in weight_files(local) if local else []:
-            check_finite(path)
-        if local is None:
+        if local is not None:
+            directory = {"checkpoint": str(local.absolute())}
+            process.run("tasks.loadable:check_directory", directory, lambda *_: None, None)
+        else:
             model = resolve_model(p.model, p.revision, p.offline)
             plan["disk_bytes_needed"] = check_disk(model["weight_bytes"])
             plan["memory_bytes_needed"] = check_memory(model["weights"])

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Stage = Literal[
     "download",
@@ -24,42 +24,63 @@ Stage = Literal[
 ]
 
 
+def _one_line(value: str) -> str:
+    # Such a name is a mistake or an attack: it breaks log lines, paths, and requests to the Hub.
+    if not value.isprintable():
+        raise ValueError("it has line breaks, control characters or characters that are not text in it")
+    return value
+
+
+# A name or a path.
+Text = Annotated[str, Field(max_length=1000), AfterValidator(_one_line)]
+# No count is ever larger.
+LARGEST = 1_000_000
+
+
 class Parameters(BaseModel):
     """One run: which model, how it is quantized, how it is measured, where it goes."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    model: str = Field(
+    model: Text = Field(
         "tiny-gemma3",
+        min_length=1,
         description="A Hub repository such as google/gemma-3-4b-it, a directory, or the built-in tiny-gemma3.",
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub repository; its default branch.")
-    recipe: str = Field("HQQ-INT8-INT4", description="The recipe's name, or the path of a recipe's JSON file.")
+    revision: Text | None = Field(None, description="Branch, tag or commit of a Hub repository; its default branch.")
+    recipe: Text = Field("HQQ-INT8-INT4", description="The recipe's name, or the path of a recipe's JSON file.")
     benchmark: Literal["mmlu-mini", "cais/mmlu"] = Field(
         "mmlu-mini", description="Questions to measure on: the built-in fixture, or MMLU from the Hub."
     )
-    benchmark_revision: str | None = Field(
+    benchmark_revision: Text | None = Field(
         None, description="Branch, tag or commit of the benchmark; its default branch."
     )
     charts: Literal["chartqa-mini", "HuggingFaceM4/ChartQA", "none"] | None = Field(
         None, description="Charts to measure on: the fixture with the benchmark's, ChartQA with MMLU, or none."
     )
-    charts_revision: str | None = Field(None, description="Branch, tag or commit of the charts; their default branch.")
-    limit: int | None = Field(None, ge=1, description="Questions per subject, and per kind of chart question; all.")
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    charts_revision: Text | None = Field(None, description="Branch, tag or commit of the charts; their default branch.")
+    limit: int | None = Field(
+        None, ge=1, le=LARGEST, description="Questions per subject, and per kind of chart question; all."
+    )
+    batch_size: Annotated[int, Field(ge=1, le=LARGEST)] | Literal["auto"] = Field(
         "auto", description="Most questions per batch; auto: as many as have 4,096 tokens, or 32,768 on a GPU."
     )
     program_questions: int = Field(
-        100, ge=1, description="Questions that the program answers, too: a sample of the checkpoint's, always the same."
+        100,
+        ge=1,
+        le=LARGEST,
+        description="Questions that the program answers, too: a sample of the checkpoint's, always the same.",
     )
-    workers: int = Field(1, ge=1, description="Processes that answer the questions, each with its own model.")
-    cluster: str | None = Field(
+    workers: int = Field(1, ge=1, le=1000, description="Processes that answer the questions, each with its own model.")
+    cluster: Text | None = Field(
         None, description="Cluster that answers them instead and shares the store: tcp://… of Dask, ray://… of Ray."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the evaluation runs; with cuda, quantizing too."
     )
-    max_seq_len: int = Field(1024, ge=64, description="Longest sequence of the exported program, in tokens.")
+    max_seq_len: int = Field(
+        1024, ge=64, le=LARGEST, description="Longest sequence of the exported program, in tokens."
+    )
     backend: Literal["xnnpack"] = Field("xnnpack", description="What the program is lowered to.")
     dtype: Literal["float32"] = Field("float32", description="Type of the program's activations and scales.")
     custom_sdpa: bool = Field(True, description="Let ExecuTorch's own kernel do the program's attention.")
@@ -69,7 +90,7 @@ class Parameters(BaseModel):
     last_logits_only: bool = Field(
         True, description="Let the program return the logits of the last token alone, as generating needs them."
     )
-    max_new_tokens: int = Field(64, ge=1, description="Length of the smoke tests' answers, in tokens.")
+    max_new_tokens: int = Field(64, ge=1, le=LARGEST, description="Length of the smoke tests' answers, in tokens.")
     max_mmlu_drop: float = Field(5.0, ge=0, description="Points of MMLU accuracy that the gate lets a release lose.")
     max_chartqa_drop: float = Field(
         10.0, ge=0, description="Points of ChartQA's relaxed accuracy that the gate lets a release lose."
@@ -89,12 +110,12 @@ class Parameters(BaseModel):
         1.0, ge=0, description="Points of MMLU accuracy that a release may be below the one published before it."
     )
     offline: bool = Field(False, description="Go on with what was downloaded before, if the Hub cannot be reached.")
-    target: str | None = Field(None, description="Hub repository to publish to; without it nothing is uploaded.")
-    branch: str | None = Field(None, description="Branch of the target to publish on; its default branch.")
+    target: Text | None = Field(None, description="Hub repository to publish to; without it nothing is uploaded.")
+    branch: Text | None = Field(None, description="Branch of the target to publish on; its default branch.")
     create_pr: bool = Field(False, description="Publish as a pull request instead of a commit on the branch.")
     private: bool = Field(False, description="Make the target private, if it has to be made.")
     tag: bool = Field(False, description="Tag the commit v<date>-<recipe hash>.")
-    keep: list[str] = Field(
+    keep: list[Text] = Field(
         default_factory=lambda: [".gitattributes", "*.jpg", "*.jpeg", "*.png", "*.gif", "*.webp", "*.mp4"],
         description="Files of the target, as patterns, that stay though the release does not have them.",
     )

@@ -12,11 +12,12 @@ from typing import Any
 
 from tasks import process, store
 from tasks.checkpoint import (
+    check_weights,
     local_checkpoint,
     quantizable_modules,
-    read_config,
     read_headers,
-    text_config,
+    read_model_config,
+    source_files,
     weight_files,
 )
 from tasks.recipe import decide, load_recipe
@@ -54,6 +55,7 @@ def check_run(
     plan: dict[str, Any] = {"recipe": loaded["name"], "model": model}
     path = local_checkpoint(model)
     if path is not None:
+        source_files(path)
         plan["disk_bytes_needed"] = check_disk(sum(file.stat().st_size for file in weight_files(path)))
         plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len, custom_kv_cache)
     return plan
@@ -95,17 +97,17 @@ def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int, custo
 
     Raises UserError if the checkpoint is no Gemma 3, is damaged, or does not fit recipe, max_seq_len or this machine.
     """
-    config = read_config(path)
-    longest = text_config(config).get("max_position_embeddings", 131_072)
-    shortest = SHORTEST_SEQ_LEN + config.get("mm_tokens_per_image", 0)
+    config = read_model_config(path)
+    longest = config.text.max_position_embeddings
+    shortest = SHORTEST_SEQ_LEN + (config.mm_tokens_per_image if config.multimodal else 0)
     if max_seq_len > longest:
         raise UserError(f"max_seq_len is {max_seq_len:,}, but the model goes up to {longest:,}: give at most that")
     if max_seq_len < shortest:
         raise UserError(
             f"max_seq_len is {max_seq_len:,}: this model's smoke tests need {shortest:,}, give at least that"
         )
-    window = text_config(config).get("sliding_window") or longest
-    if not custom_kv_cache and "vision_config" not in config:
+    window = config.text.sliding_window
+    if not custom_kv_cache and not config.multimodal:
         raise UserError("without custom_kv_cache the program of a text-only model reads no prompt at once: leave it on")
     if not custom_kv_cache and max_seq_len > window:
         raise UserError(
@@ -113,6 +115,7 @@ def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int, custo
             "give at most that as max_seq_len, or leave custom_kv_cache on"
         )
     headers = read_headers(path)
+    check_weights(headers, path)
     decide(recipe, quantizable_modules(headers))
     return check_memory(sum(math.prod(tensor["shape"]) for tensor in headers.values()))
 

@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 from tasks.builtin import BUILTIN
+from tasks.config import ARCHITECTURES, ModelConfig, parse_config
 from tasks.lean import lean_loading
+from tasks.sources import INDEX, SINGLE, open_source, release_files
 from tasks.store import StageFailed, UserError
+from tasks.strict_json import MAX_BYTES, parse_object, read_object
 
 DTYPE_BYTES = {
     "F64": 8,
@@ -22,6 +26,9 @@ DTYPE_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
+# What a base checkpoint's weights may be.
+FLOATS = ("BF16", "F16", "F32", "F64")
+SHARD_NAME = re.compile(r"[\w][\w.+ -]*\.safetensors", re.ASCII)
 # What is looked at at once, of a multiple of every type's size.
 CHUNK_BYTES = 2**25
 # safetensors puts what needs the widest alignment first.
@@ -33,10 +40,6 @@ RUNTIME_PREFIXES = {
     "vision_tower.": "model.vision_tower.",
     "multi_modal_projector.": "model.multi_modal_projector.",
 }
-ARCHITECTURES = {
-    "Gemma3ForConditionalGeneration": "multimodal-text-to-text",
-    "Gemma3ForCausalLM": "text-generation",
-}
 
 
 def local_checkpoint(model: str) -> Path | None:
@@ -44,9 +47,12 @@ def local_checkpoint(model: str) -> Path | None:
 
     Raises UserError if it is none of them.
     """
-    path = BUILTIN.get(model) or Path(model).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        path = BUILTIN.get(model) or Path(model).expanduser()
+        if path.is_dir():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"the model {model!r} cannot be read ({error}): check its path") from None
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return None
     raise UserError(
@@ -58,29 +64,16 @@ def local_checkpoint(model: str) -> Path | None:
 def read_config(checkpoint: Path) -> dict[str, Any]:
     """Returns config.json. Raises UserError if it is missing, unreadable or not that of a plain Gemma 3."""
     path = checkpoint / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{checkpoint} has no config.json: it is not a checkpoint of transformers") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): download it again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no JSON object: download it again")
-    architecture = (config.get("architectures") or [config.get("model_type", "unknown")])[0]
-    if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"{checkpoint} is a {architecture} model, not Gemma 3: give one whose architecture is "
-            + " or ".join(ARCHITECTURES)
-        )
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"{checkpoint} is quantized already ({method}): give the unquantized checkpoint")
+    if not path.is_file():
+        raise UserError(f"{checkpoint} has no config.json: it is not a checkpoint of transformers")
+    config = read_object(path, "download it again")
+    parse_config(config, path)
     return config
 
 
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the language model's part of a configuration."""
-    return config.get("text_config", config)
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """Returns what config.json says, checked. Raises UserError as read_config does."""
+    return parse_config(read_config(checkpoint), checkpoint / "config.json")
 
 
 def task_of(config: dict[str, Any]) -> str:
@@ -88,52 +81,126 @@ def task_of(config: dict[str, Any]) -> str:
     return ARCHITECTURES[config["architectures"][0]]
 
 
+def source_files(checkpoint: Path) -> list[str]:
+    """Returns the names of all files of a model directory that go into a release.
+
+    Raises UserError if one of them is not a file of this directory, and as weight_files() does.
+    """
+    names = release_files(checkpoint)
+    for name in (SINGLE, INDEX):
+        if os.path.lexists(checkpoint / name):
+            open_source(checkpoint, name).close()
+    weights = [path.name for path in weight_files(checkpoint)]
+    for name in weights:
+        open_source(checkpoint, name).close()
+    return sorted([*names, *weights, *([] if weights == [SINGLE] else [INDEX])])
+
+
 def weight_files(checkpoint: Path) -> list[Path]:
-    """Returns the safetensors files. Raises UserError if there are none or the index names one that is missing."""
-    index = checkpoint / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} cannot be read ({error}): download it again") from None
-    else:
-        names = sorted(path.name for path in checkpoint.glob("*.safetensors"))
-    if not names:
+    """Returns the safetensors files that transformers would read: model.safetensors, else those that the index names.
+
+    Raises UserError if there are none or the index names one that is missing.
+    """
+    if (checkpoint / SINGLE).is_file():
+        return [checkpoint / SINGLE]
+    if not (checkpoint / INDEX).is_file():
+        others = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+        if others:
+            raise UserError(
+                f"{checkpoint} has {others[0]!r}, but neither {SINGLE} nor {INDEX}, without which transformers "
+                "loads nothing: save the checkpoint again with save_pretrained"
+            )
         raise UserError(f"{checkpoint} has no .safetensors file: convert the checkpoint to safetensors first")
+    names = sorted(set(read_index(checkpoint / INDEX).values()))
     for name in names:
         if not (checkpoint / name).is_file():
             raise UserError(f"{checkpoint / name} is missing, though the index names it: download it again")
     return [checkpoint / name for name in names]
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """Returns the index's {tensor: file}. Raises UserError if a file's name is not that of one beside the index."""
+    index = read_object(path, "download it again")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata"), dict):
+        raise UserError(f"{path} needs the objects metadata and weight_map: download it again")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+            raise UserError(
+                f"{path} says that the tensor {tensor!r} is in {name!r}, which does not name a .safetensors file "
+                "beside it: download it again"
+            )
+    return weight_map
+
+
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Returns {tensor: {"dtype", "shape", "data_offsets"}} of one safetensors file, "data_offsets" from its start.
 
-    Raises UserError that names the file if header or length are wrong.
+    Raises UserError that names the file if header or length are wrong, as safetensors itself would.
     """
-    size = path.stat().st_size
     try:
+        size = path.stat().st_size
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise ValueError("its header is longer than the file")
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
+            if length > min(size - 8, MAX_BYTES):
+                raise ValueError("its header is longer than the file, or than safetensors allows")
+            header: dict[str, dict[str, Any]] = parse_object(stream.read(length))
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not (
+            isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+        ):
+            raise ValueError("its metadata are not texts")
+        for name, tensor in header.items():
+            _check_tensor(path, name, tensor)
+        end = _check_extents(header)
         start = 8 + length
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if start + end != size:
             raise ValueError(f"it has {size:,} bytes, but its header describes {start + end:,}")
-        for name, tensor in header.items():
-            count = DTYPE_BYTES[tensor["dtype"]]
-            for extent in tensor["shape"]:
-                count *= extent
-            begin, finish = tensor["data_offsets"]
-            if finish - begin != count:
-                raise ValueError(f"the extent of {name} does not fit its shape")
-            tensor["data_offsets"] = [start + begin, start + finish]
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, OSError) as error:
         raise UserError(f"{path} is truncated or corrupt ({error}): download it again") from None
+    for tensor in header.values():
+        tensor["data_offsets"] = [start + offset for offset in tensor["data_offsets"]]
     return header
+
+
+def _check_tensor(path: Path, name: str, tensor: Any) -> None:
+    """Raises ValueError if the header's entry is malformed, and UserError if it is of a type that we do not read."""
+    if not name.isprintable():
+        raise ValueError(f"the name {name!r} has control characters")
+    if not isinstance(tensor, dict) or set(tensor) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"the entry of {name} does not have exactly dtype, shape and data_offsets")
+    for field in ("shape", "data_offsets"):
+        numbers = tensor[field]
+        # True is an int, too.
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) > 16
+            or not all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        ):
+            raise ValueError(f"the {field} of {name} are not whole numbers")
+    dtype = tensor["dtype"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"the dtype of {name} is not a text")
+    if dtype not in DTYPE_BYTES:
+        raise UserError(
+            f"the weight {name} in {path} is {dtype[:20]!r}, a type that is not read here (FP8 and other quantized "
+            "types are not): give the checkpoint in bfloat16, float16 or float32"
+        )
+    if len(tensor["data_offsets"]) != 2:
+        raise ValueError(f"the data_offsets of {name} are not two")
+    begin, end = tensor["data_offsets"]
+    if end - begin != DTYPE_BYTES[dtype] * _count(tensor["shape"]):
+        raise ValueError(f"the extent of {name} does not fit its shape")
+
+
+def _check_extents(header: dict[str, dict[str, Any]]) -> int:
+    """Returns where the last tensor ends. Raises ValueError if two overlap, or there is a gap between them."""
+    end = 0
+    for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if tensor["data_offsets"][0] != end:
+            raise ValueError(f"the extent of {name} does not start where the one before it ends")
+        end = tensor["data_offsets"][1]
+    return end
 
 
 def write_header(file: int, tensors: dict[str, tuple[str, list[int]]], metadata: dict[str, str]) -> dict[str, int]:
@@ -158,12 +225,38 @@ def write_header(file: int, tensors: dict[str, tuple[str, list[int]]], metadata:
 
 
 def read_headers(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Returns {tensor: {"dtype", "shape", "file"}} of all safetensors files."""
-    return {
-        name: {"dtype": tensor["dtype"], "shape": tensor["shape"], "file": path.name}
-        for path in weight_files(checkpoint)
-        for name, tensor in read_header(path).items()
-    }
+    """Returns {tensor: {"dtype", "shape", "file"}} of all weight files.
+
+    Raises UserError if two tensors have the same name, in the files or once they are loaded, or if the index differs
+    from the files.
+    """
+    headers: dict[str, dict[str, Any]] = {}
+    loaded: dict[str, str] = {}
+    for path in weight_files(checkpoint):
+        for name, tensor in read_header(path).items():
+            other = loaded.setdefault(runtime_name(name), name)
+            if name in headers or other != name:
+                what = "stands twice" if name in headers else f"is the same weight as {other}"
+                raise UserError(f"the weight {name} in {path} {what}: which one is right cannot be known")
+            headers[name] = {"dtype": tensor["dtype"], "shape": tensor["shape"], "file": path.name}
+    if not (checkpoint / SINGLE).is_file():
+        files = {name: tensor["file"] for name, tensor in headers.items()}
+        differing = sorted(files.items() ^ read_index(checkpoint / INDEX).items())
+        if differing:
+            raise UserError(
+                f"{checkpoint / INDEX} and the files do not agree on where {differing[0][0]} is: download both again"
+            )
+    return headers
+
+
+def check_weights(headers: dict[str, dict[str, Any]], checkpoint: Path) -> None:
+    """Raises UserError if a weight is not of a floating-point type, as in a checkpoint that is quantized already."""
+    for name, tensor in headers.items():
+        if tensor["dtype"] not in FLOATS:
+            raise UserError(
+                f"the weight {name} in {checkpoint / tensor['file']} is {tensor['dtype']}: "
+                "give the unquantized checkpoint, in bfloat16, float16 or float32"
+            )
 
 
 def quantizable_modules(headers: dict[str, dict[str, Any]]) -> dict[str, list[int]]:

@@ -12,17 +12,25 @@ from typing import Any
 
 from tasks import hub, store
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from tasks.checkpoint import check_finite, local_checkpoint, read_config, read_headers, weight_files
+from tasks.checkpoint import (
+    check_finite,
+    check_weights,
+    local_checkpoint,
+    read_headers,
+    read_index,
+    read_model_config,
+    source_files,
+    weight_files,
+)
+from tasks.loadable import check_loads
 from tasks.process import report_progress
 from tasks.questions import check_charts, check_mmlu
+from tasks.sources import INDEX, SINGLE, is_release_file, open_source
 from tasks.stage import Stage
-from tasks.store import UserError, canonical_json, digest_file
+from tasks.store import UserError, canonical_json
 
 logger = logging.getLogger(__name__)
 
-# What a release needs and nothing else, in the repository's top level: no pickles, no code, no other framework's
-# weights, no training state.
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*")
 # MMLU's layout without the configurations that hold all subjects a second time.
 BENCHMARK_FILES = ("README.md", "*/test-*.parquet", "*/validation-*.parquet", "*/dev-*.parquet")
 BENCHMARK_LEFT_OUT = ("all/*", "auxiliary_train/*")
@@ -40,10 +48,11 @@ def resolve_model(model: str, revision: str | None, offline: bool) -> dict[str, 
     path = local_checkpoint(model)
     if path is None:
         return _resolve_on_hub("model", model, revision, offline)
+    names = source_files(path)
     size = sum(file.stat().st_size for file in weight_files(path))
     return {
         "name": model if model in BUILTIN else path.resolve().name,
-        "revision": _digest_of(path, _checkpoint_files([file.name for file in path.iterdir() if file.is_file()])),
+        "revision": _digest_of(path, names),
         "source": str(path.resolve()),
         "fixture": model in BUILTIN,
         "license": _license(_card_of(path)),
@@ -74,8 +83,9 @@ def _resolve_on_hub(kind: str, name: str, revision: str | None, offline: bool) -
         logger.warning("offline: going on with %s at %s, as it was resolved last", name, known["revision"])
         return known
     info = hub.repo_info(kind, name, revision, hub.token())
-    wanted = _checkpoint_files([file.rfilename for file in info.siblings])
-    weights = [f.size or 0 for f in info.siblings if f.rfilename in wanted and f.rfilename.endswith(".safetensors")]
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings if _is_weight_file(file.rfilename)}
+    # Which of several the index names is known once it is there.
+    weights = [sizes[SINGLE]] if SINGLE in sizes else list(sizes.values())
     counted = getattr(info, "safetensors", None)
     return {
         "kind": kind,
@@ -120,12 +130,16 @@ def download_checkpoint(target: Path, source: str, revision: str, offline: bool)
     """
     local = Path(source).is_dir()
     if local:
-        for name in _checkpoint_files([file.name for file in Path(source).iterdir() if file.is_file()]):
-            store.copy(Path(source) / name, target / name)
+        for name in source_files(Path(source)):
+            with open_source(Path(source), name) as reader:
+                # By its descriptor: the path may lead elsewhere by now.
+                store.copy(Path(f"/proc/self/fd/{reader.fileno()}"), target / name)
     else:
-        _fetch(target, "model", source, revision, offline, lambda name: bool(_checkpoint_files([name])))
-    config = read_config(target)
+        _fetch_checkpoint(target, source, revision, offline)
+    config = read_model_config(target)
     headers = read_headers(target)
+    check_weights(headers, target)
+    check_loads(target)
     # A local directory's own paths, for they stand in the message.
     files = weight_files(Path(source) if local else target)
     for done, path in enumerate(files):
@@ -133,11 +147,28 @@ def download_checkpoint(target: Path, source: str, revision: str, offline: bool)
         check_finite(path)
     return {
         "metadata": {
-            "architecture": config["architectures"][0],
+            "architecture": config.architecture,
             "tensors": len(headers),
             "weight_bytes": sum(path.stat().st_size for path in files),
         }
     }
+
+
+def _fetch_checkpoint(target: Path, repository: str, revision: str, offline: bool) -> None:
+    """Fetches what a release needs and the weights that transformers would read: which they are, the index says."""
+
+    def is_first(name: str) -> bool:
+        return is_release_file(name) or name in (SINGLE, INDEX)
+
+    incoming = _fetch(target, "model", repository, revision, offline, is_first)
+    chosen = {path.name for path in incoming.iterdir() if is_first(path.name)}
+    if SINGLE in chosen:
+        chosen.discard(INDEX)
+    elif INDEX in chosen:
+        shards = set(read_index(incoming / INDEX).values())
+        _fetch(target, "model", repository, revision, offline, lambda name: name in shards)
+        chosen |= shards
+    _move(incoming, target, lambda name: name in chosen)
 
 
 def download_questions(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:
@@ -164,17 +195,22 @@ def _bring(target: Path, source: str, revision: str, offline: bool, wanted: Call
     if Path(source).is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True, copy_function=lambda a, b: store.copy(Path(a), Path(b)))
     else:
-        _fetch(target, "dataset", source, revision, offline, wanted)
+        _move(_fetch(target, "dataset", source, revision, offline, wanted), target, wanted)
 
 
 def _fetch(
     target: Path, kind: str, repository: str, revision: str, offline: bool, wanted: Callable[[str], bool]
-) -> None:
-    """Brings the files in by way of a directory that outlives a failure, so that the next try goes on there."""
+) -> Path:
+    """Brings the files into a directory that outlives a failure, so that the next try goes on there; returns it."""
     if offline:
         raise UserError(f"offline: {repository} at {revision} is not in the store: run once without --offline")
     incoming = target.parent.parent / f"{store.INCOMING}{revision[:16]}"
+    incoming.mkdir(parents=True, exist_ok=True)
     hub.fetch(incoming, kind, repository, revision, wanted, lambda done, total: report_progress(done, total, "bytes"))
+    return incoming
+
+
+def _move(incoming: Path, target: Path, wanted: Callable[[str], bool]) -> None:
     for path in [path for path in incoming.rglob("*") if path.is_file()]:
         if not wanted(path.relative_to(incoming).as_posix()):
             continue
@@ -189,15 +225,19 @@ def _is_question_file(name: str) -> bool:
 
 
 def _is_like(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    # A star stands for slashes, too.
+    return ".." not in name.split("/") and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _checkpoint_files(names: list[str]) -> list[str]:
-    return sorted(name for name in names if "/" not in name and _is_like(name, CHECKPOINT_FILES))
+def _is_weight_file(name: str) -> bool:
+    return "/" not in name and name.endswith(".safetensors")
 
 
 def _digest_of(folder: Path, names: list[str]) -> str:
-    digests = {name: digest_file(folder / name) for name in names}
+    digests = {}
+    for name in names:
+        with open_source(folder, name) as stream:
+            digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashlib.sha256(canonical_json(digests)).hexdigest()[:40]
 
 

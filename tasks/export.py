@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks import process
-from tasks.checkpoint import ARCHITECTURES, task_of, weight_files
+from tasks.checkpoint import task_of, weight_files
+from tasks.config import ARCHITECTURES
 from tasks.lean import example_picture, lean_loading, lean_lowering
 from tasks.process import report_progress
 from tasks.stage import Stage

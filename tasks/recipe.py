@@ -5,12 +5,12 @@ A rule names a role (or `re:<regular expression>` on module names) and, for it, 
 """
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from tasks.store import UserError, canonical_json
+from tasks.strict_json import read_object
 
 RECIPES = Path(__file__).parent / "quantize" / "recipes"
 
@@ -30,17 +30,22 @@ FIELDS = {"match", "weight", "group_size", "activation", "algorithm"}
 
 def load_recipe(name: str) -> dict[str, Any]:
     """Returns the recipe with this name, or the one in the JSON file at this path. Raises UserError."""
-    path = Path(name) if name.endswith(".json") else RECIPES / f"{name}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.json")))
-        raise UserError(f"there is no recipe {name!r}: take one of {known}, or give a path that ends in .json")
-    try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
-        rules = list(recipe["rules"])
-        recipe["name"] = str(recipe["name"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the recipe {path} cannot be read ({error}): it needs a name and rules, as JSON") from None
-    for rule in rules:
+    known = {file.stem: file for file in RECIPES.glob("*.json")}
+    path = Path(name) if name.endswith(".json") else known.get(name)
+    if path is None or not path.is_file():
+        raise UserError(
+            f"there is no recipe {name!r}: take one of {', '.join(sorted(known))}, or give a path that ends in .json"
+        )
+    recipe = read_object(path, "it needs a name and rules, as JSON")
+    for field in ("name", "description"):
+        value = recipe.get(field, "" if field == "description" else None)
+        if not isinstance(value, str) or not value.isprintable() or len(value) > 1000:
+            raise UserError(f"the recipe {path} needs a {field} that is one line of text")
+    if not recipe["name"].strip():
+        raise UserError(f"the recipe {path} needs a name that is one line of text")
+    if not isinstance(recipe.get("rules"), list):
+        raise UserError(f"the recipe {path} cannot be read: it needs a name and a list of rules, as JSON")
+    for rule in recipe["rules"]:
         _check_rule(path, rule)
     return recipe
 
@@ -113,15 +118,17 @@ def torchao_config(rule: dict[str, Any]) -> Any:
 
 def _check_rule(path: Path, rule: dict[str, Any]) -> None:
     def refuse(what: str) -> None:
-        name = rule.get("match", rule) if isinstance(rule, dict) else rule
-        raise UserError(f"the rule {name!r} of the recipe {path}: {what}")
+        name = repr(rule.get("match", rule) if isinstance(rule, dict) else rule)[:200]
+        raise UserError(f"the rule {name} of the recipe {path}: {what}")
 
     if not isinstance(rule, dict) or set(rule) != FIELDS:
         refuse(f"it must have exactly the fields {', '.join(sorted(FIELDS))}")
-    match = str(rule["match"])
+    match = rule["match"]
+    if not isinstance(match, str) or not match.isprintable():
+        refuse("match must be one line of text")
     try:
         re.compile(match.removeprefix("re:"))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         refuse(f"it is no regular expression ({error})")
     if not match.startswith("re:") and match not in ROLES:
         refuse(f"there is no such role; roles are {', '.join(ROLES)}, or give re:<regular expression>")
@@ -132,5 +139,5 @@ def _check_rule(path: Path, rule: dict[str, Any]) -> None:
     if rule["algorithm"] not in ALGORITHMS:
         refuse(f"algorithm must be one of {', '.join(ALGORITHMS)}")
     size = rule["group_size"]
-    if size is not None and not (isinstance(size, int) and size > 0):
+    if size is not None and not (type(size) is int and size > 0):
         refuse("group_size must be a positive number or null")

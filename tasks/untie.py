@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint import quantizable_modules, read_header, read_headers, write_header
+from tasks.sources import INDEX
 from tasks.stage import Stage
 from tasks.store import StageFailed, UserError, link
 
@@ -16,7 +17,6 @@ HEADS = {
     "model.embed_tokens.weight": "lm_head.weight",
     "model.language_model.embed_tokens.weight": "lm_head.weight",
 }
-INDEX = "model.safetensors.index.json"
 
 
 def untie_checkpoint(target: Path, checkpoint: Path) -> dict[str, Any]:
@@ -28,8 +28,10 @@ def untie_checkpoint(target: Path, checkpoint: Path) -> dict[str, Any]:
     headers = read_headers(checkpoint)
     quantizable_modules(headers)
     embedding = next(name for name in headers if name.endswith("embed_tokens.weight"))
+    files = {tensor["file"] for tensor in headers.values()}
     for path in checkpoint.iterdir():
-        if path.name not in ("config.json", INDEX):
+        # A weight file that transformers does not read would be one that it does, once there is an index.
+        if path.name in files or (path.suffix != ".safetensors" and path.name not in ("config.json", INDEX)):
             link(path, target / path.name)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     head = next((name for name in headers if name.endswith("lm_head.weight")), None)

@@ -26,6 +26,7 @@ from tasks.checkpoint import (
     weight_files,
     write_header,
 )
+from tasks.loadable import check_shapes
 from tasks.process import report_progress
 from tasks.recipe import decide, recipe_hash, torchao_config
 from tasks.stage import Stage
@@ -132,24 +133,10 @@ def _write_config(
     """Writes config.json. Raises UserError if the checkpoint's weights are not those of the model that it describes."""
     import torch
     from torchao.quantization import FqnToConfig
-    from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, TorchAoConfig
+    from transformers import AutoConfig, TorchAoConfig
 
     config = AutoConfig.from_pretrained(checkpoint)
-    multimodal = task_of(config.to_dict()) == "multimodal-text-to-text"
-    with torch.device("meta"):
-        model = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM)(config)
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in shapes.items():
-        if name not in sources:
-            raise UserError(f"{checkpoint} lacks the weight {name}: download it again")
-        if sources[name].shape != shape:
-            raise UserError(
-                f"the weight {name} in {checkpoint} has the shape {sources[name].shape}, "
-                f"but config.json makes it {shape}: they belong to different models"
-            )
-    left = sorted(set(sources) - set(shapes))
-    if left:
-        raise UserError(f"{checkpoint} has the weight {left[0]}, which its model does not: download it again")
+    check_shapes(checkpoint, config, {name: source.shape for name, source in sources.items()})
     config.quantization_config = TorchAoConfig(
         quant_type=FqnToConfig({name: torchao_config(rule) for name, rule in decided.items()}),
         include_input_output_embeddings=True,
