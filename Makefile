@@ -23,15 +23,17 @@ campaign: .venv/installed
 hub-demo: .venv/installed
 	$(BIN)/python -m tests.hub.demo
 
-# Operating it: a Prefect server's pool, limits and deployments; a worker; or all of it on this machine.
+# Operating it: a Prefect server's pool, limits and deployments; a worker; or all of it on this machine. In a directory
+# without settings, and importing from the environment alone: Prefect takes both from where it is started.
 deploy: .venv/installed
-	$(BIN)/python -m deployments.deploy
+	cd deployments && PYTHONSAFEPATH=1 $(abspath $(BIN))/python -m deployments.deploy
 
 worker: .venv/installed
-	PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 $(BIN)/prefect worker start --pool quantize-gemma
+	cd deployments && PYTHONSAFEPATH=1 PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 \
+		$(abspath $(BIN))/prefect worker start --pool quantize-gemma
 
 serve: .venv/installed
-	$(BIN)/python -m deployments.serve
+	PYTHONSAFEPATH=1 $(BIN)/python -m deployments.serve
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

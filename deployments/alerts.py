@@ -11,11 +11,14 @@ from uuid import UUID
 
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import BlockDocument, StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
 BLOCK = "quantize-gemma-alerts"
+# Stands for the address in the block, which keeps it among its secrets.
+WEB_HOOK = "{{url}}"
+MESSAGE = {"subject": "{{subject}}", "text": "{{body}}"}
 OURS = {"prefect.resource.role": "flow", "prefect.resource.name": ["quantize-gemma", "prune-store"]}
 ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")}
 # Workers send a heartbeat every 30 s (PREFECT_FLOWS_HEARTBEAT_FREQUENCY). A server that is away hears none of them, and
@@ -31,16 +34,14 @@ BODY = (
 
 def save_alerts(client: SyncPrefectClient, web_hook: str | None) -> None:
     """Makes or updates the automations; those that notify only if there is a block to notify through."""
+    document = _notification_block(client)
     if web_hook:
-        block = CustomWebhookNotificationBlock(
-            name=BLOCK,
-            url=web_hook,
-            method="POST",
-            json_data={"subject": "{{subject}}", "text": "{{body}}"},
-        )
-        block.save(BLOCK, overwrite=True)
+        save_web_hook(web_hook)
+    elif document and document.data.get("json_data") == MESSAGE and document.data["url"] != WEB_HOOK:
+        # Made by an earlier version, which did not keep the address as a secret.
+        save_web_hook(document.data["url"])
+    block_id = getattr(_notification_block(client), "id", None)
     wanted = [silent_run_is_crashed()]
-    block_id = _notification_block(client)
     if block_id is None:
         print(f"alerts: off, there is no notification block {BLOCK}")
     else:
@@ -53,6 +54,18 @@ def save_alerts(client: SyncPrefectClient, web_hook: str | None) -> None:
         # An update makes a new trigger, which forgets the runs that are being waited for.
         elif _core(there[0]) != _core(automation):
             client.update_automation(there[0].id, automation)
+
+
+def save_web_hook(url: str) -> None:
+    """Saves the block that calls the address, which is a secret itself: whoever has it can write to the channel."""
+    block = CustomWebhookNotificationBlock(
+        name=BLOCK,
+        url=WEB_HOOK,
+        method="POST",
+        json_data=MESSAGE,
+        secrets={"url": url},
+    )
+    block.save(BLOCK, overwrite=True)
 
 
 def silent_run_is_crashed() -> AutomationCore:
@@ -116,6 +129,5 @@ def _tell(block_id: UUID, subject: str, body: str) -> SendNotification:
     return SendNotification(block_document_id=block_id, subject=subject, body=body)
 
 
-def _notification_block(client: SyncPrefectClient) -> Any:
-    documents = client.read_block_documents()
-    return next((document.id for document in documents if document.name == BLOCK), None)
+def _notification_block(client: SyncPrefectClient) -> BlockDocument | None:
+    return next((document for document in client.read_block_documents() if document.name == BLOCK), None)

@@ -1,78 +1,130 @@
-"""A first look on one machine: `python -m deployments.serve` runs a server, deploys to it, and works for it.
+"""A first look on one machine: `python -P -m deployments.serve` runs a server, deploys to it, and works for it.
 
-Ends with Ctrl-C. The server is at http://127.0.0.1:4200, or where PREFECT_API_URL says, if that is this machine.
+Ends with Ctrl-C. The server is at http://127.0.0.1:4200, or where PREFECT_API_URL says, if that is this machine. As
+long as it runs, the Prefect profile `quantize-gemma` has its address and password.
 """
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
-import httpx
+from flows.server import LocalServer
+from flows.settings import ignore_working_directory
+from tasks.store import UserError
 
+API = "http://127.0.0.1:4200/api"
 DEFAULTS = {
-    "PREFECT_API_URL": "http://127.0.0.1:4200/api",
     # Leases of concurrency slots outlive a restart of the server.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
-SECONDS_TO_START = 120
+PROFILE = "quantize-gemma"
+# Prefect's own, of somebody who has made none.
+EMPTY_PROFILE = "ephemeral"
 
 
 def main() -> int:
     """Returns the exit code of what ended first."""
-    environment = {**DEFAULTS, **os.environ}
-    url = environment["PREFECT_API_URL"]
-    address = httpx.URL(url)
-    prefect = [sys.executable, "-m", "prefect"]
     # A termination signal, too, ends what is started here.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # A shell that starts this in the background has interrupts ignored, here and in what is started here; but the
     # worker passes its end on as one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    server = subprocess.Popen(
-        [
-            *prefect,
-            "server",
-            "start",
-            "--host",
-            str(address.host),
-            "--port",
-            str(address.port),
-            "--log-level",
-            "WARNING",
-        ],
-        env=environment,
-    )
-    worker = None
     try:
-        wait_for(url)
-        subprocess.run([sys.executable, "-m", "deployments.deploy"], check=True, env=environment)
-        worker = subprocess.Popen([*prefect, "worker", "start", "--pool", "quantize-gemma"], env=environment)
-        print(f"\nThe dashboard: {url.removesuffix('/api')}\nTry: prefect deployment run quantize-gemma/tiny --watch\n")
-        return worker.wait()
+        ignore_working_directory()
+        for name, value in DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        server = LocalServer(listen(os.environ.get("PREFECT_API_URL") or API))
+        try:
+            server.wait()
+            return work(server)
+        finally:
+            server.stop()
+    except UserError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
+
+
+def listen(url: str) -> socket.socket:
+    """Returns a socket that listens where the API is to be. Raises UserError if this machine cannot, or is not there.
+
+    It listens before anything is started: what is started cannot be handed to another program on that port.
+    """
+    from urllib.parse import urlsplit
+
+    address = urlsplit(url)
+    if address.scheme != "http" or not address.hostname or not url.endswith("/api"):
+        raise UserError(f"PREFECT_API_URL {url} is no address of a server that could be started here, such as {API}")
+    try:
+        return socket.create_server((address.hostname, address.port or 80))
+    except OSError as error:
+        raise UserError(
+            f"no server can be started at {url} ({error.strerror}): end the program that has this port, or set "
+            "PREFECT_API_URL to another, such as http://127.0.0.1:4201/api"
+        ) from None
+
+
+def work(server: LocalServer) -> int:
+    """Deploys to the server and works for it; returns the exit code of what ended first, server or worker."""
+    # Nobody else's modules and settings, here and in the runs that the worker starts.
+    environment = {**os.environ, **server.client_settings(), "PYTHONSAFEPATH": "1"}
+    here = Path(__file__).parent
+    deployed = subprocess.run([sys.executable, "-m", "deployments.deploy"], cwd=here, env=environment)
+    if deployed.returncode:
+        return deployed.returncode
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "quantize-gemma"]
+    worker = subprocess.Popen(command, cwd=here, env=environment)
+    try:
+        with profile(server) as prefect:
+            print(f"\nThe dashboard: {server.sign_in(sys.stdout)}")
+            print(f"Try: {prefect} deployment run quantize-gemma/tiny --watch\n", flush=True)
+            while worker.poll() is None:
+                if server.process.poll() is not None:
+                    print(f"serve: {server.how_it_ended()}", file=sys.stderr)
+                    return 1
+                time.sleep(0.5)
+        return worker.returncode
     finally:
-        for process in (worker, server):
-            if process is not None:
-                process.terminate()
-                process.wait()
+        worker.terminate()
+        worker.wait()
 
 
-def wait_for(api: str) -> None:
-    """Returns when the API answers. Raises TimeoutError if it does not."""
-    deadline = time.monotonic() + SECONDS_TO_START
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{api}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise TimeoutError(f"the Prefect server at {api} did not answer within {SECONDS_TO_START} s")
+@contextlib.contextmanager
+def profile(server: LocalServer) -> Iterator[str]:
+    """Saves the server's address and password as a Prefect profile; yields the command that uses it.
+
+    The profile is the active one as long as the server runs, unless the user has chosen one with another server.
+    """
+    from prefect.settings import PREFECT_PROFILES_PATH, Profile, load_profiles, save_profiles
+
+    profiles = load_profiles()
+    before = profiles.active_name if profiles.active_name in profiles.names - {PROFILE} else EMPTY_PROFILE
+    theirs = {setting.name: value for setting, value in profiles[before].settings.items()}
+    activate = theirs.get("PREFECT_API_URL") in (None, server.url)
+    ours = {**(theirs if activate else {}), **server.client_settings()}
+    profiles.profiles_by_name[PROFILE] = Profile(name=PROFILE, settings=ours)
+    if activate:
+        profiles.set_active(PROFILE)
+    path: Path = PREFECT_PROFILES_PATH.value()
+    path.touch(mode=0o600)
+    path.chmod(0o600)
+    save_profiles(profiles)
+    try:
+        yield "prefect" if activate else f"prefect --profile {PROFILE}"
+    finally:
+        profiles = load_profiles()
+        if profiles.active_name == PROFILE:
+            profiles.set_active(before)
+            save_profiles(profiles)
 
 
 if __name__ == "__main__":

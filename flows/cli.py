@@ -29,9 +29,12 @@ anything was made; 130 interrupted.
 
 def main() -> None:
     """Runs the command line and exits with its code."""
+    from flows.settings import ignore_working_directory
+
     verbs = {"run": _run, "check": _check, "prune": _prune}
     try:
         arguments = _parser().parse_args()
+        ignore_working_directory()
         code = verbs[arguments.verb](arguments)
     except KeyboardInterrupt:
         code = 130
@@ -85,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from flows.server import check_api
     from tasks import process
     from tasks.check import check_disk, check_memory, check_run
     from tasks.checkpoint import local_checkpoint
@@ -98,6 +102,8 @@ def _check(arguments: argparse.Namespace) -> int:
             directory = {"checkpoint": str(local.absolute())}
             process.run("tasks.loadable:check_directory", directory, lambda *_: None, None)
         else:
+            # The token may be there.
+            check_api()
             model = resolve_model(p.model, p.revision, p.offline)
             plan["disk_bytes_needed"] = check_disk(model["weight_bytes"])
             plan["memory_bytes_needed"] = check_memory(model["weights"])
@@ -164,11 +170,14 @@ def _run_flow(arguments: argparse.Namespace) -> dict[str, Any]:
     logger.addHandler(_Terminal())
     from flows.server import start_local_server
 
-    url = start_local_server()
-    if url:
-        print(f"quantize-gemma: watch the run at {url.removesuffix('/api')}", file=sys.stderr)
+    server = start_local_server()
+    if server:
+        print(f"quantize-gemma: watch the run at {server.sign_in(sys.stderr)}", file=sys.stderr)
+    # Meanwhile the server starts.
     from flows.quantize_gemma import quantize_gemma
 
+    if server:
+        server.wait()
     summary: dict[str, Any] = quantize_gemma(**p.model_dump())
     return summary
 

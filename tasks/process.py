@@ -86,8 +86,10 @@ class Child:
         receive, send = os.pipe()
         kept = {name: value for name, value in os.environ.items() if name not in TOKENS}
         self.process = subprocess.Popen(
-            # -P: the directory where the run was started is no place to import from.
+            # -P, and a directory of ours: the directory where the run was started is no place to import from, or to
+            # take settings from, as numba and matplotlib do.
             [sys.executable, "-P", "-m", "tasks.process", function, str(send)],
+            cwd=Path(__file__).parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

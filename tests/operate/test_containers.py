@@ -5,7 +5,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import CommandLine
+from tests.operate import wait_for
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -108,18 +108,6 @@ def test_the_images_commands_work_with_the_servers_password_on(tmp_path: Path, c
             process.wait(30)
         log.close()
     assert shutil.which("quantize-gemma", path=str(BIN))
-
-
-def wait_for(url: str, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        assert time.monotonic() < deadline, url
-        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("kind", ["docker", "kubernetes"])

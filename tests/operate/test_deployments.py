@@ -23,8 +23,8 @@ import httpx
 import psutil
 import pytest
 
-from deployments.serve import wait_for
 from tests.conftest import CommandLine, Outcome
+from tests.operate import wait_for
 
 PREFECT = [sys.executable, "-m", "prefect"]
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), None)
@@ -44,7 +44,7 @@ class Operation:
     def start_server(self) -> None:
         port = str(httpx.URL(self.api).port)
         self.server = self.start("server", "start", "--host", "127.0.0.1", "--port", port)
-        wait_for(self.api)
+        wait_for(f"{self.api}/health")
 
     def start(self, *arguments: str) -> "subprocess.Popen[bytes]":
         with self.log.open("ab") as log:
@@ -337,31 +337,27 @@ def last_night(sqlite: Operation) -> str:
     return run
 
 
-def test_serve_runs_everything_on_one_machine_and_ends_with_it(
-    released: Outcome, command_line: CommandLine, tmp_path: Path, last_night: str
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        api = f"http://127.0.0.1:{reserved.getsockname()[1]}/api"
-    environment = {**command_line.environment(), "PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": api}
-    log = tmp_path / "log"
-    # As a shell starts it in the background.
-    command = ["sh", "-c", "trap '' INT; exec \"$0\" -m deployments.serve", sys.executable]
-    with log.open("wb") as stream:
-        serve = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
-    try:
-        deadline = time.monotonic() + 180
-        while "prefect deployment run quantize-gemma/tiny" not in log.read_text():
-            assert serve.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
-        command = [*PREFECT, "deployment", "run", "quantize-gemma/tiny", "--watch"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr + log.read_text()[-3000:]
-        started = psutil.Process(serve.pid).children(recursive=True)
-    finally:
-        serve.terminate()
-        assert serve.wait(60) == 143
-    assert not psutil.wait_procs(started, timeout=30)[1]
+def test_the_web_hook_is_kept_as_a_secret(sqlite: Operation, alerts: tuple[str, list[dict[str, str]]]) -> None:
+    """Who reads blocks without their secrets does not learn the address; a block of the old form gets the new one."""
+    from deployments.alerts import BLOCK
+
+    def documents(**query: Any) -> list[dict[str, Any]]:
+        found = sqlite.read("block_documents/filter", query)
+        return [document for document in found if document["name"] == BLOCK]
+
+    (shown,) = documents()
+    assert alerts[0] not in json.dumps(shown)
+    (block,) = documents(include_secrets=True)
+    assert block["data"]["secrets"] == {"url": alerts[0]}
+    old = {**block["data"], "url": alerts[0], "secrets": {}}
+    change = {"data": old, "merge_existing_data": False}
+    httpx.patch(f"{sqlite.api}/block_documents/{block['id']}", json=change, timeout=60).raise_for_status()
+    assert alerts[0] in json.dumps(documents())
+    # Not given again.
+    sqlite.environment.pop("QUANTIZE_GEMMA_ALERTS")
+    sqlite.deploy()
+    assert documents() == [shown | {"updated": documents()[0]["updated"]}]
+    assert documents(include_secrets=True)[0]["data"] == block["data"]
 
 
 def test_the_form_has_every_parameter_with_its_description_and_choices(sqlite: Operation) -> None:

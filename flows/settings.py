@@ -1,0 +1,47 @@
+"""Settings come from the user's own environment and files, never from the directory where a run was started.
+
+That directory may be a model that somebody else made: its files could send a run, with its tokens, to their server.
+"""
+
+import os
+from pathlib import Path
+
+from tasks.store import UserError
+
+# Directories and files that the environment may name; for what is started elsewhere, a relative path is another one.
+PATHS = (
+    "QUANTIZE_GEMMA_HOME",
+    "PREFECT_HOME",
+    "PREFECT_PROFILES_PATH",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_TOKEN_PATH",
+    "XDG_CACHE_HOME",
+    "SSL_CERT_FILE",
+)
+
+
+def ignore_working_directory() -> None:
+    """Makes Prefect take its settings from the environment and the user's profile alone, here and in what is started.
+
+    Prefect also reads .env, prefect.toml and pyproject.toml of the working directory. To be called before Prefect is
+    imported, which reads them at once. Raises UserError if there is no home directory.
+    """
+    from pydantic_settings import DotEnvSettingsSource
+    from pydantic_settings.sources import ConfigFileSourceMixin
+
+    for name in PATHS:
+        given = os.environ.get(name)
+        if given:
+            os.environ[name] = str(Path(given).expanduser().absolute())
+        elif given is not None:
+            # Prefect takes an empty one for the working directory.
+            del os.environ[name]
+    try:
+        home = os.environ.get("PREFECT_HOME") or Path("~/.prefect").expanduser()
+    except RuntimeError:
+        raise UserError("this user has no home directory: set HOME") from None
+    # Otherwise those files are looked at for it.
+    os.environ.setdefault("PREFECT_PROFILES_PATH", str(Path(home) / "profiles.toml"))
+    DotEnvSettingsSource._read_env_files = lambda _: {}  # type: ignore[method-assign, assignment]
+    ConfigFileSourceMixin._read_files = lambda *_: {}  # type: ignore[method-assign]

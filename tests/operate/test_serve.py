@@ -1,0 +1,328 @@
+"""`make serve`: a server, its deployments and a worker on one machine, for who started it and nobody else."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from flows.server import LocalServer
+from tests.conftest import CommandLine, Outcome
+
+CHROMIUM = shutil.which("chromium")
+PREFECT = [sys.executable, "-m", "prefect"]
+SECRET = "hf_thetokenofsomebody"
+FOREIGN = {"Origin": "http://foreign.example"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """A local server, with a secret in it, as `run` and `serve` start it."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        environment.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        server = LocalServer(socket.create_server(("127.0.0.1", 0)))
+        server.wait()
+        save = "from prefect.blocks.system import Secret\n" + f"Secret(value='{SECRET}').save('hf-token')"
+        client = {**os.environ, **server.client_settings()}
+        subprocess.run([sys.executable, "-c", save], env=client, check=True, capture_output=True)
+        yield server
+        server.stop()
+
+
+READ = {"include_secrets": True}
+
+
+@pytest.mark.parametrize("headers", [{}, FOREIGN, {**FOREIGN, "Content-Type": "text/plain"}], ids=str)
+@pytest.mark.parametrize("auth", [None, ("quantize-gemma", ""), ("admin", "pass")], ids=str)
+def test_nobody_without_the_password_reads_or_writes(
+    server: LocalServer, headers: dict[str, str], auth: tuple[str, str] | None
+) -> None:
+    with httpx.Client(base_url=server.url, headers=headers, auth=auth, timeout=30) as stranger:
+        secrets = stranger.post("/block_documents/filter", content=json.dumps(READ))
+        assert secrets.status_code == 401
+        assert SECRET not in secrets.text
+        assert "access-control-allow-origin" not in secrets.headers
+        assert stranger.post("/flows/", content=json.dumps({"name": "theirs"})).status_code == 401
+        for path in ("/admin/settings", "/admin/version", "/flows/name/theirs", "/docs", "/openapi.json", "/metrics"):
+            assert stranger.get(path).status_code == 401, path
+    user, word = server.password.split(":")
+    with httpx.Client(base_url=server.url, auth=(user, word), timeout=30) as owner:
+        assert SECRET in owner.post("/block_documents/filter", json=READ).text
+        assert owner.post("/flows/filter", json={}).json() == []
+
+
+def test_a_page_of_another_origin_is_not_allowed_to_send_the_password(server: LocalServer) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    foreign = httpx.options(f"{server.url}/flows/", headers={**asked, **FOREIGN}, timeout=30)
+    assert foreign.status_code == 400
+    ours = httpx.options(f"{server.url}/flows/", headers={**asked, "Origin": server.ui}, timeout=30)
+    assert ours.headers["access-control-allow-origin"] == server.ui
+
+
+def test_a_name_that_was_made_to_stand_for_this_machine_gets_nothing(server: LocalServer) -> None:
+    """To a browser, a page of that name is of the server's own origin."""
+    user, word = server.password.split(":")
+    for path in ("/", "/sign-in", "/ui-settings", "/api/health"):
+        answer = httpx.get(f"{server.ui}{path}", headers={"Host": "foreign.example"}, auth=(user, word), timeout=30)
+        assert answer.status_code == 400
+        assert answer.text == "Invalid host header"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "events/in",
+        "events/out",
+        "logs/out",
+        "task_runs/subscriptions/scheduled",
+        "work_pools/theirs/workers/connect",
+    ],
+)
+def test_nobody_without_the_password_listens(server: LocalServer, path: str) -> None:
+    """Of web sockets, browsers ask nobody whether a page may open them."""
+    from websockets.exceptions import ConnectionClosed, InvalidStatus
+    from websockets.sync.client import connect
+    from websockets.typing import Origin, Subprotocol
+
+    address = f"{server.url.replace('http', 'ws')}/{path}"
+    origin = Origin(FOREIGN["Origin"])
+    with pytest.raises(InvalidStatus), connect(address, origin=origin):
+        pass
+    with connect(address, origin=origin, subprotocols=[Subprotocol("prefect")]) as stranger:
+        stranger.send(json.dumps({"type": "auth", "token": "quantize-gemma:"}))
+        with pytest.raises(ConnectionClosed):
+            stranger.recv(timeout=30)
+
+
+def test_the_password_is_in_a_file_of_the_users_alone_and_on_no_command_line(
+    server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.server import password, password_file
+
+    assert password_file().read_text() == server.password
+    assert password_file().stat().st_mode & 0o777 == 0o600
+    assert not any(server.password in word for word in psutil.Process(server.process.pid).cmdline())
+
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    made: list[str] = []
+    callers = [threading.Thread(target=lambda: made.append(password())) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(made) == 8
+    assert len(set(made)) == 1
+    assert made[0] != server.password
+    assert password_file().parent.stat().st_mode & 0o777 == 0o700
+    # What others could read is no password any more.
+    password_file().chmod(0o640)
+    assert password() != made[0]
+    assert password_file().stat().st_mode & 0o777 == 0o600
+
+
+class Recorder(BaseHTTPRequestHandler):
+    """Another program's server: it says yes to everything, and remembers what it was sent."""
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.requestline)  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(self.server.page)  # type: ignore[attr-defined]
+
+    do_POST = do_PUT = do_PATCH = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def another_program(page: str = "true") -> Iterator[ThreadingHTTPServer]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as http:
+        http.requests, http.page = [], page.encode()  # type: ignore[attr-defined]
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield http
+        http.shutdown()
+
+
+# A page that reads the secrets and makes a flow, and shows what it was answered.
+ATTACK = """<p id=answer>nothing yet</p><script>
+const ask = (path, body) => fetch("URL" + path, {method: "POST", body: JSON.stringify(body), headers: TYPE})
+  .then(answer => answer.text());
+Promise.allSettled([ask("/block_documents/filter", {include_secrets: true}), ask("/flows/", {name: "theirs"})])
+  .then(answers => document.getElementById("answer").textContent = JSON.stringify(answers) + " and no more");
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian's package chromium)")
+@pytest.mark.parametrize("content", ["application/json", "text/plain"])
+def test_a_web_page_in_the_users_browser_reads_and_writes_nothing(
+    server: LocalServer, tmp_path: Path, content: str
+) -> None:
+    page = ATTACK.replace("URL", server.url).replace("TYPE", json.dumps({"Content-Type": content}))
+    with another_program(page) as http:
+        # In a browser that is signed in.
+        rendered(server.sign_in(Terminal()), tmp_path)
+        shown = rendered(f"http://127.0.0.1:{http.server_port}/", tmp_path)
+    assert "and no more" in shown
+    assert SECRET not in shown
+    assert "fulfilled" not in shown
+    user, word = server.password.split(":")
+    assert httpx.post(f"{server.url}/flows/filter", json={}, auth=(user, word), timeout=30).json() == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian's package chromium)")
+def test_the_link_that_a_terminal_is_shown_opens_the_dashboard(server: LocalServer, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        assert server.password not in server.sign_in(log)
+        assert "quantize-gemma-password" in server.sign_in(log)
+    assert "Login" in rendered(server.ui, tmp_path / "stranger")
+    shown = rendered(server.sign_in(Terminal()), tmp_path / "owner")
+    assert "Dashboard" in shown
+    assert "Logout" in shown
+    # It stays signed in.
+    assert "hf-token" in rendered(f"{server.ui}/blocks", tmp_path / "owner")
+
+
+class Terminal:
+    def isatty(self) -> bool:
+        return True
+
+
+def rendered(url: str, profile: Path) -> str:
+    """Returns the page's document after its scripts have run, in a browser with that profile."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    command = [CHROMIUM, *options, f"--user-data-dir={profile}", url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout  # type: ignore[list-item]
+
+
+def serve(environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+    # As a shell starts it in the background.
+    command = ["sh", "-c", "trap '' INT; exec \"$0\" -P -m deployments.serve", sys.executable]
+    with log.open("wb") as stream:
+        return subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+
+
+def wait_until_served(process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while "deployment run quantize-gemma/tiny" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
+def test_serve_runs_everything_on_one_machine_and_ends_with_it(
+    released: Outcome, command_line: CommandLine, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        api = f"http://127.0.0.1:{reserved.getsockname()[1]}/api"
+    # What a shell has that was told nothing of the server.
+    other_shell = {**command_line.environment(), "PREFECT_HOME": str(tmp_path)}
+    log = tmp_path / "log"
+    process = serve({**other_shell, "PREFECT_API_URL": api}, log)
+    try:
+        wait_until_served(process, log)
+        command = [*PREFECT, "deployment", "run", "quantize-gemma/tiny", "--watch"]
+        done = subprocess.run(command, env=other_shell, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr + log.read_text()[-3000:]
+        assert httpx.post(f"{api}/deployments/filter", json={}, timeout=30).status_code == 401
+        started = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.terminate()
+        assert process.wait(60) == 143
+    assert not psutil.wait_procs(started, timeout=30)[1]
+    show = [*PREFECT, "config", "view"]
+    shown = subprocess.run(show, env=other_shell, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "PREFECT_PROFILE='ephemeral'" in shown
+    assert api not in shown
+
+
+def test_serve_ends_when_its_server_does(command_line: CommandLine, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    environment = {**command_line.environment(), "PREFECT_HOME": str(tmp_path)}
+    environment |= {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    log = tmp_path / "log"
+    process = serve(environment, log)
+    wait_until_served(process, log)
+    started = psutil.Process(process.pid).children(recursive=True)
+    (server,) = [child for child in started if "flows.server" in child.cmdline()]
+    server.send_signal(signal.SIGKILL)
+    # Its port stays taken, so that nobody else is sent what the worker and the other shells go on sending.
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server(("127.0.0.1", port))
+    assert process.wait(60) == 1
+    assert log.read_text().splitlines()[-1] == "serve: the local Prefect server ended with -9"
+    assert not psutil.wait_procs(started, timeout=30)[1]
+
+
+def test_serve_hands_nothing_to_another_program_that_has_its_port(command_line: CommandLine, tmp_path: Path) -> None:
+    with another_program() as http:
+        environment = {**command_line.environment(), "PREFECT_HOME": str(tmp_path), "HF_TOKEN": SECRET}
+        environment |= {"PREFECT_API_URL": f"http://127.0.0.1:{http.server_port}/api"}
+        process = serve(environment, tmp_path / "log")
+        try:
+            assert process.wait(60) == 2
+        finally:
+            process.kill()
+        assert http.requests == []  # type: ignore[attr-defined]
+    (sentence,) = (tmp_path / "log").read_text().splitlines()
+    assert f"127.0.0.1:{http.server_port}" in sentence
+    assert "PREFECT_API_URL" in sentence
+
+
+@pytest.mark.parametrize("url", ["https://api.prefect.cloud/api", "http://192.0.2.1:4200/api", "nonsense"])
+def test_serve_starts_no_server_elsewhere(command_line: CommandLine, tmp_path: Path, url: str) -> None:
+    process = serve({**command_line.environment(), "PREFECT_API_URL": url}, tmp_path / "log")
+    assert process.wait(60) == 2
+    (sentence,) = (tmp_path / "log").read_text().splitlines()
+    assert url in sentence
+
+
+def test_the_profile_is_private_and_leaves_the_users_own_server_alone(server: LocalServer, tmp_path: Path) -> None:
+    import tomllib
+
+    from prefect.settings import PREFECT_PROFILES_PATH, temporary_settings
+
+    from deployments.serve import PROFILE, profile
+
+    path = tmp_path / "profiles.toml"
+
+    def write(text: str) -> None:
+        path.write_text(text)
+        path.chmod(0o644)
+
+    with temporary_settings({PREFECT_PROFILES_PATH: path}):
+        write('active = "mine"\n[profiles.mine]\nPREFECT_LOGGING_LEVEL = "WARNING"\n')
+        with profile(server) as command:
+            assert command == "prefect"
+            assert path.stat().st_mode & 0o777 == 0o600
+            saved = tomllib.loads(path.read_text())
+            assert saved["active"] == PROFILE
+            assert saved["profiles"][PROFILE] == {"PREFECT_LOGGING_LEVEL": "WARNING", **server.client_settings()}
+        assert tomllib.loads(path.read_text())["active"] == "mine"
+        write('active = "cloud"\n[profiles.cloud]\nPREFECT_API_URL = "https://cloud/api"\nPREFECT_API_KEY = "pnu_1"\n')
+        with profile(server) as command:
+            assert command == f"prefect --profile {PROFILE}"
+            saved = tomllib.loads(path.read_text())
+            assert saved["active"] == "cloud"
+            assert saved["profiles"][PROFILE] == server.client_settings()
+            assert saved["profiles"]["cloud"] == {"PREFECT_API_URL": "https://cloud/api", "PREFECT_API_KEY": "pnu_1"}
+        # Left active by one that was killed.
+        write(f'active = "{PROFILE}"\n[profiles.{PROFILE}]\nPREFECT_API_URL = "http://127.0.0.1:1/api"\n')
+        with profile(server) as command:
+            assert command == "prefect"
+        assert tomllib.loads(path.read_text())["active"] == "ephemeral"
