@@ -64,8 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     run = verbs.add_parser("run", help="run the whole flow")
     check = verbs.add_parser("check", help="check model, recipe and machine; start nothing")
     prune = verbs.add_parser("prune", help="remove what died half-way, and what was not used for long")
-    prune.add_argument("--max-gigabytes", type=float, default=math.inf, help="what the store may hold at most")
-    prune.add_argument("--max-age-days", type=float, default=math.inf, help="for how long an artifact may stay unused")
+    for name, text in (
+        ("--max-gigabytes", "what the store may take of the disk at most"),
+        ("--max-age-days", "for how long an artifact may stay unused"),
+    ):
+        prune.add_argument(name, type=_limit, default=math.inf, metavar="NUMBER", help=f"{text}, from 0 on")
     for verb, names in (
         (run, list(Parameters.model_fields)),
         (check, ["model", "revision", "recipe", "max_seq_len", "custom_sdpa", "custom_kv_cache", "device", "cluster"]),
@@ -117,14 +120,28 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    from tasks.store import evict, human_size, prune, size_of
+    from tasks.store import UserError, evict, human_size, prune, size_of
 
-    removed = prune()
-    evicted = evict(arguments.max_gigabytes * 1e9, arguments.max_age_days * 86_400)
+    try:
+        removed = prune()
+        evicted = evict(arguments.max_gigabytes * 1e9, arguments.max_age_days * 86_400)
+    except UserError as error:
+        return _refuse(error)
     print(
-        f"removed {len(removed)} unfinished directories and {len(evicted)} artifacts, {human_size(size_of())} are left"
+        f"removed {len(removed.paths)} unfinished directories and {len(evicted.paths)} artifacts, which freed "
+        f"{human_size(removed.bytes + evicted.bytes)}; {human_size(size_of())} are left"
     )
     return 0
+
+
+def _limit(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return number
 
 
 def _run(arguments: argparse.Namespace) -> int:

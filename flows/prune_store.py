@@ -11,7 +11,8 @@ from tasks import store
 
 @flow(name="prune-store", persist_result=False)
 def prune_store(
-    max_gigabytes: Annotated[float, Field(ge=0)] = 500.0, max_age_days: Annotated[float, Field(ge=0)] = 60.0
+    max_gigabytes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 500.0,
+    max_age_days: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0,
 ) -> dict[str, Any]:
     """Remove what died half-way, what no run has used for long, and then the longest unused until the rest fits.
 
@@ -21,11 +22,17 @@ def prune_store(
     """
     died = store.prune()
     evicted = store.evict(max_gigabytes * 1e9, max_age_days * 86_400)
-    left = store.size_of()
+    left, freed = store.size_of(), died.bytes + evicted.bytes
     get_run_logger().info(
-        "removed %d unfinished directories and %d artifacts; %s are left",
-        len(died),
-        len(evicted),
+        "removed %d unfinished directories and %d artifacts, which freed %s; %s are left",
+        len(died.paths),
+        len(evicted.paths),
+        store.human_size(freed),
         store.human_size(left),
     )
-    return {"unfinished": len(died), "evicted": len(evicted), "bytes_left": left}
+    return {
+        "unfinished": len(died.paths),
+        "evicted": len(evicted.paths),
+        "bytes_freed": freed,
+        "bytes_left": left,
+    }

@@ -129,7 +129,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         folder = open_record(release).path
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         show(folder, metrics)
-        run.summary["release"] = str(folder)
+        run.summary["release"] = str(store.path_of("card", release["key"]))
         run.summary["metrics"] = {name: metrics[name] for name in ("base", "quantized", "program")}
         before = run.light("published", published_accuracy, p.target, p.branch, metrics) if p.target else None
         run.summary["gate"] = run.light("gate", gate, metrics, before, p.max_regression)

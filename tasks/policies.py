@@ -24,6 +24,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
+from prefect.results import ResultRecord  # type: ignore[attr-defined]
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks import process, residents, store
@@ -59,13 +60,12 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
     def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
         key = key_of(parameters["inputs"])
         result = f"{name}/{key}/result.json"
-        # Loading looks at every file: without an artifact its cached result is a miss.
-        there = store.load(name, key) is not None
-        if there:
-            store.hold(name, key)
-            there = store.load(name, key) is not None
-        if not there:
-            (store.home() / result).unlink(missing_ok=True)
+        # What is to be replaced is left unpinned, so that it can go.
+        if not context.task.refresh_cache:
+            # Loading looks at every file: without an artifact its cached result is a miss.
+            artifact = store.pin(name, key)
+            if artifact is None or not _is_result_of(artifact, store.home() / result):
+                (store.home() / result).unlink(missing_ok=True)
         return result
 
     def run(**inputs: Any) -> dict[str, Any]:
@@ -75,7 +75,8 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
         refresh = bool(context.task.refresh_cache)
 
         def make(target: Path) -> dict[str, Any]:
-            paths = {field: str(open_record(value).path) for field, value in inputs.items() if is_record(value)}
+            # What a stage computes with is hashed first: a disk's own errors change no time of modification.
+            paths = {field: str(open_record(value, True).path) for field, value in inputs.items() if is_record(value)}
             values = {field: value for field, value in inputs.items() if field not in paths}
             if stage.resumes:
                 values["refresh"] = refresh
@@ -98,8 +99,7 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
                     functools.partial(_spread, context.task_run.name.split(" · ")[0], progress),
                 )
 
-        artifact = store.produce(name, key_of(inputs), make, refresh=refresh)
-        store.hold(name, artifact.key)
+        artifact = store.produce(name, key_of(inputs), make, refresh=refresh, pinned=True)
         line = f"{context.task_run.name.split(' · ')[0]}: {describe(artifact)}"
         logger.info(line)
         terminal.info(line)
@@ -138,12 +138,24 @@ def describe(artifact: Artifact) -> str:
     )
 
 
-def open_record(value: dict[str, Any]) -> Artifact:
-    """Returns the artifact of a record. Raises StageFailed if it has gone since."""
-    artifact = store.load(value["stage"], value["key"])
-    if artifact is None:
-        raise StageFailed(f"{value['stage']}/{value['key'][:12]} has gone from the store: start the run again")
-    return artifact
+def open_record(value: dict[str, Any], whole: bool = False) -> Artifact:
+    """Returns the artifact of a record, pinned; `whole` hashes its files. Raises StageFailed if it is not there."""
+    name = f"{value['stage']}/{value['key'][:12]}"
+    artifact = store.pin(value["stage"], value["key"], digest=value["digest"], whole=whole)
+    if artifact is not None:
+        return artifact
+    if store.load(value["stage"], value["key"]) is not None:
+        raise StageFailed(f"{name} was made again by another run, with another content: start this run again")
+    raise StageFailed(f"{name} was damaged in the store, or has gone from it: start the run again")
+
+
+def _is_result_of(artifact: Artifact, path: Path) -> bool:
+    """Tells whether what Prefect has cached is the record of this artifact: another run may have made it again."""
+    try:
+        cached: ResultRecord[Any] = ResultRecord.deserialize(path.read_bytes())
+        return bool(cached.result == record(artifact))
+    except Exception:
+        return False
 
 
 def retried(times: int) -> dict[str, Any]:

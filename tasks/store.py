@@ -1,20 +1,30 @@
 """The artifact store: directories that are complete or do not exist, found by the digest of what made them.
 
-    <home>/<stage>/<key>/manifest.json   what the artifact is; written last
-    <home>/<stage>/<key>/data/           its files
-    <home>/<stage>/<key>/result.json     Prefect's cached result, so that it goes when the artifact goes
+    <home>/.quantize-gemma-store         says that this is a store, in which `prune` and `evict` may remove things
+    <home>/<stage>/<key>                 a symbolic link to the artifact's directory, with
+        manifest.json                    what the artifact is; written last
+        data/                            its files
+        result.json                      Prefect's cached result, so that it goes when the artifact goes
+    <home>/<stage>/.generations/         those directories, each with a name that is never used again
 
 The key is the SHA-256 of the stage, its version, its inputs' content digests, its parameters and the versions of
 the libraries that shape its output; no path, clock or run id is in it, so equal inputs give equal keys anywhere.
+
+A directory never changes once it is complete: making an artifact again makes another directory and points the link
+there. Whoever reads holds a shared lock on the manifest, and nobody removes a directory whose lock is held. So a reader
+sees one generation, whole, whatever is refreshed and pruned beside it.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import stat
 import threading
 import time
 import uuid
@@ -26,14 +36,22 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+MARK = ".quantize-gemma-store"
 MANIFEST = "manifest.json"
+GENERATIONS = ".generations"
 PREFIX = ".partial-"
 # What arrives from elsewhere and is gone on with after a failure.
 INCOMING = ".incoming-"
 # Linux's request for a copy-on-write clone of a file (linux/fs.h).
 FICLONE = 0x40049409
-# Files that are locked until the process ends, when the system closes them.
-_held: dict[Path, int] = {}
+# How long what another process may still want is left alone.
+SECONDS_TO_RESUME = 86_400.0
+CHUNK = 1 << 20
+FULL = "No space left on device|Disk quota exceeded|database or disk is full"
+# Manifests that are locked until the process ends, when the system closes them; and those whose files were all hashed.
+_pinned: dict[Path, int] = {}
+_hashed: set[Path] = set()
+_pinning = threading.Lock()
 # Set when the run is to end: nobody waits for a lock then.
 stopping = threading.Event()
 
@@ -129,173 +147,221 @@ def produce(
     work: Callable[[Path], dict[str, Any]],
     root: Path | None = None,
     refresh: bool = False,
+    pinned: bool = False,
 ) -> Artifact:
     """Returns the artifact `stage`/`artifact_key`, made by `work` unless it is complete already.
 
     `work` fills the empty directory it is given and returns {"metadata": …, "measured": …}; metadata is part of
     what the artifact says, measured (seconds, memory) is not. Of two processes that want the same key one works
     and the other waits for its result. If `work` raises, nothing is left, and what was there before stays; `refresh`
-    replaces what is there.
+    replaces what is there. With `pinned` nothing removes it before pin() could. Raises StageFailed if the disk is full.
     """
     root = root or home()
-    folder = root / stage / artifact_key
-    with _lock(root, stage, artifact_key):
-        found = None if refresh else load(stage, artifact_key, root)
-        if found is not None:
-            return found
+    take = pin if pinned else load
+    with explained_when_full(root), _lock(root, stage, artifact_key):
+        artifact = None if refresh else take(stage, artifact_key, root)
+        if artifact is not None:
+            return artifact
         partial = root / stage / f"{PREFIX}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
         try:
             (partial / "data").mkdir(parents=True)
             record = work(partial / "data")
             _write_manifest(partial, stage, artifact_key, record)
-            # A directory is renamed over an empty one only: what is damaged or refreshed goes aside first.
-            if folder.exists():
-                folder.rename(partial.with_name(partial.name + "-old"))
-            partial.rename(folder)
-            _fsync(root / stage)
+            _publish(partial, root / stage, artifact_key)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        finally:
-            shutil.rmtree(partial.with_name(partial.name + "-old"), ignore_errors=True)
-        made = load(stage, artifact_key, root)
+        made = take(stage, artifact_key, root)
         assert made is not None, f"{stage}/{artifact_key} vanished right after it was written"
+        for old in _generations(root / stage, artifact_key):
+            if old != made.path.parent:
+                _remove(old)
         return made
 
 
-def load(stage: str, artifact_key: str, root: Path | None = None) -> Artifact | None:
+def load(
+    stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, whole: bool = False
+) -> Artifact | None:
     """Returns the artifact if it is complete and unchanged, else None; a warning names the file that is not.
 
     A file is trusted when size and modification time are those of the manifest, and hashed again when the time
-    differs. A shared file that was damaged through another artifact is linked again from the one whose own it is.
+    differs, or if `whole`. A shared file that was damaged through another artifact is linked again from the one whose
+    own it is. With `digest`, an older generation of that content will do, if somebody still holds it.
     """
-    root = root or home()
-    folder = root / stage / artifact_key
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        artifact = Artifact(
-            stage=stage,
-            key=artifact_key,
-            path=folder / "data",
-            digest=manifest["digest"],
-            files={name: File(**file) for name, file in manifest["files"].items()},
-            metadata=manifest["metadata"],
-            measured=manifest["measured"],
-        )
-    except FileNotFoundError:
-        if (folder / "data").exists():
-            logger.warning("%s/%s has no manifest; the stage runs again", stage, artifact_key[:12])
+    opened = _open(root or home(), stage, artifact_key, digest, whole)
+    if opened is None:
         return None
-    except (ValueError, KeyError, TypeError):
-        logger.warning("%s/%s has an unreadable manifest; the stage runs again", stage, artifact_key[:12])
+    artifact, lock = opened
+    os.close(lock)
+    return artifact
+
+
+def pin(
+    stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, whole: bool = False
+) -> Artifact | None:
+    """Loads an artifact and keeps its directory as it is until this process ends.
+
+    It counts as used now. `whole` hashes all of its files, once in a process.
+    """
+    opened = _open(root or home(), stage, artifact_key, digest, whole)
+    if opened is None:
         return None
-    for name, file in artifact.files.items():
-        path = artifact.path / name
-        fault = _fault(path, file)
-        if fault and file.shared and path.exists() and _link_again(path, file, root):
-            fault = None
-        if fault:
-            logger.warning("%s/%s: %s %s; the stage runs again", stage, artifact_key[:12], name, fault)
-            return None
+    artifact, lock = opened
+    manifest = artifact.path.parent / MANIFEST
+    with _pinning:
+        if manifest in _pinned:
+            os.close(lock)
+        else:
+            _pinned[manifest] = lock
+        if whole:
+            _hashed.add(manifest)
+    os.utime(manifest.parent)
     return artifact
 
 
 def at(path: Path) -> Artifact:
     """Returns the artifact whose files are in this directory, as its manifest describes it."""
-    stage, artifact_key = path.parent.parent.name, path.parent.name
-    artifact = load(stage, artifact_key, path.parent.parent.parent)
+    artifact = _read(path.parent, root_of(path))
     if artifact is None:
-        raise StageFailed(f"{stage}/{artifact_key[:12]} has gone from the store: start the run again")
+        raise StageFailed(f"{path.parent} is no artifact, or has gone from the store: start the run again")
     return artifact
 
 
-def prune(root: Path | None = None) -> list[Path]:
-    """Removes what died half-way: directories of work, and of downloads, which would be gone on with. Returns them.
+def root_of(path: Path) -> Path:
+    """Returns the store that an artifact's directory of files is in."""
+    stage = path.parent.parent
+    return stage.parent.parent if stage.name == GENERATIONS else stage.parent
 
-    Work in progress holds its lock.
+
+@dataclass
+class Removed:
+    """What was removed, and how many bytes of the disk that has freed."""
+
+    paths: list[Path] = field(default_factory=list)
+    bytes: int = 0
+
+    def add(self, path: Path, freed: int) -> None:
+        """Counts a directory that was removed."""
+        self.paths.append(path)
+        self.bytes += freed
+
+
+def prune(root: Path | None = None) -> Removed:
+    """Removes what nobody will read: work that died half-way, and generations that were replaced.
+
+    Downloads that died would be continued: they stay for a day. Work in progress holds its lock. Raises UserError if
+    the directory is no store.
     """
-    removed = []
-    for incoming in sorted((root or home()).glob(f"*/{INCOMING}*")):
+    root = root or home()
+    _check_store(root)
+    removed = Removed()
+    for incoming in sorted(root.glob(f"*/{INCOMING}*")):
         # A download lets go of its lock between two tries.
         touched = max((path.stat().st_mtime for path in incoming.rglob("*")), default=0.0)
-        if time.time() - touched > 86_400 and not any(_is_locked(path) for path in incoming.parent.glob(".lock-*")):
-            shutil.rmtree(incoming, ignore_errors=True)
-            removed.append(incoming)
-    for partial in sorted((root or home()).glob(f"*/{PREFIX}*")):
-        stage, short = partial.parent.name, partial.name[len(PREFIX) :].split("-")[0]
-        locks = list(partial.parent.glob(f".lock-{short}*"))
-        if any(_is_locked(path) for path in locks):
-            continue
-        shutil.rmtree(partial, ignore_errors=True)
-        logger.info("removed %s/%s", stage, partial.name)
-        removed.append(partial)
+        busy = any(_is_locked(path) for path in incoming.parent.glob(".lock-*"))
+        if time.time() - touched > SECONDS_TO_RESUME and not busy:
+            removed.add(incoming, _delete(incoming))
+    for partial in sorted(root.glob(f"*/{PREFIX}*-*")):
+        short = partial.name[len(PREFIX) :].split("-")[0]
+        if re.fullmatch("[0-9a-f]{16}", short) and not _is_locked(partial.parent / f".lock-{short}"):
+            removed.add(partial, _delete(partial))
+    for generations in sorted(root.glob(f"*/{GENERATIONS}")):
+        stage = generations.parent
+        current = {_current(link) for link in stage.iterdir() if link.is_symlink()}
+        for generation in sorted(set(generations.iterdir()) - current):
+            if not _is_locked(stage / f".lock-{generation.name[:16]}"):
+                freed = _remove(generation)
+                if freed is not None:
+                    removed.add(generation, freed)
+    for path in removed.paths:
+        logger.info("removed %s", path.relative_to(root))
     return removed
 
 
-def hold(stage: str, artifact_key: str, root: Path | None = None) -> None:
-    """Marks an artifact as used by this process until it ends, and as used now: `evict` leaves it alone."""
-    root = root or home()
-    name = root / stage / f".use-{artifact_key[:16]}"
-    name.parent.mkdir(parents=True, exist_ok=True)
-    while name not in _held:
-        file = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(file, fcntl.LOCK_SH)
-        # Whoever evicted the artifact while this waited has removed the file too.
-        if name.exists() and os.fstat(file).st_ino == name.stat().st_ino:
-            _held[name] = file
-        else:
-            os.close(file)
-    os.utime(name)
+def evict(max_bytes: float, max_age_seconds: float, root: Path | None = None) -> Removed:
+    """Removes artifacts that were not used for so long, then the longest unused until the store fits.
 
-
-def evict(max_bytes: float, max_age_seconds: float, root: Path | None = None) -> list[Path]:
-    """Removes artifacts that were not used for so long, then the longest unused until the rest fits; returns them.
-
-    What a running process holds stays, whatever its age and size.
+    What a running process holds stays, whatever its age and size. Raises UserError if the directory is no store.
     """
     root = root or home()
-    unused: list[tuple[float, Path]] = []
-    for manifest in root.glob(f"*/*/{MANIFEST}"):
-        mark = manifest.parent.parent / f".use-{manifest.parent.name[:16]}"
-        used = max(path.stat().st_mtime for path in (manifest, mark) if path.exists())
-        unused.append((used, manifest.parent))
-    evicted = []
-    for used, folder in sorted(unused):
-        if time.time() - used <= max_age_seconds and size_of(root) <= max_bytes:
+    _check_store(root)
+    size = size_of(root)
+    unused = []
+    for place in _places(root):
+        with contextlib.suppress(OSError):
+            unused.append((max(place.stat().st_mtime, (place / MANIFEST).stat().st_mtime), place))
+    evicted = Removed()
+    for used, place in sorted(unused):
+        age = time.time() - used
+        if age <= max_age_seconds and size - evicted.bytes <= max_bytes:
             continue
-        mark = folder.parent / f".use-{folder.name[:16]}"
-        if _is_locked(folder.parent / f".lock-{folder.name[:16]}"):
+        lock = place.parent / f".lock-{place.name[:16]}"
+        if _is_locked(lock):
             continue
-        with _lock(root, folder.parent.name, folder.name), mark.open("a") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with _lock(root, place.parent.name, place.name):
+            freed = _remove(_current(place))
+            if freed is None:
                 continue
-            shutil.rmtree(folder)
-            mark.unlink()
-        logger.info(
-            "removed %s/%s, last used %.0f days ago",
-            folder.parent.name,
-            folder.name[:12],
-            (time.time() - used) / 86_400,
-        )
-        evicted.append(folder)
+            if place.is_symlink():
+                place.unlink()
+        logger.info("removed %s/%s, last used %.0f days ago", place.parent.name, place.name[:12], age / 86_400)
+        evicted.add(place, freed)
     return evicted
 
 
 def size_of(root: Path | None = None) -> int:
-    """Returns the bytes of all complete artifacts; a file that several share counts for the one whose own it is."""
-    total = 0
-    for path in (root or home()).glob(f"*/*/{MANIFEST}"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            files = json.loads(path.read_text(encoding="utf-8"))["files"].values()
-            total += sum(file["size"] for file in files if not file["shared"])
-    return total
+    """Returns the bytes of the disk that the store takes, as `du` counts: a file with several names counts once."""
+    return _disk_usage(root or home())
 
 
-def size_of_incoming(root: Path | None = None) -> int:
-    """Returns the bytes of downloads that were interrupted and will be gone on with."""
-    return sum(path.stat().st_size for path in (root or home()).glob(f"*/{INCOMING}*/**/*") if path.is_file())
+def size_of_incoming(stage: str, revision: str, root: Path | None = None) -> int:
+    """Returns the bytes of a download that was interrupted and will be continued."""
+    return _disk_usage(incoming_of(stage, revision, root))
+
+
+def incoming_of(stage: str, revision: str, root: Path | None = None) -> Path:
+    """Returns where a download is kept until it is complete."""
+    return (root or home()) / stage / f"{INCOMING}{revision[:16]}"
+
+
+def disk_failure(error: BaseException | None, path: Path) -> StageFailed | None:
+    """Returns what is said when an error, or one of its causes, comes from a full disk, else None.
+
+    Libraries that write in Rust or C++ have it in their text alone.
+    """
+    while error is not None:
+        code = error.errno if isinstance(error, OSError) else None
+        if code == errno.EFBIG:
+            return StageFailed(
+                f"a file was too large for the disk of {path}, or for this user's limit: raise that (`ulimit -f`), or "
+                "set QUANTIZE_GEMMA_HOME to another disk"
+            )
+        if code in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL, str(error)):
+            return StageFailed(
+                f"the disk of {path} is full: make room (`quantize-gemma prune --max-age-days 30` may do), and start "
+                "the same run again: it continues from here"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def explained_when_full(path: Path) -> Iterator[None]:
+    """Raises StageFailed, one sentence, when what is inside finds the disk full."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        failure = disk_failure(error, path)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def path_of(stage: str, artifact_key: str, root: Path | None = None) -> Path:
+    """Returns where an artifact's files are found, whichever generation they are of."""
+    return (root or home()) / stage / artifact_key / "data"
 
 
 def link(source: Path, target: Path) -> None:
@@ -311,13 +377,21 @@ def link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copies a file into an artifact; the copy shares the disk's blocks where the file system can do that."""
+def copy(source: Path, target: Path) -> str:
+    """Copies a file into an artifact and returns the copy's SHA-256.
+
+    The copy shares the disk's blocks where the file system can do that.
+    """
     with source.open("rb") as reader, target.open("wb") as writer:
         try:
             fcntl.ioctl(writer, FICLONE, reader.fileno())
         except OSError:
-            shutil.copyfile(source, target)
+            digest = hashlib.sha256()
+            while chunk := reader.read(CHUNK):
+                digest.update(chunk)
+                writer.write(chunk)
+            return digest.hexdigest()
+    return digest_file(target)
 
 
 def digest_file(path: Path) -> str:
@@ -335,21 +409,200 @@ def human_size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def _fault(path: Path, expected: File) -> str | None:
+def _publish(partial: Path, stage: Path, artifact_key: str) -> None:
+    """Makes a complete directory the artifact, at once: readers see the one before or this one."""
+    place, name = stage / artifact_key, f"{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
+    generation, link = stage / GENERATIONS / name, stage / f"{PREFIX}{name}"
+    generation.parent.mkdir(exist_ok=True)
+    # Before the rename, so that an error leaves nothing.
+    os.symlink(os.path.join(GENERATIONS, name), link)
+    try:
+        partial.rename(generation)
+        # What the version before has written there, or somebody has copied without links, is a directory.
+        if place.is_dir() and not place.is_symlink():
+            place.rename(stage / GENERATIONS / f"{name}-before")
+        link.replace(place)
+    except BaseException:
+        link.unlink(missing_ok=True)
+        shutil.rmtree(generation, ignore_errors=True)
+        raise
+    _fsync(generation.parent)
+    _fsync(stage)
+
+
+def _open(root: Path, stage: str, artifact_key: str, digest: str | None, whole: bool) -> tuple[Artifact, int] | None:
+    """Returns an artifact that is whole, with the descriptor of its shared lock."""
+    place = root / stage / artifact_key
+    while True:
+        folder = _current(place)
+        lock = _lock_shared(folder / MANIFEST)
+        if _current(place) == folder:
+            break
+        # It was made again meanwhile.
+        if lock is not None:
+            os.close(lock)
+    if lock is not None:
+        artifact = _read(folder, root, whole)
+        wanted = artifact is not None and (artifact.stage, artifact.key) == (stage, artifact_key)
+        if artifact is not None and wanted and digest in (None, artifact.digest):
+            return artifact, lock
+        os.close(lock)
+    elif (folder / "data").exists():
+        logger.warning("%s/%s has no manifest; the stage runs again", stage, artifact_key[:12])
+    for folder in _generations(root / stage, artifact_key) if digest is not None else []:
+        lock = _lock_shared(folder / MANIFEST)
+        if lock is not None:
+            artifact = _read(folder, root, whole)
+            if artifact is not None and artifact.digest == digest:
+                return artifact, lock
+            os.close(lock)
+    return None
+
+
+def _current(place: Path) -> Path:
+    """Returns the directory that an artifact's link points to; the version before wrote directories there."""
+    try:
+        return place.parent / os.readlink(place)
+    except OSError:
+        return place
+
+
+def _lock_shared(manifest: Path) -> int | None:
+    """Returns the descriptor of a shared lock on a manifest, or None if it is not there, or no longer."""
+    try:
+        lock = os.open(manifest, os.O_RDONLY)
+    except OSError:
+        return None
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    # Whoever removes a directory takes it away under its name while the lock is theirs.
+    if manifest.exists():
+        return lock
+    os.close(lock)
+    return None
+
+
+def _read(folder: Path, root: Path, whole: bool = False) -> Artifact | None:
+    """Returns the artifact in a directory if it is unchanged, else None."""
+    whole = whole and folder / MANIFEST not in _hashed
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        stage, artifact_key = manifest["stage"], manifest["key"]
+        artifact = Artifact(
+            stage=stage,
+            key=artifact_key,
+            path=folder / "data",
+            digest=manifest["digest"],
+            files={name: File(**file) for name, file in manifest["files"].items()},
+            metadata=manifest["metadata"],
+            measured=manifest["measured"],
+        )
+        if manifest["checksum"] != _checksum(manifest):
+            raise ValueError
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        logger.warning("%s has an unreadable manifest; the stage runs again", folder)
+        return None
+    for name, file in artifact.files.items():
+        path = artifact.path / name
+        fault = _fault(path, file, whole)
+        if fault and file.shared and path.exists() and _link_again(path, file, root):
+            fault = None
+        if fault:
+            logger.warning("%s/%s: %s %s; the stage runs again", stage, artifact_key[:12], name, fault)
+            return None
+    return artifact
+
+
+def _fault(path: Path, expected: File, whole: bool) -> str | None:
     try:
         status = path.stat()
-    except OSError:
-        return "is missing"
-    if status.st_size != expected.size:
-        return f"has {status.st_size:,} bytes instead of {expected.size:,}"
-    if status.st_mtime_ns != expected.mtime_ns and digest_file(path) != expected.sha256:
-        return "was changed"
+        if status.st_size != expected.size:
+            return f"has {status.st_size:,} bytes instead of {expected.size:,}"
+        if (whole or status.st_mtime_ns != expected.mtime_ns) and digest_file(path) != expected.sha256:
+            # Whoever looks next hashes it, too.
+            os.utime(path)
+            return "was changed"
+    except OSError as error:
+        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
     return None
+
+
+def _places(root: Path) -> list[Path]:
+    """Returns the artifacts of a store, wherever a manifest says that it belongs where it is."""
+    places = []
+    for manifest in root.glob(f"*/*/{MANIFEST}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            said = json.loads(manifest.read_text(encoding="utf-8"))
+            if (said["stage"], said["key"]) == (manifest.parent.parent.name, manifest.parent.name):
+                places.append(manifest.parent)
+    return places
+
+
+def _generations(stage: Path, artifact_key: str) -> list[Path]:
+    return list((stage / GENERATIONS).glob(f"{artifact_key[:16]}-*"))
+
+
+def _check_store(root: Path) -> None:
+    """Raises UserError if nothing in the directory says that it is a store: what is there is somebody else's."""
+    if not root.exists() or (root / MARK).exists() or not any(root.iterdir()):
+        return
+    # The version before made no mark.
+    if not _places(root):
+        raise UserError(
+            f"{root} is no store of quantize-gemma, and nothing was removed: set QUANTIZE_GEMMA_HOME to the store"
+        )
+
+
+def _remove(folder: Path) -> int | None:
+    """Removes an artifact's directory, at once for readers, unless somebody holds it; returns the bytes freed."""
+    try:
+        with (folder / MANIFEST).open("r+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stage = folder.parent.parent if folder.parent.name == GENERATIONS else folder.parent
+            aside = stage / f"{PREFIX}{folder.name[:16]}-{uuid.uuid4().hex[:8]}"
+            folder.rename(aside)
+    except BlockingIOError:
+        return None
+    except FileNotFoundError:
+        return _delete(folder)
+    return _delete(aside)
+
+
+def _delete(folder: Path) -> int:
+    """Deletes a directory; returns the bytes that this frees: those of files that have no other name elsewhere."""
+    before = _disk_usage(folder, only_here=True)
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    return before - _disk_usage(folder, only_here=True)
+
+
+def _disk_usage(folder: Path, only_here: bool = False) -> int:
+    """Returns the bytes of the disk's blocks that a directory takes, each inode once.
+
+    `only_here` leaves out files that have names elsewhere, too. What vanishes meanwhile counts as nothing.
+    """
+    names: dict[tuple[int, int], int] = {}
+    total = 0
+    pending = [folder]
+    while pending:
+        path = pending.pop()
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            inode = (status.st_dev, status.st_ino)
+            names[inode] = names.get(inode, 0) + 1
+            directory = stat.S_ISDIR(status.st_mode)
+            if names[inode] == (1 if directory or not only_here else status.st_nlink):
+                total += status.st_blocks * 512
+            if directory:
+                pending.extend(path.iterdir())
+    return total
 
 
 def _link_again(path: Path, expected: File, root: Path) -> bool:
     """Replaces a damaged shared file by a link to an intact one with the same content, if there is one."""
-    for manifest in root.glob(f"*/*/{MANIFEST}"):
+    for manifest in [path / MANIFEST for path in _places(root)]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for name, fields in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
                 file, source = File(**fields), manifest.parent / "data" / name
@@ -382,11 +635,20 @@ def _write_manifest(partial: Path, stage: str, artifact_key: str, record: dict[s
         "metadata": metadata,
         "measured": record.get("measured", {}),
     }
+    # As it is read back: JSON makes strings of numbers that are keys.
+    manifest = json.loads(json.dumps(manifest))
+    manifest["checksum"] = _checksum(manifest)
     with (partial / MANIFEST).open("w", encoding="utf-8") as stream:
         json.dump(manifest, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
     _fsync(partial)
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """Returns the SHA-256 of what a manifest says, but for the checksum itself."""
+    said = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(canonical_json(said)).hexdigest()
 
 
 def _fsync(path: Path) -> None:
@@ -401,6 +663,8 @@ def _fsync(path: Path) -> None:
 def _lock(root: Path, stage: str, artifact_key: str) -> Iterator[None]:
     """Holds the artifact's lock. The kernel lets go of it when the process dies, however it dies."""
     (root / stage).mkdir(parents=True, exist_ok=True)
+    if not (root / MARK).exists():
+        (root / MARK).touch()
     with (root / stage / f".lock-{artifact_key[:16]}").open("w") as stream:
         waiting = False
         while True:
@@ -418,7 +682,9 @@ def _lock(root: Path, stage: str, artifact_key: str) -> Iterator[None]:
 
 
 def _is_locked(path: Path) -> bool:
-    with path.open("w") as stream:
+    if not path.exists():
+        return False
+    with path.open("r+") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -111,7 +111,7 @@ def read_samples(evaluated: Path) -> list[dict[str, Any]]:
 def kept(checkpoint: Path, otherwise: Path) -> tuple[str, Path]:
     """Returns the checkpoint's digest and the store that it is in."""
     try:
-        return store.at(checkpoint).digest, checkpoint.parents[2]
+        return store.at(checkpoint).digest, store.root_of(checkpoint)
     except StageFailed:
         return "not in a store", otherwise / "store"
 

@@ -42,10 +42,11 @@ def answers(
     and the libraries' versions. Shards of the same key in the store are not answered again, unless `refresh`.
     """
     keys = {name: _key(name, requests, answerer, identity, libraries) for name, requests in asked.items()}
-    missing = [name for name in asked if refresh or _load(keys[name], root) is None]
-    if len(missing) < len(asked):
-        process.report(f"{len(asked) - len(missing)} of {len(asked)} shards were answered before")
-    if missing:
+    found = {} if refresh else _load_all(keys, root)
+    if found:
+        process.report(f"{len(found)} of {len(asked)} shards were answered before")
+    # What was pruned meanwhile is answered again.
+    while missing := [name for name in asked if name not in found]:
         common = {
             "answerer": answerer,
             "settings": settings,
@@ -56,17 +57,17 @@ def answers(
             "requests": _write_requests(asked, root),
             "libraries": store.versions(libraries),
             "refresh": refresh,
+            # A cluster's worker lives on: what it pins would never be pruned.
+            "pinned": cluster is None,
         }
         parts = _parts({name: _questions(asked[name]) for name in missing}, keys, common, workers, cluster)
         if not process.spread_parts("tasks.evaluate.shards:answer_part", parts, workers, cluster):
             _answer_here(parts)
-    found: dict[str, list[Any]] = {}
-    for name, key in keys.items():
-        kept = _load(key, root)
-        if kept is None:
-            raise StageFailed(f"the answers of {name} are not in {root}: whoever answers needs the same store")
-        found[name] = kept
-    return found
+        answered = _load_all({name: keys[name] for name in missing}, root)
+        if not answered:
+            raise StageFailed(f"the answers of {missing[0]} are not in {root}: whoever answers needs the same store")
+        found |= answered
+    return {name: found[name] for name in asked}
 
 
 def answer_part(evaluation: str, number: int, part: dict[str, Any]) -> int:
@@ -131,7 +132,7 @@ def _keep(part: dict[str, Any], asked: dict[str, list[Any]], answers: list[Any],
             (target / "answers.json").write_text(text, encoding="utf-8")
             return {"measured": {"host": socket.gethostname(), "process": process_id}}
 
-        store.produce(STAGE, key, write, _root(part), part["refresh"])
+        store.produce(STAGE, key, write, _root(part), part["refresh"], part["pinned"])
 
 
 def _root(part: dict[str, Any]) -> Path:
@@ -158,8 +159,7 @@ def _write_requests(asked: dict[str, list[Any]], root: Path) -> str:
         return {}
 
     key = store.key(ASKED, VERSION, [], {"asked": asked}, [])
-    store.produce(ASKED, key, write, root)
-    store.hold(ASKED, key, root)
+    store.produce(ASKED, key, write, root, pinned=True)
     return key
 
 
@@ -181,10 +181,11 @@ def _questions(requests: list[Any]) -> int:
     return len({request[0] if isinstance(request, list) else request for request in requests})
 
 
-def _load(key: str, root: Path) -> list[Any] | None:
-    artifact = store.load(STAGE, key, root)
-    if artifact is None:
-        return None
-    store.hold(STAGE, key, root)
-    found: list[Any] = json.loads((artifact.path / "answers.json").read_text(encoding="utf-8"))
+def _load_all(keys: dict[str, str], root: Path) -> dict[str, list[Any]]:
+    """Returns the answers that are in the store, and pins them."""
+    found = {}
+    for name, key in keys.items():
+        artifact = store.pin(STAGE, key, root, whole=True)
+        if artifact is not None:
+            found[name] = json.loads((artifact.path / "answers.json").read_text(encoding="utf-8"))
     return found

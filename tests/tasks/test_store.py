@@ -81,7 +81,8 @@ def test_work_that_raises_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(store.UserError):
         store.produce("stage", KEY, work, tmp_path)
-    assert [path for path in tmp_path.rglob("*") if not path.name.startswith(".lock")] == [tmp_path / "stage"]
+    left = {path for path in tmp_path.rglob("*") if not path.name.startswith(".lock")}
+    assert left == {tmp_path / store.MARK, tmp_path / "stage"}
 
 
 def test_prune_removes_debris_of_dead_work_and_leaves_living_work_alone(tmp_path: Path) -> None:
@@ -94,10 +95,10 @@ def test_prune_removes_debris_of_dead_work_and_leaves_living_work_alone(tmp_path
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "working\n"
-        assert store.prune(tmp_path) == []
+        assert store.prune(tmp_path).paths == []
         process.kill()
     assert store.load("stage", KEY, tmp_path) is None
-    assert len(store.prune(tmp_path)) == 1
+    assert len(store.prune(tmp_path).paths) == 1
     assert not list(tmp_path.glob("*/.partial-*"))
 
 
@@ -169,28 +170,37 @@ def test_evicting_starts_with_the_longest_unused_and_leaves_what_a_process_holds
     for days, key in zip((40, 30, 20, 10), keys, strict=True):
         made = store.produce("stage", key, write_file, tmp_path)
         old = time.time() - days * 86_400
-        os.utime(made.path.parent / store.MANIFEST, (old, old))
+        for path in (made.path.parent / store.MANIFEST, made.path.parent):
+            os.utime(path, (old, old))
+    each = disk_usage(made.path.parent)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path), keys[0]], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     try:
-        # 32 bytes are there; 16 may stay. The first is the oldest, but in use.
-        evicted = store.evict(16, 1000 * 86_400, tmp_path)
-        assert [path.name for path in evicted] == keys[1:3]
-        assert [path.name for path in store.evict(1e9, 5 * 86_400, tmp_path)] == keys[3:]
+        # Four are there; two may stay. The first is the oldest, but in use.
+        before = store.size_of(tmp_path)
+        evicted = store.evict(before - 2 * each, 1000 * 86_400, tmp_path)
+        assert [path.name for path in evicted.paths] == keys[1:3]
+        assert evicted.bytes == 2 * each
+        assert [path.name for path in store.evict(1e9, 5 * 86_400, tmp_path).paths] == keys[3:]
     finally:
         holder.communicate()
     assert store.load("stage", keys[0], tmp_path) is not None
-    assert [path.name for path in store.evict(0, 1e9, tmp_path)] == keys[:1]
+    assert [path.name for path in store.evict(0, 1e9, tmp_path).paths] == keys[:1]
+    assert not list(tmp_path.glob("stage/*/*")), "nothing but locks"
+
+
+def disk_usage(path: Path) -> int:
+    return int(subprocess.run(["du", "-s", "-B1", path], capture_output=True, check=True).stdout.split()[0])
 
 
 HOLD = """
 import sys
 from pathlib import Path
 from tasks import store
-store.hold("stage", sys.argv[2], Path(sys.argv[1]))
+store.pin("stage", sys.argv[2], Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
