@@ -21,6 +21,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from deployments.alerts import save_alerts
+from tasks import machine
 from tasks.policies import ACCELERATOR, MEMORY
 
 POOL = "quantize-gemma"
@@ -68,10 +69,8 @@ def make_limit(client: SyncPrefectClient, name: str, slots: int) -> None:
 
 
 def memory_gib() -> int:
-    """Returns this machine's memory in GiB, which the workers' is taken to be."""
-    import psutil
-
-    return max(1, int(psutil.virtual_memory().total / 2**30))
+    """Returns this machine's memory in GiB, or this container's, which the workers' is taken to be."""
+    return max(1, machine.total_memory() // 2**30)
 
 
 if __name__ == "__main__":

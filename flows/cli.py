@@ -71,7 +71,20 @@ def _parser() -> argparse.ArgumentParser:
         prune.add_argument(name, type=_limit, default=math.inf, metavar="NUMBER", help=f"{text}, from 0 on")
     for verb, names in (
         (run, list(Parameters.model_fields)),
-        (check, ["model", "revision", "recipe", "max_seq_len", "custom_sdpa", "custom_kv_cache", "device", "cluster"]),
+        (
+            check,
+            [
+                "model",
+                "revision",
+                "recipe",
+                "max_seq_len",
+                "custom_sdpa",
+                "custom_kv_cache",
+                "device",
+                "cluster",
+                "workers",
+            ],
+        ),
     ):
         for name in names:
             field = Parameters.model_fields[name]
@@ -93,13 +106,14 @@ def _parser() -> argparse.ArgumentParser:
 def _check(arguments: argparse.Namespace) -> int:
     from flows.server import check_api
     from tasks import process
-    from tasks.check import check_disk, check_memory, check_run
+    from tasks.check import check_disk, check_memory, check_run, disk_needed
     from tasks.checkpoint import local_checkpoint
     from tasks.download import resolve_model
 
     try:
         p = _parameters(arguments)
-        plan = check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster, p.custom_kv_cache)
+        how = (p.max_seq_len, p.device, p.cluster, p.custom_kv_cache, p.workers)
+        plan = check_run(p.model, p.recipe, *how)
         local = local_checkpoint(p.model)
         if local is not None:
             directory = {"checkpoint": str(local.absolute())}
@@ -108,8 +122,9 @@ def _check(arguments: argparse.Namespace) -> int:
             # The token may be there.
             check_api()
             model = resolve_model(p.model, p.revision, p.offline)
-            plan["disk_bytes_needed"] = check_disk(model["weight_bytes"])
-            plan["memory_bytes_needed"] = check_memory(model["weights"])
+            plan["disk_bytes_needed"] = disk_needed(model["weight_bytes"])
+            plan["memory_bytes_needed"] = check_memory(model["weights"], p.workers if p.cluster is None else 1)
+            check_disk(model["weight_bytes"], _stages_to_run(p, model), model["revision"])
     except UserError as error:
         return _refuse(error)
     except StageFailed as error:
@@ -117,6 +132,19 @@ def _check(arguments: argparse.Namespace) -> int:
         return 1
     print(", ".join(f"{name}: {value}" for name, value in plan.items()))
     return 0
+
+
+def _stages_to_run(p: Any, model: dict[str, Any]) -> list[str]:
+    from tasks.check import WRITTEN, may_be_stored
+    from tasks.recipe import load_recipe
+
+    if not may_be_stored(model["weight_bytes"]):
+        return list(WRITTEN)
+    # Late, for Prefect takes seconds to be imported.
+    from flows.quantize_gemma import chain
+    from tasks.policies import missing
+
+    return missing(chain(p, model, load_recipe(p.recipe)), [])
 
 
 def _prune(arguments: argparse.Namespace) -> int:
@@ -175,7 +203,7 @@ def _run_flow(arguments: argparse.Namespace) -> dict[str, Any]:
     from tasks.check import check_run
 
     p = _parameters(arguments)
-    check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster, p.custom_kv_cache)
+    check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster, p.custom_kv_cache, p.workers)
     # Before Prefect is imported: it reads them once.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -22,9 +22,9 @@ from prefect.logging import get_run_logger
 from flows.parameters import Parameters, taking_parameters
 from flows.server import outlive_server_restarts
 from flows.summary import Interrupted, empty_summary
-from tasks import process, store
+from tasks import machine, process, store
 from tasks.card import card, chartqa_scores, score
-from tasks.check import check_checkpoint, check_disk, check_memory, check_run
+from tasks.check import check_checkpoint, check_disk, check_memory, check_run, disk_needed
 from tasks.checkpoint import read_config
 from tasks.download import chart_questions, download, questions, remember, resolve_benchmark, resolve_model
 from tasks.evaluate import evaluate
@@ -32,7 +32,7 @@ from tasks.evaluate.agreement import evaluate_pte
 from tasks.evaluate.charts import evaluate_on_charts
 from tasks.export import export
 from tasks.gate import LIMITS, GateRefused, gate, gate_table
-from tasks.policies import as_task, failure_of, open_record, retried
+from tasks.policies import as_task, failure_of, missing, open_record, retried
 from tasks.quantize import quantize
 from tasks.recipe import load_recipe
 from tasks.smoke import smoke, smoke_pte
@@ -56,7 +56,8 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
     run = Run(p.refresh, f"{p.model} · {p.recipe}")
     with run.explained(), process.ended_on_interrupt():
         recipe = load_recipe(p.recipe)
-        run.light("check", check_run, p.model, p.recipe, p.max_seq_len, p.device, p.cluster, p.custom_kv_cache)
+        checked = (p.max_seq_len, p.device, p.cluster, p.custom_kv_cache, p.workers)
+        run.light("check", check_run, p.model, p.recipe, *checked)
         if p.target:
             run.light("check target", check_target, p.target, p.create_pr)
         model = run.light("resolve", resolve_model, p.model, p.revision, p.offline)
@@ -66,17 +67,17 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             charts = run.light("resolve charts", resolve_benchmark, p.chart_benchmark(), p.charts_revision, p.offline)
         name = f"{p.model} {p.recipe} {model['revision'][:12]}"
         rename_run(name)
-        check_memory(model["weights"])
-        run.one_at_a_time = check_disk(model["weight_bytes"]) > process.available_memory() / 4
+        workers = p.workers if p.cluster is None else 1
+        check_memory(model["weights"], workers)
+        check_disk(model["weight_bytes"], missing(chain(p, model, recipe), p.refresh), model["revision"])
+        run.one_at_a_time = disk_needed(model["weight_bytes"]) * workers > machine.available_memory() / 4
 
         base = run.stage("download", download, **origin(model, p.offline))
         files = open_record(base.result()).path
-        check_checkpoint(files, recipe, p.max_seq_len, p.custom_kv_cache)
+        check_checkpoint(files, recipe, p.max_seq_len, p.custom_kv_cache, workers)
         asked = run.stage("questions", questions, **origin(benchmark, p.offline))
         untied = run.stage("untie", untie, checkpoint=base)
-        # The same bytes everywhere, unless a GPU is asked for: it adds up in another order.
-        where = "cuda" if p.device == "cuda" and p.cluster is None else "cpu"
-        quantized = run.stage("quantize", quantize, checkpoint=untied, recipe=recipe, device=where)
+        quantized = run.stage("quantize", quantize, checkpoint=untied, **quantizing(p, recipe))
         run.stage("smoke", smoke, checkpoint=quantized, max_new_tokens=p.max_new_tokens)
         settings: dict[str, Any] = {"questions": asked, "limit": p.limit, "device": p.device}
         settings |= {"batch_size": p.batch_size, "workers": p.workers, "cluster": p.cluster}
@@ -90,8 +91,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             del settings["batch_size"]
             after_base = run.stage("charts_base", evaluate_on_charts, after, checkpoint=base, **settings)
             after = run.stage("charts_quantized", evaluate_on_charts, after_base, checkpoint=quantized, **settings)
-        lowered = ("max_seq_len", "backend", "dtype", "custom_sdpa", "custom_kv_cache", "last_logits_only")
-        program = run.stage("export", export, checkpoint=quantized, **{name: getattr(p, name) for name in lowered})
+        program = run.stage("export", export, checkpoint=quantized, **exporting(p))
         run.stage(
             "smoke_program",
             smoke_pte,
@@ -153,6 +153,24 @@ def rename_run(name: str) -> None:
 def named(resolved: dict[str, Any]) -> dict[str, Any]:
     """Returns what the card says of a benchmark."""
     return {name: resolved[name] for name in ("name", "revision", "fixture")}
+
+
+def quantizing(p: Parameters, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Returns how the checkpoint is quantized."""
+    # The same bytes everywhere, unless a GPU is asked for: it adds up in another order.
+    return {"recipe": recipe, "device": "cuda" if p.device == "cuda" and p.cluster is None else "cpu"}
+
+
+def exporting(p: Parameters) -> dict[str, Any]:
+    """Returns how the program is made."""
+    lowered = ("max_seq_len", "backend", "dtype", "custom_sdpa", "custom_kv_cache", "last_logits_only")
+    return {name: getattr(p, name) for name in lowered}
+
+
+def chain(p: Parameters, model: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[Stage, dict[str, Any]]]:
+    """Returns the stages that write much, with what each takes beside the checkpoint of the one before."""
+    stages = (download, untie, quantize, export)
+    return list(zip(stages, (origin(model, p.offline), {}, quantizing(p, recipe), exporting(p)), strict=True))
 
 
 def origin(resolved: dict[str, Any], offline: bool) -> dict[str, Any]:

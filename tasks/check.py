@@ -1,16 +1,19 @@
 """Check: everything that can be known before a long stage starts, so that a mistake costs seconds."""
 
+import contextlib
 import importlib.util
+import json
 import math
 import os
 import re
 import shutil
 import socket
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tasks import process, store
+from tasks import machine, store
 from tasks.checkpoint import (
     check_weights,
     local_checkpoint,
@@ -23,10 +26,11 @@ from tasks.checkpoint import (
 from tasks.recipe import decide, load_recipe
 from tasks.store import UserError
 
-# What a run writes, in times of the base weights in bf16: they themselves, the untied head, one byte per weight, half
-# a byte per weight in the program. Large models need less, for the embedding is a smaller part of them.
-# 4B: (8.6 + 1.3 + 5.4 + 3.2) / 8.6; 270M: (0.54 + 0.34 + 0.44 + 0.39) / 0.54.
-DISK_FACTOR = {False: 3.2, True: 2.2}
+# What each stage writes, in times of the base weights in bf16: they themselves, the untied head, one byte per weight,
+# half a byte per weight in the program. Large models need less, for the embedding is a smaller part of them.
+# 4B: (8.6, 1.3, 5.4, 3.2) / 8.6; 270M: (0.54, 0.34, 0.44, 0.39) / 0.54.
+WRITTEN = {"download": 1.0, "untie": 0.65, "quantize": 0.82, "export": 0.73}
+WRITTEN_OF_LARGE = {"download": 1.0, "untie": 0.16, "quantize": 0.65, "export": 0.39}
 LARGE_BYTES = 5_000_000_000
 # What a quantized checkpoint that answers questions about charts takes of memory, more than any other stage, in times
 # of the base weights in bf16, measured on gemma-3-4b's shape: 17.2 GB; and what Python and the libraries take.
@@ -38,7 +42,13 @@ SECONDS_TO_CONNECT = 10.0
 
 
 def check_run(
-    model: str, recipe: str, max_seq_len: int, device: str, cluster: str | None, custom_kv_cache: bool = True
+    model: str,
+    recipe: str,
+    max_seq_len: int,
+    device: str,
+    cluster: str | None,
+    custom_kv_cache: bool = True,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Returns what the run will do: {"recipe", "model", "memory_bytes_needed", "disk_bytes_needed"}.
 
@@ -56,43 +66,70 @@ def check_run(
     path = local_checkpoint(model)
     if path is not None:
         source_files(path)
-        plan["disk_bytes_needed"] = check_disk(sum(file.stat().st_size for file in weight_files(path)))
-        plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len, custom_kv_cache)
+        weight_bytes = sum(file.stat().st_size for file in weight_files(path))
+        plan["disk_bytes_needed"] = disk_needed(weight_bytes)
+        # What a run of it before has left there is known when its files are hashed.
+        if not may_be_stored(weight_bytes):
+            check_disk(weight_bytes)
+        here = workers if cluster is None else 1
+        plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len, custom_kv_cache, here)
     return plan
 
 
-def check_memory(weights: int) -> int:
-    """Returns about how many bytes of memory a model of so many weights will take.
+def check_memory(weights: int, workers: int = 1) -> int:
+    """Returns about how many bytes of memory so many models of so many weights will take.
 
     Raises UserError if the machine has less.
     """
-    needed = int(MEMORY_OF_LIBRARIES + 2 * weights * MEMORY_FACTOR)
-    there = process.total_memory()
-    if there < needed:
+    one = int(MEMORY_OF_LIBRARIES + 2 * weights * MEMORY_FACTOR)
+    total = machine.total_memory()
+    if total < one:
         raise UserError(
-            f"running this model takes about {needed / 1e9:,.1f} GB of memory, but this machine has "
-            f"{there / 1e9:,.1f} GB: use a larger one, or a smaller model"
+            f"running this model takes about {one / 1e9:,.1f} GB of memory, but this machine has "
+            f"{total / 1e9:,.1f} GB: use a larger one, or a smaller model"
         )
-    return needed
-
-
-def check_disk(weight_bytes: int) -> int:
-    """Returns about how many bytes the run will write. Raises UserError if the store's disk has less.
-
-    What the store holds already may be what this run needs: it counts as written.
-    """
-    needed = int(weight_bytes * DISK_FACTOR[weight_bytes > LARGE_BYTES])
-    missing = needed - store.size_of() - store.size_of_incoming()
-    free = shutil.disk_usage(_existing(store.home())).free
-    if free < missing:
+    if total < one * workers:
         raise UserError(
-            f"the run needs about {missing / 1e9:,.1f} GB in {store.home()}, but {free / 1e9:,.1f} GB are free: "
+            f"{workers} workers take about {one * workers / 1e9:,.1f} GB of memory, for each has its own model, but "
+            f"this machine has {total / 1e9:,.1f} GB: give at most --workers {total // one}"
+        )
+    return one * workers
+
+
+def disk_needed(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN)) -> int:
+    """Returns about how many bytes these stages write, for base weights of this size."""
+    written = WRITTEN_OF_LARGE if weight_bytes > LARGE_BYTES else WRITTEN
+    return int(weight_bytes * sum(written[stage] for stage in stages))
+
+
+def check_disk(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN), revision: str | None = None) -> None:
+    """Raises UserError if the store's disk has no room for what these stages will write.
+
+    What an interrupted download of this revision has brought already is written.
+    """
+    needed = disk_needed(weight_bytes, stages)
+    if revision is not None and "download" in stages:
+        needed -= min(weight_bytes, store.size_of_incoming("download", revision))
+    free = shutil.disk_usage(_existing(store.home())).free
+    if free < needed:
+        raise UserError(
+            f"the run needs about {needed / 1e9:,.1f} GB in {store.home()}, but {free / 1e9:,.1f} GB are free: "
             "make room, or set QUANTIZE_GEMMA_HOME to a larger disk"
         )
-    return needed
 
 
-def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int, custom_kv_cache: bool = True) -> int:
+def may_be_stored(weight_bytes: int) -> bool:
+    """Tells whether the store has a checkpoint of this size: which one it is, only its digest tells."""
+    for manifest in store.home().glob(f"download/*/{store.MANIFEST}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(manifest.read_text(encoding="utf-8"))["metadata"]["weight_bytes"] == weight_bytes:
+                return True
+    return False
+
+
+def check_checkpoint(
+    path: Path, recipe: dict[str, Any], max_seq_len: int, custom_kv_cache: bool = True, workers: int = 1
+) -> int:
     """Returns about how many bytes of memory the run will take.
 
     Raises UserError if the checkpoint is no Gemma 3, is damaged, or does not fit recipe, max_seq_len or this machine.
@@ -117,7 +154,7 @@ def check_checkpoint(path: Path, recipe: dict[str, Any], max_seq_len: int, custo
     headers = read_headers(path)
     check_weights(headers, path)
     decide(recipe, quantizable_modules(headers))
-    return check_memory(sum(math.prod(tensor["shape"]) for tensor in headers.values()))
+    return check_memory(sum(math.prod(tensor["shape"]) for tensor in headers.values()), workers)
 
 
 def _check_store(home: Path) -> None:

@@ -1,12 +1,13 @@
 """Resolve and download: a name and a revision become a pinned commit, and that becomes files in the store."""
 
+import contextlib
 import fnmatch
 import hashlib
 import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,11 @@ def download_checkpoint(target: Path, source: str, revision: str, offline: bool)
     """
     local = Path(source).is_dir()
     if local:
-        for name in source_files(Path(source)):
-            with open_source(Path(source), name) as reader:
-                # By its descriptor: the path may lead elsewhere by now.
-                store.copy(Path(f"/proc/self/fd/{reader.fileno()}"), target / name)
+        with _unchanged(target, source, revision):
+            for name in source_files(Path(source)):
+                with open_source(Path(source), name) as reader:
+                    # By its descriptor: the path may lead elsewhere by now.
+                    store.copy(Path(f"/proc/self/fd/{reader.fileno()}"), target / name)
     else:
         _fetch_checkpoint(target, source, revision, offline)
     config = read_model_config(target)
@@ -193,9 +195,31 @@ def download_charts(target: Path, source: str, revision: str, offline: bool) -> 
 
 def _bring(target: Path, source: str, revision: str, offline: bool, wanted: Callable[[str], bool]) -> None:
     if Path(source).is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True, copy_function=lambda a, b: store.copy(Path(a), Path(b)))
+        with _unchanged(target, source, revision):
+            shutil.copytree(source, target, dirs_exist_ok=True, copy_function=lambda a, b: store.copy(Path(a), Path(b)))
     else:
         _move(_fetch(target, "dataset", source, revision, offline, wanted), target, wanted)
+
+
+@contextlib.contextmanager
+def _unchanged(target: Path, source: str, revision: str) -> Iterator[None]:
+    """Compares what is copied inside with the digest that the directory had when the run started.
+
+    Raises UserError if it is another: whoever trains there has written meanwhile.
+    """
+    changing = UserError(
+        f"{source} is changing: its files are no longer those that this run started with; start again when nothing "
+        "writes there, or give a copy"
+    )
+    try:
+        yield
+    except (FileNotFoundError, shutil.Error) as error:
+        if store.disk_failure(error, target):
+            raise
+        raise changing from None
+    names = [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
+    if _digest_of(target, names) != revision:
+        raise changing
 
 
 def _fetch(

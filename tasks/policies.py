@@ -13,7 +13,7 @@ import queue
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -27,7 +27,7 @@ from prefect.logging import get_run_logger
 from prefect.results import ResultRecord  # type: ignore[attr-defined]
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks import process, residents, store
+from tasks import machine, process, residents, store
 from tasks.stage import Stage
 from tasks.store import Artifact, RunError, StageFailed, UserError
 
@@ -51,14 +51,8 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
     """
     work, name = stage.work, stage.name
 
-    def key_of(inputs: dict[str, Any]) -> str:
-        counted = {field: value for field, value in sorted(inputs.items()) if field not in stage.ignored}
-        digests = [f"{field}={value['digest']}" for field, value in counted.items() if is_record(value)]
-        parameters = {field: value for field, value in counted.items() if not is_record(value)}
-        return store.key(name, stage.version, digests, parameters, list(stage.libraries))
-
     def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-        key = key_of(parameters["inputs"])
+        key = key_of(stage, parameters["inputs"])
         result = f"{name}/{key}/result.json"
         # What is to be replaced is left unpinned, so that it can go.
         if not context.task.refresh_cache:
@@ -99,7 +93,7 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
                     functools.partial(_spread, context.task_run.name.split(" · ")[0], progress),
                 )
 
-        artifact = store.produce(name, key_of(inputs), make, refresh=refresh, pinned=True)
+        artifact = store.produce(name, key_of(stage, inputs), make, refresh=refresh, pinned=True)
         line = f"{context.task_run.name.split(' · ')[0]}: {describe(artifact)}"
         logger.info(line)
         terminal.info(line)
@@ -117,6 +111,31 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
         **retried(stage.retries),
     )
     return decorate(run)
+
+
+def key_of(stage: Stage, inputs: dict[str, Any]) -> str:
+    """Returns the key of what a stage makes of records and plain values."""
+    counted = {field: value for field, value in sorted(inputs.items()) if field not in stage.ignored}
+    digests = [f"{field}={value['digest']}" for field, value in counted.items() if is_record(value)]
+    parameters = {field: value for field, value in counted.items() if not is_record(value)}
+    return store.key(stage.name, stage.version, digests, parameters, list(stage.libraries))
+
+
+def missing(chain: list[tuple[Stage, dict[str, Any]]], refresh: Collection[str]) -> list[str]:
+    """Returns the stages of a chain that have to run, because the store does not have what they make.
+
+    Each stage's `checkpoint` is what the one before it made.
+    """
+    to_run: list[str] = []
+    before: dict[str, Any] = {}
+    for number, (stage, inputs) in enumerate(chain):
+        artifact = store.load(stage.name, key_of(stage, {**inputs, **before}))
+        if artifact is None:
+            return to_run + [stage.name for stage, _ in chain[number:]]
+        if stage.name in refresh:
+            to_run.append(stage.name)
+        before = {"checkpoint": record(artifact)}
+    return to_run
 
 
 def record(artifact: Artifact) -> dict[str, Any]:
@@ -220,7 +239,7 @@ def _spread(
         answered = sum(part["questions"] * fraction for part, fraction in zip(parts, done, strict=True))
         progress(round(answered), total, "questions")
 
-    here = residents.Pool(residents.threads_of_each(workers), done.__setitem__)
+    here = residents.Pool(machine.threads(workers), done.__setitem__)
     peak = 0
     try:
         # At the first failure the pool is closed before the runner is, which waits for what it has started; and it is

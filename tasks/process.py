@@ -3,26 +3,31 @@
     python -m tasks.process <module>:<function>
 
 reads the arguments as one JSON line and writes events as JSON lines, on pipes of their own, so that whatever the
-libraries print does not mix with them. The child ends by itself when its parent is gone.
+libraries print does not mix with them. The child ends when its parent is gone: the kernel kills it, whatever it is at.
 """
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import json
 import logging
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from tasks.store import StageFailed, UserError, home, stopping
+from tasks import machine
+from tasks.store import StageFailed, UserError, disk_failure, home, stopping
 
 Progress = Callable[[int, int, str], None]
 Spread = Callable[[str, list[dict[str, Any]], int, str | None], int]
@@ -38,6 +43,9 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+
+# prctl's request for a signal at the parent's death (linux/prctl.h).
+PR_SET_PDEATHSIG = 1
 
 _events: Any = None
 _lines: "queue.SimpleQueue[str]" = queue.SimpleQueue()
@@ -85,19 +93,21 @@ class Child:
         """Starts `function` ("module:name") with the arguments."""
         receive, send = os.pipe()
         kept = {name: value for name, value in os.environ.items() if name not in TOKENS}
-        self.process = subprocess.Popen(
+        start = functools.partial(
+            subprocess.Popen,
             # -P, and a directory of ours: the directory where the run was started is no place to import from, or to
             # take settings from, as numba and matplotlib do.
-            [sys.executable, "-P", "-m", "tasks.process", function, str(send)],
+            [sys.executable, "-P", "-m", "tasks.process", function, str(send), str(os.getpid())],
             cwd=Path(__file__).parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=[send],
-            env={**kept, **QUIET, **_cache(), **(environment or {})},
+            env={**kept, **QUIET, **machine.threads(), **_cache(), **(environment or {})},
             text=True,
             errors="replace",
         )
+        self.process: subprocess.Popen[str] = _starter().submit(start).result()
         os.close(send)
         self.events = os.fdopen(receive, encoding="utf-8")
         self.printed: list[str] = []
@@ -198,7 +208,8 @@ def ended_on_interrupt() -> Iterator[None]:
     """
     stopping.clear()
     try:
-        yield
+        with _hangup_terminates():
+            yield
     except Exception:
         raise
     except BaseException:
@@ -207,10 +218,68 @@ def ended_on_interrupt() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _hangup_terminates() -> Iterator[None]:
+    """Makes a terminal that is closed a termination signal, which Prefect handles; under nohup it stays ignored."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def kill_all() -> None:
     """Ends all processes that this one has started and waits for."""
     for child in list(_running):
         child.kill()
+
+
+def end_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when the thread that started it ends, and with it the process `parent`.
+
+    A thread of ours could not: native code may hold the interpreter for minutes.
+    """
+    # Linux's alone; elsewhere the end of the pipe has to do.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+@functools.cache
+def _starter() -> "_Starter":
+    return _Starter()
+
+
+# A fork has no threads but its own.
+os.register_at_fork(after_in_child=_starter.cache_clear)
+
+
+class _Starter:
+    """Starts processes from a thread that lasts as long as this process: threads of a pool end earlier."""
+
+    def __init__(self) -> None:
+        self.requests: queue.SimpleQueue[tuple[Future[subprocess.Popen[str]], Callable[[], subprocess.Popen[str]]]]
+        self.requests = queue.SimpleQueue()
+        threading.Thread(target=self._start, daemon=True, name="starter").start()
+
+    def submit(self, start: "Callable[[], subprocess.Popen[str]]") -> "Future[subprocess.Popen[str]]":
+        """Has the thread call `start`."""
+        future: Future[subprocess.Popen[str]] = Future()
+        self.requests.put((future, start))
+        return future
+
+    def _start(self) -> None:
+        while True:
+            future, start = self.requests.get()
+            try:
+                future.set_result(start())
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def _cache() -> dict[str, str]:
@@ -226,21 +295,10 @@ def redact(text: str) -> str:
     return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?…", text)
 
 
-def available_memory() -> int:
-    """Returns the bytes of memory that this machine has free for stages."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def total_memory() -> int:
-    """Returns the bytes of memory that this machine, or this container, has."""
-    import psutil
-
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.exists() else "max"
-    total = int(psutil.virtual_memory().total)
-    return min(total, int(allowed)) if allowed.isdigit() else total
+def disks() -> list[Path]:
+    """Returns where a run writes."""
+    prefect = os.environ.get("PREFECT_HOME") or "~/.prefect"
+    return [home(), Path(tempfile.gettempdir()), Path(prefect).expanduser()]
 
 
 def trim_memory() -> None:
@@ -358,8 +416,10 @@ def _peak_rss_bytes() -> int:
 
 
 def _describe_exit(code: int) -> str:
-    if code == -9:
+    if code == -signal.SIGKILL:
         return "SIGKILL (killed from outside, or the machine ran out of memory)"
+    if code == -signal.SIGBUS:
+        return "SIGBUS (a disk was full, or a file became shorter while it was read)"
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
@@ -378,7 +438,8 @@ def _listen() -> None:
 
 def _main() -> None:
     global _events
-    function, descriptor = sys.argv[1], int(sys.argv[2])
+    function, descriptor, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    end_with_parent(parent)
     _events = os.fdopen(descriptor, "w", encoding="utf-8")
     threading.Thread(target=_listen, daemon=True).start()
     logging.basicConfig(level=logging.WARNING)
@@ -390,6 +451,7 @@ def _main() -> None:
         _emit({"event": "error", "message": "out of memory", "transient": False, "retry_after": 0})
     except Exception as error:
         logging.exception("the stage failed")
+        error = disk_failure(error, *disks()) or error
         transient, retry_after = is_transient(error)
         failed = isinstance(error, StageFailed)
         message = str(error) if failed else f"{type(error).__name__}: {error}"

@@ -8,7 +8,6 @@ no end: there they end when nobody has asked them for a while, or another evalua
 
 import contextlib
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -131,17 +130,6 @@ def pool_of(evaluation: str) -> Pool:
                 _pools.pop(other).close_idle()
             _pools[evaluation] = Pool(seconds_unasked=SECONDS_UNASKED)
         return _pools[evaluation]
-
-
-def threads_of_each(workers: int) -> dict[str, str]:
-    """Returns the environment that gives each of so many processes its share of the processor's cores."""
-    import psutil
-
-    if workers == 1:
-        return {}
-    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
-    there = int(os.environ.get("OMP_NUM_THREADS") or cores)
-    return {"OMP_NUM_THREADS": str(max(1, there // workers))}
 
 
 def serve(answerer: str, settings: dict[str, Any], number: int) -> None:

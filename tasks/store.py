@@ -46,7 +46,6 @@ INCOMING = ".incoming-"
 FICLONE = 0x40049409
 # How long what another process may still want is left alone.
 SECONDS_TO_RESUME = 86_400.0
-CHUNK = 1 << 20
 FULL = "No space left on device|Disk quota exceeded|database or disk is full"
 # Manifests that are locked until the process ends, when the system closes them; and those whose files were all hashed.
 _pinned: dict[Path, int] = {}
@@ -316,19 +315,16 @@ def size_of(root: Path | None = None) -> int:
 
 def size_of_incoming(stage: str, revision: str, root: Path | None = None) -> int:
     """Returns the bytes of a download that was interrupted and will be continued."""
-    return _disk_usage(incoming_of(stage, revision, root))
+    return _disk_usage((root or home()) / stage / f"{INCOMING}{revision[:16]}")
 
 
-def incoming_of(stage: str, revision: str, root: Path | None = None) -> Path:
-    """Returns where a download is kept until it is complete."""
-    return (root or home()) / stage / f"{INCOMING}{revision[:16]}"
-
-
-def disk_failure(error: BaseException | None, path: Path) -> StageFailed | None:
+def disk_failure(error: BaseException | None, *paths: Path) -> StageFailed | None:
     """Returns what is said when an error, or one of its causes, comes from a full disk, else None.
 
-    Libraries that write in Rust or C++ have it in their text alone.
+    Of these directories the one with the least room is named. Libraries that write in Rust or C++ have it in their text
+    alone.
     """
+    path = min(paths, key=_free)
     while error is not None:
         code = error.errno if isinstance(error, OSError) else None
         if code == errno.EFBIG:
@@ -343,6 +339,13 @@ def disk_failure(error: BaseException | None, path: Path) -> StageFailed | None:
             )
         error = error.__cause__ or error.__context__
     return None
+
+
+def _free(path: Path) -> float:
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return float("inf")
 
 
 @contextlib.contextmanager
@@ -377,21 +380,13 @@ def link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def copy(source: Path, target: Path) -> str:
-    """Copies a file into an artifact and returns the copy's SHA-256.
-
-    The copy shares the disk's blocks where the file system can do that.
-    """
+def copy(source: Path, target: Path) -> None:
+    """Copies a file into an artifact; the copy shares the disk's blocks where the file system can do that."""
     with source.open("rb") as reader, target.open("wb") as writer:
         try:
             fcntl.ioctl(writer, FICLONE, reader.fileno())
         except OSError:
-            digest = hashlib.sha256()
-            while chunk := reader.read(CHUNK):
-                digest.update(chunk)
-                writer.write(chunk)
-            return digest.hexdigest()
-    return digest_file(target)
+            shutil.copyfile(source, target)
 
 
 def digest_file(path: Path) -> str:
@@ -414,6 +409,8 @@ def _publish(partial: Path, stage: Path, artifact_key: str) -> None:
     place, name = stage / artifact_key, f"{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
     generation, link = stage / GENERATIONS / name, stage / f"{PREFIX}{name}"
     generation.parent.mkdir(exist_ok=True)
+    if not (stage.parent / MARK).exists():
+        (stage.parent / MARK).touch()
     # Before the rename, so that an error leaves nothing.
     os.symlink(os.path.join(GENERATIONS, name), link)
     try:
@@ -547,8 +544,8 @@ def _check_store(root: Path) -> None:
     """Raises UserError if nothing in the directory says that it is a store: what is there is somebody else's."""
     if not root.exists() or (root / MARK).exists() or not any(root.iterdir()):
         return
-    # The version before made no mark.
-    if not _places(root):
+    # The version before made no mark, nor has a run that died in its first stage.
+    if not any(re.fullmatch(r"\.lock-[0-9a-f]{16}", path.name) for path in root.glob("*/.lock-*")):
         raise UserError(
             f"{root} is no store of quantize-gemma, and nothing was removed: set QUANTIZE_GEMMA_HOME to the store"
         )
@@ -663,8 +660,6 @@ def _fsync(path: Path) -> None:
 def _lock(root: Path, stage: str, artifact_key: str) -> Iterator[None]:
     """Holds the artifact's lock. The kernel lets go of it when the process dies, however it dies."""
     (root / stage).mkdir(parents=True, exist_ok=True)
-    if not (root / MARK).exists():
-        (root / MARK).touch()
     with (root / stage / f".lock-{artifact_key[:16]}").open("w") as stream:
         waiting = False
         while True:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks import machine
 from tasks.checkpoint import (
     RUNTIME_PREFIXES,
     read_config,
@@ -161,8 +162,7 @@ class _Writer:
         self.rules = {name: decided.get(name.removesuffix(".weight")) for name in sources}
         self.device = device
         # One more than cores, for some wait for the disk; an accelerator has memory for few chunks.
-        cores = len(os.sched_getaffinity(0))
-        self.pool = ThreadPoolExecutor(min(cores, 16) + 1 if device == "cpu" else 3)
+        self.pool = ThreadPoolExecutor(min(machine.logical_cores(), 16) + 1 if device == "cpu" else 3)
         metadata: dict[str, str] = {}
         layout: dict[str, tuple[str, list[int]]] = {}
         self.parts: dict[str, dict[str, str]] = {}

@@ -1,6 +1,7 @@
 """Mistakes cost seconds: one sentence, exit code 2, nothing left behind."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tasks import store
 from tests.conftest import CommandLine
 
 
@@ -208,7 +210,7 @@ def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_ne
     fresh: CommandLine, tiny_copy: Callable[[], Path]
 ) -> None:
     from tasks.checkpoint import read_header, write_header
-    from tasks.process import total_memory
+    from tasks.machine import total_memory
 
     model = tiny_copy()
     tensors = {name: (t["dtype"], t["shape"]) for name, t in read_header(model / "model.safetensors").items()}
@@ -248,8 +250,40 @@ def test_prune_removes_what_died_and_keeps_what_works(fresh: CommandLine) -> Non
     dead.mkdir(parents=True)
     whole = fresh.home / "quantize" / ("a" * 64) / "data"
     whole.mkdir(parents=True)
+    (fresh.home / store.MARK).touch()
     outcome = fresh("prune")
     assert outcome.code == 0
     assert "removed 1" in outcome.stdout
     assert not dead.exists()
     assert whole.exists()
+
+
+@pytest.mark.parametrize("limit", ["-1", "nan", "inf", "much"])
+@pytest.mark.parametrize("option", ["--max-gigabytes", "--max-age-days"])
+def test_pruning_to_a_limit_that_is_none_is_refused(option: str, limit: str, fresh: CommandLine) -> None:
+    kept = store.produce("stage", "a" * 64, lambda _: {}, fresh.home)
+    outcome = fresh("prune", option, limit)
+    assert outcome.code == 2
+    assert f"{option}: '{limit}' is no number from 0 on" in outcome.stderr
+    assert store.load("stage", "a" * 64, fresh.home) == kept
+
+
+@pytest.mark.parametrize("limit", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("parameter", ["max_gigabytes", "max_age_days"])
+def test_the_prune_flow_refuses_such_limits_too(parameter: str, limit: float) -> None:
+    from prefect.exceptions import ParameterTypeError
+
+    from flows.prune_store import prune_store
+
+    with pytest.raises(ParameterTypeError, match=parameter):
+        prune_store.validate_parameters({parameter: limit})
+
+
+def test_pruning_what_is_no_store_is_refused(fresh: CommandLine) -> None:
+    project = fresh.home / "web" / "app"
+    project.mkdir(parents=True)
+    (project / "manifest.json").write_text("{}")
+    outcome = fresh("prune", "--max-gigabytes", "0")
+    assert outcome.code == 2
+    assert f"{fresh.home} is no store of quantize-gemma, and nothing was removed" in outcome.stderr
+    assert (project / "manifest.json").exists()

@@ -11,7 +11,7 @@ from tasks import hub as client
 from tasks import process, store
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tasks.checkpoint import check_finite
-from tasks.download import remember, resolve_model
+from tasks.download import _digest_of, download_checkpoint, remember, resolve_model
 from tasks.questions import check_charts, check_mmlu
 from tasks.store import StageFailed, UserError
 from tests.hub.server import Hub, serve
@@ -39,10 +39,13 @@ def download(hub: Hub, tmp_path: Path, revision: str, token: str | None = None, 
     return target
 
 
-def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "0" * 40, **environment: str) -> Path:
+def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "", **environment: str) -> Path:
     """Runs download_questions or download_charts as the flow does; returns the directory that it filled."""
     target = tmp_path / "store" / stage / ".partial-x" / "data"
     target.mkdir(parents=True)
+    if isinstance(source, Path):
+        names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
+        revision = _digest_of(source, names)
     values = {"source": str(source), "revision": revision, "offline": False}
     call = {"function": f"tasks.download:download_{stage}", "target": str(target), "paths": {}, "values": values}
     process.run("tasks.process:call", call, lambda *_: None, None, environment)
@@ -365,3 +368,22 @@ def test_an_infinity_is_found_wherever_it_is(
     save_file(weights, path)
     with pytest.raises(UserError, match=r"the weight w in .* holds a NaN or an infinity"):
         check_finite(path)
+
+
+@pytest.mark.parametrize("change", ["written", "added", "removed"])
+def test_a_directory_that_changes_after_the_run_has_started_is_no_base(
+    change: str, tmp_path: Path, tiny_copy: Callable[[], Path]
+) -> None:
+    model = tiny_copy()
+    resolved = resolve_model(str(model), None, offline=False)
+    if change == "written":
+        with (model / "model.safetensors").open("r+b") as stream:
+            stream.seek(-2, 2)
+            stream.write(b"\x00\x00")
+    elif change == "added":
+        (model / "NOTICE").write_text("new")
+    else:
+        (model / "generation_config.json").unlink()
+    (tmp_path / "target").mkdir()
+    with pytest.raises(UserError, match=f"{model} is changing: .* start again when nothing writes there"):
+        download_checkpoint(tmp_path / "target", str(model), resolved["revision"], offline=False)

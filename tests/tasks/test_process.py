@@ -1,6 +1,11 @@
-"""A stage's own process: what is said of its failure."""
+"""A stage's own process: what is said of its failure, and that it ends with its parent."""
 
+import ctypes
+import os
+import resource
+import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -8,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tasks import process
@@ -102,3 +108,70 @@ def test_what_was_raised_from_none_does_not_pass_by_itself() -> None:
 def test_a_users_mistake_does_not_pass_by_itself_whatever_it_follows_from() -> None:
     assert process.is_transient(raised(UserError("a"), ConnectionError(), hidden=False)) == (False, 0.0)
     assert process.is_transient(raised(ValueError("a"), UserError("b"), hidden=False)) == (False, 0.0)
+
+
+def hold_the_interpreter(descendants: int) -> dict[str, Any]:
+    """Starts so many more, each by the one before, and has native code hold the interpreter for an hour."""
+    if descendants:
+        arguments = {"descendants": descendants - 1}
+        process.Child("tests.tasks.test_process:hold_the_interpreter", arguments, {"PYTHONPATH": str(ROOT)})
+    Path(os.environ["STARTED"], str(os.getpid())).touch()
+    ctypes.PyDLL(None).sleep(3600)
+    return {}
+
+
+def test_stages_whose_native_code_holds_the_interpreter_end_with_a_killed_parent(tmp_path: Path) -> None:
+    script = (
+        "import threading; from tasks import process\n"
+        "start = lambda: process.Child('tests.tasks.test_process:hold_the_interpreter', {'descendants': 1})\n"
+        "threading.Thread(target=start).start(); threading.Event().wait()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "STARTED": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as parent:
+        while len(list(tmp_path.iterdir())) < 2:
+            assert parent.poll() is None
+        stages = psutil.Process(parent.pid).children(recursive=True)
+        assert {str(stage.pid) for stage in stages} == {path.name for path in tmp_path.iterdir()}
+        parent.kill()
+    _, alive = psutil.wait_procs(stages, timeout=60)
+    assert alive == []
+
+
+def answer() -> dict[str, Any]:
+    """Answers when it is asked to."""
+    return {"answer": process.next_line()}
+
+
+def test_a_stage_outlives_the_thread_that_started_it() -> None:
+    children: list[process.Child] = []
+
+    def start() -> None:
+        children.append(process.Child("tests.tasks.test_process:answer", {}, {"PYTHONPATH": str(ROOT)}))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    (child,) = children
+    child.send(42)
+    assert child.receive(lambda *_: None, None)["value"] == {"answer": 42}
+    child.close()
+
+
+def write_too_much(folder: str) -> dict[str, Any]:
+    """Writes a file that is larger than this process may write."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    Path(folder, "file").write_bytes(bytes(2000))
+    return {}
+
+
+def test_a_file_that_the_disk_does_not_take_is_said_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed) as caught:
+        process.run(
+            "tests.tasks.test_process:write_too_much",
+            {"folder": str(tmp_path)},
+            lambda *_: None,
+            None,
+            {"PYTHONPATH": str(ROOT), "QUANTIZE_GEMMA_HOME": str(tmp_path)},
+        )
+    assert str(caught.value).startswith("a file was too large for the disk of ")
+    assert "\n" not in str(caught.value)

@@ -1,16 +1,21 @@
 """An artifact is complete and unchanged, or it is not there."""
 
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks import store
+from tasks import policies, store
+from tasks.evaluate import shards
+from tasks.store import StageFailed, UserError
 
 KEY = "a" * 64
 
@@ -81,8 +86,7 @@ def test_work_that_raises_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(store.UserError):
         store.produce("stage", KEY, work, tmp_path)
-    left = {path for path in tmp_path.rglob("*") if not path.name.startswith(".lock")}
-    assert left == {tmp_path / store.MARK, tmp_path / "stage"}
+    assert [path for path in tmp_path.rglob("*") if not path.name.startswith(".lock")] == [tmp_path / "stage"]
 
 
 def test_prune_removes_debris_of_dead_work_and_leaves_living_work_alone(tmp_path: Path) -> None:
@@ -204,3 +208,171 @@ store.pin("stage", sys.argv[2], Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+def write(text: str) -> Callable[[Path], dict[str, Any]]:
+    def work(target: Path) -> dict[str, Any]:
+        for name in ("a", "b"):
+            (target / name).write_text(text)
+        return {}
+
+    return work
+
+
+def test_what_a_run_has_opened_stays_as_it_was_when_another_makes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
+    store.produce("stage", KEY, write("old"))
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path), KEY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdout is not None
+        assert reader.stdin is not None
+        assert reader.stdout.readline() == "held\n"
+        old = store.load("stage", KEY)
+        assert old is not None
+        new = store.produce("stage", KEY, write("new"), refresh=True)
+        store.prune()
+        assert [(old.path / name).read_text() for name in ("a", "b")] == ["old", "old"]
+        assert [(new.path / name).read_text() for name in ("a", "b")] == ["new", "new"]
+        # Its record finds it, though another one is current.
+        assert policies.open_record(policies.record(old)).path == old.path
+        assert store.load("stage", KEY) == new
+        # This process has it open now.
+        reader.stdin.close()
+    store.prune()
+    assert old.path.exists()
+
+
+def test_a_generation_that_nobody_holds_goes_when_it_is_replaced_and_its_record_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
+    old = store.produce("stage", KEY, write("old"))
+    store.produce("stage", KEY, write("new"), refresh=True)
+    assert not old.path.exists()
+    with pytest.raises(StageFailed, match="was made again by another run, with another content: start this run again"):
+        policies.open_record(policies.record(old))
+    shutil.rmtree(tmp_path)
+    with pytest.raises(StageFailed, match="has gone from it: start the run again"):
+        policies.open_record(policies.record(old))
+
+
+@pytest.mark.parametrize("damage", ["another record", "half a file", "nothing"])
+def test_a_cached_result_counts_only_as_the_record_of_what_is_there(tmp_path: Path, damage: str) -> None:
+    from prefect.results import ResultRecord, ResultRecordMetadata
+    from prefect.serializers import JSONSerializer
+
+    artifact = store.produce("stage", KEY, write("new"), tmp_path)
+    told = {**policies.record(artifact), "digest": "0" * 64 if damage == "another record" else artifact.digest}
+    metadata = ResultRecordMetadata(serializer=JSONSerializer(), storage_key="result.json")
+    text = ResultRecord(result=told, metadata=metadata).serialize()
+    path = artifact.path.parent / "result.json"
+    path.write_bytes(text[: len(text) // 2] if damage == "half a file" else text)
+    assert policies._is_result_of(artifact, path) == (damage == "nothing")
+
+
+def test_a_file_that_the_disk_has_changed_is_no_input_and_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
+    made = store.produce("stage", KEY, write("good"))
+    times = (made.path / "a").stat()
+    (made.path / "a").write_text("gooe")
+    os.utime(made.path / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(StageFailed, match="was damaged in the store"):
+        policies.open_record(policies.record(made), whole=True)
+    assert "a was changed" in caplog.text
+    assert (store.produce("stage", KEY, write("good")).path / "a").read_text() == "good"
+
+
+def scorer(root: str, removed: str) -> Callable[[list[Any]], list[Any]]:
+    def score(requests: list[Any]) -> list[Any]:
+        # A prune beside the evaluation, once, when some shards were answered.
+        if any(path.parent.name == shards.STAGE for path in store._places(Path(root))) and not os.path.exists(removed):
+            Path(removed).write_text("\n".join(map(str, store.evict(0, 0, Path(root)).paths)))
+        return [f"answer to {request}" for request in requests]
+
+    return score
+
+
+@pytest.mark.parametrize("cluster", [None, "tcp://elsewhere:1"])
+def test_shards_that_are_pruned_from_a_running_evaluation_are_held_or_answered_again(
+    tmp_path: Path, cluster: str | None
+) -> None:
+    asked = {name: [f"{name}{number}" for number in range(150)] for name in ("x", "y", "z")}
+    settings = {"root": str(tmp_path / "store"), "removed": str(tmp_path / "removed")}
+    answered = shards.answers(
+        asked, "tests.tasks.test_store:scorer", settings, {}, {}, (), tmp_path / "store", cluster=cluster
+    )
+    assert answered == {name: [f"answer to {request}" for request in requests] for name, requests in asked.items()}
+    removed = (tmp_path / "removed").read_text()
+    assert ("evaluate-shard" in removed) == (cluster is not None)
+
+
+def test_size_is_what_du_says_and_pruning_counts_what_it_frees(tmp_path: Path) -> None:
+    def large(target: Path) -> dict[str, Any]:
+        (target / "weights").write_bytes(os.urandom(1 << 20))
+        (target / "config").write_text("{}")
+        return {}
+
+    base = store.produce("download", "a" * 64, large, tmp_path)
+
+    def borrow(target: Path) -> dict[str, Any]:
+        store.link(base.path / "weights", target / "weights")
+        return {}
+
+    store.produce("untie", "b" * 64, borrow, tmp_path)
+    assert store.size_of(tmp_path) == disk_usage(tmp_path)
+    for path in (base.path.parent, base.path.parent / store.MANIFEST):
+        os.utime(path, (0, 0))
+    evicted = store.evict(1e18, 86_400, tmp_path)
+    assert [path.parent.name for path in evicted.paths] == ["download"]
+    assert evicted.bytes < 1 << 20, "its weights are the untied checkpoint's, too"
+    assert store.size_of(tmp_path) == disk_usage(tmp_path)
+    before = disk_usage(tmp_path)
+    assert store.evict(0, 0, tmp_path).bytes == before - disk_usage(tmp_path) > 1 << 20
+
+
+def test_a_store_is_read_once_to_be_emptied(tmp_path: Path) -> None:
+    for number in range(40):
+        store.produce("stage", f"{number:064x}"[::-1], write_file, tmp_path)
+    script = (
+        "import sys; from pathlib import Path; from tasks import store; opened = []\n"
+        "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
+        f"assert len(store.evict(0, 0, Path({str(tmp_path)!r})).paths) == 40\n"
+        "print(sum(path.endswith(store.MANIFEST) for path in opened))\n"
+    )
+    opened = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert int(opened) <= 3 * 40
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / "project" / "app"
+    theirs.mkdir(parents=True)
+    (theirs / "manifest.json").write_text('{"name": "app", "stage": "beta", "key": 1}')
+    (tmp_path / "project" / ".partial-upload").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for remove in (store.prune, lambda root: store.evict(0, 0, root)):
+        with pytest.raises(UserError, match=f"{tmp_path} is no store of quantize-gemma, and nothing was removed"):
+            remove(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    # A run was started here by mistake: what it wrote is ours, and nothing else.
+    store.produce("stage", KEY, write_file, tmp_path)
+    store.prune(tmp_path)
+    assert [path.name for path in store.evict(0, 0, tmp_path).paths] == [KEY]
+    assert set(before) <= set(tmp_path.rglob("*"))
+
+
+def test_an_artifact_of_the_version_before_is_a_miss_and_goes_when_its_time_has_come(tmp_path: Path) -> None:
+    made = store.produce("stage", KEY, write_file, tmp_path)
+    manifest = json.loads((made.path.parent / store.MANIFEST).read_text())
+    del manifest["checksum"]
+    old = tmp_path / "before" / "stage" / KEY
+    shutil.copytree(made.path.parent, old)
+    (old.parent / f".lock-{KEY[:16]}").touch()
+    (old / store.MANIFEST).write_text(json.dumps(manifest))
+    assert store.load("stage", KEY, tmp_path / "before") is None
+    assert [path.name for path in store.evict(0, 0, tmp_path / "before").paths] == [KEY]
+    assert not old.exists()

@@ -1,0 +1,120 @@
+"""What this machine gives to us: memory and cores, within the limits of the container, of any depth, that we are in.
+
+Linux keeps those limits in control groups, of version 1, 2, or both side by side. A group's limit binds what is below
+it, so the whole way up counts. Functions take the root of the file system, for tests.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+
+
+def total_memory(root: Path = ROOT) -> int:
+    """Returns the bytes of memory that this machine, or this container, has."""
+    import psutil
+
+    return min([int(psutil.virtual_memory().total), *(limit for _, limit in _memory_limits(root))])
+
+
+def available_memory(root: Path = ROOT) -> int:
+    """Returns the bytes of memory that are free for stages, here and in every group that we are in."""
+    import psutil
+
+    free = [max(0, limit - _used(group)) for group, limit in _memory_limits(root)]
+    return min([int(psutil.virtual_memory().available), *free])
+
+
+def cores(root: Path = ROOT) -> int:
+    """Returns how many physical cores may compute at a time."""
+    import psutil
+
+    return min(psutil.cpu_count(logical=False) or 1, logical_cores(root))
+
+
+def logical_cores(root: Path = ROOT) -> int:
+    """Returns how many threads may run at a time."""
+    return min([len(os.sched_getaffinity(0)), *_core_limits(root)])
+
+
+def threads(processes: int = 1, root: Path = ROOT) -> dict[str, str]:
+    """Returns the environment that gives each of so many processes its share of the cores.
+
+    Empty where a single process finds the right number by itself: libraries know the processor, but no quota.
+    """
+    if processes == 1 and (not _core_limits(root) or "OMP_NUM_THREADS" in os.environ):
+        return {}
+    available = int(os.environ.get("OMP_NUM_THREADS") or cores(root))
+    return {"OMP_NUM_THREADS": str(max(1, available // processes))}
+
+
+def _memory_limits(root: Path) -> list[tuple[Path, int]]:
+    """Returns each group above us that has a limit of memory, with it in bytes."""
+    limits = []
+    for group in _groups(root, "memory"):
+        # memory.high is no wall, but what goes beyond is slowed down until it stands still.
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            limit = _number(group / name)
+            if limit is not None:
+                limits.append((group, limit))
+    return limits
+
+
+def _used(group: Path) -> int:
+    """Returns the bytes that a group has taken, without files that the kernel would drop for others."""
+    used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
+    cached = dict(_pairs(group / "memory.stat"))
+    return used - cached.get("total_inactive_file", cached.get("inactive_file", 0))
+
+
+def _core_limits(root: Path) -> list[int]:
+    """Returns how many whole cores the quotas above us allow."""
+    limits = []
+    for group in _groups(root, "cpu"):
+        quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+        words = _text(group / "cpu.max").split()
+        if len(words) == 2 and words[0].isdigit():
+            quota, period = int(words[0]), int(words[1])
+        if quota is not None and period:
+            limits.append(max(1, quota // period))
+    return limits
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yields the directories of the groups that this process is in for a controller, from ours to the topmost."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        names = controllers.split(",")
+        if number == "0" and not controllers:
+            mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
+        elif controller in names:
+            mounts = [f"sys/fs/cgroup/{controllers}", f"sys/fs/cgroup/{controller}"]
+        else:
+            continue
+        # In a container the path may be the host's, while only what is below it is mounted.
+        within = Path(os.path.normpath("/" + path.strip("/"))).relative_to("/")
+        for mount in dict.fromkeys((root / mount).resolve() for mount in mounts):
+            for below in (within, *within.parents):
+                if (mount / below).is_dir():
+                    yield mount / below
+
+
+def _number(path: Path) -> int | None:
+    """Returns the number in a file; None for no file and for no limit: "max", -1, or more than there could be."""
+    text = _text(path).strip()
+    return int(text) if text.isdigit() and int(text) < 1 << 60 else None
+
+
+def _pairs(path: Path) -> Iterator[tuple[str, int]]:
+    for line in _text(path).splitlines():
+        name, _, value = line.partition(" ")
+        if value.isdigit():
+            yield name, int(value)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
