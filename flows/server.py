@@ -20,7 +20,7 @@ import time
 import warnings
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from tasks.store import UserError
 
@@ -149,6 +149,7 @@ def start_local_server() -> LocalServer | None:
     stops at this process's exit, and by itself when this process is killed: the pipe to it then ends. Raises UserError
     if the configured API does not answer, or Prefect's home cannot be written.
     """
+    _check_address()
     with warnings.catch_warnings():
         # A sentence of our own says so below.
         warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")
@@ -170,6 +171,7 @@ def start_local_server() -> LocalServer | None:
 
 def check_api() -> None:
     """Raises UserError, a sentence, if a Prefect API is configured and does not answer, or not to us."""
+    _check_address()
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL
@@ -189,6 +191,15 @@ def check_api() -> None:
         raise UserError(f"the Prefect server at {url} answers {error.response.status_code}: {remedy}") from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, RuntimeError) as error:
         raise UserError(f"the Prefect server at {url} cannot be reached ({error}): {remedy}") from None
+
+
+def _check_address() -> None:
+    """Raises UserError if the environment has an address that is none: Prefect says so in many lines."""
+    url = os.environ.get("PREFECT_API_URL", "")
+    try:
+        _ = urlsplit(url).port
+    except ValueError as error:
+        raise UserError(f"PREFECT_API_URL {url} is no address ({error}): correct it, or unset it") from None
 
 
 def prefect_home() -> Path:

@@ -30,17 +30,21 @@ def ignore_working_directory() -> None:
     from pydantic_settings import DotEnvSettingsSource
     from pydantic_settings.sources import ConfigFileSourceMixin
 
-    for name in PATHS:
-        given = os.environ.get(name)
-        if given:
-            os.environ[name] = str(Path(given).expanduser().absolute())
-        elif given is not None:
-            # Prefect takes an empty one for the working directory.
-            del os.environ[name]
     try:
+        for name in PATHS:
+            given = os.environ.get(name)
+            if given:
+                os.environ[name] = str(Path(given).expanduser().absolute())
+            elif given is not None:
+                # Prefect takes an empty one for the working directory.
+                del os.environ[name]
         home = os.environ.get("PREFECT_HOME") or Path("~/.prefect").expanduser()
     except RuntimeError:
-        raise UserError("this user has no home directory: set HOME") from None
+        raise UserError("there is no home directory of this user: set HOME") from None
+    except FileNotFoundError:
+        raise UserError(
+            f"{name} {given!r} starts from a directory that was removed: give a path from the root"
+        ) from None
     # Otherwise those files are looked at for it.
     os.environ.setdefault("PREFECT_PROFILES_PATH", str(Path(home) / "profiles.toml"))
     DotEnvSettingsSource._read_env_files = lambda _: {}  # type: ignore[method-assign, assignment]

@@ -287,3 +287,22 @@ def test_pruning_what_is_no_store_is_refused(fresh: CommandLine) -> None:
     assert outcome.code == 2
     assert f"{fresh.home} is no store of quantize-gemma, and nothing was removed" in outcome.stderr
     assert (project / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:9/api",
+        "http://nowhere.invalid/api",
+        "nonsense",
+        "http://[::1/api",
+        "http://127.0.0.1:port/api",
+    ],
+)
+def test_an_api_that_cannot_be_reached_is_one_sentence(fresh: CommandLine, url: str) -> None:
+    outcome = fresh("run", PREFECT_API_URL=url)
+    assert outcome.code == 2
+    (sentence,) = outcome.stderr.splitlines()
+    assert url in sentence
+    assert "PREFECT_API_URL" in sentence
+    assert not fresh.home.exists() or not list(fresh.home.iterdir())

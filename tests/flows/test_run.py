@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,9 @@ import pytest
 
 from flows.parameters import Stage
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tests.campaigns.starting_place import hostile_directory
 from tests.conftest import CommandLine, Outcome
+from tests.operate import another_program
 
 ALL = set(get_args(Stage))
 
@@ -95,6 +98,24 @@ def test_a_second_run_is_all_cache_hits_within_20_seconds(released: Outcome, com
     assert again.code == 0, again.stderr
     assert all(again.cached.values()), again.cached
     assert again.summary["release"] == released.summary["release"]
+
+
+def test_a_run_believes_nothing_of_the_directory_where_it_starts(
+    released: Outcome, command_line: CommandLine, tmp_path: Path
+) -> None:
+    """`cd cloned-model && quantize-gemma run --model .`, where the model brings modules and settings of its own."""
+    with another_program() as program:
+        directory = hostile_directory(tmp_path / "model", f"http://127.0.0.1:{program.server_port}/api")
+        shutil.copytree(BUILTIN["tiny-gemma3"], directory, dirs_exist_ok=True)
+        command = [Path(sys.executable).parent / "quantize-gemma", "run", "--json", "--model", "."]
+        environment = command_line.environment()
+        # Quantizing imports the most, numba too, which has a file of settings.
+        command += ["--refresh", "quantize"]
+        done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert program.requests == []
+    assert not (tmp_path / "model.marker").exists()
+    assert json.loads(done.stdout.splitlines()[-1])["release"]
 
 
 @contextlib.contextmanager

@@ -10,8 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -19,7 +17,9 @@ import psutil
 import pytest
 
 from flows.server import LocalServer
+from tests.campaigns.starting_place import hostile_directory
 from tests.conftest import CommandLine, Outcome
+from tests.operate import another_program
 
 CHROMIUM = shutil.which("chromium")
 PREFECT = [sys.executable, "-m", "prefect"]
@@ -133,31 +133,6 @@ def test_the_password_is_in_a_file_of_the_users_alone_and_on_no_command_line(
     assert password_file().stat().st_mode & 0o777 == 0o600
 
 
-class Recorder(BaseHTTPRequestHandler):
-    """Another program's server: it says yes to everything, and remembers what it was sent."""
-
-    def do_GET(self) -> None:
-        self.server.requests.append(self.requestline)  # type: ignore[attr-defined]
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(self.server.page)  # type: ignore[attr-defined]
-
-    do_POST = do_PUT = do_PATCH = do_GET
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def another_program(page: str = "true") -> Iterator[ThreadingHTTPServer]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Recorder) as http:
-        http.requests, http.page = [], page.encode()  # type: ignore[attr-defined]
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield http
-        http.shutdown()
-
-
 # A page that reads the secrets and makes a flow, and shows what it was answered.
 ATTACK = """<p id=answer>nothing yet</p><script>
 const ask = (path, body) => fetch("URL" + path, {method: "POST", body: JSON.stringify(body), headers: TYPE})
@@ -209,11 +184,11 @@ def rendered(url: str, profile: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout  # type: ignore[list-item]
 
 
-def serve(environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+def serve(environment: dict[str, str], log: Path, directory: Path | None = None) -> "subprocess.Popen[bytes]":
     # As a shell starts it in the background.
     command = ["sh", "-c", "trap '' INT; exec \"$0\" -P -m deployments.serve", sys.executable]
     with log.open("wb") as stream:
-        return subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+        return subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, cwd=directory)
 
 
 def wait_until_served(process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -256,8 +231,12 @@ def test_serve_ends_when_its_server_does(command_line: CommandLine, tmp_path: Pa
     environment = {**command_line.environment(), "PREFECT_HOME": str(tmp_path)}
     environment |= {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
     log = tmp_path / "log"
-    process = serve(environment, log)
-    wait_until_served(process, log)
+    with another_program() as http:
+        directory = hostile_directory(tmp_path / "model", f"http://127.0.0.1:{http.server_port}/api")
+        process = serve(environment, log, directory)
+        wait_until_served(process, log)
+        assert http.requests == []
+    assert not (tmp_path / "model.marker").exists()
     started = psutil.Process(process.pid).children(recursive=True)
     (server,) = [child for child in started if "flows.server" in child.cmdline()]
     server.send_signal(signal.SIGKILL)
@@ -278,10 +257,20 @@ def test_serve_hands_nothing_to_another_program_that_has_its_port(command_line: 
             assert process.wait(60) == 2
         finally:
             process.kill()
-        assert http.requests == []  # type: ignore[attr-defined]
+        assert http.requests == []
     (sentence,) = (tmp_path / "log").read_text().splitlines()
     assert f"127.0.0.1:{http.server_port}" in sentence
     assert "PREFECT_API_URL" in sentence
+
+
+def test_a_run_with_the_wrong_password_is_one_sentence(server: LocalServer, tmp_path: Path) -> None:
+    outcome = CommandLine(tmp_path / "store", tmp_path / "prefect")(
+        "run", PREFECT_API_URL=server.url, PREFECT_API_AUTH_STRING="not:this"
+    )
+    assert outcome.code == 2
+    (sentence,) = outcome.stderr.splitlines()
+    assert "answers 401: set PREFECT_API_AUTH_STRING" in sentence
+    assert "not:this" not in sentence
 
 
 @pytest.mark.parametrize("url", ["https://api.prefect.cloud/api", "http://192.0.2.1:4200/api", "nonsense"])
