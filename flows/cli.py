@@ -1,6 +1,7 @@
 """The command line: `quantize-gemma run | check | prune`."""
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -174,8 +175,9 @@ def _limit(text: str) -> float:
 
 def _run(arguments: argparse.Namespace) -> int:
     summary, code = empty_summary(), 0
+    terminal = _Terminal()
     try:
-        summary = _run_flow(arguments)
+        summary = _run_flow(arguments, terminal)
     except UserError as error:
         summary, code = {**summary, **error.summary, "error": str(error)}, 2
     except RunError as error:
@@ -185,12 +187,16 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         summary, code = {**summary, "error": "interrupted"}, 130
     except Exception as error:
-        from tasks.process import redact
+        from tasks.process import disks, redact
+        from tasks.store import disk_failure
 
-        # A mistake of ours, or an API that went away: where it happened helps whoever mends it.
-        print(redact(traceback.format_exc()), file=sys.stderr)
-        summary, code = {**summary, "error": redact(f"{type(error).__name__}: {error}")}, 1
-    if summary["error"]:
+        full = disk_failure(error, *disks())
+        if full is None:
+            # A mistake of ours, or an API that went away: where it happened helps whoever mends it.
+            print(redact(traceback.format_exc()), file=sys.stderr)
+        summary, code = {**summary, "error": str(full or redact(f"{type(error).__name__}: {error}"))}, 1
+    # What a stage died of was said when it did.
+    if summary["error"] and not (code == 1 and terminal.has_said(summary["error"])):
         print(f"quantize-gemma: {summary['error']}", file=sys.stderr)
     if summary["release"]:
         _print_summary(summary)
@@ -199,7 +205,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _run_flow(arguments: argparse.Namespace) -> dict[str, Any]:
+def _run_flow(arguments: argparse.Namespace, terminal: "_Terminal") -> dict[str, Any]:
     from tasks.check import check_run
 
     p = _parameters(arguments)
@@ -210,9 +216,11 @@ def _run_flow(arguments: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     # The terminal gets our own lines; Prefect's log goes to its API and can be read in the UI.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    # Nor does it tell here that its API could not take a line: when that matters, the run ends, and says why.
+    logging.raiseExceptions = False
     logger = logging.getLogger("tasks")
     logger.setLevel(logging.INFO)
-    logger.addHandler(_Terminal())
+    logger.addHandler(terminal)
     from flows.server import start_local_server
 
     server = start_local_server()
@@ -228,12 +236,27 @@ def _run_flow(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Terminal(logging.Handler):
-    """Writes a line above the progress bars instead of through them."""
+    """Writes a line above the progress bars instead of through them, and why something failed only once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(f"quantize-gemma: {record.getMessage()}", file=sys.stderr)
+        message = record.getMessage()
+        if record.levelno >= logging.ERROR:
+            if self.has_said(message):
+                return
+            self.reasons.add(message.partition(": ")[2])
+        # A terminal that was closed is no reason to fail.
+        with contextlib.suppress(OSError):
+            tqdm.write(f"quantize-gemma: {message}", file=sys.stderr)
+
+    def has_said(self, message: str) -> bool:
+        """Tells whether the reason in "stage: reason" was written before, for whatever stage."""
+        return message in self.reasons or message.partition(": ")[2] in self.reasons
 
 
 def _parameters(arguments: argparse.Namespace) -> Any:

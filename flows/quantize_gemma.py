@@ -258,6 +258,7 @@ class Run:
         made = any(future.state.is_completed() and future.state.name != "Cached" for future in self.futures.values())
         if isinstance(cause, GateRefused) or (isinstance(cause, UserError) and not made and name != "upload"):
             return cause
+        cause = store.disk_failure(cause, *process.disks()) or cause
         said = str(cause) if isinstance(cause, RunError) else process.redact(f"{type(cause).__name__}: {cause}")
         return StageFailed(f"{name}: {said}" if name else said)
 

@@ -1,9 +1,10 @@
 """A Prefect API for one run: the one that is configured, or a local server that ends with the run, however that ends.
 
-    python -P -m flows.server FD
+    python -P -m flows.server FD PARENT
 
-serves Prefect's API and UI on the listening socket FD until its standard input ends. A local server answers only who
-sends this user's password, and no page of another origin: whoever gets in can read tokens and have flows run.
+serves Prefect's API and UI on the listening socket FD until its standard input or the process PARENT ends. A local
+server answers only who sends this user's password, and no page of another origin: whoever gets in can read tokens and
+have flows run.
 """
 
 import atexit
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from tasks.store import UserError
+from tasks.process import end_with_parent
+from tasks.store import UserError, disk_failure
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -66,7 +68,7 @@ class LocalServer:
         self.process = subprocess.Popen(
             # -P, and a directory of ours: the directory where the run was started is no place to import from, or to
             # take settings from.
-            [sys.executable, "-P", "-m", "flows.server", str(listener.fileno())],
+            [sys.executable, "-P", "-m", "flows.server", str(listener.fileno()), str(os.getpid())],
             cwd=Path(__file__).parent,
             stdin=subprocess.PIPE,
             stdout=log,
@@ -109,17 +111,24 @@ class LocalServer:
                 time.sleep(0.1)
             if time.monotonic() > deadline:
                 raise UserError(f"the local Prefect server did not answer within {SECONDS_TO_START:.0f} s")
+        full = disk_failure(OSError(self.printed()), prefect_home())
+        if full is not None:
+            raise UserError(str(full))
         raise UserError(
             f"{self.how_it_ended()}: see that Prefect's home, {prefect_home()}, can be written and is not of a newer "
             "Prefect, or set PREFECT_HOME to another"
         )
 
+    def printed(self) -> str:
+        """Returns what a server that has ended wrote to its log."""
+        if self.log is None:
+            return ""
+        self.log.seek(0)
+        return str(self.log.read()).strip()
+
     def how_it_ended(self) -> str:
         """Returns the exit code and, in parentheses, the last line that it printed; for a server that has ended."""
-        printed = ""
-        if self.log is not None:
-            self.log.seek(0)
-            printed = self.log.read().strip()
+        printed = self.printed()
         last = f" ({printed.splitlines()[-1]})" if printed else ""
         return f"the local Prefect server ended with {self.process.returncode}{last}"
 
@@ -279,14 +288,15 @@ def _serve(descriptor: int) -> None:
     app = _app(listener.getsockname()[0])
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=3))
 
-    def end_with_parent() -> None:
+    def end_with_input() -> None:
         sys.stdin.read()
         server.should_exit = True
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_input, daemon=True).start()
     server.run(sockets=[listener])
     os._exit(0)
 
 
 if __name__ == "__main__":
+    end_with_parent(int(sys.argv[2]))
     _serve(int(sys.argv[1]))

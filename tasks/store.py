@@ -46,6 +46,7 @@ INCOMING = ".incoming-"
 FICLONE = 0x40049409
 # How long what another process may still want is left alone.
 SECONDS_TO_RESUME = 86_400.0
+NO_ROOM = 1 << 16
 FULL = "No space left on device|Disk quota exceeded|database or disk is full"
 # Manifests that are locked until the process ends, when the system closes them; and those whose files were all hashed.
 _pinned: dict[Path, int] = {}
@@ -325,20 +326,25 @@ def disk_failure(error: BaseException | None, *paths: Path) -> StageFailed | Non
     alone.
     """
     path = min(paths, key=_free)
-    while error is not None:
+    if isinstance(error, RunError):
+        return None
+    # Where nobody says so, there is no room left.
+    is_full = error is not None and _free(path) < NO_ROOM
+    while error is not None and not is_full:
         code = error.errno if isinstance(error, OSError) else None
         if code == errno.EFBIG:
             return StageFailed(
                 f"a file was too large for the disk of {path}, or for this user's limit: raise that (`ulimit -f`), or "
                 "set QUANTIZE_GEMMA_HOME to another disk"
             )
-        if code in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL, str(error)):
-            return StageFailed(
-                f"the disk of {path} is full: make room (`quantize-gemma prune --max-age-days 30` may do), and start "
-                "the same run again: it continues from here"
-            )
+        is_full = code in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL, str(error)) is not None
         error = error.__cause__ or error.__context__
-    return None
+    if not is_full:
+        return None
+    return StageFailed(
+        f"the disk of {path} is full: make room (`quantize-gemma prune --max-age-days 30` may do), and start the same "
+        "run again: it continues from here"
+    )
 
 
 def _free(path: Path) -> float:

@@ -434,7 +434,10 @@ def test_a_stage_that_dies_is_named_and_the_next_run_goes_on_from_there(
     assert again.cached == {name: name != "smoke" for name in ALL}
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGTERM)],
+)
 def test_an_interrupted_run_ends_at_once_and_leaves_no_process(
     released: Outcome, command_line: CommandLine, tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:

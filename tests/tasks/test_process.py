@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -175,3 +176,29 @@ def test_a_file_that_the_disk_does_not_take_is_said_in_one_sentence(tmp_path: Pa
         )
     assert str(caught.value).startswith("a file was too large for the disk of ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", ["python", "safetensors"])
+def test_a_full_disk_is_one_sentence_whichever_library_meets_it(library: str, tmp_path: Path) -> None:
+    with pytest.raises(StageFailed) as caught:
+        process.run(
+            "tests.tasks.test_process:fill_the_disk",
+            {"library": library},
+            lambda *_: None,
+            None,
+            {"PYTHONPATH": str(ROOT), "QUANTIZE_GEMMA_HOME": str(tmp_path)},
+        )
+    assert re.fullmatch(r"the disk of \S+ is full: make room .*: it continues from here", str(caught.value))
+    assert not caught.value.transient
+
+
+def fill_the_disk(library: str) -> dict[str, Any]:
+    """Writes to the kernel's own full device."""
+    if library == "python":
+        Path("/dev/full").write_bytes(b"x")
+    else:
+        import torch
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.zeros(1000)}, "/dev/full")
+    return {}

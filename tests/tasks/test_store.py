@@ -376,3 +376,17 @@ def test_an_artifact_of_the_version_before_is_a_miss_and_goes_when_its_time_has_
     assert store.load("stage", KEY, tmp_path / "before") is None
     assert [path.name for path in store.evict(0, 0, tmp_path / "before").paths] == [KEY]
     assert not old.exists()
+
+
+def test_a_full_disk_leaves_nothing_and_what_was_there_before(tmp_path: Path) -> None:
+    before = store.produce("stage", KEY, write_file, tmp_path)
+
+    def fill(target: Path) -> dict[str, Any]:
+        (target / "half").write_text("half")
+        Path("/dev/full").write_bytes(b"x")
+        return {}
+
+    with pytest.raises(StageFailed, match=f"the disk of {tmp_path} is full"):
+        store.produce("stage", KEY, fill, tmp_path, refresh=True)
+    assert store.load("stage", KEY, tmp_path) == before
+    assert not list(tmp_path.glob("*/.partial-*"))
