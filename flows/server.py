@@ -141,6 +141,9 @@ class LocalServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        # Ends the accept() below, which would keep the port.
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
 
     def _refuse_when_it_ended(self) -> None:
@@ -193,12 +196,13 @@ def check_api() -> None:
     )
     try:
         with get_client(httpx_settings={"timeout": SECONDS_TO_ANSWER}, sync_client=True) as client:
-            client.api_version()
+            if not isinstance(client.api_version(), str):
+                raise ValueError("what answers is no Prefect server")
     except httpx.HTTPStatusError as error:
         if error.response.status_code in (401, 403):
             remedy = "set PREFECT_API_AUTH_STRING to its password"
         raise UserError(f"the Prefect server at {url} answers {error.response.status_code}: {remedy}") from None
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, RuntimeError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the Prefect server at {url} cannot be reached ({error}): {remedy}") from None
 
 

@@ -32,7 +32,13 @@ from tasks.store import StageFailed, UserError, disk_failure, home, stopping
 Progress = Callable[[int, int, str], None]
 Spread = Callable[[str, list[dict[str, Any]], int, str | None], int]
 
-TOKENS = ("HF_TOKEN", "HF_TOKEN_WRITE", "HUGGING_FACE_HUB_TOKEN")
+TOKENS = (
+    "HF_TOKEN",
+    "HF_TOKEN_WRITE",
+    "HUGGING_FACE_HUB_TOKEN",
+    "PREFECT_API_AUTH_STRING",
+    "PREFECT_API_KEY",
+)
 # Whoever wants to be asked again later than in so many seconds has failed for this run.
 MOST_SECONDS_TO_WAIT = 900.0
 QUIET = {
@@ -95,15 +101,15 @@ class Child:
         kept = {name: value for name, value in os.environ.items() if name not in TOKENS}
         start = functools.partial(
             subprocess.Popen,
-            # -P, and a directory of ours: the directory where the run was started is no place to import from, or to
-            # take settings from, as numba and matplotlib do.
+            # In a directory of ours: the one where the run was started is no place to take settings from, as numba and
+            # matplotlib do, or to import from, here or in what libraries start (torch lists packages with `pip`).
             [sys.executable, "-P", "-m", "tasks.process", function, str(send), str(os.getpid())],
             cwd=Path(__file__).parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=[send],
-            env={**kept, **QUIET, **machine.threads(), **_cache(), **(environment or {})},
+            env={**kept, **QUIET, "PYTHONSAFEPATH": "1", **machine.threads(), **_cache(), **(environment or {})},
             text=True,
             errors="replace",
         )

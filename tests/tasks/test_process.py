@@ -1,6 +1,7 @@
 """A stage's own process: what is said of its failure, and that it ends with its parent."""
 
 import ctypes
+import json
 import os
 import re
 import resource
@@ -202,3 +203,30 @@ def fill_the_disk(library: str) -> dict[str, Any]:
 
         save_file({"weight": torch.zeros(1000)}, "/dev/full")
     return {}
+
+
+def test_a_stage_works_elsewhere_than_where_the_run_was_started(tmp_path: Path) -> None:
+    """What it starts imports from the environment alone, too, and it has no password of the Prefect server."""
+    script = """
+import json, sys
+from tasks import process
+print(json.dumps(process.run("tests.tasks.test_process:surroundings", {}, lambda *_: None, None)))
+"""
+    (tmp_path / "pip.py").write_text("print('theirs')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_AUTH_STRING": "a:b"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    seen = json.loads(done.stdout)
+    assert seen["directory"] != str(tmp_path)
+    assert seen["pip"].startswith("pip ")
+    assert seen["password"] is None
+
+
+def surroundings() -> dict[str, Any]:
+    """Returns what a stage sees around it."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "pip.py").write_text("print('theirs')")
+        pip = subprocess.run([sys.executable, "-mpip", "--version"], cwd=folder, capture_output=True, text=True)
+    return {"directory": os.getcwd(), "pip": pip.stdout, "password": os.environ.get("PREFECT_API_AUTH_STRING")}
