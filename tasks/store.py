@@ -332,7 +332,7 @@ def disk_failure(error: BaseException | None, *paths: Path) -> StageFailed | Non
     is_full = error is not None and _free(path) < NO_ROOM
     while error is not None and not is_full:
         code = error.errno if isinstance(error, OSError) else None
-        if code == errno.EFBIG:
+        if code == errno.EFBIG or re.search("File too large", str(error)):
             return StageFailed(
                 f"a file was too large for the disk of {path}, or for this user's limit: raise that (`ulimit -f`), or "
                 "set QUANTIZE_GEMMA_HOME to another disk"

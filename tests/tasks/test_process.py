@@ -159,18 +159,27 @@ def test_a_stage_outlives_the_thread_that_started_it() -> None:
     child.close()
 
 
-def write_too_much(folder: str) -> dict[str, Any]:
+def write_too_much(library: str, folder: str) -> dict[str, Any]:
     """Writes a file that is larger than this process may write."""
+    if library == "safetensors":
+        import torch
+        from safetensors.torch import save_file
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        save_file({"weight": torch.zeros(1000)}, Path(folder, "file"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     Path(folder, "file").write_bytes(bytes(2000))
     return {}
 
 
-def test_a_file_that_the_disk_does_not_take_is_said_in_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["python", "safetensors"])
+def test_a_file_that_the_disk_does_not_take_is_one_sentence_whichever_library_meets_it(
+    library: str, tmp_path: Path
+) -> None:
     with pytest.raises(StageFailed) as caught:
         process.run(
             "tests.tasks.test_process:write_too_much",
-            {"folder": str(tmp_path)},
+            {"library": library, "folder": str(tmp_path)},
             lambda *_: None,
             None,
             {"PYTHONPATH": str(ROOT), "QUANTIZE_GEMMA_HOME": str(tmp_path)},
@@ -179,12 +188,11 @@ def test_a_file_that_the_disk_does_not_take_is_said_in_one_sentence(tmp_path: Pa
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("library", ["python", "safetensors"])
-def test_a_full_disk_is_one_sentence_whichever_library_meets_it(library: str, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(StageFailed) as caught:
         process.run(
             "tests.tasks.test_process:fill_the_disk",
-            {"library": library},
+            {},
             lambda *_: None,
             None,
             {"PYTHONPATH": str(ROOT), "QUANTIZE_GEMMA_HOME": str(tmp_path)},
@@ -193,15 +201,10 @@ def test_a_full_disk_is_one_sentence_whichever_library_meets_it(library: str, tm
     assert not caught.value.transient
 
 
-def fill_the_disk(library: str) -> dict[str, Any]:
+def fill_the_disk() -> dict[str, Any]:
     """Writes to the kernel's own full device."""
-    if library == "python":
-        Path("/dev/full").write_bytes(b"x")
-    else:
-        import torch
-        from safetensors.torch import save_file
-
-        save_file({"weight": torch.zeros(1000)}, "/dev/full")
+    with Path("/dev/full").open("wb", buffering=0) as stream:
+        stream.write(b"x")
     return {}
 
 

@@ -383,7 +383,8 @@ def test_a_full_disk_leaves_nothing_and_what_was_there_before(tmp_path: Path) ->
 
     def fill(target: Path) -> dict[str, Any]:
         (target / "half").write_text("half")
-        Path("/dev/full").write_bytes(b"x")
+        with Path("/dev/full").open("wb", buffering=0) as stream:
+            stream.write(b"x")
         return {}
 
     with pytest.raises(StageFailed, match=f"the disk of {tmp_path} is full"):
