@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
 from benchmarks.side_by_side import compared, line, machine, run, show, version
 from tasks.lean import SWITCH
-from tasks.store import human_size
+from tasks.units import human_size
 
 # Prompts of these many tokens are given to both programs when their bytes differ.
 LENGTHS = 1, 7, 60

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.shapes import SHAPES, make_checkpoint
 from benchmarks.side_by_side import compared, line, machine, run, show, version
 from tasks.recipe import decide, load_recipe, torchao_config
-from tasks.store import human_size
+from tasks.units import human_size
 
 
 def reference_untie(target: str, checkpoint: str) -> dict[str, Any]:

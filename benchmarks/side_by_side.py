@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import process
-from tasks.store import human_size
+from tasks.units import human_size
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "torchao", "transformers", "executorch", "optimum-executorch", "lm-eval")

@@ -149,7 +149,8 @@ def _stages_to_run(p: Any, model: dict[str, Any]) -> list[str]:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    from tasks.store import UserError, evict, human_size, prune, size_of
+    from tasks.store import UserError, evict, prune, size_of
+    from tasks.units import human_size
 
     try:
         removed = prune()
@@ -286,7 +287,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
     from flows.quantize_gemma import quality_table
     from tasks.gate import gate_table
-    from tasks.store import human_size
+    from tasks.units import human_size
 
     console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
     stages = Table("stage", "", title="Stages")

@@ -7,6 +7,7 @@ from prefect.logging import get_run_logger
 from pydantic import Field
 
 from tasks import store
+from tasks.units import human_size
 
 
 @flow(name="prune-store", persist_result=False)
@@ -27,8 +28,8 @@ def prune_store(
         "removed %d unfinished directories and %d artifacts, which freed %s; %s are left",
         len(died.paths),
         len(evicted.paths),
-        store.human_size(freed),
-        store.human_size(left),
+        human_size(freed),
+        human_size(left),
     )
     return {
         "unfinished": len(died.paths),

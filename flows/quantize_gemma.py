@@ -24,6 +24,7 @@ from flows.server import outlive_server_restarts
 from flows.summary import Interrupted, empty_summary
 from tasks import machine, process, store
 from tasks.card import card, chartqa_scores, score
+from tasks.card.metrics import LIBRARIES
 from tasks.check import check_checkpoint, check_disk, check_memory, check_run, disk_needed
 from tasks.checkpoint import read_config
 from tasks.download import chart_questions, download, questions, remember, resolve_benchmark, resolve_model
@@ -31,6 +32,7 @@ from tasks.evaluate import evaluate
 from tasks.evaluate.agreement import evaluate_pte
 from tasks.evaluate.charts import evaluate_on_charts
 from tasks.export import export
+from tasks.fingerprint import versions
 from tasks.gate import LIMITS, GateRefused, gate, gate_table
 from tasks.policies import as_task, failure_of, missing, open_record, retried
 from tasks.quantize import quantize
@@ -38,6 +40,7 @@ from tasks.recipe import load_recipe
 from tasks.smoke import smoke, smoke_pte
 from tasks.stage import Stage
 from tasks.store import RunError, StageFailed, UserError
+from tasks.units import human_size
 from tasks.untie import untie
 from tasks.upload import check_target, publish, published_accuracy
 
@@ -57,7 +60,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
     with run.explained(), process.ended_on_interrupt():
         recipe = load_recipe(p.recipe)
         checked = (p.max_seq_len, p.device, p.cluster, p.custom_kv_cache, p.workers)
-        run.light("check", check_run, p.model, p.recipe, *checked)
+        plan = run.light("check", check_run, p.model, p.recipe, *checked)
         if p.target:
             run.light("check target", check_target, p.target, p.create_pr)
         model = run.light("resolve", resolve_model, p.model, p.revision, p.offline)
@@ -79,7 +82,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         untied = run.stage("untie", untie, checkpoint=base)
         quantized = run.stage("quantize", quantize, checkpoint=untied, **quantizing(p, recipe))
         run.stage("smoke", smoke, checkpoint=quantized, max_new_tokens=p.max_new_tokens)
-        settings: dict[str, Any] = {"questions": asked, "limit": p.limit, "device": p.device}
+        settings: dict[str, Any] = {"questions": asked, "limit": p.limit, "device": plan["device"]}
         settings |= {"batch_size": p.batch_size, "workers": p.workers, "cluster": p.cluster}
         asked_base = run.stage("evaluate_base", evaluate, checkpoint=base, **settings)
         after = run.stage("evaluate_quantized", evaluate, asked_base, checkpoint=quantized, **settings)
@@ -119,6 +122,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             recipe=recipe,
             max_seq_len=p.max_seq_len,
             limits={name: getattr(p, name) for name in LIMITS},
+            versions=versions(LIBRARIES),
             run_id=str(runtime.flow_run.id),
             **run.futures,
         ).result()
@@ -305,7 +309,7 @@ def quality_table(metrics: dict[str, Any]) -> list[dict[str, str]]:
     columns = ("base", "quantized", "program")
     agreement, sample = metrics["program"]["agreement"], metrics["program"]["mmlu"]
     rows = [
-        {"": "size", **{name: store.human_size(metrics[name]["bytes"]) for name in columns}},
+        {"": "size", **{name: human_size(metrics[name]["bytes"]) for name in columns}},
         {"": "MMLU, %", **{name: score(metrics[name]["mmlu"]) for name in ("base", "quantized")}},
         {
             "": f"MMLU, {sample['questions']} questions, %",

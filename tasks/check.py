@@ -50,7 +50,7 @@ def check_run(
     custom_kv_cache: bool = True,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Returns what the run will do: {"recipe", "model", "memory_bytes_needed", "disk_bytes_needed"}.
+    """Returns what the run will do: {"recipe", "model", "device", "memory_bytes_needed", "disk_bytes_needed"}.
 
     Raises UserError for what cannot work.
 
@@ -62,7 +62,7 @@ def check_run(
         _check_device(device)
     else:
         _check_cluster(cluster)
-    plan: dict[str, Any] = {"recipe": loaded["name"], "model": model}
+    plan: dict[str, Any] = {"recipe": loaded["name"], "model": model, "device": resolve_device(device)}
     path = local_checkpoint(model)
     if path is not None:
         source_files(path)
@@ -74,6 +74,18 @@ def check_run(
         here = workers if cluster is None else 1
         plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len, custom_kv_cache, here)
     return plan
+
+
+def resolve_device(device: str) -> str:
+    """Returns where the evaluation runs: "auto" is the GPU of this machine, if it has one.
+
+    Before keys are made: what a CPU and a GPU answer never has the same key.
+    """
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_memory(weights: int, workers: int = 1) -> int:

@@ -18,7 +18,8 @@ from tasks.config import ARCHITECTURES
 from tasks.lean import example_picture, lean_loading, lean_lowering
 from tasks.process import report_progress
 from tasks.stage import Stage
-from tasks.store import StageFailed, UserError, human_size
+from tasks.store import StageFailed, UserError
+from tasks.units import human_size
 
 # What a graph holds besides operators.
 NO_OPERATORS = {"alloc", "getitem", "sym_size"}
@@ -212,7 +213,5 @@ def read_metadata(program: str, names: list[str]) -> dict[str, Any]:
 export = Stage(
     export_checkpoint,
     name="export",
-    version=3,
-    libraries=("torch", "torchao", "transformers", "executorch", "optimum-executorch"),
     memory=1.5,
 )

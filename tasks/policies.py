@@ -28,8 +28,10 @@ from prefect.results import ResultRecord  # type: ignore[attr-defined]
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks import machine, process, residents, store
+from tasks.fingerprint import fingerprint
 from tasks.stage import Stage
 from tasks.store import Artifact, RunError, StageFailed, UserError
+from tasks.units import human_size
 
 terminal = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
     "size"} of the artifact.
     """
     work, name = stage.work, stage.name
+    function = f"{work.__module__}:{work.__name__}"
 
     def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
         key = key_of(stage, parameters["inputs"])
@@ -74,7 +77,7 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
             values = {field: value for field, value in inputs.items() if field not in paths}
             if stage.resumes:
                 values["refresh"] = refresh
-            function = f"{work.__module__}:{work.__name__}"
+            call = {"function": function, "target": str(target), "paths": paths, "values": values}
             sizes = sum(value["size"] for value in inputs.values() if is_record(value)) * inputs.get("workers", 1)
             # What a cluster's machines have is not this server's to share out.
             here = not inputs.get("cluster")
@@ -85,7 +88,7 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
             ):
                 return process.run(
                     "tasks.process:call",
-                    {"function": function, "target": str(target), "paths": paths, "values": values},
+                    {**call, "made_by": fingerprint(function)},
                     progress,
                     logger,
                     stage.environment(),
@@ -115,10 +118,11 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
 
 def key_of(stage: Stage, inputs: dict[str, Any]) -> str:
     """Returns the key of what a stage makes of records and plain values."""
-    counted = {field: value for field, value in sorted(inputs.items()) if field not in stage.ignored}
+    ignored = stage.ignored + (stage.ignored_on_cpu if inputs.get("device") == "cpu" else ())
+    counted = {field: value for field, value in sorted(inputs.items()) if field not in ignored}
     digests = [f"{field}={value['digest']}" for field, value in counted.items() if is_record(value)]
     parameters = {field: value for field, value in counted.items() if not is_record(value)}
-    return store.key(stage.name, stage.version, digests, parameters, list(stage.libraries))
+    return store.key(stage.name, digests, parameters, fingerprint(f"{stage.work.__module__}:{stage.work.__name__}"))
 
 
 def missing(chain: list[tuple[Stage, dict[str, Any]]], refresh: Collection[str]) -> list[str]:
@@ -152,8 +156,8 @@ def describe(artifact: Artifact) -> str:
     """Returns what a stage took and made, for people."""
     measured = artifact.measured
     return (
-        f"{measured['seconds']:.1f} s, {store.human_size(measured['peak_rss_bytes'])} of memory at most, "
-        f"{store.human_size(artifact.size)} written"
+        f"{measured['seconds']:.1f} s, {human_size(measured['peak_rss_bytes'])} of memory at most, "
+        f"{human_size(artifact.size)} written"
     )
 
 

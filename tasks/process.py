@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import machine
+from tasks.fingerprint import Fingerprint, difference, fingerprint
 from tasks.store import StageFailed, UserError, disk_failure, home, stopping
 
 Progress = Callable[[int, int, str], None]
@@ -192,8 +193,16 @@ class Child:
                 stream.close()
 
 
-def call(function: str, target: str, paths: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
-    """Calls a stage's work inside its own process, with artifacts as paths of their directories."""
+def call(
+    function: str, target: str, paths: dict[str, str], values: dict[str, Any], made_by: Fingerprint | None = None
+) -> dict[str, Any]:
+    """Calls a stage's work inside its own process, with artifacts as paths of their directories.
+
+    Raises StageFailed if its code is not that whose fingerprint `made_by` is in the key, if there is a key.
+    """
+    changed = difference(made_by, fingerprint(function)) if made_by else None
+    if changed:
+        raise StageFailed(f"{changed}: it was changed during the run, start the run again")
     work = named(function)
     result: dict[str, Any] = work(Path(target), **{field: Path(path) for field, path in paths.items()}, **values)
     return result

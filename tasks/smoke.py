@@ -192,11 +192,5 @@ def _speed(stats: Any) -> dict[str, float]:
     }
 
 
-smoke = Stage(smoke_checkpoint, name="smoke", version=4, libraries=("torch", "torchao", "transformers"), memory=3.2)
-smoke_pte = Stage(
-    smoke_program,
-    name="smoke-program",
-    version=6,
-    libraries=("torch", "torchao", "transformers", "executorch"),
-    memory=1.7,
-)
+smoke = Stage(smoke_checkpoint, name="smoke", memory=3.2)
+smoke_pte = Stage(smoke_program, name="smoke-program", memory=1.7)

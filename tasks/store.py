@@ -7,7 +7,7 @@
         result.json                      Prefect's cached result, so that it goes when the artifact goes
     <home>/<stage>/.generations/         those directories, each with a name that is never used again
 
-The key is the SHA-256 of the stage, its version, its inputs' content digests, its parameters and the versions of
+The key is the SHA-256 of the stage, its inputs' content digests, its parameters, and the fingerprint of the code and
 the libraries that shape its output; no path, clock or run id is in it, so equal inputs give equal keys anywhere.
 
 A directory never changes once it is complete: making an artifact again makes another directory and points the link
@@ -28,9 +28,8 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -117,23 +116,13 @@ def home() -> Path:
     return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "quantize-gemma"
 
 
-def key(
-    stage: str, stage_version: int | str, inputs: list[str], parameters: dict[str, Any], libraries: list[str]
-) -> str:
-    """Returns the artifact's key, 64 hexadecimal digits. `inputs` are content digests."""
-    content = {
-        "stage": stage,
-        "version": stage_version,
-        "inputs": inputs,
-        "parameters": parameters,
-        "libraries": versions(libraries),
-    }
+def key(stage: str, inputs: list[str], parameters: dict[str, Any], made_by: dict[str, Any]) -> str:
+    """Returns the artifact's key, 64 hexadecimal digits.
+
+    `inputs` are content digests, `made_by` is the fingerprint of what makes it, see fingerprint.py.
+    """
+    content = {"stage": stage, "inputs": inputs, "parameters": parameters, "made_by": made_by}
     return hashlib.sha256(canonical_json(content)).hexdigest()
-
-
-def versions(libraries: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of installed libraries, without what they were built for."""
-    return {name: version(name).split("+")[0] for name in libraries}
 
 
 def canonical_json(value: Any) -> bytes:
@@ -399,15 +388,6 @@ def digest_file(path: Path) -> str:
     """Returns the SHA-256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def human_size(count: float) -> str:
-    """Returns bytes as text, with decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def _publish(partial: Path, stage: Path, artifact_key: str) -> None:

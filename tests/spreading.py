@@ -51,7 +51,6 @@ def measure_words(
         settings={"loaded": loaded, "seconds": seconds},
         paths={},
         identity={},
-        libraries=(),
         root=store.home(),
         workers=workers,
         cluster=cluster,
@@ -88,7 +87,7 @@ def in_the_store(source: Path) -> dict[str, Any]:
         shutil.copytree(source, target, dirs_exist_ok=True)
         return {}
 
-    return record(store.produce("download", store.key("test", 1, [], {"name": source.name}, []), copy))
+    return record(store.produce("download", store.key("test", [], {"name": source.name}, {}), copy))
 
 
 if __name__ == "__main__":

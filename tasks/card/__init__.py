@@ -1,16 +1,16 @@
 """Card: puts the release together: checkpoint, program, metrics.json and a README.md of what this run measured."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from tasks import store
 from tasks.card.chart import draw_subjects
-from tasks.card.metrics import LIBRARIES, collect_metrics
+from tasks.card.metrics import collect_metrics
 from tasks.gate import gate_table, judge
 from tasks.recipe import ROLES
 from tasks.stage import Stage
+from tasks.units import human_size
 
 HERE = Path(__file__).parent
 
@@ -23,16 +23,18 @@ def make_release(
     recipe: dict[str, Any],
     max_seq_len: int,
     limits: dict[str, float],
+    versions: dict[str, str],
     run_id: str,
     **stages: Path,
 ) -> dict[str, Any]:
     """Fills `target` with a release that can be pushed to the Hub as it is: checkpoint, program, metrics.json, card.
 
     `model`, `benchmark` and `charts` say what was resolved: {"name", "revision", "fixture", …}; `limits` the gate's;
-    `stages` are the artifacts' directories by stage.
+    `versions` the libraries'; `stages` are the artifacts' directories by stage.
     """
     artifacts = {name: store.at(path) for name, path in stages.items()}
-    metrics = {**collect_metrics(artifacts, model, benchmark, charts, recipe, max_seq_len), "run_id": run_id}
+    metrics = collect_metrics(artifacts, model, benchmark, charts, recipe, max_seq_len, versions)
+    metrics["run_id"] = run_id
     metrics["gate"] = {"limits": limits, **judge(metrics, limits)}
     checkpoint = artifacts["quantize"]
     for name in checkpoint.files:
@@ -72,7 +74,7 @@ def render(metrics: dict[str, Any], recipe: dict[str, Any], sizes: dict[str, int
     environment = Environment(
         loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
-    environment.filters["size"] = store.human_size
+    environment.filters["size"] = human_size
     environment.filters["percent"] = lambda value: f"{100 * value:.2f}"
     environment.filters["small"] = lambda value: f"{value:.2g}"
     environment.filters["score"] = score
@@ -100,6 +102,4 @@ def _rule_as_code(rule: dict[str, Any]) -> dict[str, str]:
     }
 
 
-# A changed template is a changed card.
-_template = hashlib.sha256((HERE / "README.md.j2").read_bytes()).hexdigest()[:12]
-card = Stage(make_release, name="card", version=f"3-{_template}", libraries=LIBRARIES, ignored=("run_id",))
+card = Stage(make_release, name="card", ignored=("run_id",))

@@ -1,14 +1,15 @@
 """What metrics.json says: every number of the card, with what it takes to measure it again."""
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tasks import store
 from tasks.paired import Pairs, count_pairs
 from tasks.recipe import recipe_hash
+from tasks.store import StageFailed
 
+# Whose versions the card names.
 LIBRARIES = (
     "torch",
     "torchao",
@@ -34,6 +35,7 @@ def collect_metrics(
     charts: dict[str, Any] | None,
     recipe: dict[str, Any],
     max_seq_len: int,
+    versions: dict[str, str],
 ) -> dict[str, Any]:
     """Returns what metrics.json says: results, sizes, versions, commands, and time and memory of each stage."""
     scores = collect_scores(artifacts)
@@ -74,7 +76,7 @@ def collect_metrics(
             + (f"--limit {limit} " if limit else "")
             + f"--device {mmlu['base']['device']}",
         },
-        "versions": {name: version(name).split("+")[0] for name in LIBRARIES},
+        "versions": versions,
         "pairs": collect_pairs(artifacts),
         "base": {"bytes": artifacts["download"].metadata["weight_bytes"], **scores["base"]},
         "quantized": {
@@ -102,13 +104,20 @@ def collect_metrics(
 
 
 def collect_scores(artifacts: dict[str, store.Artifact]) -> dict[str, dict[str, Any]]:
-    """Returns {"base" | "quantized" | "program": {"mmlu" | "chartqa": its results}}, of what was measured."""
+    """Returns {"base" | "quantized" | "program": {"mmlu" | "chartqa": its results}}, of what was measured.
+
+    Raises StageFailed if base and quantized were measured on different devices, which are not comparable to the bit.
+    """
     scores: dict[str, dict[str, Any]] = {"base": {}, "quantized": {}, "program": {}}
     for benchmark, stage in EVALUATIONS.items():
         for column in scores:
             if f"{stage}_{column}" in artifacts:
                 results = artifacts[f"{stage}_{column}"].path / "results.json"
                 scores[column][benchmark] = json.loads(results.read_text(encoding="utf-8"))
+        # A flow run resolves the device once, for both.
+        where = [scores[column][benchmark]["device"] for column in ("base", "quantized") if benchmark in scores[column]]
+        if len(set(where)) > 1:
+            raise StageFailed(f"{benchmark} was measured on {where[0]} before and on {where[1]} after: use one device")
     return scores
 
 

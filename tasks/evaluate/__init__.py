@@ -14,7 +14,6 @@ from tasks.evaluate import shards
 from tasks.stage import Stage
 from tasks.store import StageFailed
 
-LIBRARIES = ("torch", "torchao", "transformers", "lm-eval")
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 
 
@@ -36,23 +35,20 @@ def evaluate_checkpoint(
     if the checkpoint is of the store, and read from there unless `refresh`. In a flow run `workers` processes answer,
     or the cluster of that address.
     """
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     with benchmark(questions) as folder:
         from lm_eval import simple_evaluate
 
         from tasks.evaluate.lm import ShardedLM
 
         digest, root = kept(checkpoint, folder)
+        # On a CPU the same to the bit, whatever is answered together.
+        batches = {} if device == "cpu" else {"batch_size": batch_size}
         ask = functools.partial(
             shards.answers,
             answerer="tasks.evaluate.model:load_packed",
             settings={"device": device, "batch_size": batch_size},
             paths={"checkpoint": checkpoint},
-            identity={"checkpoint": digest, "device": device},
-            libraries=LIBRARIES,
+            identity={"checkpoint": digest, "device": device, **batches},
             root=root,
             workers=workers,
             cluster=cluster,
@@ -138,9 +134,8 @@ def _summarize(output: dict[str, Any]) -> dict[str, Any]:
 evaluate = Stage(
     evaluate_checkpoint,
     name="evaluate",
-    version=3,
-    libraries=LIBRARIES,
-    ignored=("batch_size", "workers", "cluster"),
+    ignored=("workers", "cluster"),
+    ignored_on_cpu=("batch_size",),
     resumes=True,
     memory=2.5,
     accelerated=True,

@@ -166,7 +166,5 @@ def _score(rows: list[dict[str, Any]], answers: list[int]) -> dict[str, float | 
 evaluate_pte = Stage(
     evaluate_program,
     name="evaluate-program",
-    version=2,
-    libraries=("torch", "torchao", "transformers", "lm-eval", "executorch"),
     memory=1.6,
 )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint import task_of
-from tasks.evaluate import LIBRARIES, kept, shards
+from tasks.evaluate import kept, shards
 from tasks.process import report_progress
 from tasks.questions import CHART_KINDS, read_charts
 from tasks.stage import Stage
@@ -41,8 +41,6 @@ CURRENCIES = "$€£¥₹"
 
 # Questions of a shard.
 SHARD = 50
-# Goes up when the same question may be answered differently.
-ANSWERER_VERSION = 1
 
 # Numbers of questions -> the model's texts.
 Answerer = Callable[[list[int]], list[str]]
@@ -64,13 +62,10 @@ def evaluate_charts(
     augmented. Accuracies are fractions; the standard error of a single question is None. Answers are kept in the store
     as those of MMLU are. Raises UserError if the checkpoint reads no pictures.
     """
-    import torch
     from transformers import AutoConfig
 
     if task_of(AutoConfig.from_pretrained(checkpoint).to_dict()) != "multimodal-text-to-text":
         raise UserError(f"{checkpoint} is a text-only checkpoint: it cannot be asked about charts")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         digest, root = kept(checkpoint, Path(folder))
         asked, known = kept(questions, Path(folder))
@@ -82,8 +77,7 @@ def evaluate_charts(
             answerer="tasks.evaluate.charts:load_chart_answerer",
             settings={"device": device},
             paths={"checkpoint": checkpoint, "questions": questions},
-            identity={"checkpoint": digest, "questions": asked, "device": device, "version": ANSWERER_VERSION},
-            libraries=LIBRARIES,
+            identity={"checkpoint": digest, "questions": asked, "device": device},
             root=root,
             workers=workers,
             cluster=cluster,
@@ -294,7 +288,6 @@ def _edges(kept: str) -> str:
 evaluate_on_charts = Stage(
     evaluate_charts,
     name="evaluate-charts",
-    libraries=LIBRARIES,
     ignored=("workers", "cluster"),
     resumes=True,
     memory=3.3,

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from tasks import process, residents, store
+from tasks.fingerprint import difference, fingerprint
 from tasks.store import StageFailed
 
 STAGE = "evaluate-shard"
 ASKED = "evaluate-requests"
-# Goes up when a shard's artifact is written differently; what answers differently belongs into `identity`.
-VERSION = 2
+# What a shard is made by, with its answerer.
+ANSWER = "tasks.evaluate.shards:answer_part"
 # Small shards are answered together until there are so many questions, which fills batches and hides a task's cost.
 QUESTIONS = 100
 
@@ -29,7 +30,6 @@ def answers(
     settings: dict[str, Any],
     paths: dict[str, Path],
     identity: dict[str, Any],
-    libraries: tuple[str, ...],
     root: Path,
     workers: int = 1,
     cluster: str | None = None,
@@ -38,10 +38,10 @@ def answers(
     """Returns the answers to each shard's requests, by the shards' names, which are fit for names of files.
 
     The answerer (see residents.py) is loaded with `settings` and `paths`, which may be on another machine: there a
-    path in the store `root` is that store's. A shard's key is made of its name, its requests, the answerer, `identity`
-    and the libraries' versions. Shards of the same key in the store are not answered again, unless `refresh`.
+    path in the store `root` is that store's. A shard's key is made of its name, its requests, `identity`, and the
+    answerer with its code and libraries. Shards of the same key in the store are not answered again, unless `refresh`.
     """
-    keys = {name: _key(name, requests, answerer, identity, libraries) for name, requests in asked.items()}
+    keys = {name: _key(name, requests, answerer, identity) for name, requests in asked.items()}
     found = {} if refresh else _load_all(keys, root)
     if found:
         process.report(f"{len(found)} of {len(asked)} shards were answered before")
@@ -55,13 +55,15 @@ def answers(
             },
             "root": None if root.resolve() == store.home().resolve() else str(root),
             "requests": _write_requests(asked, root),
-            "libraries": store.versions(libraries),
+            "made_by": fingerprint(answerer, ANSWER),
             "refresh": refresh,
             # A cluster's worker lives on: what it pins would never be pruned.
             "pinned": cluster is None,
         }
-        parts = _parts({name: _questions(asked[name]) for name in missing}, keys, common, workers, cluster)
-        if not process.spread_parts("tasks.evaluate.shards:answer_part", parts, workers, cluster):
+        # A GPU's sums depend on what is answered together: that must not depend on who answers, or was interrupted.
+        alone = cluster is not None or settings.get("device", "cpu") != "cpu"
+        parts = _parts({name: _questions(asked[name]) for name in missing}, keys, common, workers, alone)
+        if not process.spread_parts(ANSWER, parts, workers, cluster):
             _answer_here(parts)
         answered = _load_all({name: keys[name] for name in missing}, root)
         if not answered:
@@ -92,11 +94,11 @@ def _answer_here(parts: list[dict[str, Any]]) -> None:
 
 
 def _parts(
-    sizes: dict[str, int], keys: dict[str, str], common: dict[str, Any], workers: int, cluster: str | None
+    sizes: dict[str, int], keys: dict[str, str], common: dict[str, Any], workers: int, alone: bool
 ) -> list[dict[str, Any]]:
     """Returns what is answered by a task each: small values, of shards of so many questions."""
-    # A cluster does not say how many its workers are: there each shard is a part of its own.
-    enough = 1 if cluster else min(QUESTIONS, -(-sum(sizes.values()) // workers))
+    # A cluster does not say how many its workers are: there, too, each shard is a part of its own.
+    enough = 1 if alone else min(QUESTIONS, -(-sum(sizes.values()) // workers))
     return [
         {
             **common,
@@ -114,10 +116,9 @@ def _open(part: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     artifact = store.load(ASKED, part["requests"], root)
     if artifact is None:
         raise StageFailed(f"the questions are not in {root}: whoever answers needs the store of the run")
-    for library, here in store.versions(tuple(part["libraries"])).items():
-        if here != part["libraries"][library]:
-            there = part["libraries"][library]
-            raise StageFailed(f"{socket.gethostname()} has {library} {here}, the run {there}: install the same")
+    differs = difference(part["made_by"], fingerprint(part["answerer"], ANSWER))
+    if differs:
+        raise StageFailed(f"{socket.gethostname()} has {differs}: install what the run's machine has")
     asked = {name: json.loads((artifact.path / f"{name}.json").read_text("utf-8")) for name in part["shards"]}
     return {**part["settings"], **{name: str(root / path) for name, path in part["paths"].items()}}, asked
 
@@ -143,11 +144,11 @@ def _all(asked: dict[str, list[Any]]) -> list[Any]:
     return [request for requests in asked.values() for request in requests]
 
 
-def _key(name: str, requests: list[Any], answerer: str, identity: dict[str, Any], libraries: tuple[str, ...]) -> str:
+def _key(name: str, requests: list[Any], answerer: str, identity: dict[str, Any]) -> str:
     """The requests' text stands for dataset, task, few-shot examples and limit."""
     text = hashlib.sha256(store.canonical_json(requests)).hexdigest()
     parameters = {"shard": name, "requests": text, "answerer": answerer, **identity}
-    return store.key(STAGE, VERSION, [], parameters, list(libraries))
+    return store.key(STAGE, [], parameters, fingerprint(answerer, ANSWER))
 
 
 def _write_requests(asked: dict[str, list[Any]], root: Path) -> str:
@@ -158,7 +159,7 @@ def _write_requests(asked: dict[str, list[Any]], root: Path) -> str:
             (target / f"{name}.json").write_text(json.dumps(requests), encoding="utf-8")
         return {}
 
-    key = store.key(ASKED, VERSION, [], {"asked": asked}, [])
+    key = store.key(ASKED, [], {"asked": asked}, fingerprint("tasks.evaluate.shards:_write_requests"))
     store.produce(ASKED, key, write, root, pinned=True)
     return key
 

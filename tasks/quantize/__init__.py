@@ -367,7 +367,5 @@ def _with_newer_names(metadata: dict[str, str]) -> dict[str, str]:
 quantize = Stage(
     quantize_checkpoint,
     name="quantize",
-    version=2,
-    libraries=("torch", "torchao", "transformers", "numba"),
     accelerated=True,
 )

@@ -19,6 +19,7 @@ import pytest
 
 from flows.parameters import Stage
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tasks.check import resolve_device
 from tests.campaigns.starting_place import hostile_directory
 from tests.conftest import CommandLine, Outcome
 from tests.operate import another_program
@@ -135,6 +136,15 @@ def server(command_line: CommandLine, home: Path) -> Iterator[str]:
         assert process.stdin is not None
         process.stdin.close()
         process.wait(20)
+
+
+def test_the_device_is_resolved_before_keys_are_made_and_on_a_cpu_batches_are_in_none(
+    released: Outcome, command_line: CommandLine
+) -> None:
+    again = command_line("run", "--json", "--device", "cpu", "--batch-size", "8")
+    assert again.code == 0, again.stderr[-3000:]
+    # A machine with a GPU has measured on it.
+    assert all(again.cached.values()) == (resolve_device("auto") == "cpu")
 
 
 def test_a_configured_api_is_used_and_shows_the_runs_tasks_tables_chart_card_and_files(

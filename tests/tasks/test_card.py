@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from flows.quantize_gemma import quality_table
+from tasks import store
 from tasks.card import render
 from tasks.card.chart import draw_subjects
-from tasks.card.metrics import collect_pairs, pair_outcomes, read_outcomes
+from tasks.card.metrics import collect_pairs, collect_scores, pair_outcomes, read_outcomes
 from tasks.gate import judge
 from tasks.recipe import load_recipe
 from tests.conftest import Outcome
@@ -53,6 +54,18 @@ def test_every_score_has_its_column_its_standard_error_and_its_number_of_questio
     rows = {row[""]: row for row in quality_table(measured)}
     assert rows["MMLU, 100 questions, %"]["program"] == "75.00 ± 4.35"
     assert rows["MMLU, 100 questions, %"]["base"] == ""
+
+
+def test_scores_of_different_devices_are_not_paired(tmp_path: Path) -> None:
+    def evaluated(column: str, device: str) -> store.Artifact:
+        (tmp_path / column).mkdir()
+        (tmp_path / column / "results.json").write_text(json.dumps({"accuracy": 1.0, "device": device}))
+        return store.Artifact("evaluate", "0" * 64, tmp_path / column, "0" * 64, {})
+
+    on_cpu, on_gpu = evaluated("base", "cpu"), evaluated("quantized", "cuda")
+    assert collect_scores({"evaluate_base": on_cpu, "evaluate_quantized": on_cpu})["base"]["mmlu"]["accuracy"] == 1.0
+    with pytest.raises(store.StageFailed, match="mmlu was measured on cpu before and on cuda after: use one device"):
+        collect_scores({"evaluate_base": on_cpu, "evaluate_quantized": on_gpu})
 
 
 def test_a_card_without_charts_does_not_speak_of_them(measured: dict[str, Any]) -> None:

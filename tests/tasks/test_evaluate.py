@@ -12,6 +12,7 @@ import pytest
 from benchmarks.evaluate import command_line, compare
 from tasks import process, store
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tasks.fingerprint import fingerprint
 from tasks.quantize import quantize_checkpoint
 from tasks.recipe import load_recipe
 from tasks.untie import untie_checkpoint
@@ -99,7 +100,10 @@ def test_answers_are_kept_and_a_lost_shard_is_answered_again(
     assert progress(evaluated(one, tmp_path / "d", monkeypatch, limit=1, refresh=True)) == (57, 57)
 
 
-def load_echo(path: str) -> Callable[[list[Any]], list[Any]]:
+ANSWERER = "tests.tasks.test_evaluate:load_echo"
+
+
+def load_echo(path: str, device: str = "cpu") -> Callable[[list[Any]], list[Any]]:
     """Returns an answerer of [context, continuation] that needs no model; a file says what is asked together."""
 
     def answer(requests: list[Any]) -> list[Any]:
@@ -115,11 +119,10 @@ def load_echo(path: str) -> Callable[[list[Any]], list[Any]]:
 def echoed(store_of_run: Path, asked: dict[str, list[Any]], **settings: Any) -> dict[str, list[Any]]:
     from tasks.evaluate import shards
 
-    settings = {"identity": {"checkpoint": "0", "device": "cpu"}, "libraries": (), **settings}
+    settings = {"identity": {"checkpoint": "0", "device": "cpu"}, "settings": {}, **settings}
     return shards.answers(
         asked,
-        answerer="tests.tasks.test_evaluate:load_echo",
-        settings={},
+        answerer=ANSWERER,
         paths={"path": store_of_run / "asked.txt"},
         root=store_of_run,
         **settings,
@@ -135,8 +138,8 @@ def test_a_shards_key_follows_whatever_is_asked(tmp_path: Path) -> None:
 
     device = {"identity": {"checkpoint": "0", "device": "cuda"}}
     checkpoint = {"identity": {"checkpoint": "1", "device": "cpu"}}
-    keys = [key(), key("b"), key(more=True), key(**device), key(**checkpoint), key(libraries=("torch",))]
-    assert len(set(keys)) == 6
+    keys = [key(), key("b"), key(more=True), key(**device), key(**checkpoint)]
+    assert len(set(keys)) == 5
     assert "" not in keys
     # Who answers does not count.
     assert key(workers=2, cluster="tcp://somewhere:8786") == ""
@@ -159,6 +162,13 @@ def test_small_shards_are_asked_together_and_what_is_stopped_keeps_those_before(
     assert not (tmp_path / "asked.txt").exists()
 
 
+def test_on_a_gpu_what_is_answered_together_does_not_depend_on_who_answers(tmp_path: Path) -> None:
+    four = {name: [[f"Question {name}:", letter] for letter in "ABCD"] for name in "abcd"}
+    echoed(tmp_path, four, settings={"device": "cuda"})
+    asked = [json.loads(line) for line in (tmp_path / "asked.txt").read_text().splitlines()]
+    assert [len(together) for together in asked] == [4, 4, 4, 4]
+
+
 def test_the_largest_shards_come_first_and_every_worker_gets_some() -> None:
     from tasks.evaluate.shards import _groups
 
@@ -168,13 +178,17 @@ def test_the_largest_shards_come_first_and_every_worker_gets_some() -> None:
     assert _groups({}, 1) == []
 
 
-def test_another_version_of_a_library_answers_nothing(tmp_path: Path) -> None:
+def test_another_version_of_a_library_or_of_the_code_answers_nothing(tmp_path: Path) -> None:
     from tasks.evaluate import shards
 
     requests = shards._write_requests({"a": [["Question:", " A"]]}, tmp_path)
-    part = {"root": str(tmp_path), "requests": requests, "shards": {"a": "1" * 64}, "libraries": {"torch": "1.0"}}
-    with pytest.raises(store.StageFailed, match=r"has torch 2\.13\.0, the run 1\.0: install the same"):
-        shards.answer_part("evaluation", 0, part)
+    part = {"root": str(tmp_path), "requests": requests, "shards": {"a": "1" * 64}, "answerer": ANSWERER}
+    here = fingerprint(ANSWERER, shards.ANSWER)
+    other = {**here, "libraries": {"torch": "1.0"}}
+    with pytest.raises(store.StageFailed, match=r"has torch \S+ instead of 1\.0: install what the run's machine has"):
+        shards.answer_part("evaluation", 0, {**part, "made_by": other})
+    with pytest.raises(store.StageFailed, match="has other code of this program: install"):
+        shards.answer_part("evaluation", 0, {**part, "made_by": {**here, "code": "0"}})
 
 
 def test_without_the_runs_store_nobody_can_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tasks import process
+from tasks.fingerprint import fingerprint
 from tasks.store import StageFailed, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +31,29 @@ def fail(known: bool) -> dict[str, Any]:
     raise StageFailed("the answer is empty") if known else ValueError("not thought of")
 
 
+def write(target: Path) -> dict[str, Any]:
+    """Leaves a file."""
+    (target / "file").touch()
+    return {}
+
+
 def failure(known: bool) -> str:
     with pytest.raises(StageFailed) as caught:
         process.run("tests.tasks.test_process:fail", {"known": known}, lambda *_: None, None, {"PYTHONPATH": str(ROOT)})
     return str(caught.value)
+
+
+def test_code_that_was_changed_during_the_run_makes_nothing_under_the_old_key(tmp_path: Path) -> None:
+    function = "tests.tasks.test_process:write"
+    arguments = {"function": function, "target": str(tmp_path), "paths": {}, "values": {}}
+    here = fingerprint(function)
+    there = {"PYTHONPATH": str(ROOT)}
+    process.run("tasks.process:call", {**arguments, "made_by": here}, lambda *_: None, None, there)
+    assert (tmp_path / "file").exists()
+    (tmp_path / "file").unlink()
+    with pytest.raises(StageFailed, match="other code of this program: it was changed during the run, start the run"):
+        process.run("tasks.process:call", {**arguments, "made_by": {**here, "code": "0"}}, lambda *_: None, None, there)
+    assert not (tmp_path / "file").exists()
 
 
 def test_a_failure_that_a_stage_explains_is_all_that_is_said() -> None:

@@ -121,10 +121,10 @@ def test_two_processes_that_want_one_key_do_the_work_once(tmp_path: Path) -> Non
 
 
 def test_keys_do_not_depend_on_order_or_time() -> None:
-    first = store.key("stage", 1, ["a"], {"x": 1, "y": 2}, ["torch"])
+    first = store.key("stage", ["a"], {"x": 1, "y": 2}, {"code": "1"})
     time.sleep(0.01)
-    assert store.key("stage", 1, ["a"], {"y": 2, "x": 1}, ["torch"]) == first
-    assert store.key("stage", 2, ["a"], {"y": 2, "x": 1}, ["torch"]) != first
+    assert store.key("stage", ["a"], {"y": 2, "x": 1}, {"code": "1"}) == first
+    assert store.key("stage", ["a"], {"y": 2, "x": 1}, {"code": "2"}) != first
 
 
 def test_a_refresh_replaces_the_artifact_and_a_failing_one_leaves_it(tmp_path: Path) -> None:
