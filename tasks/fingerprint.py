@@ -30,6 +30,9 @@ from typing import Any
 MACHINERY = frozenset(
     f"tasks.{name}" for name in ("fingerprint", "hub", "machine", "policies", "process", "residents", "stage", "store")
 )
+# What only refuses and writes nothing: its code counts, so that what it refuses now is looked at again, but the
+# libraries it asks do not: a model of 8 GB is not downloaded again for a new version of one.
+CHECKS = frozenset({"tasks.checkpoint:check_finite", "tasks.config", "tasks.loadable"})
 # What a library is called on the registry, where that is not the name it is imported by.
 DISTRIBUTIONS = {"PIL": "pillow", "optimum": "optimum-executorch", "yaml": "pyyaml"}
 # Libraries that the imported ones hand the work to. Not all that they require: none of the rest shapes a result.
@@ -105,7 +108,8 @@ def reached(*functions: str) -> set[Definition]:
 
 def libraries(names: Iterable[Definition]) -> list[str]:
     """Returns the libraries that these definitions import and those behind them, by their names on the registry."""
-    imported = {top for name in names for top in _facts(*name).libraries}
+    counted = [name for name in names if not CHECKS & {name[0], ":".join(name)}]
+    imported = {top for name in counted for top in _facts(*name).libraries}
     direct = {DISTRIBUTIONS.get(top, top.replace("_", "-")) for top in imported}
     return sorted(direct | {library for name in direct for library in BEHIND.get(name, ())})
 
@@ -158,12 +162,17 @@ def _facts(module: str, name: str) -> _Facts:
     nodes = [node for statement in statements for node in ast.walk(statement)]
     local = dict(_bindings(nodes))
     texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    imported = {of for of, _ in local.values()}
+    if name == EFFECTS:
+        # `import library.part` may be there for what it registers.
+        imported |= {of for one, (of, part) in source.imports.items() if part is None and of.startswith(f"{one}.")}
     # Its module is imported before it runs, and with a module whatever that one imports.
-    imported = {of for of, _ in (source.imports if name == EFFECTS else local).values()}
-    references = {(package, EFFECTS) for one in {module, *imported} for package in _packages(one)}
+    loaded = {module, *imported, *(of for of, _ in source.imports.values())}
+    references = {(package, EFFECTS) for one in loaded for package in _packages(one)}
     for one, attribute in _used_names(nodes):
         for imports in (local, source.imports):
             if one in imports:
+                imported.add(imports[one][0])
                 references.update(_resolve(imports[one], attribute))
         if one in source.definitions:
             references.add((module, one))
