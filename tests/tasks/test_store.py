@@ -304,7 +304,7 @@ def test_shards_that_are_pruned_from_a_running_evaluation_are_held_or_answered_a
     asked = {name: [f"{name}{number}" for number in range(150)] for name in ("x", "y", "z")}
     settings = {"root": str(tmp_path / "store"), "removed": str(tmp_path / "removed")}
     answered = shards.answers(
-        asked, "tests.tasks.test_store:scorer", settings, {}, {}, (), tmp_path / "store", cluster=cluster
+        asked, "tests.tasks.test_store:scorer", settings, {}, {}, tmp_path / "store", cluster=cluster
     )
     assert answered == {name: [f"answer to {request}" for request in requests] for name, requests in asked.items()}
     removed = (tmp_path / "removed").read_text()
