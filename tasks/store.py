@@ -1,18 +1,20 @@
 """The artifact store: directories that are complete or do not exist, found by the digest of what made them.
 
     <home>/.quantize-gemma-store         says that this is a store, in which `prune` and `evict` may remove things
-    <home>/<stage>/<key>                 a symbolic link to the artifact's directory, with
-        manifest.json                    what the artifact is; written last
-        data/                            its files
+    <home>/<stage>/<key>/                an artifact
+        <generation>/                    its directory, with a name that is never used again:
+            manifest.json                    what the artifact is; written last
+            data/                            its files
+        current                          a symbolic link to the generation that counts
+        manifest.json, data              links to what is in that
         result.json                      Prefect's cached result, so that it goes when the artifact goes
-    <home>/<stage>/.generations/         those directories, each with a name that is never used again
 
 The key is the SHA-256 of the stage, its inputs' content digests, its parameters, and the fingerprint of the code and
 the libraries that shape its output; no path, clock or run id is in it, so equal inputs give equal keys anywhere.
 
-A directory never changes once it is complete: making an artifact again makes another directory and points the link
-there. Whoever reads holds a shared lock on the manifest, and nobody removes a directory whose lock is held. So a reader
-sees one generation, whole, whatever is refreshed and pruned beside it.
+A generation never changes once it is complete: making an artifact again makes another and points `current` there.
+Whoever reads holds a shared lock on the manifest, and nobody removes a generation whose lock is held. So a reader sees
+one generation, whole, whatever is refreshed and pruned beside it.
 """
 
 import contextlib
@@ -37,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 MARK = ".quantize-gemma-store"
 MANIFEST = "manifest.json"
-GENERATIONS = ".generations"
+CURRENT = "current"
 PREFIX = ".partial-"
 # What arrives from elsewhere and is gone on with after a failure.
 INCOMING = ".incoming-"
@@ -162,9 +164,9 @@ def produce(
             raise
         made = take(stage, artifact_key, root)
         assert made is not None, f"{stage}/{artifact_key} vanished right after it was written"
-        for old in _generations(root / stage, artifact_key):
+        for old in _generations(root / stage / artifact_key):
             if old != made.path.parent:
-                _remove(old)
+                _remove(old, artifact_key)
         return made
 
 
@@ -218,8 +220,7 @@ def at(path: Path) -> Artifact:
 
 def root_of(path: Path) -> Path:
     """Returns the store that an artifact's directory of files is in."""
-    stage = path.parent.parent
-    return stage.parent.parent if stage.name == GENERATIONS else stage.parent
+    return path.parents[3]
 
 
 @dataclass
@@ -254,14 +255,14 @@ def prune(root: Path | None = None) -> Removed:
         short = partial.name[len(PREFIX) :].split("-")[0]
         if re.fullmatch("[0-9a-f]{16}", short) and not _is_locked(partial.parent / f".lock-{short}"):
             removed.add(partial, _delete(partial))
-    for generations in sorted(root.glob(f"*/{GENERATIONS}")):
-        stage = generations.parent
-        current = {_current(link) for link in stage.iterdir() if link.is_symlink()}
-        for generation in sorted(set(generations.iterdir()) - current):
-            if not _is_locked(stage / f".lock-{generation.name[:16]}"):
-                freed = _remove(generation)
-                if freed is not None:
-                    removed.add(generation, freed)
+    for place in sorted(root.glob(f"*/{'[0-9a-f]' * 64}")):
+        old = set(_generations(place)) - {_current(place)}
+        if not old or _is_locked(place.parent / f".lock-{place.name[:16]}"):
+            continue
+        for generation in sorted(old):
+            freed = _remove(generation, place.name)
+            if freed is not None:
+                removed.add(generation, freed)
     for path in removed.paths:
         logger.info("removed %s", path.relative_to(root))
     return removed
@@ -278,7 +279,8 @@ def evict(max_bytes: float, max_age_seconds: float, root: Path | None = None) ->
     unused = []
     for place in _places(root):
         with contextlib.suppress(OSError):
-            unused.append((max(place.stat().st_mtime, (place / MANIFEST).stat().st_mtime), place))
+            manifest = (place / MANIFEST).resolve()
+            unused.append((max(manifest.stat().st_mtime, manifest.parent.stat().st_mtime), place))
     evicted = Removed()
     for used, place in sorted(unused):
         age = time.time() - used
@@ -288,11 +290,9 @@ def evict(max_bytes: float, max_age_seconds: float, root: Path | None = None) ->
         if _is_locked(lock):
             continue
         with _lock(root, place.parent.name, place.name):
-            freed = _remove(_current(place))
+            freed = _remove(place, place.name)
             if freed is None:
                 continue
-            if place.is_symlink():
-                place.unlink()
         logger.info("removed %s/%s, last used %.0f days ago", place.parent.name, place.name[:12], age / 86_400)
         evicted.add(place, freed)
     return evicted
@@ -391,25 +391,27 @@ def digest_file(path: Path) -> str:
 
 
 def _publish(partial: Path, stage: Path, artifact_key: str) -> None:
-    """Makes a complete directory the artifact, at once: readers see the one before or this one."""
-    place, name = stage / artifact_key, f"{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
-    generation, link = stage / GENERATIONS / name, stage / f"{PREFIX}{name}"
-    generation.parent.mkdir(exist_ok=True)
-    if not (stage.parent / MARK).exists():
-        (stage.parent / MARK).touch()
-    # Before the rename, so that an error leaves nothing.
-    os.symlink(os.path.join(GENERATIONS, name), link)
+    """Makes a complete directory the artifact's current generation, at once: readers see the one before or this one."""
+    place, name = stage / artifact_key, uuid.uuid4().hex[:8]
+    if place.exists() and not (place / CURRENT).is_symlink():
+        # The version before wrote it, or somebody has copied it without links.
+        _remove(place, artifact_key)
+    place.mkdir(exist_ok=True)
+    link = place / f".{name}"
     try:
-        partial.rename(generation)
-        # What the version before has written there, or somebody has copied without links, is a directory.
-        if place.is_dir() and not place.is_symlink():
-            place.rename(stage / GENERATIONS / f"{name}-before")
-        link.replace(place)
+        if not (stage.parent / MARK).exists():
+            (stage.parent / MARK).touch()
+        for entry in (MANIFEST, "data"):
+            if not (place / entry).is_symlink():
+                os.symlink(f"{CURRENT}/{entry}", place / entry)
+        os.symlink(name, link)
+        partial.rename(place / name)
+        link.replace(place / CURRENT)
     except BaseException:
         link.unlink(missing_ok=True)
-        shutil.rmtree(generation, ignore_errors=True)
+        shutil.rmtree(place / name, ignore_errors=True)
         raise
-    _fsync(generation.parent)
+    _fsync(place)
     _fsync(stage)
 
 
@@ -424,15 +426,16 @@ def _open(root: Path, stage: str, artifact_key: str, digest: str | None, whole: 
         # It was made again meanwhile.
         if lock is not None:
             os.close(lock)
-    if lock is not None:
+    if lock is not None and (place / MANIFEST).exists():
         artifact = _read(folder, root, whole)
         wanted = artifact is not None and (artifact.stage, artifact.key) == (stage, artifact_key)
         if artifact is not None and wanted and digest in (None, artifact.digest):
             return artifact, lock
-        os.close(lock)
     elif (folder / "data").exists():
         logger.warning("%s/%s has no manifest; the stage runs again", stage, artifact_key[:12])
-    for folder in _generations(root / stage, artifact_key) if digest is not None else []:
+    if lock is not None:
+        os.close(lock)
+    for folder in _generations(place) if digest is not None else []:
         lock = _lock_shared(folder / MANIFEST)
         if lock is not None:
             artifact = _read(folder, root, whole)
@@ -443,11 +446,11 @@ def _open(root: Path, stage: str, artifact_key: str, digest: str | None, whole: 
 
 
 def _current(place: Path) -> Path:
-    """Returns the directory that an artifact's link points to; the version before wrote directories there."""
+    """Returns the generation of an artifact that counts; in a copy without links it has no name of its own."""
     try:
-        return place.parent / os.readlink(place)
+        return place / os.readlink(place / CURRENT)
     except OSError:
-        return place
+        return place / CURRENT
 
 
 def _lock_shared(manifest: Path) -> int | None:
@@ -522,8 +525,11 @@ def _places(root: Path) -> list[Path]:
     return places
 
 
-def _generations(stage: Path, artifact_key: str) -> list[Path]:
-    return list((stage / GENERATIONS).glob(f"{artifact_key[:16]}-*"))
+def _generations(place: Path) -> list[Path]:
+    try:
+        return [path for path in place.iterdir() if re.fullmatch("[0-9a-f]{8}", path.name)]
+    except OSError:
+        return []
 
 
 def _check_store(root: Path) -> None:
@@ -537,18 +543,23 @@ def _check_store(root: Path) -> None:
         )
 
 
-def _remove(folder: Path) -> int | None:
-    """Removes an artifact's directory, at once for readers, unless somebody holds it; returns the bytes freed."""
-    try:
-        with (folder / MANIFEST).open("r+") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stage = folder.parent.parent if folder.parent.name == GENERATIONS else folder.parent
-            aside = stage / f"{PREFIX}{folder.name[:16]}-{uuid.uuid4().hex[:8]}"
-            folder.rename(aside)
-    except BlockingIOError:
-        return None
-    except FileNotFoundError:
-        return _delete(folder)
+def _remove(folder: Path, artifact_key: str) -> int | None:
+    """Removes an artifact or one generation of it, at once for readers, unless somebody holds it.
+
+    Returns the bytes that this frees.
+    """
+    stage = folder.parent if folder.name == artifact_key else folder.parent.parent
+    aside = stage / f"{PREFIX}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
+    with contextlib.ExitStack() as locks:
+        for manifest in {path.resolve() for path in (folder / MANIFEST, *folder.glob(f"*/{MANIFEST}"))}:
+            try:
+                stream = locks.enter_context(manifest.open("r+"))
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                return None
+        folder.rename(aside)
     return _delete(aside)
 
 

@@ -30,7 +30,7 @@ ALL = set(get_args(Stage))
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:
     key = next(stage["key"] for stage in outcome.summary["stages"] if stage["name"] == name)
     stage = {"evaluate": "evaluate", "charts": "evaluate-charts"}.get(name.rpartition("_")[0], name.replace("_", "-"))
-    return (command_line.home / ("evaluate-program" if name == "evaluate_program" else stage) / key).resolve()
+    return command_line.home / ("evaluate-program" if name == "evaluate_program" else stage) / key
 
 
 def metrics_of(outcome: Outcome) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def test_evicting_starts_with_the_longest_unused_and_leaves_what_a_process_holds
         old = time.time() - days * 86_400
         for path in (made.path.parent / store.MANIFEST, made.path.parent):
             os.utime(path, (old, old))
-    each = disk_usage(made.path.parent)
+    each = disk_usage(made.path.parents[1])
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path), keys[0]], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -1,0 +1,348 @@
+"""Campaign against the store: readers beside refreshing and pruning, sizes, bits that flip, disks that fill.
+
+    python -m tests.campaigns.store [--cases N] [--seed S]
+
+Most cases are of the store alone, some are whole runs on the built-in model: on a copy of a finished store one bit of
+one file is flipped, whatever the file, and the release published to a local Hub; or the store lies on a tmpfs that is
+too small. Needs root, to mount one.
+"""
+
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks import store
+from tests.campaigns import campaign
+from tests.conftest import CommandLine, Outcome
+from tests.hub.server import Hub, serve
+
+WRITER = "hf_MARKEDwriter00"
+# What depends on the run, and not on the model alone.
+OF_THE_RUN = ("README.md", "metrics.json", ".gitattributes")
+
+
+def run(cases: int, rng: random.Random) -> Iterator[str | None]:
+    """Tries cases of the store alone, and each twelfth with a whole run."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Runs(Path(folder))
+        for number in range(cases):
+            if number % 12 == 11:
+                yield (whole.flip_a_bit if number % 24 == 11 else whole.fill_the_disk)(rng)
+            else:
+                yield from alone(1, rng)
+
+
+def alone(cases: int, rng: random.Random) -> Iterator[str | None]:
+    """Tries cases of the store alone, each kind in turn."""
+    for _ in range(cases):
+        with tempfile.TemporaryDirectory() as folder:
+            yield rng.choice([readers, sizes, flipped_bit, small_disk])(Path(folder), rng)
+
+
+# Readers beside whoever makes again and removes: each load in a process of its own, which holds what it has opened.
+
+READERS, SECONDS, KEYS = 3, 4.0, [f"{number}" * 64 for number in range(6)]
+
+
+def readers(root: Path, rng: random.Random) -> str | None:
+    """Loads beside refreshing and pruning; artifacts of the stage "kept" are made again, but never too old."""
+    for stage in ("kept", "old"):
+        for key in KEYS:
+            store.produce(stage, key, write_alike(rng.randbytes(8)), root)
+    failures = root / "failures"
+    work: list[Callable[[Path, random.Random, Path], None]] = [refresh, refresh, remove, *[read] * READERS]
+    workers = [fork(one, root, random.Random(rng.random()), failures) for one in work]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers]
+    said = failures.read_text() if failures.exists() else ""
+    if said or any(codes):
+        return f"readers: {said or codes}"
+    store.prune(root)
+    left = [path for path in root.rglob("*") if path.name.startswith(store.PREFIX)]
+    return f"readers: debris {left}" if left else None
+
+
+def fork(work: Callable[..., None], *arguments: Any) -> int:
+    """Calls `work` in a fork; returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work(*arguments)
+        os._exit(0)
+    except BaseException as error:
+        print(f"{work.__name__}: {error!r}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def write_alike(content: bytes) -> Callable[[Path], dict[str, Any]]:
+    """Returns the work of a stage that writes some files of the same content."""
+
+    def work(target: Path) -> dict[str, Any]:
+        for name in ("a", "b", "c"):
+            (target / name).write_bytes(content * (1 + content[0]))
+        return {"metadata": {"content": content.hex()}}
+
+    return work
+
+
+def refresh(root: Path, rng: random.Random, failures: Path) -> None:
+    """Makes artifacts again until the time is over."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        stage, key = rng.choice(["kept", "old"]), rng.choice(KEYS)
+        made = store.produce(stage, key, write_alike(rng.randbytes(8)), root, refresh=rng.random() < 0.9)
+        if stage == "old":
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(made.path.parent / store.MANIFEST, (0, 0))
+                os.utime(made.path.parent, (0, 0))
+
+
+def remove(root: Path, rng: random.Random, failures: Path) -> None:
+    """Prunes until the time is over."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        store.prune(root)
+        store.evict(float("inf"), 86_400, root)
+        time.sleep(rng.random() / 50)
+
+
+def read(root: Path, rng: random.Random, failures: Path) -> None:
+    """Opens artifacts in forks that hold them, until the time is over."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        stage, key = rng.choice(["kept", "old"]), rng.choice(KEYS)
+        pid = fork(read_twice, root, stage, key, failures)
+        os.waitpid(pid, 0)
+
+
+def read_twice(root: Path, stage: str, key: str, failures: Path) -> None:
+    """Opens an artifact and reads it now and a little later: it has to be what its manifest says, both times."""
+    artifact = store.pin(stage, key, root)
+    fault = "is missing" if artifact is None and stage == "kept" else None
+    for _ in range(2 if artifact is not None else 0):
+        assert artifact is not None
+        content = bytes.fromhex(artifact.metadata["content"])
+        for name in artifact.files:
+            try:
+                if (artifact.path / name).read_bytes() != content * (1 + content[0]):
+                    fault = f"{name} is of another generation"
+            except OSError as error:
+                fault = f"{name}: {error}"
+        time.sleep(0.01)
+    if fault:
+        with failures.open("a") as stream:
+            stream.write(f"{stage}/{key[:4]} {fault}; ")
+
+
+# Sizes, and what removing frees.
+
+
+def sizes(root: Path, rng: random.Random) -> str | None:
+    """Makes artifacts that share files, removes some, and compares with what du says."""
+    made: list[store.Artifact] = []
+
+    def work(target: Path) -> dict[str, Any]:
+        for number in range(rng.randrange(4)):
+            (target / f"own-{number}").write_bytes(rng.randbytes(rng.choice([0, 1, 4096, 100_000])))
+        for artifact in rng.sample(made, min(len(made), 3)):
+            for name in artifact.files:
+                if not (target / name).exists() and (artifact.path / name).exists():
+                    store.link(artifact.path / name, target / name)
+        return {}
+
+    for _ in range(rng.randrange(2, 12)):
+        made.append(store.produce(rng.choice("xyz"), rng.randbytes(32).hex(), work, root))
+        if rng.random() < 0.3:
+            before = disk_usage(root)
+            removed = store.evict(before * rng.random(), float("inf"), root)
+            freed = before - disk_usage(root)
+            if removed.bytes != freed:
+                return f"sizes: {removed.bytes} bytes said to be freed, {freed} were"
+        if store.size_of(root) != disk_usage(root):
+            return f"sizes: {store.size_of(root)} bytes, du says {disk_usage(root)}"
+    return None
+
+
+def disk_usage(path: Path) -> int:
+    """Returns what du says."""
+    done = subprocess.run(["du", "-s", "-B1", path], capture_output=True, check=True)
+    return int(done.stdout.split()[0])
+
+
+# Bits that flip, and disks that fill.
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    """Flips one bit of a file, as a disk does: without a new time of modification."""
+    times = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(rng.randrange(times.st_size))
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ (1 << rng.randrange(8))]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def flipped_bit(root: Path, rng: random.Random) -> str | None:
+    """Flips one bit: what is then opened to be computed with is what was made, or is not there."""
+    content = rng.randbytes(8)
+    made = store.produce("stage", KEYS[0], write_alike(content), root)
+    victim = rng.choice([path for path in made.path.parent.rglob("*") if path.is_file()])
+    flip(victim, rng)
+    opened = store.load("stage", KEYS[0], root, whole=True)
+    if opened is not None:
+        return f"flipped bit: {victim.name} was damaged and taken"
+    again = store.produce("stage", KEYS[0], write_alike(content), root)
+    return None if again.digest == made.digest else "flipped bit: made again, it is another"
+
+
+@contextlib.contextmanager
+def tmpfs(place: Path, size: int) -> Iterator[Path]:
+    """Mounts a file system of so many bytes."""
+    place.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def small_disk(root: Path, rng: random.Random) -> str | None:
+    """Makes artifacts until the disk is full: one sentence, no debris, what is there stays; then on a larger one."""
+    content = rng.randbytes(8)
+    with tmpfs(root / "disk", rng.randrange(1, 40) * 4096) as disk:
+        made: list[store.Artifact] = []
+        try:
+            for number in range(8):
+                made.append(store.produce("stage", f"{number}" * 64, write_alike(content), disk / "home"))
+        except store.StageFailed as error:
+            if "\n" in str(error) or not str(error).startswith(f"the disk of {disk / 'home'} is full"):
+                return f"small disk: said {error}"
+        except Exception as error:
+            return f"small disk: raised {error!r}"
+        if [path for path in disk.rglob("*") if path.name.startswith(store.PREFIX)]:
+            return "small disk: debris"
+        if any(store.load("stage", artifact.key, disk / "home", whole=True) != artifact for artifact in made):
+            return "small disk: an artifact was damaged"
+        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        for number in range(8):
+            store.produce("stage", f"{number}" * 64, write_alike(content), disk / "home")
+    return None
+
+
+# Whole runs.
+
+
+class Runs:
+    """Whole runs of the built-in model, on copies of one finished store."""
+
+    def __init__(self, folder: Path) -> None:
+        """Starts nothing yet."""
+        self.folder = folder
+        self.finished = CommandLine(folder / "finished", folder / "prefect")
+        self.release: dict[str, str] = {}
+
+    def prepare(self) -> None:
+        """Makes the finished store, once."""
+        if not self.release:
+            outcome = self.finished("run", "--json")
+            assert outcome.code == 0, outcome.stderr
+            self.release = digests(Path(outcome.summary["release"]))
+
+    def flip_a_bit(self, rng: random.Random) -> str | None:
+        """Flips a bit anywhere in the store and publishes: it was mended, or nothing went out and the next run does."""
+        self.prepare()
+        home = self.folder / "copy"
+        shutil.copytree(self.finished.home, home, symlinks=True)
+        tokens: Any = {WRITER: {"user": "robot", "role": "write", "namespaces": ["team"]}}
+        try:
+            files = sorted(path for path in home.rglob("*") if path.is_file() and path.stat().st_size)
+            victim = rng.choice([path for path in files if not path.is_symlink()])
+            flip(victim, rng)
+            with serve(self.folder / "hub", tokens) as hub:
+                return self._publish(hub, CommandLine(home, self.finished.prefect), victim.relative_to(home))
+        finally:
+            shutil.rmtree(home)
+            shutil.rmtree(self.folder / "hub", ignore_errors=True)
+
+    def _publish(self, hub: Hub, command_line: CommandLine, victim: Path) -> str | None:
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HUB_DISABLE_XET": "1"}
+        for _ in range(2):
+            outcome = command_line("run", "--json", "--target", "team/tiny", **environment)
+            if outcome.code == 0:
+                names = [name for name in hub.files("model", "team/tiny") if name not in OF_THE_RUN]
+                sent = {
+                    name: hashlib.sha256(hub.read("model", "team/tiny", name)).hexdigest()
+                    for name in names
+                    if name in self.release
+                }
+                wrong = [name for name, digest in sent.items() if digest != self.release[name]]
+                return f"flipped bit of {victim}: published with another {', '.join(wrong)}" if wrong else None
+            fault = ill_said(outcome)
+            if fault:
+                return f"flipped bit of {victim}: {fault}"
+            with contextlib.suppress(KeyError):
+                if hub.files("model", "team/tiny"):
+                    return f"flipped bit of {victim}: it failed, and something was published"
+        return f"flipped bit of {victim}: the second run failed, too: {outcome.stderr[-300:]}"
+
+    def fill_the_disk(self, rng: random.Random) -> str | None:
+        """Runs some last stages on a disk that may be too small for them: one sentence, and a larger one is enough."""
+        self.prepare()
+        stages = rng.sample(["card", "smoke", "untie", "chart-questions", "questions", "quantize"], 2)
+        size = disk_usage(self.finished.home)
+        with tmpfs(self.folder / "disk", 2 * size) as disk:
+            shutil.copytree(self.finished.home, disk / "home", symlinks=True)
+            for stage in stages:
+                shutil.rmtree(disk / "home" / stage)
+            full = subprocess.run(["df", "-B1", "--output=used", disk], capture_output=True, text=True, check=True)
+            room = int(full.stdout.split()[-1]) + rng.randrange(1, 300) * 4096
+            subprocess.run(["mount", "-o", f"remount,size={room}", disk], check=True)
+            command_line = CommandLine(disk / "home", self.finished.prefect)
+            outcome = command_line("run", "--json")
+            fault = ill_said(outcome) if outcome.code else None
+            if fault:
+                return f"a disk without room for {' and '.join(stages)}: {fault}"
+            subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+            again = command_line("run", "--json")
+            if again.code:
+                return f"on a larger disk than one without room for {' and '.join(stages)}: {again.stderr[-300:]}"
+            wrong = digests(Path(again.summary["release"])).items() ^ self.release.items()
+            return f"after a full disk: another release: {wrong}" if wrong else None
+
+
+def ill_said(outcome: Outcome) -> str | None:
+    """Returns what is wrong with what a run said when it failed: it is one sentence, said once."""
+    try:
+        error = outcome.summary["error"]
+    except (IndexError, ValueError):
+        return f"no JSON: {outcome.stderr[-300:]}"
+    if "Traceback" in outcome.stderr or "\n" in error:
+        return f"no sentence: {outcome.stderr[-300:]}"
+    times = outcome.stderr.count(error.rpartition(": make room")[0] or error)
+    return None if times == 1 else f"said {times} times: {error}"
+
+
+def digests(release: Path) -> dict[str, str]:
+    """Returns the SHA-256 of a release's files, but for what a run's time and numbers are in."""
+    files = [path for path in release.rglob("*") if path.is_file()]
+    return {
+        name: store.digest_file(path)
+        for path in files
+        if (name := path.relative_to(release).as_posix()) not in OF_THE_RUN and path.suffix != ".png"
+    }
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    campaign("store", run, cases=360)
