@@ -32,8 +32,10 @@ EMPTY_PROFILE = "ephemeral"
 
 def main() -> int:
     """Returns the exit code of what ended first."""
-    # A termination signal, too, ends what is started here.
+    # A termination signal and the end of the terminal, too, end what is started here.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     # A shell that starts this in the background has interrupts ignored, here and in what is started here; but the
     # worker passes its end on as one.
     signal.signal(signal.SIGINT, signal.default_int_handler)

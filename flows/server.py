@@ -238,7 +238,7 @@ def password() -> str:
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8") as stream:
             # Of two runs that start at once, one makes it and both read it.
             fcntl.flock(stream, fcntl.LOCK_EX)
-            found = stream.read()
+            found = stream.read().strip()
             if not found:
                 found = f"quantize-gemma:{secrets.token_urlsafe(32)}"
                 stream.write(found)

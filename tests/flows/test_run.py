@@ -124,7 +124,7 @@ def server(command_line: CommandLine, home: Path) -> Iterator[str]:
     """Runs a Prefect server of its own; yields its API's address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(listener.fileno())],
+            [sys.executable, "-m", "flows.server", str(listener.fileno()), str(os.getpid())],
             stdin=subprocess.PIPE,
             pass_fds=[listener.fileno()],
             env={**command_line.environment(), "PREFECT_HOME": str(home)},

@@ -26,7 +26,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prefect server for all runs of this file."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(listener.fileno())],
+            [sys.executable, "-m", "flows.server", str(listener.fileno()), str(os.getpid())],
             stdin=subprocess.PIPE,
             pass_fds=[listener.fileno()],
             env={**os.environ, **QUIET, "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect"))},
