@@ -298,7 +298,7 @@ def show(folder: Path, metrics: dict[str, Any]) -> None:
     chart = "data:image/png;base64," + base64.b64encode((folder / "mmlu-by-subject.png").read_bytes()).decode()
     create_image_artifact(chart, key="mmlu-by-subject", description="Accuracy per subject")
     # Without its YAML header, which is for machines, and with the chart in it.
-    text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[2]
+    text = (folder / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
     create_markdown_artifact(text.replace("(mmlu-by-subject.png)", f"({chart})"), key="card")
     create_link_artifact(folder.as_uri(), link_text="the release's files", key="release")
     get_run_logger().info("release: %s", folder)

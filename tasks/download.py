@@ -23,6 +23,7 @@ from tasks.checkpoint import (
     source_files,
     weight_files,
 )
+from tasks.license import clean_license
 from tasks.loadable import check_loads
 from tasks.process import report_progress
 from tasks.questions import check_charts, check_mmlu
@@ -51,12 +52,14 @@ def resolve_model(model: str, revision: str | None, offline: bool) -> dict[str, 
         return _resolve_on_hub("model", model, revision, offline)
     names = source_files(path)
     size = sum(file.stat().st_size for file in weight_files(path))
+    if not path.resolve().name.isprintable():
+        raise UserError(f"the model directory's name, {path.resolve().name!r}, is not one line of text: rename it")
     return {
         "name": model if model in BUILTIN else path.resolve().name,
         "revision": _digest_of(path, names),
         "source": str(path.resolve()),
         "fixture": model in BUILTIN,
-        "license": _license(_card_of(path)),
+        "license": clean_license(_card_of(path)),
         "weight_bytes": size,
         "weights": _fewest_weights(size),
     }
@@ -81,6 +84,7 @@ def _resolve_on_hub(kind: str, name: str, revision: str | None, offline: bool) -
                 "run once without --offline"
             )
         known: dict[str, Any] = json.loads(remembered.read_text(encoding="utf-8"))
+        known["license"] = clean_license(known.get("license"))
         logger.warning("offline: going on with %s at %s, as it was resolved last", name, known["revision"])
         return known
     info = hub.repo_info(kind, name, revision, hub.token())
@@ -94,7 +98,7 @@ def _resolve_on_hub(kind: str, name: str, revision: str | None, offline: bool) -
         "revision": info.sha,
         "source": name,
         "fixture": False,
-        "license": _license(info.card_data),
+        "license": clean_license(info.card_data),
         "weight_bytes": sum(weights),
         # The Hub counts them; a Hub that does not leaves their size.
         "weights": counted.total if counted else _fewest_weights(sum(weights)),
@@ -273,12 +277,6 @@ def _card_of(folder: Path) -> Any:
         return metadata_load(folder / "README.md")
     except Exception:
         return None
-
-
-def _license(card: Any) -> dict[str, str]:
-    """Returns the licence fields of a model card's metadata, those that it has."""
-    fields = ("license", "license_name", "license_link")
-    return {field: str(card.get(field)) for field in fields if card is not None and card.get(field)}
 
 
 _from_hub: dict[str, Any] = {

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from tasks import store
+from tasks.card import markdown
 from tasks.card.chart import draw_subjects
-from tasks.card.metrics import collect_metrics
+from tasks.card.front_matter import as_yaml, front_matter
+from tasks.card.metrics import GEMMA_TERMS, collect_metrics
 from tasks.gate import gate_table, judge
+from tasks.license import clean_license
 from tasks.recipe import ROLES
 from tasks.stage import Stage
+from tasks.store import StageFailed
 from tasks.units import human_size
 
 HERE = Path(__file__).parent
@@ -45,6 +49,7 @@ def make_release(
     (target / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
     (target / "README.md").write_text(render(metrics, recipe, sizes), encoding="utf-8")
+    check_front_matter(target / "README.md", metrics)
     return {"metadata": {"recipe_hash": metrics["recipe_hash"]}}
 
 
@@ -72,14 +77,24 @@ def render(metrics: dict[str, Any], recipe: dict[str, Any], sizes: dict[str, int
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+        loader=FileSystemLoader(HERE),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # For Markdown, instead of for HTML: see markdown.py.
+        autoescape=False,
+        finalize=markdown.inline,
     )
+    for name in ("line", "code", "fenced", "link_target", "python", "python_pattern"):
+        environment.filters[name] = getattr(markdown, name)
     environment.filters["size"] = human_size
     environment.filters["percent"] = lambda value: f"{100 * value:.2f}"
     environment.filters["small"] = lambda value: f"{value:.2g}"
     environment.filters["score"] = score
     return environment.get_template("README.md.j2").render(
         m=metrics,
+        front_matter=markdown.Markdown(as_yaml(front_matter(metrics))),
+        license=clean_license(metrics["license"]) or GEMMA_TERMS,
         agreement=metrics["program"]["agreement"],
         sample=metrics["program"]["mmlu"],
         charts=chartqa_scores(metrics),
@@ -90,15 +105,25 @@ def render(metrics: dict[str, Any], recipe: dict[str, Any], sizes: dict[str, int
     )
 
 
+def check_front_matter(card: Path, metrics: dict[str, Any]) -> None:
+    """Raises StageFailed if the Hub's own client reads other metadata from the card than were written."""
+    from huggingface_hub import metadata_load
+
+    if metadata_load(card) != front_matter(metrics):
+        raise StageFailed(f"the metadata of {card} are not read as they were written: {card} is not published")
+
+
 def _rule_as_code(rule: dict[str, Any]) -> dict[str, str]:
     match = rule["match"]
     granularity = f"PerGroup({rule['group_size']})" if rule["group_size"] else "PerAxis(0)"
     dynamic = rule["activation"] == "int8"
     return {
         "pattern": match[3:] if match.startswith("re:") else ROLES[match],
-        "config": f"{'Int8DynamicActivationIntxWeightConfig' if dynamic else 'IntxWeightOnlyConfig'}("
-        f"weight_dtype=torch.{rule['weight']}, {'weight_granularity' if dynamic else 'granularity'}={granularity}, "
-        f'intx_choose_qparams_algorithm="{rule["algorithm"]}")',
+        "config": markdown.Markdown(
+            f"{'Int8DynamicActivationIntxWeightConfig' if dynamic else 'IntxWeightOnlyConfig'}("
+            f"weight_dtype=torch.{rule['weight']}, {'weight_granularity' if dynamic else 'granularity'}={granularity}, "
+            f'intx_choose_qparams_algorithm="{rule["algorithm"]}")'
+        ),
     }
 
 

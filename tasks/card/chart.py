@@ -13,8 +13,15 @@ def draw_subjects(metrics: dict[str, Any], path: Path) -> None:
     Its background is opaque, so that it reads the same on light and on dark pages; the colours are two that everybody
     can tell apart (M. Okabe and K. Ito, Color Universal Design, 2008).
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    # A dollar in a name is a dollar.
+    with rc_context({"text.parse_math": False}):
+        _draw(metrics, Figure).savefig(path, dpi=200, metadata={"Software": None})
+
+
+def _draw(metrics: dict[str, Any], figure_class: Any) -> Any:
     columns = {
         f"{metrics['base_model'].split('/')[-1]}, base": ("#0072B2", metrics["base"]["mmlu"]["subjects"]),
         f"{metrics['recipe']}, quantized": ("#E69F00", metrics["quantized"]["mmlu"]["subjects"]),
@@ -23,7 +30,7 @@ def draw_subjects(metrics: dict[str, Any], path: Path) -> None:
     # Twice the pixels of a page 400 wide, where these sizes are those of its text.
     head, foot, line = 1.35, 0.5, 0.38
     height = head + line * len(subjects) + foot
-    figure = Figure(figsize=(4, height), facecolor="white")
+    figure = figure_class(figsize=(4, height), facecolor="white")
     axes = figure.add_axes((0.05, foot / height, 0.9, line * len(subjects) / height))
     axes.axvline(100 * CHANCE, color="#555555", linestyle="--", linewidth=1, label=f"chance, {100 * CHANCE:.0f} %")
     for place, (name, (colour, scores)) in enumerate(columns.items()):
@@ -54,4 +61,4 @@ def draw_subjects(metrics: dict[str, Any], path: Path) -> None:
         frameon=False,
         handlelength=1.2,
     )
-    figure.savefig(path, dpi=200, metadata={"Software": None})
+    return figure

@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from flows.quantize_gemma import quality_table
 from tasks import store
-from tasks.card import render
+from tasks.card import check_front_matter, render
 from tasks.card.chart import draw_subjects
 from tasks.card.metrics import collect_pairs, collect_scores, pair_outcomes, read_outcomes
 from tasks.gate import judge
+from tasks.license import clean_license
 from tasks.recipe import load_recipe
+from tasks.store import StageFailed
+from tests.cards import PLACES, faults, markdown_texts
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
 
@@ -170,3 +175,90 @@ def test_the_chart_is_for_a_phone_and_its_bars_are_as_long_as_the_accuracy(tmp_p
     assert across.max() == pytest.approx(40 + 0.85 * 720, abs=3)
     assert across.min() == pytest.approx(40 + 0.35 * 720, abs=3)
     assert (drawn(None) == drawn(0.0)).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ACME: terms",
+        "a\nlicense: mit",
+        "a\n---\n# b",
+        "```\n````\n# a",
+        "a | b",
+        "# a",
+        "1. a",
+        "\u00ad# a",
+        "<img src=x onerror=a>",
+        "[a](javascript:b)",
+        "*a* _b_ `c` ~~d~~ $$e$$",
+        '" + evil() + r"\\',
+        "\\",
+        "12e34",
+        "\x1b[31m\ud800\u202e",
+    ],
+)
+def test_no_text_changes_a_cards_metadata_its_structure_or_its_programs(text: str, measured: dict[str, Any]) -> None:
+    assert faults(measured, dict.fromkeys(PLACES, text)) == []
+    assert faults(measured, dict.fromkeys(PLACES, text) | {"license": "other", "license_name": text}) == []
+
+
+@settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts=st.fixed_dictionaries({place: markdown_texts() for place in PLACES}))
+def test_any_texts_leave_a_card_as_it_is(texts: dict[str, str], released: Outcome) -> None:
+    assert faults(metrics_of(released), texts) == []
+
+
+def test_a_number_to_yaml_1_2_stays_a_text(measured: dict[str, Any]) -> None:
+    measured["benchmark_revision"] = "12e34"
+    assert 'revision: "12e34"' in card(measured)
+
+
+@pytest.mark.parametrize(
+    ("fields", "cleaned"),
+    [
+        ({"license": "gemma"}, {"license": "gemma"}),
+        ({"license": ["mit", "gemma"]}, {}),
+        ({"license": "gemma\nbase_model: a/b"}, {}),
+        ({"license_name": "no license"}, {}),
+        ({"license": "other", "license_name": "ACME: terms"}, {"license": "other", "license_name": "ACME: terms"}),
+        ({"license": "other", "license_name": "a\nb"}, {"license": "other"}),
+        ({"license": "other", "license_name": 5}, {"license": "other"}),
+        ({"license": "other", "license_link": "LICENSE.md"}, {"license": "other", "license_link": "LICENSE.md"}),
+        ({"license": "other", "license_link": "https://a.b/c"}, {"license": "other", "license_link": "https://a.b/c"}),
+        *(
+            ({"license": "other", "license_link": link}, {"license": "other"})
+            for link in (
+                "javascript:alert(1)",
+                "JavaScript:alert(1)",
+                "data:text/html,x",
+                "https://a.b/ c",
+                "https://",
+                "https://user:password@a.b/c",
+                "https://[a",
+                "../secrets",
+                "LICENSE) [x](javascript:y)",
+            )
+        ),
+        (None, {}),
+        ({}, {}),
+    ],
+)
+def test_of_a_license_only_what_it_may_be_is_passed_on(fields: Any, cleaned: dict[str, str]) -> None:
+    assert clean_license(fields) == cleaned
+
+
+def test_a_link_to_the_terms_ends_where_it_ends(measured: dict[str, Any]) -> None:
+    measured["license"] = {"license": "other", "license_link": "https://a.b/c_(d)?e=f&copy;g"}
+    assert "[terms](https://a.b/c_%28d%29?e=f&amp;copy;g)" in card(measured)
+
+
+def test_a_card_whose_metadata_are_read_otherwise_fails(measured: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(card(measured))
+    check_front_matter(tmp_path / "README.md", measured)
+    with pytest.raises(StageFailed, match="not read as they were written"):
+        check_front_matter(tmp_path / "README.md", {**measured, "base_model": "another"})
+
+
+def test_a_name_with_dollars_is_drawn_as_it_is(measured: dict[str, Any], tmp_path: Path) -> None:
+    draw_subjects({**measured, "base_model": "team/$x^$_{", "recipe": "$\\frac$"}, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 1000
