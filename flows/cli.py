@@ -188,7 +188,8 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         summary, code = {**summary, "error": "interrupted"}, 130
     except Exception as error:
-        from tasks.process import disks, redact
+        from tasks.process import disks
+        from tasks.redact import redact
         from tasks.store import disk_failure
 
         full = disk_failure(error, *disks())

@@ -37,6 +37,7 @@ from tasks.gate import LIMITS, GateRefused, gate, gate_table
 from tasks.policies import as_task, failure_of, missing, open_record, retried
 from tasks.quantize import quantize
 from tasks.recipe import load_recipe
+from tasks.redact import redact, redact_logs
 from tasks.smoke import smoke, smoke_pte
 from tasks.stage import Stage
 from tasks.store import RunError, StageFailed, UserError
@@ -54,6 +55,7 @@ from tasks.upload import check_target, publish, published_accuracy
 @taking_parameters
 def quantize_gemma(**given: Any) -> dict[str, Any]:
     """Quantize, measure, export and publish one checkpoint; returns what `quantize-gemma run --json` prints."""
+    redact_logs()
     p = Parameters(**given)
     outlive_server_restarts()
     run = Run(p.refresh, f"{p.model} · {p.recipe}")
@@ -236,7 +238,7 @@ class Run:
             cause = self._failure(error)
             if isinstance(cause, GateRefused):
                 self.summary["gate"] = cause.verdict
-            self.summary["error"] = process.redact(str(cause))
+            self.summary["error"] = redact(str(cause))
             cause.summary = self.summary
             raise cause from error
         except KeyboardInterrupt:
@@ -263,7 +265,7 @@ class Run:
         if isinstance(cause, GateRefused) or (isinstance(cause, UserError) and not made and name != "upload"):
             return cause
         cause = store.disk_failure(cause, *process.disks()) or cause
-        said = str(cause) if isinstance(cause, RunError) else process.redact(f"{type(cause).__name__}: {cause}")
+        said = str(cause) if isinstance(cause, RunError) else redact(f"{type(cause).__name__}: {cause}")
         return StageFailed(f"{name}: {said}" if name else said)
 
 

@@ -84,7 +84,8 @@ def _resolve_on_hub(kind: str, name: str, revision: str | None, offline: bool) -
                 "run once without --offline"
             )
         known: dict[str, Any] = json.loads(remembered.read_text(encoding="utf-8"))
-        known["license"] = clean_license(known.get("license"))
+        if "license" in known:
+            known["license"] = clean_license(known["license"])
         logger.warning("offline: going on with %s at %s, as it was resolved last", name, known["revision"])
         return known
     info = hub.repo_info(kind, name, revision, hub.token())

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.process import MOST_SECONDS_TO_WAIT, asked_to_wait, is_transient, redact, report
+from tasks.process import MOST_SECONDS_TO_WAIT, asked_to_wait, is_transient, report
+from tasks.redact import keep_secret, redact
 from tasks.store import RunError, StageFailed, UserError
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 # Blocks of Prefect and environment variables that may hold a token, in the order they are asked.
 READ_TOKENS = (("hf-token", "HF_TOKEN"),)
 WRITE_TOKENS = (("hf-token-write", "HF_TOKEN_WRITE"), *READ_TOKENS)
+# Tells a stage's own process which blocks its token may come from.
+BLOCKS = "QUANTIZE_GEMMA_TOKEN_BLOCKS"
 _prepared: set[str] = set()
 REPORTED_BYTES = 8 * 1024 * 1024
 SECONDS_OF_A_YEAR = 365 * 86_400.0
@@ -46,7 +49,23 @@ def token(write: bool = False) -> str | None:
 def read_environment() -> dict[str, str]:
     """Returns what a process that reads from the Hub needs in its environment: the token, where there is one."""
     value = token()
-    return {"HF_TOKEN": value} if value else {}
+    return {**({"HF_TOKEN": value} if value else {}), BLOCKS: " and ".join(_blocks())}
+
+
+def _blocks() -> list[str]:
+    """Returns the Secret blocks that hold tokens: they go before environment variables, and may be old."""
+    if BLOCKS in os.environ:
+        return [os.environ[BLOCKS]] if os.environ[BLOCKS] else []
+    # An API that is away is no reason to say nothing of the Hub's refusal.
+    with contextlib.suppress(Exception):
+        return [block for block, _ in WRITE_TOKENS if _secret(block)]
+    return []
+
+
+def _variable(read: str = "HF_TOKEN") -> str:
+    """Returns where the token is to be set, for a sentence: a variable helps only where no block goes before it."""
+    blocks = " and ".join(_blocks())
+    return f"Prefect's Secret block {blocks}, which goes before {read}," if blocks else read
 
 
 def _secret(name: str) -> str | None:
@@ -58,9 +77,11 @@ def _secret(name: str) -> str | None:
         return None
     try:
         secret: Any = Secret.load(name)
-        return str(secret.get())
+        value = str(secret.get())
     except ValueError:
         return None
+    keep_secret(value.strip())
+    return value
 
 
 @contextlib.contextmanager
@@ -84,7 +105,7 @@ def explained(kind: str, repository: str, revision: str | None = None) -> Iterat
         yield
     except GatedRepoError:
         raise UserError(
-            f"{repository} is gated: accept its terms at {page}, and set HF_TOKEN to a token of yours"
+            f"{repository} is gated: accept its terms at {page}, and set {_variable()} to a token of yours"
         ) from None
     except RevisionNotFoundError:
         raise UserError(
@@ -94,7 +115,8 @@ def explained(kind: str, repository: str, revision: str | None = None) -> Iterat
         raise UserError(f"{repository} lacks a file that it should have ({redact(str(error))})") from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"the Hub has no {kind} {repository!r}, or none that your token may see: check the name, and HF_TOKEN"
+            f"the Hub has no {kind} {repository!r}, or none that your token may see: check the name, and "
+            f"{_variable().rstrip(',')}"
         ) from None
     except HFValidationError as error:
         raise UserError(f"{repository!r} is no name of a Hub repository ({error})") from None
@@ -102,11 +124,13 @@ def explained(kind: str, repository: str, revision: str | None = None) -> Iterat
         status = error.response.status_code
         said = redact(str(error.server_message or error))
         if status == 401:
-            raise UserError(f"the Hub refuses the token for {repository}: set HF_TOKEN to one that is valid") from None
+            raise UserError(
+                f"the Hub refuses the token for {repository}: set {_variable()} to one that is valid"
+            ) from None
         if status == 403:
             raise UserError(
-                f"the Hub forbids this on {repository} ({said}): set a token that may do it, "
-                "HF_TOKEN to read and HF_TOKEN_WRITE to write"
+                f"the Hub forbids this on {repository} ({said}): set {_variable('HF_TOKEN and HF_TOKEN_WRITE')} "
+                "to a token that may do it"
             ) from None
         if status in (402, 413, 507):
             raise UserError(

@@ -28,6 +28,7 @@ from typing import Any
 
 from tasks import machine
 from tasks.fingerprint import Fingerprint, difference, fingerprint
+from tasks.redact import redact
 from tasks.store import StageFailed, UserError, disk_failure, home, stopping
 
 Progress = Callable[[int, int, str], None]
@@ -151,7 +152,7 @@ class Child:
                 if said["event"] == "progress":
                     progress(said["done"], said["total"], said["what"])
                 elif said["event"] == "log":
-                    logger.info(said["message"])
+                    logger.info(redact(said["message"]))
                 else:
                     event = said
                     break
@@ -302,12 +303,6 @@ def _cache() -> dict[str, str]:
     if "NUMBA_CACHE_DIR" in os.environ or os.access(Path(__file__).parent, os.W_OK):
         return {}
     return {"NUMBA_CACHE_DIR": str(home() / ".numba")}
-
-
-def redact(text: str) -> str:
-    """Returns the text without anything that looks like a token of the Hub, or like a signed address."""
-    text = re.sub(r"\b(hf|api_org)_[\w.-]{6,}", r"\1_…", text)
-    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?…", text)
 
 
 def disks() -> list[Path]:

@@ -35,6 +35,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tasks.redact import redact
+
 logger = logging.getLogger(__name__)
 
 MARK = ".quantize-gemma-store"
@@ -61,7 +63,8 @@ class RunError(Exception):
     """Why a run ended; `summary` is what it had done by then, as `quantize-gemma run --json` prints it."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
+        # It goes into states, logs and JSON.
+        super().__init__(redact(message))
         self.summary: dict[str, Any] = {}
 
 

@@ -1,6 +1,9 @@
 """Downloads are what the Hub says they are, go on where they stopped, and name what is wrong."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +30,16 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield running
 
 
-def download(hub: Hub, tmp_path: Path, revision: str, token: str | None = None, offline: bool = False) -> Path:
+def download(
+    hub: Hub, tmp_path: Path, revision: str, token: str | None = None, offline: bool = False, **environment: str
+) -> Path:
     """Runs the stage's work in a process of its own, as the flow does; returns the directory that it filled."""
     target = tmp_path / "store" / "download" / ".partial-x" / "data"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     values = {"source": NAME, "revision": revision, "offline": offline}
     call = {"function": "tasks.download:download_checkpoint", "target": str(target), "paths": {}, "values": values}
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "2", **({"HF_TOKEN": token} if token else {})}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "2", **({"HF_TOKEN": token} if token else {})}
     process.run("tasks.process:call", call, lambda *_: None, None, environment)
     return target
 
@@ -387,3 +392,34 @@ def test_a_directory_that_changes_after_the_run_has_started_is_no_base(
     (tmp_path / "target").mkdir()
     with pytest.raises(UserError, match=f"{model} is changing: .* start again when nothing writes there"):
         download_checkpoint(tmp_path / "target", str(model), resolved["revision"], offline=False)
+
+
+def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hub, tmp_path: Path) -> None:
+    """An old block wins over HF_TOKEN: whoever sets the variable again would look for long."""
+    hub.add("model", NAME, BUILTIN["tiny-gemma3"])
+    hub.restrict("model", NAME, gated=True)
+    script = (
+        "from prefect.testing.utilities import prefect_test_harness\n"
+        "with prefect_test_harness(server_startup_timeout=120):\n"
+        "    from prefect.blocks.system import Secret\n"
+        "    Secret(value='hf_old000000').save('hf-token')\n"
+        "    from tasks import hub\n"
+        "    from tasks.download import resolve_model\n"
+        "    from tasks.store import UserError\n"
+        "    print(hub.read_environment())\n"
+        "    try:\n"
+        f"        resolve_model({NAME!r}, None, False)\n"
+        "    except UserError as error:\n"
+        "        print(error)\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = kept | {"PREFECT_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "'QUANTIZE_GEMMA_TOKEN_BLOCKS': 'hf-token'" in ran.stdout
+    refusal = ran.stdout.splitlines()[-1]
+    assert NAME in refusal
+    assert "Prefect's Secret block hf-token, which goes before HF_TOKEN" in refusal
+    # A stage's own process says the same, without asking Prefect.
+    sha = hub.head("model", NAME)
+    with pytest.raises(UserError, match="Prefect's Secret block hf-token, which goes before HF_TOKEN"):
+        download(hub, tmp_path, sha, "hf_old000000", QUANTIZE_GEMMA_TOKEN_BLOCKS="hf-token")
