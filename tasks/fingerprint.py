@@ -28,7 +28,8 @@ from typing import Any
 
 # Modules that carry results and errors about, and shape none: what they store and move is verified by its digest.
 MACHINERY = frozenset(
-    f"tasks.{name}" for name in ("fingerprint", "hub", "machine", "policies", "process", "residents", "stage", "store")
+    f"tasks.{name}"
+    for name in ("fingerprint", "hub", "machine", "policies", "process", "redact", "residents", "stage", "store")
 )
 # What only refuses and writes nothing: its code counts, so that what it refuses now is looked at again, but the
 # libraries it asks do not: a model of 8 GB is not downloaded again for a new version of one.
