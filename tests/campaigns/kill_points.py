@@ -1,0 +1,442 @@
+"""Kill points: SIGKILL at a random moment of a random stage, and one more run that must finish what was killed.
+
+    python -m tests.campaigns.kill_points [--cases N] [--seed S]
+
+Killed is the run, its process group, the stage's process, the Prefect server, a deployment's worker, or all that runs
+on the worker's machine. Afterwards nothing of it is alive, and the next run ends with the digests of an undisturbed
+run, with one commit on the Hub that is the release, and with nothing in the store that nobody will read.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tasks import store
+from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tests.campaigns import campaign
+from tests.conftest import CommandLine, Outcome
+from tests.hub.server import Hub, serve
+from tests.operate.test_deployments import Operation
+
+MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/ChartQA"
+WRITER = "hf_MARKEDwriter00"
+# What is made of each stage's result.
+USED_BY = {
+    "download": ("untie", "evaluate_base", "charts_base"),
+    "questions": ("evaluate_base", "evaluate_quantized", "evaluate_program"),
+    "chart_questions": ("charts_base", "charts_quantized"),
+    "untie": ("quantize",),
+    "quantize": ("smoke", "evaluate_quantized", "charts_quantized", "export"),
+    "evaluate_base": ("card",),
+    "evaluate_quantized": ("evaluate_program", "card"),
+    "charts_base": ("card",),
+    "charts_quantized": ("card",),
+    "smoke": ("card",),
+    "export": ("smoke_program", "evaluate_program"),
+    "smoke_program": ("card",),
+    "evaluate_program": ("card",),
+    "card": (),
+    "upload": (),
+}
+OF_A_COMMAND = ("run", "group", "stage", "server")
+OF_A_DEPLOYMENT = ("server", "worker", "machine")
+# What takes longer hangs; a whole run takes some minutes, on a machine that has much else to do.
+SECONDS_OF_A_RUN = 900.0
+SECONDS_TO_END = 60.0
+# What metrics.json says of how the release was made, not of what it is.
+MEASURED = ("run_id", "stages")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is killed, in which stage and after which part of its duration, and what else the store lacks."""
+
+    stage: str
+    victim: str
+    deployed: bool
+    part: float
+    removed: tuple[str, ...]
+    shards: float
+    """Share of the answers that are kept on their own which the store lacks."""
+
+    def __str__(self) -> str:
+        how = "deployed" if self.deployed else "command"
+        return f"{self.victim} ({how}) killed in {self.stage} at {self.part:.0%}, without {', '.join(self.removed)}"
+
+
+def draw(rng: random.Random) -> Case:
+    """Returns a case. A third of what follows from the stage has to be made again, too."""
+    deployed = rng.random() < 0.3
+    stage = rng.choice(list(USED_BY))
+    victim = rng.choice(OF_A_DEPLOYMENT if deployed else OF_A_COMMAND)
+    # The upload is in the run's own process.
+    victim = "run" if (stage, victim) == ("upload", "stage") else victim
+    later = [name for name in _downstream(stage) if rng.random() < 1 / 3]
+    removed = () if stage == "upload" else (stage, *later)
+    return Case(stage, victim, deployed, rng.random(), removed, rng.random())
+
+
+def run(cases: int, rng: random.Random) -> Iterator[str | None]:
+    """Makes an undisturbed run, and yields for each case what went wrong, or None."""
+    with tempfile.TemporaryDirectory() as folder, hub_of(Path(folder) / "hub") as hub:
+        command_line = CommandLine(Path(folder) / "store", Path(folder) / "prefect")
+        options = {"model": MODEL, "benchmark": BENCHMARK, "target": "team/undisturbed"}
+        outcome = command_line("run", "--json", *_flags(options), **environment_of(hub))
+        assert outcome.code == 0, outcome.stderr
+        with contextlib.closing(Accidents(hub, command_line, outcome, options, Path(folder))) as accidents:
+            for number in range(cases):
+                # Its own numbers: how many a case takes depends on how far it comes.
+                one = random.Random(rng.random())
+                yield accidents.happen(draw(one), number, one)
+
+
+@contextlib.contextmanager
+def hub_of(root: Path) -> Iterator[Hub]:
+    """Serves a Hub with the built-in model and benchmarks, to read from and to publish to."""
+    tokens: Any = {WRITER: {"user": "robot", "role": "write", "namespaces": ["team"]}}
+    with serve(root, tokens) as hub:
+        hub.add("model", MODEL, BUILTIN["tiny-gemma3"])
+        hub.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
+        hub.add("dataset", CHARTS, BUILTIN_BENCHMARKS["chartqa-mini"])
+        yield hub
+
+
+def environment_of(hub: Hub) -> dict[str, str]:
+    """Returns what makes a run use this Hub."""
+    return {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_TOKEN_WRITE": WRITER, "HF_HUB_DISABLE_XET": "1"}
+
+
+class Accidents:
+    """Cases on copies of a finished run's store, each with a repository of its own to publish to."""
+
+    def __init__(
+        self, hub: Hub, command_line: CommandLine, undisturbed: Outcome, options: dict[str, str], folder: Path
+    ) -> None:
+        self.hub = hub
+        self.finished = command_line.home
+        self.prefect = command_line.prefect
+        self.options = options
+        self.folder = folder
+        lines = {line["name"]: line for line in undisturbed.summary["stages"]}
+        self.seconds = {name: max(line["seconds"] or 0.0, 0.5) for name, line in lines.items()} | {"upload": 1.0}
+        self.keys = {name: line["key"] for name, line in lines.items() if line["key"]}
+        # The directory of a stage's artifacts.
+        self.folders = {name: next(self.finished.glob(f"*/{key}")).parent.name for name, key in self.keys.items()}
+        self.digests = self.digests_in(self.finished)
+        self.release = self.release_in(self.finished)
+        self.operation: Operation | None = None
+
+    def close(self) -> None:
+        """Ends the server of the deployments."""
+        if self.operation is not None:
+            self.operation.server.terminate()
+            self.operation.server.wait(SECONDS_TO_END)
+
+    def happen(self, case: Case, number: int, rng: random.Random) -> str | None:
+        """Returns what went wrong in a case, or None."""
+        folder = self.folder / f"case-{number}"
+        home = folder / "store"
+        folder.mkdir()
+        shutil.copytree(self.finished, home, symlinks=True)
+        self.remove(case, home, rng)
+        attempt = Attempt(self, case, home, f"team/case-{number}", f"{os.getpid()}-{number}")
+        try:
+            attempt.kill(rng)
+            attempt.finish()
+            faults = attempt.faults()
+        except Failed as failure:
+            faults = [str(failure)]
+        finally:
+            attempt.end()
+        shutil.rmtree(folder)
+        return f"{case}: {'; '.join(faults)}" if faults else None
+
+    def remove(self, case: Case, home: Path, rng: random.Random) -> None:
+        """Takes away what the run has to make: artifacts, and some of the answers that evaluations keep."""
+        places = [home / self.folders[name] / self.keys[name] for name in case.removed]
+        if any(name.startswith(("evaluate", "charts")) for name in case.removed):
+            shards = sorted(home.glob("evaluate-shard/[0-9a-f]*"))
+            places += rng.sample(shards, round(case.shards * len(shards)))
+        for place in places:
+            data = place.resolve()
+            if place.is_symlink():
+                place.unlink()
+            shutil.rmtree(data)
+
+    def digests_in(self, home: Path) -> dict[str, str | None]:
+        """Returns the digest of each artifact that does not say when and how fast it was made."""
+        found = {name: store.load(self.folders[name], key, home) for name, key in self.keys.items() if name != "card"}
+        return {name: artifact.digest if artifact else None for name, artifact in found.items()}
+
+    def release_in(self, home: Path) -> dict[str, Any]:
+        """Returns what the release is: its files' digests, and what metrics.json says but for how it was made."""
+        artifact = store.load(self.folders["card"], self.keys["card"], home)
+        if artifact is None:
+            raise Failed("the store has no release")
+        files = {name: file.sha256 for name, file in artifact.files.items()}
+        metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
+        for name in MEASURED:
+            del metrics[name]
+        del metrics["program"]["speed"]
+        del files["README.md"]
+        return {**files, "metrics.json": metrics}
+
+    def operate(self) -> Operation:
+        """Returns the server of the deployments, which is started for the first of them."""
+        if self.operation is None:
+            home = self.folder / "server"
+            home.mkdir()
+            with socket.create_server(("127.0.0.1", 0)) as reserved:
+                api = f"http://127.0.0.1:{reserved.getsockname()[1]}/api"
+            settings = {
+                **CommandLine(self.folder / "nothing", home).environment(),
+                "PREFECT_API_URL": api,
+                "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+                "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+                **environment_of(self.hub),
+            }
+            self.operation = Operation(settings, api, None, home / "log")  # type: ignore[arg-type]
+            self.operation.start_server()
+            self.operation.deploy()
+            # A machine that died holds its slots until their lease ends; the next case is not to wait for that.
+            limit = f"{api}/v2/concurrency_limits/quantize-gemma-memory"
+            httpx.patch(limit, json={"limit": 1000}, timeout=60).raise_for_status()
+        return self.operation
+
+
+class Failed(Exception):
+    """What went wrong."""
+
+
+@dataclass
+class Attempt:
+    """A run that is killed, and the next one. All that they start has `mark` in its environment."""
+
+    accidents: Accidents
+    case: Case
+    home: Path
+    target: str
+    mark: str
+    workers: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**environment_of(self.accidents.hub), "QUANTIZE_GEMMA_TEST_CASE": self.mark}
+
+    @property
+    def command_line(self) -> CommandLine:
+        return CommandLine(self.home, self.accidents.prefect)
+
+    def kill(self, rng: random.Random) -> None:
+        """Starts a run, kills the victim, and waits until all of the run has ended."""
+        if self.case.deployed:
+            self.kill_deployed()
+        else:
+            self.kill_command(rng)
+        # What does not end by itself hangs, but for a run that goes on without its worker.
+        self.wait(lambda: not self.alive(), "of the killed run is alive", SECONDS_OF_A_RUN)
+
+    def kill_command(self, rng: random.Random) -> None:
+        process = self.command_line.start("run", "--json", *self.flags(), **self.environment)
+        self.wait_for_the_moment(lambda: process.poll() is None)
+        if self.case.victim == "group":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        elif self.case.victim == "run" or not self.kill_child(process.pid, rng):
+            process.kill()
+        try:
+            stdout, stderr = process.communicate(timeout=SECONDS_OF_A_RUN)
+        except subprocess.TimeoutExpired:
+            raise Failed("the run did not end") from None
+        # It may have ended before, or have had nothing left to do in what was killed.
+        if process.returncode not in (0, 1, -signal.SIGKILL):
+            raise Failed(f"the killed run ended with {process.returncode}: {stderr[-1000:]}")
+        if process.returncode == 1 and not json.loads(stdout.splitlines()[-1])["error"]:
+            raise Failed(f"the killed run says nothing of it: {stdout}")
+
+    def kill_child(self, run: int, rng: random.Random) -> bool:
+        """Kills a stage's process or the server of a run; returns False if it has none."""
+        module = {"stage": "tasks.process", "server": "flows.server"}[self.case.victim]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in rng.sample(children := psutil.Process(run).children(recursive=True), len(children)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if module in process.cmdline():
+                        process.kill()
+                        return True
+        return False
+
+    def kill_deployed(self) -> None:
+        operation = self.accidents.operate()
+        worker = self.start_worker()
+        run = self.submit()
+        self.wait_for_the_moment(lambda: not self.is_over(run))
+        if self.case.victim == "server":
+            operation.server.kill()
+            operation.server.wait()
+            operation.start_server()
+            # The run goes on with the server that is back; or it ends.
+            self.wait(lambda: self.is_over(run) or len(self.alive()) <= 1, "of the run goes on", SECONDS_OF_A_RUN)
+            self.stop_worker(worker)
+            return
+        below = psutil.Process(worker.pid).children(recursive=True) if self.case.victim == "machine" else []
+        for process in [psutil.Process(worker.pid), *below]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        worker.wait()
+
+    def finish(self) -> None:
+        """Runs again, to the end."""
+        if not self.case.deployed:
+            outcome = self.command_line("run", "--json", *self.flags(), **self.environment)
+            if outcome.code:
+                raise Failed(f"the next run ended with {outcome.code}: {outcome.stderr[-2000:]}")
+        else:
+            worker = self.start_worker()
+            run = self.submit()
+            self.wait(lambda: self.is_over(run), "of the next run goes on", SECONDS_OF_A_RUN)
+            state = self.accidents.operate().read(f"flow_runs/{run}")["state"]
+            if state["type"] != "COMPLETED":
+                raise Failed(f"the next run is {state['name']}: {state['message']}")
+            self.stop_worker(worker)
+        self.wait(lambda: not self.alive(), "of the next run is alive", SECONDS_TO_END)
+
+    def faults(self) -> list[str]:
+        """Returns what is not as an undisturbed run leaves it."""
+        faults = []
+        for expected in (None, "removed 0 unfinished directories and 0 artifacts"):
+            pruned = self.command_line("prune")
+            if pruned.code or not pruned.stdout.startswith(expected or "removed"):
+                faults.append(f"prune ended with {pruned.code}: {pruned.stdout}{pruned.stderr}")
+        if left := [path.name for path in self.home.glob("*/.incoming-*")]:
+            faults.append(f"{left} is left of a download")
+        digests = self.accidents.digests_in(self.home)
+        faults += [
+            f"{name} is not the same" for name, digest in self.accidents.digests.items() if digests[name] != digest
+        ]
+        release = self.accidents.release_in(self.home)
+        expected_release = self.accidents.release
+        faults += [
+            f"the release's {name} is not the same" for name in release if release[name] != expected_release[name]
+        ]
+        if release.keys() != expected_release.keys():
+            faults.append(f"the release has {sorted(release)}")
+        return faults + self.faults_on_the_hub()
+
+    def faults_on_the_hub(self) -> list[str]:
+        repository = self.accidents.hub.storage.load("model", self.target)
+        commits = [commit for commit in repository["commits"].values() if "model.pte" in commit["files"]]
+        if len(commits) != 1:
+            return [f"{len(commits)} commits of a release on the Hub"]
+        artifact = store.load(self.accidents.folders["card"], self.accidents.keys["card"], self.home)
+        assert artifact is not None
+        there = {name: entry["sha256"] for name, entry in self.accidents.hub.files("model", self.target).items()}
+        there.pop(".gitattributes", None)
+        same = there == {name: file.sha256 for name, file in artifact.files.items()}
+        return [] if same else ["the Hub's files are not the release's"]
+
+    def wait_for_the_moment(self, goes_on: Callable[[], bool]) -> None:
+        """Returns when the stage has been at work for a part of what it takes; at once when the run has ended."""
+        self.wait(lambda: self.has_started() or not goes_on(), f"sign of {self.case.stage}", SECONDS_OF_A_RUN)
+        deadline = time.monotonic() + self.case.part * self.accidents.seconds[self.case.stage]
+        while time.monotonic() < deadline and goes_on():
+            time.sleep(min(0.05, max(deadline - time.monotonic(), 0)))
+
+    def has_started(self) -> bool:
+        """Tells whether the stage has begun: it has a directory of unfinished work, or, the upload, asked the Hub."""
+        if self.case.stage == "upload":
+            return any("repos/create" in line["path"] or self.target in line["path"] for line in self.writes())
+        folder = self.home / self.accidents.folders[self.case.stage]
+        key = self.accidents.keys[self.case.stage]
+        return any(folder.glob(f"{store.PREFIX}{key[:16]}*"))
+
+    def writes(self) -> list[dict[str, Any]]:
+        """Returns the requests of this case that write to the Hub: no other case is at work meanwhile."""
+        log = self.accidents.hub.log
+        return [line for line in log if line["method"] == "POST" and "paths-info" not in line["path"]]
+
+    def wait(self, done: Callable[[], bool], what: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not done():
+            if time.monotonic() > deadline:
+                alive = [" ".join(process.cmdline()[:6]) for process in self.alive()]
+                raise Failed(f"{what} after {seconds:.0f} s: {alive}")
+            time.sleep(0.05)
+
+    def alive(self) -> list[psutil.Process]:
+        """Returns the processes that this case has started."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                marked = process.environ().get("QUANTIZE_GEMMA_TEST_CASE") == self.mark
+                if marked and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def flags(self) -> list[str]:
+        return _flags({**self.accidents.options, "target": self.target})
+
+    def start_worker(self) -> "subprocess.Popen[bytes]":
+        operation = self.accidents.operate()
+        theirs = {**operation.environment, "QUANTIZE_GEMMA_HOME": str(self.home), **self.environment}
+        worker = Operation(theirs, operation.api, operation.server, operation.log).start(
+            "worker", "start", "--pool", "quantize-gemma"
+        )
+        self.workers.append(worker)
+        return worker
+
+    def stop_worker(self, worker: "subprocess.Popen[bytes]") -> None:
+        worker.terminate()
+        worker.wait(SECONDS_TO_END)
+
+    def submit(self) -> str:
+        parameters = {**self.accidents.options, "target": self.target}
+        return self.accidents.operate().submit(
+            "quantize-gemma/tiny", *(f"{name}={value}" for name, value in parameters.items())
+        )
+
+    def is_over(self, run: str) -> bool:
+        state = self.accidents.operate().read(f"flow_runs/{run}")["state_type"]
+        return state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+    def end(self) -> None:
+        """Ends what a failure left."""
+        for process in self.alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for worker in self.workers:
+            worker.wait()
+        self.accidents.hub.log.clear()
+
+
+def _downstream(stage: str) -> list[str]:
+    """Returns all that is made of a stage's result, by name."""
+    found: set[str] = set()
+    waiting = [stage]
+    while waiting:
+        new = set(USED_BY[waiting.pop()]) - found
+        found |= new
+        waiting += new
+    return sorted(found)
+
+
+def _flags(options: dict[str, str]) -> list[str]:
+    return list(itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items()))
+
+
+if __name__ == "__main__":
+    campaign("kill_points", run, 50)
