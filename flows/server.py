@@ -150,6 +150,8 @@ class LocalServer:
         """Turns away who connects to a server that is no more: they would wait for it otherwise."""
         self.process.wait()
         with contextlib.suppress(OSError):
+            # The server, which shares the socket, has made it one that does not wait.
+            self.listener.setblocking(True)
             while True:
                 self.listener.accept()[0].close()
 
