@@ -49,18 +49,15 @@ def export(target: str, checkpoint: str, last_logits_only: bool) -> dict[str, An
 
 
 def read(program: str, checkpoint: str) -> dict[str, Any]:
-    """Reads a prompt in the largest pieces; returns the seconds that it took and the digest of the last logits."""
+    """Reads a prompt in one piece; returns the seconds that it took and the digest of the last logits."""
     import hashlib
     import time
 
     import torch
-    from transformers import AutoConfig
 
     from tasks.program import Methods
 
-    config = AutoConfig.from_pretrained(checkpoint)
-    methods = Methods(Path(program) / "model.pte", config)
-    methods.piece = min(config.get_text_config().sliding_window, TOKENS + 24) - 1
+    methods = Methods(Path(program) / "model.pte")
     ids = torch.randint(10, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     started = time.monotonic()
     logits = methods.decode(methods.embed(ids), {TOKENS - 1})

@@ -51,6 +51,8 @@ def export_checkpoint(
     """
     from optimum.exporters.executorch.convert import export_to_executorch
 
+    from tasks.kv_cache import long_pieces
+
     check_exportable(target, checkpoint)
     report_progress(0, 3, "loading")
     module = _exportable(checkpoint, max_seq_len, dtype, custom_sdpa, custom_kv_cache)
@@ -60,7 +62,7 @@ def export_checkpoint(
     module.metadata.update(expected)
     report_progress(1, 3, "lowering")
     task = task_of(module.config.to_dict())
-    with example_picture(_blank(module.config, dtype)), lean_lowering():
+    with example_picture(_blank(module.config, dtype)), long_pieces(max_seq_len), lean_lowering():
         made = export_to_executorch(module, task, backend, str(target))["model"]
     delegation = {name: count_operators(made.exported_program(name).graph_module) for name in sorted(made.methods)}
     check_delegation(delegation)
@@ -116,6 +118,8 @@ def _exportable(checkpoint: Path, max_seq_len: int, dtype: str, custom_sdpa: boo
             **{"max_length" if multimodal else "max_seq_len": max_seq_len},
         )
     module.model.to(getattr(torch, dtype))
+    # By this, too, optimum-executorch bounds how many tokens the program takes at once.
+    module.metadata.pop("sliding_window", None)
     return module
 
 

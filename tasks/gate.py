@@ -16,6 +16,7 @@ BENCHMARKS = {"mmlu": "MMLU", "chartqa": "ChartQA"}
 COMPARED = {
     "last": "at the end of the longest sequence",
     "step_by_step": "token by token",
+    "prompts": "after prompts of one piece",
     "image": "after an image",
 }
 SHOWN = 5

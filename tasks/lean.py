@@ -56,7 +56,7 @@ def example_picture(pixels: Any) -> Iterator[None]:
     """
     from optimum.exporters.executorch.integrations import VisionExportableModule
 
-    with _replaced(VisionExportableModule, "prepare_export_inputs", lambda _: (pixels, None)):
+    with replaced(VisionExportableModule, "prepare_export_inputs", lambda _: (pixels, None)):
         yield
 
 
@@ -86,7 +86,7 @@ def _written_for(function: Any, digest: str) -> None:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     missing = object()
     before = vars(owner).get(name, missing)
     setattr(owner, name, value)
@@ -119,7 +119,7 @@ def _own_metadata() -> Iterator[None]:
         own = {name: value for name, value in metadata.items() if name.rsplit(".", 1)[0] in modules}
         return stock(tensors, {**own, "tensor_names": json.dumps(list(own))})
 
-    with _replaced(torchao, "unflatten_tensor_state_dict", unflatten):
+    with replaced(torchao, "unflatten_tensor_state_dict", unflatten):
         yield
 
 
@@ -138,7 +138,7 @@ def _shared_quantizer() -> Iterator[None]:
     def share(self: Any, memo: dict[int, Any]) -> Any:
         return self
 
-    with _replaced(TorchAoHfQuantizer, "__deepcopy__", share):
+    with replaced(TorchAoHfQuantizer, "__deepcopy__", share):
         yield
 
 
@@ -157,7 +157,7 @@ def _shared_provenance() -> Iterator[None]:
     def share(self: Any, memo: dict[int, Any]) -> Any:
         return self
 
-    with _replaced(NodeSource, "__deepcopy__", share):
+    with replaced(NodeSource, "__deepcopy__", share):
         yield
 
 
@@ -180,7 +180,7 @@ def _plain_guards() -> Iterator[None]:
     def replace(self: Any, expression: str) -> tuple[list[str], str]:
         return [], expression
 
-    with _replaced(guards.PyExprCSEPass, "count", count), _replaced(guards.PyExprCSEPass, "replace", replace):
+    with replaced(guards.PyExprCSEPass, "count", count), replaced(guards.PyExprCSEPass, "replace", replace):
         yield
 
 
@@ -200,7 +200,7 @@ def _uncopied_values() -> Iterator[None]:
     def keep(value: Any, fake_mode: Any) -> Any:
         return value
 
-    with _replaced(builder, "_clone_input", keep):
+    with replaced(builder, "_clone_input", keep):
         yield
 
 
@@ -235,7 +235,7 @@ def _one_export() -> Iterator[None]:
         RemoveRedundantTransposes().call(program.graph_module)
         return program
 
-    with _replaced(ExportedProgram, "module", module), _replaced(torch.export, "export", export):
+    with replaced(ExportedProgram, "module", module), replaced(torch.export, "export", export):
         yield
 
 
@@ -272,7 +272,7 @@ def _fewer_decompositions() -> Iterator[None]:
         tables[decomposed] = table
         return decomposed
 
-    with _replaced(ExportedProgram, "run_decompositions", run_decompositions):
+    with replaced(ExportedProgram, "run_decompositions", run_decompositions):
         yield
 
 
@@ -332,10 +332,10 @@ def _remembered_shapes() -> Iterator[None]:
             if all(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(proxy.data)):
                 results[key] = proxy.data
             return proxy
-        with _replaced(self.interpreter, "call_function", lambda *_: known):
+        with replaced(self.interpreter, "call_function", lambda *_: known):
             return stock(self, kind, target, args, kwargs, meta)
 
-    with _replaced(_ExportPassBase, "_fx", _fx):
+    with replaced(_ExportPassBase, "_fx", _fx):
         yield
 
 
@@ -403,7 +403,7 @@ def _shared_weights() -> Iterator[None]:
         weights = [*value.state_dict.values(), *value.constants.values()]
         return copy.deepcopy(value, {id(weight): weight for weight in weights})
 
-    with _replaced(backend_api, "copy", SimpleNamespace(copy=copy.copy, deepcopy=deepcopy)):
+    with replaced(backend_api, "copy", SimpleNamespace(copy=copy.copy, deepcopy=deepcopy)):
         yield
 
 
@@ -436,7 +436,7 @@ def _released_weights() -> Iterator[None]:
                 if storage.resizable():
                     storage.resize_(0)
 
-    with _replaced(backend_api, "lower_all_submodules_to_backend", lower):
+    with replaced(backend_api, "lower_all_submodules_to_backend", lower):
         yield
 
 
@@ -468,7 +468,7 @@ def _mapped_weights() -> Iterator[None]:
                 advise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_PAGEOUT)
         return packed
 
-    with _replaced(XnnpackBackend, "preprocess", staticmethod(preprocess)):
+    with replaced(XnnpackBackend, "preprocess", staticmethod(preprocess)):
         yield
 
 
@@ -548,7 +548,7 @@ def _no_idle_passes() -> Iterator[None]:
                 self._exported_program = stock(self)
         return self._exported_program
 
-    with _replaced(manager, "transform", transform):
+    with replaced(manager, "transform", transform):
         yield
 
 
@@ -572,13 +572,13 @@ def _late_code() -> Iterator[None]:
         def recompile(self: Any) -> None:
             stale[id(self)] = self
 
-        with _replaced(GraphModule, "recompile", recompile):
+        with replaced(GraphModule, "recompile", recompile):
             partitions = stock(*args, **kwargs)
         for module in stale.values():
             module.recompile()
         return partitions
 
-    with _replaced(backend_api, "_create_partitions_in_graph_module", create_partitions):
+    with replaced(backend_api, "_create_partitions_in_graph_module", create_partitions):
         yield
 
 
@@ -608,7 +608,7 @@ def _sorted_in_place() -> Iterator[None]:
         module.recompile()
         return module
 
-    with _replaced(lowered_backend_module, "legalize_graph", legalize_graph):
+    with replaced(lowered_backend_module, "legalize_graph", legalize_graph):
         yield
 
 
@@ -646,8 +646,8 @@ def _short_ancestries() -> Iterator[None]:
         return not any(viewer.below[user] & inside for user in users)
 
     with (
-        _replaced(group_partitioner, "_DependencyViewer", Descendants),
-        _replaced(group_partitioner.GroupBasedPartitioner, "_can_merge_partitions", can_merge),
+        replaced(group_partitioner, "_DependencyViewer", Descendants),
+        replaced(group_partitioner.GroupBasedPartitioner, "_can_merge_partitions", can_merge),
     ):
         yield
 

@@ -3,25 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-# No program takes fewer tokens at once than one less than this.
-SHORTEST_PIECE = 64
-
 
 class Methods:
     """What a program's users call: embed tokens, encode images, decode with a cache."""
 
-    def __init__(self, program: Path, config: Any) -> None:
+    def __init__(self, program: Path) -> None:
         import executorch.extension.llm.custom_ops.custom_ops
         import executorch.kernels.quantized  # noqa: F401 (both register operators)
         from executorch.runtime import Runtime
 
         self.program = Runtime.get().load_program(program)
         self.multimodal = "text_decoder" in self.program.method_names
-        self.piece = min(config.get_text_config().sliding_window, SHORTEST_PIECE) - 1
         self.embedding = self.program.load_method("token_embedding") if self.multimodal else None
         self.encoder = self.program.load_method("vision_encoder") if self.multimodal else None
         self.decoder = self.program.load_method("text_decoder" if self.multimodal else "forward")
         self.max_seq_len = int(self.program.load_method("get_max_seq_len").execute([])[0])
+        self.eos_ids = set(self.program.load_method("get_eos_ids").execute([]))
+        # A prompt of a whole sequence would leave no room for an answer.
+        self.piece = self.max_seq_len - 1
 
     def embed(self, ids: Any) -> Any:
         """Returns the tokens' embeddings, [1, tokens, hidden size]; of a text-only program the token ids."""
@@ -45,13 +44,33 @@ class Methods:
         """
         import torch
 
-        ends = sorted({position + 1 for position in kept} | {given.shape[1]})
+        return torch.stack(self._decode(given, kept, 0)).float()
+
+    def answer(self, ids: list[int], longest: int) -> tuple[list[int], Any]:
+        """Returns the greedy answer to a prompt, up to the end of a turn or `longest` tokens, and its logits.
+
+        The prompt is given in one piece, as the C++ runners do; the logits are [tokens, vocabulary].
+        """
+        import torch
+
+        logits = self._decode(self.embed(torch.tensor([ids])), {len(ids) - 1}, 0)
+        tokens = [int(logits[0].argmax())]
+        while len(tokens) < longest and tokens[-1] not in self.eos_ids:
+            position = len(ids) + len(tokens) - 1
+            logits += self._decode(self.embed(torch.tensor([tokens[-1:]])), {position}, position)
+            tokens.append(int(logits[-1].argmax()))
+        return tokens, torch.stack(logits).float()
+
+    def _decode(self, given: Any, kept: set[int], start: int) -> list[Any]:
+        import torch
+
+        first, stop = start, start + given.shape[1]
+        ends = sorted({position + 1 for position in kept} | {stop})
         logits = []
-        start = 0
-        while start < given.shape[1]:
+        while start < stop:
             end = min(start + self.piece, next(end for end in ends if end > start))
-            found = self.decoder.execute([given[:, start:end], torch.arange(start, end)])[0]
+            found = self.decoder.execute([given[:, start - first : end - first], torch.arange(start, end)])[0]
             if end - 1 in kept:
                 logits.append(found[0, -1].clone())
             start = end
-        return torch.stack(logits).float()
+        return logits

@@ -12,6 +12,7 @@ from typing import Any
 
 from tasks.checkpoint import keep_activations, load_model
 from tasks.program import Methods
+from tasks.prompts import TEXT
 from tasks.store import StageFailed
 
 # The distributions of so many first tokens are compared, and of so many at the end of the longest sequence.
@@ -19,18 +20,16 @@ COMPARED_TOKENS = 128
 LAST_TOKENS = 8
 # So many are decoded one at a time, after as many at once.
 STEPS = 16
-# Text for the comparison: any will do that is long enough to leave the first tokens behind.
-TEXT = (
-    "A river begins where rain and melting snow gather on high ground. It runs downhill, joins other streams, and "
-    "carries sand and stones with it. Where the land is flat it slows down and lays down what it carried. Towns "
-    "grew beside rivers because boats could reach them and because fields near the water gave good harvests. The "
-    "water that reaches the sea rises again as vapour, forms clouds, and falls as rain on the hills. "
-)
 IMAGE_PROMPT = "What colour is this?"
 
 
-def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> dict[str, Any]:
+def compare(
+    program: Path, checkpoint: Path, config: Any, max_seq_len: int, prompts: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Returns how far model.pte is from the checkpoint.
+
+    `prompts` are {"ids", "answer", "logits"}: prompts, the longest last, the program's answers in tokens, and the
+    logits that it chose these tokens by, [tokens, vocabulary].
 
     KL divergences are in nats per token, means over positions, from the checkpoint's distribution to the other one;
     `kl_activation_noise` is that of the checkpoint without quantized activations. `max` and `mean` are absolute
@@ -41,17 +40,21 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     multimodal = hasattr(config, "vision_config")
+    *shorter, longest = prompts
     words = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    words *= max_seq_len // len(words) + 1
-    ids = torch.tensor([[tokenizer.bos_token_id, *words][:max_seq_len]])
+    # The longest prompt and its answer are part of the text, whose logits then do for both.
+    ids = torch.tensor([[*longest["ids"], *longest["answer"], *words][:max_seq_len]])
     first = min(COMPARED_TOKENS, max_seq_len)
-    kept = torch.tensor(sorted({*range(first), *range(max_seq_len - LAST_TOKENS, max_seq_len)}))
+    answered = _answered(longest)
+    kept = torch.tensor(sorted({*range(first), *range(max_seq_len - LAST_TOKENS, max_seq_len), *answered}))
+    answered_rows = torch.isin(kept, torch.tensor(answered))
 
     model = load_model(checkpoint, torch.float32)
     eager, plain = {}, {}
     with torch.no_grad():
         embedded = model.get_input_embeddings()(ids)
         eager["text"] = model(input_ids=ids, logits_to_keep=kept).logits[0].float()
+        eager["prompts"] = torch.cat([*_after_prompts(model, shorter), eager["text"][answered_rows]])
         if multimodal:
             asked, picture = _image_inputs(checkpoint)
             image = asked[0] == config.image_token_id
@@ -65,6 +68,7 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
             both_ways = model(**given, token_type_ids=image[None].long()).logits[0].float()
         keep_activations(model)
         plain["text"] = model(input_ids=ids, logits_to_keep=kept).logits[0].float()
+        plain["prompts"] = torch.cat([*_after_prompts(model, shorter), plain["text"][answered_rows]])
         if multimodal:
             seen_plain = [model.get_image_features(one) for one in pixels]
             given["inputs_embeds"] = _put(seen_plain[0], empty, image)
@@ -72,7 +76,7 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
     del model
     gc.collect()  # Its modules refer to themselves, and the program takes as much again.
 
-    methods = Methods(program / "model.pte", config)
+    methods = Methods(program / "model.pte")
     ran = methods.decode(methods.embed(ids), {int(position) for position in kept})
     result: dict[str, Any] = {
         "tokens": first,
@@ -94,6 +98,14 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
         "kl_program": _kl(eager["text"][STEPS : 2 * STEPS], steps),
         "kl_activation_noise": _kl(eager["text"][STEPS : 2 * STEPS], plain["text"][STEPS : 2 * STEPS]),
     }
+    ran = torch.cat([prompt["logits"] for prompt in prompts])
+    result["prompts"] = {
+        "lengths": [len(prompt["ids"]) for prompt in prompts],
+        "tokens": len(ran),
+        "kl_program": _kl(eager["prompts"], ran),
+        "kl_activation_noise": _kl(eager["prompts"], plain["prompts"]),
+        "same_argmax": round(float((eager["prompts"].argmax(-1) == ran.argmax(-1)).float().mean()), 4),
+    }
     if multimodal:
         result["token_embedding"] = _distance(embedded, methods.embed(ids))
         seen_by_program = [methods.see(one) for one in pixels]
@@ -109,6 +121,27 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
     if "NaN" in json.dumps(result) or "Infinity" in json.dumps(result):
         raise StageFailed(f"the logits of the checkpoint or of the program are not finite: {result}")
     return result
+
+
+def _answered(prompt: dict[str, Any]) -> list[int]:
+    """Returns the positions of a prompt and its answer whose logits choose the answer's tokens."""
+    start = len(prompt["ids"]) - 1
+    return list(range(start, start + len(prompt["answer"])))
+
+
+def _after_prompts(model: Any, prompts: list[dict[str, Any]]) -> list[Any]:
+    """Returns the checkpoint's logits for each answer's tokens, [tokens, vocabulary]."""
+    import torch
+
+    return [
+        model(
+            input_ids=torch.tensor([prompt["ids"] + prompt["answer"][:-1]]),
+            logits_to_keep=torch.tensor(_answered(prompt)),
+        )
+        .logits[0]
+        .float()
+        for prompt in prompts
+    ]
 
 
 def _images(picture: Any) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from tasks.evaluate.model import Request, answering, score_continuation, share_rows
 from tasks.process import report_progress
@@ -26,7 +26,7 @@ class ProgramLM(TemplateLM):
     def __init__(self, checkpoint: Path, program: Path) -> None:
         super().__init__()
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.methods = Methods(program / "model.pte", AutoConfig.from_pretrained(checkpoint))
+        self.methods = Methods(program / "model.pte")
 
     def fits(self, context: str, continuation: str) -> bool:
         """Tells whether the program takes a question as a whole."""

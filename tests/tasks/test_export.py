@@ -65,7 +65,6 @@ def test_no_room_for_the_program_is_said_with_both_sizes(quantized: Path, tmp_pa
 def decoded(program: str, checkpoint: str) -> dict[str, Any]:
     """Returns the KL divergences from the checkpoint of a short text, read at once and token by token."""
     import torch
-    from transformers import AutoConfig
 
     from tasks.checkpoint import load_model
     from tasks.program import Methods
@@ -74,7 +73,7 @@ def decoded(program: str, checkpoint: str) -> dict[str, Any]:
     ids = torch.arange(40, 64)[None]
     with torch.no_grad():
         expected = load_model(Path(checkpoint), torch.float32)(ids).logits[0]
-    methods = Methods(Path(program), AutoConfig.from_pretrained(checkpoint))
+    methods = Methods(Path(program))
     embedded = methods.embed(ids)
     return {
         "at_once": _kl(expected[-1:], methods.decode(embedded, {23})),

@@ -44,13 +44,12 @@ def requests(lengths: list[int], continuations: list[int]) -> list[Any]:
 def alone(release: Path, asked: list[Any]) -> list[Any]:
     """Answers each request with a program that was just loaded."""
     import torch
-    from transformers import AutoConfig
 
     from tasks.program import Methods
 
     answers = []
     for _, context, continuation in asked:
-        methods = Methods(release / "model.pte", AutoConfig.from_pretrained(release))
+        methods = Methods(release / "model.pte")
         ids = torch.tensor([context + continuation])
         kept = set(range(len(context) - 1, ids.shape[1] - 1))
         logs = torch.log_softmax(methods.decode(methods.embed(ids[:, :-1]), kept), -1)
