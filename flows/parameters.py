@@ -79,7 +79,7 @@ class Parameters(BaseModel):
         "auto", description="Where the evaluation runs; with cuda, quantizing too."
     )
     max_seq_len: int = Field(
-        1024, ge=64, le=LARGEST, description="Longest sequence of the exported program, in tokens."
+        1024, ge=64, le=LARGEST, description="Longest sequence of the exported program, prompt and answer, in tokens."
     )
     backend: Literal["xnnpack"] = Field("xnnpack", description="What the program is lowered to.")
     dtype: Literal["float32"] = Field("float32", description="Type of the program's activations and scales.")

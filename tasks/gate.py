@@ -16,7 +16,7 @@ BENCHMARKS = {"mmlu": "MMLU", "chartqa": "ChartQA"}
 COMPARED = {
     "last": "at the end of the longest sequence",
     "step_by_step": "token by token",
-    "prompts": "after prompts of one piece",
+    "prompts": "in its answers to long prompts",
     "image": "after an image",
 }
 SHOWN = 5

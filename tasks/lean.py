@@ -6,9 +6,9 @@
         ...
 
 give the same model and the same program, byte for byte, in less time and memory. Everything that is changed in a
-library is in this file, one function per change; each says what the library does, why that is slow, and why the result
-stays the same. Outside the `with` the libraries are as they were. QUANTIZE_GEMMA_STOCK_LIBRARIES=1 in the environment
-leaves them as they are inside it too.
+library to that end is in this file, one function per change; each says what the library does, why that is slow, and why
+the result stays the same. Outside the `with` the libraries are as they were. QUANTIZE_GEMMA_STOCK_LIBRARIES=1 in the
+environment leaves them as they are inside it too.
 
 A change fits the code that it was written for and no other, so each names a hash of the functions' source that it
 replaces or relies on; LibraryChanged is raised when it is not what is installed.

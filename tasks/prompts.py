@@ -5,9 +5,11 @@ compares the logits behind that with the checkpoint's.
 """
 
 import gc
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from tasks import process
 from tasks.store import StageFailed
 
 # So many tokens are answered after each prompt, or up to the end of a turn.
@@ -29,13 +31,30 @@ def prompt_lengths(window: int, max_seq_len: int) -> list[int]:
     return [*(length for length in (window - 1, window, window + 1, 2 * window) if length < longest), longest]
 
 
-def run_prompts(program: str, checkpoint: str, lengths: list[int], logits: str) -> dict[str, Any]:
-    """Returns {"prompts": [{"ids", "answer"}]}: prompts of these many tokens, <bos> first, and the program's answers.
+def answer_prompts(program: Path, checkpoint: Path, lengths: list[int]) -> list[dict[str, Any]]:
+    """Returns {"ids", "answer", "logits"} of prompts of so many tokens each, <bos> included.
 
-    Writes the program's logits, [tokens answered, vocabulary] for each prompt under its number, into the file `logits`.
+    `answer` are the tokens of the program's greedy answer, `logits` those that they were chosen by, [tokens,
+    vocabulary]. It runs in a process of its own, whose memory comes back.
 
-    Raises StageFailed if the runner fails at one, or does not answer as the program does.
+    Raises StageFailed if the C++ runner fails at one, or answers differently from the program itself.
     """
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = {
+            "program": str(program / "model.pte"),
+            "checkpoint": str(checkpoint),
+            "lengths": lengths,
+            "logits": f"{folder}/logits.safetensors",
+        }
+        prompts = process.run("tasks.prompts:run_prompts", arguments, lambda *_: None, None)["prompts"]
+        logits = load_file(f"{folder}/logits.safetensors")
+    return [{**prompt, "logits": logits[str(number)]} for number, prompt in enumerate(prompts)]
+
+
+def run_prompts(program: str, checkpoint: str, lengths: list[int], logits: str) -> dict[str, Any]:
+    """Returns {"prompts": [{"ids", "answer"}]} for answer_prompts(), and writes their logits, by number, to a file."""
     from pytorch_tokenizers import CppHFTokenizer
     from safetensors.torch import save_file
     from transformers import AutoConfig
@@ -54,11 +73,11 @@ def run_prompts(program: str, checkpoint: str, lengths: list[int], logits: str) 
     for number, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         ids = tokenizer.encode(text, 1, 0)
         tokens, tensors[str(number)] = methods.answer(ids, ANSWER_TOKENS)
-        expected = [tokenizer.decode(token) for token in tokens]
-        if answer != expected:
+        expected = [_as_bytes(tokenizer, token) for token in tokens]
+        if answer != expected[: len(answer)]:
             raise StageFailed(
-                f"{_runner_name(multimodal)} answers a prompt of {len(ids):,} tokens with {''.join(answer)!r}, but "
-                f"the program's own logits say {''.join(expected)!r}"
+                f"{_runner_name(multimodal)} answers a prompt of {len(ids):,} tokens with {b''.join(answer)!r}, but "
+                f"the program's own logits say {b''.join(expected)!r}"
             )
         prompts.append({"ids": ids, "answer": tokens})
     save_file(tensors, logits)
@@ -87,8 +106,11 @@ def make_prompt(tokenizer: Any, length: int) -> str:
 
 def _ask_runner(
     program: str, checkpoint: str, texts: list[str], lengths: list[int], multimodal: bool
-) -> list[list[str]]:
-    """Returns the greedy answers of the C++ runner, in tokens as text."""
+) -> list[list[bytes]]:
+    """Returns the greedy answers of the C++ runner, in tokens as text.
+
+    The runner's binding for Python gives up at a token that is part of a character only: there an answer ends.
+    """
     import executorch.extension.llm.custom_ops.custom_ops
     import executorch.kernels.quantized  # noqa: F401 (both register operators)
     from executorch.extension.llm.runner import GenerationConfig, MultimodalRunner, TextLLMRunner, make_text_input
@@ -97,21 +119,35 @@ def _ask_runner(
     runner = (MultimodalRunner if multimodal else TextLLMRunner)(program, f"{checkpoint}/tokenizer.json")
     answers = []
     for text, length in zip(texts, lengths, strict=True):
-        answer: list[str] = []
+        answer: list[bytes] = []
         stats: list[Any] = []
+
+        def hear(token: str, answer: list[bytes] = answer) -> None:
+            answer.append(token.encode())
+
         runner.reset()
         try:
-            runner.generate([make_text_input(text)] if multimodal else text, config, answer.append, stats.append)
+            runner.generate([make_text_input(text)] if multimodal else text, config, hear, stats.append)
         except RuntimeError as error:
             raise StageFailed(
                 f"the program fails in {_runner_name(multimodal)} at a prompt of {length:,} tokens: {error}"
             ) from None
-        if stats[-1].num_prompt_tokens != length:
-            raise StageFailed(
-                f"{_runner_name(multimodal)} reads {stats[-1].num_prompt_tokens:,} tokens of a prompt of {length:,}"
-            )
+        except UnicodeDecodeError as error:
+            answer.append(error.object)
+        for found in stats:
+            if found.num_prompt_tokens != length:
+                raise StageFailed(
+                    f"{_runner_name(multimodal)} reads {found.num_prompt_tokens:,} tokens of a prompt of {length:,}"
+                )
         answers.append(answer)
     return answers
+
+
+def _as_bytes(tokenizer: Any, token: int) -> bytes:
+    try:
+        return str(tokenizer.decode(token)).encode()
+    except UnicodeDecodeError as error:
+        return error.object
 
 
 def _runner_name(multimodal: bool) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tasks.checkpoint import keep_activations, load_model
 from tasks.program import Methods
-from tasks.prompts import TEXT
+from tasks.prompts import TEXT, answer_prompts, prompt_lengths
 from tasks.store import StageFailed
 
 # The distributions of so many first tokens are compared, and of so many at the end of the longest sequence.
@@ -23,23 +23,22 @@ STEPS = 16
 IMAGE_PROMPT = "What colour is this?"
 
 
-def compare(
-    program: Path, checkpoint: Path, config: Any, max_seq_len: int, prompts: list[dict[str, Any]]
-) -> dict[str, Any]:
+def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> dict[str, Any]:
     """Returns how far model.pte is from the checkpoint.
-
-    `prompts` are {"ids", "answer", "logits"}: prompts, the longest last, the program's answers in tokens, and the
-    logits that it chose these tokens by, [tokens, vocabulary].
 
     KL divergences are in nats per token, means over positions, from the checkpoint's distribution to the other one;
     `kl_activation_noise` is that of the checkpoint without quantized activations. `max` and `mean` are absolute
-    differences of logits or embeddings, `error` and `noise` mean squared differences over the mean square.
+    differences of logits or embeddings, `error` and `noise` mean squared differences over the mean square. `prompts` is
+    about the answers to prompts around the sliding window and to the longest, each of one piece.
+
+    Raises StageFailed if the C++ runner fails at one of these prompts, or if logits are not finite.
     """
     import torch
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     multimodal = hasattr(config, "vision_config")
+    prompts = answer_prompts(program, checkpoint, prompt_lengths(config.get_text_config().sliding_window, max_seq_len))
     *shorter, longest = prompts
     words = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     # The longest prompt and its answer are part of the text, whose logits then do for both.

@@ -73,7 +73,7 @@ def test_one_command_leaves_a_release_that_passed_the_gate(released: Outcome) ->
     assert set(released.cached) == ALL
     assert not any(released.cached.values())
     assert summary["gate"]["passed"]
-    kl = {f"program_kl{part}" for part in ("", "_last", "_step_by_step", "_image")}
+    kl = {f"program_kl{part}" for part in ("", "_last", "_step_by_step", "_prompts", "_image")}
     answered = {"mmlu_drop", "mmlu_recovery", "chartqa_drop", "chartqa_recovery", "program_disagreement"}
     assert {check["name"] for check in summary["gate"]["checks"]} == {*answered, "vision_encoder", *kl}
     assert summary["published"] is None
@@ -305,7 +305,10 @@ def test_the_program_is_no_further_from_the_checkpoint_than_rounding_explains_an
     # The text is none that the tiny model has learned: now and then two tokens are as likely as each other.
     assert agreement["same_argmax"] > 0.95
     assert agreement["last"]["tokens"] == 1024
-    for part in (agreement, agreement["last"], agreement["step_by_step"], agreement["image"]):
+    # Around the sliding window, twice as long, and the longest that leaves room for an answer.
+    assert agreement["prompts"]["lengths"] == [63, 64, 65, 128, 1016]
+    assert agreement["prompts"]["same_argmax"] > 0.9
+    for part in (agreement, *(agreement[name] for name in ("last", "step_by_step", "prompts", "image"))):
         assert 0 < part["kl_program"] < part["kl_activation_noise"]
     assert agreement["vision_encoder"]["error"] < 0.5 * agreement["vision_encoder"]["noise"]
     modules = ("vision_tower.vision_model.encoder.layers.1.mlp.fc2", "language_model.model.layers.1.mlp.up_proj")
@@ -313,7 +316,8 @@ def test_the_program_is_no_further_from_the_checkpoint_than_rounding_explains_an
     metrics["program"]["agreement"] = compare(release, other, AutoConfig.from_pretrained(other), 1024)
     verdict = judge(metrics, {**metrics["gate"]["limits"], "max_kl_ratio": 1.0})
     failed = {check["name"] for check in verdict["checks"] if not check["passed"]}
-    assert failed == {"program_kl", "program_kl_last", "program_kl_step_by_step", "program_kl_image", "vision_encoder"}
+    parts = ("", "_last", "_step_by_step", "_prompts", "_image")
+    assert failed == {"vision_encoder", *(f"program_kl{part}" for part in parts)}
 
 
 def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
@@ -384,6 +388,7 @@ def test_a_refused_release_stays_on_disk_and_the_failed_run_says_which_checks_he
         "program_kl",
         "program_kl_last",
         "program_kl_step_by_step",
+        "program_kl_prompts",
         "program_kl_image",
     }
     assert refused.summary["published"] is None
@@ -566,6 +571,7 @@ def test_a_text_only_checkpoint_goes_through_the_same_flow(command_line: Command
     program = outcome.summary["metrics"]["program"]
     assert program["task"] == "text-generation"
     assert program["text"]["response"].startswith("I can talk to you")
+    assert program["agreement"]["prompts"]["lengths"] == [63, 64, 65, 128, 248]
     assert "image" not in program
     assert "chartqa" not in outcome.summary["metrics"]["quantized"]
     assert outcome.summary["metrics"]["quantized"]["mmlu"]["accuracy"] >= 0.8

@@ -233,11 +233,11 @@ def test_a_refusal_shows_all_checks_and_the_questions_that_the_program_answers_o
     assert len(questions.splitlines()) == 1 + 5 + 1
 
 
-@pytest.mark.parametrize("part", ["last", "step_by_step", "image"])
+@pytest.mark.parametrize("part", ["last", "step_by_step", "prompts", "image"])
 def test_a_program_that_is_far_from_the_checkpoint_somewhere_is_refused(part: str) -> None:
     measured = metrics(pairs(90, 0, 0, 10), 0.01)
     agreement = measured["program"]["agreement"]
-    for name in ("last", "step_by_step", "image"):
+    for name in ("last", "step_by_step", "prompts", "image"):
         agreement[name] = {"kl_program": 0.0301 if name == part else 0.0299, "kl_activation_noise": 0.03}
     verdict = judge(measured, {**LIMITS, "max_kl_ratio": 1.0})
     assert refused(verdict) == [f"program_kl_{part}"]

@@ -59,7 +59,7 @@ def alone(release: Path, asked: list[Any]) -> list[Any]:
 
 
 def test_a_question_leaves_no_trace_in_the_next_ones_answer(model: Any, release: Path) -> None:
-    """Long and short in turn, on both sides of a piece (63), the sliding window (64) and its cache (128)."""
+    """Long and short in turn, on both sides of the sliding window (64)."""
     asked = requests([300, 5, 130, 63, 64, 1, 200, 127, 31], [1, 3])
     answers = model._loglikelihood_tokens(asked)
     for (score, greedy), (expected, as_greedy) in zip(answers, alone(release, asked), strict=True):
