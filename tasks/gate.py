@@ -1,5 +1,7 @@
 """Gate: a release that lost too much, or whose program is another model, is not published."""
 
+import math
+import statistics
 import textwrap
 from typing import Any
 
@@ -69,8 +71,9 @@ def judge(metrics: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
     limit; both are None where questions are not what is counted.
 
     The value decides, however sure it is: a run on few questions is as good as its number, and `weak` tells that its
-    number says little. The disagreement is the exception, for its sample is small and activations round differently
-    in any program, a good one too: it is refused when the confidence is below 5%, beyond what chance explains.
+    number says little. The disagreement and the answers to long prompts are the exception, for their samples are
+    small and activations round differently in any program, a good one too: they are refused when the confidence is
+    below 5%, beyond what chance explains.
     """
     checks = []
     for name, title in BENCHMARKS.items():
@@ -114,12 +117,30 @@ def _distances(agreement: dict[str, Any], max_ratio: float) -> list[Check]:
     for name, part in parts.items():
         value, limit = part["kl_program"], max(max_ratio * part["kl_activation_noise"], FLOOR)
         what = f"the program is {value:.6f} nats from the checkpoint {COMPARED.get(name, '')}".strip()
-        checks.append(_at_most(f"program_kl_{name}".rstrip("_"), what, value, limit))
+        stderr = _stderr_of_excess(part["positions"], max_ratio) if "positions" in part else None
+        checks.append(_unless_chance(f"program_kl_{name}".rstrip("_"), what, value, limit, stderr))
     if "vision_encoder" in agreement:
         found = agreement["vision_encoder"]
         what = f"the vision encoder's squared error is {found['error']:.2g}"
         checks.append(_at_most("vision_encoder", what, found["error"], max(max_ratio * found["noise"], FLOOR)))
     return checks
+
+
+def _stderr_of_excess(positions: dict[str, list[float]], max_ratio: float) -> float | None:
+    """Returns the standard error of how far the program is from the checkpoint beyond what rounding explains."""
+    excess = [
+        kl - max_ratio * noise
+        for kl, noise in zip(positions["kl_program"], positions["kl_activation_noise"], strict=True)
+    ]
+    stderr = statistics.stdev(excess) / math.sqrt(len(excess)) if len(excess) > 1 else 0.0
+    return stderr or None
+
+
+def _unless_chance(name: str, what: str, value: float, limit: float, stderr: float | None) -> Check:
+    """Returns a check that is refused, if its value is measured on a few positions, beyond what chance explains."""
+    margin = round(limit - value, 12)
+    passed = value <= limit if stderr is None else confidence(margin, stderr) >= 1 - CONFIDENT
+    return _check(name, f"{what}, at most {limit:.4g}", value, limit, passed, margin, stderr)
 
 
 def _at_most(name: str, what: str, value: float, limit: float, stderr: float | None = None) -> Check:
@@ -192,7 +213,9 @@ def _as_text(disagreements: list[dict[str, Any]]) -> str:
 
 
 def _number(value: float, stderr: float | None) -> str:
-    return f"{value:.3g}" if stderr is None else f"{value:.2f} ± {stderr:.2f}"
+    if stderr is None:
+        return f"{value:.3g}"
+    return f"{value:.2f} ± {stderr:.2f}" if stderr >= 0.005 else f"{value:.2g} ± {stderr:.2g}"
 
 
 def _percent(share: float) -> str:

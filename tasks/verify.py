@@ -103,6 +103,11 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
         "tokens": len(ran),
         "kl_program": _kl(eager["prompts"], ran),
         "kl_activation_noise": _kl(eager["prompts"], plain["prompts"]),
+        # They are few: what chance explains is seen in how much they differ.
+        "positions": {
+            "kl_program": _kl_by_position(eager["prompts"], ran),
+            "kl_activation_noise": _kl_by_position(eager["prompts"], plain["prompts"]),
+        },
         "same_argmax": round(float((eager["prompts"].argmax(-1) == ran.argmax(-1)).float().mean()), 4),
     }
     if multimodal:
@@ -199,10 +204,18 @@ def _distance(reference: Any, other: Any) -> dict[str, float]:
 
 
 def _kl(reference: Any, other: Any) -> float:
+    return round(float(_divergences(reference, other).mean()), 6)
+
+
+def _kl_by_position(reference: Any, other: Any) -> list[float]:
+    return [round(float(kl), 6) for kl in _divergences(reference, other)]
+
+
+def _divergences(reference: Any, other: Any) -> Any:
     import torch
 
     p, q = torch.log_softmax(reference, -1), torch.log_softmax(other, -1)
-    return round(float((p.exp() * (p - q)).sum(-1).mean()), 6)
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def _nll(logits: Any, ids: Any) -> float:

@@ -249,3 +249,28 @@ def test_a_vision_encoder_that_is_far_from_the_checkpoints_is_refused(error: flo
     measured = metrics(pairs(90, 0, 0, 10))
     measured["program"]["agreement"]["vision_encoder"] = {"error": error, "noise": 1e-5}
     assert refused(judge(measured, {**LIMITS, "max_kl_ratio": 1.0})) == failed
+
+
+@pytest.mark.parametrize(
+    ("kl", "passed"),
+    [
+        # One position that rounds badly, and all that do.
+        ([0.01] * 7 + [0.4], True),
+        ([0.1, 0.05, 0.08, 0.07] * 2, False),
+        # One prompt of five whose answer is another model's.
+        ([0.01, 0.02, 0.005, 0.015] * 8 + [3.0, 5.0, 4.0, 8.0, 2.0, 6.0, 1.0, 4.0], False),
+        # A single position says how far, not how sure.
+        ([0.1], False),
+        ([0.01], True),
+    ],
+)
+def test_answers_to_long_prompts_are_refused_beyond_what_chance_explains(kl: list[float], passed: bool) -> None:
+    measured = metrics(pairs(90, 0, 0, 10), 0.01)
+    noise = [0.01 + 0.001 * (number % 3) for number in range(len(kl))]
+    measured["program"]["agreement"]["prompts"] = {
+        "kl_program": sum(kl) / len(kl),
+        "kl_activation_noise": sum(noise) / len(noise),
+        "positions": {"kl_program": kl, "kl_activation_noise": noise},
+    }
+    verdict = judge(measured, {**LIMITS, "max_kl_ratio": 2.0})
+    assert refused(verdict) == ([] if passed else ["program_kl_prompts"])
