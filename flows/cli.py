@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
                 how = {"metavar": "|".join(get_args(field.annotation))}
             text = f"{field.description}{shown}"
             verb.add_argument(f"--{name.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **how)
+    run.add_argument("--keep", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     run.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     return parser
 
@@ -266,6 +267,8 @@ def _parameters(arguments: argparse.Namespace) -> Any:
 
     from flows.parameters import Parameters
 
+    if "keep" in arguments:
+        raise UserError("--keep is gone, leave it out: only files that an earlier release wrote are removed now")
     given = {name: value for name, value in vars(arguments).items() if name in Parameters.model_fields}
     try:
         return Parameters(**given)

@@ -1,6 +1,7 @@
 """What the flow takes. Prefect shows it as a form and refuses a bad value before a run exists."""
 
 import inspect
+import shlex
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
@@ -35,6 +36,14 @@ def _one_line(value: str) -> str:
 Text = Annotated[str, Field(max_length=1000), AfterValidator(_one_line)]
 # No count is ever larger.
 LARGEST = 1_000_000
+
+
+# How a release is made and where it goes, but not what is in it.
+SHAPES_NOTHING = {"batch_size", "workers", "cluster", "max_regression", "offline", "refresh"}
+SHAPES_NOTHING |= {"target", "branch", "create_pr", "private", "tag", "adopt"}
+# On the card even if they are the defaults, which may change.
+ALWAYS_SAID = {"model", "recipe", "benchmark", "charts", "max_seq_len", "program_questions", "max_new_tokens"}
+MODEL, RECIPE = "MODEL", "RECIPE.json"
 
 
 class Parameters(BaseModel):
@@ -115,10 +124,7 @@ class Parameters(BaseModel):
     create_pr: bool = Field(False, description="Publish as a pull request instead of a commit on the branch.")
     private: bool = Field(False, description="Make the target private, if it has to be made.")
     tag: bool = Field(False, description="Tag the commit v<date>-<recipe hash>.")
-    keep: list[Text] = Field(
-        default_factory=lambda: [".gitattributes", "*.jpg", "*.jpeg", "*.png", "*.gif", "*.webp", "*.mp4"],
-        description="Files of the target, as patterns, that stay though the release does not have them.",
-    )
+    adopt: bool = Field(False, description="Publish to a target that holds files which no release of ours wrote.")
     refresh: list[Stage] = Field(default_factory=list, description="Stages that run again though they are cached.")
 
     @field_validator(
@@ -140,9 +146,38 @@ class Parameters(BaseModel):
             raise ValueError("custom_kv_cache needs custom_sdpa: turn it off, too")
         if self.target and self.offline:
             raise ValueError("offline, nothing can be published: leave target or offline out")
+        if self.target and self.target.strip("/").lower() == self.model.strip("/").lower():
+            raise ValueError("target is the model itself, whose weights would be replaced: give the release its own")
         if self.create_pr and (self.branch or self.tag):
             raise ValueError("a pull request goes to the default branch and has no tag: leave branch and tag out")
         return self
+
+
+def command_line(
+    p: Parameters, model: dict[str, Any], benchmark: dict[str, Any], charts: dict[str, Any] | None, recipe_hash: str
+) -> str:
+    """Returns the command that makes the same release again, from what the run's names were resolved to.
+
+    What only this machine has is a placeholder, with what identifies it in a comment.
+    """
+    pinned: dict[str, Any] = {"model": model["name"], "charts": charts["name"] if charts else "none"}
+    for name, resolved in (("revision", model), ("benchmark_revision", benchmark), ("charts_revision", charts)):
+        pinned[name] = resolved["revision"] if resolved and "kind" in resolved else None
+    comment = ""
+    if "kind" not in model and not model["fixture"]:
+        pinned["model"] = MODEL
+        comment += f"  # {MODEL}: the directory whose files have the digest {model['revision']}"
+    if p.recipe.endswith(".json"):
+        pinned["recipe"] = RECIPE
+        comment += f"  # {RECIPE}: the recipe with the hash {recipe_hash}"
+    words = ["quantize-gemma", "run"]
+    for name, field in Parameters.model_fields.items():
+        value = pinned.get(name, getattr(p, name))
+        if name in SHAPES_NOTHING or value is None or (value == field.default and name not in ALWAYS_SAID):
+            continue
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return shlex.join(words) + comment
 
 
 def taking_parameters(function: Callable[..., Any]) -> Callable[..., Any]:

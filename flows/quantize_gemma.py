@@ -19,7 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
-from flows.parameters import Parameters, taking_parameters
+from flows.parameters import Parameters, command_line, taking_parameters
 from flows.server import outlive_server_restarts
 from flows.summary import Interrupted, empty_summary
 from tasks import machine, process, store
@@ -33,17 +33,17 @@ from tasks.evaluate.agreement import evaluate_pte
 from tasks.evaluate.charts import evaluate_on_charts
 from tasks.export import export
 from tasks.fingerprint import versions
-from tasks.gate import LIMITS, GateRefused, gate, gate_table
+from tasks.gate import LIMITS, GateRefused, compare_with_published, gate, gate_table, required_checks
 from tasks.policies import as_task, failure_of, missing, open_record, retried
 from tasks.quantize import quantize
-from tasks.recipe import load_recipe
+from tasks.recipe import load_recipe, recipe_hash
 from tasks.redact import redact, redact_logs
 from tasks.smoke import smoke, smoke_pte
 from tasks.stage import Stage
 from tasks.store import RunError, StageFailed, UserError
 from tasks.units import human_size
 from tasks.untie import untie
-from tasks.upload import check_target, publish, published_accuracy
+from tasks.upload import check_target, publish, published_metrics
 
 
 @flow(
@@ -64,7 +64,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         checked = (p.max_seq_len, p.device, p.cluster, p.custom_kv_cache, p.workers)
         plan = run.light("check", check_run, p.model, p.recipe, *checked)
         if p.target:
-            run.light("check target", check_target, p.target, p.create_pr)
+            run.light("check target", check_target, p.target, p.branch, p.create_pr, p.adopt)
         model = run.light("resolve", resolve_model, p.model, p.revision, p.offline)
         benchmark = run.light("resolve benchmark", resolve_benchmark, p.benchmark, p.benchmark_revision, p.offline)
         charts = None
@@ -123,6 +123,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             charts=named(charts) if charts else None,
             recipe=recipe,
             max_seq_len=p.max_seq_len,
+            command=command_line(p, model, benchmark, charts, recipe_hash(recipe)),
             limits={name: getattr(p, name) for name in LIMITS},
             versions=versions(LIBRARIES),
             run_id=str(runtime.flow_run.id),
@@ -132,18 +133,22 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         remember(benchmark, p.benchmark_revision)
         if charts:
             remember(charts, p.charts_revision)
-        folder = open_record(release).path
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        show(folder, metrics)
+        artifact = open_record(release)
+        metrics = json.loads(store.read_file(artifact, "metrics.json"))
+        show(artifact.path, metrics)
         run.summary["release"] = str(store.path_of("card", release["key"]))
         run.summary["metrics"] = {name: metrics[name] for name in ("base", "quantized", "program")}
-        before = run.light("published", published_accuracy, p.target, p.branch, metrics) if p.target else None
-        run.summary["gate"] = run.light("gate", gate, metrics, before, p.max_regression)
+        required = required_checks("vision_config" in read_config(files), charts is not None, p.target is not None)
+        regression = None
+        if p.target:
+            before = run.light("published", published_metrics, p.target, p.branch)
+            regression = compare_with_published(metrics, before, p.max_regression)
+        run.summary["gate"] = run.light("gate", gate, metrics, required, regression)
         if p.target is None:
             get_run_logger().info("upload: skipped, no target was given")
         else:
-            how = (p.branch, p.create_pr, p.private, p.tag, p.keep)
-            run.summary["publication"] = run.light("upload", publish, folder, p.target, metrics, *how)
+            how = (p.branch, p.create_pr, p.private, p.tag, p.adopt)
+            run.summary["publication"] = run.light("upload", publish, artifact, p.target, *how)
             run.summary["published"] = run.summary["publication"]["url"]
         if run.changed_nothing():
             rename_run(f"{name} unchanged")

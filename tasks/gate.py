@@ -22,6 +22,20 @@ COMPARED = {
     "image": "after an image",
 }
 SHOWN = 5
+# What two MMLU scores must have in common to be compared, and where it stands in metrics.json.
+MEASURED_ON = {
+    "benchmark": ("benchmark",),
+    "benchmark revision": ("benchmark_revision",),
+    "fixture benchmark": ("fixture_benchmark",),
+    "fixture model": ("fixture_model",),
+    "task": ("quantized", "mmlu", "task"),
+    "task version": ("quantized", "mmlu", "task_version"),
+    "number of examples": ("quantized", "mmlu", "num_fewshot"),
+    "limit": ("quantized", "mmlu", "limit"),
+    "number of questions": ("quantized", "mmlu", "questions"),
+    "version of lm-eval": ("versions", "lm-eval"),
+}
+MISSING = object()
 
 Check = dict[str, Any]
 
@@ -39,26 +53,95 @@ class GateRefused(RunError):
         self.verdict = verdict
 
 
-def gate(metrics: dict[str, Any], published: float | None, max_regression: float) -> dict[str, Any]:
+def required_checks(multimodal: bool, charts: bool, published: bool) -> list[str]:
+    """Returns the names of the checks without which no release passes.
+
+    `charts` says whether ChartQA was to be measured, `published` whether the release is to follow another one.
+    """
+    parts = ["", "_last", "_step_by_step", "_prompts", *["_image"] * multimodal]
+    return [
+        *(f"{name}_{kind}" for name in ("mmlu", *["chartqa"] * charts) for kind in ("drop", "recovery")),
+        "program_disagreement",
+        *(f"program_kl{part}" for part in parts),
+        *["vision_encoder"] * multimodal,
+        *["regression"] * published,
+    ]
+
+
+def gate(metrics: dict[str, Any], required: list[str], regression: Check | None = None) -> dict[str, Any]:
     """Returns the verdict of metrics.json, and whether the release is good enough to follow the published one.
 
-    `published` is the accuracy, in percent, of the release that would be replaced, if there is one; `max_regression`
-    how many points it may be lost by. Raises GateRefused.
+    `required` are the checks that there must be; `regression` is compare_with_published()'s. Raises GateRefused.
     """
-    checks = list(metrics["gate"]["checks"])
-    if published is not None:
-        loss = round(published - 100 * metrics["quantized"]["mmlu"]["accuracy"], 4)
-        what = f"MMLU is {loss:.2f} points below what is published"
-        # How sure the published number was is not known.
-        checks.append(_at_most("regression", what, loss, max_regression))
+    checks = [*metrics["gate"]["checks"], *([regression] if regression else [])]
+    there = {check["name"] for check in checks}
+    checks += [
+        _check(name, f"{name.replace('_', ' ')} was not measured", math.nan, math.nan, False, math.nan, None)
+        for name in required
+        if name not in there
+    ]
     verdict = _verdict(checks)
     if not verdict["passed"]:
         raise GateRefused(verdict, metrics["program"]["mmlu"]["disagreements"])
     return verdict
 
 
+def compare_with_published(metrics: dict[str, Any], published: dict[str, Any] | None, max_regression: float) -> Check:
+    """Returns the check that MMLU is at most so many points below what is published.
+
+    `published` is the metrics.json at the target's head, None if there is none; anybody may have written it. Only like
+    is compared with like: what was measured otherwise says nothing, and the check then says that it does not.
+    """
+    why = _unlike(metrics, published)
+    if why:
+        return _uninformative("regression", f"MMLU is not compared with what is published: {why}", max_regression)
+    assert published is not None
+    accuracy = published["quantized"]["mmlu"]["accuracy"]
+    loss = round(100 * (accuracy - metrics["quantized"]["mmlu"]["accuracy"]), 4)
+    what = f"MMLU is {abs(loss):.2f} points {'below' if loss >= 0 else 'above'} what is published"
+    # How sure the published number was is not known.
+    return _at_most("regression", what, loss, max_regression)
+
+
+def _unlike(metrics: dict[str, Any], published: dict[str, Any] | None) -> str | None:
+    """Returns why the two cannot be compared, None if they can."""
+    if published is None:
+        return "there is no metrics.json yet"
+    for what, path in MEASURED_ON.items():
+        here, there = _look_up(metrics, path), _look_up(published, path)
+        if here is MISSING or type(here) is not type(there) or here != there:
+            return f"its {what} is {_shown(here)} here and {_shown(there)} there"
+    accuracy = _look_up(published, ("quantized", "mmlu", "accuracy"))
+    if type(accuracy) not in (int, float) or not 0 <= accuracy <= 1:
+        return f"its accuracy is {_shown(accuracy)} there"
+    return None
+
+
+def _look_up(metrics: Any, path: tuple[str, ...]) -> Any:
+    """Returns what stands there, or MISSING."""
+    for name in path:
+        if not isinstance(metrics, dict) or name not in metrics:
+            return MISSING
+        metrics = metrics[name]
+    return metrics
+
+
+def _shown(value: Any) -> str:
+    """Returns a value of unknown origin as a few characters."""
+    if value is MISSING or value is None:
+        return "not said" if value is MISSING else "none"
+    if not isinstance(value, (str, int, float)):
+        return "no plain value"
+    return textwrap.shorten(repr(value), 60, placeholder="…")
+
+
+def _uninformative(name: str, message: str, limit: float) -> Check:
+    said = {"name": name, "status": "uninformative", "passed": True, "weak": False, "limit": limit, "message": message}
+    return {**said, **dict.fromkeys(("value", "margin", "stderr", "confidence"))}
+
+
 def judge(metrics: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
-    """Returns {"passed", "weak", "checks": [{"name", "passed", "weak", "value", "limit", "margin", …}]}.
+    """Returns {"passed", "weak", "checks": [{"name", "status", "passed", "weak", "value", "limit", "margin", …}]}.
 
     `limits` are those of LIMITS, parameters of the flow: the drops in points of accuracy; `min_recovery` in percent of
     the base's score; `max_disagreement` in points, how many percent more of the questions the program may answer
@@ -68,7 +151,8 @@ def judge(metrics: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
 
     A check's `margin` is what it holds by, less than 0 if it does not. `stderr` is the value's standard error, from
     the questions on which the columns differ, and `confidence` the probability that the true value is within the
-    limit; both are None where questions are not what is counted.
+    limit; both are None where questions are not what is counted. Its `status` is "pass", "fail", or "uninformative" if
+    there was nothing to compare; what is no finite number fails, and is None.
 
     The value decides, however sure it is: a run on few questions is as good as its number, and `weak` tells that its
     number says little. The disagreement and the answers to long prompts are the exception, for their samples are
@@ -115,14 +199,14 @@ def _distances(agreement: dict[str, Any], max_ratio: float) -> list[Check]:
     checks = []
     parts = {"": agreement, **{name: agreement[name] for name in COMPARED if name in agreement}}
     for name, part in parts.items():
-        value, limit = part["kl_program"], max(max_ratio * part["kl_activation_noise"], FLOOR)
+        value, limit = _as_number(part["kl_program"]), max(max_ratio * _as_number(part["kl_activation_noise"]), FLOOR)
         what = f"the program is {value:.6f} nats from the checkpoint {COMPARED.get(name, '')}".strip()
         stderr = _stderr_of_excess(part["positions"], max_ratio) if "positions" in part else None
         checks.append(_unless_chance(f"program_kl_{name}".rstrip("_"), what, value, limit, stderr))
     if "vision_encoder" in agreement:
-        found = agreement["vision_encoder"]
-        what = f"the vision encoder's squared error is {found['error']:.2g}"
-        checks.append(_at_most("vision_encoder", what, found["error"], max(max_ratio * found["noise"], FLOOR)))
+        error, noise = (_as_number(agreement["vision_encoder"][name]) for name in ("error", "noise"))
+        what = f"the vision encoder's squared error is {error:.2g}"
+        checks.append(_at_most("vision_encoder", what, error, max(max_ratio * noise, FLOOR)))
     return checks
 
 
@@ -151,17 +235,21 @@ def _at_most(name: str, what: str, value: float, limit: float, stderr: float | N
 def _check(
     name: str, what: str, value: float, limit: float, passed: bool, margin: float, stderr: float | None
 ) -> Check:
-    sure = None if stderr is None else confidence(margin, stderr)
+    numbers = {"value": value, "limit": limit, "margin": margin}
+    finite = {key: number if math.isfinite(number) else None for key, number in numbers.items()}
+    passed = passed and None not in finite.values()
+    sure = None if stderr is None or None in finite.values() else confidence(margin, stderr)
     outcome = f"{'held' if margin >= 0 else 'failed'} by {abs(margin):.3g}"
     if passed and margin < 0:
         outcome = f"over by {-margin:.3g}, which chance explains"
+    if None in finite.values():
+        outcome = "failed, for that is no number"
     return {
         "name": name,
+        "status": "pass" if passed else "fail",
         "passed": passed,
         "weak": passed and sure is not None and sure < CONFIDENT,
-        "value": value,
-        "limit": limit,
-        "margin": margin,
+        **finite,
         "stderr": stderr,
         "confidence": None if sure is None else round(sure, 6),
         "message": f"{what}: {outcome}" + ("" if sure is None else f", confidence {_percent(sure)}"),
@@ -185,7 +273,7 @@ def gate_table(checks: list[Check]) -> list[dict[str, str]]:
             "limit": ("≥ " if check["name"].endswith("recovery") else "≤ ") + _number(check["limit"], None),
             "margin": _number(check["margin"], None),
             "confidence": "" if check["confidence"] is None else _percent(check["confidence"]),
-            "verdict": "refused" if not check["passed"] else "held, weakly" if check["weak"] else "held",
+            "verdict": _as_word(check),
         }
         for check in checks
     ]
@@ -212,7 +300,20 @@ def _as_text(disagreements: list[dict[str, Any]]) -> str:
     return "\n".join(lines + ["…"] * (len(disagreements) > SHOWN))
 
 
-def _number(value: float, stderr: float | None) -> str:
+def _as_word(check: Check) -> str:
+    if check["status"] == "uninformative":
+        return "not compared"
+    return "refused" if not check["passed"] else "held, weakly" if check["weak"] else "held"
+
+
+def _as_number(value: Any) -> float:
+    """Returns a measured value; what is none, or infinite, is not a number."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
+def _number(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return ""
     if stderr is None:
         return f"{value:.3g}"
     return f"{value:.2f} ± {stderr:.2f}" if stderr >= 0.005 else f"{value:.2g} ± {stderr:.2g}"

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import re
+import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -112,17 +114,17 @@ def explained(kind: str, repository: str, revision: str | None = None) -> Iterat
             f"{repository} has no revision {revision!r}: give a branch, tag or commit that it has"
         ) from None
     except EntryNotFoundError as error:
-        raise UserError(f"{repository} lacks a file that it should have ({redact(str(error))})") from None
+        raise UserError(f"{repository} lacks a file that it should have ({_said(error)})") from None
     except RepositoryNotFoundError:
         raise UserError(
             f"the Hub has no {kind} {repository!r}, or none that your token may see: check the name, and "
             f"{_variable().rstrip(',')}"
         ) from None
     except HFValidationError as error:
-        raise UserError(f"{repository!r} is no name of a Hub repository ({error})") from None
+        raise UserError(f"{repository!r} is no name of a Hub repository ({_said(error)})") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = redact(str(error.server_message or error))
+        said = _said(error.server_message or error)
         if status == 401:
             raise UserError(
                 f"the Hub refuses the token for {repository}: set {_variable()} to one that is valid"
@@ -143,19 +145,24 @@ def explained(kind: str, repository: str, revision: str | None = None) -> Iterat
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set: unset it, or give --offline to go on with what is there") from None
     except httpx.ConnectError as error:
-        raise StageFailed(f"the Hub cannot be reached at {constants.ENDPOINT} ({error})", True) from None
+        raise StageFailed(f"the Hub cannot be reached at {constants.ENDPOINT} ({_said(error)})", True) from None
     except RunError:
         raise
     except httpx.HTTPError as error:
         # Its text may hold a header or a signed address.
-        raise StageFailed(f"{type(error).__name__}: {redact(str(error))}", *is_transient(error)) from None
+        raise StageFailed(f"{type(error).__name__}: {_said(error)}", *is_transient(error)) from None
     except ValueError as error:
         # Neither JSON nor text: what arrived is not what the Hub sent.
         if not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
             raise _unexpected(error) from None
-        raise StageFailed(f"the Hub's answer for {repository} cannot be read ({redact(str(error))})", True) from None
+        raise StageFailed(f"the Hub's answer for {repository} cannot be read ({_said(error)})", True) from None
     except Exception as error:
         raise _unexpected(error) from None
+
+
+def _said(what: object) -> str:
+    """Returns what the Hub or its client said, as a part of one sentence."""
+    return textwrap.shorten(redact(str(what)), 300, placeholder=" …")
 
 
 def _unexpected(error: Exception) -> StageFailed:
@@ -170,7 +177,7 @@ def _unexpected(error: Exception) -> StageFailed:
         # A stage's own process, or none of a run.
         logger.error(where)
         report(where)
-    return StageFailed(f"{type(error).__name__}: {redact(str(error))}", *is_transient(error))
+    return StageFailed(f"{type(error).__name__}: {_said(error)}", *is_transient(error))
 
 
 def _come_back(headers: Mapping[str, str]) -> str:
@@ -271,6 +278,19 @@ def fetch(
         report(0)
 
 
+def read(kind: str, repository: str, revision: str, file: Any, value: str | None) -> bytes:
+    """Returns the content of a small file, as the Hub describes it. `value` is the token.
+
+    Raises StageFailed if something else arrives.
+    """
+    with tempfile.TemporaryDirectory() as folder, explained(kind, repository, revision):
+        path = Path(folder) / "file"
+        _get(path, kind, repository, revision, file, value, lambda _: None)
+        if not is_file(path, file):
+            raise StageFailed(f"{file.rfilename} of {repository} is not what the Hub's own hash says", True)
+        return path.read_bytes()
+
+
 def is_file(path: Path, file: Any) -> bool:
     """Tells whether the file has the size and hash of the Hub's description: SHA-256, or git's SHA-1 for small ones."""
     if path.stat().st_size != file.size:
@@ -278,12 +298,11 @@ def is_file(path: Path, file: Any) -> bool:
     if file.lfs is not None:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest() == file.lfs.sha256
-    return git_sha1(path) == file.blob_id
+    return git_sha1(path.read_bytes()) == file.blob_id
 
 
-def git_sha1(path: Path) -> str:
-    """Returns the file's hash as git computes it."""
-    content = path.read_bytes()
+def git_sha1(content: bytes) -> str:
+    """Returns a file's hash as git computes it."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -320,6 +339,9 @@ def _get(
             said = 0
             for chunk in response.iter_raw():
                 stream.write(chunk)
+                # More than was announced is wrong already, and might never end.
+                if stream.tell() > file.size:
+                    break
                 if stream.tell() - said >= REPORTED_BYTES:
                     said = stream.tell()
                     report(said)

@@ -393,6 +393,38 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def read_file(artifact: Artifact, name: str) -> bytes:
+    """Returns the content of an artifact's file. Raises StageFailed if it is not what the manifest says."""
+    try:
+        content = (artifact.path / name).read_bytes()
+    except OSError:
+        raise file_changed(artifact, name) from None
+    if hashlib.sha256(content).hexdigest() != artifact.files[name].sha256:
+        raise file_changed(artifact, name)
+    return content
+
+
+def check_file(artifact: Artifact, name: str) -> None:
+    """Hashes an artifact's file. Raises StageFailed if it is not what the manifest says."""
+    try:
+        digest = digest_file(artifact.path / name)
+    except OSError:
+        raise file_changed(artifact, name) from None
+    if digest != artifact.files[name].sha256:
+        raise file_changed(artifact, name)
+
+
+def file_changed(artifact: Artifact, name: str) -> StageFailed:
+    """Returns the failure that a damaged file is, and has the store look at it, so that the next run makes it again."""
+    path = artifact.path / name
+    # A file is trusted as long as its time is the manifest's; hard links share it, so this reaches all of them.
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return StageFailed(
+        f"{path} is not what it was when it was made: start the run again, which makes it again, and check the disk"
+    )
+
+
 def _publish(partial: Path, stage: Path, artifact_key: str) -> None:
     """Makes a complete directory the artifact's current generation, at once: readers see the one before or this one."""
     place, name = stage / artifact_key, uuid.uuid4().hex[:8]

@@ -26,6 +26,7 @@ def make_release(
     charts: dict[str, Any] | None,
     recipe: dict[str, Any],
     max_seq_len: int,
+    command: str,
     limits: dict[str, float],
     versions: dict[str, str],
     run_id: str,
@@ -33,24 +34,40 @@ def make_release(
 ) -> dict[str, Any]:
     """Fills `target` with a release that can be pushed to the Hub as it is: checkpoint, program, metrics.json, card.
 
-    `model`, `benchmark` and `charts` say what was resolved: {"name", "revision", "fixture", …}; `limits` the gate's;
-    `versions` the libraries'; `stages` are the artifacts' directories by stage.
+    `model`, `benchmark` and `charts` say what was resolved: {"name", "revision", "fixture", …}; `command` makes
+    the same release again; `limits` are the gate's; `versions` the libraries'; `stages` are the artifacts' directories
+    by stage.
     """
     artifacts = {name: store.at(path) for name, path in stages.items()}
-    metrics = collect_metrics(artifacts, model, benchmark, charts, recipe, max_seq_len, versions)
+    metrics = collect_metrics(artifacts, model, benchmark, charts, recipe, max_seq_len, command, versions)
     metrics["run_id"] = run_id
     metrics["gate"] = {"limits": limits, **judge(metrics, limits)}
-    checkpoint = artifacts["quantize"]
-    for name in checkpoint.files:
-        store.link(checkpoint.path / name, target / name)
-    for name in artifacts["export"].files:
-        store.link(artifacts["export"].path / name, target / name)
+    hashes = {}
+    for made in (artifacts["quantize"], artifacts["export"]):
+        for name, file in made.files.items():
+            # Nothing that has changed since it was measured becomes part of a release.
+            store.check_file(made, name)
+            store.link(made.path / name, target / name)
+            hashes[name] = file.sha256
     draw_subjects(metrics, target / "mmlu-by-subject.png")
     (target / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
     (target / "README.md").write_text(render(metrics, recipe, sizes), encoding="utf-8")
     check_front_matter(target / "README.md", metrics)
+    write_file_list(target, hashes)
     return {"metadata": {"recipe_hash": metrics["recipe_hash"]}}
+
+
+def write_file_list(release: Path, hashes: dict[str, str]) -> None:
+    """Writes release.json, which says what the other files are: {"files": {name: {"size", "sha256"}}}.
+
+    `hashes` are the SHA-256 that are known already.
+    """
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": hashes.get(path.name) or store.digest_file(path)}
+        for path in sorted(release.iterdir())
+    }
+    (release / "release.json").write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
 def chartqa_scores(metrics: dict[str, Any]) -> dict[str, dict[str, str]]:

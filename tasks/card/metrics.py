@@ -35,6 +35,7 @@ def collect_metrics(
     charts: dict[str, Any] | None,
     recipe: dict[str, Any],
     max_seq_len: int,
+    command: str,
     versions: dict[str, str],
 ) -> dict[str, Any]:
     """Returns what metrics.json says: results, sizes, versions, commands, and time and memory of each stage."""
@@ -42,22 +43,6 @@ def collect_metrics(
     mmlu = {name: scores[name]["mmlu"] for name in scores}
     program = artifacts["smoke_program"]
     limit = mmlu["base"]["limit"]
-    run = f"quantize-gemma run --model {model['name']} --recipe {recipe['name']} --max-seq-len {max_seq_len}"
-    if not model["fixture"]:
-        run += f" --revision {model['revision']}"
-    run += f" --benchmark {benchmark['name']}" + (f" --limit {limit}" if limit else "")
-    run += "".join(
-        f" --no-{name.replace('_', '-')}"
-        for name in ("custom_sdpa", "custom_kv_cache", "last_logits_only")
-        if not artifacts["export"].metadata[name]
-    )
-    for name, resolved in (("benchmark", benchmark), ("charts", charts)):
-        if resolved and not resolved["fixture"]:
-            run += f" --{name}-revision {resolved['revision']}"
-    run += f" --charts {charts['name'] if charts else 'none'}"
-    # What was asked for: of a sample, those that do not fit into the program are left out.
-    run += f" --program-questions {artifacts['evaluate_program'].metadata['sample_size']}"
-    run += f" --max-new-tokens {artifacts['smoke'].metadata['max_new_tokens']}"
     return {
         "base_model": model["name"],
         "base_revision": model["revision"],
@@ -71,7 +56,7 @@ def collect_metrics(
         "recipe_hash": recipe_hash(recipe),
         "max_seq_len": max_seq_len,
         "commands": {
-            "run": run,
+            "run": command,
             "mmlu": "lm_eval --model hf --model_args pretrained=PATH_OR_NAME,dtype=bfloat16 --tasks mmlu "
             + (f"--limit {limit} " if limit else "")
             + f"--device {mmlu['base']['device']}",

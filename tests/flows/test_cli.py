@@ -110,6 +110,8 @@ def test_too_little_disk_is_said_with_both_sizes(fresh: CommandLine, tiny_copy: 
         (["--no-custom-kv-cache"], ["custom_kv_cache", "sliding window", "64 tokens"]),
         (["--benchmark", "gsm8k"], ["benchmark", "gsm8k", "'cais/mmlu'"]),
         (["--charts", "plots"], ["charts", "plots", "'HuggingFaceM4/ChartQA'"]),
+        (["--model", "me/gemma", "--target", "Me/gemma"], ["target is the model itself"]),
+        (["--keep", "*.png"], ["--keep is gone", "only files that an earlier release wrote are removed"]),
         (["--refresh", "quantise"], ["refresh", "quantise", "'quantize'"]),
         (["--cluster", "localhost:8786"], ["'localhost:8786'", "tcp://host:8786 (Dask)", "ray://host:10001 (Ray)"]),
         (["--cluster", "tcp://127.0.0.1:1"], ["tcp://127.0.0.1:1", "refused", "start the cluster"]),

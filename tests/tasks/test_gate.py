@@ -1,11 +1,12 @@
 """The gate's bar is where it says, and it says how sure it is."""
 
+import json
 import math
 from typing import Any
 
 import pytest
 
-from tasks.gate import GateRefused, gate, judge
+from tasks.gate import GateRefused, compare_with_published, gate, gate_table, judge, required_checks
 from tasks.paired import confidence, count_pairs, share_difference, share_ratio
 
 LIMITS = {
@@ -180,18 +181,118 @@ def test_a_disagreement_that_chance_explains_is_told() -> None:
     )
 
 
-@pytest.mark.parametrize(("published", "failed"), [(None, []), (90.0, []), (91.0, []), (91.01, ["regression"])])
-def test_a_release_is_refused_when_it_is_worse_than_the_published_one(
-    published: float | None, failed: list[str]
-) -> None:
-    measured = metrics(pairs(90, 0, 0, 10))
+def on_mmlu(accuracy: Any) -> dict[str, Any]:
+    """Makes what metrics.json says of MMLU, and how it was measured."""
+    scored = {"accuracy": accuracy, "task": "mmlu", "task_version": "2", "num_fewshot": 0, "limit": None}
+    return {
+        "benchmark": "cais/mmlu",
+        "benchmark_revision": "c" * 40,
+        "fixture_benchmark": False,
+        "fixture_model": False,
+        "versions": {"lm-eval": "0.4.13"},
+        "quantized": {"mmlu": {**scored, "questions": 14042}},
+    }
+
+
+@pytest.mark.parametrize(("published", "failed"), [(0.9, []), (0.91, []), (0.9101, ["regression"])])
+def test_a_release_is_refused_when_it_is_worse_than_the_published_one(published: float, failed: list[str]) -> None:
+    measured = {**metrics(pairs(90, 0, 0, 10)), **on_mmlu(0.9)}
     measured["gate"] = judge(measured, LIMITS)
+    check = compare_with_published(measured, on_mmlu(published), 1.0)
     if not failed:
-        assert gate(measured, published, 1.0)["passed"]
+        assert gate(measured, ["regression"], check)["passed"]
+        assert check["status"] == "pass"
         return
     with pytest.raises(GateRefused, match=r"1\.01 points below what is published, at most 1") as error:
-        gate(measured, published, 1.0)
+        gate(measured, ["regression"], check)
     assert refused(error.value.verdict) == failed
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"benchmark": "mmlu-mini"}, "its benchmark is 'cais/mmlu' here and 'mmlu-mini' there"),
+        ({"benchmark_revision": "d" * 40}, "its benchmark revision is"),
+        ({"fixture_benchmark": True}, "its fixture benchmark is False here and True there"),
+        ({"fixture_benchmark": 0}, "its fixture benchmark is False here and 0 there"),
+        ({"fixture_model": True}, "its fixture model is"),
+        ({"versions": {"lm-eval": "0.4.12"}}, "its version of lm-eval is '0.4.13' here and '0.4.12' there"),
+        ({"versions": None}, "its version of lm-eval is '0.4.13' here and not said there"),
+        ({"quantized": []}, "its task is 'mmlu' here and not said there"),
+        ({"limit": 20}, "its limit is none here and 20 there"),
+        ({"task_version": "1"}, "its task version is '2' here and '1' there"),
+        ({"num_fewshot": 5}, "its number of examples is 0 here and 5 there"),
+        ({"questions": 1140}, "its number of questions is 14042 here and 1140 there"),
+        ({"questions": {}}, "its number of questions is 14042 here and no plain value there"),
+        ({"task": "x\n" * 1000}, "its task is 'mmlu' here and"),
+        ({"accuracy": "0.95"}, "its accuracy is '0.95' there"),
+        ({"accuracy": None}, "its accuracy is none there"),
+        ({"accuracy": True}, "its accuracy is True there"),
+        ({"accuracy": 95.0}, "its accuracy is 95.0 there"),
+        ({"accuracy": math.nan}, "its accuracy is nan there"),
+    ],
+)
+def test_only_like_is_compared_with_like_and_the_verdict_says_what_is_not(change: dict[str, Any], why: str) -> None:
+    measured = {**metrics(pairs(90, 0, 0, 10)), **on_mmlu(0.5)}
+    measured["gate"] = judge(measured, LIMITS)
+    published = on_mmlu(0.95)
+    for name, value in change.items():
+        (published if name in published else published["quantized"]["mmlu"])[name] = value
+    verdict = gate(measured, ["regression"], compare_with_published(measured, published, 1.0))
+    check = found(verdict, "regression")
+    assert check["status"] == "uninformative"
+    assert check["message"].startswith(f"MMLU is not compared with what is published: {why}")
+    assert len(check["message"]) < 200
+    assert "\n" not in check["message"]
+    assert gate_table([check])[0]["verdict"] == "not compared"
+
+
+@pytest.mark.parametrize("published", [None, {}])
+def test_the_verdict_says_that_there_was_nothing_to_compare_with(published: dict[str, Any] | None) -> None:
+    check = compare_with_published(on_mmlu(0.5), published, 1.0)
+    assert check["status"] == "uninformative"
+    assert ("there is no metrics.json yet" if published is None else "not said there") in check["message"]
+
+
+@pytest.mark.parametrize(
+    ("multimodal", "charts", "published", "more"),
+    [
+        (False, False, False, set()),
+        (True, False, False, {"program_kl_image", "vision_encoder"}),
+        (True, True, False, {"program_kl_image", "vision_encoder", "chartqa_drop", "chartqa_recovery"}),
+        (False, False, True, {"regression"}),
+    ],
+)
+def test_a_release_without_one_of_the_checks_that_it_must_have_is_refused(
+    multimodal: bool, charts: bool, published: bool, more: set[str]
+) -> None:
+    required = required_checks(multimodal, charts, published)
+    kl = {"program_kl", "program_kl_last", "program_kl_step_by_step"}
+    assert set(required) == {"mmlu_drop", "mmlu_recovery", "program_disagreement", *kl, *more}
+    measured = metrics(pairs(90, 0, 0, 10))
+    there = judge(measured, LIMITS)["checks"][0]
+    whole = [{**there, "name": name} for name in required]
+    for absent in range(len(required)):
+        measured["gate"] = {"checks": whole[:absent] + whole[absent + 1 :]}
+        with pytest.raises(GateRefused, match=f"{required[absent].replace('_', ' ')} was not measured") as error:
+            gate(measured, required)
+        assert refused(error.value.verdict) == [required[absent]]
+    measured["gate"] = {"checks": whole}
+    assert gate(measured, required)["passed"]
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["kl_program", "kl_activation_noise"])
+def test_a_number_that_is_none_is_refused_and_leaves_json_that_can_be_read(value: float | None, place: str) -> None:
+    measured = metrics(pairs(90, 0, 0, 10), 0.01)
+    measured["program"]["agreement"]["last"] = {"kl_program": 0.01, "kl_activation_noise": 0.03, place: value}
+    verdict = judge(measured, LIMITS)
+    assert refused(verdict) == ["program_kl_last"]
+    json.dumps(verdict, allow_nan=False)
+    assert "no number" in found(verdict, "program_kl_last")["message"]
+    measured["gate"] = verdict
+    with pytest.raises(GateRefused, match="no number"):
+        gate(measured, [])
 
 
 def test_a_refusal_shows_all_checks_and_the_questions_that_the_program_answers_otherwise() -> None:
@@ -212,7 +313,7 @@ def test_a_refusal_shows_all_checks_and_the_questions_that_the_program_answers_o
     ]
     measured["gate"] = judge(measured, LIMITS)
     with pytest.raises(GateRefused) as error:
-        gate(measured, None, 1.0)
+        gate(measured, [])
     sentence, table, questions = str(error.value).split("\n\n")
     assert sentence.startswith(
         "the gate refuses the release: MMLU falls by 20.00 ± 4.05 points, at most 5: failed by 15"

@@ -184,7 +184,7 @@ def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
     metrics["program"]["mmlu"] = measured
     metrics["gate"] = judge(metrics, metrics["gate"]["limits"])
     with pytest.raises(GateRefused, match="the program") as refused:
-        gate(metrics, None, 1.0)
+        gate(metrics, [])
     failed = [check["name"] for check in refused.value.verdict["checks"] if not check["passed"]]
     assert failed == ["program_disagreement"]
     assert shown["question"] in str(refused.value)

@@ -1,15 +1,20 @@
 """A publish is one commit, or nothing; done again it finishes without sending twice."""
 
+import hashlib
 import json
+import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks import process
-from tasks.store import StageFailed, UserError
+from tasks import process, store
+from tasks.card import write_file_list
+from tasks.store import Artifact, StageFailed, UserError
 from tests.hub.server import Hub, serve
 
 WRITER, READER, SCOPED = "hf_writer000000", "hf_reader000000", "hf_scoped000000"
@@ -20,8 +25,10 @@ METRICS = {
     "base_revision": "a" * 40,
     "recipe_hash": "b" * 64,
     "run_id": "c0ffee",
+    "versions": {},
+    "quantized": {},
+    "program": {},
 }
-KEEP = [".gitattributes", "*.jpg"]
 
 
 @pytest.fixture
@@ -43,14 +50,36 @@ def release(tmp_path: Path) -> Path:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 4000)
     (folder / "model.pte").write_bytes(bytes(range(255, -1, -1)) * 2000)
+    (folder / "metrics.json").write_text(json.dumps(METRICS))
     return folder
 
 
 def publish(hub: Hub, release: Path, token: str = WRITER, **settings: Any) -> dict[str, Any]:
+    """Puts the files into a store, as the card's stage does, and publishes that."""
+    return send(hub, make(release), token, **settings)
+
+
+def make(release: Path) -> Artifact:
+    """Returns an artifact with these files and their list, as the card's stage makes it."""
+    names = sorted(path.name for path in release.iterdir())
+    key = hashlib.sha256(b"".join(name.encode() + (release / name).read_bytes() for name in names)).hexdigest()
+
+    def fill(target: Path) -> dict[str, Any]:
+        for name in names:
+            shutil.copy(release / name, target / name)
+        write_file_list(target, {})
+        return {}
+
+    return store.produce("card", key, fill, release.parent / "store")
+
+
+def send(hub: Hub, artifact: Artifact, token: str = WRITER, **settings: Any) -> dict[str, Any]:
     """Publishes from a process of its own: the Hub's address is read when its client is imported."""
-    how = {"branch": None, "create_pr": False, "private": False, "tagged": False, "keep": KEEP, **settings}
-    values = {"repository": TARGET, "metrics": METRICS, **how}
-    return in_process("publish_in_process", hub, token, {"release": str(release)}, values)
+    how = {"branch": None, "create_pr": False, "private": False, "tagged": False, "adopt": False, **settings}
+    return in_process("publish_in_process", hub, token, {"release": str(artifact.path)}, {"repository": TARGET, **how})
+
+
+METRICS_TEXT = json.dumps(METRICS)
 
 
 def in_process(function: str, hub: Hub, token: str, paths: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
@@ -67,13 +96,18 @@ def in_process(function: str, hub: Hub, token: str, paths: dict[str, str], value
 def publish_in_process(_target: Path, release: Path, **settings: Any) -> dict[str, Any]:
     from tasks.upload import publish
 
-    return {"metadata": publish(release, **settings)}
+    return {"metadata": publish(store.at(release), **settings)}
 
 
-def check_in_process(_target: Path, repository: str, create_pr: bool) -> dict[str, Any]:
+def check(hub: Hub, token: str = WRITER, repository: str = TARGET, **settings: Any) -> None:
+    how = {"repository": repository, "branch": None, "create_pr": False, "adopt": False, **settings}
+    in_process("check_in_process", hub, token, {}, how)
+
+
+def check_in_process(_target: Path, **settings: Any) -> dict[str, Any]:
     from tasks.upload import check_target
 
-    check_target(repository, create_pr)
+    check_target(**settings)
     return {"metadata": {}}
 
 
@@ -124,7 +158,7 @@ def test_files_of_the_release_before_go_and_a_persons_files_stay(hub: Hub, relea
     hub.log.clear()
     publish(hub, release)
     assert commits(hub) == 1
-    assert set(contents(hub)) == {*files_of(release), "screenshot.jpg", ".gitattributes"}
+    assert set(contents(hub)) == {*files_of(release), "release.json", "screenshot.jpg", ".gitattributes"}
     # What did not change is not sent again.
     assert not hub.served("PUT", "")
 
@@ -232,7 +266,7 @@ def test_a_target_that_cannot_be_written_is_found_before_anything_starts(
     hub: Hub, token: str, repository: str, words: list[str]
 ) -> None:
     with pytest.raises(UserError) as refusal:
-        in_process("check_in_process", hub, token, {}, {"repository": repository, "create_pr": False})
+        check(hub, token, repository)
     for word in words:
         assert word in str(refusal.value)
     assert not hub.served("PUT", "")
@@ -240,7 +274,202 @@ def test_a_target_that_cannot_be_written_is_found_before_anything_starts(
 
 
 def test_a_target_that_can_be_written_passes(hub: Hub, release: Path, tmp_path: Path) -> None:
-    in_process("check_in_process", hub, WRITER, {}, {"repository": TARGET, "create_pr": False})
+    check(hub)
     publish(hub, release)
-    in_process("check_in_process", hub, WRITER, {}, {"repository": TARGET, "create_pr": False})
-    shutil.rmtree(release)
+    check(hub)
+    check(hub, branch="next")
+
+
+def add(hub: Hub, folder: Path, **files: str) -> None:
+    """Adds a person's files to the target."""
+    for name, text in files.items():
+        folder.mkdir(exist_ok=True)
+        (folder / name.replace("__", ".")).write_text(text)
+    hub.add("model", TARGET, folder)
+
+
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_a_repository_with_content_that_no_release_wrote_is_refused_unless_it_is_adopted(
+    hub: Hub, release: Path, tmp_path: Path, create_pr: bool
+) -> None:
+    add(hub, tmp_path / "person", COPYING="all of it", weights__gguf="GGUF", config__json="mine")
+    head = hub.head("model", TARGET)
+    for attempt in (lambda: check(hub, create_pr=create_pr), lambda: publish(hub, release, create_pr=create_pr)):
+        with pytest.raises(UserError, match=r"holds files that no release .* wrote \(COPYING, .*\): .* --adopt"):
+            attempt()
+    assert hub.head("model", TARGET) == head
+    assert not hub.served("PUT", "")
+    check(hub, create_pr=create_pr, adopt=True)
+    publish(hub, release, create_pr=create_pr, adopt=True)
+    there = contents(hub, "refs/pr/1" if create_pr else "main")
+    assert there["COPYING"] == b"all of it"
+    assert there["config.json"] == b"{}"
+    assert set(there) == {*files_of(release), "release.json", "COPYING", "weights.gguf", ".gitattributes"}
+    # From now on there is a release of ours.
+    if not create_pr:
+        (release / "config.json").unlink()
+        publish(hub, release)
+        assert set(contents(hub)) == {*files_of(release), "release.json", "COPYING", "weights.gguf", ".gitattributes"}
+
+
+@pytest.mark.parametrize(
+    ("readme", "content"),
+    [
+        ("---\nlicense: mit\n---\n", False),
+        ("---\r\nlicense: other\r\nlicense_name: acme\r\nlicense_link: LICENSE\r\n---\r\n", False),
+        ("", False),
+        ("---\nlicense: mit\n---\n# My notes\n", True),
+        ("---\nbase_model: me/gemma\n---\n", True),
+        ("My notes", True),
+    ],
+)
+def test_the_stub_that_the_hub_makes_is_not_content(hub: Hub, tmp_path: Path, readme: str, content: bool) -> None:
+    add(hub, tmp_path / "person", README__md=readme)
+    if content:
+        with pytest.raises(UserError, match=r"no release of quantize-gemma wrote \(README\.md\)"):
+            check(hub)
+    else:
+        check(hub)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"metrics__json": "[" * 100_000},
+        {"metrics__json": '{"accuracy": 1}'},
+        {"metrics__json": json.dumps({**METRICS, "recipe_hash": "a hash"})},
+        {"release__json": "null"},
+        {"release__json": '{"files": ["COPYING"]}'},
+        {"release__json": '{"files": {"COPYING": null}}'},
+    ],
+)
+def test_a_file_that_only_looks_like_a_releases_makes_no_release(
+    hub: Hub, tmp_path: Path, claim: dict[str, str]
+) -> None:
+    add(hub, tmp_path / "person", COPYING="all of it", **claim)
+    with pytest.raises(UserError, match="no release of quantize-gemma wrote"):
+        check(hub)
+
+
+def test_a_release_of_the_version_before_is_known_by_its_metrics_and_only_what_it_wrote_goes(
+    hub: Hub, release: Path, tmp_path: Path
+) -> None:
+    old = shutil.copytree(release, tmp_path / "old")
+    (old / "mmlu-by-subject.png").write_bytes(b"a chart")
+    (old / "model-00001-of-00002.safetensors").write_bytes(b"a shard")
+    hub.add("model", TARGET, old)
+    add(hub, tmp_path / "person", notes__md="mine", model__gguf="mine")
+    check(hub)
+    publish(hub, release)
+    assert set(contents(hub)) == {*files_of(release), "release.json", "notes.md", "model.gguf", ".gitattributes"}
+
+
+def test_a_file_of_the_release_before_that_a_person_has_changed_stays(hub: Hub, release: Path, tmp_path: Path) -> None:
+    (release / "vocab.json").write_text("{}")
+    (release / "merges.json").write_text("{}")
+    publish(hub, release)
+    add(hub, tmp_path / "person", vocab__json='{"mine": 1}')
+    for name in ("vocab.json", "merges.json"):
+        (release / name).unlink()
+    publish(hub, release)
+    there = contents(hub)
+    assert there["vocab.json"] == b'{"mine": 1}'
+    assert "merges.json" not in there
+
+
+def flip(path: Path) -> None:
+    """Flips a bit as a bad disk does: the file's size and times stay."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    with path.open("r+b") as stream:
+        stream.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["model.pte", "metrics.json", "README.md", "release.json"])
+def test_a_flipped_bit_is_not_published_and_the_store_then_knows_of_it(hub: Hub, release: Path, name: str) -> None:
+    artifact = make(release)
+    flip(artifact.path / name)
+    assert store.load("card", artifact.key, release.parent / "store") is not None, "nobody has looked yet"
+    with pytest.raises(StageFailed, match=f"{name} is not what it was when it was made: start the run again"):
+        send(hub, artifact)
+    assert hub.log == []
+    assert store.load("card", artifact.key, release.parent / "store") is None
+
+
+def test_a_flipped_bit_in_what_is_already_published_is_found_too(hub: Hub, release: Path) -> None:
+    artifact = make(release)
+    send(hub, artifact)
+    flip(artifact.path / "model.safetensors")
+    with pytest.raises(StageFailed, match=r"model\.safetensors is not what it was"):
+        send(hub, artifact)
+    assert contents(hub)["model.safetensors"] == files_of(release)["model.safetensors"]
+
+
+def test_a_damaged_file_of_a_stage_is_damaged_in_the_release_that_links_it(hub: Hub, release: Path) -> None:
+    root = release.parent / "store"
+
+    def fill(target: Path) -> dict[str, Any]:
+        (target / "model.pte").write_bytes(b"a program" * 1000)
+        return {}
+
+    def link(target: Path) -> dict[str, Any]:
+        store.link(exported.path / "model.pte", target / "model.pte")
+        (target / "metrics.json").write_text(json.dumps(METRICS))
+        return {}
+
+    exported = store.produce("export", "e" * 64, fill, root)
+    card = store.produce("card", "c" * 64, link, root)
+    flip(exported.path / "model.pte")
+    with pytest.raises(StageFailed, match="is not what it was"):
+        send(hub, card)
+    assert store.load("export", "e" * 64, root) is None
+    assert store.load("card", "c" * 64, root) is None
+    made = store.produce("export", "e" * 64, fill, root)
+    assert (made.path / "model.pte").read_bytes() == b"a program" * 1000
+
+
+def test_a_file_that_changes_while_it_is_sent_is_not_published(hub: Hub, release: Path) -> None:
+    (release / "model.safetensors").write_bytes(bytes(range(256)) * 50_000)
+    artifact = make(release)
+    hub.faults.add(method="POST", path="/preupload/", delay=1, times=1)
+
+    def change() -> None:
+        while not hub.served("POST", "/preupload/"):
+            time.sleep(0.01)
+        flip(artifact.path / "model.safetensors")
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    with pytest.raises(StageFailed, match=r"model\.safetensors is not what it was"):
+        send(hub, artifact)
+    thread.join()
+    assert commits(hub) == 0
+
+
+@pytest.mark.parametrize("path", ["/preupload/", "/info/lfs/objects/batch", "/commit/"])
+def test_a_hub_that_wants_to_be_left_alone_for_years_ends_the_upload_at_once(
+    hub: Hub, release: Path, path: str
+) -> None:
+    hub.faults.add(method="POST", path=path, status=429, headers={"Retry-After": "99999999999"})
+    with pytest.raises(StageFailed, match="not to be asked again for more than a year") as failure:
+        publish(hub, release)
+    assert not failure.value.transient
+    assert len(hub.served("POST", path)) == 1
+
+
+def published_in_process(_target: Path, repository: str) -> dict[str, Any]:
+    from tasks.upload import published_metrics
+
+    return {"metadata": {"metrics": published_metrics(repository, None)}}
+
+
+@pytest.mark.parametrize("text", [None, METRICS_TEXT, "[1]", "{", "[" * 100_000, "1" * 9000, '{"a": "\\ud800"}'])
+def test_the_published_metrics_are_those_at_the_head_whatever_is_in_them(
+    hub: Hub, tmp_path: Path, text: str | None
+) -> None:
+    add(hub, tmp_path / "person", notes__md="mine", **({} if text is None else {"metrics__json": text}))
+    expected = {None: None, METRICS_TEXT: METRICS, '{"a": "\\ud800"}': {"a": "\ud800"}}.get(text, {})
+    found = in_process("published_in_process", hub, WRITER, {}, {"repository": TARGET})["metrics"]
+    assert found == expected
