@@ -1,0 +1,373 @@
+"""Everything that a Hub can do wrong, at every single request of a download and of a publish.
+
+    python -m tests.campaigns.hub_faults [--cases N] [--seed S]
+
+Most cases call what the flow calls, in this process, and try again as the flow does, without its waits; every fiftieth
+is a whole `quantize-gemma run` on a store in which all else is there. Whatever happens: no wrong file is accepted, the
+target is as it was or is the release, what is said is one sentence without a token, and the next try finishes with one
+commit.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from tests.campaigns import campaign
+from tests.hub.access import Tokens
+from tests.hub.server import Hub, serve
+
+TOKEN = "hf_MARKED000000"
+MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/ChartQA"
+SECONDS = 1
+METRICS = {
+    "recipe": "HQQ-INT8-INT4",
+    "base_model": MODEL,
+    "base_revision": "a" * 40,
+    "recipe_hash": "b" * 64,
+    "run_id": "c0ffee",
+    "versions": {},
+    "quantized": {},
+    "program": {},
+}
+PASSING: dict[str, dict[str, Any]] = {
+    "slow": {"delay": 1.5 * SECONDS},
+    "429": {"status": 429, "headers": {"Retry-After": "1"}},
+    "500": {"status": 500},
+    "503": {"status": 503},
+    "cut": {"cut": 1},
+    "wrong bytes": {"wrong_bytes": True},
+    "lost answer": {"status": 503, "after_work": True},
+    "lost connection": {"cut": 0, "after_work": True},
+    "moved head": {"delay": 0.2},
+}
+LASTING: dict[str, dict[str, Any]] = {
+    "429 for years": {"status": 429, "headers": {"Retry-After": "99999999999"}},
+    "401": {"status": 401},
+    "403": {"status": 403},
+    "404": {"status": 404},
+    "no such entry": {"status": 404, "error_code": "EntryNotFound"},
+    "no such revision": {"status": 404, "error_code": "RevisionNotFound"},
+    "412": {"status": 412},
+    "507": {"status": 507},
+}
+FAULTS = PASSING | LASTING
+PROCESS_EVERY = 50
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault at a request, once or from there on, in what is called `scenario`."""
+
+    scenario: str
+    request: int
+    fault: str
+    once: bool
+
+    def __str__(self) -> str:
+        return f"{self.scenario}, {self.fault} at request {self.request}{'' if self.once else ' and all after it'}"
+
+
+def run(cases: int, rng: random.Random) -> Iterator[str | None]:
+    """Yields a case's failure, or None."""
+    tokens: Tokens = {TOKEN: {"user": "team", "role": "write", "namespaces": []}}
+    with tempfile.TemporaryDirectory() as folder, serve(Path(folder) / "hub", tokens) as hub, client_of(hub):
+        hub.add("model", MODEL, BUILTIN["tiny-gemma3"])
+        hub.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
+        hub.add("dataset", CHARTS, BUILTIN_BENCHMARKS["chartqa-mini"])
+        tried = Tried(hub, Path(folder))
+        chosen = all_cases(tried)
+        rng.shuffle(chosen)
+        for number, case in enumerate(chosen[:cases]):
+            yield tried.try_case(case)
+            if number % PROCESS_EVERY == PROCESS_EVERY - 1:
+                yield tried.try_process(case)
+
+
+@contextmanager
+def client_of(hub: Hub) -> Iterator[None]:
+    """Points the Hub's client of this process at the local Hub, and shortens what it sleeps between its own tries."""
+    assert "huggingface_hub" not in sys.modules, "the client reads its Hub's address when it is imported"
+    os.environ |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(SECONDS),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_VERBOSITY": "critical",
+    }
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(seconds / 100)
+    try:
+        yield
+    finally:
+        time.sleep = sleep
+
+
+def all_cases(tried: "Tried") -> list[Case]:
+    """Returns each fault at each request that an undisturbed run of each scenario makes."""
+    found = []
+    for scenario in tried.scenarios:
+        tried.number += 1
+        tried.hub.log.clear()
+        tried.scenarios[scenario]()
+        requests = len(tried.hub.log)
+        found += [
+            Case(scenario, request, fault, once)
+            for request in range(requests)
+            for fault in FAULTS
+            for once in (True, False)
+        ]
+    return found
+
+
+class Tried:
+    """What is tried, and what must hold afterwards."""
+
+    def __init__(self, hub: Hub, folder: Path) -> None:
+        from tasks import store
+
+        self.hub = hub
+        self.folder = folder
+        self.number = 0
+        self.store = CommandStore(hub, folder)
+        self.old, self.new = (self.release(store, name) for name in ("old", "new"))
+        self.scenarios: dict[str, Callable[[], None]] = {
+            "download": self.download,
+            "publish": partial(self.publish, "publish"),
+            "publish over a release": partial(self.publish, "publish over a release", over=True),
+            "propose": partial(self.publish, "propose", over=True, create_pr=True),
+        }
+
+    def release(self, store: Any, name: str) -> Any:
+        """Returns an artifact as the card's stage makes it; old and new have one file that the other lacks."""
+        from tasks.card import write_file_list
+
+        def fill(target: Path) -> dict[str, Any]:
+            for path in BUILTIN["tiny-gemma3"].iterdir():
+                shutil.copy(path, target / path.name)
+            (target / "model.pte").write_bytes(name.encode() * 50_000)
+            (target / f"{name}.json").write_text("{}")
+            (target / "README.md").write_text(f"---\nlicense: cc0-1.0\n---\n# {name}\n")
+            (target / "metrics.json").write_text(json.dumps(METRICS))
+            write_file_list(target, {})
+            return {}
+
+        return store.produce("card", name.ljust(64, "0"), fill, self.folder / "releases")
+
+    def try_case(self, case: Case) -> str | None:
+        """Returns what is wrong with the case's outcome, or None."""
+        self.number += 1
+        self.hub.faults.clear()
+        self.hub.log.clear()
+        self.hub.faults.add(after=case.request, times=1 if case.once else None, **FAULTS[case.fault])
+        # A repository that was empty when it was looked at is refused once somebody has put content of their own there.
+        name = ".gitattributes" if case.scenario == "publish" else "somebody.txt"
+        mover = self.move_head(case.request, name) if case.fault == "moved head" else None
+        try:
+            problem = self.outcome(case)
+        finally:
+            self.hub.faults.clear()
+            if mover:
+                mover()
+        return f"{case}: {problem}" if problem else None
+
+    def outcome(self, case: Case) -> str | None:
+        """Runs the case and looks at what it left; runs it again without the fault."""
+        from tasks.store import RunError
+
+        try:
+            self.scenarios[case.scenario]()
+        except RunError as error:
+            said = str(error)
+            if "\n" in said or len(said) > 600 or "MARKED" in said:
+                return f"not one clean sentence: {said!r}"
+            if case.once and case.fault in PASSING:
+                return f"not outlived: {said}"
+        except AssertionError as error:
+            return str(error)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        self.hub.faults.clear()
+        try:
+            self.scenarios[case.scenario]()
+        except Exception as error:
+            return f"the next run: {type(error).__name__}: {error}"
+        return None
+
+    def move_head(self, request: int, name: str) -> Callable[[], None]:
+        """Has somebody commit to the target and the model while the request is under way; returns how to end that."""
+        ended = threading.Event()
+
+        def commit() -> None:
+            while len(self.hub.log) <= request and not ended.wait(0.01):
+                pass
+            note = self.folder / f"note-{self.number}"
+            note.mkdir()
+            (note / name).write_text(f"# {self.number}\n")
+            for repository in (MODEL, self.target()):
+                if self.hub.storage.find("model", repository) and not ended.is_set():
+                    self.hub.add("model", repository, note)
+
+        thread = threading.Thread(target=commit)
+        thread.start()
+
+        def end() -> None:
+            ended.set()
+            thread.join()
+
+        return end
+
+    def target(self) -> str:
+        return f"team/release-{self.number}"
+
+    def download(self) -> None:
+        """Resolves and downloads the model; the files must be those of the commit."""
+        from tasks.download import download_checkpoint, resolve_model
+
+        resolved = again(3, resolve_model, MODEL, None, False)
+        stage = self.folder / "download" / str(self.number)
+        incoming = stage / "partial"
+
+        def fill() -> Path:
+            shutil.rmtree(incoming, ignore_errors=True)
+            (incoming / "data").mkdir(parents=True)
+            download_checkpoint(incoming / "data", MODEL, resolved["revision"], False)
+            return incoming / "data"
+
+        data = again(5, fill)
+        expected = self.hub.files("model", MODEL, resolved["revision"])
+        for path in data.iterdir():
+            content = self.hub.storage.object(expected[path.name]["sha256"]).read_bytes()
+            assert path.read_bytes() == content, f"{path.name} is not the Hub's"
+        assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in data.iterdir()}
+        shutil.rmtree(stage)
+
+    def publish(self, scenario: str, over: bool = False, create_pr: bool = False) -> None:
+        """Publishes as the flow does; the target must hold the release at the end, and nothing but it or what was."""
+        from tasks.upload import check_target, publish, published_metrics
+
+        target = self.target()
+        if over and self.hub.storage.find("model", target) is None:
+            files = {path.name: self.hub.storage.add_file(path, path.name) for path in self.old.path.iterdir()}
+            self.hub.storage.create("model", target, "team")
+            self.hub.storage.commit("model", target, "main", files, title="old", author="team")
+        try:
+            again(3, check_target, target, None, create_pr, False)
+            again(3, published_metrics, target, None)
+            outcome = again(3, publish, self.new, target, None, create_pr, False, not create_pr, False)
+        finally:
+            self.look(target, over, create_pr)
+        contents = self.contents(target, "refs/pr/1" if create_pr else "main")
+        assert self.is_release(contents, self.new), f"published {sorted(contents)}"
+        assert "old.json" not in contents, "what the release before wrote is still there"
+        assert outcome["url"].startswith(self.hub.url)
+        assert create_pr or self.hub.head("model", target, outcome["tag"]) == outcome["commit"]
+
+    def look(self, target: str, over: bool, create_pr: bool) -> None:
+        """Asserts that the target holds a whole release or what it held, and that nothing was committed twice."""
+        repo = self.hub.storage.find("model", target)
+        if repo is None:
+            return
+        ours = [commit for commit in repo["commits"].values() if commit["title"].startswith("HQQ-INT8-INT4 of ")]
+        assert len(ours) <= 1, f"{len(ours)} commits"
+        assert sum(ref.startswith("refs/pr/") for ref in repo["refs"]) <= 1, "two pull requests"
+        main = self.contents(target, "main")
+        if create_pr or not ours:
+            expected = {path.name for path in self.old.path.iterdir()} if over else set()
+            assert set(main) == expected, f"main holds {sorted(main)}"
+        else:
+            assert self.is_release(main, self.new), f"a part of a release: {sorted(main)}"
+
+    def contents(self, target: str, revision: str) -> dict[str, str]:
+        """Returns the files of the target, each with its SHA-256, without what the Hub and somebody else put there."""
+        files = self.hub.files("model", target, revision)
+        left_out = (".gitattributes", "somebody.txt")
+        return {name: file["sha256"] for name, file in files.items() if name not in left_out}
+
+    def is_release(self, contents: dict[str, str], release: Any) -> bool:
+        return contents == {name: file.sha256 for name, file in release.files.items()}
+
+    def try_process(self, case: Case) -> str | None:
+        """Returns what is wrong with a whole run that meets the case's fault, or None."""
+        self.number += 1
+        self.hub.faults.clear()
+        self.store.fill()
+        self.hub.log.clear()
+        self.hub.faults.add(after=case.request, times=1, **FAULTS[case.fault])
+        code, stdout, stderr = self.store("--refresh", "download", "--target", self.target())
+        self.hub.faults.clear()
+        problem = self.judge_process(code, stdout, stderr)
+        return f"quantize-gemma run, {case.fault} at request {case.request}: {problem}" if problem else None
+
+    def judge_process(self, code: int, stdout: str, stderr: str) -> str | None:
+        if "MARKED" in stdout + stderr or "Traceback" in stderr:
+            return f"a token or a traceback: {stderr[-2000:]}"
+        try:
+            summary = json.loads(stdout.splitlines()[-1])
+        except (ValueError, IndexError):
+            return f"no JSON: {stdout[-500:]!r}; {stderr[-2000:]}"
+        error = summary["error"]
+        made = any(stage["key"] and not stage["cached"] for stage in summary["stages"])
+        tried = any(stage["name"] == "upload" for stage in summary["stages"])
+        if (code == 0) != (error is None) or code not in (0, 1, 2):
+            return f"exit code {code} with {error!r}"
+        if code == 2 and (made or tried):
+            return f"exit code 2 after something was made: {error}"
+        if error is not None and ("\n" in error or f"quantize-gemma: {error}" not in stderr):
+            return f"not one sentence: {error!r}"
+        there = self.hub.storage.find("model", self.target())
+        files = self.contents(self.target(), "main") if there else {}
+        if (code == 0) != ("model.pte" in files) and not (code and "model.pte" in files and tried):
+            return f"exit code {code}, and the target holds {sorted(files)}"
+        return None
+
+
+class CommandStore:
+    """The command line on a store of its own, in which all stages are done."""
+
+    def __init__(self, hub: Hub, folder: Path) -> None:
+        self.home = folder / "home"
+        self.prefect = folder / "prefect"
+
+    def fill(self) -> None:
+        """Runs everything once."""
+        if not self.home.exists():
+            code, _, stderr = self()
+            assert code == 0, stderr[-2000:]
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        own = {"QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect), "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+        command = [sys.executable, "-m", "flows.cli", "run", "--model", MODEL, "--benchmark", BENCHMARK, "--json"]
+        done = subprocess.run([*command, *arguments], env={**kept, **own}, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+
+def again(times: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls the work, and again while it fails for what may pass by itself, as the flow does but without waiting."""
+    from tasks.process import is_transient
+
+    while True:
+        try:
+            return work(*arguments)
+        except Exception as error:
+            times -= 1
+            if times < 0 or not is_transient(error)[0]:
+                raise
+
+
+if __name__ == "__main__":
+    campaign("hub_faults", run, 5000)

@@ -1,0 +1,10 @@
+"""A few cases of the campaign, in a process of its own: the client reads its Hub's address when it is imported."""
+
+import subprocess
+import sys
+
+
+def test_no_fault_of_a_hub_passes_a_wrong_file_or_a_part_of_a_release() -> None:
+    command = [sys.executable, "-m", "tests.campaigns.hub_faults", "--cases", "16", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "hub_faults: 16 cases, 0 failures, seed 3\n", done.stderr[-3000:]
