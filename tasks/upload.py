@@ -41,7 +41,7 @@ WRITTEN_BEFORE = (
 SHARDS_WRITTEN_BEFORE = r"model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json"
 # Files of at most so many bytes are read once, and sent as they were hashed. Larger ones are always LFS files, whose
 # hash the Hub's client takes of what it sends.
-MOST_BYTES_READ = 10_000_000
+MOST_BYTES_READ = 20_000_000
 # More than any metrics.json or README.md has.
 MOST_BYTES_ASKED = 16_000_000
 

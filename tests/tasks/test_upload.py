@@ -431,7 +431,7 @@ def test_a_damaged_file_of_a_stage_is_damaged_in_the_release_that_links_it(hub: 
 
 
 def test_a_file_that_changes_while_it_is_sent_is_not_published(hub: Hub, release: Path) -> None:
-    (release / "model.safetensors").write_bytes(bytes(range(256)) * 50_000)
+    (release / "model.safetensors").write_bytes(bytes(range(256)) * 100_000)
     artifact = make(release)
     hub.faults.add(method="POST", path="/preupload/", delay=1, times=1)
 
