@@ -165,7 +165,7 @@ def test_a_module_that_is_not_understood_counts_whole(copy: Copy) -> None:
     source = untie.read_text(encoding="utf-8")
     untie.write_text(source.replace("def untie_", "from tasks import verify\nhidden = verify\n\ndef untie_"))
     unused = copy.codes()["untie"]
-    verify.write_text(changed(verify.read_text(encoding="utf-8"), "TEXT"))
+    verify.write_text(changed(verify.read_text(encoding="utf-8"), "IMAGE_PROMPT"))
     assert copy.codes()["untie"] == unused
     body = "    headers = read_headers(checkpoint)\n"
     untie.write_text(source.replace(body, f"    from tasks import verify\n    print(verify)\n{body}"))
