@@ -267,7 +267,7 @@ def test_a_release_without_one_of_the_checks_that_it_must_have_is_refused(
     multimodal: bool, charts: bool, published: bool, more: set[str]
 ) -> None:
     required = required_checks(multimodal, charts, published)
-    kl = {"program_kl", "program_kl_last", "program_kl_step_by_step"}
+    kl = {"program_kl", "program_kl_last", "program_kl_step_by_step", "program_kl_prompts"}
     assert set(required) == {"mmlu_drop", "mmlu_recovery", "program_disagreement", *kl, *more}
     measured = metrics(pairs(90, 0, 0, 10))
     there = judge(measured, LIMITS)["checks"][0]
