@@ -150,9 +150,9 @@ def judge(metrics: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
     what rounding the activations makes of them.
 
     A check's `margin` is what it holds by, less than 0 if it does not. `stderr` is the value's standard error, from
-    the questions on which the columns differ, and `confidence` the probability that the true value is within the
-    limit; both are None where questions are not what is counted. Its `status` is "pass", "fail", or "uninformative" if
-    there was nothing to compare; what is no finite number fails, and is None.
+    the questions on which the columns differ (the margin's, from their positions, for answers to long prompts), and
+    `confidence` the probability that the true value is within the limit; both are None elsewhere. Its `status` is
+    "pass", "fail", or "uninformative" if there was nothing to compare; what is no finite number fails, and is None.
 
     The value decides, however sure it is: a run on few questions is as good as its number, and `weak` tells that its
     number says little. The disagreement and the answers to long prompts are the exception, for their samples are
