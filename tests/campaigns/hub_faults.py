@@ -2,7 +2,7 @@
 
     python -m tests.campaigns.hub_faults [--cases N] [--seed S]
 
-Most cases call what the flow calls, in this process, and try again as the flow does, without its waits; every fiftieth
+Most cases call what the flow calls, in this process, and try again as the flow does, without its waits; every hundredth
 is a whole `quantize-gemma run` on a store in which all else is there. Whatever happens: no wrong file is accepted, the
 target is as it was or is the release, what is said is one sentence without a token, and the next try finishes with one
 commit.
@@ -64,7 +64,7 @@ LASTING: dict[str, dict[str, Any]] = {
     "507": {"status": 507},
 }
 FAULTS = PASSING | LASTING
-PROCESS_EVERY = 50
+PROCESS_EVERY = 100
 
 
 @dataclass(frozen=True)
