@@ -1,6 +1,7 @@
 """Secrets stay out of what is printed, logged, raised and kept: known ones by their value, others by how they look."""
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -67,11 +68,13 @@ class _Redacting(logging.Filter):
 def _known() -> set[str]:
     secrets = {os.environ.get(name, "") for name in (*TOKENS, *AUTH_STRINGS, *WEBHOOKS)} | _from_blocks | {_login()}
     if "prefect.settings" in sys.modules:
-        from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
+        # An invalid setting is what the run failed with, and what it says still has to be redacted.
+        with contextlib.suppress(ImportError, ValueError):
+            from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
 
-        for setting in (PREFECT_API_AUTH_STRING, PREFECT_API_KEY):
-            value = setting.value()
-            secrets.add(str(value.get_secret_value() if hasattr(value, "get_secret_value") else value or ""))
+            for setting in (PREFECT_API_AUTH_STRING, PREFECT_API_KEY):
+                value = setting.value()
+                secrets.add(str(value.get_secret_value() if hasattr(value, "get_secret_value") else value or ""))
     secrets |= {secret.partition(":")[2] for secret in secrets if re.fullmatch(r"[^:/]+:[^/].*", secret)}
     for name in PROXIES:
         for address in (os.environ.get(name, ""), os.environ.get(name.lower(), "")):

@@ -108,9 +108,14 @@ def test_what_a_stages_process_logs_prints_and_raises_is_redacted(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "no-prefix-at-all")
     caplog.set_level(logging.INFO)
-    call = {"function": f"{__name__}:leak", "arguments": {"secret": "no-prefix-at-all"}}
     with pytest.raises(StageFailed) as failure:
-        process.run(call["function"], call["arguments"], lambda *_: None, logging.getLogger("stage"))
+        process.run(
+            f"{__name__}:leak",
+            {"secret": "no-prefix-at-all"},
+            lambda *_: None,
+            logging.getLogger("stage"),
+            {"PYTHONPATH": str(Path(__file__).parents[2])},
+        )
     assert "ZeroDivisionError" in str(failure.value)
     assert "no-prefix-at-all" not in str(failure.value) + caplog.text
     assert caplog.messages == ["logged …"]
