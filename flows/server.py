@@ -65,6 +65,7 @@ class LocalServer:
         self.url = f"{self.ui}/api"
         self.password = password()
         self.ready = False
+        self.stopped = False
         self.process = subprocess.Popen(
             # -P, and a directory of ours: the directory where the run was started is no place to import from, or to
             # take settings from.
@@ -135,6 +136,7 @@ class LocalServer:
     def stop(self) -> None:
         """Ends the server, when it has written what it was told."""
         assert self.process.stdin is not None
+        self.stopped = True
         self.process.stdin.close()
         try:
             self.process.wait(SECONDS_TO_STOP)
@@ -149,6 +151,12 @@ class LocalServer:
     def _refuse_when_it_ended(self) -> None:
         """Turns away who connects to a server that is no more: they would wait for it otherwise."""
         self.process.wait()
+        if not self.stopped:
+            from prefect.context import refresh_global_settings_context
+
+            # Nobody starts it again: a request that waits to be tried again is tried once more, instead of for minutes.
+            os.environ["PREFECT_CLIENT_MAX_RETRIES"] = "1"
+            refresh_global_settings_context()
         with contextlib.suppress(OSError):
             # The server, which shares the socket, has made it one that does not wait.
             self.listener.setblocking(True)

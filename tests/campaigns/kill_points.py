@@ -401,7 +401,12 @@ class Attempt:
 
     def stop_worker(self, worker: "subprocess.Popen[bytes]") -> None:
         worker.terminate()
-        worker.wait(SECONDS_TO_END)
+        try:
+            worker.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            # Prefect's own; one that has lost its server for a while may not be told.
+            worker.kill()
+            worker.wait()
 
     def submit(self) -> str:
         parameters = {**self.accidents.options, "target": self.target}
