@@ -56,8 +56,14 @@ class TextConfig(_Part):
     head_dim: Size = 256
     max_position_embeddings: Size = 131_072
     sliding_window: Size = 4096
-    rms_norm_eps: float = Field(1e-6, ge=0, le=1)
+    rms_norm_eps: float = Field(1e-6, gt=0, le=1)
     query_pre_attn_scalar: float = Field(256, gt=0)
+    attn_logit_softcapping: float | None = Field(None, gt=0)
+    final_logit_softcapping: float | None = Field(None, gt=0)
+    attention_dropout: float = Field(0.0, ge=0, le=1)
+    # An embedding model's, of which no program for generating can be made.
+    use_bidirectional_attention: Literal[False] | None = False
+    return_dict: Literal[True] = True
     tie_word_embeddings: bool = True
     layer_types: list[Literal["sliding_attention", "full_attention"]] | None = None
     bos_token_id: TokenId | None = 2
@@ -76,9 +82,18 @@ class ModelConfig(_Part):
     architecture: str
     text: TextConfig
     vision: VisionConfig | None
-    mm_tokens_per_image: Size
-    # Of the whole model; the text's own is another field.
+    # Of the whole model; some of the text's own have the same names.
+    mm_tokens_per_image: Size = 256
     tie_word_embeddings: bool = True
+    return_dict: Literal[True] = True
+    image_token_index: Size = 262_144
+    boi_token_index: Size = 255_999
+    eoi_token_index: Size = 256_000
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
 
     @property
     def multimodal(self) -> bool:
@@ -96,11 +111,8 @@ def parse_config(config: dict[str, Any], path: Path) -> ModelConfig:
     if config.get("transformers_weights") is not None:
         raise UserError(f"{path} names a weight file of its own (transformers_weights): remove that field")
     multimodal = architecture == "Gemma3ForConditionalGeneration"
-    fields: dict[str, Any] = {"architecture": architecture}
-    for name in ("mm_tokens_per_image", "tie_word_embeddings"):
-        if name in config:
-            fields[name] = config[name]
-    fields.setdefault("mm_tokens_per_image", 256)
+    fields = {name: config[name] for name in ModelConfig.model_fields if name in config}
+    fields |= {"architecture": architecture}
     if multimodal:
         fields |= {"text": config.get("text_config"), "vision": config.get("vision_config")}
         expected: dict[str, str | None] = {"model_type": "gemma3"}

@@ -13,6 +13,8 @@ from tasks.checkpoint import check_finite, read_headers, read_model_config, runt
 from tasks.store import UserError
 from tasks.strict_json import read_object
 
+# Of the numbers of a vocabulary's tokens, so many may be left out.
+MOST_HOLES = 10_000
 TEXT = "Hey, are you conscious? Can you talk to me?"
 
 
@@ -41,12 +43,15 @@ def check_loads(checkpoint: Path) -> None:
             "model.embed_tokens.weight", []
         )
     check_shapes(checkpoint, parsed, shapes)
+    _check_forward(checkpoint, parsed)
     _check_generation(checkpoint, GenerationConfig)
     if not (checkpoint / "tokenizer.json").is_file():
         raise UserError(f"{checkpoint} has no tokenizer.json: save its tokenizer there, with save_pretrained")
     for path in sorted(checkpoint.glob("*.json")):
         if not path.name.endswith(".safetensors.index.json"):
-            read_object(path, "download it again")
+            value = read_object(path, "download it again")
+            if path.name == "tokenizer.json":
+                _check_token_ids(path, value)
     if config.multimodal:
         # Smoke tests and ChartQA hand images to it.
         with _refused(checkpoint / "processor_config.json"):
@@ -65,6 +70,19 @@ def check_loads(checkpoint: Path) -> None:
         raise UserError(
             f"the tokenizer of {checkpoint} makes tokens that its model does not have: they belong to different models"
         )
+
+
+def _check_token_ids(path: Path, tokenizer: dict[str, Any]) -> None:
+    """Raises UserError if tokens have numbers far from each other, for which the library takes memory and says each."""
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict | list):
+        vocabulary = None
+    # A list's tokens have the numbers of their places.
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary or ())))
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    if not ids or not all(type(number) is int and 0 <= number < len(ids) + MOST_HOLES for number in ids):
+        raise UserError(f"{path} has no vocabulary whose tokens are numbered one after the other: download it again")
 
 
 def _tokenize(tokenizer: Any) -> list[int]:
@@ -90,13 +108,7 @@ def check_shapes(checkpoint: Path, config: Any, found: dict[str, list[int]]) -> 
 
     `found` are the weights' shapes by their names in the loaded model.
     """
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
-
-    multimodal = task_of(config.to_dict()) == "multimodal-text-to-text"
-    with _refused(checkpoint / "config.json"), torch.device("meta"):
-        model = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM)(config)
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: list(tensor.shape) for name, tensor in _empty_model(checkpoint, config).state_dict().items()}
     for name, shape in shapes.items():
         if name not in found:
             raise UserError(f"{checkpoint} lacks the weight {name}: download it again")
@@ -108,6 +120,39 @@ def check_shapes(checkpoint: Path, config: Any, found: dict[str, list[int]]) -> 
     left = sorted(set(found) - set(shapes))
     if left:
         raise UserError(f"{checkpoint} has the weight {left[0]}, which its model does not: download it again")
+
+
+def _empty_model(checkpoint: Path, config: Any) -> Any:
+    """Returns the model without its weights."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+
+    multimodal = task_of(config.to_dict()) == "multimodal-text-to-text"
+    with _refused(checkpoint / "config.json"), torch.device("meta"):
+        return (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM)(config).eval()
+
+
+def _check_forward(checkpoint: Path, config: Any) -> None:
+    """Raises UserError if the model cannot read two tokens, or an image, for reasons of its configuration.
+
+    Without weights: tensors have a type and a shape alone.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = _empty_model(checkpoint, config)
+    with _refused(checkpoint / "config.json"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cpu")
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        vision = getattr(config, "vision_config", None)
+        if vision is None:
+            model(input_ids=tokens)
+            return
+        model.lm_head(model.model.language_model(input_ids=tokens).last_hidden_state)
+        size = (1, vision.num_channels, vision.image_size, vision.image_size)
+        seen = model.model.get_image_features(torch.zeros(size, dtype=model.dtype))
+        if seen.shape[1] != config.mm_tokens_per_image:
+            raise ValueError(f"an image is {seen.shape[1]} tokens, not mm_tokens_per_image")
 
 
 def _check_generation(checkpoint: Path, generation: Any) -> None:
@@ -130,5 +175,6 @@ def _refused(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        text = f"{type(error).__name__}: {error}"
+        said = " ".join("".join(character if character.isprintable() else " " for character in text).split())
         raise UserError(f"transformers cannot read {path} ({said[:200]}): correct it, or download it again") from None

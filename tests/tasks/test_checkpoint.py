@@ -400,6 +400,8 @@ def setting(name: str, value: Any, *, of: str | None = None) -> Callable[[dict[s
         (setting("layer_types", ["full_attention"], of="text_config"), ["config.json", "layer types"]),
         (setting("hidden_activation", "no such", of="text_config"), ["config.json", "no such"]),
         (setting("rope_parameters", {"full_attention": 5}, of="text_config"), ["config.json"]),
+        (setting("attn_logit_softcapping", "a", of="text_config"), ["config.json", "attn_logit_softcapping"]),
+        (setting("mm_tokens_per_image", 9), ["an image is", "mm_tokens_per_image"]),
         (setting("tie_word_embeddings", False), ["lm_head.weight", "tie_word_embeddings"]),
         (setting("patch_size", 7, of="vision_config"), ["vision_config", "patch_size must divide"]),
     ],
@@ -439,7 +441,7 @@ def test_json_that_libraries_read_in_different_ways_is_refused(
     ("name", "text", "words"),
     [
         ("generation_config.json", '{"eos_token_id": "1"}', ["eos_token_id"]),
-        ("tokenizer.json", "{}", ["transformers cannot read"]),
+        ("tokenizer.json", "{}", ["tokenizer.json", "no vocabulary"]),
         ("chat_template.jinja", "{% for %}", ["Template"]),
         ("processor_config.json", '{"processor_class": "Qwen2VLProcessor"}', ["transformers cannot read"]),
     ],
@@ -454,6 +456,11 @@ def test_what_transformers_cannot_read_is_said_before_a_stage_needs_it(
 def test_a_checkpoint_without_a_tokenizer_is_refused(model: Path) -> None:
     (model / "tokenizer.json").unlink()
     refused(model, "tokenizer.json", "save_pretrained")
+
+
+def test_a_tokenizer_with_numbers_that_take_all_memory_is_refused(model: Path) -> None:
+    edit_json(model / "tokenizer.json", lambda value: value["model"]["vocab"].update({"more": 2**32 - 1}))
+    refused(model, "tokenizer.json", "numbered one after the other")
 
 
 def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:

@@ -1,0 +1,304 @@
+"""Inputs that nobody meant: configurations, indices, headers, recipes, tokenizers, licenses and texts, all malformed.
+
+    python -m tests.campaigns.input_fuzz [--cases N] [--seed S]
+
+Each case changes something of the built-in model or its recipe. Success, or one sentence of a UserError, is right;
+anything else, and anything left behind, is a failure. Most cases call what `quantize-gemma check` calls; some are whole
+processes. Texts go into cards, which must stay as they are with harmless ones. Hypothesis makes the cases and shrinks a
+failing one; the seed repeats it.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from tasks.builtin import BUILTIN
+from tasks.license import clean_license
+from tasks.recipe import RECIPES
+from tasks.store import UserError
+from tests.campaigns import campaign
+from tests.cards import PLACES, faults, markdown_texts
+
+CASES = 1200
+# Of a hundred cases; what is left are whole processes.
+SHARES = {"config": 25, "header": 20, "recipe": 15, "card": 15, "index": 10, "tokenizer": 8, "license": 5}
+# One thing of a document: where (a path of keys), and what stands there then; None takes it away.
+Change = tuple[tuple[Any, ...], Any]
+GONE = object()
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+texts = markdown_texts()
+numbers = st.integers() | st.floats() | st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**30, 0.5, 1e308, True])
+scalars = st.none() | st.booleans() | numbers | texts
+values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(texts, scalars, max_size=3) | st.just(GONE)
+# What is not even the JSON that it should be.
+documents = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from(
+        [b"", b"7", b"[]", b"null", b"{}", b"[" * 100_000, b'{"a":' * 50_000, b'{"a": 1, "a": 2}', b"\xff"]
+    ),
+    values.filter(lambda value: value is not GONE).map(lambda value: json.dumps(value).encode()),
+)
+
+
+def run(cases: int, rng: random.Random, metrics: dict[str, Any] | None = None) -> Iterator[str | None]:
+    """Yields for each case None or what failed. `metrics` are a release's; without them one is made."""
+    with tempfile.TemporaryDirectory() as folder, _own_home(Path(folder)):
+        if metrics is None:
+            metrics = _release(Path(folder) / "release")
+        for kind, share in SHARES.items():
+            yield from _attack(kind, max(1, cases * share // 100), rng, Path(folder), metrics)
+        whole = max(1, cases - sum(max(1, cases * share // 100) for share in SHARES.values()))
+        yield from _attack("process", whole, rng, Path(folder), metrics)
+
+
+def _attack(kind: str, cases: int, rng: random.Random, folder: Path, metrics: dict[str, Any]) -> Iterator[str | None]:
+    """Has Hypothesis try one kind of input, and yields its cases; the first failure of a kind is its last case."""
+    tried: list[None] = []
+    strategy, attempt = _kind(kind, folder, metrics)
+
+    @seed(rng.getrandbits(64))
+    @settings(
+        max_examples=cases,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+        print_blob=False,
+    )
+    @given(strategy)
+    def case(given_input: Any) -> None:
+        tried.append(None)
+        attempt(given_input)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            case()
+    except Exception as error:
+        notes = " ".join(getattr(error, "__notes__", []))
+        yield " ".join(f"{kind}: {type(error).__name__}: {error} {notes}".split())[:2000]
+        return
+    yield from tried
+
+
+def _kind(kind: str, folder: Path, metrics: dict[str, Any]) -> tuple[st.SearchStrategy[Any], Callable[[Any], None]]:
+    """Returns the inputs of a kind, and what is done with one."""
+    model = BUILTIN["tiny-gemma3"]
+    config = json.loads((model / "config.json").read_text())
+    if kind == "config":
+        return _changed(config), lambda given: _check(folder, {"config.json": given})
+    if kind == "index":
+        return _changed(_sharded()[0]), lambda given: _check(folder, {"model.safetensors.index.json": given})
+    if kind == "header":
+        return _changed(_header()[0]), lambda given: _check(folder, {"model.safetensors": given})
+    if kind == "recipe":
+        recipe = json.loads((RECIPES / "HQQ-INT8-INT4.json").read_text())
+        return _changed(recipe), lambda given: _check(folder, {"recipe.json": given})
+    if kind == "tokenizer":
+        changed = st.one_of(
+            [
+                _changed(json.loads((model / name).read_text())).map(lambda given, name=name: {name: given})
+                for name in TOKENIZERS
+            ]
+        )
+        templates = st.builds(lambda text: {"chat_template.jinja": text.encode(errors="surrogatepass")}, texts)
+        return changed | templates, lambda given: _check(folder, given)
+    if kind == "license":
+        fields = st.fixed_dictionaries({}, optional=dict.fromkeys(("license", "license_name", "license_link"), scalars))
+        return fields | scalars, lambda given: _read_card(folder, given, metrics)
+    if kind == "card":
+        return st.fixed_dictionaries(dict.fromkeys(PLACES, texts)), lambda given: _make_card(metrics, given)
+    return _changed(config), lambda given: _start(folder, {"config.json": given})
+
+
+def _changed(document: dict[str, Any]) -> st.SearchStrategy[bytes]:
+    """Returns texts of a JSON document with one or two changes, or of something else."""
+    paths = list(_paths(document))
+    changes = st.lists(st.tuples(st.sampled_from(paths), values), min_size=1, max_size=2)
+    changed = changes.map(lambda made: json.dumps(_apply(document, made)).encode())
+    # What is not JSON is soon tried out.
+    return st.sampled_from([changed] * 19 + [documents]).flatmap(lambda strategy: strategy)
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yields where in a document something can be changed; of a long list, the first few."""
+    if isinstance(value, dict):
+        yield (*path, "another key")
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    for key, item in list(inside)[:200]:
+        yield (*path, key)
+        yield from _paths(item, (*path, key))
+
+
+def _apply(document: Any, changes: list[Change]) -> Any:
+    changed = copy.deepcopy(document)
+    for path, value in changes:
+        place = changed
+        # What an earlier change took away cannot be changed.
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            for key in path[:-1]:
+                place = place[key]
+            if value is GONE:
+                del place[path[-1]]
+            else:
+                place[path[-1]] = value
+    return changed
+
+
+def _header() -> tuple[dict[str, Any], bytes]:
+    content = (BUILTIN["tiny-gemma3"] / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def _sharded() -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Returns an index, and the two files that it names."""
+    header, data = _header()
+    names = sorted(name for name in header if name != "__metadata__")
+    files, weight_map = {}, {}
+    for number, part in enumerate((names[:40], names[40:]), 1):
+        file, entries, content = f"model-0000{number}-of-00002.safetensors", {}, b""
+        for name in part:
+            begin, end = header[name]["data_offsets"]
+            entries[name] = {**header[name], "data_offsets": [len(content), len(content) + end - begin]}
+            content += data[begin:end]
+            weight_map[name] = file
+        text = json.dumps(entries).encode()
+        files[file] = struct.pack("<Q", len(text)) + text + content
+    return {"metadata": {"total_size": len(data)}, "weight_map": weight_map}, files
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> tuple[Path, str]:
+    """Makes a copy of the built-in model with these files in it; returns it, and the recipe's name or path."""
+    model = folder / "model"
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(BUILTIN["tiny-gemma3"], model)
+    recipe = "HQQ-INT8-INT4"
+    for name, content in files.items():
+        if name == "recipe.json":
+            recipe = str(folder / name)
+            (folder / name).write_bytes(content)
+            continue
+        if name == "model.safetensors":
+            content = struct.pack("<Q", len(content)) + content + _header()[1]
+        if name == "model.safetensors.index.json":
+            (model / "model.safetensors").unlink()
+            for file, weights in _sharded()[1].items():
+                (model / file).write_bytes(weights)
+        (model / name).write_bytes(content)
+    return model, recipe
+
+
+def _check(folder: Path, files: dict[str, bytes]) -> None:
+    """Does what `quantize-gemma check` and the start of a run do."""
+    from tasks.check import check_run
+    from tasks.download import resolve_model
+    from tasks.loadable import check_directory
+
+    model, recipe = _write(folder, files)
+    before = _names(folder)
+    try:
+        check_run(str(model), recipe, 1024, "cpu", None)
+        resolve_model(str(model), None, False)
+        check_directory(str(model))
+    except UserError as refusal:
+        _is_one_sentence(str(refusal))
+    assert _names(folder) == before, "something was left behind"
+
+
+def _start(folder: Path, files: dict[str, bytes]) -> None:
+    """Runs `quantize-gemma check` in a process of its own."""
+    model, recipe = _write(folder, files)
+    before = _names(folder)
+    command = [sys.executable, "-m", "flows.cli", "check", "--model", str(model), "--recipe", recipe]
+    ran = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+    assert ran.returncode in (0, 2), f"exit code {ran.returncode}: {ran.stderr[-500:]}"
+    assert "Traceback" not in ran.stderr
+    if ran.returncode == 2:
+        lines = ran.stderr.strip().splitlines()
+        assert lines[-1].startswith("quantize-gemma: "), ran.stderr[-500:]
+        _is_one_sentence(lines[-1])
+    assert _names(folder) == before, "something was left behind"
+
+
+def _read_card(folder: Path, fields: Any, metrics: dict[str, Any]) -> None:
+    """Resolves a model whose card has these metadata, and makes a card of what comes of them."""
+    import yaml
+
+    from tasks.download import resolve_model
+
+    model, _ = _write(folder, {})
+    text = yaml.safe_dump(fields, allow_unicode=True) if fields != "" else ""
+    (model / "README.md").write_bytes(f"---\n{text}---\n".encode(errors="surrogatepass"))
+    license_fields = resolve_model(str(model), None, False)["license"]
+    assert clean_license(license_fields) == license_fields
+    _make_card(
+        metrics,
+        {**dict.fromkeys(PLACES, "word"), "license": "", "license_name": "", "license_link": ""} | license_fields,
+    )
+
+
+def _make_card(metrics: dict[str, Any], given: dict[str, str]) -> None:
+    found = faults(metrics, given)
+    assert not found, "; ".join(found)
+
+
+def _is_one_sentence(message: str) -> None:
+    assert message.isprintable(), f"the message is not one line of text: {message!r}"
+    assert len(message) < 1000, f"the message has {len(message)} characters: {message[:200]}"
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@contextlib.contextmanager
+def _own_home(folder: Path) -> Iterator[None]:
+    """Gives this process and those that it starts a store and a Prefect home of their own, which are not there."""
+    own = {"QUANTIZE_GEMMA_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ |= own
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _release(folder: Path) -> dict[str, Any]:
+    """Makes a release of the built-in model, on few questions; returns its metrics."""
+    own = {"QUANTIZE_GEMMA_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
+    command = [sys.executable, "-m", "flows.cli", "run", "--limit", "1", "--max-seq-len", "256", "--json"]
+    ran = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=True)
+    release = Path(json.loads(ran.stdout.splitlines()[-1])["release"])
+    metrics: dict[str, Any] = json.loads((release / "metrics.json").read_text())
+    shutil.rmtree(folder)
+    return metrics
+
+
+if __name__ == "__main__":
+    campaign("input_fuzz", run, CASES)
