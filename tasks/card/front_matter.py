@@ -9,11 +9,12 @@ from tasks.license import clean_license
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what another version of YAML would take for a number: a commit such as 12e34…, for one."""
+    """Quotes what another version of YAML would take for a number (a commit such as 12e34…) or for a line break."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    style = '"' if value[:1] and value[0] in "0123456789.+-" else None
+    quoted = value[:1] in tuple("0123456789.+-") or not value.isprintable()
+    style = '"' if quoted else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 

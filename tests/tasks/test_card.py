@@ -195,6 +195,7 @@ def test_the_chart_is_for_a_phone_and_its_bars_are_as_long_as_the_accuracy(tmp_p
         "\\",
         "12e34",
         "\x1b[31m\ud800\u202e",
+        "\x85",
     ],
 )
 def test_no_text_changes_a_cards_metadata_its_structure_or_its_programs(text: str, measured: dict[str, Any]) -> None:
