@@ -166,7 +166,7 @@ def test_a_configured_api_is_used_and_shows_the_runs_tasks_tables_chart_card_and
     assert json.loads(data["quality"])[1]["base"].startswith("100.00")
     assert data["card"].startswith("\n# HQQ-INT8-INT4 tiny-gemma3 model")
     assert data["card"].endswith((release / "README.md").read_text()[-2000:])
-    assert [row["verdict"] for row in json.loads(data["gate"])] == ["held"] * 10
+    assert [row["verdict"] for row in json.loads(data["gate"])] == ["held"] * 11
     assert data["mmlu-by-subject"].startswith("data:image/png;base64,")
     assert release.as_uri() in data["release"]
 

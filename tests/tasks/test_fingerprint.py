@@ -226,6 +226,7 @@ EXCUSED = {
     "numpy": "torch loads it; what computes with it imports it",
     "psutil": "measures memory",
     "pyarrow": "transformers looks whether it is there; what reads parquet files imports it",
+    "pyyaml": "the Hub's client loads it; what writes a card's metadata imports it",
     "rich": "prints",
 }
 # Runs a stage's work and prints which functions of ours it called, and which libraries were loaded in the end.
@@ -293,7 +294,8 @@ def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, s
     values: dict[str, Any] = {"model": fixture, "benchmark": fixture, "charts": fixture, "recipe": recipe}
     limits = {"max_mmlu_drop": 5.0, "max_chartqa_drop": 10.0, "min_recovery": 80.0}
     limits |= {"max_disagreement": 2.0, "max_kl_ratio": 2.0}
-    values |= {"max_seq_len": 1024, "limits": limits, "versions": fingerprint.versions(LIBRARIES), "run_id": "0"}
+    values |= {"max_seq_len": 1024, "limits": limits, "versions": fingerprint.versions(LIBRARIES)}
+    values |= {"command": "quantize-gemma run", "run_id": "0"}
     return {name: data(name) for name in keys if name != "card"}, values
 
 
