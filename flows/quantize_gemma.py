@@ -135,8 +135,10 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             remember(charts, p.charts_revision)
         artifact = open_record(release)
         metrics = json.loads(store.read_file(artifact, "metrics.json"))
-        show(artifact.path, metrics)
-        run.summary["release"] = str(store.path_of("card", release["key"]))
+        # The path that stays when the card is made again, unlike the generation's.
+        folder = store.path_of("card", release["key"])
+        show(folder, metrics)
+        run.summary["release"] = str(folder)
         run.summary["metrics"] = {name: metrics[name] for name in ("base", "quantized", "program")}
         required = required_checks("vision_config" in read_config(files), charts is not None, p.target is not None)
         regression = None
