@@ -25,11 +25,16 @@ def ignore_working_directory() -> None:
     """Makes Prefect take its settings from the environment and the user's profile alone, here and in what is started.
 
     Prefect also reads .env, prefect.toml and pyproject.toml of the working directory. To be called before Prefect is
-    imported, which reads them at once. Raises UserError if there is no home directory.
+    imported, which reads them at once. Raises UserError if there is no home directory or no working directory.
     """
     from pydantic_settings import DotEnvSettingsSource
     from pydantic_settings.sources import ConfigFileSourceMixin
 
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        # Nor would torch's matrix products work: MKL ends the process.
+        raise UserError("the working directory was removed: change to one that exists") from None
     try:
         for name in PATHS:
             given = os.environ.get(name)
@@ -41,10 +46,6 @@ def ignore_working_directory() -> None:
         home = os.environ.get("PREFECT_HOME") or Path("~/.prefect").expanduser()
     except RuntimeError:
         raise UserError("there is no home directory of this user: set HOME") from None
-    except FileNotFoundError:
-        raise UserError(
-            f"{name} {given!r} starts from a directory that was removed: give a path from the root"
-        ) from None
     # Otherwise those files are looked at for it.
     os.environ.setdefault("PREFECT_PROFILES_PATH", str(Path(home) / "profiles.toml"))
     DotEnvSettingsSource._read_env_files = lambda _: {}  # type: ignore[method-assign, assignment]

@@ -64,9 +64,7 @@ class Case:
 
     def code(self) -> int:
         """Returns the exit code that is right."""
-        if self.command in ("port taken", "API away"):
-            return 2
-        if self.command in ("check", "run here") and self.removed:
+        if self.removed or self.command in ("port taken", "API away"):
             return 2
         if self.command in ("run", "run here", "serve") and self.home in ("unwritable", "a file"):
             return 2

@@ -187,6 +187,16 @@ def refused(command_line: CommandLine, words: list[str], *arguments: str) -> Non
     assert left == []
 
 
+def test_a_working_directory_that_was_removed_is_refused(fresh: CommandLine, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"cd {gone} && rmdir {gone} && exec {Path(sys.executable).parent}/quantize-gemma run"
+    outcome = subprocess.run(["sh", "-c", script], env=fresh.environment(), capture_output=True, text=True)
+    assert outcome.returncode == 2
+    assert outcome.stderr == "quantize-gemma: the working directory was removed: change to one that exists\n"
+    assert not fresh.home.exists()
+
+
 def test_help_explains_itself_in_under_three_seconds() -> None:
     started = time.monotonic()
     outcome = subprocess.run([sys.executable, "-m", "flows.cli", "--help"], capture_output=True, text=True, check=True)
