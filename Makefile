@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test campaign check install hub-demo deploy worker serve
+.PHONY: run test campaign update check install hub-demo deploy worker serve
 
 run: .venv/installed
 	$(BIN)/quantize-gemma run
@@ -18,6 +18,10 @@ campaign: .venv/installed
 	$(BIN)/python -m tests.campaigns.hub_faults
 	$(BIN)/python -m tests.campaigns.store
 	$(BIN)/python -m tests.campaigns.kill_points
+
+# The newest version of every library: resolved, tested and measured, in about an hour.
+update: .venv/installed
+	$(BIN)/python -m tests.update
 
 # The same against a Hugging Face Hub, a local one.
 hub-demo: .venv/installed

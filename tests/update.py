@@ -1,0 +1,128 @@
+"""Tries the newest version of every library, and says what changed: `make update`.
+
+Resolves the requirements anew, with every exact pin in pyproject.toml lifted; writes what was resolved to
+constraints.txt, pyproject.toml and the server's image in docker/compose.yaml; installs it; and runs the tests, and the
+benchmarks on the built-in model before and after. Whoever likes the result commits these files.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PROJECT, CONSTRAINTS, COMPOSE = ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "docker" / "compose.yaml"
+PYTHON = ROOT / ".venv" / "bin" / "python"
+PIN = re.compile(r'"([\w.-]+)==([^"]+)"')
+BENCHMARKS = ("quantize", "export", "prefill", "evaluate")
+EXTRAS = ("dask", "ray", "dev")
+
+
+def main() -> None:
+    """The command line; exits with 1 if a test or a benchmark fails, with 2 if there are changes to lose."""
+    changed = run("git", "status", "--porcelain", PROJECT, CONSTRAINTS, COMPOSE).stdout
+    if changed:
+        sys.exit(f"commit or restore these first, for they are written:\n{changed}")
+    before = versions(CONSTRAINTS.read_text(encoding="utf-8"))
+    after = resolve(PROJECT.read_text(encoding="utf-8"))
+    changes = difference(before, after)
+    if not changes:
+        print("nothing is newer")
+        return
+    print(*changes, sep="\n", flush=True)
+    measured = {name: benchmark(name) for name in BENCHMARKS}
+    CONSTRAINTS.write_text("".join(f"{name}=={version}\n" for name, version in after.items()), encoding="utf-8")
+    PROJECT.write_text(pinned(PROJECT.read_text(encoding="utf-8"), after), encoding="utf-8")
+    image = re.sub(r"(prefecthq/prefect:)[\d.]+", rf"\g<1>{after['prefect']}", COMPOSE.read_text(encoding="utf-8"))
+    COMPOSE.write_text(image, encoding="utf-8")
+    passed = subprocess.run(["make", "test"], cwd=ROOT).returncode == 0
+    print(*changes, *table(measured, {name: benchmark(name) for name in BENCHMARKS}), sep="\n")
+    if not passed:
+        sys.exit("the tests fail; `git checkout . && make install` goes back")
+    print("the tests pass; commit pyproject.toml, constraints.txt and docker/compose.yaml")
+
+
+def resolve(project: str) -> dict[str, str]:
+    """Returns {library: version} of everything that the project installs, the newest versions that go together."""
+    declared = tomllib.loads(project)["project"]
+    wanted = [*declared["dependencies"], *(one for extra in EXTRAS for one in declared["optional-dependencies"][extra])]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        # What has a version already would stay as it is.
+        options = ["--quiet", "--dry-run", "--ignore-installed", "--report", report]
+        run(PYTHON, "-m", "pip", "install", *options, *(lifted(one) for one in wanted))
+        items = json.loads(report.read_text(encoding="utf-8"))["install"]
+    # Builds for one kind of machine, 2.13.0+cpu for example, are the same version.
+    found = {item["metadata"]["name"]: item["metadata"]["version"].split("+")[0] for item in items}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def lifted(requirement: str) -> str:
+    """Returns a requirement that admits what is newer than an exact pin.
+
+    >>> lifted("torch==2.13.0")
+    'torch>=2.13.0'
+    """
+    return requirement.replace("==", ">=")
+
+
+def pinned(project: str, found: dict[str, str]) -> str:
+    """Returns pyproject.toml's text with the versions of its exact pins replaced by what was found."""
+    by_name = {normalized(name): version for name, version in found.items()}
+    return PIN.sub(lambda pin: f'"{pin[1]}=={by_name.get(normalized(pin[1]), pin[2])}"', project)
+
+
+def versions(constraints: str) -> dict[str, str]:
+    """Returns {library: version} of constraints."""
+    return dict(line.split("==") for line in constraints.splitlines() if "==" in line)
+
+
+def normalized(name: str) -> str:
+    """Returns the name by which the registry knows a library."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def difference(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """Returns a line for every library whose version is another, that came, or that went."""
+    old, new = ({normalized(name): version for name, version in found.items()} for found in (before, after))
+    return [
+        f"{name}: {old.get(name, 'new')} -> {new.get(name, 'gone')}"
+        for name in sorted(old | new)
+        if old.get(name) != new.get(name)
+    ]
+
+
+def benchmark(name: str) -> dict[str, Any] | None:
+    """Returns what a benchmark of the built-in model printed, None if it failed."""
+    done = subprocess.run([PYTHON, "-m", f"benchmarks.{name}", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def table(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Returns a line per benchmark: our time and peak memory, before and after."""
+    lines = [f"{'benchmark':12} {'time, s':>16} {'peak memory, MB':>20}   equal"]
+    for name in before:
+        if before[name] is None or after[name] is None:
+            lines.append(f"{name:12} {'failed' if after[name] is None else 'failed before'}")
+            continue
+        old, new = before[name]["ours"], after[name]["ours"]
+        time = f"{old['seconds']:.1f} -> {new['seconds']:.1f}"
+        memory = f"{old['peak_rss_bytes'] / 1e6:.0f} -> {new['peak_rss_bytes'] / 1e6:.0f}"
+        lines.append(f"{name:12} {time:>16} {memory:>20}   {'yes' if after[name]['equal'] else 'no'}")
+    return lines
+
+
+def run(*command: Any) -> "subprocess.CompletedProcess[str]":
+    """Runs a command whose failure is an error."""
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command[:4]))} failed: see above")
+    return done
+
+
+if __name__ == "__main__":
+    main()
