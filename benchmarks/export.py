@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
 from benchmarks.side_by_side import compared, line, machine, run, show, version
-from tasks.lean import SWITCH
+from tasks.patches import DISABLE
 from tasks.units import human_size
 
 # Prompts of these many tokens are given to both programs when their bytes differ.
@@ -27,11 +27,11 @@ def measure(shape: str, max_seq_len: int, folder: Path) -> dict[str, Any]:
         quantized_checkpoint(make_checkpoint(shape, folder), checkpoint)
     steps, programs = {}, []
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        for name, switch in (("optimum-executorch", "1"), ("ours", "0")):
+        for name, disabled in (("optimum-executorch", "all"), ("ours", "")):
             target = Path(made) / name
             target.mkdir()
             arguments = {"target": target, "checkpoint": checkpoint, "max_seq_len": max_seq_len}
-            steps[name] = run("benchmarks.export:export", {SWITCH: switch}, **arguments)
+            steps[name] = run("benchmarks.export:export", {DISABLE: disabled}, **arguments)
             programs.append(target / "model.pte")
         equal = run("benchmarks.export:compare", {}, programs=[str(program) for program in programs])["equal"]
         sizes = [program.stat().st_size for program in programs]
@@ -48,7 +48,7 @@ def measure(shape: str, max_seq_len: int, folder: Path) -> dict[str, Any]:
 
 
 def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
-    """Exports as the flow's stage does, with the libraries as they are if the switch in the environment says so."""
+    """Exports as the flow's stage does, without the patches that the environment disables."""
     from tasks.export import export_checkpoint
 
     export_checkpoint(Path(target), Path(checkpoint), max_seq_len, last_logits_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.builtin import BUILTIN
 from tasks.config import ARCHITECTURES, ModelConfig, parse_config
-from tasks.lean import lean_loading
+from tasks.patches import patched_loading
 from tasks.sources import INDEX, SINGLE, open_source, release_files
 from tasks.store import StageFailed, UserError
 from tasks.strict_json import MAX_BYTES, parse_object, read_object
@@ -319,7 +319,7 @@ def load_model(checkpoint: Path, dtype: Any) -> Any:
 
     config = AutoConfig.from_pretrained(checkpoint)
     multimodal = task_of(config.to_dict()) == "multimodal-text-to-text"
-    with lean_loading():
+    with patched_loading():
         model, info = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM).from_pretrained(
             checkpoint, dtype=dtype, output_loading_info=True
         )

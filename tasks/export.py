@@ -15,7 +15,8 @@ from typing import Any
 from tasks import process
 from tasks.checkpoint import task_of, weight_files
 from tasks.config import ARCHITECTURES
-from tasks.lean import example_picture, lean_loading, lean_lowering
+from tasks.patches import patched_export, patched_loading
+from tasks.patches.optimum_executorch import example_image
 from tasks.process import report_progress
 from tasks.stage import Stage
 from tasks.store import StageFailed, UserError
@@ -62,7 +63,7 @@ def export_checkpoint(
     module.metadata.update(expected)
     report_progress(1, 3, "lowering")
     task = task_of(module.config.to_dict())
-    with example_picture(_blank(module.config, dtype)), long_pieces(max_seq_len), lean_lowering():
+    with example_image(_blank(module.config, dtype)), long_pieces(max_seq_len), patched_export():
         made = export_to_executorch(module, task, backend, str(target))["model"]
     delegation = {name: count_operators(made.exported_program(name).graph_module) for name in sorted(made.methods)}
     check_delegation(delegation)
@@ -108,7 +109,7 @@ def _exportable(checkpoint: Path, max_seq_len: int, dtype: str, custom_sdpa: boo
     config = AutoConfig.from_pretrained(checkpoint)
     multimodal = hasattr(config, "vision_config")
     load = load_multimodal_text_to_text_model if multimodal else load_causal_lm_model
-    with lean_loading():
+    with patched_loading():
         module = load(
             str(checkpoint),
             dtype=dtype,

@@ -21,7 +21,7 @@ from optimum.executorch.attentions import custom_kv_cache
 from optimum.executorch.attentions.custom_sdpa import custom_sdpa_with_start_pos_forward
 from optimum.exporters.executorch import integrations
 
-from tasks.lean import replaced
+from tasks.patches import replaced
 
 
 class RingCache(torch.nn.Module):

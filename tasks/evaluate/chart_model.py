@@ -11,7 +11,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.hf_vlms import HFMultimodalLM
 
 from tasks.evaluate.dequantized import dequantize_once
-from tasks.lean import lean_loading
+from tasks.patches import patched_loading
 
 
 class ChartLM(HFMultimodalLM):
@@ -20,7 +20,7 @@ class ChartLM(HFMultimodalLM):
     """
 
     def __init__(self, checkpoint: Path, device: str) -> None:
-        with lean_loading():
+        with patched_loading():
             super().__init__(pretrained=str(checkpoint), device=device, dtype="bfloat16", batch_size=1)
         # Its own apply_chat_template would set this.
         self.chat_applied = True

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tasks.checkpoint import keep_activations
 from tasks.evaluate.dequantized import dequantize_once
-from tasks.lean import lean_loading
+from tasks.patches import patched_loading
 from tasks.process import report_progress, trim_memory
 
 # More tokens per batch make no matrix product faster, only the memory larger.
@@ -55,7 +55,7 @@ class PackedLM(HFLM):
 
         `unrounded` is for reference: float32, and no activation is quantized. It is slow, and takes no more memory.
         """
-        with lean_loading():
+        with patched_loading():
             super().__init__(pretrained=str(checkpoint), device=device, dtype="bfloat16", batch_size=1)
         self.tokens = TOKENS[torch.device(device).type]
         self.rows = None if batch_size == "auto" else int(batch_size)

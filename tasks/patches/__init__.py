@@ -81,7 +81,8 @@ def applied(patches: tuple[Patch, ...]) -> Iterator[None]:
                 continue
             try:
                 stack.enter_context(patch())
-            except (AttributeError, ImportError, SourceDiffers) as error:
+            # Without a source to compare, inspect raises OSError.
+            except (AttributeError, ImportError, OSError, SourceDiffers) as error:
                 logger.warning("patch %s is not applied, which costs time or memory only: %s", patch.__name__, error)
         yield
 

@@ -11,7 +11,7 @@ from benchmarks.shapes import ALONE, TEXT, quantized_checkpoint, write_checkpoin
 from tasks import process
 from tasks.builtin import BUILTIN
 from tasks.gate import judge
-from tasks.lean import lean_lowering
+from tasks.patches import patched_export
 from tasks.prompts import answer_prompts, make_prompt, prompt_lengths
 from tasks.store import StageFailed
 from tests.conftest import Outcome
@@ -103,7 +103,7 @@ def export_as_the_library(target: Path, checkpoint: Path, max_seq_len: int) -> d
     module = load_causal_lm_model(str(checkpoint), **settings)
     module.model.to(torch.float32)
     module.metadata.update(expected_metadata(checkpoint, max_seq_len))
-    with lean_lowering():
+    with patched_export():
         export_to_executorch(module, "text-generation", "xnnpack", str(target))
     return {"metadata": {}}
 

@@ -1,4 +1,4 @@
-"""Lean libraries give what the stock ones give, and fail loudly when they are not those that they were made for."""
+"""Patched libraries give what the stock ones give; a library that has changed is used as it is."""
 
 import inspect
 import subprocess
@@ -9,10 +9,19 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import ALONE, SHAPES, TEXT, quantized_checkpoint, write_checkpoint
-from tasks import lean
-from tasks.lean import LOADING, LOWERING, SWITCH, LibraryChanged, lean_loading, lean_lowering
+from tasks import patches
+from tasks.patches import (
+    DISABLE,
+    SourceDiffers,
+    executorch,
+    export_patches,
+    loading_patches,
+    optimum_executorch,
+    patched_export,
+    patched_loading,
+)
 
-CHANGES = LOADING + LOWERING
+PATCHES = loading_patches() + export_patches()
 
 # Both ways in one process, so that the libraries are imported once.
 EXPORT = """
@@ -20,13 +29,23 @@ import os, sys
 from pathlib import Path
 from tasks.export import export_checkpoint
 
-for name, stock in ("lean", "0"), ("stock", "1"):
-    os.environ[sys.argv[3]] = stock
+for name, disabled in ("patched", ""), ("stock", "all"):
+    os.environ[sys.argv[3]] = disabled
     target = Path(sys.argv[1]) / name
     target.mkdir()
     export_checkpoint(target, Path(sys.argv[2]), 64, last_logits_only=True)
 """
 
+# A function that is another one, and one that is gone from where it was.
+CHANGED = """
+import copy
+from executorch.exir import lowered_backend_module
+from executorch.exir.backend.backend_details import BackendDetails
+from torch.fx.passes import tools_common
+
+BackendDetails.copy_exported_program_for_preprocess = classmethod(lambda cls, program, specs: copy.deepcopy(program))
+del tools_common.legalize_graph
+"""
 
 SMALL = {
     **TEXT,
@@ -85,8 +104,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_the_program_is_the_stock_libraries_program_byte_for_byte(
     name: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    subprocess.run([sys.executable, "-c", EXPORT, str(tmp_path), str(checkpoints[name]), SWITCH], check=True)
-    assert (tmp_path / "lean" / "model.pte").read_bytes() == (tmp_path / "stock" / "model.pte").read_bytes()
+    subprocess.run([sys.executable, "-c", EXPORT, str(tmp_path), str(checkpoints[name]), DISABLE], check=True)
+    assert (tmp_path / "patched" / "model.pte").read_bytes() == (tmp_path / "stock" / "model.pte").read_bytes()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -96,9 +115,9 @@ def test_a_checkpoint_is_loaded_as_by_the_stock_library(name: str, checkpoints: 
 
     kind = Gemma3ForCausalLM if name == "text" else Gemma3ForConditionalGeneration
     stock = kind.from_pretrained(checkpoints[name], dtype=torch.bfloat16)
-    with lean_loading():
-        lean_one = kind.from_pretrained(checkpoints[name], dtype=torch.bfloat16)
-    expected, found = (dict([*model.named_parameters(), *model.named_buffers()]) for model in (stock, lean_one))
+    with patched_loading():
+        patched = kind.from_pretrained(checkpoints[name], dtype=torch.bfloat16)
+    expected, found = (dict([*model.named_parameters(), *model.named_buffers()]) for model in (stock, patched))
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
         assert type(tensor) is type(found[key]), key
@@ -125,14 +144,13 @@ def snapshot() -> dict[str, Any]:
     from torch._dynamo.variables import builder
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.export import ExportedProgram
-    from torch.fx.traceback import NodeSource
     from transformers.integrations import torchao
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
     return {
         "transform": XNNPACKPassManager.transform,
         "preprocess": XnnpackBackend.preprocess,
-        "copy": backend_api.copy,
+        "copy": vars(XnnpackBackend).get("copy_exported_program_for_preprocess"),
         "lower": backend_api.lower_all_submodules_to_backend,
         "create_partitions": backend_api._create_partitions_in_graph_module,
         "dependencies": group_partitioner._DependencyViewer,
@@ -143,7 +161,6 @@ def snapshot() -> dict[str, Any]:
         "count": PyExprCSEPass.count,
         "replace": PyExprCSEPass.replace,
         "run_decompositions": ExportedProgram.run_decompositions,
-        "provenance": vars(NodeSource).get("__deepcopy__"),
         "export": torch.export.export,
         "module": ExportedProgram.module,
         "sort": lowered_backend_module.legalize_graph,
@@ -156,7 +173,7 @@ def test_the_libraries_are_restored_even_after_an_error() -> None:
     before, inside = snapshot(), {}
 
     def fail() -> None:
-        with lean_loading(), lean_lowering():
+        with patched_loading(), patched_export():
             inside.update(snapshot())
             raise ZeroDivisionError
 
@@ -166,34 +183,61 @@ def test_the_libraries_are_restored_even_after_an_error() -> None:
     assert snapshot() == before
 
 
-def test_the_switch_leaves_the_libraries_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SWITCH, "1")
+def test_disabled_patches_leave_the_libraries_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DISABLE, "all")
     before = snapshot()
-    with lean_loading(), lean_lowering():
+    with patched_loading(), patched_export():
         assert snapshot() == before
 
 
-def test_the_picture_is_still_needed_and_the_class_is_restored() -> None:
+def test_one_patch_can_be_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DISABLE, "shared_weights,sorted_in_place")
+    before = snapshot()
+    with patched_export():
+        inside = snapshot()
+    same = {name for name in before if inside[name] is before[name]}
+    assert same == {"copy", "sort", "unflatten", "quantizer"}
+
+
+def test_the_example_image_is_still_needed_and_the_class_is_restored() -> None:
     from optimum.exporters.executorch.integrations import VisionExportableModule
 
     stock = VisionExportableModule.prepare_export_inputs
     assert "https://" in inspect.getsource(stock)
-    with lean.example_picture("pixels"):
+    with optimum_executorch.example_image("pixels"):
         assert VisionExportableModule.prepare_export_inputs(None) == ("pixels", None)
     assert VisionExportableModule.prepare_export_inputs is stock
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
-def test_the_installed_libraries_are_those_that_the_change_was_written_for(change: Any) -> None:
-    with change():
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name__)
+def test_the_installed_libraries_are_those_that_the_patch_was_written_for(patch: Any) -> None:
+    with patch():
         pass
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
-def test_a_change_refuses_a_library_that_is_another(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean, "source_hash", lambda function: "another")
-    with pytest.raises(LibraryChanged, match=rf"tasks/lean\.py was written for .*{SWITCH}=1"), change():
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name__)
+def test_a_patch_does_not_touch_another_source_than_its_own(patch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot()
+    monkeypatch.setattr(patches, "source_digest", lambda source: "another")
+    with pytest.raises(SourceDiffers, match="differs from the version that the patch was written for"), patch():
         pass
+    assert snapshot() == before
+
+
+def test_an_export_goes_on_with_the_stock_library_after_one_warning_per_patch_that_does_not_fit(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGED + EXPORT, str(tmp_path), str(checkpoints["text"]), DISABLE],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    warnings = [line for line in done.stderr.splitlines() if "is not applied" in line]
+    assert len(warnings) == 2, done.stderr
+    for patch, reason in ("shared_weights", "source"), ("sorted_in_place", "legalize_graph"):
+        assert any(f"patch {patch} is not applied" in line and reason in line for line in warnings), done.stderr
+    assert (tmp_path / "patched" / "model.pte").read_bytes() == (tmp_path / "stock" / "model.pte").read_bytes()
 
 
 def test_descendants_as_bits_decide_as_the_partitioners_sets_do() -> None:
@@ -222,7 +266,7 @@ def test_descendants_as_bits_decide_as_the_partitioners_sets_do() -> None:
             return [can_merge(partitioner, a, b, parts) for a in parts for b in parts if a < b]
 
         stock = ask()
-        with lean._short_ancestries():
+        with executorch.descendants_as_bits():
             assert ask() == stock
         answers += stock
     assert {True, False} == set(answers)
@@ -255,15 +299,16 @@ def test_a_graph_is_sorted_in_place_into_the_order_of_the_stock_copy() -> None:
             modules.append(torch.fx.GraphModule({}, graph))
         stock, ours = modules
         lowered_backend_module.legalize_graph(stock)
-        with lean._sorted_in_place():
+        with executorch.sorted_in_place():
             lowered_backend_module.legalize_graph(ours)
         order = [[(node.name, [user.name for user in node.users]) for node in m.graph.nodes] for m in modules]
         assert order[0] == order[1]
         ours.graph.lint()
 
 
-def test_every_change_says_what_is_slow_and_why_the_result_is_the_same() -> None:
-    for change in CHANGES:
-        summary, _, reasons = inspect.cleandoc(change.__doc__ or "").partition("\n\n")
-        assert summary, change
-        assert len(reasons) > 100, change
+def test_every_patch_says_what_is_slow_why_the_result_is_the_same_and_what_would_make_it_unnecessary() -> None:
+    for patch in PATCHES:
+        summary, reasons, upstream = inspect.cleandoc(patch.__doc__ or "").split("\n\n")
+        assert summary.endswith("."), patch
+        assert len(reasons) > 100, patch
+        assert upstream.startswith("Unnecessary once "), patch
