@@ -210,15 +210,17 @@ def _set_time_out() -> None:
     """Gives the Hub's client a limit to how long it waits for the next bytes; it has none of its own."""
     import httpx
     from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import hf_request_event_hook
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     if "client" in _prepared:
         return
     _prepared.add("client")
     seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", 60))
+    # The library's own: they refuse requests in offline mode, and number the others.
+    hooks = get_session().event_hooks
     set_client_factory(
         lambda: httpx.Client(
-            event_hooks={"request": [hf_request_event_hook], "response": [_refuse_to_wait]},
+            event_hooks={**hooks, "response": [*hooks["response"], _refuse_to_wait]},
             follow_redirects=True,
             timeout=httpx.Timeout(seconds, connect=min(seconds, 30)),
         )

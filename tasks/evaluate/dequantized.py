@@ -8,9 +8,12 @@ unless the model generates, and of the embedding only the rows that are looked u
 from typing import Any
 
 import torch
-from torchao.quantization import IntxUnpackedToInt8Tensor
-from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-    _apply_int8_act_asym_per_token_quant_dequant,
+from torchao.quantization import (
+    IntxUnpackedToInt8Tensor,
+    MappingType,
+    choose_qparams_affine,
+    dequantize_affine,
+    quantize_affine,
 )
 
 from tasks.evaluate import rounding
@@ -34,7 +37,7 @@ def dequantize_once(model: Any, head: bool = False) -> None:
             elif isinstance(module, torch.nn.Linear):
                 setattr(parent, name, (_Head if name == "lm_head" and not head else _Linear)(module, rounded))
             # torchao's modules refer to themselves and would keep their weights until they are collected.
-            module._parameters.clear()
+            del module.weight
 
 
 class _Rounded:
@@ -49,8 +52,24 @@ class _Rounded:
             if activations.device.type == "cpu" and activations.dtype == torch.bfloat16:
                 self.last = activations, rounding.round_per_token(activations)
             else:
-                self.last = activations, _apply_int8_act_asym_per_token_quant_dequant(activations)
+                self.last = activations, quantize_dequantize(activations)
         return self.last[1]
+
+
+def quantize_dequantize(activations: Any) -> Any:
+    """Returns the activations, [..., width], as torchao's linear rounds them: per token, to int8, asymmetrically."""
+    block = [1] * (activations.ndim - 1) + [activations.shape[-1]]
+    scale, zero_point = choose_qparams_affine(
+        activations,
+        MappingType.ASYMMETRIC,
+        block,
+        target_dtype=torch.int8,
+        quant_min=-128,
+        quant_max=127,
+        zero_point_dtype=torch.int8,
+    )
+    integers = quantize_affine(activations, block, scale, zero_point, torch.int8, -128, 127)
+    return dequantize_affine(integers, block, scale, zero_point, torch.int8, -128, 127, output_dtype=activations.dtype)
 
 
 class _Linear(torch.nn.Module):

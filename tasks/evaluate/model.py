@@ -55,8 +55,16 @@ class PackedLM(HFLM):
 
         `unrounded` is for reference: float32, and no activation is quantized. It is slow, and takes no more memory.
         """
+        ALL_ATTENTION_FUNCTIONS.register("packed", _attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register("packed", sdpa_mask)
         with patched_loading():
-            super().__init__(pretrained=str(checkpoint), device=device, dtype="bfloat16", batch_size=1)
+            super().__init__(
+                pretrained=str(checkpoint),
+                device=device,
+                dtype="bfloat16",
+                batch_size=1,
+                attn_implementation="packed",
+            )
         self.tokens = TOKENS[torch.device(device).type]
         self.rows = None if batch_size == "auto" else int(batch_size)
         if hasattr(self.model.model, "vision_tower"):
@@ -68,9 +76,6 @@ class PackedLM(HFLM):
             dequantize_once(self.model)
         gc.collect()
         trim_memory()
-        ALL_ATTENTION_FUNCTIONS.register("packed", _attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register("packed", sdpa_mask)
-        self.model.config.get_text_config()._attn_implementation = "packed"
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None

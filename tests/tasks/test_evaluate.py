@@ -317,14 +317,15 @@ def test_a_question_that_does_not_fit_alone_fails(packed: Callable[..., Any]) ->
         model._loglikelihood_tokens(requests([20, 30], [1]))
 
 
-def test_weights_dequantized_once_give_the_same_logits(checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_dequantized_once_give_the_same_logits(dtype: str, checkpoints: dict[str, Path]) -> None:
     import torch
 
     from tasks.checkpoint import load_model
     from tasks.evaluate import dequantized
 
     tokens = torch.arange(2, 152).reshape(2, 75)
-    model = load_model(checkpoints["quantized"], torch.bfloat16)
+    model = load_model(checkpoints["quantized"], torch.bfloat16).to(getattr(torch, dtype))
     with torch.no_grad():
         expected = model(tokens).logits
         dequantized.dequantize_once(model)
@@ -351,11 +352,10 @@ def test_chunks_of_a_weight_give_the_same_logits(checkpoints: dict[str, Path], m
 @pytest.mark.parametrize("width", [64, 640, 1001])
 @pytest.mark.parametrize("size", [1e-38, 1e-3, 1.0, 50.0, 1e30])
 def test_activations_are_rounded_as_by_torchao(size: float, width: int) -> None:
+    """The reference is tested against torchao's own linear, by logits in float32."""
     import torch
-    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-        _apply_int8_act_asym_per_token_quant_dequant as reference,
-    )
 
+    from tasks.evaluate.dequantized import quantize_dequantize as reference
     from tasks.evaluate.rounding import round_per_token
 
     activations = torch.randn(2, 77, width, generator=torch.Generator().manual_seed(1)) * size
