@@ -22,9 +22,10 @@ from prefect import Task, task, unmapped
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
+from prefect.filesystems import LocalFileSystem
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
-from prefect.results import ResultRecord  # type: ignore[attr-defined]
+from prefect.results import ResultStore
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks import machine, process, residents, store
@@ -175,8 +176,8 @@ def open_record(value: dict[str, Any], whole: bool = False) -> Artifact:
 def _is_result_of(artifact: Artifact, path: Path) -> bool:
     """Tells whether what Prefect has cached is the record of this artifact: another run may have made it again."""
     try:
-        cached: ResultRecord[Any] = ResultRecord.deserialize(path.read_bytes())
-        return bool(cached.result == record(artifact))
+        results = ResultStore(result_storage=LocalFileSystem(basepath=str(path.parent)))
+        return bool(results.read(path.name).result == record(artifact))
     except Exception:
         return False
 

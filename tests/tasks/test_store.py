@@ -261,15 +261,18 @@ def test_a_generation_that_nobody_holds_goes_when_it_is_replaced_and_its_record_
 
 @pytest.mark.parametrize("damage", ["another record", "half a file", "nothing"])
 def test_a_cached_result_counts_only_as_the_record_of_what_is_there(tmp_path: Path, damage: str) -> None:
-    from prefect.results import ResultRecord, ResultRecordMetadata
+    from prefect.filesystems import LocalFileSystem
+    from prefect.results import ResultStore
     from prefect.serializers import JSONSerializer
 
     artifact = store.produce("stage", KEY, write("new"), tmp_path)
     told = {**policies.record(artifact), "digest": "0" * 64 if damage == "another record" else artifact.digest}
-    metadata = ResultRecordMetadata(serializer=JSONSerializer(), storage_key="result.json")
-    text = ResultRecord(result=told, metadata=metadata).serialize()
     path = artifact.path.parent / "result.json"
-    path.write_bytes(text[: len(text) // 2] if damage == "half a file" else text)
+    results = ResultStore(result_storage=LocalFileSystem(basepath=str(path.parent)), serializer=JSONSerializer())
+    results.write(told, path.name)
+    if damage == "half a file":
+        text = path.read_bytes()
+        path.write_bytes(text[: len(text) // 2])
     assert policies._is_result_of(artifact, path) == (damage == "nothing")
 
 
