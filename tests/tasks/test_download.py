@@ -83,6 +83,14 @@ def test_a_pinned_commit_is_fetched_though_the_branch_has_moved(hub: Hub, tmp_pa
     assert (target / "generation_config.json").read_text() != "{}"
 
 
+def test_the_librarys_offline_mode_asks_nobody(hub: Hub, tmp_path: Path) -> None:
+    sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
+    hub.log.clear()
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        download(hub, tmp_path, sha, HF_HUB_OFFLINE="1")
+    assert not hub.log
+
+
 def test_a_cut_transfer_goes_on_from_its_last_byte(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     size = (BUILTIN["tiny-gemma3"] / WEIGHTS).stat().st_size
