@@ -119,7 +119,7 @@ def _check(arguments: argparse.Namespace) -> int:
         local = local_checkpoint(p.model)
         if local is not None:
             directory = {"checkpoint": str(local.absolute())}
-            process.run("tasks.loadable:check_directory", directory, lambda *_: None, None)
+            process.run("tasks.loadable:check_directory", directory, lambda *_: None, _log_to(_Terminal()))
         else:
             # The token may be there.
             check_api()
@@ -221,9 +221,7 @@ def _run_flow(arguments: argparse.Namespace, terminal: "_Terminal") -> dict[str,
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     # Nor does it tell here that its API could not take a line: when that matters, the run ends, and says why.
     logging.raiseExceptions = False
-    logger = logging.getLogger("tasks")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(terminal)
+    _log_to(terminal)
     from flows.server import start_local_server
 
     server = start_local_server()
@@ -236,6 +234,14 @@ def _run_flow(arguments: argparse.Namespace, terminal: "_Terminal") -> dict[str,
         server.wait()
     summary: dict[str, Any] = quantize_gemma(**p.model_dump())
     return summary
+
+
+def _log_to(terminal: "_Terminal") -> logging.Logger:
+    """Returns the log of the stages, which the terminal shows from now on."""
+    logger = logging.getLogger("tasks")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(terminal)
+    return logger
 
 
 class _Terminal(logging.Handler):

@@ -20,7 +20,6 @@ from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
 from flows.parameters import Parameters, command_line, taking_parameters
-from flows.server import outlive_server_restarts
 from flows.summary import Interrupted, empty_summary
 from tasks import machine, process, store
 from tasks.card import card, chartqa_scores, score
@@ -34,6 +33,7 @@ from tasks.evaluate.charts import evaluate_on_charts
 from tasks.export import export
 from tasks.fingerprint import versions
 from tasks.gate import LIMITS, GateRefused, compare_with_published, gate, gate_table, required_checks
+from tasks.internals import retry_refused_connections
 from tasks.policies import as_task, failure_of, missing, open_record, retried
 from tasks.quantize import quantize
 from tasks.recipe import load_recipe, recipe_hash
@@ -57,7 +57,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
     """Quantize, measure, export and publish one checkpoint; returns what `quantize-gemma run --json` prints."""
     redact_logs()
     p = Parameters(**given)
-    outlive_server_restarts()
+    retry_refused_connections()
     run = Run(p.refresh, f"{p.model} · {p.recipe}")
     with run.explained(), process.ended_on_interrupt():
         recipe = load_recipe(p.recipe)

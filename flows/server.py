@@ -259,19 +259,6 @@ def password() -> str:
         ) from None
 
 
-def outlive_server_restarts() -> None:
-    """Makes every Prefect client of this process try a refused connection again, PREFECT_CLIENT_MAX_RETRIES times.
-
-    Prefect's client does so only once it has reached the server, so that a wrong address fails at once. A running flow
-    has reached its server; but limits, blocks and artifacts each make a client anew, and would end the run if they
-    did so in the seconds of a restart.
-    """
-    from prefect.client.base import PrefectHttpxAsyncClient, PrefectHttpxSyncClient
-
-    for client in (PrefectHttpxAsyncClient, PrefectHttpxSyncClient):
-        client._has_connected = property(lambda _: True, lambda *_: None)  # type: ignore[assignment]
-
-
 def _stop(server: LocalServer) -> None:
     died = server.ready and server.process.poll() is not None
     server.stop()

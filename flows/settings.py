@@ -6,6 +6,7 @@ That directory may be a model that somebody else made: its files could send a ru
 import os
 from pathlib import Path
 
+from tasks.internals import ignore_settings_files
 from tasks.store import UserError
 
 # Directories and files that the environment may name; for what is started elsewhere, a relative path is another one.
@@ -25,11 +26,9 @@ def ignore_working_directory() -> None:
     """Makes Prefect take its settings from the environment and the user's profile alone, here and in what is started.
 
     Prefect also reads .env, prefect.toml and pyproject.toml of the working directory. To be called before Prefect is
-    imported, which reads them at once. Raises UserError if there is no home directory or no working directory.
+    imported, which reads them at once. Raises UserError if there is no home directory or no working directory, or if
+    the installed pydantic-settings cannot be kept from reading these files.
     """
-    from pydantic_settings import DotEnvSettingsSource
-    from pydantic_settings.sources import ConfigFileSourceMixin
-
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -48,5 +47,4 @@ def ignore_working_directory() -> None:
         raise UserError("there is no home directory of this user: set HOME") from None
     # Otherwise those files are looked at for it.
     os.environ.setdefault("PREFECT_PROFILES_PATH", str(Path(home) / "profiles.toml"))
-    DotEnvSettingsSource._read_env_files = lambda _: {}  # type: ignore[method-assign, assignment]
-    ConfigFileSourceMixin._read_files = lambda *_: {}  # type: ignore[method-assign]
+    ignore_settings_files()

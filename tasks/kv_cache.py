@@ -21,6 +21,7 @@ from optimum.executorch.attentions import custom_kv_cache
 from optimum.executorch.attentions.custom_sdpa import custom_sdpa_with_start_pos_forward
 from optimum.exporters.executorch import integrations
 
+from tasks.internals import require
 from tasks.patches import replaced
 
 
@@ -67,7 +68,10 @@ def sliding_mask(positions: Any, window: int) -> Any:
 
 @contextlib.contextmanager
 def long_pieces(max_seq_len: int) -> Iterator[None]:
-    """Modules that optimum-executorch exports get this cache, and the attention and the mask that go with it."""
+    """Modules that optimum-executorch exports get this cache, and the attention and the mask that go with it.
+
+    Raises UserError if the installed one is so different that they would be exported with its own.
+    """
 
     class Cache(custom_kv_cache.ETCustomHybridCache):
         def __init__(self, config: Any, **kwargs: Any) -> None:
@@ -102,6 +106,8 @@ def long_pieces(max_seq_len: int) -> Iterator[None]:
             module, query, key, value, attention_mask, is_sliding=masked, **kwargs
         )
 
+    require("optimum-executorch", "1.1.0", custom_kv_cache, "replace_with_et_custom_kv_cache")
+    require("optimum-executorch", "1.1.0", integrations, "sdpa_mask_passthrough", "get_custom_sdpa_for_ring_kv_cache")
     with (
         replaced(custom_kv_cache, "replace_with_et_custom_kv_cache", replace_cache),
         replaced(integrations, "sdpa_mask_passthrough", mask),

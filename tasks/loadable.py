@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint import check_finite, read_headers, read_model_config, runtime_name, task_of, weight_files
+from tasks.internals import fake_tensor_mode
 from tasks.store import UserError
 from tasks.strict_json import read_object
 
@@ -138,10 +139,12 @@ def _check_forward(checkpoint: Path, config: Any) -> None:
     Without weights: tensors have a type and a shape alone.
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
+    mode = fake_tensor_mode()
+    if mode is None:
+        return
     model = _empty_model(checkpoint, config)
-    with _refused(checkpoint / "config.json"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with _refused(checkpoint / "config.json"), mode, torch.no_grad():
         model.to_empty(device="cpu")
         tokens = torch.zeros(1, 2, dtype=torch.long)
         vision = getattr(config, "vision_config", None)

@@ -8,7 +8,7 @@ import sys
 SCRIPT = """
 import http.server, sys, threading, time
 from prefect.client.orchestration import get_client
-from flows.server import outlive_server_restarts
+from tasks.internals import retry_refused_connections
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -24,7 +24,7 @@ def listen():
     http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 if sys.argv[2] == "patient":
-    outlive_server_restarts()
+    retry_refused_connections()
 threading.Thread(target=listen, daemon=True).start()
 with get_client(sync_client=True) as client:
     client._client.get("/health")
@@ -47,7 +47,7 @@ def test_a_client_that_is_made_while_the_server_is_away_waits_for_it() -> None:
 
 
 def test_prefects_own_client_does_not() -> None:
-    """If it does, a later version waits by itself, and outlive_server_restarts can go."""
+    """If it does, a later version waits by itself, and retry_refused_connections can go."""
     done = run("stock")
     assert done.returncode == 1
     assert "ConnectError" in done.stderr
