@@ -70,8 +70,8 @@ def compare(programs: list[str]) -> dict[str, Any]:
 
 def _outputs(program: Path) -> list[Any]:
     """Returns what every method that has inputs gives for random ones."""
-    import executorch.extension.llm.custom_ops.custom_ops
-    import executorch.kernels.quantized  # noqa: F401 (both register operators)
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
+    import executorch.kernels.quantized  # noqa: F401 (registers operators)
     import torch
     from executorch.runtime import Runtime
 

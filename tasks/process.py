@@ -446,7 +446,8 @@ def _listen() -> None:
     os._exit(1)
 
 
-def _main() -> None:
+def main() -> None:
+    """Does the work that the arguments and the first line of the input name, and ends this process."""
     global _events
     function, descriptor, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     end_with_parent(parent)
@@ -477,4 +478,4 @@ if __name__ == "__main__":
     # As the imported module, so that stages that import it report through the same pipe.
     from tasks import process
 
-    process._main()
+    process.main()

@@ -8,8 +8,8 @@ class Methods:
     """What a program's users call: embed tokens, encode images, decode with a cache."""
 
     def __init__(self, program: Path) -> None:
-        import executorch.extension.llm.custom_ops.custom_ops
-        import executorch.kernels.quantized  # noqa: F401 (both register operators)
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
+        import executorch.kernels.quantized  # noqa: F401 (registers operators)
         from executorch.runtime import Runtime
 
         self.program = Runtime.get().load_program(program)

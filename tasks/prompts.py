@@ -111,8 +111,8 @@ def _ask_runner(
 
     The runner's binding for Python gives up at a token that is part of a character only: there an answer ends.
     """
-    import executorch.extension.llm.custom_ops.custom_ops
-    import executorch.kernels.quantized  # noqa: F401 (both register operators)
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
+    import executorch.kernels.quantized  # noqa: F401 (registers operators)
     from executorch.extension.llm.runner import GenerationConfig, MultimodalRunner, TextLLMRunner, make_text_input
 
     config = GenerationConfig(max_new_tokens=ANSWER_TOKENS, temperature=0.0, echo=False, num_bos=1)

@@ -152,8 +152,8 @@ def run_program(
 
     Texts that start with <bos> need none added.
     """
-    import executorch.extension.llm.custom_ops.custom_ops
-    import executorch.kernels.quantized  # noqa: F401 (both register operators)
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
+    import executorch.kernels.quantized  # noqa: F401 (registers operators)
     from executorch.extension.llm.runner import (
         GenerationConfig,
         MultimodalRunner,
