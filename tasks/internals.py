@@ -1,7 +1,7 @@
 """The private names of libraries that this program uses, for want of a public way, and what happens without them.
 
 Each function names the version that it was written for, what it does when the name is gone, and what would make it
-unnecessary. What is changed in libraries to save time or memory is in tasks/lean.py.
+unnecessary. What is changed in libraries to save time or memory is in tasks/patches/.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def retry_refused_connections() -> None:
     for client in clients:
         # Instances have it. One that connects to nothing needs no certificates, which take time to load.
         if not hasattr(client(verify=False), "_has_connected"):
-            _warn(
+            warn(
                 f"{_differs('prefect', '3.9.1', f'{client.__name__}._has_connected')}: "
                 "a run may fail if the Prefect server restarts meanwhile"
             )
@@ -89,7 +89,7 @@ def fake_tensor_mode() -> contextlib.AbstractContextManager[Any] | None:
 
         return FakeTensorMode(allow_non_fake_inputs=True)
     except (ImportError, TypeError):
-        _warn(
+        warn(
             f"{_differs('torch', '2.15.0', 'torch._subclasses.fake_tensor.FakeTensorMode')}: "
             "a configuration with which the model cannot run is not found before a stage runs it"
         )
@@ -118,7 +118,7 @@ def _differs(package: str, version: str, name: str) -> str:
     return f"{package} {importlib.metadata.version(package)} has no {name} like that of {package} {version}"
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     """Warn in this process's log and, from a stage's own process, in that of the run."""
     # Here, because every command line imports this module.
     from tasks.process import report

@@ -17,12 +17,11 @@ QUANTIZE_GEMMA_DISABLE_PATCHES, a list of names separated by commas, or `all`, l
 import contextlib
 import hashlib
 import inspect
-import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from tasks.internals import warn
 
 DISABLE = "QUANTIZE_GEMMA_DISABLE_PATCHES"
 
@@ -83,7 +82,7 @@ def applied(patches: tuple[Patch, ...]) -> Iterator[None]:
                 stack.enter_context(patch())
             # Without a source to compare, inspect raises OSError.
             except (AttributeError, ImportError, OSError, SourceDiffers) as error:
-                logger.warning("patch %s is not applied, which costs time or memory only: %s", patch.__name__, error)
+                warn(f"patch {patch.__name__} is not applied, which costs time or memory only: {error}")
         yield
 
 
