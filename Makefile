@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test campaign update check install hub-demo deploy worker serve
+.PHONY: run test campaign update compatibility check install hub-demo deploy worker serve
 
 run: .venv/installed
 	$(BIN)/quantize-gemma run
@@ -22,6 +22,10 @@ campaign: .venv/installed
 # The newest version of every library: resolved, tested and measured, in about an hour.
 update: .venv/installed
 	$(BIN)/python -m tests.update
+
+# Runs the card's loading code in the pinned and in the newest transformers, in virtual environments of their own.
+compatibility: .venv/installed
+	$(BIN)/python -m tests.compatibility.loading
 
 # The same against a Hugging Face Hub, a local one.
 hub-demo: .venv/installed

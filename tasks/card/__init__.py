@@ -108,8 +108,12 @@ def render(metrics: dict[str, Any], recipe: dict[str, Any], sizes: dict[str, int
     environment.filters["percent"] = lambda value: f"{100 * value:.2f}"
     environment.filters["small"] = lambda value: f"{value:.2g}"
     environment.filters["score"] = score
+    loading = environment.get_template("loading.py.j2").render(
+        multimodal=metrics["program"]["task"] == "multimodal-text-to-text", smoke=metrics["quantized"]["smoke"]
+    )
     return environment.get_template("README.md.j2").render(
         m=metrics,
+        loading=loading,
         front_matter=markdown.Markdown(as_yaml(front_matter(metrics))),
         license=clean_license(metrics["license"]) or GEMMA_TERMS,
         agreement=metrics["program"]["agreement"],

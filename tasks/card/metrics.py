@@ -9,6 +9,7 @@ from tasks.paired import Pairs, count_pairs
 from tasks.recipe import recipe_hash
 from tasks.store import StageFailed
 
+HERE = Path(__file__).parent
 # Whose versions the card names.
 LIBRARIES = (
     "torch",
@@ -62,6 +63,7 @@ def collect_metrics(
             + f"--device {mmlu['base']['device']}",
         },
         "versions": versions,
+        "loads_in": read_loading_record()["environments"],
         "pairs": collect_pairs(artifacts),
         "base": {"bytes": artifacts["download"].metadata["weight_bytes"], **scores["base"]},
         "quantized": {
@@ -86,6 +88,15 @@ def collect_metrics(
             for name, artifact in artifacts.items()
         },
     }
+
+
+def read_loading_record() -> dict[str, Any]:
+    """Returns where the card's loading code was run: {"snippet_sha256", "environments": [{library: version}]}.
+
+    `python -m tests.compatibility.loading` writes it when the code gave the same tokens everywhere.
+    """
+    record: dict[str, Any] = json.loads((HERE / "loads_in.json").read_text(encoding="utf-8"))
+    return record
 
 
 def collect_scores(artifacts: dict[str, store.Artifact]) -> dict[str, dict[str, Any]]:

@@ -21,8 +21,10 @@ from flows.parameters import Stage
 from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tasks.check import resolve_device
 from tests.campaigns.starting_place import hostile_directory
+from tests.compatibility.loading import read_section
 from tests.conftest import CommandLine, Outcome
 from tests.operate import another_program
+from tests.text_only import write_text_only
 
 ALL = set(get_args(Stage))
 
@@ -193,7 +195,7 @@ def test_the_card_says_what_was_measured_and_its_code_gives_the_releases_weights
     for section in ("Exporting to ExecuTorch", "Paper", "Resources", "Disclaimer"):
         assert f"# {section}" in card
 
-    code = "\n".join(re.findall(r"```Py\n(.*?)```", card, re.DOTALL))
+    code = "\n".join(re.findall(r"```Py\n(.*?)```", card.split("\n# Quantization Recipe\n")[1], re.DOTALL))
     code = code.replace('model_id = "tiny-gemma3"', f"model_id = {str(BUILTIN['tiny-gemma3'])!r}")
     names: dict[str, object] = {}
     exec(compile(code, "card", "exec"), names)
@@ -202,6 +204,29 @@ def test_the_card_says_what_was_measured_and_its_code_gives_the_releases_weights
         by_card = names["model"](ids).logits  # type: ignore[operator]
         shipped = load_model(release, torch.bfloat16)(ids).logits
     assert torch.equal(by_card, shipped)
+
+
+def run_loading_code(release: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Returns the names that the card's loading code leaves, run as it stands in the release's directory."""
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(release)
+    exec(compile(read_section(release)[1], "README.md", "exec"), names)
+    return names
+
+
+def test_the_cards_loading_code_gives_the_releases_model_and_its_answer(
+    released: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from tasks.checkpoint import load_model
+
+    release = Path(released.summary["release"])
+    names = run_loading_code(release, monkeypatch)
+    assert names["response"] == metrics_of(released)["quantized"]["smoke"]["response"]
+    ids = torch.arange(2, 90)[None]
+    with torch.no_grad():
+        assert torch.equal(names["model"](ids).logits, load_model(release, torch.bfloat16)(ids).logits)
 
 
 def swap_rows(tensors: dict[str, Any], name: str) -> None:
@@ -543,27 +568,10 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
     assert {path: finished for path, finished in shards().items() if path in kept} == kept
 
 
-def test_a_text_only_checkpoint_goes_through_the_same_flow(command_line: CommandLine, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    source, target = BUILTIN["tiny-gemma3"], tmp_path / "tiny-text"
-    target.mkdir()
-    with safe_open(str(source / "model.safetensors"), framework="pt") as weights:
-        tensors = {
-            name.removeprefix("language_model."): weights.get_tensor(name)
-            for name in weights.keys()  # noqa: SIM118
-            if name.startswith("language_model.")
-        }
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())["text_config"]
-    config |= {"architectures": ["Gemma3ForCausalLM"], "eos_token_id": [1, 6], "dtype": "bfloat16"}
-    (target / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(source / name, target / name)
-
+def test_a_text_only_checkpoint_goes_through_the_same_flow(
+    command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = write_text_only(BUILTIN["tiny-gemma3"], tmp_path / "tiny-text")
     outcome = command_line("run", "--model", str(target), "--max-seq-len", "256", "--limit", "2", "--json")
     assert outcome.code == 0, outcome.stderr
     program = outcome.summary["metrics"]["program"]
@@ -573,3 +581,6 @@ def test_a_text_only_checkpoint_goes_through_the_same_flow(command_line: Command
     assert "image" not in program
     assert "chartqa" not in outcome.summary["metrics"]["quantized"]
     assert outcome.summary["metrics"]["quantized"]["mmlu"]["accuracy"] >= 0.8
+    names = run_loading_code(Path(outcome.summary["release"]), monkeypatch)
+    assert type(names["model"]).__name__ == "Gemma3ForCausalLM"
+    assert names["response"] == outcome.summary["metrics"]["quantized"]["smoke"]["response"]

@@ -1,6 +1,7 @@
 """The card and its chart say what was measured, and no more."""
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from flows.quantize_gemma import quality_table
 from tasks import store
 from tasks.card import check_front_matter, render
 from tasks.card.chart import draw_subjects
-from tasks.card.metrics import collect_pairs, collect_scores, pair_outcomes, read_outcomes
+from tasks.card.metrics import collect_pairs, collect_scores, pair_outcomes, read_loading_record, read_outcomes
+from tasks.fingerprint import versions
 from tasks.gate import judge
 from tasks.license import clean_license
 from tasks.recipe import load_recipe
 from tasks.store import StageFailed
 from tests.cards import PLACES, faults, markdown_texts
+from tests.compatibility.loading import CARD
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
 
@@ -123,6 +126,25 @@ def test_the_gates_checks_are_on_the_card_and_weak_ones_are_explained(measured: 
     text = card(measured)
     assert table_row(text, "mmlu drop")[1:] == ["0.00 ± 4.55", "≤ 5", "5", "86.4 %", "held, weakly"]
     assert "held weakly" in text
+
+
+def test_the_loading_code_ran_as_it_is_now_with_the_installed_libraries_and_with_others() -> None:
+    record = read_loading_record()
+    template = hashlib.sha256((CARD / "loading.py.j2").read_bytes()).hexdigest()
+    assert record["snippet_sha256"] == template, "the loading code has changed since it was run: make compatibility"
+    installed = versions(("torch", "torchao", "transformers"))
+    pinned, newest = record["environments"]
+    assert pinned.items() >= installed.items(), "the loading code did not run with these versions: make compatibility"
+    assert newest["transformers"] != pinned["transformers"]
+
+
+def test_card_and_metrics_name_the_versions_that_the_loading_code_ran_with(measured: dict[str, Any]) -> None:
+    assert measured["loads_in"] == read_loading_record()["environments"]
+    measured["loads_in"] = [{"python": "3.11.1", "torch": "1.0", "torchao": "2.0", "transformers": "3.0"}]
+    assert "with each of these versions" in card(measured)
+    assert [line for line in card(measured).splitlines() if line.startswith("- transformers ")] == [
+        "- transformers 3.0, torch 1.0, torchao 2.0"
+    ]
 
 
 def test_a_questions_outcomes_are_paired_by_the_question_not_by_its_place(tmp_path: Path) -> None:

@@ -143,10 +143,11 @@ def test_a_change_runs_again_the_stages_that_use_it_and_no_other(copy: Copy) -> 
     assert copy.codes() == before
 
 
-def test_the_cards_template_is_part_of_its_code(copy: Copy) -> None:
+@pytest.mark.parametrize("name", ["README.md.j2", "loading.py.j2", "loads_in.json"])
+def test_the_cards_templates_and_its_record_are_part_of_its_code(copy: Copy, name: str) -> None:
     before = copy.codes()
-    template = copy.folder / "tasks" / "card" / "README.md.j2"
-    template.write_text(template.read_text(encoding="utf-8") + "another line\n", encoding="utf-8")
+    file = copy.folder / "tasks" / "card" / name
+    file.write_text(file.read_text(encoding="utf-8") + "another line\n", encoding="utf-8")
     assert {stage for stage, code in copy.codes().items() if code != before[stage]} == {"card"}
 
 

@@ -1,0 +1,1 @@
+"""Whether releases work with libraries that the pipeline itself does not run with."""

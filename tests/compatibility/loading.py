@@ -1,0 +1,122 @@
+"""Whether others can load a release: its card's loading code, in the pinned and in the newest transformers.
+
+    python -m tests.compatibility.loading [RELEASE]
+
+Makes two virtual environments from the package registry, one with the card's own `pip install` line and one with the
+newest transformers in its place, runs the card's code in both, as it stands there, and compares the tokens: of the
+code's prompt and, if the model has a vision tower, of a prompt about an image. Exits with 1 and prints both if they
+differ. Takes minutes and about 15 GB of disk space, PyTorch's twice.
+
+RELEASE is a directory with README.md and the checkpoint. Without one, the releases are those of the built-in model and
+of its language model alone, made in a temporary store; if both pass, the versions go into tasks/card/loads_in.json,
+from which cards quote them.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tasks.builtin import BUILTIN
+from tests.conftest import CommandLine
+from tests.text_only import write_text_only
+
+CARD = Path(__file__).parents[2] / "tasks" / "card"
+SECTION = "# Running with transformers"
+IMAGE_PROMPT = "What colour is this?"
+
+
+def main() -> int:
+    """Returns the exit code: 0 if every release gives the same tokens in both environments."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        releases = [Path(sys.argv[1])] if len(sys.argv) > 1 else make_releases(root)
+        environments = make_environments(root, read_section(releases[0])[0])
+        results = [[generate(environment, release) for environment in environments] for release in releases]
+    same = [report(release, *pair) for release, pair in zip(releases, results, strict=True)]
+    if all(same) and len(sys.argv) == 1:
+        write_record([result["versions"] for result in results[0]])
+    return 0 if all(same) else 1
+
+
+def make_releases(root: Path) -> list[Path]:
+    """Returns the releases of the built-in model and of its language model alone."""
+    run = CommandLine(root / "store", root / "prefect")
+    text_only = write_text_only(BUILTIN["tiny-gemma3"], root / "tiny-text")
+    releases = []
+    for arguments in ([], ["--model", str(text_only), "--limit", "2"]):
+        outcome = run("run", *arguments, "--max-seq-len", "256", "--json")
+        if outcome.code != 0:
+            sys.exit(outcome.stderr)
+        releases.append(Path(outcome.summary["release"]))
+    return releases
+
+
+def read_section(release: Path) -> tuple[list[str], str]:
+    """Returns what the card says to install, and its loading code."""
+    card = (release / "README.md").read_text(encoding="utf-8")
+    # Not up to the next heading: comments in the code look like one.
+    pattern = rf"^{SECTION}\n\n```Shell\npip install (.*?)\n```\n\n```Py\n(.*?)^```$"
+    section = re.search(pattern, card, re.DOTALL | re.MULTILINE)
+    assert section, f"the card of {release} has no section {SECTION!r} with a command and code"
+    return section[1].split(), section[2]
+
+
+def make_environments(root: Path, requirements: list[str]) -> list[Path]:
+    """Returns the interpreters of two virtual environments: as the card says, and with the newest transformers."""
+    newest = ["transformers" if part.startswith("transformers==") else part for part in requirements]
+    interpreters = []
+    for name, parts in (("pinned", requirements), ("newest", newest)):
+        print(f"installing {' '.join(parts)}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", root / name], check=True)
+        interpreters.append(root / name / "bin" / "python")
+        # Pillow for the image.
+        command = [interpreters[-1], "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *parts, "pillow"]
+        subprocess.run(command, check=True)
+    return interpreters
+
+
+def generate(interpreter: Path, release: Path) -> dict[str, Any]:
+    """Returns what generate.py prints: versions and tokens."""
+    request = {"code": read_section(release)[1], "image_prompt": IMAGE_PROMPT}
+    ran = subprocess.run(
+        # Isolated: nothing of this project, and nothing of the user's, is imported there.
+        [interpreter, "-I", Path(__file__).with_name("generate.py")],
+        cwd=release,
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+    )
+    if ran.returncode != 0:
+        sys.exit(f"the loading code of {release} fails in {interpreter.parents[1].name}:\n{ran.stderr}")
+    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return result
+
+
+def report(release: Path, pinned: dict[str, Any], newest: dict[str, Any]) -> bool:
+    """Prints whether the tokens are the same, and what they are where they differ; returns whether they are."""
+    names = [", ".join(f"{name} {number}" for name, number in one["versions"].items()) for one in (pinned, newest)]
+    same = True
+    for prompt in ("text", "image"):
+        one, other = pinned.get(prompt), newest.get(prompt)
+        if one != other:
+            same = False
+            print(f"{release}: {prompt}: different tokens\n  {names[0]}: {one}\n  {names[1]}: {other}")
+        elif one is not None:
+            print(f"{release}: {prompt}: the same {len(one)} tokens in {names[0]} and in {names[1]}")
+    return same
+
+
+def write_record(environments: list[dict[str, str]]) -> None:
+    """Writes which versions ran the loading code that is in the card's template now."""
+    snippet = hashlib.sha256((CARD / "loading.py.j2").read_bytes()).hexdigest()
+    record = {"snippet_sha256": snippet, "environments": environments}
+    (CARD / "loads_in.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
