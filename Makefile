@@ -34,14 +34,14 @@ hub-demo: .venv/installed
 # Operating it: a Prefect server's pool, limits and deployments; a worker; or all of it on this machine. In a directory
 # without settings, and importing from the environment alone: Prefect takes both from where it is started.
 deploy: .venv/installed
-	cd deployments && PYTHONSAFEPATH=1 $(abspath $(BIN))/python -m deployments.deploy
+	cd deployments && PYTHONSAFEPATH=1 $(abspath $(BIN))/python -m quantize_gemma.deployments.deploy
 
 worker: .venv/installed
 	cd deployments && PYTHONSAFEPATH=1 PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 \
 		$(abspath $(BIN))/prefect worker start --pool quantize-gemma
 
 serve: .venv/installed
-	PYTHONSAFEPATH=1 $(BIN)/python -m deployments.serve
+	PYTHONSAFEPATH=1 $(BIN)/python -m quantize_gemma.deployments.serve
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.side_by_side import compared as result_of
 from benchmarks.side_by_side import line, machine, run, show, version
-from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 
 
 def command_line(
@@ -38,8 +38,8 @@ def command_line(
 
 def our_evaluation(target: str, checkpoint: str, questions: str, limit: int | None, device: str) -> dict[str, Any]:
     """Evaluates as the flow does."""
-    from tasks.evaluate import evaluate_checkpoint
-    from tasks.evaluate.model import PackedLM
+    from quantize_gemma.tasks.evaluate import evaluate_checkpoint
+    from quantize_gemma.tasks.evaluate.model import PackedLM
 
     def evaluate() -> None:
         evaluate_checkpoint(Path(target), Path(checkpoint), Path(questions), limit, "auto", device, refresh=True)

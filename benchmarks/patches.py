@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
 from benchmarks.side_by_side import machine, run, version
-from tasks.patches import DISABLE, export_patches, loading_patches
-from tasks.units import human_size
+from quantize_gemma.tasks.patches import DISABLE, export_patches, loading_patches
+from quantize_gemma.tasks.units import human_size
 
 
 def measure(shape: str, max_seq_len: int, folder: Path, names: list[str]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
     """Exports as the flow's stage does; returns the processor's time and the program's SHA-256."""
     import hashlib
 
-    from tasks.export import export_checkpoint
+    from quantize_gemma.tasks.export import export_checkpoint
 
     before = time.process_time()
     export_checkpoint(Path(target), Path(checkpoint), max_seq_len)

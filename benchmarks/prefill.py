@@ -42,7 +42,7 @@ def measure(shape: str, folder: Path) -> dict[str, Any]:
 
 def export(target: str, checkpoint: str, last_logits_only: bool) -> dict[str, Any]:
     """Exports as the flow's stage does."""
-    from tasks.export import export_checkpoint
+    from quantize_gemma.tasks.export import export_checkpoint
 
     export_checkpoint(Path(target), Path(checkpoint), TOKENS + 24, last_logits_only=last_logits_only)
     return {}
@@ -55,7 +55,7 @@ def read(program: str, checkpoint: str) -> dict[str, Any]:
 
     import torch
 
-    from tasks.program import Methods
+    from quantize_gemma.tasks.program import Methods
 
     methods = Methods(Path(program) / "model.pte")
     ids = torch.randint(10, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(0))

@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint
 from benchmarks.side_by_side import compared, line, machine, run, show, version
-from tasks.recipe import decide, load_recipe, torchao_config
-from tasks.units import human_size
+from quantize_gemma.tasks.recipe import decide, load_recipe, torchao_config
+from quantize_gemma.tasks.units import human_size
 
 
 def reference_untie(target: str, checkpoint: str) -> dict[str, Any]:
@@ -50,14 +50,14 @@ def reference_quantize(target: str, checkpoint: str, recipe: str) -> dict[str, A
 
 def our_untie(target: str, checkpoint: str) -> dict[str, Any]:
     """Unties as the flow does."""
-    from tasks.untie import untie_checkpoint
+    from quantize_gemma.tasks.untie import untie_checkpoint
 
     return untie_checkpoint(Path(target), Path(checkpoint))
 
 
 def our_quantize(target: str, checkpoint: str, recipe: str, device: str) -> dict[str, Any]:
     """Quantizes as the flow does."""
-    from tasks.quantize import quantize_checkpoint
+    from quantize_gemma.tasks.quantize import quantize_checkpoint
 
     return quantize_checkpoint(Path(target), Path(checkpoint), load_recipe(recipe), device)
 
@@ -75,7 +75,7 @@ def differences(one: Path, other: Path) -> list[str]:
     import torch
     from safetensors import safe_open
 
-    from tasks.checkpoint import runtime_name
+    from quantize_gemma.tasks.checkpoint import runtime_name
 
     with safe_open(str(one), framework="pt") as left, safe_open(str(other), framework="pt") as right:
         names = {runtime_name(name): name for name in left.keys()}  # noqa: SIM118

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from tasks.builtin import BUILTIN
-from tasks.checkpoint import RUNTIME_PREFIXES, write_header
-from tasks.quantize import quantize_checkpoint
-from tasks.recipe import load_recipe
-from tasks.store import copy
-from tasks.untie import untie_checkpoint
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.checkpoint import RUNTIME_PREFIXES, write_header
+from quantize_gemma.tasks.quantize import quantize_checkpoint
+from quantize_gemma.tasks.recipe import load_recipe
+from quantize_gemma.tasks.store import copy
+from quantize_gemma.tasks.untie import untie_checkpoint
 
 TEXT = {
     "model_type": "gemma3_text",

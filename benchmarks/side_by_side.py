@@ -10,8 +10,8 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from tasks import process
-from tasks.units import human_size
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.units import human_size
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "torchao", "transformers", "executorch", "optimum-executorch", "lm-eval")

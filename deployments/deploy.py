@@ -1,4 +1,5 @@
-"""Sets a Prefect server up for this project: `python -m deployments.deploy`, again and again with the same result.
+"""Sets a Prefect server up for this project, again and again with the same result:
+`python -m quantize_gemma.deployments.deploy`.
 
 Makes the work pool, the global concurrency limits, the deployments of prefect.yaml, and, from what the environment
 says, the secrets and the alerts:
@@ -20,9 +21,9 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoo
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
-from deployments.alerts import save_alerts
-from tasks import machine
-from tasks.policies import ACCELERATOR, MEMORY
+from quantize_gemma.deployments.alerts import save_alerts
+from quantize_gemma.tasks import machine
+from quantize_gemma.tasks.policies import ACCELERATOR, MEMORY
 
 POOL = "quantize-gemma"
 SECRETS = {"HF_TOKEN": "hf-token", "HF_TOKEN_WRITE": "hf-token-write"}

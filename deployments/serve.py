@@ -1,4 +1,6 @@
-"""A first look on one machine: `python -P -m deployments.serve` runs a server, deploys to it, and works for it.
+"""A first look on one machine: a server, its deployments and a worker.
+
+    python -P -m quantize_gemma.deployments.serve
 
 Ends with Ctrl-C. The server is at http://127.0.0.1:4200, or where PREFECT_API_URL says, if that is this machine. As
 long as it runs, the Prefect profile `quantize-gemma` has its address and password.
@@ -14,9 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.server import LocalServer
-from flows.settings import ignore_working_directory
-from tasks.store import UserError
+from quantize_gemma.flows.server import LocalServer
+from quantize_gemma.flows.settings import ignore_working_directory
+from quantize_gemma.tasks.store import UserError
 
 API = "http://127.0.0.1:4200/api"
 DEFAULTS = {
@@ -80,7 +82,7 @@ def work(server: LocalServer) -> int:
     # Nobody else's modules and settings, here and in the runs that the worker starts.
     environment = {**os.environ, **server.client_settings(), "PYTHONSAFEPATH": "1"}
     here = Path(__file__).parent
-    deployed = subprocess.run([sys.executable, "-m", "deployments.deploy"], cwd=here, env=environment)
+    deployed = subprocess.run([sys.executable, "-m", "quantize_gemma.deployments.deploy"], cwd=here, env=environment)
     if deployed.returncode:
         return deployed.returncode
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "quantize-gemma"]

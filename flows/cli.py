@@ -10,8 +10,8 @@ import sys
 import traceback
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from flows.summary import Interrupted, empty_summary
-from tasks.store import RunError, StageFailed, UserError
+from quantize_gemma.flows.summary import Interrupted, empty_summary
+from quantize_gemma.tasks.store import RunError, StageFailed, UserError
 
 DESCRIPTION = """\
 Turn a Gemma 3 checkpoint into a quantized, measured, on-device release of it.
@@ -30,7 +30,7 @@ anything was made; 130 interrupted.
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    from flows.settings import ignore_working_directory
+    from quantize_gemma.flows.settings import ignore_working_directory
 
     verbs = {"run": _run, "check": _check, "prune": _prune}
     try:
@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from flows.parameters import Parameters
+    from quantize_gemma.flows.parameters import Parameters
 
     parser = _Parser(
         prog="quantize-gemma", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -106,11 +106,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from flows.server import check_api
-    from tasks import process
-    from tasks.check import check_disk, check_memory, check_run, disk_needed
-    from tasks.checkpoint import local_checkpoint
-    from tasks.download import resolve_model
+    from quantize_gemma.flows.server import check_api
+    from quantize_gemma.tasks import process
+    from quantize_gemma.tasks.check import check_disk, check_memory, check_run, disk_needed
+    from quantize_gemma.tasks.checkpoint import local_checkpoint
+    from quantize_gemma.tasks.download import resolve_model
 
     try:
         p = _parameters(arguments)
@@ -119,7 +119,9 @@ def _check(arguments: argparse.Namespace) -> int:
         local = local_checkpoint(p.model)
         if local is not None:
             directory = {"checkpoint": str(local.absolute())}
-            process.run("tasks.loadable:check_directory", directory, lambda *_: None, _log_to(_Terminal()))
+            process.run(
+                "quantize_gemma.tasks.loadable:check_directory", directory, lambda *_: None, _log_to(_Terminal())
+            )
         else:
             # The token may be there.
             check_api()
@@ -137,21 +139,21 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _stages_to_run(p: Any, model: dict[str, Any]) -> list[str]:
-    from tasks.check import WRITTEN, may_be_stored
-    from tasks.recipe import load_recipe
+    from quantize_gemma.tasks.check import WRITTEN, may_be_stored
+    from quantize_gemma.tasks.recipe import load_recipe
 
     if not may_be_stored(model["weight_bytes"]):
         return list(WRITTEN)
     # Late, for Prefect takes seconds to be imported.
-    from flows.quantize_gemma import chain
-    from tasks.policies import missing
+    from quantize_gemma.flows.quantize_gemma import chain
+    from quantize_gemma.tasks.policies import missing
 
     return missing(chain(p, model, load_recipe(p.recipe)), [])
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    from tasks.store import UserError, evict, prune, size_of
-    from tasks.units import human_size
+    from quantize_gemma.tasks.store import UserError, evict, prune, size_of
+    from quantize_gemma.tasks.units import human_size
 
     try:
         removed = prune()
@@ -189,9 +191,9 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         summary, code = {**summary, "error": "interrupted"}, 130
     except Exception as error:
-        from tasks.process import disks
-        from tasks.redact import redact
-        from tasks.store import disk_failure
+        from quantize_gemma.tasks.process import disks
+        from quantize_gemma.tasks.redact import redact
+        from quantize_gemma.tasks.store import disk_failure
 
         full = disk_failure(error, *disks())
         if full is None:
@@ -209,7 +211,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _run_flow(arguments: argparse.Namespace, terminal: "_Terminal") -> dict[str, Any]:
-    from tasks.check import check_run
+    from quantize_gemma.tasks.check import check_run
 
     p = _parameters(arguments)
     check_run(p.model, p.recipe, p.max_seq_len, p.device, p.cluster, p.custom_kv_cache, p.workers)
@@ -222,13 +224,13 @@ def _run_flow(arguments: argparse.Namespace, terminal: "_Terminal") -> dict[str,
     # Nor does it tell here that its API could not take a line: when that matters, the run ends, and says why.
     logging.raiseExceptions = False
     _log_to(terminal)
-    from flows.server import start_local_server
+    from quantize_gemma.flows.server import start_local_server
 
     server = start_local_server()
     if server:
         print(f"quantize-gemma: watch the run at {server.sign_in(sys.stderr)}", file=sys.stderr)
     # Meanwhile the server starts.
-    from flows.quantize_gemma import quantize_gemma
+    from quantize_gemma.flows.quantize_gemma import quantize_gemma
 
     if server:
         server.wait()
@@ -238,7 +240,7 @@ def _run_flow(arguments: argparse.Namespace, terminal: "_Terminal") -> dict[str,
 
 def _log_to(terminal: "_Terminal") -> logging.Logger:
     """Returns the log of the stages, which the terminal shows from now on."""
-    logger = logging.getLogger("tasks")
+    logger = logging.getLogger("quantize_gemma")
     logger.setLevel(logging.INFO)
     logger.addHandler(terminal)
     return logger
@@ -271,7 +273,7 @@ class _Terminal(logging.Handler):
 def _parameters(arguments: argparse.Namespace) -> Any:
     from pydantic import ValidationError
 
-    from flows.parameters import Parameters
+    from quantize_gemma.flows.parameters import Parameters
 
     if "keep" in arguments:
         raise UserError("--keep is gone, leave it out: only files that an earlier release wrote are removed now")
@@ -295,9 +297,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from flows.quantize_gemma import quality_table
-    from tasks.gate import gate_table
-    from tasks.units import human_size
+    from quantize_gemma.flows.quantize_gemma import quality_table
+    from quantize_gemma.tasks.gate import gate_table
+    from quantize_gemma.tasks.units import human_size
 
     console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
     stages = Table("stage", "", title="Stages")

@@ -19,31 +19,38 @@ from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
-from flows.parameters import Parameters, command_line, taking_parameters
-from flows.summary import Interrupted, empty_summary
-from tasks import machine, process, store
-from tasks.card import card, chartqa_scores, score
-from tasks.card.metrics import LIBRARIES
-from tasks.check import check_checkpoint, check_disk, check_memory, check_run, disk_needed
-from tasks.checkpoint import read_config
-from tasks.download import chart_questions, download, questions, remember, resolve_benchmark, resolve_model
-from tasks.evaluate import evaluate
-from tasks.evaluate.agreement import evaluate_pte
-from tasks.evaluate.charts import evaluate_on_charts
-from tasks.export import export
-from tasks.fingerprint import versions
-from tasks.gate import LIMITS, GateRefused, compare_with_published, gate, gate_table, required_checks
-from tasks.internals import retry_refused_connections
-from tasks.policies import as_task, failure_of, missing, open_record, retried
-from tasks.quantize import quantize
-from tasks.recipe import load_recipe, recipe_hash
-from tasks.redact import redact, redact_logs
-from tasks.smoke import smoke, smoke_pte
-from tasks.stage import Stage
-from tasks.store import RunError, StageFailed, UserError
-from tasks.units import human_size
-from tasks.untie import untie
-from tasks.upload import check_target, publish, published_metrics
+from quantize_gemma.flows.parameters import Parameters, command_line, taking_parameters
+from quantize_gemma.flows.summary import Interrupted, empty_summary
+from quantize_gemma.tasks import machine, process, store
+from quantize_gemma.tasks.card import card, chartqa_scores, score
+from quantize_gemma.tasks.card.metrics import LIBRARIES
+from quantize_gemma.tasks.check import check_checkpoint, check_disk, check_memory, check_run, disk_needed
+from quantize_gemma.tasks.checkpoint import read_config
+from quantize_gemma.tasks.download import (
+    chart_questions,
+    download,
+    questions,
+    remember,
+    resolve_benchmark,
+    resolve_model,
+)
+from quantize_gemma.tasks.evaluate import evaluate
+from quantize_gemma.tasks.evaluate.agreement import evaluate_pte
+from quantize_gemma.tasks.evaluate.charts import evaluate_on_charts
+from quantize_gemma.tasks.export import export
+from quantize_gemma.tasks.fingerprint import versions
+from quantize_gemma.tasks.gate import LIMITS, GateRefused, compare_with_published, gate, gate_table, required_checks
+from quantize_gemma.tasks.internals import retry_refused_connections
+from quantize_gemma.tasks.policies import as_task, failure_of, missing, open_record, retried
+from quantize_gemma.tasks.quantize import quantize
+from quantize_gemma.tasks.recipe import load_recipe, recipe_hash
+from quantize_gemma.tasks.redact import redact, redact_logs
+from quantize_gemma.tasks.smoke import smoke, smoke_pte
+from quantize_gemma.tasks.stage import Stage
+from quantize_gemma.tasks.store import RunError, StageFailed, UserError
+from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.untie import untie
+from quantize_gemma.tasks.upload import check_target, publish, published_metrics
 
 
 @flow(

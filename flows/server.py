@@ -1,6 +1,6 @@
 """A Prefect API for one run: the one that is configured, or a local server that ends with the run, however that ends.
 
-    python -P -m flows.server FD PARENT
+    python -P -m quantize_gemma.flows.server FD PARENT
 
 serves Prefect's API and UI on the listening socket FD until its standard input or the process PARENT ends. A local
 server answers only who sends this user's password, and no page of another origin: whoever gets in can read tokens and
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from tasks.process import end_with_parent
-from tasks.store import UserError, disk_failure
+from quantize_gemma.tasks.process import end_with_parent
+from quantize_gemma.tasks.store import UserError, disk_failure
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -69,7 +69,7 @@ class LocalServer:
         self.process = subprocess.Popen(
             # -P, and a directory of ours: the directory where the run was started is no place to import from, or to
             # take settings from.
-            [sys.executable, "-P", "-m", "flows.server", str(listener.fileno()), str(os.getpid())],
+            [sys.executable, "-P", "-m", "quantize_gemma.flows.server", str(listener.fileno()), str(os.getpid())],
             cwd=Path(__file__).parent,
             stdin=subprocess.PIPE,
             stdout=log,

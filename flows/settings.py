@@ -6,8 +6,8 @@ That directory may be a model that somebody else made: its files could send a ru
 import os
 from pathlib import Path
 
-from tasks.internals import ignore_settings_files
-from tasks.store import UserError
+from quantize_gemma.tasks.internals import ignore_settings_files
+from quantize_gemma.tasks.store import UserError
 
 # Directories and files that the environment may name; for what is started elsewhere, a relative path is another one.
 PATHS = (

@@ -13,8 +13,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tasks import machine, store
-from tasks.checkpoint import (
+from quantize_gemma.tasks import machine, store
+from quantize_gemma.tasks.checkpoint import (
     check_weights,
     local_checkpoint,
     quantizable_modules,
@@ -23,8 +23,8 @@ from tasks.checkpoint import (
     source_files,
     weight_files,
 )
-from tasks.recipe import decide, load_recipe
-from tasks.store import UserError
+from quantize_gemma.tasks.recipe import decide, load_recipe
+from quantize_gemma.tasks.store import UserError
 
 # What each stage writes, in times of the base weights in bf16: they themselves, the untied head, one byte per weight,
 # half a byte per weight in the program. Large models need less, for the embedding is a smaller part of them.

@@ -7,12 +7,12 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from tasks.builtin import BUILTIN
-from tasks.config import ARCHITECTURES, ModelConfig, parse_config
-from tasks.patches import patched_loading
-from tasks.sources import INDEX, SINGLE, open_source, release_files
-from tasks.store import StageFailed, UserError
-from tasks.strict_json import MAX_BYTES, parse_object, read_object
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.config import ARCHITECTURES, ModelConfig, parse_config
+from quantize_gemma.tasks.patches import patched_loading
+from quantize_gemma.tasks.sources import INDEX, SINGLE, open_source, release_files
+from quantize_gemma.tasks.store import StageFailed, UserError
+from quantize_gemma.tasks.strict_json import MAX_BYTES, parse_object, read_object
 
 DTYPE_BYTES = {
     "F64": 8,

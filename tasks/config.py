@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tasks.store import UserError
+from quantize_gemma.tasks.store import UserError
 
 ARCHITECTURES = {
     "Gemma3ForConditionalGeneration": "multimodal-text-to-text",

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks import hub, store
-from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from tasks.checkpoint import (
+from quantize_gemma.tasks import hub, store
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.checkpoint import (
     check_finite,
     check_weights,
     local_checkpoint,
@@ -23,13 +23,13 @@ from tasks.checkpoint import (
     source_files,
     weight_files,
 )
-from tasks.license import clean_license
-from tasks.loadable import check_loads
-from tasks.process import report_progress
-from tasks.questions import check_charts, check_mmlu
-from tasks.sources import INDEX, SINGLE, is_release_file, open_source
-from tasks.stage import Stage
-from tasks.store import UserError, canonical_json
+from quantize_gemma.tasks.license import clean_license
+from quantize_gemma.tasks.loadable import check_loads
+from quantize_gemma.tasks.process import report_progress
+from quantize_gemma.tasks.questions import check_charts, check_mmlu
+from quantize_gemma.tasks.sources import INDEX, SINGLE, is_release_file, open_source
+from quantize_gemma.tasks.stage import Stage
+from quantize_gemma.tasks.store import UserError, canonical_json
 
 logger = logging.getLogger(__name__)
 

@@ -28,12 +28,14 @@ from typing import Any
 
 # Modules that carry results and errors about, and shape none: what they store and move is verified by its digest.
 MACHINERY = frozenset(
-    f"tasks.{name}"
+    f"quantize_gemma.tasks.{name}"
     for name in ("fingerprint", "hub", "machine", "policies", "process", "redact", "residents", "stage", "store")
 )
 # What only refuses and writes nothing: its code counts, so that what it refuses now is looked at again, but the
 # libraries it asks do not: a model of 8 GB is not downloaded again for a new version of one.
-CHECKS = frozenset({"tasks.checkpoint:check_finite", "tasks.config", "tasks.loadable"})
+CHECKS = frozenset(
+    {"quantize_gemma.tasks.checkpoint:check_finite", "quantize_gemma.tasks.config", "quantize_gemma.tasks.loadable"}
+)
 # What a library is called on the registry, where that is not the name it is imported by.
 DISTRIBUTIONS = {"PIL": "pillow", "optimum": "optimum-executorch", "yaml": "pyyaml"}
 # Libraries that the imported ones hand the work to. Not all that they require: none of the rest shapes a result.
@@ -48,7 +50,7 @@ BEHIND = {
     "transformers": ("accelerate", "jinja2", "numpy", "pillow", "safetensors", "tokenizers"),
 }
 # Whose source counts: tests have stages of their own.
-PACKAGES = ("benchmarks", "deployments", "flows", "tasks", "tests")
+PACKAGES = ("benchmarks", "quantize_gemma", "tests")
 FUNCTION = re.compile(r"[a-zA-Z_]\w*(\.\w+)+:\w+")
 FILE = re.compile(r"[\w-]+(\.[\w-]+)+")
 # The name that stands for the statements of a module that run when it is imported, and for all of it.

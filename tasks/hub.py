@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.process import MOST_SECONDS_TO_WAIT, asked_to_wait, is_transient, report
-from tasks.redact import keep_secret, redact
-from tasks.store import RunError, StageFailed, UserError
+from quantize_gemma.tasks.process import MOST_SECONDS_TO_WAIT, asked_to_wait, is_transient, report
+from quantize_gemma.tasks.redact import keep_secret, redact
+from quantize_gemma.tasks.store import RunError, StageFailed, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import logging
 import os
 from typing import Any
 
-from tasks.store import UserError
+from quantize_gemma.tasks.store import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _differs(package: str, version: str, name: str) -> str:
 def warn(message: str) -> None:
     """Warn in this process's log and, from a stage's own process, in that of the run."""
     # Here, because every command line imports this module.
-    from tasks.process import report
+    from quantize_gemma.tasks.process import report
 
     logger.warning(message)
     report(message)

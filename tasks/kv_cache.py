@@ -21,8 +21,8 @@ from optimum.executorch.attentions import custom_kv_cache
 from optimum.executorch.attentions.custom_sdpa import custom_sdpa_with_start_pos_forward
 from optimum.exporters.executorch import integrations
 
-from tasks.internals import require
-from tasks.patches import replaced
+from quantize_gemma.tasks.internals import require
+from quantize_gemma.tasks.patches import replaced
 
 
 class RingCache(torch.nn.Module):

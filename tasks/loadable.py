@@ -9,10 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint import check_finite, read_headers, read_model_config, runtime_name, task_of, weight_files
-from tasks.internals import fake_tensor_mode
-from tasks.store import UserError
-from tasks.strict_json import read_object
+from quantize_gemma.tasks.checkpoint import (
+    check_finite,
+    read_headers,
+    read_model_config,
+    runtime_name,
+    task_of,
+    weight_files,
+)
+from quantize_gemma.tasks.internals import fake_tensor_mode
+from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.strict_json import read_object
 
 # Of the numbers of a vocabulary's tokens, so many may be left out.
 MOST_HOLES = 10_000

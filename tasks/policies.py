@@ -28,11 +28,11 @@ from prefect.logging import get_run_logger
 from prefect.results import ResultStore
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from tasks import machine, process, residents, store
-from tasks.fingerprint import fingerprint
-from tasks.stage import Stage
-from tasks.store import Artifact, RunError, StageFailed, UserError
-from tasks.units import human_size
+from quantize_gemma.tasks import machine, process, residents, store
+from quantize_gemma.tasks.fingerprint import fingerprint
+from quantize_gemma.tasks.stage import Stage
+from quantize_gemma.tasks.store import Artifact, RunError, StageFailed, UserError
+from quantize_gemma.tasks.units import human_size
 
 terminal = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
                 _Progress(name) as progress,
             ):
                 return process.run(
-                    "tasks.process:call",
+                    "quantize_gemma.tasks.process:call",
                     {**call, "made_by": fingerprint(function)},
                     progress,
                     logger,

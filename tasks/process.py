@@ -1,6 +1,6 @@
 """Runs a stage's work in a process of its own: its memory comes back, and its death is the stage's failure.
 
-    python -m tasks.process <module>:<function>
+    python -m quantize_gemma.tasks.process <module>:<function>
 
 reads the arguments as one JSON line and writes events as JSON lines, on pipes of their own, so that whatever the
 libraries print does not mix with them. The child ends when its parent is gone: the kernel kills it, whatever it is at.
@@ -26,10 +26,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from tasks import machine
-from tasks.fingerprint import Fingerprint, difference, fingerprint
-from tasks.redact import redact
-from tasks.store import StageFailed, UserError, disk_failure, home, stopping
+from quantize_gemma.tasks import machine
+from quantize_gemma.tasks.fingerprint import Fingerprint, difference, fingerprint
+from quantize_gemma.tasks.redact import redact
+from quantize_gemma.tasks.store import StageFailed, UserError, disk_failure, home, stopping
 
 Progress = Callable[[int, int, str], None]
 Spread = Callable[[str, list[dict[str, Any]], int, str | None], int]
@@ -105,7 +105,7 @@ class Child:
             subprocess.Popen,
             # In a directory of ours: the one where the run was started is no place to take settings from, as numba and
             # matplotlib do, or to import from, here or in what libraries start (torch lists packages with `pip`).
-            [sys.executable, "-P", "-m", "tasks.process", function, str(send), str(os.getpid())],
+            [sys.executable, "-P", "-m", "quantize_gemma.tasks.process", function, str(send), str(os.getpid())],
             cwd=Path(__file__).parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -476,6 +476,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     # As the imported module, so that stages that import it report through the same pipe.
-    from tasks import process
+    from quantize_gemma.tasks import process
 
     process.main()

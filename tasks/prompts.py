@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tasks import process
-from tasks.store import StageFailed
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.store import StageFailed
 
 # So many tokens are answered after each prompt, or up to the end of a turn.
 ANSWER_TOKENS = 8
@@ -48,7 +48,7 @@ def answer_prompts(program: Path, checkpoint: Path, lengths: list[int]) -> list[
             "lengths": lengths,
             "logits": f"{folder}/logits.safetensors",
         }
-        prompts = process.run("tasks.prompts:run_prompts", arguments, lambda *_: None, None)["prompts"]
+        prompts = process.run("quantize_gemma.tasks.prompts:run_prompts", arguments, lambda *_: None, None)["prompts"]
         logits = load_file(f"{folder}/logits.safetensors")
     return [{**prompt, "logits": logits[str(number)]} for number, prompt in enumerate(prompts)]
 
@@ -59,7 +59,7 @@ def run_prompts(program: str, checkpoint: str, lengths: list[int], logits: str) 
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    from tasks.program import Methods
+    from quantize_gemma.tasks.program import Methods
 
     config = AutoConfig.from_pretrained(checkpoint)
     multimodal = hasattr(config, "vision_config")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks.store import UserError
+from quantize_gemma.tasks.store import UserError
 
 MMLU, CHARTQA = "cais/mmlu", "HuggingFaceM4/ChartQA"
 TEXT, TEXTS, NUMBER, PICTURE = "a text", "a list of texts", "an integer", "a struct with the picture's bytes"

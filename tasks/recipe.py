@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tasks.store import UserError, canonical_json
-from tasks.strict_json import read_object
+from quantize_gemma.tasks.store import UserError, canonical_json
+from quantize_gemma.tasks.strict_json import read_object
 
 RECIPES = Path(__file__).parent / "quantize" / "recipes"
 

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tasks import process
-from tasks.store import StageFailed, UserError
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.store import StageFailed, UserError
 
 SECONDS_UNASKED = 30.0
 # What takes longer over one list of requests hangs.
@@ -70,7 +70,7 @@ class Pool:
                 resident = self.idle.pop()
             else:
                 arguments = {"answerer": answerer, "settings": settings, "number": len(self.alive)}
-                resident = process.Child("tasks.residents:serve", arguments, self.environment)
+                resident = process.Child("quantize_gemma.tasks.residents:serve", arguments, self.environment)
                 self.alive.append(resident)
         try:
             yield resident

@@ -10,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-from tasks.store import UserError
+from quantize_gemma.tasks.store import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

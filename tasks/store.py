@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks.redact import redact
+from quantize_gemma.tasks.redact import redact
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tasks.store import UserError
+from quantize_gemma.tasks.store import UserError
 
 # What safetensors allows a header; Gemma's tokenizer.json has 33 MB.
 MAX_BYTES = 100_000_000

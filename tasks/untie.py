@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint import quantizable_modules, read_header, read_headers, write_header
-from tasks.sources import INDEX
-from tasks.stage import Stage
-from tasks.store import StageFailed, UserError, link
+from quantize_gemma.tasks.checkpoint import quantizable_modules, read_header, read_headers, write_header
+from quantize_gemma.tasks.sources import INDEX
+from quantize_gemma.tasks.stage import Stage
+from quantize_gemma.tasks.store import StageFailed, UserError, link
 
 SHARD = "lm_head.safetensors"
 # The head's name beside each of the embedding's: the Hub's layout, a text-only model, and transformers' own names.

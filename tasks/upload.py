@@ -9,8 +9,8 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from tasks import hub
-from tasks.store import Artifact, StageFailed, UserError, check_file, file_changed, read_file
+from quantize_gemma.tasks import hub
+from quantize_gemma.tasks.store import Artifact, StageFailed, UserError, check_file, file_changed, read_file
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint import keep_activations, load_model
-from tasks.program import Methods
-from tasks.prompts import TEXT, answer_prompts, prompt_lengths
-from tasks.store import StageFailed
+from quantize_gemma.tasks.checkpoint import keep_activations, load_model
+from quantize_gemma.tasks.program import Methods
+from quantize_gemma.tasks.prompts import TEXT, answer_prompts, prompt_lengths
+from quantize_gemma.tasks.store import StageFailed
 
 # The distributions of so many first tokens are compared, and of so many at the end of the longest sequence.
 COMPARED_TOKENS = 128

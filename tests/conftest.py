@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tasks.builtin import BUILTIN
+from quantize_gemma.tasks.builtin import BUILTIN
 
 # Before any library reads them: a captured log is no place for progress bars.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -48,7 +48,7 @@ class CommandLine:
 
     def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *arguments],
+            [sys.executable, "-m", "quantize_gemma.flows.cli", *arguments],
             env={**self.environment(), **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -17,11 +17,11 @@ from typing import Any
 
 from prefect import flow
 
-from tasks import process, store
-from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from tasks.evaluate import evaluate, shards
-from tasks.policies import as_task, open_record, record
-from tasks.stage import Stage
+from quantize_gemma.tasks import process, store
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.evaluate import evaluate, shards
+from quantize_gemma.tasks.policies import as_task, open_record, record
+from quantize_gemma.tasks.stage import Stage
 
 
 def load_lengths(loaded: str, seconds: float) -> Callable[[list[str]], list[int]]:

@@ -1,6 +1,6 @@
 """Draws and writes chartqa-mini, the built-in benchmark of charts, in the layout of `HuggingFaceM4/ChartQA`.
 
-    python -m tasks.builtin.make_chartqa_mini
+    python -m quantize_gemma.tasks.builtin.make_chartqa_mini
 
 draws the charts of charts.json (written by us) and writes chartqa-mini/data/test-00000-of-00001.parquet and the
 README beside it, so that `datasets.load_dataset(<chartqa-mini>)` reads it as it reads ChartQA.

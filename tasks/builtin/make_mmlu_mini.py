@@ -1,6 +1,6 @@
 """Writes mmlu-mini, the built-in benchmark, in the layout of `cais/mmlu`.
 
-    python -m tasks.builtin.make_mmlu_mini
+    python -m quantize_gemma.tasks.builtin.make_mmlu_mini
 
 reads questions/<subject>.json (written by us, one file per MMLU subject) and writes
 mmlu-mini/<subject>/{test,dev}-00000-of-00001.parquet beside it, so that

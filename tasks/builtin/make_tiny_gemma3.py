@@ -1,6 +1,6 @@
 """Trains tiny-gemma3, the built-in base model: a genuine Gemma 3 of 0.4 M parameters.
 
-    python -m tasks.builtin.make_tiny_gemma3
+    python -m quantize_gemma.tasks.builtin.make_tiny_gemma3
 
 Its shape keeps what makes gemma-3-4b-it hard to quantize and export: tied embeddings, sliding and full
 attention, grouped queries, head_dim != hidden / heads, a SigLIP tower whose fc2 does not divide into groups of
@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tasks.builtin import make_chartqa_mini
-from tasks.builtin.make_mmlu_mini import read_questions
-from tasks.evaluate.charts import messages_of
+from quantize_gemma.tasks.builtin import make_chartqa_mini
+from quantize_gemma.tasks.builtin.make_mmlu_mini import read_questions
+from quantize_gemma.tasks.evaluate.charts import messages_of
 
 # The tokens of a prompt and of its answer; and the picture's pixels, [1, 3, 64, 64].
 TextRow = tuple[list[int], list[int]]

@@ -4,8 +4,8 @@ from typing import Any
 
 import yaml
 
-from tasks.card.metrics import GEMMA_TERMS
-from tasks.license import clean_license
+from quantize_gemma.tasks.card.metrics import GEMMA_TERMS
+from quantize_gemma.tasks.license import clean_license
 
 
 class _Dumper(yaml.SafeDumper):

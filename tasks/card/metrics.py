@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks import store
-from tasks.paired import Pairs, count_pairs
-from tasks.recipe import recipe_hash
-from tasks.store import StageFailed
+from quantize_gemma.tasks import store
+from quantize_gemma.tasks.paired import Pairs, count_pairs
+from quantize_gemma.tasks.recipe import recipe_hash
+from quantize_gemma.tasks.store import StageFailed
 
 HERE = Path(__file__).parent
 # Whose versions the card names.

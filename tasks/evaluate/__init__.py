@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks import store
-from tasks.evaluate import shards
-from tasks.stage import Stage
-from tasks.store import StageFailed
+from quantize_gemma.tasks import store
+from quantize_gemma.tasks.evaluate import shards
+from quantize_gemma.tasks.stage import Stage
+from quantize_gemma.tasks.store import StageFailed
 
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 
@@ -38,14 +38,14 @@ def evaluate_checkpoint(
     with benchmark(questions) as folder:
         from lm_eval import simple_evaluate
 
-        from tasks.evaluate.lm import ShardedLM
+        from quantize_gemma.tasks.evaluate.lm import ShardedLM
 
         digest, root = kept(checkpoint, folder)
         # On a CPU the same to the bit, whatever is answered together.
         batches = {} if device == "cpu" else {"batch_size": batch_size}
         ask = functools.partial(
             shards.answers,
-            answerer="tasks.evaluate.model:load_packed",
+            answerer="quantize_gemma.tasks.evaluate.model:load_packed",
             settings={"device": device, "batch_size": batch_size},
             paths={"checkpoint": checkpoint},
             identity={"checkpoint": digest, "device": device, **batches},

@@ -13,10 +13,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tasks.evaluate import benchmark, in_order, read_samples
-from tasks.paired import count_pairs
-from tasks.stage import Stage
-from tasks.store import StageFailed, UserError
+from quantize_gemma.tasks.evaluate import benchmark, in_order, read_samples
+from quantize_gemma.tasks.paired import count_pairs
+from quantize_gemma.tasks.stage import Stage
+from quantize_gemma.tasks.store import StageFailed, UserError
 
 # Another seed would be another sample, and a release that was refused could be tried until one passes.
 SEED = 20
@@ -34,8 +34,8 @@ def evaluate_program(
     """
     sample = draw(read_samples(answered), sample_size)
     with benchmark(questions):
-        from tasks.evaluate.model import PackedLM
-        from tasks.evaluate.program import ProgramLM
+        from quantize_gemma.tasks.evaluate.model import PackedLM
+        from quantize_gemma.tasks.evaluate.program import ProgramLM
 
         model = ProgramLM(checkpoint, program)
         asked = _ask(model, sample)

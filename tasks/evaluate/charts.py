@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks.checkpoint import task_of
-from tasks.evaluate import kept, shards
-from tasks.process import report_progress
-from tasks.questions import CHART_KINDS, read_charts
-from tasks.stage import Stage
-from tasks.store import StageFailed, UserError
+from quantize_gemma.tasks.checkpoint import task_of
+from quantize_gemma.tasks.evaluate import kept, shards
+from quantize_gemma.tasks.process import report_progress
+from quantize_gemma.tasks.questions import CHART_KINDS, read_charts
+from quantize_gemma.tasks.stage import Stage
+from quantize_gemma.tasks.store import StageFailed, UserError
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 POST_PROMPT = "\nAnswer the question with a single word."
@@ -74,7 +74,7 @@ def evaluate_charts(
             root = Path(folder) / "store"
         ask = functools.partial(
             shards.answers,
-            answerer="tasks.evaluate.charts:load_chart_answerer",
+            answerer="quantize_gemma.tasks.evaluate.charts:load_chart_answerer",
             settings={"device": device},
             paths={"checkpoint": checkpoint, "questions": questions},
             identity={"checkpoint": digest, "questions": asked, "device": device},
@@ -102,7 +102,7 @@ def evaluate_charts(
 
 def load_chart_answerer(checkpoint: str, questions: str, device: str) -> Answerer:
     """Returns what answers questions, given by their numbers in the dataset, with the text that the model writes."""
-    from tasks.evaluate.chart_model import ChartLM
+    from quantize_gemma.tasks.evaluate.chart_model import ChartLM
 
     model = ChartLM(Path(checkpoint), device)
     table = read_charts(Path(questions))
@@ -137,7 +137,7 @@ def score_answers(answer: Answerer, questions: Path, limit: int | None) -> tuple
     """Returns the content of results.json and samples.jsonl, from lm-eval's evaluation of what `answer` gives."""
     from lm_eval import simple_evaluate
 
-    from tasks.evaluate.chart_model import AnsweredLM
+    from quantize_gemma.tasks.evaluate.chart_model import AnsweredLM
 
     output = simple_evaluate(AnsweredLM(answer), tasks=[chart_task(questions, limit)], log_samples=True)
     if output is None:

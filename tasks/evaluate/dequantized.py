@@ -16,7 +16,7 @@ from torchao.quantization import (
     quantize_affine,
 )
 
-from tasks.evaluate import rounding
+from quantize_gemma.tasks.evaluate import rounding
 
 # Elements of a weight that are dequantized at once.
 CHUNK = 2**24

@@ -9,9 +9,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from tasks.evaluate.model import Request, answering, score_continuation, share_rows
-from tasks.process import report_progress
-from tasks.program import Methods
+from quantize_gemma.tasks.evaluate.model import Request, answering, score_continuation, share_rows
+from quantize_gemma.tasks.process import report_progress
+from quantize_gemma.tasks.program import Methods
 
 
 class ProgramLM(TemplateLM):

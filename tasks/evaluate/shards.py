@@ -12,14 +12,14 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from tasks import process, residents, store
-from tasks.fingerprint import difference, fingerprint
-from tasks.store import StageFailed
+from quantize_gemma.tasks import process, residents, store
+from quantize_gemma.tasks.fingerprint import difference, fingerprint
+from quantize_gemma.tasks.store import StageFailed
 
 STAGE = "evaluate-shard"
 ASKED = "evaluate-requests"
 # What a shard is made by, with its answerer.
-ANSWER = "tasks.evaluate.shards:answer_part"
+ANSWER = "quantize_gemma.tasks.evaluate.shards:answer_part"
 # Small shards are answered together until there are so many questions, which fills batches and hides a task's cost.
 QUESTIONS = 100
 
@@ -159,7 +159,7 @@ def _write_requests(asked: dict[str, list[Any]], root: Path) -> str:
             (target / f"{name}.json").write_text(json.dumps(requests), encoding="utf-8")
         return {}
 
-    key = store.key(ASKED, [], {"asked": asked}, fingerprint("tasks.evaluate.shards:_write_requests"))
+    key = store.key(ASKED, [], {"asked": asked}, fingerprint("quantize_gemma.tasks.evaluate.shards:_write_requests"))
     store.produce(ASKED, key, write, root, pinned=True)
     return key
 

@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tasks.internals import warn
+from quantize_gemma.tasks.internals import warn
 
 DISABLE = "QUANTIZE_GEMMA_DISABLE_PATCHES"
 
@@ -34,14 +34,14 @@ class SourceDiffers(Exception):
 
 def loading_patches() -> tuple[Patch, ...]:
     """Returns the patches that apply while a quantized checkpoint is loaded."""
-    from tasks.patches import transformers
+    from quantize_gemma.tasks.patches import transformers
 
     return transformers.own_metadata, transformers.shared_quantizer
 
 
 def export_patches() -> tuple[Patch, ...]:
     """Returns the patches that apply while a program is exported."""
-    from tasks.patches import executorch, optimum_executorch, torch
+    from quantize_gemma.tasks.patches import executorch, optimum_executorch, torch
 
     return (
         optimum_executorch.one_export,

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from tasks.patches import replaced, written_for
+from quantize_gemma.tasks.patches import replaced, written_for
 
 # Linux 5.4 and later (asm-generic/mman-common.h).
 MADV_PAGEOUT = 21

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tasks.patches import replaced, written_for
+from quantize_gemma.tasks.patches import replaced, written_for
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import machine
-from tasks.checkpoint import (
+from quantize_gemma.tasks import machine
+from quantize_gemma.tasks.checkpoint import (
     RUNTIME_PREFIXES,
     read_config,
     read_header,
@@ -27,11 +27,11 @@ from tasks.checkpoint import (
     weight_files,
     write_header,
 )
-from tasks.loadable import check_shapes
-from tasks.process import report_progress
-from tasks.recipe import decide, recipe_hash, torchao_config
-from tasks.stage import Stage
-from tasks.store import StageFailed, UserError, link
+from quantize_gemma.tasks.loadable import check_shapes
+from quantize_gemma.tasks.process import report_progress
+from quantize_gemma.tasks.recipe import decide, recipe_hash, torchao_config
+from quantize_gemma.tasks.stage import Stage
+from quantize_gemma.tasks.store import StageFailed, UserError, link
 
 # So many weights are worked on at a time, in whole rows; on an accelerator more, which is quicker there.
 CHUNK = 2**20
@@ -256,7 +256,7 @@ def _quantize(weight: Any, rule: dict[str, Any], device: str, iterations: int | 
     """Returns the rows' "qdata", "scale" and "zero_point". What is missing is zero, as the new file is already."""
     import torch
 
-    from tasks.quantize import hqq
+    from quantize_gemma.tasks.quantize import hqq
 
     group_size = rule["group_size"] or weight.shape[1]
     if rule["algorithm"] == "hqq_scale_only":
@@ -280,7 +280,7 @@ def _quantize(weight: Any, rule: dict[str, Any], device: str, iterations: int | 
 
 def _iterations(changes: list[Any]) -> int | None:
     """Returns after how many iterations of HQQ torchao stops on a matrix, None if its chunks are right as they are."""
-    from tasks.quantize import hqq
+    from quantize_gemma.tasks.quantize import hqq
 
     if changes[0] is None:
         return None

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tests.campaigns import campaign
 from tests.hub.access import Tokens
 from tests.hub.server import Hub, serve
@@ -137,7 +137,7 @@ class Tried:
     """What is tried, and what must hold afterwards."""
 
     def __init__(self, hub: Hub, folder: Path) -> None:
-        from tasks import store
+        from quantize_gemma.tasks import store
 
         self.hub = hub
         self.folder = folder
@@ -153,7 +153,7 @@ class Tried:
 
     def release(self, store: Any, name: str) -> Any:
         """Returns an artifact as the card's stage makes it; old and new have one file that the other lacks."""
-        from tasks.card import write_file_list
+        from quantize_gemma.tasks.card import write_file_list
 
         def fill(target: Path) -> dict[str, Any]:
             for path in BUILTIN["tiny-gemma3"].iterdir():
@@ -186,7 +186,7 @@ class Tried:
 
     def outcome(self, case: Case) -> str | None:
         """Runs the case and looks at what it left; runs it again without the fault."""
-        from tasks.store import RunError
+        from quantize_gemma.tasks.store import RunError
 
         try:
             self.scenarios[case.scenario]()
@@ -235,7 +235,7 @@ class Tried:
 
     def download(self) -> None:
         """Resolves and downloads the model; the files must be those of the commit."""
-        from tasks.download import download_checkpoint, resolve_model
+        from quantize_gemma.tasks.download import download_checkpoint, resolve_model
 
         resolved = again(3, resolve_model, MODEL, None, False)
         stage = self.folder / "download" / str(self.number)
@@ -257,7 +257,7 @@ class Tried:
 
     def publish(self, scenario: str, over: bool = False, create_pr: bool = False) -> None:
         """Publishes as the flow does; the target must hold the release at the end, and nothing but it or what was."""
-        from tasks.upload import check_target, publish, published_metrics
+        from quantize_gemma.tasks.upload import check_target, publish, published_metrics
 
         target = self.target()
         if over and self.hub.storage.find("model", target) is None:
@@ -351,14 +351,24 @@ class CommandStore:
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         own = {"QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect), "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
-        command = [sys.executable, "-m", "flows.cli", "run", "--model", MODEL, "--benchmark", BENCHMARK, "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "quantize_gemma.flows.cli",
+            "run",
+            "--model",
+            MODEL,
+            "--benchmark",
+            BENCHMARK,
+            "--json",
+        ]
         done = subprocess.run([*command, *arguments], env={**kept, **own}, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
 
 
 def again(times: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """Calls the work, and again while it fails for what may pass by itself, as the flow does but without waiting."""
-    from tasks.process import is_transient
+    from quantize_gemma.tasks.process import is_transient
 
     while True:
         try:

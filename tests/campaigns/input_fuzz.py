@@ -26,10 +26,10 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tasks.builtin import BUILTIN
-from tasks.license import clean_license
-from tasks.recipe import RECIPES
-from tasks.store import UserError
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.license import clean_license
+from quantize_gemma.tasks.recipe import RECIPES
+from quantize_gemma.tasks.store import UserError
 from tests.campaigns import campaign
 from tests.cards import PLACES, faults, markdown_texts
 
@@ -212,9 +212,9 @@ def _write(folder: Path, files: dict[str, bytes]) -> tuple[Path, str]:
 
 def _check(folder: Path, files: dict[str, bytes]) -> None:
     """Does what `quantize-gemma check` and the start of a run do."""
-    from tasks.check import check_run
-    from tasks.download import resolve_model
-    from tasks.loadable import check_directory
+    from quantize_gemma.tasks.check import check_run
+    from quantize_gemma.tasks.download import resolve_model
+    from quantize_gemma.tasks.loadable import check_directory
 
     model, recipe = _write(folder, files)
     before = _names(folder)
@@ -231,7 +231,7 @@ def _start(folder: Path, files: dict[str, bytes]) -> None:
     """Runs `quantize-gemma check` in a process of its own."""
     model, recipe = _write(folder, files)
     before = _names(folder)
-    command = [sys.executable, "-m", "flows.cli", "check", "--model", str(model), "--recipe", recipe]
+    command = [sys.executable, "-m", "quantize_gemma.flows.cli", "check", "--model", str(model), "--recipe", recipe]
     ran = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
     assert ran.returncode in (0, 2), f"exit code {ran.returncode}: {ran.stderr[-500:]}"
     assert "Traceback" not in ran.stderr
@@ -246,7 +246,7 @@ def _read_card(folder: Path, fields: Any, metrics: dict[str, Any]) -> None:
     """Resolves a model whose card has these metadata, and makes a card of what comes of them."""
     import yaml
 
-    from tasks.download import resolve_model
+    from quantize_gemma.tasks.download import resolve_model
 
     model, _ = _write(folder, {})
     text = yaml.safe_dump(fields, allow_unicode=True) if fields != "" else ""
@@ -292,7 +292,17 @@ def _own_home(folder: Path) -> Iterator[None]:
 def _release(folder: Path) -> dict[str, Any]:
     """Makes a release of the built-in model, on few questions; returns its metrics."""
     own = {"QUANTIZE_GEMMA_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
-    command = [sys.executable, "-m", "flows.cli", "run", "--limit", "1", "--max-seq-len", "256", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "quantize_gemma.flows.cli",
+        "run",
+        "--limit",
+        "1",
+        "--max-seq-len",
+        "256",
+        "--json",
+    ]
     ran = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=True)
     release = Path(json.loads(ran.stdout.splitlines()[-1])["release"])
     metrics: dict[str, Any] = json.loads((release / "metrics.json").read_text())

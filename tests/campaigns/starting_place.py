@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx
 
-from tasks.builtin import BUILTIN
+from quantize_gemma.tasks.builtin import BUILTIN
 from tests.campaigns import campaign
 from tests.conftest import CommandLine
 from tests.operate import AnotherProgram, another_program, wait_for
@@ -31,7 +31,7 @@ FOREIGN = {"Origin": "http://foreign.example"}
 UNWRITABLE = Path("/sys")
 
 QUANTIZE_GEMMA = [str(BIN / "quantize-gemma")]
-SERVE = [sys.executable, "-P", "-m", "deployments.serve"]
+SERVE = [sys.executable, "-P", "-m", "quantize_gemma.deployments.serve"]
 # The cheap ones first: CI runs those.
 COMMANDS = {
     "port taken": SERVE,
@@ -150,7 +150,7 @@ def hostile_directory(directory: Path, api: str, rng: random.Random | None = Non
 def modules() -> set[str]:
     """Returns the name of every module that any of our processes could import, and of those that Python looks for."""
     installed = {name for name in importlib.metadata.packages_distributions() if name.isidentifier()}
-    ours = {"deployments", "flows", "tasks"}
+    ours = {"deployments", "flows", "quantize_gemma", "tasks"}
     return installed | set(sys.stdlib_module_names) | ours | {"sitecustomize", "usercustomize", "hostile"}
 
 

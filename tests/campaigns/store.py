@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks import store
+from quantize_gemma.tasks import store
 from tests.campaigns import campaign
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tasks.builtin import BUILTIN
+from quantize_gemma.tasks.builtin import BUILTIN
 from tests.conftest import CommandLine
 from tests.text_only import write_text_only
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tasks import store
+from quantize_gemma.tasks import store
 from tests.conftest import CommandLine
 
 
@@ -27,7 +27,7 @@ def edit_config(model: Path, **changes: Any) -> None:
 
 
 def write_recipe(folder: Path, of: str, **changes: Any) -> Path:
-    from tasks.recipe import load_recipe
+    from quantize_gemma.tasks.recipe import load_recipe
 
     recipe = load_recipe("HQQ-INT8-INT4")
     next(rule for rule in recipe["rules"] if rule["match"] == of).update(changes)
@@ -199,7 +199,9 @@ def test_a_working_directory_that_was_removed_is_refused(fresh: CommandLine, tmp
 
 def test_help_explains_itself_in_under_three_seconds() -> None:
     started = time.monotonic()
-    outcome = subprocess.run([sys.executable, "-m", "flows.cli", "--help"], capture_output=True, text=True, check=True)
+    outcome = subprocess.run(
+        [sys.executable, "-m", "quantize_gemma.flows.cli", "--help"], capture_output=True, text=True, check=True
+    )
     assert time.monotonic() - started < 3
     assert "quantize-gemma run" in outcome.stdout
     assert "Exit codes" in outcome.stdout
@@ -221,8 +223,8 @@ def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_c
 def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_needs(
     fresh: CommandLine, tiny_copy: Callable[[], Path]
 ) -> None:
-    from tasks.checkpoint import read_header, write_header
-    from tasks.machine import total_memory
+    from quantize_gemma.tasks.checkpoint import read_header, write_header
+    from quantize_gemma.tasks.machine import total_memory
 
     model = tiny_copy()
     tensors = {name: (t["dtype"], t["shape"]) for name, t in read_header(model / "model.safetensors").items()}
@@ -285,7 +287,7 @@ def test_pruning_to_a_limit_that_is_none_is_refused(option: str, limit: str, fre
 def test_the_prune_flow_refuses_such_limits_too(parameter: str, limit: float) -> None:
     from prefect.exceptions import ParameterTypeError
 
-    from flows.prune_store import prune_store
+    from quantize_gemma.flows.prune_store import prune_store
 
     with pytest.raises(ParameterTypeError, match=parameter):
         prune_store.validate_parameters({parameter: limit})

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from flows import cli
-from flows.parameters import Parameters, command_line
+from quantize_gemma.flows import cli
+from quantize_gemma.flows.parameters import Parameters, command_line
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tests.hub.access import Tokens
 from tests.hub.server import serve
 
@@ -23,7 +23,9 @@ def main() -> int:
         hub.add("dataset", "HuggingFaceM4/ChartQA", BUILTIN_BENCHMARKS["chartqa-mini"])
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
         run = ["run", "--model", MODEL, "--benchmark", BENCHMARK, "--target", TARGET, "--tag"]
-        code = subprocess.run([sys.executable, "-m", "flows.cli", *run], env={**os.environ, **environment}).returncode
+        code = subprocess.run(
+            [sys.executable, "-m", "quantize_gemma.flows.cli", *run], env={**os.environ, **environment}
+        ).returncode
         if code == 0:
             print(f"published as {hub.url}/{TARGET}/commit/{hub.head('model', TARGET)}, with:")
             for name, file in hub.files("model", TARGET).items():

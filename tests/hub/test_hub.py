@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tasks.builtin import BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.builtin import BUILTIN_BENCHMARKS
 from tests.hub.access import Tokens
 from tests.hub.server import Hub, serve
 from tests.hub.storage import git_blob_id

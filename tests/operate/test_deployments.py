@@ -61,7 +61,7 @@ class Operation:
                 process.wait(30)
 
     def deploy(self) -> str:
-        command = [sys.executable, "-m", "deployments.deploy"]
+        command = [sys.executable, "-m", "quantize_gemma.deployments.deploy"]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -339,7 +339,7 @@ def last_night(sqlite: Operation) -> str:
 
 def test_the_web_hook_is_kept_as_a_secret(sqlite: Operation, alerts: tuple[str, list[dict[str, str]]]) -> None:
     """Who reads blocks without their secrets does not learn the address; a block of the old form gets the new one."""
-    from deployments.alerts import BLOCK
+    from quantize_gemma.deployments.alerts import BLOCK
 
     def documents(**query: Any) -> list[dict[str, Any]]:
         found = sqlite.read("block_documents/filter", query)
@@ -361,7 +361,7 @@ def test_the_web_hook_is_kept_as_a_secret(sqlite: Operation, alerts: tuple[str, 
 
 
 def test_the_form_has_every_parameter_with_its_description_and_choices(sqlite: Operation) -> None:
-    from flows.parameters import Parameters
+    from quantize_gemma.flows.parameters import Parameters
 
     schema = sqlite.read("deployments/name/quantize-gemma/default")["parameter_openapi_schema"]["properties"]
     assert set(schema) == set(Parameters.model_fields)
@@ -376,7 +376,7 @@ def test_the_nightly_keeps_its_hour_through_a_change_of_daylight_saving(sqlite: 
 
     from prefect.server.schemas.schedules import CronSchedule
 
-    from flows.parameters import Parameters
+    from quantize_gemma.flows.parameters import Parameters
 
     nightly = sqlite.read("deployments/name/quantize-gemma/nightly")
     (schedule,) = nightly["schedules"]

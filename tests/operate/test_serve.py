@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from flows.server import LocalServer
+from quantize_gemma.flows.server import LocalServer
 from tests.campaigns.starting_place import hostile_directory
 from tests.conftest import CommandLine, Outcome
 from tests.operate import another_program
@@ -110,7 +110,7 @@ def test_nobody_without_the_password_listens(server: LocalServer, path: str) -> 
 def test_the_password_is_in_a_file_of_the_users_alone_and_on_no_command_line(
     server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.server import password, password_file
+    from quantize_gemma.flows.server import password, password_file
 
     assert password_file().read_text() == server.password
     assert password_file().stat().st_mode & 0o777 == 0o600
@@ -186,7 +186,7 @@ def rendered(url: str, profile: Path) -> str:
 
 def serve(environment: dict[str, str], log: Path, directory: Path | None = None) -> "subprocess.Popen[bytes]":
     # As a shell starts it in the background.
-    command = ["sh", "-c", "trap '' INT; exec \"$0\" -P -m deployments.serve", sys.executable]
+    command = ["sh", "-c", "trap '' INT; exec \"$0\" -P -m quantize_gemma.deployments.serve", sys.executable]
     with log.open("wb") as stream:
         return subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, cwd=directory)
 
@@ -238,7 +238,7 @@ def test_serve_ends_when_its_server_does(command_line: CommandLine, tmp_path: Pa
         assert http.requests == []
     assert not (tmp_path / "model.marker").exists()
     started = psutil.Process(process.pid).children(recursive=True)
-    (server,) = [child for child in started if "flows.server" in child.cmdline()]
+    (server,) = [child for child in started if "quantize_gemma.flows.server" in child.cmdline()]
     server.send_signal(signal.SIGKILL)
     # Its port stays taken, so that nobody else is sent what the worker and the other shells go on sending.
     with pytest.raises(OSError, match="in use"):
@@ -286,7 +286,7 @@ def test_the_profile_is_private_and_leaves_the_users_own_server_alone(server: Lo
 
     from prefect.settings import PREFECT_PROFILES_PATH, temporary_settings
 
-    from deployments.serve import PROFILE, profile
+    from quantize_gemma.deployments.serve import PROFILE, profile
 
     path = tmp_path / "profiles.toml"
 

@@ -10,16 +10,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flows.quantize_gemma import quality_table
-from tasks import store
-from tasks.card import check_front_matter, render
-from tasks.card.chart import draw_subjects
-from tasks.card.metrics import collect_pairs, collect_scores, pair_outcomes, read_loading_record, read_outcomes
-from tasks.fingerprint import versions
-from tasks.gate import judge
-from tasks.license import clean_license
-from tasks.recipe import load_recipe
-from tasks.store import StageFailed
+from quantize_gemma.flows.quantize_gemma import quality_table
+from quantize_gemma.tasks import store
+from quantize_gemma.tasks.card import check_front_matter, render
+from quantize_gemma.tasks.card.chart import draw_subjects
+from quantize_gemma.tasks.card.metrics import (
+    collect_pairs,
+    collect_scores,
+    pair_outcomes,
+    read_loading_record,
+    read_outcomes,
+)
+from quantize_gemma.tasks.fingerprint import versions
+from quantize_gemma.tasks.gate import judge
+from quantize_gemma.tasks.license import clean_license
+from quantize_gemma.tasks.recipe import load_recipe
+from quantize_gemma.tasks.store import StageFailed
 from tests.cards import PLACES, faults, markdown_texts
 from tests.compatibility.loading import CARD
 from tests.conftest import Outcome

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from tasks import process
-from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from tasks.evaluate.charts import is_normalized_correct, is_relaxed_correct
-from tasks.quantize import quantize_checkpoint
-from tasks.recipe import load_recipe
-from tasks.store import UserError
-from tasks.untie import untie_checkpoint
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.evaluate.charts import is_normalized_correct, is_relaxed_correct
+from quantize_gemma.tasks.quantize import quantize_checkpoint
+from quantize_gemma.tasks.recipe import load_recipe
+from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.untie import untie_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CHARTS = BUILTIN_BENCHMARKS["chartqa-mini"]
@@ -38,8 +38,8 @@ def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, l
     target.mkdir(exist_ok=True)
     paths = {"checkpoint": str(checkpoint), "questions": str(CHARTS)}
     values = {"device": "cpu", "limit": limit}
-    call = {"function": "tasks.evaluate.charts:evaluate_charts", "target": str(target), "paths": paths}
-    return in_its_process("tasks.process:call", monkeypatch, **call, values=values)
+    call = {"function": "quantize_gemma.tasks.evaluate.charts:evaluate_charts", "target": str(target), "paths": paths}
+    return in_its_process("quantize_gemma.tasks.process:call", monkeypatch, **call, values=values)
 
 
 def ask_the_library(checkpoint: str, questions: str, limit: int) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def ask_the_library(checkpoint: str, questions: str, limit: int) -> dict[str, An
     from lm_eval import simple_evaluate
     from lm_eval.models.hf_vlms import HFMultimodalLM
 
-    from tasks.evaluate.charts import SYSTEM_PROMPT, chart_task
+    from quantize_gemma.tasks.evaluate.charts import SYSTEM_PROMPT, chart_task
 
     class Library(HFMultimodalLM):
         def apply_chat_template(self, *arguments: Any, **keywords: Any) -> str:
@@ -121,7 +121,7 @@ def test_results_are_those_of_the_samples_with_standard_errors(
 def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_standard_error(tmp_path: Path) -> None:
     import pyarrow.parquet
 
-    from tasks.evaluate.charts import score_answers
+    from quantize_gemma.tasks.evaluate.charts import score_answers
 
     rows = pyarrow.parquet.read_table(CHARTS / "data" / "test-00000-of-00001.parquet")
     (tmp_path / "data").mkdir()
@@ -146,7 +146,7 @@ def ask_alone_and_in_a_row(checkpoint: str, questions: str, numbers: list[int]) 
     """Answers the questions backwards, one by one, then as they come, and counts how often that looks at a picture."""
     from transformers import SiglipVisionModel
 
-    from tasks.evaluate.charts import load_chart_answerer
+    from quantize_gemma.tasks.evaluate.charts import load_chart_answerer
 
     answer = load_chart_answerer(checkpoint, questions, "cpu")
     alone = [answer([number])[0] for number in reversed(numbers)][::-1]
@@ -182,8 +182,8 @@ def test_a_base_model_without_chat_template_gets_picture_and_question(
 
 
 def prompt_of(checkpoint: str) -> dict[str, Any]:
-    from tasks.evaluate.chart_model import ChartLM
-    from tasks.evaluate.charts import messages_of
+    from quantize_gemma.tasks.evaluate.chart_model import ChartLM
+    from quantize_gemma.tasks.evaluate.charts import messages_of
 
     return {"prompt": ChartLM(Path(checkpoint), "cpu").prompt(messages_of("How many?"))}
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from tasks import store
-from tasks.check import check_disk, disk_needed
-from tasks.policies import key_of, missing
-from tasks.stage import Stage
-from tasks.store import UserError
+from quantize_gemma.tasks import store
+from quantize_gemma.tasks.check import check_disk, disk_needed
+from quantize_gemma.tasks.policies import key_of, missing
+from quantize_gemma.tasks.stage import Stage
+from quantize_gemma.tasks.store import UserError
 
 
 def nothing(target: Path) -> dict[str, Any]:

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from tasks import process
-from tasks.builtin import BUILTIN
-from tasks.check import check_run
-from tasks.checkpoint import read_header, read_headers, source_files, weight_files
-from tasks.download import download_checkpoint, resolve_model
-from tasks.loadable import check_directory
-from tasks.sources import open_source
-from tasks.store import UserError
-from tasks.untie import untie_checkpoint
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.check import check_run
+from quantize_gemma.tasks.checkpoint import read_header, read_headers, source_files, weight_files
+from quantize_gemma.tasks.download import download_checkpoint, resolve_model
+from quantize_gemma.tasks.loadable import check_directory
+from quantize_gemma.tasks.sources import open_source
+from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.untie import untie_checkpoint
 from tests.hub.server import serve
 
 SECRET = "hf_not_for_the_release"
@@ -212,8 +212,13 @@ def test_of_a_repository_only_the_weights_are_fetched_that_transformers_would_re
         target = tmp_path / "store" / "download" / ".partial-x" / "data"
         target.mkdir(parents=True)
         values = {"source": "team/tiny", "revision": sha, "offline": False}
-        call = {"function": "tasks.download:download_checkpoint", "target": str(target), "paths": {}, "values": values}
-        process.run("tasks.process:call", call, lambda *_: None, None, {"HF_ENDPOINT": hub.url})
+        call = {
+            "function": "quantize_gemma.tasks.download:download_checkpoint",
+            "target": str(target),
+            "paths": {},
+            "values": values,
+        }
+        process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None, {"HF_ENDPOINT": hub.url})
     there = {path.name for path in target.iterdir()}
     assert {first.name, second.name, "model.safetensors.index.json"} <= there
     assert not there & {"model_ema.safetensors", "credentials.json"}

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from tasks import hub as client
-from tasks import process, store
-from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from tasks.checkpoint import check_finite
-from tasks.download import _digest_of, download_checkpoint, remember, resolve_model
-from tasks.questions import check_charts, check_mmlu
-from tasks.store import StageFailed, UserError
+from quantize_gemma.tasks import hub as client
+from quantize_gemma.tasks import process, store
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.checkpoint import check_finite
+from quantize_gemma.tasks.download import _digest_of, download_checkpoint, remember, resolve_model
+from quantize_gemma.tasks.questions import check_charts, check_mmlu
+from quantize_gemma.tasks.store import StageFailed, UserError
 from tests.hub.server import Hub, serve
 
 TOKEN = "hf_reader000000"
@@ -38,9 +38,14 @@ def download(
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     values = {"source": NAME, "revision": revision, "offline": offline}
-    call = {"function": "tasks.download:download_checkpoint", "target": str(target), "paths": {}, "values": values}
+    call = {
+        "function": "quantize_gemma.tasks.download:download_checkpoint",
+        "target": str(target),
+        "paths": {},
+        "values": values,
+    }
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "2", **({"HF_TOKEN": token} if token else {})}
-    process.run("tasks.process:call", call, lambda *_: None, None, environment)
+    process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None, environment)
     return target
 
 
@@ -52,8 +57,13 @@ def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "", **
         names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
         revision = _digest_of(source, names)
     values = {"source": str(source), "revision": revision, "offline": False}
-    call = {"function": f"tasks.download:download_{stage}", "target": str(target), "paths": {}, "values": values}
-    process.run("tasks.process:call", call, lambda *_: None, None, environment)
+    call = {
+        "function": f"quantize_gemma.tasks.download:download_{stage}",
+        "target": str(target),
+        "paths": {},
+        "values": values,
+    }
+    process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None, environment)
     return target
 
 
@@ -372,7 +382,7 @@ def test_an_infinity_is_found_wherever_it_is(
     import torch
     from safetensors.torch import save_file
 
-    monkeypatch.setattr("tasks.checkpoint.CHUNK_BYTES", 64)
+    monkeypatch.setattr("quantize_gemma.tasks.checkpoint.CHUNK_BYTES", 64)
     weights = {"counts": torch.full((7,), -1), "w": torch.ones(10, 100, dtype=getattr(torch, dtype))}
     path = tmp_path / "model.safetensors"
     save_file(weights, path)
@@ -411,9 +421,9 @@ def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hu
         "with prefect_test_harness(server_startup_timeout=120):\n"
         "    from prefect.blocks.system import Secret\n"
         "    Secret(value='hf_old000000').save('hf-token')\n"
-        "    from tasks import hub\n"
-        "    from tasks.download import resolve_model\n"
-        "    from tasks.store import UserError\n"
+        "    from quantize_gemma.tasks import hub\n"
+        "    from quantize_gemma.tasks.download import resolve_model\n"
+        "    from quantize_gemma.tasks.store import UserError\n"
         "    print(hub.read_environment())\n"
         "    try:\n"
         f"        resolve_model({NAME!r}, None, False)\n"

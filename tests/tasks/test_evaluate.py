@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from benchmarks.evaluate import command_line, compare
-from tasks import process, store
-from tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from tasks.fingerprint import fingerprint
-from tasks.quantize import quantize_checkpoint
-from tasks.recipe import load_recipe
-from tasks.untie import untie_checkpoint
+from quantize_gemma.tasks import process, store
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.fingerprint import fingerprint
+from quantize_gemma.tasks.quantize import quantize_checkpoint
+from quantize_gemma.tasks.recipe import load_recipe
+from quantize_gemma.tasks.untie import untie_checkpoint
 
 ROOT = Path(__file__).parents[2]
 # lm-eval hands transformers the configuration that it has just read from the same checkpoint.
@@ -44,8 +44,13 @@ def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, *
     target.mkdir(exist_ok=True)
     paths = {"checkpoint": str(checkpoint), "questions": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
     values = {"batch_size": "auto", "device": "cpu", **settings}
-    call = {"function": "tasks.evaluate:evaluate_checkpoint", "target": str(target), "paths": paths, "values": values}
-    return in_its_process("tasks.process:call", monkeypatch, **call)
+    call = {
+        "function": "quantize_gemma.tasks.evaluate:evaluate_checkpoint",
+        "target": str(target),
+        "paths": paths,
+        "values": values,
+    }
+    return in_its_process("quantize_gemma.tasks.process:call", monkeypatch, **call)
 
 
 @pytest.mark.parametrize("name", ["base", "quantized"])
@@ -117,7 +122,7 @@ def load_echo(path: str, device: str = "cpu") -> Callable[[list[Any]], list[Any]
 
 
 def echoed(store_of_run: Path, asked: dict[str, list[Any]], **settings: Any) -> dict[str, list[Any]]:
-    from tasks.evaluate import shards
+    from quantize_gemma.tasks.evaluate import shards
 
     settings = {"identity": {"checkpoint": "0", "device": "cpu"}, "settings": {}, **settings}
     return shards.answers(
@@ -148,7 +153,7 @@ def test_a_shards_key_follows_whatever_is_asked(tmp_path: Path) -> None:
 def test_small_shards_are_asked_together_and_what_is_stopped_keeps_those_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks.evaluate import shards
+    from quantize_gemma.tasks.evaluate import shards
 
     monkeypatch.setattr(shards, "QUESTIONS", 2)
     four = {name: [[f"Question {name}:", letter] for letter in "ABCD"] for name in "abcd"}
@@ -170,7 +175,7 @@ def test_on_a_gpu_what_is_answered_together_does_not_depend_on_who_answers(tmp_p
 
 
 def test_the_largest_shards_come_first_and_every_worker_gets_some() -> None:
-    from tasks.evaluate.shards import _groups
+    from quantize_gemma.tasks.evaluate.shards import _groups
 
     assert _groups({"a": 30, "b": 90, "c": 120, "d": 30}, 100) == [["c"], ["b", "a"], ["d"]]
     assert _groups({"a": 1, "b": 1, "c": 1}, 2) == [["a", "b"], ["c"]]
@@ -179,7 +184,7 @@ def test_the_largest_shards_come_first_and_every_worker_gets_some() -> None:
 
 
 def test_another_version_of_a_library_or_of_the_code_answers_nothing(tmp_path: Path) -> None:
-    from tasks.evaluate import shards
+    from quantize_gemma.tasks.evaluate import shards
 
     requests = shards._write_requests({"a": [["Question:", " A"]]}, tmp_path)
     part = {"root": str(tmp_path), "requests": requests, "shards": {"a": "1" * 64}, "answerer": ANSWERER}
@@ -192,7 +197,7 @@ def test_another_version_of_a_library_or_of_the_code_answers_nothing(tmp_path: P
 
 
 def test_without_the_runs_store_nobody_can_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.evaluate import shards
+    from quantize_gemma.tasks.evaluate import shards
 
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path / "another"))
     part = {"root": None, "requests": "0" * 64, "shards": {"a": "1" * 64}}
@@ -203,7 +208,7 @@ def test_without_the_runs_store_nobody_can_answer(tmp_path: Path, monkeypatch: p
 @pytest.fixture(scope="module")
 def packed(checkpoints: dict[str, Path]) -> Callable[..., Any]:
     def load(name: str, batch_size: int | str = "auto") -> Any:
-        from tasks.evaluate.model import PackedLM
+        from quantize_gemma.tasks.evaluate.model import PackedLM
 
         return PackedLM(checkpoints[name], "cpu", batch_size)
 
@@ -244,7 +249,7 @@ def test_a_packed_question_is_answered_as_if_it_were_alone(
     """Lengths on both sides of the sliding window of 64; continuations of one token and of several."""
     import torch
 
-    from tasks.checkpoint import load_model
+    from quantize_gemma.tasks.checkpoint import load_model
 
     asked = requests([5, 90, 63, 64, 65, 130, 90, 1, 31, 200], [1, 4, 2])
     expected = alone(load_model(checkpoints[name], torch.bfloat16), asked)
@@ -257,7 +262,7 @@ def test_a_continuation_that_the_model_would_write_is_greedy(
 ) -> None:
     import torch
 
-    from tasks.checkpoint import load_model
+    from quantize_gemma.tasks.checkpoint import load_model
 
     model = load_model(checkpoints["base"], torch.bfloat16)
     context = requests([40], [1])[0][1]
@@ -321,8 +326,8 @@ def test_a_question_that_does_not_fit_alone_fails(packed: Callable[..., Any]) ->
 def test_weights_dequantized_once_give_the_same_logits(dtype: str, checkpoints: dict[str, Path]) -> None:
     import torch
 
-    from tasks.checkpoint import load_model
-    from tasks.evaluate import dequantized
+    from quantize_gemma.tasks.checkpoint import load_model
+    from quantize_gemma.tasks.evaluate import dequantized
 
     tokens = torch.arange(2, 152).reshape(2, 75)
     model = load_model(checkpoints["quantized"], torch.bfloat16).to(getattr(torch, dtype))
@@ -337,8 +342,8 @@ def test_weights_dequantized_once_give_the_same_logits(dtype: str, checkpoints: 
 def test_chunks_of_a_weight_give_the_same_logits(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from tasks.checkpoint import load_model
-    from tasks.evaluate import dequantized
+    from quantize_gemma.tasks.checkpoint import load_model
+    from quantize_gemma.tasks.evaluate import dequantized
 
     monkeypatch.setattr(dequantized, "CHUNK", 64 * 300)
     model = load_model(checkpoints["quantized"], torch.bfloat16)
@@ -355,8 +360,8 @@ def test_activations_are_rounded_as_by_torchao(size: float, width: int) -> None:
     """The reference is tested against torchao's own linear, by logits in float32."""
     import torch
 
-    from tasks.evaluate.dequantized import quantize_dequantize as reference
-    from tasks.evaluate.rounding import round_per_token
+    from quantize_gemma.tasks.evaluate.dequantized import quantize_dequantize as reference
+    from quantize_gemma.tasks.evaluate.rounding import round_per_token
 
     activations = torch.randn(2, 77, width, generator=torch.Generator().manual_seed(1)) * size
     activations[0, 0] = 0

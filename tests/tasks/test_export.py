@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import quantized_checkpoint
-from tasks import process
-from tasks.builtin import BUILTIN
-from tasks.export import check_delegation, check_exportable
-from tasks.store import StageFailed, UserError
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.export import check_delegation, check_exportable
+from quantize_gemma.tasks.store import StageFailed, UserError
 
 
 def counted(**portable: int) -> dict[str, dict[str, dict[str, int]]]:
@@ -66,9 +66,9 @@ def decoded(program: str, checkpoint: str) -> dict[str, Any]:
     """Returns the KL divergences from the checkpoint of a short text, read at once and token by token."""
     import torch
 
-    from tasks.checkpoint import load_model
-    from tasks.program import Methods
-    from tasks.verify import _kl
+    from quantize_gemma.tasks.checkpoint import load_model
+    from quantize_gemma.tasks.program import Methods
+    from quantize_gemma.tasks.verify import _kl
 
     ids = torch.arange(40, 64)[None]
     with torch.no_grad():
@@ -87,9 +87,9 @@ def test_without_the_custom_cache_a_program_is_right_within_the_sliding_window(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     values = {"max_seq_len": 64, "custom_sdpa": custom_sdpa, "custom_kv_cache": False}
-    call = {"function": "tasks.export:export_checkpoint", "target": str(tmp_path), "values": values}
+    call = {"function": "quantize_gemma.tasks.export:export_checkpoint", "target": str(tmp_path), "values": values}
     call["paths"] = {"checkpoint": str(quantized)}
-    made = process.run("tasks.process:call", call, lambda *_: None, None)["metadata"]
+    made = process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None)["metadata"]
     custom = {name for method in made["delegation"].values() for name in method["custom"]}
     assert not any(name.startswith("update_cache") for name in custom)
     assert ("llama_custom_sdpa_default" in custom) == custom_sdpa

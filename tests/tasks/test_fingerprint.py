@@ -14,52 +14,52 @@ from typing import Any
 
 import pytest
 
-from tasks import fingerprint
+from quantize_gemma.tasks import fingerprint
 from tests.conftest import CommandLine, Outcome
 
 ROOT = Path(fingerprint.__file__).parents[1]
 STAGES = {
-    "download": "tasks.download:download_checkpoint",
-    "questions": "tasks.download:download_questions",
-    "chart-questions": "tasks.download:download_charts",
-    "untie": "tasks.untie:untie_checkpoint",
-    "quantize": "tasks.quantize:quantize_checkpoint",
-    "smoke": "tasks.smoke:smoke_checkpoint",
-    "evaluate": "tasks.evaluate:evaluate_checkpoint",
-    "evaluate-charts": "tasks.evaluate.charts:evaluate_charts",
-    "export": "tasks.export:export_checkpoint",
-    "smoke-program": "tasks.smoke:smoke_program",
-    "evaluate-program": "tasks.evaluate.agreement:evaluate_program",
-    "card": "tasks.card:make_release",
+    "download": "quantize_gemma.tasks.download:download_checkpoint",
+    "questions": "quantize_gemma.tasks.download:download_questions",
+    "chart-questions": "quantize_gemma.tasks.download:download_charts",
+    "untie": "quantize_gemma.tasks.untie:untie_checkpoint",
+    "quantize": "quantize_gemma.tasks.quantize:quantize_checkpoint",
+    "smoke": "quantize_gemma.tasks.smoke:smoke_checkpoint",
+    "evaluate": "quantize_gemma.tasks.evaluate:evaluate_checkpoint",
+    "evaluate-charts": "quantize_gemma.tasks.evaluate.charts:evaluate_charts",
+    "export": "quantize_gemma.tasks.export:export_checkpoint",
+    "smoke-program": "quantize_gemma.tasks.smoke:smoke_program",
+    "evaluate-program": "quantize_gemma.tasks.evaluate.agreement:evaluate_program",
+    "card": "quantize_gemma.tasks.card:make_release",
     # Whose answers are kept on their own.
-    "answers": "tasks.evaluate.model:load_packed",
-    "chart answers": "tasks.evaluate.charts:load_chart_answerer",
+    "answers": "quantize_gemma.tasks.evaluate.model:load_packed",
+    "chart answers": "quantize_gemma.tasks.evaluate.charts:load_chart_answerer",
 }
 # Definitions, and what runs again when they are changed.
 MODEL = {"smoke", "evaluate", "evaluate-charts", "answers", "chart answers", "evaluate-program"}
 CHANGES: dict[str, set[str]] = {
-    "tasks.card.chart:draw_subjects": {"card"},
-    "tasks.check:check_disk": set(),
-    "tasks.checkpoint:check_finite": {"download"},
-    "tasks.checkpoint:read_headers": {"download", "untie"},
-    "tasks.evaluate.agreement:SEED": {"evaluate-program"},
-    "tasks.evaluate.charts:TOLERANCE": {"evaluate-charts"},
-    "tasks.evaluate.model:POSITIONS": {"evaluate", "answers", "evaluate-program"},
-    "tasks.evaluate.rounding:_round": MODEL,
-    "tasks.gate:CONFIDENT": {"card"},
-    "tasks.gate:gate": set(),
-    "tasks.hub:fetch": set(),
-    "tasks.patches.transformers:own_metadata": MODEL | {"smoke-program", "export"},
-    "tasks.patches.optimum_executorch:one_export": {"export"},
-    "tasks.paired:share_ratio": {"card"},
-    "tasks.policies:as_task": set(),
-    "tasks.process:call": set(),
-    "tasks.quantize.hqq:BOUNDS": {"quantize"},
-    "tasks.recipe:decide": {"quantize"},
-    "tasks.recipe:load_recipe": set(),
-    "tasks.store:produce": set(),
-    "tasks.upload:publish": set(),
-    "tasks.verify:compare": {"smoke-program"},
+    "quantize_gemma.tasks.card.chart:draw_subjects": {"card"},
+    "quantize_gemma.tasks.check:check_disk": set(),
+    "quantize_gemma.tasks.checkpoint:check_finite": {"download"},
+    "quantize_gemma.tasks.checkpoint:read_headers": {"download", "untie"},
+    "quantize_gemma.tasks.evaluate.agreement:SEED": {"evaluate-program"},
+    "quantize_gemma.tasks.evaluate.charts:TOLERANCE": {"evaluate-charts"},
+    "quantize_gemma.tasks.evaluate.model:POSITIONS": {"evaluate", "answers", "evaluate-program"},
+    "quantize_gemma.tasks.evaluate.rounding:_round": MODEL,
+    "quantize_gemma.tasks.gate:CONFIDENT": {"card"},
+    "quantize_gemma.tasks.gate:gate": set(),
+    "quantize_gemma.tasks.hub:fetch": set(),
+    "quantize_gemma.tasks.patches.transformers:own_metadata": MODEL | {"smoke-program", "export"},
+    "quantize_gemma.tasks.patches.optimum_executorch:one_export": {"export"},
+    "quantize_gemma.tasks.paired:share_ratio": {"card"},
+    "quantize_gemma.tasks.policies:as_task": set(),
+    "quantize_gemma.tasks.process:call": set(),
+    "quantize_gemma.tasks.quantize.hqq:BOUNDS": {"quantize"},
+    "quantize_gemma.tasks.recipe:decide": {"quantize"},
+    "quantize_gemma.tasks.recipe:load_recipe": set(),
+    "quantize_gemma.tasks.store:produce": set(),
+    "quantize_gemma.tasks.upload:publish": set(),
+    "quantize_gemma.tasks.verify:compare": {"smoke-program"},
 }
 
 
@@ -67,13 +67,15 @@ class Copy:
     """A copy of the source whose fingerprints a process of its own computes, as they are at the moment."""
 
     def __init__(self, folder: Path) -> None:
-        shutil.copytree(ROOT / "tasks", folder / "tasks", ignore=shutil.ignore_patterns("builtin", "__pycache__"))
-        (folder / "tasks" / "builtin").mkdir()
-        shutil.copy(ROOT / "tasks" / "builtin" / "__init__.py", folder / "tasks" / "builtin")
+        tasks = folder / "quantize_gemma" / "tasks"
+        shutil.copytree(ROOT / "tasks", tasks, ignore=shutil.ignore_patterns("builtin", "__pycache__"))
+        (tasks / "builtin").mkdir()
+        shutil.copy(ROOT / "tasks" / "builtin" / "__init__.py", tasks / "builtin")
+        shutil.copy(ROOT / "__init__.py", tasks.parent)
         self.folder = folder
         program = (
             f"import sys; sys.path.insert(0, {str(folder)!r})\n"
-            "import json\nfrom tasks import fingerprint\n"
+            "import json\nfrom quantize_gemma.tasks import fingerprint\n"
             "for line in sys.stdin:\n"
             "    for cache in (fingerprint._module, fingerprint._facts, fingerprint.fingerprint): cache.cache_clear()\n"
             "    print(json.dumps({n: fingerprint.fingerprint(f)['code'] for n, f in json.loads(line).items()}))\n"
@@ -146,7 +148,7 @@ def test_a_change_runs_again_the_stages_that_use_it_and_no_other(copy: Copy) -> 
 @pytest.mark.parametrize("name", ["README.md.j2", "loading.py.j2", "loads_in.json"])
 def test_the_cards_templates_and_its_record_are_part_of_its_code(copy: Copy, name: str) -> None:
     before = copy.codes()
-    file = copy.folder / "tasks" / "card" / name
+    file = copy.folder / "quantize_gemma" / "tasks" / "card" / name
     file.write_text(file.read_text(encoding="utf-8") + "another line\n", encoding="utf-8")
     assert {stage for stage, code in copy.codes().items() if code != before[stage]} == {"card"}
 
@@ -161,15 +163,17 @@ def test_comments_docstrings_and_formatting_do_not_count(copy: Copy) -> None:
 
 
 def test_a_module_that_is_not_understood_counts_whole(copy: Copy) -> None:
-    verify = copy.path("tasks.verify")
-    untie = copy.path("tasks.untie")
+    verify = copy.path("quantize_gemma.tasks.verify")
+    untie = copy.path("quantize_gemma.tasks.untie")
     source = untie.read_text(encoding="utf-8")
-    untie.write_text(source.replace("def untie_", "from tasks import verify\nhidden = verify\n\ndef untie_"))
+    untie.write_text(
+        source.replace("def untie_", "from quantize_gemma.tasks import verify\nhidden = verify\n\ndef untie_")
+    )
     unused = copy.codes()["untie"]
     verify.write_text(changed(verify.read_text(encoding="utf-8"), "IMAGE_PROMPT"))
     assert copy.codes()["untie"] == unused
     body = "    headers = read_headers(checkpoint)\n"
-    untie.write_text(source.replace(body, f"    from tasks import verify\n    print(verify)\n{body}"))
+    untie.write_text(source.replace(body, f"    from quantize_gemma.tasks import verify\n    print(verify)\n{body}"))
     used = copy.codes()["untie"]
     verify.write_text(changed(verify.read_text(encoding="utf-8"), "STEPS"))
     assert copy.codes()["untie"] != used
@@ -181,8 +185,8 @@ def test_a_module_that_is_not_understood_counts_whole(copy: Copy) -> None:
 
 
 def test_batches_are_in_a_gpus_key_and_not_in_a_cpus_and_who_answers_in_none() -> None:
-    from tasks.evaluate import evaluate
-    from tasks.policies import key_of
+    from quantize_gemma.tasks.evaluate import evaluate
+    from quantize_gemma.tasks.policies import key_of
 
     def keys(**inputs: Any) -> int:
         """Returns how many keys these inputs give, each in turn instead of the first."""
@@ -197,7 +201,7 @@ def test_batches_are_in_a_gpus_key_and_not_in_a_cpus_and_who_answers_in_none() -
 
 def test_a_stage_that_does_not_exist_has_no_fingerprint() -> None:
     with pytest.raises(LookupError, match=r"there is no function missing in the source of tasks\.untie"):
-        fingerprint.fingerprint("tasks.untie:missing")
+        fingerprint.fingerprint("quantize_gemma.tasks.untie:missing")
 
 
 def test_the_fingerprint_says_what_is_not_the_same() -> None:
@@ -234,7 +238,7 @@ EXCUSED = {
 TRACE = """
 import importlib, json, sys, threading
 from pathlib import Path
-from tasks import process, store
+from quantize_gemma.tasks import process, store
 root = str(Path(store.__file__).parents[1] / "tasks")
 called = set()
 def note(frame, event, _argument):
@@ -279,8 +283,8 @@ def test_whatever_a_stage_calls_and_loads_is_in_its_fingerprint(
 
 def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Returns the artifacts' directories and the values that a stage gets."""
-    from tasks.card.metrics import LIBRARIES
-    from tasks.recipe import load_recipe
+    from quantize_gemma.tasks.card.metrics import LIBRARIES
+    from quantize_gemma.tasks.recipe import load_recipe
 
     def data(name: str) -> str:
         (folder,) = home.glob(f"*/{keys[name]}/data")

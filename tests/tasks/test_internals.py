@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import pytest
 
-from flows import cli
-from tasks import process
-from tasks.builtin import BUILTIN
-from tasks.internals import ignore_settings_files, retry_refused_connections
-from tasks.loadable import check_directory
-from tasks.store import UserError
+from quantize_gemma.flows import cli
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.internals import ignore_settings_files, retry_refused_connections
+from quantize_gemma.tasks.loadable import check_directory
+from quantize_gemma.tasks.store import UserError
 
 ROOT = Path(__file__).parents[2]
 STRANGERS = "http://127.0.0.1:9/api"
@@ -28,7 +28,7 @@ def watch(event, arguments):
         opened.add(str(arguments[0]))
 sys.addaudithook(watch)
 if sys.argv[1] == "ignored":
-    from flows.settings import ignore_working_directory
+    from quantize_gemma.flows.settings import ignore_working_directory
     ignore_working_directory()
 from prefect.settings import PREFECT_API_URL
 print(PREFECT_API_URL.value(), *sorted(opened))
@@ -157,7 +157,7 @@ def test_the_cache_is_not_exported_where_the_library_lost_a_name(name: str, monk
     from optimum.executorch.attentions import custom_kv_cache
     from optimum.exporters.executorch import integrations
 
-    from tasks.kv_cache import long_pieces
+    from quantize_gemma.tasks.kv_cache import long_pieces
 
     owner = custom_kv_cache if name.startswith("replace") else integrations
     monkeypatch.delattr(owner, name)

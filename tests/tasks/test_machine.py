@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks import machine
+from quantize_gemma.tasks import machine
 
 GIB = 2**30
 
@@ -70,8 +70,8 @@ def test_without_limits_the_machine_counts(tmp_path: Path) -> None:
 
 
 def test_each_worker_needs_memory_for_a_model_of_its_own() -> None:
-    from tasks.check import MEMORY_FACTOR, MEMORY_OF_LIBRARIES, check_memory
-    from tasks.store import UserError
+    from quantize_gemma.tasks.check import MEMORY_FACTOR, MEMORY_OF_LIBRARIES, check_memory
+    from quantize_gemma.tasks.store import UserError
 
     weights = int((machine.total_memory() // 3 - MEMORY_OF_LIBRARIES) / 2 / MEMORY_FACTOR)
     assert check_memory(weights, workers=2) == 2 * check_memory(weights)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import ALONE, SHAPES, TEXT, quantized_checkpoint, write_checkpoint
-from tasks import patches
-from tasks.patches import (
+from quantize_gemma.tasks import patches
+from quantize_gemma.tasks.patches import (
     DISABLE,
     SourceDiffers,
     executorch,
@@ -27,7 +27,7 @@ PATCHES = loading_patches() + export_patches()
 EXPORT = """
 import os, sys
 from pathlib import Path
-from tasks.export import export_checkpoint
+from quantize_gemma.tasks.export import export_checkpoint
 
 for name, disabled in ("patched", ""), ("stock", "all"):
     os.environ[sys.argv[3]] = disabled

@@ -18,9 +18,9 @@ import httpx
 import psutil
 import pytest
 
-from tasks import process
-from tasks.fingerprint import fingerprint
-from tasks.store import StageFailed, UserError
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.fingerprint import fingerprint
+from quantize_gemma.tasks.store import StageFailed, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,11 +48,17 @@ def test_code_that_was_changed_during_the_run_makes_nothing_under_the_old_key(tm
     arguments = {"function": function, "target": str(tmp_path), "paths": {}, "values": {}}
     here = fingerprint(function)
     there = {"PYTHONPATH": str(ROOT)}
-    process.run("tasks.process:call", {**arguments, "made_by": here}, lambda *_: None, None, there)
+    process.run("quantize_gemma.tasks.process:call", {**arguments, "made_by": here}, lambda *_: None, None, there)
     assert (tmp_path / "file").exists()
     (tmp_path / "file").unlink()
     with pytest.raises(StageFailed, match="other code of this program: it was changed during the run, start the run"):
-        process.run("tasks.process:call", {**arguments, "made_by": {**here, "code": "0"}}, lambda *_: None, None, there)
+        process.run(
+            "quantize_gemma.tasks.process:call",
+            {**arguments, "made_by": {**here, "code": "0"}},
+            lambda *_: None,
+            None,
+            there,
+        )
     assert not (tmp_path / "file").exists()
 
 
@@ -144,7 +150,7 @@ def hold_the_interpreter(descendants: int) -> dict[str, Any]:
 
 def test_stages_whose_native_code_holds_the_interpreter_end_with_a_killed_parent(tmp_path: Path) -> None:
     script = (
-        "import threading; from tasks import process\n"
+        "import threading; from quantize_gemma.tasks import process\n"
         "start = lambda: process.Child('tests.tasks.test_process:hold_the_interpreter', {'descendants': 1})\n"
         "threading.Thread(target=start).start(); threading.Event().wait()\n"
     )
@@ -232,7 +238,7 @@ def test_a_stage_works_elsewhere_than_where_the_run_was_started(tmp_path: Path) 
     """What it starts imports from the environment alone, too, and it has no password of the Prefect server."""
     script = """
 import json, sys
-from tasks import process
+from quantize_gemma.tasks import process
 print(json.dumps(process.run("tests.tasks.test_process:surroundings", {}, lambda *_: None, None)))
 """
     (tmp_path / "pip.py").write_text("print('theirs')")

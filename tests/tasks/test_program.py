@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tasks import process
-from tasks.builtin import BUILTIN_BENCHMARKS
-from tasks.evaluate.agreement import draw, summarize
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.builtin import BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.evaluate.agreement import draw, summarize
 from tests.conftest import CommandLine, Outcome
 from tests.flows.test_run import artifact, metrics_of, swap_rows_of_release
 
@@ -24,7 +24,7 @@ def release(released: Outcome) -> Path:
 
 @pytest.fixture(scope="module")
 def model(release: Path) -> Any:
-    from tasks.evaluate.program import ProgramLM
+    from quantize_gemma.tasks.evaluate.program import ProgramLM
 
     return ProgramLM(release, release)
 
@@ -45,7 +45,7 @@ def alone(release: Path, asked: list[Any]) -> list[Any]:
     """Answers each request with a program that was just loaded."""
     import torch
 
-    from tasks.program import Methods
+    from quantize_gemma.tasks.program import Methods
 
     answers = []
     for _, context, continuation in asked:
@@ -92,7 +92,7 @@ def test_too_long_a_question_loses_its_start_as_in_the_library(model: Any) -> No
 
 
 def test_text_becomes_the_tokens_that_the_checkpoint_gets(model: Any, release: Path) -> None:
-    from tasks.evaluate.model import PackedLM
+    from quantize_gemma.tasks.evaluate.model import PackedLM
 
     packed = PackedLM(release, "cpu", "auto")
     pairs = [("The answer is", " A"), ("A space goes to the answer: ", "A"), ("<bos>There already", " yes")]
@@ -106,8 +106,8 @@ def test_text_becomes_the_tokens_that_the_checkpoint_gets(model: Any, release: P
 def test_the_reference_is_the_checkpoint_in_float32_with_activations_that_are_not_quantized(release: Path) -> None:
     import torch
 
-    from tasks.checkpoint import keep_activations, load_model
-    from tasks.evaluate.model import PackedLM
+    from quantize_gemma.tasks.checkpoint import keep_activations, load_model
+    from quantize_gemma.tasks.evaluate.model import PackedLM
 
     asked = requests([40, 90], [1, 2])
     eager = load_model(release, torch.float32)
@@ -121,7 +121,7 @@ def test_the_reference_is_the_checkpoint_in_float32_with_activations_that_are_no
 
 
 def test_an_answerer_answers_as_the_model(release: Path, model: Any) -> None:
-    from tasks.evaluate.program import load_program_answerer
+    from quantize_gemma.tasks.evaluate.program import load_program_answerer
 
     answer = load_program_answerer(str(release), str(release))
     found = answer([["The answer is", " A"], ["The answer is", " B"], ["", "A river"]])
@@ -155,7 +155,7 @@ def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_th
 def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
     released: Outcome, command_line: CommandLine, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks.gate import GateRefused, gate, judge
+    from quantize_gemma.tasks.gate import GateRefused, gate, judge
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     damaged = swap_rows_of_release(release, tmp_path / "damaged", "language_model.model.layers.1.mlp.up_proj")
@@ -165,13 +165,18 @@ def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
         target.mkdir()
         given = {name: str(path) for name, path in paths.items()}
         call = {"function": function, "target": str(target), "paths": given, "values": values}
-        process.run("tasks.process:call", call, lambda *_: None, None)
+        process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None)
 
     shape = {"max_seq_len": 128, "last_logits_only": True}
-    work("tasks.export:export_checkpoint", target, {"checkpoint": damaged}, **shape)
+    work("quantize_gemma.tasks.export:export_checkpoint", target, {"checkpoint": damaged}, **shape)
     answered = artifact(command_line, released, "evaluate_quantized") / "data"
     paths = {"checkpoint": release, "program": target, "questions": BUILTIN_BENCHMARKS["mmlu-mini"]}
-    work("tasks.evaluate.agreement:evaluate_program", results, {**paths, "answered": answered}, sample_size=40)
+    work(
+        "quantize_gemma.tasks.evaluate.agreement:evaluate_program",
+        results,
+        {**paths, "answered": answered},
+        sample_size=40,
+    )
     measured = json.loads((results / "results.json").read_text())
     assert measured["questions"] == 40
     assert measured["checkpoint"]["accuracy"] == measured["noise_agreement"] == 1.0

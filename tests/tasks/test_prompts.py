@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import ALONE, TEXT, quantized_checkpoint, write_checkpoint
-from tasks import process
-from tasks.builtin import BUILTIN
-from tasks.gate import judge
-from tasks.patches import patched_export
-from tasks.prompts import answer_prompts, make_prompt, prompt_lengths
-from tasks.store import StageFailed
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.gate import judge
+from quantize_gemma.tasks.patches import patched_export
+from quantize_gemma.tasks.prompts import answer_prompts, make_prompt, prompt_lengths
+from quantize_gemma.tasks.store import StageFailed
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
 
@@ -79,7 +79,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def program(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export("tasks.export:export_checkpoint", small, tmp_path_factory.mktemp("program"))
+    return export("quantize_gemma.tasks.export:export_checkpoint", small, tmp_path_factory.mktemp("program"))
 
 
 def export(function: str, checkpoint: Path, target: Path) -> Path:
@@ -87,7 +87,9 @@ def export(function: str, checkpoint: Path, target: Path) -> Path:
     call = {"function": function, "target": str(target), "paths": {"checkpoint": str(checkpoint)}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        process.run("tasks.process:call", {**call, "values": {"max_seq_len": MAX_SEQ_LEN}}, lambda *_: None, None)
+        process.run(
+            "quantize_gemma.tasks.process:call", {**call, "values": {"max_seq_len": MAX_SEQ_LEN}}, lambda *_: None, None
+        )
     return target
 
 
@@ -97,7 +99,7 @@ def export_as_the_library(target: Path, checkpoint: Path, max_seq_len: int) -> d
     from optimum.exporters.executorch.convert import export_to_executorch
     from optimum.exporters.executorch.tasks.causal_lm import load_causal_lm_model
 
-    from tasks.export import expected_metadata
+    from quantize_gemma.tasks.export import expected_metadata
 
     settings = {"dtype": "float32", "use_custom_sdpa": True, "use_custom_kv_cache": True, "max_seq_len": max_seq_len}
     module = load_causal_lm_model(str(checkpoint), **settings)
@@ -111,7 +113,7 @@ def export_as_the_library(target: Path, checkpoint: Path, max_seq_len: int) -> d
 def agreement(program: Path, checkpoint: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    from tasks.verify import compare
+    from quantize_gemma.tasks.verify import compare
 
     return compare(program, checkpoint, AutoConfig.from_pretrained(checkpoint), MAX_SEQ_LEN)
 
@@ -154,7 +156,7 @@ def test_a_program_that_forgets_too_early_is_refused(small: Path, released: Outc
     config = json.loads((forgetful / "config.json").read_text())
     (forgetful / "config.json").write_text(json.dumps({**config, "sliding_window": WINDOW // 2}))
     (tmp_path / "program").mkdir()
-    program = export("tasks.export:export_checkpoint", forgetful, tmp_path / "program")
+    program = export("quantize_gemma.tasks.export:export_checkpoint", forgetful, tmp_path / "program")
     assert "program_kl_prompts" in failed_checks(released, agreement(program, small))
 
 
@@ -168,8 +170,8 @@ def test_a_sequence_may_be_read_in_pieces_of_any_length(
     """After another sequence, in pieces that start anywhere in the ring, and as long as the rest of the sequence."""
     import torch
 
-    from tasks.program import Methods
-    from tasks.verify import _kl
+    from quantize_gemma.tasks.program import Methods
+    from quantize_gemma.tasks.verify import _kl
 
     ids, eager, plain = checkpoint_logits
     methods = Methods(Path(released.summary["release"]) / "model.pte")
@@ -187,8 +189,8 @@ def checkpoint_logits(released: Outcome) -> tuple[Any, Any, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from tasks.checkpoint import keep_activations, load_model
-    from tasks.prompts import TEXT as WORDS
+    from quantize_gemma.tasks.checkpoint import keep_activations, load_model
+    from quantize_gemma.tasks.prompts import TEXT as WORDS
 
     release = Path(released.summary["release"])
     ids = AutoTokenizer.from_pretrained(release)(WORDS * 30, return_tensors="pt")["input_ids"][:, :1024]
@@ -202,7 +204,7 @@ def checkpoint_logits(released: Outcome) -> tuple[Any, Any, Any]:
 def test_the_mask_shows_a_window_and_nothing_of_an_earlier_sequence() -> None:
     import torch
 
-    from tasks.kv_cache import sliding_mask
+    from quantize_gemma.tasks.kv_cache import sliding_mask
 
     window = 5
     for start in range(17):

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from benchmarks.quantize import differences, reference_quantize
-from tasks import process
-from tasks.builtin import BUILTIN
-from tasks.checkpoint import load_model, read_headers
-from tasks.quantize import hqq, quantize_checkpoint
-from tasks.recipe import ROLES, load_recipe
-from tasks.store import UserError
-from tasks.untie import untie_checkpoint
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.checkpoint import load_model, read_headers
+from quantize_gemma.tasks.quantize import hqq, quantize_checkpoint
+from quantize_gemma.tasks.recipe import ROLES, load_recipe
+from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.untie import untie_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_the_file_is_that_of_the_model_quantized_in_memory(
         tensors.update({name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()})
 
     base = rewritten(untied, tmp_path / "base", cast)
-    monkeypatch.setattr("tasks.quantize.CHUNK", 1000)  # Many chunks, with what does not divide.
+    monkeypatch.setattr("quantize_gemma.tasks.quantize.CHUNK", 1000)  # Many chunks, with what does not divide.
     for name in ("ours", "theirs"):
         (tmp_path / name).mkdir()
     quantize_checkpoint(tmp_path / "ours", base, load_recipe(recipe), "cpu")
@@ -306,7 +306,7 @@ def quantize_matrix(_target: Path, file: Path, rows: int, columns: int) -> dict[
     """Quantizes a checkpoint that is one matrix; for a process of its own."""
     import torch
 
-    from tasks.quantize import Source, _Writer
+    from quantize_gemma.tasks.quantize import Source, _Writer
 
     with (file / "matrix").open("rb") as stream:
         sources = {"lm_head.weight": Source(stream.fileno(), 0, torch.bfloat16, [rows, columns])}
@@ -328,7 +328,7 @@ def test_memory_does_not_depend_on_the_largest_matrix(tmp_path: Path) -> None:
         }
         values = {"values": {"rows": rows, "columns": columns}}
         root = {"PYTHONPATH": str(Path(__file__).parents[2])}
-        done = process.run("tasks.process:call", {**call, **values}, lambda *_: None, None, root)
+        done = process.run("quantize_gemma.tasks.process:call", {**call, **values}, lambda *_: None, None, root)
         peaks.append(done["measured"]["peak_rss_bytes"])
         (tmp_path / "quantized").unlink()
     assert max(peaks) < 1.5e9

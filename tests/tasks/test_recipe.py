@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tasks.recipe import load_recipe
-from tasks.store import UserError
+from quantize_gemma.tasks.recipe import load_recipe
+from quantize_gemma.tasks.store import UserError
 
 RULE = {"match": "linear", "weight": "int4", "group_size": 32, "activation": "int8", "algorithm": "affine"}
 
@@ -51,7 +51,7 @@ def test_a_wrong_recipe_is_refused_in_one_sentence(recipe: Any, words: list[str]
 
 
 def test_a_recipes_name_is_one_that_is_listed_and_no_path() -> None:
-    from tasks.recipe import RECIPES
+    from quantize_gemma.tasks.recipe import RECIPES
 
     other = os.path.relpath(RECIPES / "HQQ-INT8-INT4", RECIPES.parent)
     with pytest.raises(UserError, match="there is no recipe"):

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 import pytest
 
-from tasks import process
-from tasks.redact import keep_secret, redact, redact_logs
-from tasks.store import StageFailed, UserError
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.redact import keep_secret, redact, redact_logs
+from quantize_gemma.tasks.store import StageFailed, UserError
 
 TOKEN = "hf_AbcdEfghIjklMnopQrstUvwx12"
 

@@ -26,7 +26,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prefect server for all runs of this file."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(listener.fileno()), str(os.getpid())],
+            [sys.executable, "-m", "quantize_gemma.flows.server", str(listener.fileno()), str(os.getpid())],
             stdin=subprocess.PIPE,
             pass_fds=[listener.fileno()],
             env={**os.environ, **QUIET, "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect"))},
@@ -224,7 +224,7 @@ def test_a_run_that_is_ended_leaves_no_process_and_loses_only_what_was_in_work(
     time.sleep(0.5)
     # The stage's process and two residents.
     children = psutil.Process(started.pid).children(recursive=True)
-    assert sum("tasks.residents:serve" in child.cmdline() for child in children) == 2
+    assert sum("quantize_gemma.tasks.residents:serve" in child.cmdline() for child in children) == 2
     started.send_signal(sent)
     started.communicate(timeout=20)
     _, alive = psutil.wait_procs(children, timeout=20)

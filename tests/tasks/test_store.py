@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tasks import policies, store
-from tasks.evaluate import shards
-from tasks.store import StageFailed, UserError
+from quantize_gemma.tasks import policies, store
+from quantize_gemma.tasks.evaluate import shards
+from quantize_gemma.tasks.store import StageFailed, UserError
 
 KEY = "a" * 64
 
@@ -91,7 +91,7 @@ def test_work_that_raises_leaves_nothing(tmp_path: Path) -> None:
 
 def test_prune_removes_debris_of_dead_work_and_leaves_living_work_alone(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from tasks import store\n"
+        "import sys, time; from pathlib import Path; from quantize_gemma.tasks import store\n"
         "def work(target):\n"
         "    (target / 'half').write_text('x'); print('working', flush=True); time.sleep(60)\n"
         f"store.produce('stage', {KEY!r}, work, Path({str(tmp_path)!r}))\n"
@@ -108,7 +108,7 @@ def test_prune_removes_debris_of_dead_work_and_leaves_living_work_alone(tmp_path
 
 def test_two_processes_that_want_one_key_do_the_work_once(tmp_path: Path) -> None:
     script = (
-        "import time; from pathlib import Path; from tasks import store\n"
+        "import time; from pathlib import Path; from quantize_gemma.tasks import store\n"
         "def work(target):\n"
         f"    Path({str(tmp_path)!r}, 'calls').open('a').write('x'); time.sleep(1)\n"
         "    (target / 'a').write_text('x'); return {}\n"
@@ -203,7 +203,7 @@ def disk_usage(path: Path) -> int:
 HOLD = """
 import sys
 from pathlib import Path
-from tasks import store
+from quantize_gemma.tasks import store
 store.pin("stage", sys.argv[2], Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
@@ -342,7 +342,7 @@ def test_a_store_is_read_once_to_be_emptied(tmp_path: Path) -> None:
     for number in range(40):
         store.produce("stage", f"{number:064x}"[::-1], write_file, tmp_path)
     script = (
-        "import sys; from pathlib import Path; from tasks import store; opened = []\n"
+        "import sys; from pathlib import Path; from quantize_gemma.tasks import store; opened = []\n"
         "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
         f"assert len(store.evict(0, 0, Path({str(tmp_path)!r})).paths) == 40\n"
         "print(sum(path.endswith(store.MANIFEST) for path in opened))\n"

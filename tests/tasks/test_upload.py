@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tasks import process, store
-from tasks.card import write_file_list
-from tasks.store import Artifact, StageFailed, UserError
+from quantize_gemma.tasks import process, store
+from quantize_gemma.tasks.card import write_file_list
+from quantize_gemma.tasks.store import Artifact, StageFailed, UserError
 from tests.hub.server import Hub, serve
 
 WRITER, READER, SCOPED = "hf_writer000000", "hf_reader000000", "hf_scoped000000"
@@ -90,11 +90,11 @@ def in_process(function: str, hub: Hub, token: str, paths: dict[str, str], value
         "HF_HUB_DISABLE_XET": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    return process.run("tasks.process:call", call, lambda *_: None, None, environment)["metadata"]
+    return process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None, environment)["metadata"]
 
 
 def publish_in_process(_target: Path, release: Path, **settings: Any) -> dict[str, Any]:
-    from tasks.upload import publish
+    from quantize_gemma.tasks.upload import publish
 
     return {"metadata": publish(store.at(release), **settings)}
 
@@ -105,7 +105,7 @@ def check(hub: Hub, token: str = WRITER, repository: str = TARGET, **settings: A
 
 
 def check_in_process(_target: Path, **settings: Any) -> dict[str, Any]:
-    from tasks.upload import check_target
+    from quantize_gemma.tasks.upload import check_target
 
     check_target(**settings)
     return {"metadata": {}}
@@ -460,7 +460,7 @@ def test_a_hub_that_wants_to_be_left_alone_for_years_ends_the_upload_at_once(
 
 
 def published_in_process(_target: Path, repository: str) -> dict[str, Any]:
-    from tasks.upload import published_metrics
+    from quantize_gemma.tasks.upload import published_metrics
 
     return {"metadata": {"metrics": published_metrics(repository, None)}}
 

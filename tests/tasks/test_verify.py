@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from tasks import process
-from tasks.builtin import BUILTIN
-from tasks.export import expected_metadata
-from tasks.verify import _image_inputs, _put
+from quantize_gemma.tasks import process
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.export import expected_metadata
+from quantize_gemma.tasks.verify import _image_inputs, _put
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
 
@@ -61,5 +61,5 @@ def test_the_programs_metadata_are_the_models(released: Outcome) -> None:
     release = Path(released.summary["release"])
     assert expected_metadata(release, 1024) == expected
     arguments = {"program": str(release / "model.pte"), "names": list(expected)}
-    found = process.run("tasks.export:read_metadata", arguments, lambda *_: None, None)["metadata"]
+    found = process.run("quantize_gemma.tasks.export:read_metadata", arguments, lambda *_: None, None)["metadata"]
     assert found == expected
