@@ -2,7 +2,7 @@
 
 Resolves the requirements anew, with every exact pin in pyproject.toml lifted; writes what was resolved to
 constraints.txt, pyproject.toml and the server's image in docker/compose.yaml; installs it; and runs the card's loading
-code, the tests, and the benchmarks on the built-in model before and after. Whoever likes the result commits these files.
+code, the tests, and the benchmarks on the built-in model before and after. Whoever likes the result commits it.
 """
 
 import json
