@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from quantize_gemma.tasks.builtin import BUILTIN
 
@@ -70,11 +72,25 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 
 @pytest.fixture(scope="session")
-def released(command_line: CommandLine) -> Outcome:
-    """The built-in model, through every stage."""
-    outcome = command_line("run", "--json")
-    assert outcome.code == 0, outcome.stderr[-5000:]
-    return outcome
+def released(command_line: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The built-in model, through every stage. Several processes of tests have a copy each of one run's store."""
+    # Of each process its own, in one that they share.
+    folder = tmp_path_factory.getbasetemp()
+    made = folder.parent / "released" if "PYTEST_XDIST_WORKER" in os.environ else folder / "released"
+    with FileLock(f"{made}.lock"):
+        if not made.exists():
+            outcome = command_line("run", "--json")
+            assert outcome.code == 0, outcome.stderr[-5000:]
+            partial = made.with_suffix(".partial")
+            shutil.copytree(command_line.home.parent, partial, symlinks=True)
+            said = {"home": str(command_line.home), "stdout": outcome.stdout, "stderr": outcome.stderr}
+            (partial / "outcome.json").write_text(json.dumps(said))
+            partial.rename(made)
+            return outcome
+    said = json.loads((made / "outcome.json").read_text())
+    shutil.copytree(made, command_line.home.parent, symlinks=True, dirs_exist_ok=True)
+    here = {name: said[name].replace(said["home"], str(command_line.home)) for name in ("stdout", "stderr")}
+    return Outcome(0, **here)
 
 
 @pytest.fixture
@@ -82,8 +98,6 @@ def tiny_copy(tmp_path: Path) -> Callable[[], Path]:
     """Makes a copy of tiny-gemma3 that a test may damage."""
 
     def copy() -> Path:
-        import shutil
-
         return Path(shutil.copytree(BUILTIN["tiny-gemma3"], tmp_path / "model"))
 
     return copy

@@ -17,7 +17,8 @@ import pytest
 from quantize_gemma.tasks import fingerprint
 from tests.conftest import CommandLine, Outcome
 
-ROOT = Path(fingerprint.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path(fingerprint.__file__).parents[1]
 STAGES = {
     "download": "quantize_gemma.tasks.download:download_checkpoint",
     "questions": "quantize_gemma.tasks.download:download_questions",
@@ -68,10 +69,10 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         tasks = folder / "quantize_gemma" / "tasks"
-        shutil.copytree(ROOT / "tasks", tasks, ignore=shutil.ignore_patterns("builtin", "__pycache__"))
+        shutil.copytree(PACKAGE / "tasks", tasks, ignore=shutil.ignore_patterns("builtin", "__pycache__"))
         (tasks / "builtin").mkdir()
-        shutil.copy(ROOT / "tasks" / "builtin" / "__init__.py", tasks / "builtin")
-        shutil.copy(ROOT / "__init__.py", tasks.parent)
+        shutil.copy(PACKAGE / "tasks" / "builtin" / "__init__.py", tasks / "builtin")
+        shutil.copy(PACKAGE / "__init__.py", tasks.parent)
         self.folder = folder
         program = (
             f"import sys; sys.path.insert(0, {str(folder)!r})\n"
@@ -200,7 +201,9 @@ def test_batches_are_in_a_gpus_key_and_not_in_a_cpus_and_who_answers_in_none() -
 
 
 def test_a_stage_that_does_not_exist_has_no_fingerprint() -> None:
-    with pytest.raises(LookupError, match=r"there is no function missing in the source of tasks\.untie"):
+    with pytest.raises(
+        LookupError, match=r"no function missing in the source of quantize_gemma\.tasks\.untie"
+    ):
         fingerprint.fingerprint("quantize_gemma.tasks.untie:missing")
 
 
