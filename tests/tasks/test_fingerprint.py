@@ -201,9 +201,7 @@ def test_batches_are_in_a_gpus_key_and_not_in_a_cpus_and_who_answers_in_none() -
 
 
 def test_a_stage_that_does_not_exist_has_no_fingerprint() -> None:
-    with pytest.raises(
-        LookupError, match=r"no function missing in the source of quantize_gemma\.tasks\.untie"
-    ):
+    with pytest.raises(LookupError, match=r"no function missing in the source of quantize_gemma\.tasks\.untie"):
         fingerprint.fingerprint("quantize_gemma.tasks.untie:missing")
 
 
