@@ -1,2 +1,4 @@
-"""The package as it is installed. In the repository its folders are links to those beside it, so nothing called `tasks`
-or `flows` is put at the top of site-packages."""
+"""The installed package. In the repository, its folders are symbolic links to the folders of the same names.
+
+The links keep packages called `tasks` and `flows` out of the top of site-packages.
+"""

@@ -335,7 +335,7 @@ def load_model(checkpoint: Path, dtype: Any) -> Any:
     return model
 
 
-def keep_activations(model: Any) -> None:
+def disable_activation_quantization(model: Any) -> None:
     """Takes the quantization of activations out of every linear of a loaded model; weights stay as they are."""
     import torch
 

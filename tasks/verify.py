@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.checkpoint import keep_activations, load_model
+from quantize_gemma.tasks.checkpoint import disable_activation_quantization, load_model
 from quantize_gemma.tasks.program import Methods
 from quantize_gemma.tasks.prompts import TEXT, answer_prompts, prompt_lengths
 from quantize_gemma.tasks.store import StageFailed
@@ -65,7 +65,7 @@ def compare(program: Path, checkpoint: Path, config: Any, max_seq_len: int) -> d
             given = {"inputs_embeds": _put(seen[0], empty, image), "logits_to_keep": text}
             eager["image"] = model(**given).logits[0].float()
             both_ways = model(**given, token_type_ids=image[None].long()).logits[0].float()
-        keep_activations(model)
+        disable_activation_quantization(model)
         plain["text"] = model(input_ids=ids, logits_to_keep=kept).logits[0].float()
         plain["prompts"] = torch.cat([*_after_prompts(model, shorter), plain["text"][answered_rows]])
         if multimodal:

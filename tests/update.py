@@ -26,7 +26,8 @@ def main() -> None:
     """The command line; exits with 1 if a test or a benchmark fails, with 2 if there are changes to lose."""
     changed = run("git", "status", "--porcelain", PROJECT, CONSTRAINTS, COMPOSE).stdout
     if changed:
-        sys.exit(f"commit or restore these first, for they are written:\n{changed}")
+        print(f"commit or restore these first, since they are overwritten:\n{changed}", file=sys.stderr)
+        sys.exit(2)
     before = versions(CONSTRAINTS.read_text(encoding="utf-8"))
     after = resolve(PROJECT.read_text(encoding="utf-8"))
     changes = difference(before, after)

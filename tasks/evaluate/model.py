@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantize_gemma.tasks.checkpoint import keep_activations
+from quantize_gemma.tasks.checkpoint import disable_activation_quantization
 from quantize_gemma.tasks.evaluate.dequantized import dequantize_once
 from quantize_gemma.tasks.patches import patched_loading
 from quantize_gemma.tasks.process import report_progress, trim_memory
@@ -70,7 +70,7 @@ class PackedLM(HFLM):
         if hasattr(self.model.model, "vision_tower"):
             self.model.model.vision_tower = None
         if unrounded:
-            keep_activations(self.model)
+            disable_activation_quantization(self.model)
             self.model.to(torch.float32)
         else:
             dequantize_once(self.model)

@@ -336,13 +336,18 @@ def ill_said(outcome: Outcome) -> str | None:
 
 
 def digests(release: Path) -> dict[str, str]:
-    """Returns the SHA-256 of a release's files, but for what a run's time and numbers are in."""
-    files = [path for path in release.rglob("*") if path.is_file()]
-    return {
-        name: store.digest_file(path)
-        for path in files
-        if (name := path.relative_to(release).as_posix()) not in OF_THE_RUN and path.suffix != ".png"
+    """Returns the SHA-256 of a release's files, but for what a run's time and numbers are in.
+
+    Raises ValueError if release.json does not list what is there.
+    """
+    found = {
+        path.relative_to(release).as_posix(): store.digest_file(path) for path in release.rglob("*") if path.is_file()
     }
+    listed = json.loads((release / "release.json").read_text(encoding="utf-8"))["files"]
+    others = {name: digest for name, digest in found.items() if name != "release.json"}
+    if {name: entry["sha256"] for name, entry in listed.items()} != others:
+        raise ValueError("release.json does not list the release's files")
+    return {name: digest for name, digest in found.items() if name not in OF_THE_RUN and not name.endswith(".png")}
 
 
 if __name__ == "__main__":

@@ -106,12 +106,12 @@ def test_text_becomes_the_tokens_that_the_checkpoint_gets(model: Any, release: P
 def test_the_reference_is_the_checkpoint_in_float32_with_activations_that_are_not_quantized(release: Path) -> None:
     import torch
 
-    from quantize_gemma.tasks.checkpoint import keep_activations, load_model
+    from quantize_gemma.tasks.checkpoint import disable_activation_quantization, load_model
     from quantize_gemma.tasks.evaluate.model import PackedLM
 
     asked = requests([40, 90], [1, 2])
     eager = load_model(release, torch.float32)
-    keep_activations(eager)
+    disable_activation_quantization(eager)
     answers = PackedLM(release, "cpu", "auto", unrounded=True)._loglikelihood_tokens(asked)
     for (_, context, continuation), (score, _) in zip(asked, answers, strict=True):
         with torch.no_grad():

@@ -189,7 +189,7 @@ def checkpoint_logits(released: Outcome) -> tuple[Any, Any, Any]:
     import torch
     from transformers import AutoTokenizer
 
-    from quantize_gemma.tasks.checkpoint import keep_activations, load_model
+    from quantize_gemma.tasks.checkpoint import disable_activation_quantization, load_model
     from quantize_gemma.tasks.prompts import TEXT as WORDS
 
     release = Path(released.summary["release"])
@@ -197,7 +197,7 @@ def checkpoint_logits(released: Outcome) -> tuple[Any, Any, Any]:
     model = load_model(release, torch.float32)
     with torch.no_grad():
         eager = model(input_ids=ids).logits[0]
-        keep_activations(model)
+        disable_activation_quantization(model)
         return ids, eager, model(input_ids=ids).logits[0]
 
 
