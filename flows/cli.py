@@ -30,12 +30,14 @@ anything was made; 130 interrupted.
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    from quantize_gemma.flows.settings import ignore_working_directory
+    from quantize_gemma.flows.settings import ignore_working_directory, require_working_directory
 
     verbs = {"run": _run, "check": _check, "prune": _prune}
     try:
         arguments = _parser().parse_args()
         ignore_working_directory()
+        if arguments.verb != "prune":
+            require_working_directory()
         code = verbs[arguments.verb](arguments)
     except KeyboardInterrupt:
         code = 130

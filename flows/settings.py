@@ -26,14 +26,9 @@ def ignore_working_directory() -> None:
     """Makes Prefect take its settings from the environment and the user's profile alone, here and in what is started.
 
     Prefect also reads .env, prefect.toml and pyproject.toml of the working directory. To be called before Prefect is
-    imported, which reads them at once. Raises UserError if there is no home directory or no working directory, or if
-    the installed pydantic-settings cannot be kept from reading these files.
+    imported, which reads them at once. Raises UserError if there is no home directory, if a variable's path is relative
+    to a working directory that was removed, or if the installed pydantic-settings cannot be kept from these files.
     """
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        # Nor would torch's matrix products work: MKL ends the process.
-        raise UserError("the working directory was removed: change to one that exists") from None
     try:
         for name in PATHS:
             given = os.environ.get(name)
@@ -43,8 +38,18 @@ def ignore_working_directory() -> None:
                 # Prefect takes an empty one for the working directory.
                 del os.environ[name]
         home = os.environ.get("PREFECT_HOME") or Path("~/.prefect").expanduser()
+    except FileNotFoundError:
+        raise UserError(f"the working directory was removed, and {name} is relative to it") from None
     except RuntimeError:
         raise UserError("there is no home directory of this user: set HOME") from None
     # Otherwise those files are looked at for it.
     os.environ.setdefault("PREFECT_PROFILES_PATH", str(Path(home) / "profiles.toml"))
     ignore_settings_files()
+
+
+def require_working_directory() -> None:
+    """Raises UserError if the working directory was removed: MKL, in torch's matrix products, ends a process there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the working directory was removed: change to one that exists") from None

@@ -187,14 +187,33 @@ def refused(command_line: CommandLine, words: list[str], *arguments: str) -> Non
     assert left == []
 
 
-def test_a_working_directory_that_was_removed_is_refused(fresh: CommandLine, tmp_path: Path) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    script = f"cd {gone} && rmdir {gone} && exec {Path(sys.executable).parent}/quantize-gemma run"
-    outcome = subprocess.run(["sh", "-c", script], env=fresh.environment(), capture_output=True, text=True)
+@pytest.mark.parametrize("verb", ["run", "check"])
+def test_a_working_directory_that_was_removed_is_refused(verb: str, fresh: CommandLine, tmp_path: Path) -> None:
+    outcome = in_a_removed_directory(tmp_path, fresh.environment(), verb)
     assert outcome.returncode == 2
     assert outcome.stderr == "quantize-gemma: the working directory was removed: change to one that exists\n"
     assert not fresh.home.exists()
+
+
+def test_prune_works_where_the_working_directory_was_removed(fresh: CommandLine, tmp_path: Path) -> None:
+    outcome = in_a_removed_directory(tmp_path, fresh.environment(), "prune")
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.startswith("removed 0 unfinished directories")
+
+
+def test_a_path_relative_to_a_working_directory_that_was_removed_is_refused(fresh: CommandLine, tmp_path: Path) -> None:
+    outcome = in_a_removed_directory(tmp_path, {**fresh.environment(), "QUANTIZE_GEMMA_HOME": "store"}, "prune")
+    assert outcome.returncode == 2
+    assert outcome.stderr == (
+        "quantize-gemma: the working directory was removed, and QUANTIZE_GEMMA_HOME is relative to it\n"
+    )
+
+
+def in_a_removed_directory(folder: Path, environment: dict[str, str], verb: str) -> subprocess.CompletedProcess[str]:
+    gone = folder / "gone"
+    gone.mkdir()
+    script = f"cd {gone} && rmdir {gone} && exec {Path(sys.executable).parent}/quantize-gemma {verb}"
+    return subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True)
 
 
 def test_help_explains_itself_in_under_three_seconds() -> None:
