@@ -325,18 +325,18 @@ def quality_table(metrics: dict[str, Any]) -> list[dict[str, str]]:
     columns = ("base", "quantized", "program")
     agreement, sample = metrics["program"]["agreement"], metrics["program"]["mmlu"]
     rows = [
-        {"": "size", **{name: human_size(metrics[name]["bytes"]) for name in columns}},
-        {"": "MMLU, %", **{name: score(metrics[name]["mmlu"]) for name in ("base", "quantized")}},
+        {"metric": "size", **{name: human_size(metrics[name]["bytes"]) for name in columns}},
+        {"metric": "MMLU, %", **{name: score(metrics[name]["mmlu"]) for name in ("base", "quantized")}},
         {
-            "": f"MMLU, {sample['questions']} questions, %",
+            "metric": f"MMLU, {sample['questions']} questions, %",
             "quantized": score(sample["checkpoint"]),
             "program": score(sample),
         },
-        {"": "same answers as the checkpoint, %", "program": f"{100 * sample['agreement']:.1f}"},
-        {"": "same answers without rounding, %", "quantized": f"{100 * sample['noise_agreement']:.1f}"},
-        *({"": f"{name}, %", **columns} for name, columns in chartqa_scores(metrics).items()),
-        {"": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.2g}"},
-        {"": "KL of activation rounding, nats", "quantized": f"{agreement['kl_activation_noise']:.2g}"},
-        {"": "same most likely token, %", "program": f"{100 * agreement['same_argmax']:.1f}"},
+        {"metric": "same answers as the checkpoint, %", "program": f"{100 * sample['agreement']:.1f}"},
+        {"metric": "same answers without rounding, %", "quantized": f"{100 * sample['noise_agreement']:.1f}"},
+        *({"metric": f"{name}, %", **columns} for name, columns in chartqa_scores(metrics).items()),
+        {"metric": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.2g}"},
+        {"metric": "KL of activation rounding, nats", "quantized": f"{agreement['kl_activation_noise']:.2g}"},
+        {"metric": "same most likely token, %", "program": f"{100 * agreement['same_argmax']:.1f}"},
     ]
-    return [{"": "", **dict.fromkeys(columns, ""), **row} for row in rows]
+    return [{"metric": "", **dict.fromkeys(columns, ""), **row} for row in rows]

@@ -65,7 +65,7 @@ def test_every_score_has_its_column_its_standard_error_and_its_number_of_questio
     assert table_row(text, "mmlu-mini")[1:] == ["100.00 ± 0.00", "90.00 ± 1.99", ""]
     assert table_row(text, "stem")[1:] == ["100.00 ± 0.00", "80.00 ± 5.00", ""]
     assert table_row(text, "a sample of 100 of them")[1:] == ["", "100.00 ± 0.00", "75.00 ± 4.35"]
-    rows = {row[""]: row for row in quality_table(measured)}
+    rows = {row["metric"]: row for row in quality_table(measured)}
     assert rows["MMLU, 100 questions, %"]["program"] == "75.00 ± 4.35"
     assert rows["MMLU, 100 questions, %"]["base"] == ""
 
@@ -90,7 +90,7 @@ def test_a_card_without_charts_does_not_speak_of_them(measured: dict[str, Any]) 
     measured["gate"] |= judge(measured, measured["gate"]["limits"])
     assert "ChartQA" not in card(measured)
     assert "visual-question-answering" not in card(measured)
-    assert not any("ChartQA" in row[""] for row in quality_table(measured))
+    assert not any("ChartQA" in row["metric"] for row in quality_table(measured))
 
 
 def test_agreement_is_told_with_what_rounding_alone_explains(measured: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ def test_agreement_is_told_with_what_rounding_alone_explains(measured: dict[str,
     assert "answers 97 of 100 as the checkpoint does" in text
     assert "the checkpoint answers 96 of 100 as it does here" in text
     assert "The questions on which program and checkpoint differ are in `metrics.json`" in text
-    rows = {row[""]: row for row in quality_table(measured)}
+    rows = {row["metric"]: row for row in quality_table(measured)}
     assert rows["same answers as the checkpoint, %"]["program"] == "97.0"
     assert rows["same answers without rounding, %"]["quantized"] == "96.0"
 
@@ -113,9 +113,9 @@ def test_chartqa_has_its_rows_where_it_was_measured(measured: dict[str, Any]) ->
         assert table_row(text, f"ChartQA, {part}")[1:] == ["50.00 ± 1.00", "42.00 ± 1.00", ""]
     assert table_row(text, "ChartQA, normalized")[1:] == ["60.00 ± 1.20", "52.00 ± 1.20", ""]
     assert table_row(text, "chartqa drop")[1:3] == ["8.00 ± 0.78", "≤ 10"]
-    rows = {row[""]: row for row in quality_table(measured)}
+    rows = {row["metric"]: row for row in quality_table(measured)}
     assert rows["ChartQA, human, %"] == {
-        "": "ChartQA, human, %",
+        "metric": "ChartQA, human, %",
         "base": "50.00 ± 1.00",
         "quantized": "42.00 ± 1.00",
         "program": "",
