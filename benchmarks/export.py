@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
 from benchmarks.side_by_side import compared, line, machine, run, show, version
-from quantize_gemma.tasks.patches import DISABLE
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.runtime.patches import DISABLE
+from quantize_gemma.tasks.runtime.units import human_size
 
 # Prompts of these many tokens are given to both programs when their bytes differ.
 LENGTHS = 1, 7, 60

@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
 from benchmarks.side_by_side import machine, run, version
-from quantize_gemma.tasks.patches import DISABLE, export_patches, loading_patches
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.runtime.patches import DISABLE, export_patches, loading_patches
+from quantize_gemma.tasks.runtime.units import human_size
 
 
 def measure(shape: str, max_seq_len: int, folder: Path, names: list[str]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def read(program: str, checkpoint: str) -> dict[str, Any]:
 
     import torch
 
-    from quantize_gemma.tasks.program import Methods
+    from quantize_gemma.tasks.models.pte import Methods
 
     methods = Methods(Path(program) / "model.pte")
     ids = torch.randint(10, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(0))

@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint
 from benchmarks.side_by_side import compared, line, machine, run, show, version
-from quantize_gemma.tasks.recipe import decide, load_recipe, torchao_config
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.models.recipe import decide, load_recipe, torchao_config
+from quantize_gemma.tasks.runtime.units import human_size
 
 
 def reference_untie(target: str, checkpoint: str) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def differences(one: Path, other: Path) -> list[str]:
     import torch
     from safetensors import safe_open
 
-    from quantize_gemma.tasks.checkpoint import runtime_name
+    from quantize_gemma.tasks.models.checkpoint import runtime_name
 
     with safe_open(str(one), framework="pt") as left, safe_open(str(other), framework="pt") as right:
         names = {runtime_name(name): name for name in left.keys()}  # noqa: SIM118

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from quantize_gemma.tasks.builtin import BUILTIN
-from quantize_gemma.tasks.checkpoint import RUNTIME_PREFIXES, write_header
+from quantize_gemma.tasks.models.checkpoint import RUNTIME_PREFIXES, write_header
+from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import quantize_checkpoint
-from quantize_gemma.tasks.recipe import load_recipe
-from quantize_gemma.tasks.store import copy
+from quantize_gemma.tasks.runtime.store import copy
 from quantize_gemma.tasks.untie import untie_checkpoint
 
 TEXT = {

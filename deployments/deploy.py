@@ -22,8 +22,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from quantize_gemma.deployments.alerts import save_alerts
-from quantize_gemma.tasks import machine
-from quantize_gemma.tasks.policies import ACCELERATOR, MEMORY
+from quantize_gemma.tasks.runtime import machine
+from quantize_gemma.tasks.runtime.prefect_stage import ACCELERATOR, MEMORY
 
 POOL = "quantize-gemma"
 SECRETS = {"HF_TOKEN": "hf-token", "HF_TOKEN_WRITE": "hf-token-write"}

@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from quantize_gemma.flows.server import LocalServer
+from quantize_gemma.flows.local_server import LocalServer
 from quantize_gemma.flows.settings import ignore_working_directory
-from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.runtime.errors import UserError
 
 API = "http://127.0.0.1:4200/api"
 DEFAULTS = {

@@ -11,7 +11,7 @@ import traceback
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from quantize_gemma.flows.summary import Interrupted, empty_summary
-from quantize_gemma.tasks.store import RunError, StageFailed, UserError
+from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
 
 DESCRIPTION = """\
 Turn a Gemma 3 checkpoint into a quantized, measured, on-device release of it.
@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from quantize_gemma.flows.parameters import Parameters
+    from quantize_gemma.flows.options import Parameters
 
     parser = _Parser(
         prog="quantize-gemma", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -108,11 +108,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from quantize_gemma.flows.server import check_api
-    from quantize_gemma.tasks import process
+    from quantize_gemma.flows.local_server import check_api
     from quantize_gemma.tasks.check import check_disk, check_memory, check_run, disk_needed
-    from quantize_gemma.tasks.checkpoint import local_checkpoint
     from quantize_gemma.tasks.download import resolve_model
+    from quantize_gemma.tasks.models.checkpoint import local_checkpoint
+    from quantize_gemma.tasks.runtime import worker
 
     try:
         p = _parameters(arguments)
@@ -121,8 +121,11 @@ def _check(arguments: argparse.Namespace) -> int:
         local = local_checkpoint(p.model)
         if local is not None:
             directory = {"checkpoint": str(local.absolute())}
-            process.run(
-                "quantize_gemma.tasks.loadable:check_directory", directory, lambda *_: None, _log_to(_Terminal())
+            worker.run(
+                "quantize_gemma.tasks.models.load_check:check_directory",
+                directory,
+                lambda *_: None,
+                _log_to(_Terminal()),
             )
         else:
             # The token may be there.
@@ -142,20 +145,21 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _stages_to_run(p: Any, model: dict[str, Any]) -> list[str]:
     from quantize_gemma.tasks.check import WRITTEN, may_be_stored
-    from quantize_gemma.tasks.recipe import load_recipe
+    from quantize_gemma.tasks.models.recipe import load_recipe
 
     if not may_be_stored(model["weight_bytes"]):
         return list(WRITTEN)
     # Late, for Prefect takes seconds to be imported.
     from quantize_gemma.flows.quantize_gemma import chain
-    from quantize_gemma.tasks.policies import missing
+    from quantize_gemma.tasks.runtime.prefect_stage import missing
 
     return missing(chain(p, model, load_recipe(p.recipe)), [])
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    from quantize_gemma.tasks.store import UserError, evict, prune, size_of
-    from quantize_gemma.tasks.units import human_size
+    from quantize_gemma.tasks.runtime.errors import UserError
+    from quantize_gemma.tasks.runtime.store import evict, prune, size_of
+    from quantize_gemma.tasks.runtime.units import human_size
 
     try:
         removed = prune()
@@ -193,9 +197,9 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         summary, code = {**summary, "error": "interrupted"}, 130
     except Exception as error:
-        from quantize_gemma.tasks.process import disks
-        from quantize_gemma.tasks.redact import redact
-        from quantize_gemma.tasks.store import disk_failure
+        from quantize_gemma.tasks.runtime.redact import redact
+        from quantize_gemma.tasks.runtime.store import disk_failure
+        from quantize_gemma.tasks.runtime.worker import disks
 
         full = disk_failure(error, *disks())
         if full is None:
@@ -226,7 +230,7 @@ def _run_flow(arguments: argparse.Namespace, terminal: "_Terminal") -> dict[str,
     # Nor does it tell here that its API could not take a line: when that matters, the run ends, and says why.
     logging.raiseExceptions = False
     _log_to(terminal)
-    from quantize_gemma.flows.server import start_local_server
+    from quantize_gemma.flows.local_server import start_local_server
 
     server = start_local_server()
     if server:
@@ -275,7 +279,7 @@ class _Terminal(logging.Handler):
 def _parameters(arguments: argparse.Namespace) -> Any:
     from pydantic import ValidationError
 
-    from quantize_gemma.flows.parameters import Parameters
+    from quantize_gemma.flows.options import Parameters
 
     if "keep" in arguments:
         raise UserError("--keep is gone, leave it out: only files that an earlier release wrote are removed now")
@@ -301,7 +305,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
     from quantize_gemma.flows.quantize_gemma import quality_table
     from quantize_gemma.tasks.gate import gate_table
-    from quantize_gemma.tasks.units import human_size
+    from quantize_gemma.tasks.runtime.units import human_size
 
     console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
     stages = Table("stage", "", title="Stages")

@@ -6,8 +6,8 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from pydantic import Field
 
-from quantize_gemma.tasks import store
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.units import human_size
 
 
 @flow(name="prune-store", persist_result=False)

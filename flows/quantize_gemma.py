@@ -19,13 +19,11 @@ from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
-from quantize_gemma.flows.parameters import Parameters, command_line, taking_parameters
+from quantize_gemma.flows.options import Parameters, command_line, taking_parameters
 from quantize_gemma.flows.summary import Interrupted, empty_summary
-from quantize_gemma.tasks import machine, process, store
 from quantize_gemma.tasks.card import card, chartqa_scores, score
 from quantize_gemma.tasks.card.metrics import LIBRARIES
 from quantize_gemma.tasks.check import check_checkpoint, check_disk, check_memory, check_run, disk_needed
-from quantize_gemma.tasks.checkpoint import read_config
 from quantize_gemma.tasks.download import (
     chart_questions,
     download,
@@ -35,22 +33,24 @@ from quantize_gemma.tasks.download import (
     resolve_model,
 )
 from quantize_gemma.tasks.evaluate import evaluate
-from quantize_gemma.tasks.evaluate.agreement import evaluate_pte
 from quantize_gemma.tasks.evaluate.charts import evaluate_on_charts
+from quantize_gemma.tasks.evaluate.program import evaluate_pte
 from quantize_gemma.tasks.export import export
-from quantize_gemma.tasks.fingerprint import versions
 from quantize_gemma.tasks.gate import LIMITS, GateRefused, compare_with_published, gate, gate_table, required_checks
-from quantize_gemma.tasks.internals import retry_refused_connections
-from quantize_gemma.tasks.policies import as_task, failure_of, missing, open_record, retried
+from quantize_gemma.tasks.models.checkpoint import read_config
+from quantize_gemma.tasks.models.recipe import load_recipe, recipe_hash
+from quantize_gemma.tasks.publish import check_target, publish, published_metrics
 from quantize_gemma.tasks.quantize import quantize
-from quantize_gemma.tasks.recipe import load_recipe, recipe_hash
-from quantize_gemma.tasks.redact import redact, redact_logs
+from quantize_gemma.tasks.runtime import machine, store, worker
+from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
+from quantize_gemma.tasks.runtime.fingerprint import versions
+from quantize_gemma.tasks.runtime.patches.private_api import retry_refused_connections
+from quantize_gemma.tasks.runtime.prefect_stage import as_task, failure_of, missing, open_record, retried
+from quantize_gemma.tasks.runtime.redact import redact, redact_logs
+from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.units import human_size
 from quantize_gemma.tasks.smoke import smoke, smoke_pte
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import RunError, StageFailed, UserError
-from quantize_gemma.tasks.units import human_size
 from quantize_gemma.tasks.untie import untie
-from quantize_gemma.tasks.upload import check_target, publish, published_metrics
 
 
 @flow(
@@ -66,7 +66,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
     p = Parameters(**given)
     retry_refused_connections()
     run = Run(p.refresh, f"{p.model} · {p.recipe}")
-    with run.explained(), process.ended_on_interrupt():
+    with run.explained(), worker.ended_on_interrupt():
         recipe = load_recipe(p.recipe)
         checked = (p.max_seq_len, p.device, p.cluster, p.custom_kv_cache, p.workers)
         plan = run.light("check", check_run, p.model, p.recipe, *checked)
@@ -278,7 +278,7 @@ class Run:
         made = any(future.state.is_completed() and future.state.name != "Cached" for future in self.futures.values())
         if isinstance(cause, GateRefused) or (isinstance(cause, UserError) and not made and name != "upload"):
             return cause
-        cause = store.disk_failure(cause, *process.disks()) or cause
+        cause = store.disk_failure(cause, *worker.disks()) or cause
         said = str(cause) if isinstance(cause, RunError) else redact(f"{type(cause).__name__}: {cause}")
         return StageFailed(f"{name}: {said}" if name else said)
 

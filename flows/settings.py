@@ -6,8 +6,8 @@ That directory may be a model that somebody else made: its files could send a ru
 import os
 from pathlib import Path
 
-from quantize_gemma.tasks.internals import ignore_settings_files
-from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.patches.private_api import ignore_settings_files
 
 # Directories and files that the environment may name; for what is started elsewhere, a relative path is another one.
 PATHS = (

@@ -13,8 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import machine, store
-from quantize_gemma.tasks.checkpoint import (
+from quantize_gemma.tasks.models.checkpoint import (
     check_weights,
     local_checkpoint,
     quantizable_modules,
@@ -23,8 +22,9 @@ from quantize_gemma.tasks.checkpoint import (
     source_files,
     weight_files,
 )
-from quantize_gemma.tasks.recipe import decide, load_recipe
-from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.models.recipe import decide, load_recipe
+from quantize_gemma.tasks.runtime import machine, store
+from quantize_gemma.tasks.runtime.errors import UserError
 
 # What each stage writes, in times of the base weights in bf16: they themselves, the untied head, one byte per weight,
 # half a byte per weight in the program. Large models need less, for the embedding is a smaller part of them.

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import hub, store
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.checkpoint import (
+from quantize_gemma.tasks.models.checkpoint import (
     check_finite,
     check_weights,
     local_checkpoint,
@@ -23,13 +22,15 @@ from quantize_gemma.tasks.checkpoint import (
     source_files,
     weight_files,
 )
-from quantize_gemma.tasks.license import clean_license
-from quantize_gemma.tasks.loadable import check_loads
-from quantize_gemma.tasks.process import report_progress
-from quantize_gemma.tasks.questions import check_charts, check_mmlu
-from quantize_gemma.tasks.sources import INDEX, SINGLE, is_release_file, open_source
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import UserError, canonical_json
+from quantize_gemma.tasks.models.datasets import check_charts, check_mmlu
+from quantize_gemma.tasks.models.license import clean_license
+from quantize_gemma.tasks.models.load_check import check_loads
+from quantize_gemma.tasks.models.source_files import INDEX, SINGLE, is_release_file, open_source
+from quantize_gemma.tasks.runtime import hub, store
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.store import canonical_json
+from quantize_gemma.tasks.runtime.worker import report_progress
 
 logger = logging.getLogger(__name__)
 

@@ -12,15 +12,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import process
-from quantize_gemma.tasks.checkpoint import task_of, weight_files
-from quantize_gemma.tasks.config import ARCHITECTURES
-from quantize_gemma.tasks.patches import patched_export, patched_loading
-from quantize_gemma.tasks.patches.optimum_executorch import example_image
-from quantize_gemma.tasks.process import report_progress
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import StageFailed, UserError
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.models.checkpoint import task_of, weight_files
+from quantize_gemma.tasks.models.config import ARCHITECTURES
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.patches import patched_export, patched_loading
+from quantize_gemma.tasks.runtime.patches.optimum_executorch import example_image
+from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.units import human_size
+from quantize_gemma.tasks.runtime.worker import report_progress
 
 # What a graph holds besides operators.
 NO_OPERATORS = {"alloc", "getitem", "sym_size"}
@@ -52,7 +52,7 @@ def export_checkpoint(
     """
     from optimum.exporters.executorch.convert import export_to_executorch
 
-    from quantize_gemma.tasks.kv_cache import long_pieces
+    from quantize_gemma.tasks.models.kv_cache import long_pieces
 
     check_exportable(target, checkpoint)
     report_progress(0, 3, "loading")
@@ -73,7 +73,7 @@ def export_checkpoint(
     report_progress(2, 3, "verifying the program's metadata")
     # In a process of its own: the runtime keeps the program in memory, beside all that making it took.
     arguments = {"program": str(target / "model.pte"), "names": list(expected)}
-    found = process.run("quantize_gemma.tasks.export:read_metadata", arguments, lambda *_: None, None)["metadata"]
+    found = worker.run("quantize_gemma.tasks.export:read_metadata", arguments, lambda *_: None, None)["metadata"]
     wrong = {name: found.get(name) for name, value in expected.items() if found.get(name) != value}
     if wrong:
         raise StageFailed(f"the program's metadata differ from the model's: {wrong} instead of {expected}")

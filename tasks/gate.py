@@ -5,8 +5,8 @@ import statistics
 import textwrap
 from typing import Any
 
-from quantize_gemma.tasks.paired import confidence, share_difference, share_ratio
-from quantize_gemma.tasks.store import RunError
+from quantize_gemma.tasks.runtime.errors import RunError
+from quantize_gemma.tasks.runtime.paired_stats import confidence, share_difference, share_ratio
 
 # Below this, in nats per token, or in mean squares of one, rounding in float32 alone makes the difference.
 FLOOR = 1e-6

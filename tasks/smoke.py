@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import process
-from quantize_gemma.tasks.checkpoint import load_model, task_of
-from quantize_gemma.tasks.process import report_progress
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import StageFailed
+from quantize_gemma.tasks.models.checkpoint import load_model, task_of
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.worker import report_progress
 from quantize_gemma.tasks.verify import IMAGE_PROMPT, compare, image_prompt
 
 # The card's manual test.
@@ -25,7 +25,7 @@ def smoke_checkpoint(target: Path, checkpoint: Path, max_new_tokens: int) -> dic
     import torch
     from transformers import AutoTokenizer
 
-    from quantize_gemma.tasks.evaluate.dequantized import dequantize_once
+    from quantize_gemma.tasks.models.dequantize import dequantize_once
 
     model = load_model(checkpoint, torch.bfloat16)
     if hasattr(model.model, "vision_tower"):
@@ -135,7 +135,7 @@ def _generate(
             "multimodal": multimodal,
             "max_new_tokens": max_new_tokens,
         }
-        ran = process.run("quantize_gemma.tasks.smoke:run_program", arguments, lambda *_: None, None)
+        ran = worker.run("quantize_gemma.tasks.smoke:run_program", arguments, lambda *_: None, None)
     if not ran["response"]:
         raise StageFailed(f"the program answers {prompt!r} with nothing")
     return {

@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.checkpoint import quantizable_modules, read_header, read_headers, write_header
-from quantize_gemma.tasks.sources import INDEX
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import StageFailed, UserError, link
+from quantize_gemma.tasks.models.checkpoint import quantizable_modules, read_header, read_headers, write_header
+from quantize_gemma.tasks.models.source_files import INDEX
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.store import link
 
 SHARD = "lm_head.safetensors"
 # The head's name beside each of the embedding's: the Hub's layout, a text-only model, and transformers' own names.

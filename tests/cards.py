@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from quantize_gemma.tasks.card import render
 from quantize_gemma.tasks.card.front_matter import front_matter
-from quantize_gemma.tasks.license import clean_license
+from quantize_gemma.tasks.models.license import clean_license
 
 # Where text of others gets into a card. What is no text of others (versions, commands) is not here.
 PLACES = (

@@ -17,11 +17,12 @@ from typing import Any
 
 from prefect import flow
 
-from quantize_gemma.tasks import process, store
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.evaluate import evaluate, shards
-from quantize_gemma.tasks.policies import as_task, open_record, record
-from quantize_gemma.tasks.stage import Stage
+from quantize_gemma.tasks.runtime import store, worker
+from quantize_gemma.tasks.runtime.errors import RunError
+from quantize_gemma.tasks.runtime.prefect_stage import as_task, open_record, record
+from quantize_gemma.tasks.runtime.stage import Stage
 
 
 def load_lengths(loaded: str, seconds: float) -> Callable[[list[str]], list[int]]:
@@ -73,7 +74,7 @@ def spread_evaluation(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     options = as_task({"evaluate": evaluate, "lengths": lengths}[stage]).with_options(
         task_run_name=f"{stage} · test", result_storage=store.home()
     )
-    with process.ended_on_interrupt():
+    with worker.ended_on_interrupt():
         artifact = open_record(options.submit(**asked).result())
     manifests = store.home().glob("evaluate-shard/[0-9a-f]*/manifest.json")
     by = [json.loads(path.read_text(encoding="utf-8"))["measured"]["process"] for path in manifests]
@@ -97,5 +98,5 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     try:
         print(json.dumps(spreading.spread_evaluation(given.pop("stage"), given)))
-    except store.RunError as error:
+    except RunError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -4,17 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import store
 from quantize_gemma.tasks.card import markdown
 from quantize_gemma.tasks.card.chart import draw_subjects
 from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
 from quantize_gemma.tasks.card.metrics import GEMMA_TERMS, collect_metrics
 from quantize_gemma.tasks.gate import gate_table, judge
-from quantize_gemma.tasks.license import clean_license
-from quantize_gemma.tasks.recipe import ROLES
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import StageFailed
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.models.license import clean_license
+from quantize_gemma.tasks.models.recipe import ROLES
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.units import human_size
 
 HERE = Path(__file__).parent
 

@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 
 from quantize_gemma.tasks.card.metrics import GEMMA_TERMS
-from quantize_gemma.tasks.license import clean_license
+from quantize_gemma.tasks.models.license import clean_license
 
 
 class _Dumper(yaml.SafeDumper):

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import store
-from quantize_gemma.tasks.paired import Pairs, count_pairs
-from quantize_gemma.tasks.recipe import recipe_hash
-from quantize_gemma.tasks.store import StageFailed
+from quantize_gemma.tasks.models.recipe import recipe_hash
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.paired_stats import Pairs, count_pairs
 
 HERE = Path(__file__).parent
 # Whose versions the card names.

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import store
 from quantize_gemma.tasks.evaluate import shards
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import StageFailed
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.stage import Stage
 
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 

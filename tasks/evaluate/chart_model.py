@@ -10,8 +10,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.hf_vlms import HFMultimodalLM
 
-from quantize_gemma.tasks.evaluate.dequantized import dequantize_once
-from quantize_gemma.tasks.patches import patched_loading
+from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.runtime.patches import patched_loading
 
 
 class ChartLM(HFMultimodalLM):

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.checkpoint import task_of
 from quantize_gemma.tasks.evaluate import kept, shards
-from quantize_gemma.tasks.process import report_progress
-from quantize_gemma.tasks.questions import CHART_KINDS, read_charts
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import StageFailed, UserError
+from quantize_gemma.tasks.models.checkpoint import task_of
+from quantize_gemma.tasks.models.datasets import CHART_KINDS, read_charts
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.worker import report_progress
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 POST_PROMPT = "\nAnswer the question with a single word."

@@ -19,10 +19,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantize_gemma.tasks.checkpoint import disable_activation_quantization
-from quantize_gemma.tasks.evaluate.dequantized import dequantize_once
-from quantize_gemma.tasks.patches import patched_loading
-from quantize_gemma.tasks.process import report_progress, trim_memory
+from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization
+from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.runtime.patches import patched_loading
+from quantize_gemma.tasks.runtime.worker import report_progress, trim_memory
 
 # More tokens per batch make no matrix product faster, only the memory larger.
 TOKENS = {"cpu": 4096, "cuda": 32_768}

@@ -1,63 +1,170 @@
-"""model.pte as a model of lm-eval: log-likelihoods through the ExecuTorch runtime."""
+"""Evaluate the program: a sample of the questions that the checkpoint answered, and those that they answer differently.
 
-from collections.abc import Callable
+Rounding, to int8 activations and to bfloat16, turns answers that are close: in the program others than in the
+checkpoint. How many it turns is known, for the checkpoint answers the same questions without, too. A program that is
+right is no further from that than the checkpoint is.
+"""
+
+import gc
+import itertools
+import json
+import math
+import random
 from pathlib import Path
 from typing import Any
 
-import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer
+from quantize_gemma.tasks.evaluate import benchmark, in_order, read_samples
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.paired_stats import count_pairs
+from quantize_gemma.tasks.runtime.stage import Stage
 
-from quantize_gemma.tasks.evaluate.model import Request, answering, score_continuation, share_rows
-from quantize_gemma.tasks.process import report_progress
-from quantize_gemma.tasks.program import Methods
-
-
-class ProgramLM(TemplateLM):
-    """A program, with the tokenizer of the checkpoint that it was exported from. It answers log-likelihoods alone."""
-
-    # The same tokens as for the checkpoint, <bos> first.
-    tok_encode = HFLM.tok_encode
-    eot_token_id = HFLM.eot_token_id
-    prefix_token_id = HFLM.prefix_token_id
-    add_bos_token = custom_prefix_token_id = None
-
-    def __init__(self, checkpoint: Path, program: Path) -> None:
-        super().__init__()
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.methods = Methods(program / "model.pte")
-
-    def fits(self, context: str, continuation: str) -> bool:
-        """Tells whether the program takes a question as a whole."""
-        return len(self.tok_encode(context + continuation)) - 1 <= self.methods.max_seq_len
-
-    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Returns (sum of the continuation's log-probabilities, whether each of its tokens is the likeliest).
-
-        A request is (strings or None, context, continuation), the last two as tokens.
-        """
-        sharing = share_rows(requests, self.methods.max_seq_len)
-        answers: list[Any] = [None] * len(requests)
-        for done, (row, numbers) in enumerate(sharing.items(), 1):
-            wanted = max(len(requests[number][2]) for number in numbers)
-            embedded = self.methods.embed(torch.tensor([row]))
-            logits = self.methods.decode(embedded, set(range(len(row) - wanted, len(row))))
-            logs = torch.log_softmax(logits, dim=-1)
-            for number in numbers:
-                answers[number] = score_continuation(logs, requests[number][2])
-            report_progress(done, len(sharing), "questions")
-        return answers
-
-    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Is not needed for questions."""
-        raise NotImplementedError
-
-    def generate_until(self, requests: list[Any]) -> list[str]:
-        """Is not needed for questions."""
-        raise NotImplementedError
+# Another seed would be another sample, and a release that was refused could be tried until one passes.
+SEED = 20
+COLUMNS = ("checkpoint", "unrounded", "program")
 
 
-def load_program_answerer(checkpoint: str, program: str) -> Callable[[list[Any]], list[Any]]:
-    """Returns the answerer of a program: of [context, continuation] to [log-likelihood, is greedy]."""
-    return answering(ProgramLM(Path(checkpoint), Path(program)))
+def evaluate_program(
+    target: Path, checkpoint: Path, program: Path, questions: Path, answered: Path, sample_size: int
+) -> dict[str, Any]:
+    """Writes results.json, see `summarize`, and samples.jsonl: log-likelihoods of the choices, in nats, by column.
+
+    `answered` is the checkpoint's evaluation, of whose questions `sample_size` are drawn, or all; those that are longer
+    than the program's sequences are left out. The columns are
+    "checkpoint"; "unrounded", the same in float32 with activations that are not quantized; and "program".
+    """
+    sample = draw(read_samples(answered), sample_size)
+    with benchmark(questions):
+        from quantize_gemma.tasks.evaluate.model import PackedLM
+        from quantize_gemma.tasks.evaluate.program_lm import ProgramLM
+
+        model = ProgramLM(checkpoint, program)
+        asked = _ask(model, sample)
+        # The checkpoint would see the start of a longer question, the program not.
+        fitting = [model.fits(*found["arguments"][0]) for found in asked]
+        sample, asked = (list(itertools.compress(rows, fitting)) for rows in (sample, asked))
+        if not asked:
+            raise UserError(f"no question fits into a program of {model.methods.max_seq_len} tokens: raise max_seq_len")
+        del model
+        gc.collect()  # The checkpoint takes as much again.
+        without = _ask_again(PackedLM(checkpoint, "cpu", "auto", unrounded=True), asked)
+    rows = [
+        {
+            "subject": row["subject"],
+            "doc_id": row["doc_id"],
+            "target": row["target"],
+            "checkpoint": row["loglikelihoods"],
+            "unrounded": unrounded,
+            "program": [response[0] for response in found["filtered_resps"]],
+        }
+        for row, unrounded, found in zip(sample, without, asked, strict=True)
+    ]
+    for row in rows:
+        if not all(math.isfinite(score) for column in COLUMNS for score in row[column]):
+            raise StageFailed(f"the scores of question {row['doc_id']} of {row['subject']} are not finite: {row}")
+    results = summarize(rows, [found["doc"] for found in asked])
+    (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (target / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    shown = {name: results[name] for name in ("accuracy", "questions", "agreement", "noise_agreement")}
+    return {"metadata": {**shown, "sample_size": sample_size}}
+
+
+def draw(answered: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    """Returns so many of the rows, by subject and number: always the same, whatever order they come in."""
+    rows = sorted(answered, key=lambda row: (row["subject"], row["doc_id"]))
+    chosen = random.Random(SEED).sample(range(len(rows)), min(size, len(rows)))
+    return [rows[number] for number in sorted(chosen)]
+
+
+def summarize(rows: list[dict[str, Any]], asked: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what results.json says of the sample.
+
+    The program's "accuracy" and "stderr", and those of "checkpoint" and "unrounded"; "agreement", the share of
+    questions that program and checkpoint answer alike, and "noise_agreement", checkpoint and unrounded; "differing",
+    of how many both, only the program's (first), only the checkpoint's (second), or neither answer is another one
+    than unrounded; and "disagreements", the questions on which program and checkpoint differ, with the "margin" of
+    each answer over the next best, in nats.
+    """
+    answers = {column: [_best(row[column]) for row in rows] for column in COLUMNS}
+    scores = {column: _score(rows, answers[column]) for column in COLUMNS}
+    checkpoint, unrounded, program = (answers[column] for column in COLUMNS)
+    apart = [(p != u, c != u) for c, u, p in zip(checkpoint, unrounded, program, strict=True)]
+    return {
+        "questions": len(rows),
+        **scores["program"],
+        "checkpoint": scores["checkpoint"],
+        "unrounded": scores["unrounded"],
+        "agreement": _agreement(program, checkpoint),
+        "noise_agreement": _agreement(checkpoint, unrounded),
+        "differing": count_pairs(apart),
+        "disagreements": [
+            {
+                "subject": row["subject"],
+                "doc_id": row["doc_id"],
+                "question": doc["question"],
+                "choices": doc["choices"],
+                "target": "ABCD"[row["target"]],
+                **{
+                    column: {"answer": "ABCD"[_best(row[column])], "margin": round(_margin(row[column]), 4)}
+                    for column in COLUMNS
+                },
+            }
+            for row, doc in zip(rows, asked, strict=True)
+            if _best(row["program"]) != _best(row["checkpoint"])
+        ],
+    }
+
+
+def _ask(model: Any, sample: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns lm-eval's samples of these questions, in their order."""
+    from lm_eval import simple_evaluate
+
+    chosen: dict[str, list[int]] = {}
+    for row in sample:
+        chosen.setdefault(f"mmlu_{row['subject']}", []).append(row["doc_id"])
+    output = simple_evaluate(model, tasks=list(chosen), samples=chosen, log_samples=True)
+    if output is None:
+        raise StageFailed("lm-eval returned no result")
+    found = in_order(output)
+    given = [(row["subject"], row["doc_id"]) for row in sample]
+    assert [(subject, one["doc_id"]) for subject, one in found] == given, "lm-eval asked other questions"
+    return [one for _, one in found]
+
+
+def _ask_again(model: Any, asked: list[dict[str, Any]]) -> list[list[float]]:
+    """Returns another model's log-likelihoods of the same choices."""
+    from lm_eval.api.instance import Instance
+
+    pairs = [(number, pair) for number, sample in enumerate(asked) for pair in sample["arguments"]]
+    requests = [Instance("loglikelihood", doc={}, arguments=pair, idx=0) for _, pair in pairs]
+    scores: list[list[float]] = [[] for _ in asked]
+    for (number, _), (score, _) in zip(pairs, model.loglikelihood(requests, disable_tqdm=True), strict=True):
+        scores[number].append(score)
+    return scores
+
+
+def _best(scores: list[float]) -> int:
+    return max(range(len(scores)), key=lambda choice: scores[choice])
+
+
+def _margin(scores: list[float]) -> float:
+    best, second = sorted(scores, reverse=True)[:2]
+    return best - second
+
+
+def _agreement(one: list[int], other: list[int]) -> float:
+    return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
+
+
+def _score(rows: list[dict[str, Any]], answers: list[int]) -> dict[str, float | None]:
+    """Returns accuracy and standard error of a random sample, the latter None for a single question."""
+    count = len(rows)
+    accuracy = sum(answer == row["target"] for answer, row in zip(answers, rows, strict=True)) / count
+    stderr = math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else None
+    return {"accuracy": accuracy, "stderr": stderr}
+
+
+evaluate_pte = Stage(
+    evaluate_program,
+    name="evaluate-program",
+    memory=1.6,
+)

@@ -12,9 +12,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import process, residents, store
-from quantize_gemma.tasks.fingerprint import difference, fingerprint
-from quantize_gemma.tasks.store import StageFailed
+from quantize_gemma.tasks.runtime import model_workers, store, worker
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.fingerprint import difference, fingerprint
 
 STAGE = "evaluate-shard"
 ASKED = "evaluate-requests"
@@ -44,7 +44,7 @@ def answers(
     keys = {name: _key(name, requests, answerer, identity) for name, requests in asked.items()}
     found = {} if refresh else _load_all(keys, root)
     if found:
-        process.report(f"{len(found)} of {len(asked)} shards were answered before")
+        worker.report(f"{len(found)} of {len(asked)} shards were answered before")
     # What was pruned meanwhile is answered again.
     while missing := [name for name in asked if name not in found]:
         common = {
@@ -63,7 +63,7 @@ def answers(
         # A GPU's sums depend on what is answered together: that must not depend on who answers, or was interrupted.
         alone = cluster is not None or settings.get("device", "cpu") != "cpu"
         parts = _parts({name: _questions(asked[name]) for name in missing}, keys, common, workers, alone)
-        if not process.spread_parts(ANSWER, parts, workers, cluster):
+        if not worker.spread_parts(ANSWER, parts, workers, cluster):
             _answer_here(parts)
         answered = _load_all({name: keys[name] for name in missing}, root)
         if not answered:
@@ -75,7 +75,7 @@ def answers(
 def answer_part(evaluation: str, number: int, part: dict[str, Any]) -> int:
     """Has a resident of the evaluation answer a part; returns the most memory that it has taken, in bytes."""
     settings, asked = _open(part)
-    pool = residents.pool_of(evaluation)
+    pool = model_workers.pool_of(evaluation)
     given, process_id, peak = pool.answers(part["answerer"], settings, _all(asked), number)
     _keep(part, asked, given, process_id)
     return peak
@@ -83,11 +83,11 @@ def answer_part(evaluation: str, number: int, part: dict[str, Any]) -> int:
 
 def _answer_here(parts: list[dict[str, Any]]) -> None:
     settings, _ = _open(parts[0])
-    answer = process.named(parts[0]["answerer"])(**settings)
+    answer = worker.named(parts[0]["answerer"])(**settings)
     done, total = 0, sum(part["questions"] for part in parts)
     for part in parts:
         _, asked = _open(part)
-        with process.as_part(done, part["questions"], total):
+        with worker.as_part(done, part["questions"], total):
             given = answer(_all(asked))
         _keep(part, asked, given, os.getpid())
         done += part["questions"]

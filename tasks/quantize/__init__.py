@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import machine
-from quantize_gemma.tasks.checkpoint import (
+from quantize_gemma.tasks.models.checkpoint import (
     RUNTIME_PREFIXES,
     read_config,
     read_header,
@@ -27,11 +26,13 @@ from quantize_gemma.tasks.checkpoint import (
     weight_files,
     write_header,
 )
-from quantize_gemma.tasks.loadable import check_shapes
-from quantize_gemma.tasks.process import report_progress
-from quantize_gemma.tasks.recipe import decide, recipe_hash, torchao_config
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import StageFailed, UserError, link
+from quantize_gemma.tasks.models.load_check import check_shapes
+from quantize_gemma.tasks.models.recipe import decide, recipe_hash, torchao_config
+from quantize_gemma.tasks.runtime import machine
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.store import link
+from quantize_gemma.tasks.runtime.worker import report_progress
 
 # So many weights are worked on at a time, in whole rows; on an accelerator more, which is quicker there.
 CHUNK = 2**20

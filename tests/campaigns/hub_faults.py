@@ -137,7 +137,7 @@ class Tried:
     """What is tried, and what must hold afterwards."""
 
     def __init__(self, hub: Hub, folder: Path) -> None:
-        from quantize_gemma.tasks import store
+        from quantize_gemma.tasks.runtime import store
 
         self.hub = hub
         self.folder = folder
@@ -186,7 +186,7 @@ class Tried:
 
     def outcome(self, case: Case) -> str | None:
         """Runs the case and looks at what it left; runs it again without the fault."""
-        from quantize_gemma.tasks.store import RunError
+        from quantize_gemma.tasks.runtime.errors import RunError
 
         try:
             self.scenarios[case.scenario]()
@@ -257,7 +257,7 @@ class Tried:
 
     def publish(self, scenario: str, over: bool = False, create_pr: bool = False) -> None:
         """Publishes as the flow does; the target must hold the release at the end, and nothing but it or what was."""
-        from quantize_gemma.tasks.upload import check_target, publish, published_metrics
+        from quantize_gemma.tasks.publish import check_target, publish, published_metrics
 
         target = self.target()
         if over and self.hub.storage.find("model", target) is None:
@@ -368,7 +368,7 @@ class CommandStore:
 
 def again(times: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """Calls the work, and again while it fails for what may pass by itself, as the flow does but without waiting."""
-    from quantize_gemma.tasks.process import is_transient
+    from quantize_gemma.tasks.runtime.worker import is_transient
 
     while True:
         try:

@@ -27,9 +27,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from quantize_gemma.tasks.builtin import BUILTIN
-from quantize_gemma.tasks.license import clean_license
-from quantize_gemma.tasks.recipe import RECIPES
-from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.models.license import clean_license
+from quantize_gemma.tasks.models.recipe import RECIPES
+from quantize_gemma.tasks.runtime.errors import UserError
 from tests.campaigns import campaign
 from tests.cards import PLACES, faults, markdown_texts
 
@@ -214,7 +214,7 @@ def _check(folder: Path, files: dict[str, bytes]) -> None:
     """Does what `quantize-gemma check` and the start of a run do."""
     from quantize_gemma.tasks.check import check_run
     from quantize_gemma.tasks.download import resolve_model
-    from quantize_gemma.tasks.loadable import check_directory
+    from quantize_gemma.tasks.models.load_check import check_directory
 
     model, recipe = _write(folder, files)
     before = _names(folder)

@@ -26,8 +26,8 @@ from typing import Any
 import httpx
 import psutil
 
-from quantize_gemma.tasks import store
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.runtime import store
 from tests.campaigns import campaign
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
@@ -279,7 +279,9 @@ class Attempt:
 
     def kill_child(self, run: int, rng: random.Random) -> bool:
         """Kills a stage's process or the server of a run; returns False if it has none."""
-        module = {"stage": "quantize_gemma.tasks.process", "server": "quantize_gemma.flows.server"}[self.case.victim]
+        module = {"stage": "quantize_gemma.tasks.runtime.worker", "server": "quantize_gemma.flows.local_server"}[
+            self.case.victim
+        ]
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in rng.sample(children := psutil.Process(run).children(recursive=True), len(children)):
                 with contextlib.suppress(psutil.NoSuchProcess):

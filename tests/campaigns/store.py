@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import store
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import StageFailed
 from tests.campaigns import campaign
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
@@ -226,7 +227,7 @@ def small_disk(root: Path, rng: random.Random) -> str | None:
         try:
             for number in range(8):
                 made.append(store.produce("stage", f"{number}" * 64, write_alike(content), disk / "home"))
-        except store.StageFailed as error:
+        except StageFailed as error:
             if "\n" in str(error) or not str(error).startswith(f"the disk of {disk / 'home'} is full"):
                 return f"small disk: said {error}"
         except Exception as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks import store
+from quantize_gemma.tasks.runtime import store
 from tests.conftest import CommandLine
 
 
@@ -27,7 +27,7 @@ def edit_config(model: Path, **changes: Any) -> None:
 
 
 def write_recipe(folder: Path, of: str, **changes: Any) -> Path:
-    from quantize_gemma.tasks.recipe import load_recipe
+    from quantize_gemma.tasks.models.recipe import load_recipe
 
     recipe = load_recipe("HQQ-INT8-INT4")
     next(rule for rule in recipe["rules"] if rule["match"] == of).update(changes)
@@ -242,8 +242,8 @@ def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_c
 def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_needs(
     fresh: CommandLine, tiny_copy: Callable[[], Path]
 ) -> None:
-    from quantize_gemma.tasks.checkpoint import read_header, write_header
-    from quantize_gemma.tasks.machine import total_memory
+    from quantize_gemma.tasks.models.checkpoint import read_header, write_header
+    from quantize_gemma.tasks.runtime.machine import total_memory
 
     model = tiny_copy()
     tensors = {name: (t["dtype"], t["shape"]) for name, t in read_header(model / "model.safetensors").items()}

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from quantize_gemma.flows.parameters import Stage
+from quantize_gemma.flows.options import Stage
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.check import resolve_device
 from tests.campaigns.starting_place import hostile_directory
@@ -124,7 +124,7 @@ def server(command_line: CommandLine, home: Path) -> Iterator[str]:
     """Runs a Prefect server of its own; yields its API's address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = subprocess.Popen(
-            [sys.executable, "-m", "quantize_gemma.flows.server", str(listener.fileno()), str(os.getpid())],
+            [sys.executable, "-m", "quantize_gemma.flows.local_server", str(listener.fileno()), str(os.getpid())],
             stdin=subprocess.PIPE,
             pass_fds=[listener.fileno()],
             env={**command_line.environment(), "PREFECT_HOME": str(home)},
@@ -181,7 +181,7 @@ def test_the_card_says_what_was_measured_and_its_code_gives_the_releases_weights
     import torch
     import yaml
 
-    from quantize_gemma.tasks.checkpoint import load_model
+    from quantize_gemma.tasks.models.checkpoint import load_model
 
     release = Path(released.summary["release"])
     card = (release / "README.md").read_text()
@@ -219,7 +219,7 @@ def test_the_cards_loading_code_gives_the_releases_model_and_its_answer(
 ) -> None:
     import torch
 
-    from quantize_gemma.tasks.checkpoint import load_model
+    from quantize_gemma.tasks.models.checkpoint import load_model
 
     release = Path(released.summary["release"])
     names = run_loading_code(release, monkeypatch)
@@ -263,9 +263,9 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from quantize_gemma.tasks import process
     from quantize_gemma.tasks.card.metrics import pair_outcomes, read_outcomes
     from quantize_gemma.tasks.gate import judge
+    from quantize_gemma.tasks.runtime import worker
 
     broken = tmp_path / "checkpoint"
     shutil.copytree(released.summary["release"], broken)
@@ -281,7 +281,7 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     function = "tests.flows.test_run:evaluate_damaged"
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     call = {"function": function, "target": str(target), "paths": paths, "values": asked}
-    process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None)
+    worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None)
     metrics = json.loads((Path(released.summary["release"]) / "metrics.json").read_text())
     after = read_outcomes(target)
     before = read_outcomes(artifact(command_line, released, "evaluate_base") / "data")
@@ -350,7 +350,7 @@ def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
     import torch
     from transformers import AutoTokenizer
 
-    from quantize_gemma.tasks.program import Methods
+    from quantize_gemma.tasks.models.pte import Methods
 
     release = Path(released.summary["release"])
     samples = artifact(command_line, released, "evaluate_quantized") / "data" / "samples.jsonl"
@@ -458,7 +458,7 @@ def test_a_stage_that_dies_is_named_and_the_next_run_goes_on_from_there(
     shutil.rmtree(artifact(command_line, released, "smoke"))
     process = start_run_into("smoke", 1, command_line)
     children = psutil.Process(process.pid).children(recursive=True)
-    next(child for child in children if "quantize_gemma.tasks.process" in child.cmdline()).kill()
+    next(child for child in children if "quantize_gemma.tasks.runtime.worker" in child.cmdline()).kill()
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "quantize-gemma: smoke: its process ended with SIGKILL" in stderr
@@ -555,7 +555,7 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
         assert time.monotonic() < deadline
         time.sleep(0.02)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert sum("quantize_gemma.tasks.residents:serve" in child.cmdline() for child in children) == 2
+    assert sum("quantize_gemma.tasks.runtime.model_workers:serve" in child.cmdline() for child in children) == 2
     process.kill()
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=20)

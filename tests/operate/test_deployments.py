@@ -361,7 +361,7 @@ def test_the_web_hook_is_kept_as_a_secret(sqlite: Operation, alerts: tuple[str, 
 
 
 def test_the_form_has_every_parameter_with_its_description_and_choices(sqlite: Operation) -> None:
-    from quantize_gemma.flows.parameters import Parameters
+    from quantize_gemma.flows.options import Parameters
 
     schema = sqlite.read("deployments/name/quantize-gemma/default")["parameter_openapi_schema"]["properties"]
     assert set(schema) == set(Parameters.model_fields)
@@ -376,7 +376,7 @@ def test_the_nightly_keeps_its_hour_through_a_change_of_daylight_saving(sqlite: 
 
     from prefect.server.schemas.schedules import CronSchedule
 
-    from quantize_gemma.flows.parameters import Parameters
+    from quantize_gemma.flows.options import Parameters
 
     nightly = sqlite.read("deployments/name/quantize-gemma/nightly")
     (schedule,) = nightly["schedules"]

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS, make_chartqa_mini
-from quantize_gemma.tasks.builtin.make_mmlu_mini import read_questions
-from quantize_gemma.tasks.checkpoint import read_config, read_headers
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.models.checkpoint import read_config, read_headers
+from tests.builtin import make_chartqa_mini
+from tests.builtin.make_mmlu_mini import read_questions
 
 
 def test_mmlu_mini_has_lm_evals_57_subjects_with_balanced_answers() -> None:

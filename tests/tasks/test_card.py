@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantize_gemma.flows.quantize_gemma import quality_table
-from quantize_gemma.tasks import store
 from quantize_gemma.tasks.card import check_front_matter, render
 from quantize_gemma.tasks.card.chart import draw_subjects
 from quantize_gemma.tasks.card.metrics import (
@@ -21,11 +20,12 @@ from quantize_gemma.tasks.card.metrics import (
     read_loading_record,
     read_outcomes,
 )
-from quantize_gemma.tasks.fingerprint import versions
 from quantize_gemma.tasks.gate import judge
-from quantize_gemma.tasks.license import clean_license
-from quantize_gemma.tasks.recipe import load_recipe
-from quantize_gemma.tasks.store import StageFailed
+from quantize_gemma.tasks.models.license import clean_license
+from quantize_gemma.tasks.models.recipe import load_recipe
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.fingerprint import versions
 from tests.cards import PLACES, faults, markdown_texts
 from tests.compatibility.loading import CARD
 from tests.conftest import Outcome
@@ -78,7 +78,7 @@ def test_scores_of_different_devices_are_not_paired(tmp_path: Path) -> None:
 
     on_cpu, on_gpu = evaluated("base", "cpu"), evaluated("quantized", "cuda")
     assert collect_scores({"evaluate_base": on_cpu, "evaluate_quantized": on_cpu})["base"]["mmlu"]["accuracy"] == 1.0
-    with pytest.raises(store.StageFailed, match="mmlu was measured on cpu before and on cuda after: use one device"):
+    with pytest.raises(StageFailed, match="mmlu was measured on cpu before and on cuda after: use one device"):
         collect_scores({"evaluate_base": on_cpu, "evaluate_quantized": on_gpu})
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks import store
 from quantize_gemma.tasks.check import check_disk, disk_needed
-from quantize_gemma.tasks.policies import key_of, missing
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.prefect_stage import key_of, missing
+from quantize_gemma.tasks.runtime.stage import Stage
 
 
 def nothing(target: Path) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks import hub as client
-from quantize_gemma.tasks import process, store
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.checkpoint import check_finite
 from quantize_gemma.tasks.download import _digest_of, download_checkpoint, remember, resolve_model
-from quantize_gemma.tasks.questions import check_charts, check_mmlu
-from quantize_gemma.tasks.store import StageFailed, UserError
+from quantize_gemma.tasks.models.checkpoint import check_finite
+from quantize_gemma.tasks.models.datasets import check_charts, check_mmlu
+from quantize_gemma.tasks.runtime import hub as client
+from quantize_gemma.tasks.runtime import store, worker
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from tests.hub.server import Hub, serve
 
 TOKEN = "hf_reader000000"
@@ -45,7 +45,7 @@ def download(
         "values": values,
     }
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "2", **({"HF_TOKEN": token} if token else {})}
-    process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None, environment)
+    worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None, environment)
     return target
 
 
@@ -63,7 +63,7 @@ def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "", **
         "paths": {},
         "values": values,
     }
-    process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None, environment)
+    worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None, environment)
     return target
 
 
@@ -382,7 +382,7 @@ def test_an_infinity_is_found_wherever_it_is(
     import torch
     from safetensors.torch import save_file
 
-    monkeypatch.setattr("quantize_gemma.tasks.checkpoint.CHUNK_BYTES", 64)
+    monkeypatch.setattr("quantize_gemma.tasks.models.checkpoint.CHUNK_BYTES", 64)
     weights = {"counts": torch.full((7,), -1), "w": torch.ones(10, 100, dtype=getattr(torch, dtype))}
     path = tmp_path / "model.safetensors"
     save_file(weights, path)
@@ -421,9 +421,9 @@ def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hu
         "with prefect_test_harness(server_startup_timeout=120):\n"
         "    from prefect.blocks.system import Secret\n"
         "    Secret(value='hf_old000000').save('hf-token')\n"
-        "    from quantize_gemma.tasks import hub\n"
+        "    from quantize_gemma.tasks.runtime import hub\n"
         "    from quantize_gemma.tasks.download import resolve_model\n"
-        "    from quantize_gemma.tasks.store import UserError\n"
+        "    from quantize_gemma.tasks.runtime.errors import UserError\n"
         "    print(hub.read_environment())\n"
         "    try:\n"
         f"        resolve_model({NAME!r}, None, False)\n"

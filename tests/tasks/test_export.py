@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import quantized_checkpoint
-from quantize_gemma.tasks import process
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.export import check_delegation, check_exportable
-from quantize_gemma.tasks.store import StageFailed, UserError
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 
 
 def counted(**portable: int) -> dict[str, dict[str, dict[str, int]]]:
@@ -66,8 +66,8 @@ def decoded(program: str, checkpoint: str) -> dict[str, Any]:
     """Returns the KL divergences from the checkpoint of a short text, read at once and token by token."""
     import torch
 
-    from quantize_gemma.tasks.checkpoint import load_model
-    from quantize_gemma.tasks.program import Methods
+    from quantize_gemma.tasks.models.checkpoint import load_model
+    from quantize_gemma.tasks.models.pte import Methods
     from quantize_gemma.tasks.verify import _kl
 
     ids = torch.arange(40, 64)[None]
@@ -89,11 +89,11 @@ def test_without_the_custom_cache_a_program_is_right_within_the_sliding_window(
     values = {"max_seq_len": 64, "custom_sdpa": custom_sdpa, "custom_kv_cache": False}
     call = {"function": "quantize_gemma.tasks.export:export_checkpoint", "target": str(tmp_path), "values": values}
     call["paths"] = {"checkpoint": str(quantized)}
-    made = process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None)["metadata"]
+    made = worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None)["metadata"]
     custom = {name for method in made["delegation"].values() for name in method["custom"]}
     assert not any(name.startswith("update_cache") for name in custom)
     assert ("llama_custom_sdpa_default" in custom) == custom_sdpa
     arguments = {"program": str(tmp_path / "model.pte"), "checkpoint": str(quantized)}
-    found = process.run("tests.tasks.test_export:decoded", arguments, lambda *_: None, None)
+    found = worker.run("tests.tasks.test_export:decoded", arguments, lambda *_: None, None)
     assert found["at_once"] < 0.003, found
     assert found["step_by_step"] < 0.003, found

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.gate import GateRefused, compare_with_published, gate, gate_table, judge, required_checks
-from quantize_gemma.tasks.paired import confidence, count_pairs, share_difference, share_ratio
+from quantize_gemma.tasks.runtime.paired_stats import confidence, count_pairs, share_difference, share_ratio
 
 LIMITS = {
     "max_mmlu_drop": 5.0,

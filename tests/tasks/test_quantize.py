@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from benchmarks.quantize import differences, reference_quantize
-from quantize_gemma.tasks import process
 from quantize_gemma.tasks.builtin import BUILTIN
-from quantize_gemma.tasks.checkpoint import load_model, read_headers
+from quantize_gemma.tasks.models.checkpoint import load_model, read_headers
+from quantize_gemma.tasks.models.recipe import ROLES, load_recipe
 from quantize_gemma.tasks.quantize import hqq, quantize_checkpoint
-from quantize_gemma.tasks.recipe import ROLES, load_recipe
-from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.untie import untie_checkpoint
 
 
@@ -328,7 +328,7 @@ def test_memory_does_not_depend_on_the_largest_matrix(tmp_path: Path) -> None:
         }
         values = {"values": {"rows": rows, "columns": columns}}
         root = {"PYTHONPATH": str(Path(__file__).parents[2])}
-        done = process.run("quantize_gemma.tasks.process:call", {**call, **values}, lambda *_: None, None, root)
+        done = worker.run("quantize_gemma.tasks.runtime.worker:call", {**call, **values}, lambda *_: None, None, root)
         peaks.append(done["measured"]["peak_rss_bytes"])
         (tmp_path / "quantized").unlink()
     assert max(peaks) < 1.5e9

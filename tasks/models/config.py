@@ -1,0 +1,160 @@
+"""What config.json must say: the one place where it is checked, before anything relies on it.
+
+Only what this program reads itself or what decides how long and how large transformers builds a model. What else is
+wrong with a configuration, transformers says; see loadable.py.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from quantize_gemma.tasks.runtime.errors import UserError
+
+ARCHITECTURES = {
+    "Gemma3ForConditionalGeneration": "multimodal-text-to-text",
+    "Gemma3ForCausalLM": "text-generation",
+}
+# Far more than any Gemma has, and little enough to count with.
+Size = Annotated[int, Field(ge=1, le=10_000_000)]
+TokenId = Annotated[int, Field(ge=-1, le=10_000_000)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class VisionConfig(_Part):
+    """The vision tower's configuration. Defaults are those of transformers."""
+
+    model_type: Literal["siglip_vision_model"] = "siglip_vision_model"
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Size = 12
+    num_attention_heads: Size = 12
+    num_channels: Size = 3
+    image_size: Size = 224
+    patch_size: Size = 16
+
+    @model_validator(mode="after")
+    def _check_patches(self) -> Self:
+        if self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads:
+            raise ValueError("patch_size must divide image_size, and num_attention_heads hidden_size")
+        return self
+
+
+class TextConfig(_Part):
+    """The language model's configuration. Defaults are those of transformers."""
+
+    model_type: Literal["gemma3_text"] = "gemma3_text"
+    vocab_size: Size = 262_208
+    hidden_size: Size = 2304
+    intermediate_size: Size = 9216
+    num_hidden_layers: Size = 26
+    num_attention_heads: Size = 8
+    num_key_value_heads: Size = 4
+    head_dim: Size = 256
+    max_position_embeddings: Size = 131_072
+    sliding_window: Size = 4096
+    rms_norm_eps: float = Field(1e-6, gt=0, le=1)
+    query_pre_attn_scalar: float = Field(256, gt=0)
+    attn_logit_softcapping: float | None = Field(None, gt=0)
+    final_logit_softcapping: float | None = Field(None, gt=0)
+    attention_dropout: float = Field(0.0, ge=0, le=1)
+    # An embedding model's, of which no program for generating can be made.
+    use_bidirectional_attention: Literal[False] | None = False
+    return_dict: Literal[True] = True
+    tie_word_embeddings: bool = True
+    layer_types: list[Literal["sliding_attention", "full_attention"]] | None = None
+    bos_token_id: TokenId | None = 2
+    eos_token_id: TokenId | list[TokenId] | None = 1
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_key_value_heads must divide num_attention_heads")
+        return self
+
+
+class ModelConfig(_Part):
+    """The configuration of a multimodal or a text-only Gemma 3."""
+
+    architecture: str
+    text: TextConfig
+    vision: VisionConfig | None
+    # Of the whole model; some of the text's own have the same names.
+    mm_tokens_per_image: Size = 256
+    tie_word_embeddings: bool = True
+    return_dict: Literal[True] = True
+    image_token_index: Size = 262_144
+    boi_token_index: Size = 255_999
+    eoi_token_index: Size = 256_000
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether the model reads images."""
+        return self.vision is not None
+
+
+def parse_config(config: dict[str, Any], path: Path) -> ModelConfig:
+    """Returns the configuration of a plain Gemma 3. Raises UserError that names the file and the field."""
+    architecture = _architecture(config, path)
+    if config.get("quantization_config") is not None:
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise UserError(f"{path.parent} is quantized already ({_short(method)}): give the unquantized checkpoint")
+    if config.get("transformers_weights") is not None:
+        raise UserError(f"{path} names a weight file of its own (transformers_weights): remove that field")
+    multimodal = architecture == "Gemma3ForConditionalGeneration"
+    fields = {name: config[name] for name in ModelConfig.model_fields if name in config}
+    fields |= {"architecture": architecture}
+    if multimodal:
+        fields |= {"text": config.get("text_config"), "vision": config.get("vision_config")}
+        expected: dict[str, str | None] = {"model_type": "gemma3"}
+    else:
+        fields |= {"text": config, "vision": None}
+        expected = {"model_type": "gemma3_text", "text_config": None, "vision_config": None}
+    for name, value in expected.items():
+        if config.get(name) != value or (value is None and name in config):
+            raise UserError(
+                f"{path} says {name} {_short(config.get(name))}, which does not go with the architecture "
+                f"{architecture}: {'remove it' if value is None else f'it must be {value!r}'}"
+            )
+    try:
+        parsed = ModelConfig(**fields)
+        if multimodal and parsed.vision is None:
+            raise UserError(f"{path} has no vision_config, though its architecture is {architecture}: add it")
+    except ValidationError as error:
+        first = error.errors()[0]
+        names = {"text": "text_config", "vision": "vision_config"} if multimodal else {"text": ""}
+        field = ".".join(filter(None, (str(names.get(str(part), part)) for part in first["loc"])))
+        reason = first["msg"].removeprefix("Value error, ")
+        # The whole of an object that is checked as one says nothing.
+        value = "" if isinstance(first["input"], dict) else f" {_short(first['input'])}"
+        raise UserError(f"{path} has {field or 'fields'}{value}, which no Gemma 3 has: {reason}") from None
+    return parsed
+
+
+def _architecture(config: dict[str, Any], path: Path) -> str:
+    names = config.get("architectures") or [config.get("model_type", "unknown")]
+    if not isinstance(names, list):
+        raise UserError(f"{path} has architectures {_short(names)}, not a list of names: download it again")
+    if names[0] not in list(ARCHITECTURES):
+        name = names[0] if isinstance(names[0], str) and names[0].isprintable() else _short(names[0])
+        raise UserError(
+            f"{path.parent} is a {name[:80]} model, not Gemma 3: give one whose architecture is "
+            + " or ".join(ARCHITECTURES)
+        )
+    architecture: str = names[0]
+    return architecture
+
+
+def _short(value: Any) -> str:
+    """Returns a value as text of one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

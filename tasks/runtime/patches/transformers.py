@@ -1,0 +1,55 @@
+"""Patches to transformers, written for 5.0.0rc1: loading a torchao checkpoint takes time in proportion to its size."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from quantize_gemma.tasks.runtime.patches import replaced, written_for
+
+
+@contextlib.contextmanager
+def own_metadata() -> Iterator[None]:
+    """Puts each quantized weight together with its own metadata instead of all weights' metadata.
+
+    transformers calls torchao for one weight at a time, but with the metadata of all of them, in which torchao looks
+    for every weight that the tensors may belong to: cubic in the number of weights. torchao returns the weights whose
+    tensors it gets, and these belong to one.
+
+    Unnecessary once transformers' `TorchAoDeserialize.convert` passes on only the metadata of the weight at hand.
+    """
+    from torchao.prototype.safetensors import safetensors_support
+    from transformers.integrations import torchao
+
+    stock = safetensors_support.unflatten_tensor_state_dict
+    written_for(stock, "0f9620cf89e8c76b")
+    written_for(torchao.TorchAoDeserialize, "539a3d244cc09a99")
+
+    def unflatten(tensors: dict[str, Any], metadata: dict[str, Any]) -> Any:
+        modules = {name.rsplit(".", 1)[0] for name in tensors}
+        own = {name: value for name, value in metadata.items() if name.rsplit(".", 1)[0] in modules}
+        return stock(tensors, {**own, "tensor_names": json.dumps(list(own))})
+
+    with replaced(torchao, "unflatten_tensor_state_dict", unflatten):
+        yield
+
+
+@contextlib.contextmanager
+def shared_quantizer() -> Iterator[None]:
+    """Lets the copies of a conversion rule share the quantizer.
+
+    transformers makes a deep copy of the rule for every weight, and with it of the quantizer, which holds the metadata
+    of all weights: quadratic. Nobody writes to the quantizer.
+
+    Unnecessary once `convert_and_load_state_dict_in_model` copies the rule without its operations' quantizer.
+    """
+    from transformers import core_model_loading
+    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+    written_for(core_model_loading.convert_and_load_state_dict_in_model, "9c66a82c4c3b5503")
+
+    def share(self: Any, memo: dict[int, Any]) -> Any:
+        return self
+
+    with replaced(TorchAoHfQuantizer, "__deepcopy__", share):
+        yield
