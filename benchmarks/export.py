@@ -49,9 +49,9 @@ def measure(shape: str, max_seq_len: int, folder: Path) -> dict[str, Any]:
 
 def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
     """Exports as the flow's stage does, without the patches that the environment disables."""
-    from quantize_gemma.tasks.export import export_checkpoint
+    from quantize_gemma.tasks.export import export
 
-    export_checkpoint(Path(target), Path(checkpoint), max_seq_len, last_logits_only=True)
+    export(Path(target), Path(checkpoint), max_seq_len, last_logits_only=True)
     return {}
 
 

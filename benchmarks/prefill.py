@@ -42,9 +42,9 @@ def measure(shape: str, folder: Path) -> dict[str, Any]:
 
 def export(target: str, checkpoint: str, last_logits_only: bool) -> dict[str, Any]:
     """Exports as the flow's stage does."""
-    from quantize_gemma.tasks.export import export_checkpoint
+    from quantize_gemma.tasks.export import export
 
-    export_checkpoint(Path(target), Path(checkpoint), TOKENS + 24, last_logits_only=last_logits_only)
+    export(Path(target), Path(checkpoint), TOKENS + 24, last_logits_only=last_logits_only)
     return {}
 
 

@@ -50,16 +50,16 @@ def reference_quantize(target: str, checkpoint: str, recipe: str) -> dict[str, A
 
 def our_untie(target: str, checkpoint: str) -> dict[str, Any]:
     """Unties as the flow does."""
-    from quantize_gemma.tasks.untie import untie_checkpoint
+    from quantize_gemma.tasks.untie import untie
 
-    return untie_checkpoint(Path(target), Path(checkpoint))
+    return untie(Path(target), Path(checkpoint))
 
 
 def our_quantize(target: str, checkpoint: str, recipe: str, device: str) -> dict[str, Any]:
     """Quantizes as the flow does."""
-    from quantize_gemma.tasks.quantize import quantize_checkpoint
+    from quantize_gemma.tasks.quantize import quantize
 
-    return quantize_checkpoint(Path(target), Path(checkpoint), load_recipe(recipe), device)
+    return quantize(Path(target), Path(checkpoint), load_recipe(recipe), device)
 
 
 def copy_files(target: str, checkpoint: str) -> dict[str, Any]:

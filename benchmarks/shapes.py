@@ -12,9 +12,9 @@ import numpy as np
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.models.checkpoint import RUNTIME_PREFIXES, write_header
 from quantize_gemma.tasks.models.recipe import load_recipe
-from quantize_gemma.tasks.quantize import quantize_checkpoint
+from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime.store import copy
-from quantize_gemma.tasks.untie import untie_checkpoint
+from quantize_gemma.tasks.untie import untie
 
 TEXT = {
     "model_type": "gemma3_text",
@@ -115,8 +115,8 @@ def write_checkpoint(target: Path, config: dict[str, Any]) -> None:
 def quantized_checkpoint(checkpoint: Path, target: Path) -> None:
     """Fills `target` with the checkpoint as the pipeline quantizes it."""
     with tempfile.TemporaryDirectory(dir=target.parent) as untied:
-        untie_checkpoint(Path(untied), checkpoint)
-        quantize_checkpoint(target, Path(untied), load_recipe("HQQ-INT8-INT4"), "cpu")
+        untie(Path(untied), checkpoint)
+        quantize(target, Path(untied), load_recipe("HQQ-INT8-INT4"), "cpu")
 
 
 def weight_shapes(checkpoint: Path) -> dict[str, list[int]]:

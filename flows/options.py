@@ -9,17 +9,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 Stage = Literal[
     "download",
-    "questions",
+    "download_mmlu",
     "untie",
     "quantize",
     "smoke",
     "export",
-    "chart_questions",
-    "evaluate_base",
-    "evaluate_quantized",
+    "download_chartqa",
+    "evaluate_mmlu_base",
+    "evaluate_mmlu_quantized",
     "evaluate_program",
-    "charts_base",
-    "charts_quantized",
+    "evaluate_chartqa_base",
+    "evaluate_chartqa_quantized",
     "smoke_program",
     "card",
 ]

@@ -25,16 +25,16 @@ from quantize_gemma.tasks.card import card, chartqa_scores, score
 from quantize_gemma.tasks.card.metrics import LIBRARIES
 from quantize_gemma.tasks.check import check_checkpoint, check_disk, check_memory, check_run, disk_needed
 from quantize_gemma.tasks.download import (
-    chart_questions,
     download,
-    questions,
+    download_chartqa,
+    download_mmlu,
     remember,
     resolve_benchmark,
     resolve_model,
 )
-from quantize_gemma.tasks.evaluate import evaluate
-from quantize_gemma.tasks.evaluate.charts import evaluate_on_charts
-from quantize_gemma.tasks.evaluate.program import evaluate_pte
+from quantize_gemma.tasks.evaluate import evaluate_mmlu
+from quantize_gemma.tasks.evaluate.charts import evaluate_chartqa
+from quantize_gemma.tasks.evaluate.program import evaluate_program
 from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate import LIMITS, GateRefused, compare_with_published, gate, gate_table, required_checks
 from quantize_gemma.tasks.models.checkpoint import read_config
@@ -49,7 +49,7 @@ from quantize_gemma.tasks.runtime.prefect_stage import as_task, failure_of, miss
 from quantize_gemma.tasks.runtime.redact import redact, redact_logs
 from quantize_gemma.tasks.runtime.stage import Stage
 from quantize_gemma.tasks.runtime.units import human_size
-from quantize_gemma.tasks.smoke import smoke, smoke_pte
+from quantize_gemma.tasks.smoke import smoke, smoke_program
 from quantize_gemma.tasks.untie import untie
 
 
@@ -87,26 +87,28 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         base = run.stage("download", download, **origin(model, p.offline))
         files = open_record(base.result()).path
         check_checkpoint(files, recipe, p.max_seq_len, p.custom_kv_cache, workers)
-        asked = run.stage("questions", questions, **origin(benchmark, p.offline))
+        asked = run.stage("download_mmlu", download_mmlu, **origin(benchmark, p.offline))
         untied = run.stage("untie", untie, checkpoint=base)
         quantized = run.stage("quantize", quantize, checkpoint=untied, **quantizing(p, recipe))
         run.stage("smoke", smoke, checkpoint=quantized, max_new_tokens=p.max_new_tokens)
         settings: dict[str, Any] = {"questions": asked, "limit": p.limit, "device": plan["device"]}
         settings |= {"batch_size": p.batch_size, "workers": p.workers, "cluster": p.cluster}
-        asked_base = run.stage("evaluate_base", evaluate, checkpoint=base, **settings)
-        after = run.stage("evaluate_quantized", evaluate, asked_base, checkpoint=quantized, **settings)
+        asked_base = run.stage("evaluate_mmlu_base", evaluate_mmlu, checkpoint=base, **settings)
+        after = run.stage("evaluate_mmlu_quantized", evaluate_mmlu, asked_base, checkpoint=quantized, **settings)
         if charts and "vision_config" not in read_config(files):
             get_run_logger().info("charts: skipped, the model reads no pictures")
             charts = None
         if charts:
-            settings["questions"] = run.stage("chart_questions", chart_questions, **origin(charts, p.offline))
+            settings["questions"] = run.stage("download_chartqa", download_chartqa, **origin(charts, p.offline))
             del settings["batch_size"]
-            after_base = run.stage("charts_base", evaluate_on_charts, after, checkpoint=base, **settings)
-            after = run.stage("charts_quantized", evaluate_on_charts, after_base, checkpoint=quantized, **settings)
+            after_base = run.stage("evaluate_chartqa_base", evaluate_chartqa, after, checkpoint=base, **settings)
+            after = run.stage(
+                "evaluate_chartqa_quantized", evaluate_chartqa, after_base, checkpoint=quantized, **settings
+            )
         program = run.stage("export", export, checkpoint=quantized, **exporting(p))
         run.stage(
             "smoke_program",
-            smoke_pte,
+            smoke_program,
             after,
             checkpoint=quantized,
             program=program,
@@ -115,11 +117,11 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         )
         run.stage(
             "evaluate_program",
-            evaluate_pte,
+            evaluate_program,
             checkpoint=quantized,
             program=program,
             questions=asked,
-            answered=run.futures["evaluate_quantized"],
+            answered=run.futures["evaluate_mmlu_quantized"],
             sample_size=p.program_questions,
         )
         release = run.stage(
@@ -187,7 +189,7 @@ def exporting(p: Parameters) -> dict[str, Any]:
     return {name: getattr(p, name) for name in lowered}
 
 
-def chain(p: Parameters, model: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[Stage, dict[str, Any]]]:
+def chain(p: Parameters, model: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[Stage[...], dict[str, Any]]]:
     """Returns the stages that write much, with what each takes beside the checkpoint of the one before."""
     stages = (download, untie, quantize, export)
     return list(zip(stages, (origin(model, p.offline), {}, quantizing(p, recipe), exporting(p)), strict=True))
@@ -208,7 +210,7 @@ class Run:
         self.one_at_a_time = False
         self.summary = empty_summary()
 
-    def stage(self, name: str, stage: Stage, *after: PrefectFuture[Any], **inputs: Any) -> PrefectFuture[Any]:
+    def stage(self, name: str, stage: Stage[...], *after: PrefectFuture[Any], **inputs: Any) -> PrefectFuture[Any]:
         """Submits a stage. Where memory allows only one at a time, it waits for all before it."""
         options = as_task(stage).with_options(
             task_run_name=f"{name.replace('_', ' ')} · {self.label}",

@@ -28,7 +28,7 @@ from quantize_gemma.tasks.models.load_check import check_loads
 from quantize_gemma.tasks.models.source_files import INDEX, SINGLE, is_release_file, open_source
 from quantize_gemma.tasks.runtime import hub, store
 from quantize_gemma.tasks.runtime.errors import UserError
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import canonical_json
 from quantize_gemma.tasks.runtime.worker import report_progress
 
@@ -129,7 +129,8 @@ def _memory(kind: str, name: str, revision: str | None) -> Path:
     return store.home() / "resolved" / f"{asked}.json"
 
 
-def download_checkpoint(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:
+@stage(ignored=("source", "offline"), retries=5, environment=hub.read_environment)
+def download(target: Path, source: str, revision: str, offline: bool) -> Output:
     """Fills `target` with the checkpoint's files, checks every header and every weight. Raises UserError.
 
     A local directory is copied, so that whoever trains on in it does not change the base under a running evaluation;
@@ -179,7 +180,8 @@ def _fetch_checkpoint(target: Path, repository: str, revision: str, offline: boo
     _move(incoming, target, lambda name: name in chosen)
 
 
-def download_questions(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:
+@stage(ignored=("source", "offline"), retries=5, environment=hub.read_environment)
+def download_mmlu(target: Path, source: str, revision: str, offline: bool) -> Output:
     """Fills `target` with a benchmark in the layout of cais/mmlu: a directory of parquet files per subject.
 
     Raises UserError that says what does not fit that layout.
@@ -189,7 +191,8 @@ def download_questions(target: Path, source: str, revision: str, offline: bool) 
     return {}
 
 
-def download_charts(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:
+@stage(ignored=("source", "offline"), retries=5, environment=hub.read_environment)
+def download_chartqa(target: Path, source: str, revision: str, offline: bool) -> Output:
     """Fills `target` with the test split of a benchmark in the layout of HuggingFaceM4/ChartQA, in data/.
 
     Raises UserError that says what does not fit that layout.
@@ -279,13 +282,3 @@ def _card_of(folder: Path) -> Any:
         return metadata_load(folder / "README.md")
     except Exception:
         return None
-
-
-_from_hub: dict[str, Any] = {
-    "ignored": ("source", "offline"),
-    "retries": 5,
-    "environment": hub.read_environment,
-}
-download = Stage(download_checkpoint, name="download", **_from_hub)
-questions = Stage(download_questions, name="questions", **_from_hub)
-chart_questions = Stage(download_charts, name="chart-questions", **_from_hub)

@@ -18,7 +18,7 @@ from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.patches import patched_export, patched_loading
 from quantize_gemma.tasks.runtime.patches.optimum_executorch import example_image
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.units import human_size
 from quantize_gemma.tasks.runtime.worker import report_progress
 
@@ -31,7 +31,8 @@ PROGRAM_FACTOR = 0.75
 HEAVY = ("linear", "mm", "addmm", "bmm", "convolution", "_softmax", "scaled_dot_product")
 
 
-def export_checkpoint(
+@stage(memory=1.5)
+def export(
     target: Path,
     checkpoint: Path,
     max_seq_len: int,
@@ -40,7 +41,7 @@ def export_checkpoint(
     custom_sdpa: bool = True,
     custom_kv_cache: bool = True,
     last_logits_only: bool = True,
-) -> dict[str, Any]:
+) -> Output:
     """Writes model.pte, for sequences up to `max_seq_len` tokens, and delegation.json: who runs which operator.
 
     `dtype` is that of activations and scales. With `custom_sdpa` and `custom_kv_cache` attention and its cache are
@@ -213,10 +214,3 @@ def read_metadata(program: str, names: list[str]) -> dict[str, Any]:
             values = loaded.load_method(name).execute([])
             found[name] = values if name == "get_eos_ids" else values[0]
     return {"metadata": found}
-
-
-export = Stage(
-    export_checkpoint,
-    name="export",
-    memory=1.5,
-)

@@ -11,7 +11,7 @@ from typing import Any
 from quantize_gemma.tasks.models.checkpoint import load_model, task_of
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.worker import report_progress
 from quantize_gemma.tasks.verify import IMAGE_PROMPT, compare, image_prompt
 
@@ -20,7 +20,8 @@ PROMPT = "Hey, are you conscious? Can you talk to me?"
 IMAGE_COLOUR = (30, 50, 220)
 
 
-def smoke_checkpoint(target: Path, checkpoint: Path, max_new_tokens: int) -> dict[str, Any]:
+@stage(memory=3.2)
+def smoke(target: Path, checkpoint: Path, max_new_tokens: int) -> Output:
     """Writes smoke.json: the checkpoint's greedy answer to the card's prompt. Raises StageFailed if it is empty."""
     import torch
     from transformers import AutoTokenizer
@@ -59,9 +60,8 @@ def smoke_checkpoint(target: Path, checkpoint: Path, max_new_tokens: int) -> dic
     return {"metadata": result}
 
 
-def smoke_program(
-    target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_new_tokens: int
-) -> dict[str, Any]:
+@stage(memory=1.7)
+def smoke_program(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_new_tokens: int) -> Output:
     """Writes smoke.json: the program's answers to a text and to an image, and how far it is from the checkpoint."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -190,7 +190,3 @@ def _speed(stats: Any) -> dict[str, float]:
         "prefill_tokens_per_second": round(stats.num_prompt_tokens / prefill, 1),
         "decode_tokens_per_second": round(stats.num_generated_tokens / decode, 1),
     }
-
-
-smoke = Stage(smoke_checkpoint, name="smoke", memory=3.2)
-smoke_pte = Stage(smoke_program, name="smoke-program", memory=1.7)

@@ -3,12 +3,11 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from quantize_gemma.tasks.models.checkpoint import quantizable_modules, read_header, read_headers, write_header
 from quantize_gemma.tasks.models.source_files import INDEX
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import link
 
 SHARD = "lm_head.safetensors"
@@ -20,7 +19,8 @@ HEADS = {
 }
 
 
-def untie_checkpoint(target: Path, checkpoint: Path) -> dict[str, Any]:
+@stage()
+def untie(target: Path, checkpoint: Path) -> Output:
     """Fills `target` with the checkpoint, lm_head.weight a tensor of its own with the embedding's bytes.
 
     Files that do not change are hard links. A checkpoint that is untied already passes through. Raises UserError
@@ -81,6 +81,3 @@ def _write_shard(shard: Path, head: str, file: Path, embedding: str) -> None:
     finally:
         os.close(source)
         os.close(target)
-
-
-untie = Stage(untie_checkpoint, name="untie")

@@ -22,7 +22,7 @@ from quantize_gemma.tasks.evaluate import evaluate, shards
 from quantize_gemma.tasks.runtime import store, worker
 from quantize_gemma.tasks.runtime.errors import RunError
 from quantize_gemma.tasks.runtime.prefect_stage import as_task, open_record, record
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import Output, stage
 
 
 def load_lengths(loaded: str, seconds: float) -> Callable[[list[str]], list[int]]:
@@ -42,9 +42,10 @@ def load_lengths(loaded: str, seconds: float) -> Callable[[list[str]], list[int]
     return answer
 
 
-def measure_words(
+@stage(ignored=("loaded", "seconds", "workers", "cluster"))
+def lengths(
     target: Path, words: dict[str, list[str]], loaded: str, seconds: float, workers: int, cluster: str | None
-) -> dict[str, Any]:
+) -> Output:
     """Writes each list's lengths."""
     found = shards.answers(
         words,
@@ -60,9 +61,6 @@ def measure_words(
     return {}
 
 
-lengths = Stage(measure_words, name="lengths", ignored=("loaded", "seconds", "workers", "cluster"))
-
-
 @flow
 def spread_evaluation(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the artifact's directory, what it took, and how many shards each process has answered."""
@@ -76,7 +74,7 @@ def spread_evaluation(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     )
     with worker.ended_on_interrupt():
         artifact = open_record(options.submit(**asked).result())
-    manifests = store.home().glob("evaluate-shard/[0-9a-f]*/manifest.json")
+    manifests = store.home().glob("answers/[0-9a-f]*/manifest.json")
     by = [json.loads(path.read_text(encoding="utf-8"))["measured"]["process"] for path in manifests]
     return {"folder": str(artifact.path), "measured": artifact.measured, "answered": Counter(by)}
 

@@ -13,14 +13,16 @@ from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.recipe import ROLES
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import StageFailed
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.units import human_size
 
 HERE = Path(__file__).parent
 
 
-def make_release(
+@stage(ignored=("run_id",))
+def card(
     target: Path,
+    /,
     model: dict[str, Any],
     benchmark: dict[str, Any],
     charts: dict[str, Any] | None,
@@ -31,7 +33,7 @@ def make_release(
     versions: dict[str, str],
     run_id: str,
     **stages: Path,
-) -> dict[str, Any]:
+) -> Output:
     """Fills `target` with a release that can be pushed to the Hub as it is: checkpoint, program, metrics.json, card.
 
     `model`, `benchmark` and `charts` say what was resolved: {"name", "revision", "fixture", …}; `command` makes
@@ -146,6 +148,3 @@ def _rule_as_code(rule: dict[str, Any]) -> dict[str, str]:
             f'intx_choose_qparams_algorithm="{rule["algorithm"]}")'
         ),
     }
-
-
-card = Stage(make_release, name="card", ignored=("run_id",))

@@ -26,7 +26,7 @@ GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/
 # What the export says of itself.
 EXPORTED = ("task", "delegation", "backend", "dtype", "custom_sdpa", "custom_kv_cache", "last_logits_only")
 # Benchmark -> its stages, one per column.
-EVALUATIONS = {"mmlu": "evaluate", "chartqa": "charts"}
+EVALUATIONS = {"mmlu": "evaluate_mmlu", "chartqa": "evaluate_chartqa"}
 
 
 def collect_metrics(
@@ -107,8 +107,9 @@ def collect_scores(artifacts: dict[str, store.Artifact]) -> dict[str, dict[str, 
     scores: dict[str, dict[str, Any]] = {"base": {}, "quantized": {}, "program": {}}
     for benchmark, stage in EVALUATIONS.items():
         for column in scores:
-            if f"{stage}_{column}" in artifacts:
-                results = artifacts[f"{stage}_{column}"].path / "results.json"
+            node = "evaluate_program" if (benchmark, column) == ("mmlu", "program") else f"{stage}_{column}"
+            if node in artifacts:
+                results = artifacts[node].path / "results.json"
                 scores[column][benchmark] = json.loads(results.read_text(encoding="utf-8"))
         # A flow run resolves the device once, for both.
         where = [scores[column][benchmark]["device"] for column in ("base", "quantized") if benchmark in scores[column]]

@@ -12,12 +12,13 @@ from typing import Any
 from quantize_gemma.tasks.evaluate import shards
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import StageFailed
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import Output, stage
 
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 
 
-def evaluate_checkpoint(
+@stage(ignored=("workers", "cluster"), ignored_on_cpu=("batch_size",), resumes=True, memory=2.5, accelerated=True)
+def evaluate_mmlu(
     target: Path,
     checkpoint: Path,
     questions: Path,
@@ -27,7 +28,7 @@ def evaluate_checkpoint(
     workers: int = 1,
     cluster: str | None = None,
     refresh: bool = False,
-) -> dict[str, Any]:
+) -> Output:
     """Writes results.json (accuracy and standard error overall, per category, per subject) and samples.jsonl.
 
     `questions` is a directory in the layout of cais/mmlu; `limit` is questions per subject. Accuracies are fractions;
@@ -129,14 +130,3 @@ def _summarize(output: dict[str, Any]) -> dict[str, Any]:
         "categories": {category: score(f"mmlu_{category}") for category in CATEGORIES},
         "subjects": subjects,
     }
-
-
-evaluate = Stage(
-    evaluate_checkpoint,
-    name="evaluate",
-    ignored=("workers", "cluster"),
-    ignored_on_cpu=("batch_size",),
-    resumes=True,
-    memory=2.5,
-    accelerated=True,
-)

@@ -22,7 +22,7 @@ from quantize_gemma.tasks.evaluate import kept, shards
 from quantize_gemma.tasks.models.checkpoint import task_of
 from quantize_gemma.tasks.models.datasets import CHART_KINDS, read_charts
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.worker import report_progress
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -46,7 +46,8 @@ SHARD = 50
 Answerer = Callable[[list[int]], list[str]]
 
 
-def evaluate_charts(
+@stage(ignored=("workers", "cluster"), resumes=True, memory=3.3, accelerated=True)
+def evaluate_chartqa(
     target: Path,
     checkpoint: Path,
     questions: Path,
@@ -55,7 +56,7 @@ def evaluate_charts(
     workers: int = 1,
     cluster: str | None = None,
     refresh: bool = False,
-) -> dict[str, Any]:
+) -> Output:
     """Writes results.json (relaxed accuracy and its standard error, overall and per kind) and samples.jsonl.
 
     `questions` is a directory in the layout of HuggingFaceM4/ChartQA; `limit` is questions per kind, human and
@@ -283,13 +284,3 @@ def _normalize(text: str) -> str:
 def _edges(kept: str) -> str:
     """Returns what may stand around an answer and say nothing, but for what is kept."""
     return "".join(set(string.punctuation + string.whitespace + CURRENCIES + "“”‘’") - set(kept))
-
-
-evaluate_on_charts = Stage(
-    evaluate_charts,
-    name="evaluate-charts",
-    ignored=("workers", "cluster"),
-    resumes=True,
-    memory=3.3,
-    accelerated=True,
-)

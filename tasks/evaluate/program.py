@@ -16,16 +16,17 @@ from typing import Any
 from quantize_gemma.tasks.evaluate import benchmark, in_order, read_samples
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.paired_stats import count_pairs
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import Output, stage
 
 # Another seed would be another sample, and a release that was refused could be tried until one passes.
 SEED = 20
 COLUMNS = ("checkpoint", "unrounded", "program")
 
 
+@stage(memory=1.6)
 def evaluate_program(
     target: Path, checkpoint: Path, program: Path, questions: Path, answered: Path, sample_size: int
-) -> dict[str, Any]:
+) -> Output:
     """Writes results.json, see `summarize`, and samples.jsonl: log-likelihoods of the choices, in nats, by column.
 
     `answered` is the checkpoint's evaluation, of whose questions `sample_size` are drawn, or all; those that are longer
@@ -161,10 +162,3 @@ def _score(rows: list[dict[str, Any]], answers: list[int]) -> dict[str, float | 
     accuracy = sum(answer == row["target"] for answer, row in zip(answers, rows, strict=True)) / count
     stderr = math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else None
     return {"accuracy": accuracy, "stderr": stderr}
-
-
-evaluate_pte = Stage(
-    evaluate_program,
-    name="evaluate-program",
-    memory=1.6,
-)

@@ -16,7 +16,7 @@ from quantize_gemma.tasks.runtime import model_workers, store, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import difference, fingerprint
 
-STAGE = "evaluate-shard"
+STAGE = "answers"
 ASKED = "evaluate-requests"
 # What a shard is made by, with its answerer.
 ANSWER = "quantize_gemma.tasks.evaluate.shards:answer_part"

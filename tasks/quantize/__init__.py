@@ -30,7 +30,7 @@ from quantize_gemma.tasks.models.load_check import check_shapes
 from quantize_gemma.tasks.models.recipe import decide, recipe_hash, torchao_config
 from quantize_gemma.tasks.runtime import machine
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import link
 from quantize_gemma.tasks.runtime.worker import report_progress
 
@@ -69,7 +69,8 @@ class Sums:
     changes: Any
 
 
-def quantize_checkpoint(target: Path, checkpoint: Path, recipe: dict[str, Any], device: str) -> dict[str, Any]:
+@stage(accelerated=True)
+def quantize(target: Path, checkpoint: Path, recipe: dict[str, Any], device: str) -> Output:
     """Fills `target` with the quantized checkpoint: model.safetensors, config with `quantization_config`, tokenizer.
 
     `device` is cpu, or cuda, where sums are added up in another order: a scale may differ in its last bit. Returns the
@@ -363,10 +364,3 @@ def _with_newer_names(metadata: dict[str, str]) -> dict[str, str]:
         **{after: metadata[before] for before, after in renamed.items()},
         "tensor_names": json.dumps([*names, *renamed.values()]),
     }
-
-
-quantize = Stage(
-    quantize_checkpoint,
-    name="quantize",
-    accelerated=True,
-)

@@ -153,6 +153,9 @@ class _Module:
         imports: list[ast.stmt] = []
         for node in tree.body:
             names = _defined_names(node)
+            if isinstance(node, ast.FunctionDef):
+                # How a stage is run shapes no result.
+                node.decorator_list = [of for of in node.decorator_list if not _declares_stage(of)]
             for name in names:
                 self.definitions.setdefault(name, []).append(node)
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -271,6 +274,10 @@ def _used_names(nodes: list[ast.AST]) -> Iterator[tuple[str, str | None]]:
     for node in nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             yield node.id, attributes.get(id(node))
+
+
+def _declares_stage(decorator: ast.expr) -> bool:
+    return isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "stage"
 
 
 def _is_main_guard(node: ast.stmt) -> bool:

@@ -47,14 +47,13 @@ ACCELERATOR = "quantize-gemma-accelerator"
 MEMORY = "quantize-gemma-memory"
 
 
-def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
+def as_task(stage: Stage[...]) -> Task[..., dict[str, Any]]:
     """Returns the Prefect task over a stage.
 
     It takes artifact records and plain JSON values by keyword and returns the record {"stage", "key", "digest",
     "size"} of the artifact.
     """
-    work, name = stage.work, stage.name
-    function = f"{work.__module__}:{work.__name__}"
+    name, function = stage.name, stage.function
 
     def cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
         key = key_of(stage, parameters["inputs"])
@@ -104,8 +103,8 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
         terminal.info(line)
         return record(artifact)
 
-    run.__name__ = name.replace("-", "_")
-    run.__doc__ = work.__doc__
+    run.__name__ = name
+    run.__doc__ = stage.work.__doc__
     decorate = task(
         name=name,
         tags=["quantize-gemma", name],
@@ -118,16 +117,16 @@ def as_task(stage: Stage) -> Task[..., dict[str, Any]]:
     return decorate(run)
 
 
-def key_of(stage: Stage, inputs: dict[str, Any]) -> str:
+def key_of(stage: Stage[...], inputs: dict[str, Any]) -> str:
     """Returns the key of what a stage makes of records and plain values."""
     ignored = stage.ignored + (stage.ignored_on_cpu if inputs.get("device") == "cpu" else ())
     counted = {field: value for field, value in sorted(inputs.items()) if field not in ignored}
     digests = [f"{field}={value['digest']}" for field, value in counted.items() if is_record(value)]
     parameters = {field: value for field, value in counted.items() if not is_record(value)}
-    return store.key(stage.name, digests, parameters, fingerprint(f"{stage.work.__module__}:{stage.work.__name__}"))
+    return store.key(stage.name, digests, parameters, fingerprint(stage.function))
 
 
-def missing(chain: list[tuple[Stage, dict[str, Any]]], refresh: Collection[str]) -> list[str]:
+def missing(chain: list[tuple[Stage[...], dict[str, Any]]], refresh: Collection[str]) -> list[str]:
     """Returns the stages of a chain that have to run, because the store does not have what they make.
 
     Each stage's `checkpoint` is what the one before it made.

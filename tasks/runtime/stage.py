@@ -1,29 +1,39 @@
-"""What a stage is. policies.py makes Prefect's task of it, which a stage's own process does not have to know."""
+"""What a stage is. prefect_stage.py makes Prefect's task of it, which a stage's own process does not have to know.
+
+@stage(memory=1.5)
+def export(target: Path, checkpoint: Path, max_seq_len: int) -> Output:
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Concatenate, Generic, ParamSpec
 
-Work = Callable[..., dict[str, Any]]
+P = ParamSpec("P")
+# {"metadata": what the artifact's manifest says of it, "extra": further measurements}: JSON values.
+Output = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[P]):
     """A function `work(target, **inputs)` that fills the directory `target`, and how it is run.
 
-    work: runs in a process of its own, gets its artifacts as paths, and returns {"metadata": what is worth keeping}.
-        Its code and its libraries are in the key of what it writes; see fingerprint.py.
-    retries: how often it is tried again after what may pass by itself.
-    ignored: inputs that shape no output and do not count in its key.
-    ignored_on_cpu: the same where its `device` is a CPU: a GPU adds up in another order when a batch has another size.
-    resumes: it keeps finished parts in the store; its `refresh` says that they are to be made again.
-    environment: gives the process what is secret.
-    memory: how much it takes at most, in times of the artifacts that it reads; such stages, and those that are
-        `accelerated` and use the GPU, wait for each other across runs.
+    The work runs in a process of its own and gets its artifacts as paths. Its code and its libraries are in the key of
+    what it writes; see fingerprint.py.
+
+    Attributes:
+        work: The function, whose name is the stage's in the store, in Prefect, and in every report.
+        retries: How often it is tried again after a transient failure.
+        ignored: Inputs that shape no output and do not count in its key.
+        ignored_on_cpu: The same where its `device` is a CPU: a GPU's sums depend on the batch size.
+        resumes: It stores finished shards; its input `refresh` says that they are to be made again.
+        environment: Returns what no other process may know: tokens.
+        memory: The most it takes, in multiples of the artifacts that it reads. Such stages, and those that are
+            `accelerated` and use the GPU, wait for each other across runs.
+        accelerated: It may use a GPU.
     """
 
-    work: Work
-    name: str
+    work: Callable[Concatenate[Path, P], Output]
     retries: int = 0
     ignored: tuple[str, ...] = ()
     ignored_on_cpu: tuple[str, ...] = ()
@@ -31,3 +41,26 @@ class Stage:
     environment: Callable[[], dict[str, str]] = dict
     memory: float = 0
     accelerated: bool = False
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.work.__name__
+
+    @property
+    def function(self) -> str:
+        """Where a worker finds it: "module:name"."""
+        return f"{self.work.__module__}:{self.work.__name__}"
+
+    def __call__(self, target: Path, *args: P.args, **kwargs: P.kwargs) -> Output:
+        """Do the work in this process."""
+        return self.work(target, *args, **kwargs)
+
+
+def stage(**policy: Any) -> Callable[[Callable[Concatenate[Path, P], Output]], Stage[P]]:
+    """Declare a function as a stage, with Stage's attributes as its policy."""
+
+    def declare(work: Callable[Concatenate[Path, P], Output]) -> Stage[P]:
+        return Stage(work, **policy)
+
+    return declare

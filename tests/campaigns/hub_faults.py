@@ -235,7 +235,7 @@ class Tried:
 
     def download(self) -> None:
         """Resolves and downloads the model; the files must be those of the commit."""
-        from quantize_gemma.tasks.download import download_checkpoint, resolve_model
+        from quantize_gemma.tasks.download import download, resolve_model
 
         resolved = again(3, resolve_model, MODEL, None, False)
         stage = self.folder / "download" / str(self.number)
@@ -244,7 +244,7 @@ class Tried:
         def fill() -> Path:
             shutil.rmtree(incoming, ignore_errors=True)
             (incoming / "data").mkdir(parents=True)
-            download_checkpoint(incoming / "data", MODEL, resolved["revision"], False)
+            download(incoming / "data", MODEL, resolved["revision"], False)
             return incoming / "data"
 
         data = again(5, fill)

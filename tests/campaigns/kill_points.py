@@ -37,15 +37,15 @@ MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/Chart
 WRITER = "hf_MARKEDwriter00"
 # What is made of each stage's result.
 USED_BY = {
-    "download": ("untie", "evaluate_base", "charts_base"),
-    "questions": ("evaluate_base", "evaluate_quantized", "evaluate_program"),
-    "chart_questions": ("charts_base", "charts_quantized"),
+    "download": ("untie", "evaluate_mmlu_base", "evaluate_chartqa_base"),
+    "download_mmlu": ("evaluate_mmlu_base", "evaluate_mmlu_quantized", "evaluate_program"),
+    "download_chartqa": ("evaluate_chartqa_base", "evaluate_chartqa_quantized"),
     "untie": ("quantize",),
-    "quantize": ("smoke", "evaluate_quantized", "charts_quantized", "export"),
-    "evaluate_base": ("card",),
-    "evaluate_quantized": ("evaluate_program", "card"),
-    "charts_base": ("card",),
-    "charts_quantized": ("card",),
+    "quantize": ("smoke", "evaluate_mmlu_quantized", "evaluate_chartqa_quantized", "export"),
+    "evaluate_mmlu_base": ("card",),
+    "evaluate_mmlu_quantized": ("evaluate_program", "card"),
+    "evaluate_chartqa_base": ("card",),
+    "evaluate_chartqa_quantized": ("card",),
     "smoke": ("card",),
     "export": ("smoke_program", "evaluate_program"),
     "smoke_program": ("card",),
@@ -171,7 +171,7 @@ class Accidents:
         """Takes away what the run has to make: artifacts, and some of the answers that evaluations keep."""
         places = [home / self.folders[name] / self.keys[name] for name in case.removed]
         if any(name.startswith(("evaluate", "charts")) for name in case.removed):
-            shards = sorted(home.glob("evaluate-shard/[0-9a-f]*"))
+            shards = sorted(home.glob("answers/[0-9a-f]*"))
             places += rng.sample(shards, round(case.shards * len(shards)))
         for place in places:
             data = place.resolve()

@@ -105,8 +105,8 @@ def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome
     # The checkpoint is the built-in one, so what follows from its content was not done again.
     assert {name for name, cached in published.cached.items() if not cached} == {
         "download",
-        "questions",
-        "chart_questions",
+        "download_mmlu",
+        "download_chartqa",
         "card",
     }
 

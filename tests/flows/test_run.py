@@ -31,8 +31,8 @@ ALL = set(get_args(Stage))
 
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:
     key = next(stage["key"] for stage in outcome.summary["stages"] if stage["name"] == name)
-    stage = {"evaluate": "evaluate", "charts": "evaluate-charts"}.get(name.rpartition("_")[0], name.replace("_", "-"))
-    return command_line.home / ("evaluate-program" if name == "evaluate_program" else stage) / key
+    stage = {"evaluate": "evaluate", "charts": "evaluate_chartqa"}.get(name.rpartition("_")[0], name.replace("_", "-"))
+    return command_line.home / ("evaluate_program" if name == "evaluate_program" else stage) / key
 
 
 def metrics_of(outcome: Outcome) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None)
     metrics = json.loads((Path(released.summary["release"]) / "metrics.json").read_text())
     after = read_outcomes(target)
-    before = read_outcomes(artifact(command_line, released, "evaluate_base") / "data")
+    before = read_outcomes(artifact(command_line, released, "evaluate_mmlu_base") / "data")
     metrics["pairs"]["mmlu"] = pair_outcomes({question: before[question] for question in after}, after)
     failed = {check["name"] for check in judge(metrics, metrics["gate"]["limits"])["checks"] if not check["passed"]}
     assert {"mmlu_drop"} <= failed <= {"mmlu_drop", "mmlu_recovery"}
@@ -353,7 +353,7 @@ def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
     from quantize_gemma.tasks.models.pte import Methods
 
     release = Path(released.summary["release"])
-    samples = artifact(command_line, released, "evaluate_quantized") / "data" / "samples.jsonl"
+    samples = artifact(command_line, released, "evaluate_mmlu_quantized") / "data" / "samples.jsonl"
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(release)
     methods = Methods(release / "model.pte")
@@ -375,7 +375,7 @@ def evaluate_damaged(target: Path, lost_buffer: str | None, **settings: Any) -> 
     """Evaluates as the stage does; a lost buffer is what a loader that forgets non-persistent buffers leaves."""
     from transformers.models.gemma3 import modeling_gemma3
 
-    from quantize_gemma.tasks.evaluate import evaluate_checkpoint
+    from quantize_gemma.tasks.evaluate import evaluate_mmlu
 
     if lost_buffer:
         made = modeling_gemma3.Gemma3TextScaledWordEmbedding.__init__
@@ -384,7 +384,7 @@ def evaluate_damaged(target: Path, lost_buffer: str | None, **settings: Any) -> 
             made(self, *arguments, embed_scale=1.0, **keywords)
 
         modeling_gemma3.Gemma3TextScaledWordEmbedding.__init__ = make
-    return evaluate_checkpoint(target, **settings)
+    return evaluate_mmlu(target, **settings)
 
 
 def test_a_refreshed_stage_runs_again_and_its_unchanged_output_keeps_the_later_ones_cached(
@@ -516,7 +516,7 @@ def test_another_recipe_killed_in_the_export_is_finished_by_two_runs_together_fr
     one, other = (digests(command_line, outcome, *sorted(ALL)) for outcome in outcomes)
     assert one == other
     kept = [{name for name, cached in outcome.cached.items() if cached} for outcome in outcomes]
-    assert kept[0] & kept[1] >= {"download", "questions", "quantize", "evaluate_base"}
+    assert kept[0] & kept[1] >= {"download", "download_mmlu", "quantize", "evaluate_mmlu_base"}
     assert not kept[0] & kept[1] & {"untie", "export", "smoke_program", "card"}
     for outcome in outcomes:
         assert outcome.summary["release"] != released.summary["release"]
@@ -542,13 +542,11 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
     import shutil
 
     def shards() -> dict[Path, int]:
-        return {
-            path: path.stat().st_mtime_ns for path in command_line.home.glob("evaluate-shard/[0-9a-f]*/manifest.json")
-        }
+        return {path: path.stat().st_mtime_ns for path in command_line.home.glob("answers/[0-9a-f]*/manifest.json")}
 
-    before = digests(command_line, released, "evaluate_base")
-    shutil.rmtree(artifact(command_line, released, "evaluate_base"))
-    shutil.rmtree(command_line.home / "evaluate-shard")
+    before = digests(command_line, released, "evaluate_mmlu_base")
+    shutil.rmtree(artifact(command_line, released, "evaluate_mmlu_base"))
+    shutil.rmtree(command_line.home / "answers")
     process = start_run_into("evaluate", 0, command_line, "--workers", "2")
     deadline = time.monotonic() + 120
     while not shards():
@@ -562,8 +560,8 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
     assert alive == []
     kept = shards()
     again = command_line("run", "--json")
-    assert again.cached == {name: name != "evaluate_base" for name in ALL}
-    assert digests(command_line, again, "evaluate_base") == before
+    assert again.cached == {name: name != "evaluate_mmlu_base" for name in ALL}
+    assert digests(command_line, again, "evaluate_mmlu_base") == before
     assert len(shards()) == 57
     assert {path: finished for path, finished in shards().items() if path in kept} == kept
 

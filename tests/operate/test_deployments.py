@@ -281,7 +281,7 @@ def test_two_runs_never_hold_the_same_slot(sqlite: Operation, command_line: Comm
     slots = sqlite.read(limit)["limit"]
     httpx.patch(f"{sqlite.api}/{limit}", json={"limit": 1}, timeout=60).raise_for_status()
     forget(command_line, "smoke")
-    forget(command_line, "smoke-program")
+    forget(command_line, "smoke_program")
     with sqlite.worker():
         runs = [sqlite.submit("quantize-gemma/default", *TINY, f"max_new_tokens={count}") for count in (3, 4)]
         for run in runs:

@@ -77,9 +77,12 @@ def test_scores_of_different_devices_are_not_paired(tmp_path: Path) -> None:
         return store.Artifact("evaluate", "0" * 64, tmp_path / column, "0" * 64, {})
 
     on_cpu, on_gpu = evaluated("base", "cpu"), evaluated("quantized", "cuda")
-    assert collect_scores({"evaluate_base": on_cpu, "evaluate_quantized": on_cpu})["base"]["mmlu"]["accuracy"] == 1.0
+    assert (
+        collect_scores({"evaluate_mmlu_base": on_cpu, "evaluate_mmlu_quantized": on_cpu})["base"]["mmlu"]["accuracy"]
+        == 1.0
+    )
     with pytest.raises(StageFailed, match="mmlu was measured on cpu before and on cuda after: use one device"):
-        collect_scores({"evaluate_base": on_cpu, "evaluate_quantized": on_gpu})
+        collect_scores({"evaluate_mmlu_base": on_cpu, "evaluate_mmlu_quantized": on_gpu})
 
 
 def test_a_card_without_charts_does_not_speak_of_them(measured: dict[str, Any]) -> None:

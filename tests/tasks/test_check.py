@@ -10,18 +10,28 @@ from quantize_gemma.tasks.check import check_disk, disk_needed
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.prefect_stage import key_of, missing
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import Output, stage
 
 
-def nothing(target: Path) -> dict[str, Any]:
-    """Is never called."""
-    raise AssertionError
+@stage()
+def download(target: Path) -> Output:
+    raise AssertionError("only its name and its key count")
+
+
+@stage()
+def untie(target: Path) -> Output:
+    raise AssertionError("only its name and its key count")
+
+
+@stage()
+def quantize(target: Path) -> Output:
+    raise AssertionError("only its name and its key count")
 
 
 CHAIN = [
-    (Stage(nothing, name="download"), {"source": "a", "revision": "b", "offline": False}),
-    (Stage(nothing, name="untie"), {}),
-    (Stage(nothing, name="quantize"), {"recipe": {"name": "mine"}}),
+    (download, {"source": "a", "revision": "b", "offline": False}),
+    (untie, {}),
+    (quantize, {"recipe": {"name": "mine"}}),
 ]
 
 

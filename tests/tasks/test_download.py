@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.download import _digest_of, download_checkpoint, remember, resolve_model
+from quantize_gemma.tasks.download import _digest_of, download, remember, resolve_model
 from quantize_gemma.tasks.models.checkpoint import check_finite
 from quantize_gemma.tasks.models.datasets import check_charts, check_mmlu
 from quantize_gemma.tasks.runtime import hub as client
@@ -30,7 +30,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield running
 
 
-def download(
+def download_from(
     hub: Hub, tmp_path: Path, revision: str, token: str | None = None, offline: bool = False, **environment: str
 ) -> Path:
     """Runs the stage's work in a process of its own, as the flow does; returns the directory that it filled."""
@@ -39,7 +39,7 @@ def download(
     target.mkdir(parents=True)
     values = {"source": NAME, "revision": revision, "offline": offline}
     call = {
-        "function": "quantize_gemma.tasks.download:download_checkpoint",
+        "function": "quantize_gemma.tasks.download:download",
         "target": str(target),
         "paths": {},
         "values": values,
@@ -50,7 +50,7 @@ def download(
 
 
 def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "", **environment: str) -> Path:
-    """Runs download_questions or download_charts as the flow does; returns the directory that it filled."""
+    """Runs download_mmlu or download_chartqa as the flow does; returns the directory that it filled."""
     target = tmp_path / "store" / stage / ".partial-x" / "data"
     target.mkdir(parents=True)
     if isinstance(source, Path):
@@ -77,7 +77,7 @@ def test_only_what_a_release_needs_is_fetched_and_is_the_same(hub: Hub, tmp_path
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"not wanted")
     sha = hub.add("model", NAME, source)
-    target = download(hub, tmp_path, sha)
+    target = download_from(hub, tmp_path, sha)
     assert names_of(target) == names_of(BUILTIN["tiny-gemma3"]) - {"README.md"}
     for path in target.iterdir():
         assert path.read_bytes() == (BUILTIN["tiny-gemma3"] / path.name).read_bytes()
@@ -89,7 +89,7 @@ def test_a_pinned_commit_is_fetched_though_the_branch_has_moved(hub: Hub, tmp_pa
     changed = shutil.copytree(BUILTIN["tiny-gemma3"], tmp_path / "changed")
     (changed / "generation_config.json").write_text("{}")
     hub.add("model", NAME, changed)
-    target = download(hub, tmp_path, sha)
+    target = download_from(hub, tmp_path, sha)
     assert (target / "generation_config.json").read_text() != "{}"
 
 
@@ -97,7 +97,7 @@ def test_the_librarys_offline_mode_asks_nobody(hub: Hub, tmp_path: Path) -> None
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.log.clear()
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        download(hub, tmp_path, sha, HF_HUB_OFFLINE="1")
+        download_from(hub, tmp_path, sha, HF_HUB_OFFLINE="1")
     assert not hub.log
 
 
@@ -106,11 +106,11 @@ def test_a_cut_transfer_goes_on_from_its_last_byte(hub: Hub, tmp_path: Path) -> 
     size = (BUILTIN["tiny-gemma3"] / WEIGHTS).stat().st_size
     hub.faults.add(method="GET", path=r"/lfs/", cut=300_000, times=1)
     with pytest.raises(StageFailed) as failure:
-        download(hub, tmp_path, sha)
+        download_from(hub, tmp_path, sha)
     assert failure.value.transient
     kept = [entry["sent"] for entry in hub.served("GET", "/lfs/")]
     hub.log.clear()
-    target = download(hub, tmp_path, sha)
+    target = download_from(hub, tmp_path, sha)
     assert (target / WEIGHTS).read_bytes() == (BUILTIN["tiny-gemma3"] / WEIGHTS).read_bytes()
     resumed = [entry for entry in hub.served("GET", "/lfs/") if entry["range"]]
     assert len(resumed) == 1
@@ -123,12 +123,12 @@ def test_a_cut_transfer_goes_on_from_its_last_byte(hub: Hub, tmp_path: Path) -> 
 def test_a_wrong_file_is_fetched_again_and_named_if_it_is_wrong_again(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="/lfs/", wrong_bytes=True, times=1)
-    target = download(hub, tmp_path, sha)
+    target = download_from(hub, tmp_path, sha)
     assert (target / WEIGHTS).read_bytes() == (BUILTIN["tiny-gemma3"] / WEIGHTS).read_bytes()
     hub.faults.clear()
     hub.faults.add(method="GET", path=r"config\.json", wrong_bytes=True)
     with pytest.raises(StageFailed, match=r"config\.json of team/tiny arrived twice with other content"):
-        download(hub, tmp_path, sha)
+        download_from(hub, tmp_path, sha)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_what_may_pass_by_itself_is_marked_so(
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="resolve", **fault)
     with pytest.raises(StageFailed) as failure:
-        download(hub, tmp_path, sha)
+        download_from(hub, tmp_path, sha)
     assert failure.value.transient
     assert failure.value.retry_after == retry_after
 
@@ -169,7 +169,7 @@ def test_a_hub_that_wants_to_be_left_alone_for_hours_ends_the_stage_and_says_unt
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="resolve", status=429, headers=headers, error_message="too busy")
     with pytest.raises(StageFailed, match=words) as failure:
-        download(hub, tmp_path, sha)
+        download_from(hub, tmp_path, sha)
     assert not failure.value.transient
     assert len(hub.served("GET", "resolve")) == 1
 
@@ -178,7 +178,7 @@ def test_an_answer_that_cannot_be_read_may_pass_by_itself(hub: Hub, tmp_path: Pa
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="/api/models", wrong_bytes=True)
     with pytest.raises(StageFailed, match="the Hub's answer for team/tiny cannot be read") as failure:
-        download(hub, tmp_path, sha)
+        download_from(hub, tmp_path, sha)
     assert failure.value.transient
 
 
@@ -220,7 +220,7 @@ def test_a_refusal_says_what_to_do(hub: Hub, tmp_path: Path, fault: dict[str, An
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="resolve", **fault)
     with pytest.raises(UserError) as refusal:
-        download(hub, tmp_path, sha, TOKEN)
+        download_from(hub, tmp_path, sha, TOKEN)
     for word in [NAME, *words]:
         assert word in str(refusal.value)
 
@@ -229,13 +229,13 @@ def test_a_gated_repository_names_the_page_where_its_terms_are_accepted(hub: Hub
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.restrict("model", NAME, gated=True)
     with pytest.raises(UserError, match=f"{NAME} is gated: accept its terms at {hub.url}/{NAME}"):
-        download(hub, tmp_path, sha, TOKEN)
+        download_from(hub, tmp_path, sha, TOKEN)
 
 
 def test_offline_nothing_is_fetched(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     with pytest.raises(UserError, match="is not in the store: run once without --offline"):
-        download(hub, tmp_path, sha, offline=True)
+        download_from(hub, tmp_path, sha, offline=True)
     assert hub.log == []
 
 
@@ -262,7 +262,7 @@ def test_of_chartqa_only_the_test_split_is_fetched(hub: Hub, tmp_path: Path) -> 
         shutil.copy(test, source / "data" / name)
     test.rename(test.with_name("test-00000-of-00001-e2cd0b7a0f9eb20d.parquet"))
     sha = hub.add("dataset", "HuggingFaceM4/ChartQA", source)
-    target = bring("charts", "HuggingFaceM4/ChartQA", tmp_path, sha, HF_ENDPOINT=hub.url)
+    target = bring("chartqa", "HuggingFaceM4/ChartQA", tmp_path, sha, HF_ENDPOINT=hub.url)
     assert names_of(target) == {"README.md", "test-00000-of-00001-e2cd0b7a0f9eb20d.parquet"}
     assert not hub.served("GET", "train-|val-")
     assert digests(target) <= digests(source)
@@ -275,9 +275,9 @@ def digests(folder: Path) -> set[str]:
 def test_a_benchmark_of_another_layout_is_refused(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("dataset", "team/other", BUILTIN["tiny-gemma3"])
     with pytest.raises(UserError, match=r"team/other has no <subject>/test-\*.parquet: .* the layout of cais/mmlu"):
-        bring("questions", "team/other", tmp_path, sha, HF_ENDPOINT=hub.url)
+        bring("mmlu", "team/other", tmp_path, sha, HF_ENDPOINT=hub.url)
     with pytest.raises(UserError, match=r"team/other has no data/test-\*.parquet: .* of HuggingFaceM4/ChartQA"):
-        bring("charts", "team/other", tmp_path, sha, HF_ENDPOINT=hub.url)
+        bring("chartqa", "team/other", tmp_path, sha, HF_ENDPOINT=hub.url)
 
 
 def damaged(benchmark: str, name: str, tmp_path: Path, damage: Callable[[list[dict[str, Any]]], Any]) -> Path:
@@ -363,7 +363,7 @@ def test_charts_that_do_not_fit_are_named(damage: Any, message: str, tmp_path: P
     assert f"{name} of team/charts" in str(mistake.value)
 
 
-@pytest.mark.parametrize(("stage", "benchmark"), [("questions", "mmlu-mini"), ("charts", "chartqa-mini")])
+@pytest.mark.parametrize(("stage", "benchmark"), [("mmlu", "mmlu-mini"), ("chartqa", "chartqa-mini")])
 def test_a_damaged_benchmark_ends_the_download(stage: str, benchmark: str, tmp_path: Path) -> None:
     path = next(BUILTIN_BENCHMARKS[benchmark].glob("*/test-*.parquet"))
     source = shutil.copytree(BUILTIN_BENCHMARKS[benchmark], tmp_path / "source")
@@ -409,7 +409,7 @@ def test_a_directory_that_changes_after_the_run_has_started_is_no_base(
         (model / "generation_config.json").unlink()
     (tmp_path / "target").mkdir()
     with pytest.raises(UserError, match=f"{model} is changing: .* start again when nothing writes there"):
-        download_checkpoint(tmp_path / "target", str(model), resolved["revision"], offline=False)
+        download(tmp_path / "target", str(model), resolved["revision"], offline=False)
 
 
 def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hub, tmp_path: Path) -> None:
@@ -440,4 +440,4 @@ def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hu
     # A stage's own process says the same, without asking Prefect.
     sha = hub.head("model", NAME)
     with pytest.raises(UserError, match="Prefect's Secret block hf-token, which goes before HF_TOKEN"):
-        download(hub, tmp_path, sha, "hf_old000000", QUANTIZE_GEMMA_TOKEN_BLOCKS="hf-token")
+        download_from(hub, tmp_path, sha, "hf_old000000", QUANTIZE_GEMMA_TOKEN_BLOCKS="hf-token")

@@ -87,7 +87,7 @@ def test_without_the_custom_cache_a_program_is_right_within_the_sliding_window(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     values = {"max_seq_len": 64, "custom_sdpa": custom_sdpa, "custom_kv_cache": False}
-    call = {"function": "quantize_gemma.tasks.export:export_checkpoint", "target": str(tmp_path), "values": values}
+    call = {"function": "quantize_gemma.tasks.export:export", "target": str(tmp_path), "values": values}
     call["paths"] = {"checkpoint": str(quantized)}
     made = worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None)["metadata"]
     custom = {name for method in made["delegation"].values() for name in method["custom"]}

@@ -15,23 +15,23 @@ from benchmarks.quantize import differences, reference_quantize
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.models.checkpoint import load_model, read_headers
 from quantize_gemma.tasks.models.recipe import ROLES, load_recipe
-from quantize_gemma.tasks.quantize import hqq, quantize_checkpoint
+from quantize_gemma.tasks.quantize import hqq, quantize
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import UserError
-from quantize_gemma.tasks.untie import untie_checkpoint
+from quantize_gemma.tasks.untie import untie
 
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("untied")
-    untie_checkpoint(target, BUILTIN["tiny-gemma3"])
+    untie(target, BUILTIN["tiny-gemma3"])
     return target
 
 
 @pytest.fixture(scope="module")
 def quantized(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("quantized")
-    quantize_checkpoint(target, untied, load_recipe("HQQ-INT8-INT4"), "cpu")
+    quantize(target, untied, load_recipe("HQQ-INT8-INT4"), "cpu")
     return target
 
 
@@ -52,7 +52,7 @@ def test_an_untied_checkpoint_has_two_storages_and_the_base_models_logits(untied
 
 
 def test_an_untied_checkpoint_passes_through_untying_again(untied: Path, tmp_path: Path) -> None:
-    assert untie_checkpoint(tmp_path, untied) == {"metadata": {"tied_before": False}}
+    assert untie(tmp_path, untied) == {"metadata": {"tied_before": False}}
     assert read_headers(tmp_path) == read_headers(untied)
 
 
@@ -88,7 +88,7 @@ def test_a_sharded_checkpoint_is_untied_and_its_shards_are_not_copied(tmp_path: 
     shards = sorted((tmp_path / "sharded").glob("model-*.safetensors"))
     assert len(shards) > 2
     (tmp_path / "untied").mkdir()
-    untie_checkpoint(tmp_path / "untied", tmp_path / "sharded")
+    untie(tmp_path / "untied", tmp_path / "sharded")
     for shard in shards:
         assert (tmp_path / "untied" / shard.name).stat().st_ino == shard.stat().st_ino
     assert torch.equal(logits(load_model(tmp_path / "untied", torch.bfloat16)), logits(base))
@@ -101,7 +101,7 @@ def test_a_checkpoint_without_an_embedding_cannot_be_untied(tmp_path: Path) -> N
     broken = rewritten(BUILTIN["tiny-gemma3"], tmp_path / "broken", lose)
     (tmp_path / "untied").mkdir()
     with pytest.raises(UserError, match="has no embed_tokens"):
-        untie_checkpoint(tmp_path / "untied", broken)
+        untie(tmp_path / "untied", broken)
 
 
 def torchaos(weight: Any, group_size: int, dtype: str) -> tuple[Any, Any]:
@@ -214,7 +214,7 @@ def test_the_file_is_that_of_the_model_quantized_in_memory(
     monkeypatch.setattr("quantize_gemma.tasks.quantize.CHUNK", 1000)  # Many chunks, with what does not divide.
     for name in ("ours", "theirs"):
         (tmp_path / name).mkdir()
-    quantize_checkpoint(tmp_path / "ours", base, load_recipe(recipe), "cpu")
+    quantize(tmp_path / "ours", base, load_recipe(recipe), "cpu")
     reference_quantize(str(tmp_path / "theirs"), str(base), recipe)
     files = [tmp_path / name / "model.safetensors" for name in ("ours", "theirs")]
     assert differences(*files) == []
@@ -261,7 +261,7 @@ def test_a_quantized_checkpoint_gives_the_logits_of_the_model_quantized_with_the
 
 
 def test_quantizing_twice_writes_the_same_bytes(untied: Path, quantized: Path, tmp_path: Path) -> None:
-    quantize_checkpoint(tmp_path, untied, load_recipe("HQQ-INT8-INT4"), "cpu")
+    quantize(tmp_path, untied, load_recipe("HQQ-INT8-INT4"), "cpu")
     for path in quantized.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -277,7 +277,7 @@ def test_a_weight_that_is_not_finite_is_named(name: str, value: float, untied: P
     broken = rewritten(untied, tmp_path / "broken", damage)
     (tmp_path / "quantized").mkdir()
     with pytest.raises(UserError, match=re.escape(name.replace("language_model.model", "model.language_model"))):
-        quantize_checkpoint(tmp_path / "quantized", broken, load_recipe("HQQ-INT8-INT4"), "cpu")
+        quantize(tmp_path / "quantized", broken, load_recipe("HQQ-INT8-INT4"), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_weights_that_are_not_the_models_are_named(
     broken = rewritten(untied, tmp_path / "broken", change)
     (tmp_path / "quantized").mkdir()
     with pytest.raises(UserError, match=said):
-        quantize_checkpoint(tmp_path / "quantized", broken, load_recipe("HQQ-INT8-INT4"), "cpu")
+        quantize(tmp_path / "quantized", broken, load_recipe("HQQ-INT8-INT4"), "cpu")
 
 
 def quantize_matrix(_target: Path, file: Path, rows: int, columns: int) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import pytest
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.evaluate.charts import is_normalized_correct, is_relaxed_correct
 from quantize_gemma.tasks.models.recipe import load_recipe
-from quantize_gemma.tasks.quantize import quantize_checkpoint
+from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import UserError
-from quantize_gemma.tasks.untie import untie_checkpoint
+from quantize_gemma.tasks.untie import untie
 
 ROOT = Path(__file__).parents[3]
 CHARTS = BUILTIN_BENCHMARKS["chartqa-mini"]
@@ -23,8 +23,8 @@ CHARTS = BUILTIN_BENCHMARKS["chartqa-mini"]
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     untied, quantized = tmp_path_factory.mktemp("untied"), tmp_path_factory.mktemp("quantized")
-    untie_checkpoint(untied, BUILTIN["tiny-gemma3"])
-    quantize_checkpoint(quantized, untied, load_recipe("HQQ-INT8-INT4"), "cpu")
+    untie(untied, BUILTIN["tiny-gemma3"])
+    quantize(quantized, untied, load_recipe("HQQ-INT8-INT4"), "cpu")
     return {"base": BUILTIN["tiny-gemma3"], "quantized": quantized}
 
 
@@ -38,7 +38,7 @@ def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, l
     target.mkdir(exist_ok=True)
     paths = {"checkpoint": str(checkpoint), "questions": str(CHARTS)}
     values = {"device": "cpu", "limit": limit}
-    call = {"function": "quantize_gemma.tasks.evaluate.charts:evaluate_charts", "target": str(target), "paths": paths}
+    call = {"function": "quantize_gemma.tasks.evaluate.charts:evaluate_chartqa", "target": str(target), "paths": paths}
     return in_its_process("quantize_gemma.tasks.runtime.worker:call", monkeypatch, **call, values=values)
 
 

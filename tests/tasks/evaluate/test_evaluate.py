@@ -12,11 +12,11 @@ import pytest
 from benchmarks.evaluate import command_line, compare
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.models.recipe import load_recipe
-from quantize_gemma.tasks.quantize import quantize_checkpoint
+from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
-from quantize_gemma.tasks.untie import untie_checkpoint
+from quantize_gemma.tasks.untie import untie
 
 ROOT = Path(__file__).parents[3]
 # lm-eval hands transformers the configuration that it has just read from the same checkpoint.
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:You passed .quantization_config.
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     untied, quantized = tmp_path_factory.mktemp("untied"), tmp_path_factory.mktemp("quantized")
-    untie_checkpoint(untied, BUILTIN["tiny-gemma3"])
-    quantize_checkpoint(quantized, untied, load_recipe("HQQ-INT8-INT4"), "cpu")
+    untie(untied, BUILTIN["tiny-gemma3"])
+    quantize(quantized, untied, load_recipe("HQQ-INT8-INT4"), "cpu")
     return {"base": BUILTIN["tiny-gemma3"], "quantized": quantized}
 
 
@@ -46,7 +46,7 @@ def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, *
     paths = {"checkpoint": str(checkpoint), "questions": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
     values = {"batch_size": "auto", "device": "cpu", **settings}
     call = {
-        "function": "quantize_gemma.tasks.evaluate:evaluate_checkpoint",
+        "function": "quantize_gemma.tasks.evaluate:evaluate_mmlu",
         "target": str(target),
         "paths": paths,
         "values": values,
@@ -95,7 +95,7 @@ def test_answers_are_kept_and_a_lost_shard_is_answered_again(
 
     one = in_a_store(checkpoints["quantized"], tmp_path / "one")
     assert progress(evaluated(one, tmp_path / "a", monkeypatch, limit=1)) == (57, 57)
-    shards = sorted((tmp_path / "one").glob("evaluate-shard/*/manifest.json"))
+    shards = sorted((tmp_path / "one").glob("answers/*/manifest.json"))
     assert len(shards) == 57
     # A shard that is damaged or was never finished is answered again, and nothing else.
     shutil.rmtree(shards[3].parent)
@@ -137,9 +137,9 @@ def echoed(store_of_run: Path, asked: dict[str, list[Any]], **settings: Any) -> 
 
 def test_a_shards_key_follows_whatever_is_asked(tmp_path: Path) -> None:
     def key(name: str = "a", more: bool = False, **settings: Any) -> str:
-        before = set(tmp_path.glob("evaluate-shard/*/manifest.json"))
+        before = set(tmp_path.glob("answers/*/manifest.json"))
         echoed(tmp_path, {name: [["Question:", " A"], *([["Another:", " A"]] if more else [])]}, **settings)
-        new = set(tmp_path.glob("evaluate-shard/*/manifest.json")) - before
+        new = set(tmp_path.glob("answers/*/manifest.json")) - before
         return new.pop().parent.name if new else ""
 
     device = {"identity": {"checkpoint": "0", "device": "cuda"}}

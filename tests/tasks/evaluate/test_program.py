@@ -141,7 +141,7 @@ def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_th
     assert measured["disagreements"] == []
     folder = artifact(command_line, released, "evaluate_program") / "data"
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    whole = artifact(command_line, released, "evaluate_quantized") / "data" / "samples.jsonl"
+    whole = artifact(command_line, released, "evaluate_mmlu_quantized") / "data" / "samples.jsonl"
     known = {(row["subject"], row["doc_id"]): row for row in map(json.loads, whole.read_text().splitlines())}
     assert len({(row["subject"], row["doc_id"]) for row in rows}) == 100
     for row in rows:
@@ -168,8 +168,8 @@ def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
         worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None)
 
     shape = {"max_seq_len": 128, "last_logits_only": True}
-    work("quantize_gemma.tasks.export:export_checkpoint", target, {"checkpoint": damaged}, **shape)
-    answered = artifact(command_line, released, "evaluate_quantized") / "data"
+    work("quantize_gemma.tasks.export:export", target, {"checkpoint": damaged}, **shape)
+    answered = artifact(command_line, released, "evaluate_mmlu_quantized") / "data"
     paths = {"checkpoint": release, "program": target, "questions": BUILTIN_BENCHMARKS["mmlu-mini"]}
     work(
         "quantize_gemma.tasks.evaluate.program:evaluate_program",

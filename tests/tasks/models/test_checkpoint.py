@@ -13,13 +13,13 @@ import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.check import check_run
-from quantize_gemma.tasks.download import download_checkpoint, resolve_model
+from quantize_gemma.tasks.download import download, resolve_model
 from quantize_gemma.tasks.models.checkpoint import read_header, read_headers, source_files, weight_files
 from quantize_gemma.tasks.models.load_check import check_directory
 from quantize_gemma.tasks.models.source_files import open_source
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import UserError
-from quantize_gemma.tasks.untie import untie_checkpoint
+from quantize_gemma.tasks.untie import untie
 from tests.hub.server import serve
 
 SECRET = "hf_not_for_the_release"
@@ -48,7 +48,7 @@ def refused(model: Path, *words: str) -> None:
     target = model.parent / "target"
     target.mkdir()
     with pytest.raises(UserError):
-        download_checkpoint(target, str(model), "0" * 40, False)
+        download(target, str(model), "0" * 40, False)
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -198,7 +198,7 @@ def test_only_what_a_release_needs_is_copied(model: Path, tmp_path: Path) -> Non
         (model / name).write_text("{}")
     assert resolve_model(str(model), None, False)["revision"] == before
     (tmp_path / "target").mkdir()
-    download_checkpoint(tmp_path / "target", str(model), before, False)
+    download(tmp_path / "target", str(model), before, False)
     names = {path.name for path in BUILTIN["tiny-gemma3"].iterdir()} - {"README.md"}
     assert {path.name for path in (tmp_path / "target").iterdir()} == names
 
@@ -213,7 +213,7 @@ def test_of_a_repository_only_the_weights_are_fetched_that_transformers_would_re
         target.mkdir(parents=True)
         values = {"source": "team/tiny", "revision": sha, "offline": False}
         call = {
-            "function": "quantize_gemma.tasks.download:download_checkpoint",
+            "function": "quantize_gemma.tasks.download:download",
             "target": str(target),
             "paths": {},
             "values": values,
@@ -239,7 +239,7 @@ def test_a_second_safetensors_file_beside_the_model_is_not_read(model: Path, tmp
     assert [path.name for path in weight_files(model)] == ["model.safetensors"]
     check(model)
     (tmp_path / "untied").mkdir()
-    untie_checkpoint(tmp_path / "untied", model)
+    untie(tmp_path / "untied", model)
     untied = read_headers(tmp_path / "untied")
     assert {tensor["file"] for tensor in untied.values()} == {"model-base.safetensors", "lm_head.safetensors"}
     assert not (tmp_path / "untied" / "model_ema.safetensors").exists()

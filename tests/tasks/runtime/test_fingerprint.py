@@ -20,37 +20,37 @@ from tests.conftest import CommandLine, Outcome
 ROOT = Path(__file__).parents[3]
 PACKAGE = Path(fingerprint.__file__).parents[2]
 STAGES = {
-    "download": "quantize_gemma.tasks.download:download_checkpoint",
-    "questions": "quantize_gemma.tasks.download:download_questions",
-    "chart-questions": "quantize_gemma.tasks.download:download_charts",
-    "untie": "quantize_gemma.tasks.untie:untie_checkpoint",
-    "quantize": "quantize_gemma.tasks.quantize:quantize_checkpoint",
-    "smoke": "quantize_gemma.tasks.smoke:smoke_checkpoint",
-    "evaluate": "quantize_gemma.tasks.evaluate:evaluate_checkpoint",
-    "evaluate-charts": "quantize_gemma.tasks.evaluate.charts:evaluate_charts",
-    "export": "quantize_gemma.tasks.export:export_checkpoint",
-    "smoke-program": "quantize_gemma.tasks.smoke:smoke_program",
-    "evaluate-program": "quantize_gemma.tasks.evaluate.program:evaluate_program",
-    "card": "quantize_gemma.tasks.card:make_release",
+    "download": "quantize_gemma.tasks.download:download",
+    "download_mmlu": "quantize_gemma.tasks.download:download_mmlu",
+    "download_chartqa": "quantize_gemma.tasks.download:download_chartqa",
+    "untie": "quantize_gemma.tasks.untie:untie",
+    "quantize": "quantize_gemma.tasks.quantize:quantize",
+    "smoke": "quantize_gemma.tasks.smoke:smoke",
+    "evaluate_mmlu": "quantize_gemma.tasks.evaluate:evaluate_mmlu",
+    "evaluate_chartqa": "quantize_gemma.tasks.evaluate.charts:evaluate_chartqa",
+    "export": "quantize_gemma.tasks.export:export",
+    "smoke_program": "quantize_gemma.tasks.smoke:smoke_program",
+    "evaluate_program": "quantize_gemma.tasks.evaluate.program:evaluate_program",
+    "card": "quantize_gemma.tasks.card:card",
     # Whose answers are kept on their own.
     "answers": "quantize_gemma.tasks.evaluate.model:load_packed",
     "chart answers": "quantize_gemma.tasks.evaluate.charts:load_chart_answerer",
 }
 # Definitions, and what runs again when they are changed.
-MODEL = {"smoke", "evaluate", "evaluate-charts", "answers", "chart answers", "evaluate-program"}
+MODEL = {"smoke", "evaluate_mmlu", "evaluate_chartqa", "answers", "chart answers", "evaluate_program"}
 CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.card.chart:draw_subjects": {"card"},
     "quantize_gemma.tasks.check:check_disk": set(),
     "quantize_gemma.tasks.models.checkpoint:check_finite": {"download"},
     "quantize_gemma.tasks.models.checkpoint:read_headers": {"download", "untie"},
-    "quantize_gemma.tasks.evaluate.program:SEED": {"evaluate-program"},
-    "quantize_gemma.tasks.evaluate.charts:TOLERANCE": {"evaluate-charts"},
-    "quantize_gemma.tasks.evaluate.model:POSITIONS": {"evaluate", "answers", "evaluate-program"},
+    "quantize_gemma.tasks.evaluate.program:SEED": {"evaluate_program"},
+    "quantize_gemma.tasks.evaluate.charts:TOLERANCE": {"evaluate_chartqa"},
+    "quantize_gemma.tasks.evaluate.model:POSITIONS": {"evaluate_mmlu", "answers", "evaluate_program"},
     "quantize_gemma.tasks.models.activation_rounding:_round": MODEL,
     "quantize_gemma.tasks.gate:CONFIDENT": {"card"},
     "quantize_gemma.tasks.gate:gate": set(),
     "quantize_gemma.tasks.runtime.hub:fetch": set(),
-    "quantize_gemma.tasks.runtime.patches.transformers:own_metadata": MODEL | {"smoke-program", "export"},
+    "quantize_gemma.tasks.runtime.patches.transformers:own_metadata": MODEL | {"smoke_program", "export"},
     "quantize_gemma.tasks.runtime.patches.optimum_executorch:one_export": {"export"},
     "quantize_gemma.tasks.runtime.paired_stats:share_ratio": {"card"},
     "quantize_gemma.tasks.runtime.prefect_stage:as_task": set(),
@@ -60,7 +60,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.models.recipe:load_recipe": set(),
     "quantize_gemma.tasks.runtime.store:produce": set(),
     "quantize_gemma.tasks.publish:publish": set(),
-    "quantize_gemma.tasks.verify:compare": {"smoke-program"},
+    "quantize_gemma.tasks.verify:compare": {"smoke_program"},
 }
 
 
@@ -186,14 +186,14 @@ def test_a_module_that_is_not_understood_counts_whole(copy: Copy) -> None:
 
 
 def test_batches_are_in_a_gpus_key_and_not_in_a_cpus_and_who_answers_in_none() -> None:
-    from quantize_gemma.tasks.evaluate import evaluate
+    from quantize_gemma.tasks.evaluate import evaluate_mmlu
     from quantize_gemma.tasks.runtime.prefect_stage import key_of
 
     def keys(**inputs: Any) -> int:
         """Returns how many keys these inputs give, each in turn instead of the first."""
         same = {name: values[0] for name, values in inputs.items()}
         asked = [{**same, name: value} for name, values in inputs.items() for value in values]
-        return len({key_of(evaluate, one) for one in asked})
+        return len({key_of(evaluate_mmlu, one) for one in asked})
 
     assert keys(device=["cpu", "cuda"]) == 2
     assert keys(device=["cpu"], batch_size=["auto", 1, 8], workers=[1, 2], cluster=[None, "tcp://here:1"]) == 1

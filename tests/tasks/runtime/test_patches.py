@@ -27,13 +27,13 @@ PATCHES = loading_patches() + export_patches()
 EXPORT = """
 import os, sys
 from pathlib import Path
-from quantize_gemma.tasks.export import export_checkpoint
+from quantize_gemma.tasks.export import export
 
 for name, disabled in ("patched", ""), ("stock", "all"):
     os.environ[sys.argv[3]] = disabled
     target = Path(sys.argv[1]) / name
     target.mkdir()
-    export_checkpoint(target, Path(sys.argv[2]), 64, last_logits_only=True)
+    export(target, Path(sys.argv[2]), 64, last_logits_only=True)
 """
 
 # A function that is another one, and one that is gone from where it was.

@@ -311,7 +311,7 @@ def test_shards_that_are_pruned_from_a_running_evaluation_are_held_or_answered_a
     )
     assert answered == {name: [f"answer to {request}" for request in requests] for name, requests in asked.items()}
     removed = (tmp_path / "removed").read_text()
-    assert ("evaluate-shard" in removed) == (cluster is not None)
+    assert ("answers" in removed) == (cluster is not None)
 
 
 def test_size_is_what_du_says_and_pruning_counts_what_it_frees(tmp_path: Path) -> None:

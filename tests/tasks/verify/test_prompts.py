@@ -79,7 +79,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def program(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export("quantize_gemma.tasks.export:export_checkpoint", small, tmp_path_factory.mktemp("program"))
+    return export("quantize_gemma.tasks.export:export", small, tmp_path_factory.mktemp("program"))
 
 
 def export(function: str, checkpoint: Path, target: Path) -> Path:
@@ -159,7 +159,7 @@ def test_a_program_that_forgets_too_early_is_refused(small: Path, released: Outc
     config = json.loads((forgetful / "config.json").read_text())
     (forgetful / "config.json").write_text(json.dumps({**config, "sliding_window": WINDOW // 2}))
     (tmp_path / "program").mkdir()
-    program = export("quantize_gemma.tasks.export:export_checkpoint", forgetful, tmp_path / "program")
+    program = export("quantize_gemma.tasks.export:export", forgetful, tmp_path / "program")
     assert "program_kl_prompts" in failed_checks(released, agreement(program, small))
 
 
