@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 HELP = """\
 Turn a Gemma 3 checkpoint into a quantized, measured, on-device release of it.
 
-Examples:
+For example:
   quantize-gemma run                                 the built-in tiny model
   quantize-gemma run --model google/gemma-3-4b-it --mmlu cais/mmlu
   quantize-gemma check --model DIR --recipe NAME     find mistakes first
