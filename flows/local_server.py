@@ -3,8 +3,8 @@
     python -P -m quantize_gemma.flows.local_server FD PARENT
 
 serves Prefect's API and UI on the listening socket FD until its standard input or the process PARENT ends. A local
-server answers only who sends this user's password, and no page of another origin: whoever gets in can read tokens and
-have flows run.
+server requires this user's password and refuses pages of other origins: whoever has access can read tokens
+and run flows.
 """
 
 import atexit
@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -51,10 +51,10 @@ location.replace("/");
 
 
 class LocalServer:
-    """A Prefect server on a listening socket of this machine, which ends with this process."""
+    """A Prefect server that listens on a socket of this machine and ends with this process."""
 
-    def __init__(self, listener: socket.socket, log: IO[Any] | None = None, **settings: str) -> None:
-        """Starts the server with these environment variables, and writes what it prints to `log`, or to stderr.
+    def __init__(self, listener: socket.socket, log: IO[str] | None = None, **settings: str) -> None:
+        """Start the server with these environment variables; its output goes to `log`, or to stderr.
 
         It takes over the socket. This process keeps the socket open, too, so that no other program can take the port
         of a server that died and be sent what was meant for it. Raises UserError if Prefect's home cannot be written.
@@ -89,17 +89,17 @@ class LocalServer:
         threading.Thread(target=self._refuse_when_it_ended, daemon=True).start()
 
     def client_settings(self) -> dict[str, str]:
-        """Returns the environment variables that make a process a client of this server."""
+        """Return the environment variables that make a process a client of this server."""
         return {"PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": self.password}
 
     def sign_in(self, stream: IO[str]) -> str:
-        """Returns where a person gets in: a link with the password for a terminal, but a log is told only its file."""
+        """Return where to sign in: a link with the password for a terminal, only the password's file for a log."""
         if stream.isatty():
             return f"{self.ui}/sign-in#{quote(self.password, safe=':')}"
         return f"{self.ui} (its password is in {password_file()})"
 
     def wait(self) -> None:
-        """Returns when the API answers. Raises UserError if the server ended instead, or does not answer in time."""
+        """Wait until the API answers. Raises UserError if the server ends instead, or does not answer in time."""
         import httpx
 
         deadline = time.monotonic() + SECONDS_TO_START
@@ -122,20 +122,20 @@ class LocalServer:
         )
 
     def printed(self) -> str:
-        """Returns what a server that has ended wrote to its log."""
+        """Return what a server that has ended wrote to its log."""
         if self.log is None:
             return ""
         self.log.seek(0)
-        return str(self.log.read()).strip()
+        return self.log.read().strip()
 
     def how_it_ended(self) -> str:
-        """Returns the exit code and, in parentheses, the last line that it printed; for a server that has ended."""
+        """Return the exit code of a server that has ended and, in parentheses, the last line that it printed."""
         printed = self.printed()
         last = f" ({printed.splitlines()[-1]})" if printed else ""
         return f"the local Prefect server ended with {self.process.returncode}{last}"
 
     def stop(self) -> None:
-        """Ends the server, when it has written what it was told."""
+        """Stop the server after it has stored what it received."""
         assert self.process.stdin is not None
         self.stopped = True
         self.process.stdin.close()
@@ -150,7 +150,7 @@ class LocalServer:
         self.listener.close()
 
     def _refuse_when_it_ended(self) -> None:
-        """Turns away who connects to a server that is no more: they would wait for it otherwise."""
+        """Close connections to a server that has ended; clients would wait for an answer otherwise."""
         self.process.wait()
         if not self.stopped:
             from prefect.context import refresh_global_settings_context
@@ -166,7 +166,7 @@ class LocalServer:
 
 
 def start_local_server() -> LocalServer | None:
-    """Starts a Prefect server on a free port of this machine, and makes it this process's API.
+    """Start a Prefect server on a free port of this machine, and make it this process's API.
 
     Returns None, and starts nothing, if an API is configured in the environment or in Prefect's profile. The server
     stops at this process's exit, and by itself when this process is killed: the pipe to it then ends. Raises UserError
@@ -193,7 +193,7 @@ def start_local_server() -> LocalServer | None:
 
 
 def check_api() -> None:
-    """Raises UserError, a sentence, if a Prefect API is configured and does not answer, or not to us."""
+    """Raise UserError if a Prefect API is configured and does not answer, or refuses this user."""
     _check_address()
     import httpx
     from prefect.client.orchestration import get_client
@@ -218,7 +218,7 @@ def check_api() -> None:
 
 
 def _check_address() -> None:
-    """Raises UserError if the environment has an address that is none: Prefect says so in many lines."""
+    """Raise UserError if PREFECT_API_URL is not a URL; Prefect's own error has many lines."""
     url = os.environ.get("PREFECT_API_URL", "")
     try:
         _ = urlsplit(url).port
@@ -227,17 +227,17 @@ def _check_address() -> None:
 
 
 def prefect_home() -> Path:
-    """Returns where Prefect keeps what is the user's own: $PREFECT_HOME, or ~/.prefect."""
+    """Return the directory of Prefect's files: $PREFECT_HOME, or ~/.prefect."""
     return Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser().absolute()
 
 
 def password_file() -> Path:
-    """Returns the file that has this user's password for local servers, as user:password."""
+    """Return the file with this user's password for local servers, as user:password."""
     return prefect_home() / "quantize-gemma-password"
 
 
 def password() -> str:
-    """Returns this user's password for local servers, as user:password; makes it at the first call.
+    """Return this user's password for local servers, as user:password; create it at the first call.
 
     Only the user may read its file: one that others could read is made anew. Raises UserError if it cannot be written.
     """
@@ -249,11 +249,11 @@ def password() -> str:
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8") as stream:
             # Of two runs that start at once, one makes it and both read it.
             fcntl.flock(stream, fcntl.LOCK_EX)
-            found = stream.read().strip()
-            if not found:
-                found = f"quantize-gemma:{secrets.token_urlsafe(32)}"
-                stream.write(found)
-            return found
+            value = stream.read().strip()
+            if not value:
+                value = f"quantize-gemma:{secrets.token_urlsafe(32)}"
+                stream.write(value)
+            return value
     except OSError as error:
         raise UserError(
             f"Prefect's home {path.parent} cannot be written ({error.strerror}): set PREFECT_HOME to another directory"
@@ -268,7 +268,7 @@ def _stop(server: LocalServer) -> None:
 
 
 def _app(host: str) -> "FastAPI":
-    """Returns Prefect's API and UI, for who asks for this machine, with a page that signs a browser in."""
+    """Return Prefect's API and UI for requests to this machine, with a page that signs a browser in."""
     from prefect.server.api.server import create_app
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import HTMLResponse

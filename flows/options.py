@@ -1,13 +1,18 @@
-"""What the flow takes. Prefect shows it as a form and refuses a bad value before a run exists."""
+"""The options of a run: the flow's parameters, the fields of Prefect's form, and the flags of the command line.
 
-import inspect
+Each group is a pydantic model. Prefect shows it as a group of the form and checks it before a flow run exists; the
+command line turns its fields into flags and shows them under the same heading in `--help`.
+"""
+
 import shlex
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from cyclopts import Group, Parameter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
-Stage = Literal[
+StageName = Literal[
     "download",
     "download_mmlu",
     "untie",
@@ -24,179 +29,266 @@ Stage = Literal[
     "card",
 ]
 
+# No count is ever larger.
+LARGEST = 1_000_000
+# On the card even where they are the defaults, which may change in a later version.
+ALWAYS_SHOWN = {"model", "recipe", "mmlu", "chartqa", "max_seq_len", "program_samples", "max_new_tokens"}
+# Options that decide how fast a release is made, but not what is in it.
+NOT_IN_RELEASE = {"target", "offline", "refresh", "batch_size", "workers", "cluster", "max_regression"}
+MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER = "MODEL", "RECIPE.json"
 
-def _one_line(value: str) -> str:
+
+def _require_printable(value: str) -> str:
     # Such a name is a mistake or an attack: it breaks log lines, paths, and requests to the Hub.
     if not value.isprintable():
-        raise ValueError("it has line breaks, control characters or characters that are not text in it")
+        raise ValueError("it contains line breaks, control characters, or characters that are not text")
     return value
 
 
+def _empty_to_none(value: object) -> object:
+    """Read an empty field of the form, or an unset environment variable of a deployment, as None."""
+    return None if value == "" else value
+
+
 # A name or a path.
-Text = Annotated[str, Field(max_length=1000), AfterValidator(_one_line)]
-# No count is ever larger.
-LARGEST = 1_000_000
+Text = Annotated[str, Field(max_length=1000), AfterValidator(_require_printable)]
+OptionalText = Annotated[Text | None, BeforeValidator(_empty_to_none)]
+ModelName = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_require_printable)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Refresh = Annotated[tuple[StageName, ...], Parameter(consume_multiple=True, negative=(), show_default=False)]
+# Off unless the flag is there.
+Flag = Annotated[bool, Parameter(negative=())]
+MmluSource = Literal["mmlu-mini", "cais/mmlu"]
+ChartqaSource = Annotated[
+    Literal["auto", "chartqa-mini", "HuggingFaceM4/ChartQA", "none"], BeforeValidator(lambda value: value or "auto")
+]
 
 
-# How a release is made and where it goes, but not what is in it.
-SHAPES_NOTHING = {"batch_size", "workers", "cluster", "max_regression", "offline", "refresh"}
-SHAPES_NOTHING |= {"target", "branch", "create_pr", "private", "tag", "adopt"}
-# On the card even if they are the defaults, which may change.
-ALWAYS_SAID = {"model", "recipe", "benchmark", "charts", "max_seq_len", "program_questions", "max_new_tokens"}
-MODEL, RECIPE = "MODEL", "RECIPE.json"
+class Options(BaseModel):
+    """A group of options: unknown names and infinite numbers are errors."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-class Parameters(BaseModel):
-    """One run: which model, how it is quantized, how it is measured, where it goes."""
+@Parameter(name="*", group=Group.create_ordered("Evaluation"))
+class EvaluationOptions(Options):
+    """What the model is measured on, and where the evaluation runs."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    model: Text = Field(
-        "tiny-gemma3",
-        min_length=1,
-        description="A Hub repository such as google/gemma-3-4b-it, a directory, or the built-in tiny-gemma3.",
+    mmlu: MmluSource = Field(
+        default="mmlu-mini", description="MMLU dataset: the built-in fixture, or MMLU from the Hub."
     )
-    revision: Text | None = Field(None, description="Branch, tag or commit of a Hub repository; its default branch.")
-    recipe: Text = Field("HQQ-INT8-INT4", description="The recipe's name, or the path of a recipe's JSON file.")
-    benchmark: Literal["mmlu-mini", "cais/mmlu"] = Field(
-        "mmlu-mini", description="Questions to measure on: the built-in fixture, or MMLU from the Hub."
+    mmlu_revision: OptionalText = Field(
+        default=None, description="Branch, tag, or commit of the MMLU dataset. [default: its default branch]"
     )
-    benchmark_revision: Text | None = Field(
-        None, description="Branch, tag or commit of the benchmark; its default branch."
+    chartqa: ChartqaSource = Field(
+        default="auto", description="ChartQA dataset; auto: the fixture with mmlu-mini, ChartQA from the Hub with MMLU."
     )
-    charts: Literal["chartqa-mini", "HuggingFaceM4/ChartQA", "none"] | None = Field(
-        None, description="Charts to measure on: the fixture with the benchmark's, ChartQA with MMLU, or none."
+    chartqa_revision: OptionalText = Field(
+        default=None, description="Branch, tag, or commit of the ChartQA dataset. [default: its default branch]"
     )
-    charts_revision: Text | None = Field(None, description="Branch, tag or commit of the charts; their default branch.")
-    limit: int | None = Field(
-        None, ge=1, le=LARGEST, description="Questions per subject, and per kind of chart question; all."
+    limit: Count | None = Field(
+        default=None, description="Samples per MMLU subject and per ChartQA split. [default: all]"
     )
-    batch_size: Annotated[int, Field(ge=1, le=LARGEST)] | Literal["auto"] = Field(
-        "auto", description="Most questions per batch; auto: as many as have 4,096 tokens, or 32,768 on a GPU."
+    batch_size: Count | Literal["auto"] = Field(
+        default="auto",
+        description="Maximum requests per batch; auto: as many as fit into 4,096 tokens (32,768 on a GPU).",
     )
-    program_questions: int = Field(
-        100,
-        ge=1,
-        le=LARGEST,
-        description="Questions that the program answers, too: a sample of the checkpoint's, always the same.",
+    program_samples: Count = Field(
+        default=100, description="MMLU samples that the exported program answers, always the same ones."
     )
-    workers: int = Field(1, ge=1, le=1000, description="Processes that answer the questions, each with its own model.")
-    cluster: Text | None = Field(
-        None, description="Cluster that answers them instead and shares the store: tcp://… of Dask, ray://… of Ray."
-    )
+    max_new_tokens: Count = Field(default=64, description="Length of the smoke tests' responses, in tokens.")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where the evaluation runs; with cuda, quantizing too."
+        default="auto", description="Device for the evaluation; cuda also quantizes on the GPU."
     )
+    workers: int = Field(
+        default=1, ge=1, le=1000, description="Worker processes for the evaluation, each with its own model."
+    )
+    cluster: OptionalText = Field(
+        default=None,
+        description=(
+            "Cluster that runs the evaluation and shares the store: tcp://… (Dask) or ray://… (Ray). "
+            "[default: this machine]"
+        ),
+    )
+
+    def chartqa_source(self) -> str | None:
+        """Return the name of the ChartQA dataset, None if ChartQA is not measured."""
+        if self.chartqa == "auto":
+            return "chartqa-mini" if self.mmlu == "mmlu-mini" else "HuggingFaceM4/ChartQA"
+        return None if self.chartqa == "none" else self.chartqa
+
+
+@Parameter(name="*", group=Group.create_ordered("Export"))
+class ExportOptions(Options):
+    """How the quantized checkpoint is exported to an ExecuTorch program."""
+
     max_seq_len: int = Field(
-        1024, ge=64, le=LARGEST, description="Longest sequence of the exported program, prompt and answer, in tokens."
+        default=1024,
+        ge=64,
+        le=LARGEST,
+        description="Maximum sequence length of the program, prompt and response together, in tokens.",
     )
-    backend: Literal["xnnpack"] = Field("xnnpack", description="What the program is lowered to.")
-    dtype: Literal["float32"] = Field("float32", description="Type of the program's activations and scales.")
-    custom_sdpa: bool = Field(True, description="Let ExecuTorch's own kernel do the program's attention.")
+    custom_sdpa: bool = Field(default=True, description="Use ExecuTorch's custom kernel for attention.")
     custom_kv_cache: bool = Field(
-        True, description="Let ExecuTorch's own kernels keep the attention's cache, which needs custom_sdpa."
+        default=True, description="Use ExecuTorch's custom kernels for the KV cache; requires custom_sdpa."
     )
     last_logits_only: bool = Field(
-        True, description="Let the program return the logits of the last token alone, as generating needs them."
+        default=True, description="Return the logits of the last token only, which is what generation needs."
     )
-    max_new_tokens: int = Field(64, ge=1, le=LARGEST, description="Length of the smoke tests' answers, in tokens.")
-    max_mmlu_drop: float = Field(5.0, ge=0, description="Points of MMLU accuracy that the gate lets a release lose.")
-    max_chartqa_drop: float = Field(
-        10.0, ge=0, description="Points of ChartQA's relaxed accuracy that the gate lets a release lose."
-    )
-    min_recovery: float = Field(
-        80.0, ge=0, description="Percent of the base's score that a release must keep, on each benchmark."
-    )
-    max_disagreement: float = Field(
-        2.0,
-        ge=0,
-        description="Points by which rounding may change more of the program's answers than the checkpoint's.",
-    )
-    max_kl_ratio: float = Field(
-        2.0, gt=0, description="How far the program may be from the checkpoint, in times the activation rounding."
-    )
-    max_regression: float = Field(
-        1.0, ge=0, description="Points of MMLU accuracy that a release may be below the one published before it."
-    )
-    offline: bool = Field(False, description="Go on with what was downloaded before, if the Hub cannot be reached.")
-    target: Text | None = Field(None, description="Hub repository to publish to; without it nothing is uploaded.")
-    branch: Text | None = Field(None, description="Branch of the target to publish on; its default branch.")
-    create_pr: bool = Field(False, description="Publish as a pull request instead of a commit on the branch.")
-    private: bool = Field(False, description="Make the target private, if it has to be made.")
-    tag: bool = Field(False, description="Tag the commit v<date>-<recipe hash>.")
-    adopt: bool = Field(False, description="Publish to a target that holds files which no release of ours wrote.")
-    refresh: list[Stage] = Field(default_factory=list, description="Stages that run again though they are cached.")
-
-    @field_validator(
-        "revision", "benchmark_revision", "charts", "charts_revision", "cluster", "target", "branch", mode="before"
-    )
-    @classmethod
-    def _left_empty(cls, value: Any) -> Any:
-        """A field of the form that was left empty, and a deployment's variable that was not set, are nothing."""
-        return value or None
-
-    def chart_benchmark(self) -> str | None:
-        """Returns the charts that are measured on, None for none."""
-        given = self.charts or ("chartqa-mini" if self.benchmark == "mmlu-mini" else "HuggingFaceM4/ChartQA")
-        return None if given == "none" else given
 
     @model_validator(mode="after")
-    def _fit_together(self) -> Self:
+    def _check_kernels(self) -> Self:
         if self.custom_kv_cache and not self.custom_sdpa:
             raise ValueError("custom_kv_cache needs custom_sdpa: turn it off, too")
-        if self.target and self.offline:
-            raise ValueError("offline, nothing can be published: leave target or offline out")
-        if self.target and self.target.strip("/").lower() == self.model.strip("/").lower():
-            raise ValueError("target is the model itself, whose weights would be replaced: give the release its own")
+        return self
+
+
+@Parameter(name="*", group=Group.create_ordered("Gate"))
+class GateOptions(Options):
+    """The limits that a release has to meet before it is published."""
+
+    max_mmlu_drop: float = Field(default=5.0, ge=0, description="Maximum drop in MMLU accuracy, in points.")
+    max_chartqa_drop: float = Field(
+        default=10.0, ge=0, description="Maximum drop in ChartQA relaxed accuracy, in points."
+    )
+    min_recovery: float = Field(
+        default=80.0, ge=0, description="Minimum recovery on each benchmark, in percent of the base model's score."
+    )
+    max_disagreement: float = Field(
+        default=2.0,
+        ge=0,
+        description=(
+            "Maximum excess, in points, of answers that differ between program and checkpoint over those that "
+            "activation quantization alone changes."
+        ),
+    )
+    max_kl_ratio: float = Field(
+        default=2.0,
+        gt=0,
+        description=(
+            "Maximum KL divergence of the program from the checkpoint, as a multiple of what activation quantization "
+            "alone causes."
+        ),
+    )
+    max_regression: float = Field(
+        default=1.0, ge=0, description="Maximum drop in MMLU accuracy from the previously published release, in points."
+    )
+
+
+@Parameter(name="*", group=Group.create_ordered("Publishing"))
+class PublishingOptions(Options):
+    """How the release is published, if there is a target."""
+
+    branch: OptionalText = Field(
+        default=None, description="Branch of the target to publish to. [default: its default branch]"
+    )
+    create_pr: Flag = Field(default=False, description="Open a pull request instead of committing to the branch.")
+    private: Flag = Field(default=False, description="Create the target as a private repository if it does not exist.")
+    tag: Flag = Field(default=False, description="Tag the commit as v<date>-<recipe hash>.")
+    adopt: Flag = Field(default=False, description="Publish to a target that contains files from elsewhere.")
+
+    @model_validator(mode="after")
+    def _check_pull_request(self) -> Self:
         if self.create_pr and (self.branch or self.tag):
             raise ValueError("a pull request goes to the default branch and has no tag: leave branch and tag out")
         return self
 
 
-def command_line(
-    p: Parameters, model: dict[str, Any], benchmark: dict[str, Any], charts: dict[str, Any] | None, recipe_hash: str
-) -> str:
-    """Returns the command that makes the same release again, from what the run's names were resolved to.
+@Parameter(name="*", group=Group.create_ordered("Model", sort_key=-1))
+class RunOptions(Options):
+    """All options of a run: what people set every day, and the groups."""
 
-    What only this machine has is a placeholder, with what identifies it in a comment.
+    model: ModelName = Field(
+        default="tiny-gemma3",
+        description="Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.",
+    )
+    recipe: Text = Field(
+        default="HQQ-INT8-INT4", description="Name of a built-in recipe, or path of a recipe's JSON file."
+    )
+    target: OptionalText = Field(
+        default=None, description="Hub repository to publish the release to. [default: none, nothing is published]"
+    )
+    revision: OptionalText = Field(
+        default=None, description="Branch, tag, or commit of the model's repository. [default: its default branch]"
+    )
+    refresh: Refresh = Field(
+        default=(), description="Stages to run again although their results are cached. [default: none]"
+    )
+    offline: Flag = Field(
+        default=False, description="Continue with what is already downloaded if the Hub cannot be reached."
+    )
+    evaluation: EvaluationOptions = EvaluationOptions()
+    export: ExportOptions = ExportOptions()
+    gate: GateOptions = GateOptions()
+    publishing: PublishingOptions = PublishingOptions()
+
+    def check_inputs(self) -> dict[str, Any]:
+        """Return the arguments of check_run()."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe,
+            "max_seq_len": self.export.max_seq_len,
+            "device": self.evaluation.device,
+            "cluster": self.evaluation.cluster,
+            "custom_kv_cache": self.export.custom_kv_cache,
+            "workers": self.evaluation.workers,
+        }
+
+    def local_workers(self) -> int:
+        """Return how many models the evaluation loads on this machine at the same time."""
+        return self.evaluation.workers if self.evaluation.cluster is None else 1
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if self.target and self.offline:
+            raise ValueError("offline, nothing can be published: leave target or offline out")
+        if self.target and self.target.strip("/").lower() == self.model.strip("/").lower():
+            raise ValueError("target is the model itself, whose weights would be replaced: give the release its own")
+        return self
+
+
+def command_line(
+    options: RunOptions,
+    model: dict[str, Any],
+    mmlu: dict[str, Any],
+    chartqa: dict[str, Any] | None,
+    recipe_hash: str,
+) -> str:
+    """Return the command that makes the same release again, with every revision pinned.
+
+    What exists on this machine only is a placeholder, with its digest in a comment.
+
+    Args:
+        options: The run's options.
+        model: The resolved model.
+        mmlu: The resolved MMLU dataset.
+        chartqa: The resolved ChartQA dataset, None if ChartQA was not measured.
+        recipe_hash: The hash of the recipe.
     """
-    pinned: dict[str, Any] = {"model": model["name"], "charts": charts["name"] if charts else "none"}
-    for name, resolved in (("revision", model), ("benchmark_revision", benchmark), ("charts_revision", charts)):
-        pinned[name] = resolved["revision"] if resolved and "kind" in resolved else None
+    pinned: dict[str, object] = {"model": model["name"], "chartqa": chartqa["name"] if chartqa else "none"}
+    for name, source in (("revision", model), ("mmlu_revision", mmlu), ("chartqa_revision", chartqa)):
+        pinned[name] = source["revision"] if source and "kind" in source else None
     comment = ""
     if "kind" not in model and not model["fixture"]:
-        pinned["model"] = MODEL
-        comment += f"  # {MODEL}: the directory whose files have the digest {model['revision']}"
-    if p.recipe.endswith(".json"):
-        pinned["recipe"] = RECIPE
-        comment += f"  # {RECIPE}: the recipe with the hash {recipe_hash}"
+        pinned["model"] = MODEL_PLACEHOLDER
+        comment += f"  # {MODEL_PLACEHOLDER}: the directory whose files have the digest {model['revision']}"
+    if options.recipe.endswith(".json"):
+        pinned["recipe"] = RECIPE_PLACEHOLDER
+        comment += f"  # {RECIPE_PLACEHOLDER}: the recipe with the hash {recipe_hash}"
     words = ["quantize-gemma", "run"]
-    for name, field in Parameters.model_fields.items():
-        value = pinned.get(name, getattr(p, name))
-        if name in SHAPES_NOTHING or value is None or (value == field.default and name not in ALWAYS_SAID):
+    for name, field, value in _release_options(options):
+        value = pinned.get(name, value)
+        if value is None or (value == field.default and name not in ALWAYS_SHOWN):
             continue
         flag = name.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return shlex.join(words) + comment
 
 
-def taking_parameters(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a function of `**given` the parameters above as its signature and documentation.
-
-    Prefect makes its form, its checks and `--param name=value` from these.
-    """
-    fields = Parameters.model_fields.items()
-    function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.get_default(call_default_factory=True),
-                annotation=Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation,
-            )
-            for name, field in fields
-        ]
-    )
-    described = "\n".join(f"    {name}: {field.description}" for name, field in fields)
-    function.__doc__ = f"{inspect.getdoc(function)}\n\nArgs:\n{described}\n"
-    return function
+def _release_options(options: RunOptions) -> Iterator[tuple[str, FieldInfo, object]]:
+    """Yield name, field, and value of the options that decide what is in a release."""
+    for group in (options, options.evaluation, options.export, options.gate):
+        for name, field in type(group).model_fields.items():
+            value = getattr(group, name)
+            if name not in NOT_IN_RELEASE and not isinstance(value, Options):
+                yield name, field, value

@@ -321,7 +321,7 @@ class Tried:
             return f"no JSON: {stdout[-500:]!r}; {stderr[-2000:]}"
         error = summary["error"]
         made = any(stage["key"] and not stage["cached"] for stage in summary["stages"])
-        tried = any(stage["name"] == "upload" for stage in summary["stages"])
+        tried = any(stage["name"] == "publish" for stage in summary["stages"])
         if (code == 0) != (error is None) or code not in (0, 1, 2):
             return f"exit code {code} with {error!r}"
         if code == 2 and (made or tried):
@@ -358,7 +358,7 @@ class CommandStore:
             "run",
             "--model",
             MODEL,
-            "--benchmark",
+            "--mmlu",
             BENCHMARK,
             "--json",
         ]

@@ -51,7 +51,7 @@ USED_BY = {
     "smoke_program": ("card",),
     "evaluate_program": ("card",),
     "card": (),
-    "upload": (),
+    "publish": (),
 }
 OF_A_COMMAND = ("run", "group", "stage", "server")
 OF_A_DEPLOYMENT = ("server", "worker", "machine")
@@ -84,10 +84,10 @@ def draw(rng: random.Random) -> Case:
     deployed = rng.random() < 0.3
     stage = rng.choice(list(USED_BY))
     victim = rng.choice(OF_A_DEPLOYMENT if deployed else OF_A_COMMAND)
-    # The upload is in the run's own process.
-    victim = "run" if (stage, victim) == ("upload", "stage") else victim
+    # Publishing is in the run's own process.
+    victim = "run" if (stage, victim) == ("publish", "stage") else victim
     later = [name for name in _downstream(stage) if rng.random() < 1 / 3]
-    removed = () if stage == "upload" else (stage, *later)
+    removed = () if stage == "publish" else (stage, *later)
     return Case(stage, victim, deployed, rng.random(), removed, rng.random())
 
 
@@ -95,7 +95,7 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
     """Makes an undisturbed run, and yields for each case what went wrong, or None."""
     with tempfile.TemporaryDirectory() as folder, hub_of(Path(folder) / "hub") as hub:
         command_line = CommandLine(Path(folder) / "store", Path(folder) / "prefect")
-        options = {"model": MODEL, "benchmark": BENCHMARK, "target": "team/undisturbed"}
+        options = {"model": MODEL, "mmlu": BENCHMARK, "target": "team/undisturbed"}
         outcome = command_line("run", "--json", *_flags(options), **environment_of(hub))
         assert outcome.code == 0, outcome.stderr
         with contextlib.closing(Accidents(hub, command_line, outcome, options, Path(folder))) as accidents:
@@ -133,7 +133,7 @@ class Accidents:
         self.options = options
         self.folder = folder
         lines = {line["name"]: line for line in undisturbed.summary["stages"]}
-        self.seconds = {name: max(line["seconds"] or 0.0, 0.5) for name, line in lines.items()} | {"upload": 1.0}
+        self.seconds = {name: max(line["seconds"] or 0.0, 0.5) for name, line in lines.items()} | {"publish": 1.0}
         self.keys = {name: line["key"] for name, line in lines.items() if line["key"]}
         # The directory of a stage's artifacts.
         self.folders = {name: next(self.finished.glob(f"*/{key}")).parent.name for name, key in self.keys.items()}
@@ -367,8 +367,8 @@ class Attempt:
             time.sleep(min(0.05, max(deadline - time.monotonic(), 0)))
 
     def has_started(self) -> bool:
-        """Tells whether the stage has begun: it has a directory of unfinished work, or, the upload, asked the Hub."""
-        if self.case.stage == "upload":
+        """Tells whether the stage has begun: it has a directory of unfinished work, or publishing has asked the Hub."""
+        if self.case.stage == "publish":
             return any("repos/create" in line["path"] or self.target in line["path"] for line in self.writes())
         folder = self.home / self.accidents.folders[self.case.stage]
         key = self.accidents.keys[self.case.stage]
@@ -419,7 +419,12 @@ class Attempt:
             worker.wait()
 
     def submit(self) -> str:
-        parameters = {**self.accidents.options, "target": self.target}
+        options = self.accidents.options
+        parameters = {
+            "model": options["model"],
+            "target": self.target,
+            "evaluation": json.dumps({"mmlu": options["mmlu"]}),
+        }
         self.over = False
         return self.accidents.operate().submit(
             "quantize-gemma/tiny", *(f"{name}={value}" for name, value in parameters.items())

@@ -13,7 +13,7 @@ def test_a_killed_run_is_finished_by_the_next_as_if_nothing_had_happened(
 ) -> None:
     cases = (
         Case("untie", "group", False, 0.5, ("untie", "card"), 0.0),
-        Case("upload", "run", False, 0.3, (), 0.0),
+        Case("publish", "run", False, 0.3, (), 0.0),
     )
     rng = random.Random(1)
     with hub_of(tmp_path / "hub") as hub, closing(Accidents(hub, command_line, released, {}, tmp_path)) as accidents:

@@ -18,7 +18,7 @@ from tests.hub.server import Hub, serve
 READER, WRITER = "hf_MARKEDreader00", "hf_MARKEDwriter00"
 MODEL, BENCHMARK, TARGET = "team/tiny-gemma3", "cais/mmlu", "team/tiny-gemma3-HQQ-INT8-INT4"
 NOTES = "team/notes"
-RUN = ("run", "--model", MODEL, "--benchmark", BENCHMARK, "--json")
+RUN = ("run", "--model", MODEL, "--mmlu", BENCHMARK, "--json")
 
 
 @pytest.fixture(scope="module")
@@ -201,10 +201,11 @@ def test_what_the_hub_refuses_when_all_is_made_is_a_failure_not_a_mistake(
     assert refused.code == 1
     summary = refused.summary
     assert (
-        summary["error"] == f"upload: the quota for {TARGET}-full is used up (no room): make room there or ask for more"
+        summary["error"]
+        == f"publish: the quota for {TARGET}-full is used up (no room): make room there or ask for more"
     )
     assert refused.stderr.count(summary["error"]) == 1
-    assert "upload: failed" in refused.stderr
+    assert "publish: failed" in refused.stderr
     assert "skipped" not in refused.stderr
     assert summary["release"] == published.summary["release"]
     assert summary["gate"]["passed"]

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from quantize_gemma.flows.options import Stage
+from quantize_gemma.flows.options import StageName
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.check import resolve_device
 from tests.campaigns.starting_place import hostile_directory
@@ -26,7 +26,7 @@ from tests.conftest import CommandLine, Outcome
 from tests.operate import another_program
 from tests.text_only import write_text_only
 
-ALL = set(get_args(Stage))
+ALL = set(get_args(StageName))
 
 
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quantize_gemma.flows.quantize_gemma import quality_table
+from quantize_gemma.flows.report import quality_table
 from quantize_gemma.tasks.card import check_front_matter, render
 from quantize_gemma.tasks.card.chart import draw_subjects
 from quantize_gemma.tasks.card.metrics import (
@@ -66,8 +66,8 @@ def test_every_score_has_its_column_its_standard_error_and_its_number_of_questio
     assert table_row(text, "stem")[1:] == ["100.00 ± 0.00", "80.00 ± 5.00", ""]
     assert table_row(text, "a sample of 100 of them")[1:] == ["", "100.00 ± 0.00", "75.00 ± 4.35"]
     rows = {row[""]: row for row in quality_table(measured)}
-    assert rows["MMLU, 100 questions, %"]["program"] == "75.00 ± 4.35"
-    assert rows["MMLU, 100 questions, %"]["base"] == ""
+    assert rows["MMLU, 100 samples, %"]["program"] == "75.00 ± 4.35"
+    assert rows["MMLU, 100 samples, %"]["base"] == ""
 
 
 def test_scores_of_different_devices_are_not_paired(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_agreement_is_told_with_what_rounding_alone_explains(measured: dict[str,
     assert "The questions on which program and checkpoint differ are in `metrics.json`" in text
     rows = {row[""]: row for row in quality_table(measured)}
     assert rows["same answers as the checkpoint, %"]["program"] == "97.0"
-    assert rows["same answers without rounding, %"]["quantized"] == "96.0"
+    assert rows["same answers without act. quant., %"]["quantized"] == "96.0"
 
 
 def test_chartqa_has_its_rows_where_it_was_measured(measured: dict[str, Any]) -> None:
