@@ -1,4 +1,4 @@
-"""Check: everything that can be known before a long stage starts, so that a mistake costs seconds."""
+"""Check: find what cannot work before a long stage starts, so that a mistake costs seconds."""
 
 import contextlib
 import importlib.util
