@@ -11,6 +11,7 @@ import traceback
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from quantize_gemma.flows.summary import Interrupted, empty_summary
+from quantize_gemma.tasks.models.resolved import ResolvedModel
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
 
 DESCRIPTION = """\
@@ -131,9 +132,9 @@ def _check(arguments: argparse.Namespace) -> int:
             # The token may be there.
             check_api()
             model = resolve_model(p.model, p.revision, p.offline)
-            plan["disk_bytes_needed"] = disk_needed(model["weight_bytes"])
-            plan["memory_bytes_needed"] = check_memory(model["weights"], p.workers if p.cluster is None else 1)
-            check_disk(model["weight_bytes"], _stages_to_run(p, model), model["revision"])
+            plan["disk_bytes_needed"] = disk_needed(model.weight_bytes)
+            plan["memory_bytes_needed"] = check_memory(model.weights, p.workers if p.cluster is None else 1)
+            check_disk(model.weight_bytes, _stages_to_run(p, model), model.revision)
     except UserError as error:
         return _refuse(error)
     except StageFailed as error:
@@ -143,11 +144,11 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _stages_to_run(p: Any, model: dict[str, Any]) -> list[str]:
+def _stages_to_run(p: Any, model: ResolvedModel) -> list[str]:
     from quantize_gemma.tasks.check import WRITTEN, may_be_stored
     from quantize_gemma.tasks.models.recipe import load_recipe
 
-    if not may_be_stored(model["weight_bytes"]):
+    if not may_be_stored(model.weight_bytes):
         return list(WRITTEN)
     # Late, for Prefect takes seconds to be imported.
     from quantize_gemma.flows.quantize_gemma import chain

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
+
 Stage = Literal[
     "download",
     "download_mmlu",
@@ -154,19 +156,19 @@ class Parameters(BaseModel):
 
 
 def command_line(
-    p: Parameters, model: dict[str, Any], benchmark: dict[str, Any], charts: dict[str, Any] | None, recipe_hash: str
+    p: Parameters, model: ResolvedModel, benchmark: ResolvedDataset, charts: ResolvedDataset | None, recipe_hash: str
 ) -> str:
     """Returns the command that makes the same release again, from what the run's names were resolved to.
 
     What only this machine has is a placeholder, with what identifies it in a comment.
     """
-    pinned: dict[str, Any] = {"model": model["name"], "charts": charts["name"] if charts else "none"}
+    pinned: dict[str, Any] = {"model": model.name, "charts": charts.name if charts else "none"}
     for name, resolved in (("revision", model), ("benchmark_revision", benchmark), ("charts_revision", charts)):
-        pinned[name] = resolved["revision"] if resolved and "kind" in resolved else None
+        pinned[name] = resolved.revision if resolved and resolved.on_hub else None
     comment = ""
-    if "kind" not in model and not model["fixture"]:
+    if not model.on_hub and not model.fixture:
         pinned["model"] = MODEL
-        comment += f"  # {MODEL}: the directory whose files have the digest {model['revision']}"
+        comment += f"  # {MODEL}: the directory whose files have the digest {model.revision}"
     if p.recipe.endswith(".json"):
         pinned["recipe"] = RECIPE
         comment += f"  # {RECIPE}: the recipe with the hash {recipe_hash}"

@@ -38,7 +38,8 @@ from quantize_gemma.tasks.evaluate.program import evaluate_program
 from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate import LIMITS, GateRefused, compare_with_published, gate, gate_table, required_checks
 from quantize_gemma.tasks.models.checkpoint import read_config
-from quantize_gemma.tasks.models.recipe import load_recipe, recipe_hash
+from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
+from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.publish import check_target, publish, published_metrics
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import machine, store, worker
@@ -77,12 +78,12 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         charts = None
         if p.chart_benchmark():
             charts = run.light("resolve charts", resolve_benchmark, p.chart_benchmark(), p.charts_revision, p.offline)
-        name = f"{p.model} {p.recipe} {model['revision'][:12]}"
+        name = f"{p.model} {p.recipe} {model.revision[:12]}"
         rename_run(name)
         workers = p.workers if p.cluster is None else 1
-        check_memory(model["weights"], workers)
-        check_disk(model["weight_bytes"], missing(chain(p, model, recipe), p.refresh), model["revision"])
-        run.one_at_a_time = disk_needed(model["weight_bytes"]) * workers > machine.available_memory() / 4
+        check_memory(model.weights, workers)
+        check_disk(model.weight_bytes, missing(chain(p, model, recipe), p.refresh), model.revision)
+        run.one_at_a_time = disk_needed(model.weight_bytes) * workers > machine.available_memory() / 4
 
         base = run.stage("download", download, **origin(model, p.offline))
         files = open_record(base.result()).path
@@ -127,10 +128,10 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         release = run.stage(
             "card",
             card,
-            model={name: model[name] for name in ("name", "revision", "fixture", "license")},
+            model={**named(model), "license": dict(model.license)},
             benchmark=named(benchmark),
             charts=named(charts) if charts else None,
-            recipe=recipe,
+            recipe=recipe.to_json(),
             max_seq_len=p.max_seq_len,
             command=command_line(p, model, benchmark, charts, recipe_hash(recipe)),
             limits={name: getattr(p, name) for name in LIMITS},
@@ -172,15 +173,15 @@ def rename_run(name: str) -> None:
         client.update_flow_run(runtime.flow_run.id, name=name)
 
 
-def named(resolved: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the card says of a benchmark."""
-    return {name: resolved[name] for name in ("name", "revision", "fixture")}
+def named(resolved: ResolvedDataset) -> dict[str, Any]:
+    """Return what the card says of a model or a benchmark."""
+    return {"name": resolved.name, "revision": resolved.revision, "fixture": resolved.fixture}
 
 
-def quantizing(p: Parameters, recipe: dict[str, Any]) -> dict[str, Any]:
+def quantizing(p: Parameters, recipe: Recipe) -> dict[str, Any]:
     """Returns how the checkpoint is quantized."""
     # The same bytes everywhere, unless a GPU is asked for: it adds up in another order.
-    return {"recipe": recipe, "device": "cuda" if p.device == "cuda" and p.cluster is None else "cpu"}
+    return {"recipe": recipe.to_json(), "device": "cuda" if p.device == "cuda" and p.cluster is None else "cpu"}
 
 
 def exporting(p: Parameters) -> dict[str, Any]:
@@ -189,15 +190,15 @@ def exporting(p: Parameters) -> dict[str, Any]:
     return {name: getattr(p, name) for name in lowered}
 
 
-def chain(p: Parameters, model: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[Stage[...], dict[str, Any]]]:
+def chain(p: Parameters, model: ResolvedModel, recipe: Recipe) -> list[tuple[Stage[...], dict[str, Any]]]:
     """Returns the stages that write much, with what each takes beside the checkpoint of the one before."""
     stages = (download, untie, quantize, export)
     return list(zip(stages, (origin(model, p.offline), {}, quantizing(p, recipe), exporting(p)), strict=True))
 
 
-def origin(resolved: dict[str, Any], offline: bool) -> dict[str, Any]:
+def origin(resolved: ResolvedDataset, offline: bool) -> dict[str, Any]:
     """Returns where a download comes from."""
-    return {"source": resolved["source"], "revision": resolved["revision"], "offline": offline}
+    return {"source": resolved.source, "revision": resolved.revision, "offline": offline}
 
 
 class Run:

@@ -360,7 +360,8 @@ def model_class(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
     """Return the class in transformers of the model that a configuration describes."""
     import transformers
 
-    return getattr(transformers, GEMMA3.architectures[config.architectures[0]].class_name)
+    cls: type[PreTrainedModel] = getattr(transformers, GEMMA3.architectures[config.architectures[0]].class_name)
+    return cls
 
 
 def load_model(checkpoint: Path, dtype: "torch.dtype") -> "PreTrainedModel":

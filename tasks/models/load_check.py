@@ -104,7 +104,7 @@ def _load_tokenizer(checkpoint: Path, config: ModelConfig) -> "PreTrainedTokeniz
 
 
 def _check_token_ids(path: Path, tokenizer: dict[str, Any]) -> None:
-    """Raise UserError if token ids are far apart: the library would allocate memory and log a line for each unused id."""
+    """Raise UserError if token ids are far apart: the library allocates memory and logs a line for each unused id."""
     model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list):

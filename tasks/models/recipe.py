@@ -2,8 +2,8 @@
 
 A recipe is a JSON file: a name, a description and rules. To add one, put its file into recipes/; its name is the file's
 name without .json. A rule names a role of the family (or `re:<regular expression>` on module names) and, for these
-modules, the weight's dtype, the group size (null: one scale per row), dynamic activation quantization, and the algorithm
-that chooses the scales.
+modules, the weight's dtype, the group size (null: one scale per row), dynamic activation quantization, and the
+algorithm that chooses the scales.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ REASONS = {
     "int_type": "must be a positive integer or null",
     "dataclass_type": "must be an object",
     "missing": "is missing",
-    "unexpected_keyword_argument": "is not a field of a rule: a rule has match, weight, group_size, activation, algorithm",
+    "unexpected_keyword_argument": "is not a field of a rule, which are match, weight, group_size, activation, algorithm",
 }
 RECIPES = Path(__file__).parent / "recipes"
 # Each is a function in quantize/algorithms.py, and what torchao calls its `intx_choose_qparams_algorithm`.

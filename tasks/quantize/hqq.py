@@ -13,7 +13,7 @@ run on data that stays in the processor's cache. Three things make the results e
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import numba
 import numpy as np
@@ -61,7 +61,7 @@ class Quantized(Generic[Array]):
 
 def quantize_chunk(
     weight: "Floats | npt.NDArray[np.uint16]", group_size: int, dtype: str, lanes: int, iterations: int = ITERATIONS
-) -> "Quantized[npt.NDArray[np.generic]]":
+) -> "Quantized[npt.NDArray[Any]]":
     """Quantize some rows of a matrix on the CPU.
 
     Args:
@@ -81,8 +81,8 @@ def quantize_chunk(
     low, high = (np.float32(bound) for bound in BOUNDS[dtype])
     kernel = _quantize_side_by_side if group_size <= SIDE_BY_SIDE else _quantize_one_by_one
     kernel(groups, weight.dtype == np.uint16, low, high, iterations, lanes, integers, scales, changes, sums)
-    scales = scales.reshape(rows, columns // group_size)
-    return Quantized(integers.reshape(rows, columns), scales, changes, float(sums[0]), float(sums[1]))
+    shape = rows, columns // group_size
+    return Quantized(integers.reshape(rows, columns), scales.reshape(shape), changes, float(sums[0]), float(sums[1]))
 
 
 def quantize_chunk_with_torch(
@@ -93,7 +93,7 @@ def quantize_chunk_with_torch(
 
     low, high = BOUNDS[dtype]
     epsilon = float(EPSILON)
-    groups = weight.float().unflatten(1, (-1, group_size))
+    groups = weight.float().reshape(weight.shape[0], -1, group_size)
     scales = (groups.abs().amax(dim=2) / max(-low, high)).clamp_min(epsilon)
     changes = torch.zeros(ITERATIONS, device=weight.device)
     for iteration in range(iterations):
@@ -133,7 +133,9 @@ def sum_lanes() -> int:
     short = torch.from_numpy(values[:, :32].copy()).sum(dim=1).numpy()
     for lanes in (16, 8, 4):
         sums = np.array([_sum_of_products(row, np.ones_like(row), lanes, _accumulators(lanes)) for row in values])
-        short_sums = np.array([_sum_of_products(r[:32], np.ones_like(r[:32]), lanes, _accumulators(lanes)) for r in values])
+        short_sums = np.array(
+            [_sum_of_products(r[:32], np.ones_like(r[:32]), lanes, _accumulators(lanes)) for r in values]
+        )
         if np.array_equal(sums, expected) and np.array_equal(short_sums, short):
             return lanes
     return 0
@@ -151,7 +153,7 @@ def _compiled(**options: bool | str) -> Callable[[Callable[P, R]], Callable[P, R
 
 @_compiled(error_model="numpy", inline="always")
 def _nearest(weight: np.float32, scale: np.float32, low: np.float32, high: np.float32) -> np.float32:
-    """Return the integer, as float32, that stands for the weight; written so that it compiles to vector instructions."""
+    """Return the integer, as float32, that stands for the weight; in a form that compiles to vector code."""
     value = weight / scale
     value = value if value < high else high
     value = value if value > low else low

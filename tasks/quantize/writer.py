@@ -163,9 +163,7 @@ def _chunks(source: SourceTensor, offsets: Mapping[str, int], weights: int) -> I
         yield Chunk(source, first, min(step, rows - first), offsets)
 
 
-def _convert(
-    name: str, chunk: Chunk, file: int, rule: Rule | None, device: str, iterations: int | None
-) -> ChunkSums:
+def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str, iterations: int | None) -> ChunkSums:
     """Read some rows, quantize them if there is a rule, and write them.
 
     Raises:
@@ -218,7 +216,7 @@ def _read(file: int, buffer: bytearray, offset: int) -> None:
 def _write(file: int, tensor: "torch.Tensor", offset: int) -> None:
     import torch
 
-    view = memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    view = tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
     while view:
         count = os.pwrite(file, view, offset)
         view, offset = view[count:], offset + count

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from quantize_gemma.flows import cli
 from quantize_gemma.flows.options import Parameters, command_line
+from quantize_gemma.tasks.models.resolved import ResolvedModel
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,8 @@ def test_a_target_that_is_the_model_is_refused(target: str) -> None:
         Parameters(model="me/gemma", target=target)
 
 
-def resolved(name: str, on_hub: bool = True, fixture: bool = False) -> dict[str, Any]:
-    return {"name": name, "revision": "a" * 40, "fixture": fixture, **({"kind": "model"} if on_hub else {})}
+def resolved(name: str, on_hub: bool = True, fixture: bool = False) -> ResolvedModel:
+    return ResolvedModel(name, "a" * 40, name, fixture, on_hub, license={}, weight_bytes=0, weights=0)
 
 
 HUB = resolved("google/gemma-3-4b-it"), resolved("cais/mmlu"), resolved("HuggingFaceM4/ChartQA")
@@ -60,8 +61,8 @@ REVISIONS = {f"{name}revision": "a" * 40 for name in ("", "benchmark_", "charts_
     ("given", "sources", "expected"),
     [
         ({}, FIXTURES, {}),
-        ({"model": HUB[0]["name"], "benchmark": "cais/mmlu"}, HUB, REVISIONS),
-        ({"model": HUB[0]["name"], "benchmark": "cais/mmlu", "revision": "main"}, HUB, REVISIONS),
+        ({"model": HUB[0].name, "benchmark": "cais/mmlu"}, HUB, REVISIONS),
+        ({"model": HUB[0].name, "benchmark": "cais/mmlu", "revision": "main"}, HUB, REVISIONS),
         ({"charts": "none", "limit": 20, "device": "cuda", "max_seq_len": 512}, (*FIXTURES[:2], None), {}),
         ({"custom_sdpa": False, "custom_kv_cache": False, "last_logits_only": False}, FIXTURES, {}),
         ({"max_mmlu_drop": 2.5, "max_chartqa_drop": 0.0, "min_recovery": 99.5}, FIXTURES, {}),
@@ -79,7 +80,7 @@ def test_the_command_on_the_card_gives_the_runs_parameters(
     words = shlex.split(command, comments=True)
     assert words[0] == "quantize-gemma"
     printed = cli._parameters(cli._parser().parse_args(words[1:]))
-    charts = sources[2]["name"] if sources[2] else "none"
+    charts = sources[2].name if sources[2] else "none"
     assert printed == Parameters(**{**given, "charts": charts, **expected})
 
 

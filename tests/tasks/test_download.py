@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.download import _digest_of, download, remember, resolve_model
 from quantize_gemma.tasks.models.checkpoint import check_finite
-from quantize_gemma.tasks.models.datasets import check_charts, check_mmlu
+from quantize_gemma.tasks.models.datasets import check_chartqa, check_mmlu
+from quantize_gemma.tasks.models.resolved import ResolvedModel
 from quantize_gemma.tasks.runtime import hub as client
 from quantize_gemma.tasks.runtime import store, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
@@ -198,10 +200,10 @@ def test_what_a_name_stood_for_last_is_remembered_for_that_name_and_that_revisio
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
-    known = {"kind": "model", "name": "a/b--c", "revision": "0" * 40}
-    remember(known, "default")
-    remember({**known, "revision": "1" * 40}, "x--y")
-    assert resolve_model("a/b--c", "default", offline=True) == known
+    model = ResolvedModel("a/b--c", "0" * 40, "a/b--c", False, True, license={}, weight_bytes=8, weights=4)
+    remember(model, "default")
+    remember(replace(model, revision="1" * 40), "x--y")
+    assert resolve_model("a/b--c", "default", offline=True) == model
     for name, revision in (("a/b--c", None), ("a--b/c", "default"), ("a/b--c", "x/y")):
         with pytest.raises(UserError, match="never resolved"):
             resolve_model(name, revision, offline=True)
@@ -359,7 +361,7 @@ def test_charts_that_do_not_fit_are_named(damage: Any, message: str, tmp_path: P
     name = "data/test-00000-of-00001.parquet"
     source = damaged("chartqa-mini", name, tmp_path, damage)
     with pytest.raises(UserError, match=message) as mistake:
-        check_charts(source, "team/charts")
+        check_chartqa(source, "team/charts")
     assert f"{name} of team/charts" in str(mistake.value)
 
 
@@ -409,7 +411,7 @@ def test_a_directory_that_changes_after_the_run_has_started_is_no_base(
         (model / "generation_config.json").unlink()
     (tmp_path / "target").mkdir()
     with pytest.raises(UserError, match=f"{model} is changing: .* start again when nothing writes there"):
-        download(tmp_path / "target", str(model), resolved["revision"], offline=False)
+        download(tmp_path / "target", str(model), resolved.revision, offline=False)
 
 
 def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hub, tmp_path: Path) -> None:
