@@ -104,7 +104,7 @@ def check_memory(weights: int, workers: int = 1) -> int:
         )
     if total < one * workers:
         raise UserError(
-            f"{workers} workers take about {one * workers / 1e9:,.1f} GB of memory, since each loads its own model, but "
+            f"{workers} workers take about {one * workers / 1e9:,.1f} GB of memory, as each loads its own model, but "
             f"this machine has {total / 1e9:,.1f} GB: use at most --workers {total // one}"
         )
     return one * workers

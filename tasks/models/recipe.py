@@ -28,7 +28,7 @@ REASONS = {
     "int_type": "must be a positive integer or null",
     "dataclass_type": "must be an object",
     "missing": "is missing",
-    "unexpected_keyword_argument": "is not a field of a rule, which are match, weight, group_size, activation, algorithm",
+    "unexpected_keyword_argument": "is not a field of a rule: use match, weight, group_size, activation, algorithm",
 }
 RECIPES = Path(__file__).parent / "recipes"
 # Each is a function in quantize/algorithms.py, and what torchao calls its `intx_choose_qparams_algorithm`.

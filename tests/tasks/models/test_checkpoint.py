@@ -253,7 +253,7 @@ def test_files_without_an_index_that_transformers_would_not_read_are_refused(mod
 def test_a_weight_that_two_files_have_is_refused(model: Path) -> None:
     first, second = shard(model)
     shutil.copy(first, second)
-    refused(model, "stands twice")
+    refused(model, "is in two files")
 
 
 def test_two_names_of_one_loaded_weight_are_refused(model: Path) -> None:
@@ -465,7 +465,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(model: Path) -> None:
 
 def test_a_tokenizer_with_numbers_that_take_all_memory_is_refused(model: Path) -> None:
     edit_json(model / "tokenizer.json", lambda value: value["model"]["vocab"].update({"more": 2**32 - 1}))
-    refused(model, "tokenizer.json", "numbered one after the other")
+    refused(model, "tokenizer.json", "consecutive token ids")
 
 
 def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
