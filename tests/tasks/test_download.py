@@ -322,9 +322,9 @@ def in_row(number: int, **values: Any) -> Callable[[list[dict[str, Any]]], None]
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("choices"), "has no column 'choices', only subject, question, answer: give a dataset in the layout"),
+        (without("choices"), "has no column 'choices', only subject, question, answer: use a dataset in the layout"),
         (with_values("answer", "ABCD".__getitem__), "the column 'answer' of .* is string, not an integer"),
-        (with_values("choices", str), "the column 'choices' of .* is string, not a list of texts"),
+        (with_values("choices", str), "the column 'choices' of .* is string, not a list of text"),
         (in_row(3, choices=["one", "two", "three"]), "row 3 of .* has 3 choices, not 4"),
         (in_row(0, choices=None), "row 0 of .* has 0 choices, not 4"),
         (in_row(1, choices=["one", "two", "three", None]), "row 1 of .* has an empty choice"),
@@ -334,35 +334,39 @@ def in_row(number: int, **values: Any) -> Callable[[list[dict[str, Any]]], None]
         (in_row(1, question=None), "row 1 of .* has no question"),
     ],
 )
-def test_questions_that_do_not_fit_are_named(damage: Any, message: str, tmp_path: Path) -> None:
+def test_an_error_names_the_file_and_row_that_do_not_fit_mmlus_layout(
+    damage: Any, message: str, tmp_path: Path
+) -> None:
     name = "anatomy/test-00000-of-00001.parquet"
     source = damaged("mmlu-mini", name, tmp_path, damage)
     with pytest.raises(UserError, match=message) as mistake:
-        check_mmlu(source, "team/questions")
-    assert f"{name} of team/questions" in str(mistake.value)
+        check_mmlu(source, "team/mmlu")
+    assert f"{name} of team/mmlu" in str(mistake.value)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("label"), "has no column 'label', only image, query, human_or_machine: give a dataset in the layout"),
-        (with_values("label", lambda label: label[0]), "the column 'label' of .* is string, not a list of texts"),
+        (without("label"), "has no column 'label', only image, query, human_or_machine: use a dataset in the layout"),
+        (with_values("label", lambda label: label[0]), "the column 'label' of .* is string, not a list of text"),
         (with_values("image", lambda image: image["bytes"]), "the column 'image' of .* is binary, not a struct"),
         (in_row(70, label=[]), "row 70 of .* has no label"),
         (in_row(1, label=[""]), "row 1 of .* has no label"),
-        (in_row(5, image=None), "row 5 of .* has no picture"),
-        (in_row(5, image={"bytes": None, "path": "chart.png"}), "row 5 of .* has no picture"),
-        (in_row(6, image={"bytes": b"GIF", "path": None}), "row 6 of .* has a picture that cannot be read"),
+        (in_row(5, image=None), "row 5 of .* has no image"),
+        (in_row(5, image={"bytes": None, "path": "chart.png"}), "row 5 of .* has no image"),
+        (in_row(6, image={"bytes": b"GIF", "path": None}), "row 6 of .* has an image that cannot be read"),
         (in_row(6, human_or_machine=2), "row 6 of .* has 2 for human_or_machine, not 0 or 1"),
         (in_row(6, query=""), "row 6 of .* has no query"),
     ],
 )
-def test_charts_that_do_not_fit_are_named(damage: Any, message: str, tmp_path: Path) -> None:
+def test_an_error_names_the_file_and_row_that_do_not_fit_chartqas_layout(
+    damage: Any, message: str, tmp_path: Path
+) -> None:
     name = "data/test-00000-of-00001.parquet"
     source = damaged("chartqa-mini", name, tmp_path, damage)
     with pytest.raises(UserError, match=message) as mistake:
-        check_chartqa(source, "team/charts")
-    assert f"{name} of team/charts" in str(mistake.value)
+        check_chartqa(source, "team/chartqa")
+    assert f"{name} of team/chartqa" in str(mistake.value)
 
 
 @pytest.mark.parametrize(("stage", "benchmark"), [("mmlu", "mmlu-mini"), ("chartqa", "chartqa-mini")])
