@@ -21,6 +21,7 @@ from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
 
 if TYPE_CHECKING:
     from quantize_gemma.flows.report import Terminal
+    from quantize_gemma.tasks.models.resolved import ResolvedModel
 
 HELP = """\
 Turn a Gemma 3 checkpoint into a quantized, measured, on-device release of it.
@@ -181,9 +182,9 @@ def check(*, options: AllOptions = RunOptions()) -> int:
             # The Hub's token may be in a block of the Prefect server.
             check_api()
             model = resolve_model(options.model, options.revision, options.offline)
-            plan["disk_bytes_needed"] = disk_needed(model["weight_bytes"])
-            plan["memory_bytes_needed"] = check_memory(model["weights"], options.local_workers())
-            check_disk(model["weight_bytes"], _missing_stages(options, model), model["revision"])
+            plan["disk_bytes_needed"] = disk_needed(model.weight_bytes)
+            plan["memory_bytes_needed"] = check_memory(model.weights, options.local_workers())
+            check_disk(model.weight_bytes, _missing_stages(options, model), model.revision)
     except UserError as error:
         return _print_error(error)
     except StageFailed as error:
@@ -225,12 +226,12 @@ def _limit(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def _missing_stages(options: RunOptions, model: dict[str, Any]) -> list[str]:
+def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
     """Return the stages that would have to run, because the store does not have their results."""
     from quantize_gemma.tasks.check import WRITTEN, may_be_stored
     from quantize_gemma.tasks.models.recipe import load_recipe
 
-    if not may_be_stored(model["weight_bytes"]):
+    if not may_be_stored(model.weight_bytes):
         return list(WRITTEN)
     # Only here, because importing Prefect takes seconds.
     from quantize_gemma.flows.plan import writing_stages

@@ -12,6 +12,8 @@ from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
+
 StageName = Literal[
     "download",
     "download_mmlu",
@@ -249,9 +251,9 @@ class RunOptions(Options):
 
 def command_line(
     options: RunOptions,
-    model: dict[str, Any],
-    mmlu: dict[str, Any],
-    chartqa: dict[str, Any] | None,
+    model: ResolvedModel,
+    mmlu: ResolvedDataset,
+    chartqa: ResolvedDataset | None,
     recipe_hash: str,
 ) -> str:
     """Return the command that makes the same release again, with every revision pinned.
@@ -265,13 +267,13 @@ def command_line(
         chartqa: The resolved ChartQA dataset, None if ChartQA was not measured.
         recipe_hash: The hash of the recipe.
     """
-    pinned: dict[str, object] = {"model": model["name"], "chartqa": chartqa["name"] if chartqa else "none"}
+    pinned: dict[str, object] = {"model": model.name, "chartqa": chartqa.name if chartqa else "none"}
     for name, source in (("revision", model), ("mmlu_revision", mmlu), ("chartqa_revision", chartqa)):
-        pinned[name] = source["revision"] if source and "kind" in source else None
+        pinned[name] = source.revision if source and source.on_hub else None
     comment = ""
-    if "kind" not in model and not model["fixture"]:
+    if not model.on_hub and not model.fixture:
         pinned["model"] = MODEL_PLACEHOLDER
-        comment += f"  # {MODEL_PLACEHOLDER}: the directory whose files have the digest {model['revision']}"
+        comment += f"  # {MODEL_PLACEHOLDER}: the directory whose files have the digest {model.revision}"
     if options.recipe.endswith(".json"):
         pinned["recipe"] = RECIPE_PLACEHOLDER
         comment += f"  # {RECIPE_PLACEHOLDER}: the recipe with the hash {recipe_hash}"

@@ -11,7 +11,8 @@ from quantize_gemma.tasks.download import download, remember, resolve_benchmark,
 from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate import LIMITS
 from quantize_gemma.tasks.models.checkpoint import read_config
-from quantize_gemma.tasks.models.recipe import load_recipe, recipe_hash
+from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
+from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.publish import check_target
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime.fingerprint import versions
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from quantize_gemma.flows.run import Record, Run
 
-# What a name was resolved to: {"name", "revision", "source", "fixture", …}.
-Source = dict[str, Any]
 Inputs = dict[str, Any]
 
 
@@ -38,16 +37,16 @@ class Plan:
         model: The resolved model.
         mmlu: The resolved MMLU dataset.
         chartqa: The resolved ChartQA dataset, None if ChartQA is not measured.
-        recipe: The recipe, as its JSON file has it.
+        recipe: The recipe.
         device: Where the evaluation runs, "cpu" or "cuda".
         multimodal: Whether the model reads images; known once the checkpoint is there.
     """
 
     options: RunOptions
-    model: Source
-    mmlu: Source
-    chartqa: Source | None
-    recipe: dict[str, Any]
+    model: ResolvedModel
+    mmlu: ResolvedDataset
+    chartqa: ResolvedDataset | None
+    recipe: Recipe
     device: str
     multimodal: bool = True
 
@@ -70,10 +69,10 @@ class Plan:
         """Return what the card says besides what the stages measured."""
         options = self.options
         return {
-            "model": {name: self.model[name] for name in ("name", "revision", "fixture", "license")},
+            "model": {**_dataset(self.model), "license": dict(self.model.license)},
             "benchmark": _dataset(self.mmlu),
             "charts": _dataset(self.chartqa) if self.chartqa else None,
-            "recipe": self.recipe,
+            "recipe": self.recipe.to_json(),
             "max_seq_len": options.export.max_seq_len,
             "command": command_line(options, self.model, self.mmlu, self.chartqa, recipe_hash(self.recipe)),
             "limits": {name: getattr(options.gate, name) for name in LIMITS},
@@ -90,7 +89,7 @@ class Plan:
 
     def run_name(self) -> str:
         """Return the name of the flow run."""
-        return f"{self.options.model} {self.options.recipe} {self.model['revision'][:12]}"
+        return f"{self.options.model} {self.options.recipe} {self.model.revision[:12]}"
 
 
 def make_plan(run: "Run", options: RunOptions) -> Plan:
@@ -114,9 +113,9 @@ def make_plan(run: "Run", options: RunOptions) -> Plan:
         chartqa = run.call("resolve_chartqa", resolve_benchmark, name, evaluation.chartqa_revision, offline)
     plan = Plan(options, model, mmlu, chartqa, recipe, device)
     run.rename(plan.run_name())
-    memory = check_memory(model["weights"], options.local_workers())
+    memory = check_memory(model.weights, options.local_workers())
     missing_stages = missing(writing_stages(options, model, recipe), options.refresh)
-    check_disk(model["weight_bytes"], missing_stages, model["revision"])
+    check_disk(model.weight_bytes, missing_stages, model.revision)
     run.fit_into_memory(memory)
     return plan
 
@@ -136,16 +135,17 @@ def check_download(plan: Plan, base: "PrefectFuture[Record]") -> Plan:
     return dataclasses.replace(plan, multimodal=False, chartqa=None)
 
 
-def download_inputs(source: Source, offline: bool) -> Inputs:
+def download_inputs(source: ResolvedDataset, offline: bool) -> Inputs:
     """Return where a download comes from."""
-    return {"source": source["source"], "revision": source["revision"], "offline": offline}
+    return {"source": source.source, "revision": source.revision, "offline": offline}
 
 
-def quantize_inputs(options: RunOptions, recipe: dict[str, Any]) -> Inputs:
+def quantize_inputs(options: RunOptions, recipe: Recipe) -> Inputs:
     """Return how the checkpoint is quantized."""
     evaluation = options.evaluation
     # Results are the same bytes on every machine unless a GPU is requested: it sums in another order.
-    return {"recipe": recipe, "device": "cuda" if evaluation.device == "cuda" and evaluation.cluster is None else "cpu"}
+    device = "cuda" if evaluation.device == "cuda" and evaluation.cluster is None else "cpu"
+    return {"recipe": recipe.to_json(), "device": device}
 
 
 def export_inputs(options: RunOptions) -> Inputs:
@@ -153,7 +153,7 @@ def export_inputs(options: RunOptions) -> Inputs:
     return {"backend": "xnnpack", "dtype": "float32", **options.export.model_dump()}
 
 
-def writing_stages(options: RunOptions, model: Source, recipe: dict[str, Any]) -> list[tuple[Stage[...], Inputs]]:
+def writing_stages(options: RunOptions, model: ResolvedModel, recipe: Recipe) -> list[tuple[Stage[...], Inputs]]:
     """Return the stages that write the most, in order, with their inputs besides the checkpoint."""
     return [
         (download, download_inputs(model, options.offline)),
@@ -163,6 +163,6 @@ def writing_stages(options: RunOptions, model: Source, recipe: dict[str, Any]) -
     ]
 
 
-def _dataset(source: Source) -> Source:
+def _dataset(source: ResolvedDataset) -> Inputs:
     """Return what the card says of a dataset."""
-    return {name: source[name] for name in ("name", "revision", "fixture")}
+    return {"name": source.name, "revision": source.revision, "fixture": source.fixture}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize_gemma.tasks.models.checkpoint import task_of, weight_files
-from quantize_gemma.tasks.models.config import ARCHITECTURES
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.patches import patched_export, patched_loading
@@ -87,7 +87,7 @@ def check_exportable(target: Path, checkpoint: Path) -> None:
     """Raises UserError if the checkpoint is not one of ours, or if there is no room for its program in `target`."""
     path = checkpoint / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if (config.get("architectures") or [None])[0] not in ARCHITECTURES:
+    if (config.get("architectures") or [None])[0] not in GEMMA3.architectures:
         raise UserError(f"{checkpoint} is not a checkpoint of Gemma 3: export what the quantize stage has written")
     if config.get("quantization_config", {}).get("quant_method") != "torchao":
         raise UserError(f"{checkpoint} is not quantized with torchao: export what the quantize stage has written")

@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.models.checkpoint import load_model, task_of
+from quantize_gemma.tasks.models.checkpoint import drop_vision_tower, is_multimodal, load_model
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.stage import Output, stage
@@ -29,8 +30,7 @@ def smoke(target: Path, checkpoint: Path, max_new_tokens: int) -> Output:
     from quantize_gemma.tasks.models.dequantize import dequantize_once
 
     model = load_model(checkpoint, torch.bfloat16)
-    if hasattr(model.model, "vision_tower"):
-        model.model.vision_tower = None
+    drop_vision_tower(model)
     # The same tokens, without dequantizing every weight for each of them.
     dequantize_once(model, head=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -66,7 +66,7 @@ def smoke_program(target: Path, checkpoint: Path, program: Path, max_seq_len: in
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(checkpoint)
-    multimodal = task_of(config.to_dict()) == "multimodal-text-to-text"
+    multimodal = is_multimodal(config.to_dict())
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     report_progress(0, 3, "runner")
     result: dict[str, Any] = {"text": _run_text(program, checkpoint, tokenizer, multimodal, max_new_tokens)}
@@ -150,7 +150,7 @@ def run_program(
 ) -> dict[str, Any]:
     """Returns {"response", "speed"} of the C++ runner. A piece of the prompt is {"text"} or {"pixels": a file}.
 
-    Texts that start with <bos> need none added.
+    Texts that start with the BOS token need none added.
     """
     import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
     import executorch.kernels.quantized  # noqa: F401 (registers operators)
@@ -163,7 +163,7 @@ def run_program(
     )
     from safetensors.torch import load_file
 
-    bos = 0 if pieces[0]["text"].startswith("<bos>") else 1
+    bos = 0 if pieces[0]["text"].startswith(GEMMA3.bos_token) else 1
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0, echo=False, num_bos=bos)
     answer: list[str] = []
     stats: list[Any] = []
@@ -177,7 +177,10 @@ def run_program(
         MultimodalRunner(program, tokenizer).generate(inputs, config, answer.append, stats.append)
     else:
         TextLLMRunner(program, tokenizer).generate(pieces[0]["text"], config, answer.append, stats.append)
-    response = "".join(answer).replace("<end_of_turn>", "").replace("<eos>", "").strip()
+    response = "".join(answer)
+    for token in GEMMA3.stop_tokens:
+        response = response.replace(token, "")
+    response = response.strip()
     return {"response": response, "speed": _speed(stats[-1])}
 
 

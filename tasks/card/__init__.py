@@ -10,7 +10,7 @@ from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
 from quantize_gemma.tasks.card.metrics import GEMMA_TERMS, collect_metrics
 from quantize_gemma.tasks.gate import gate_table, judge
 from quantize_gemma.tasks.models.license import clean_license
-from quantize_gemma.tasks.models.recipe import ROLES
+from quantize_gemma.tasks.models.recipe import Recipe, Rule
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.stage import Output, stage
@@ -41,7 +41,8 @@ def card(
     by stage.
     """
     artifacts = {name: store.at(path) for name, path in stages.items()}
-    metrics = collect_metrics(artifacts, model, benchmark, charts, recipe, max_seq_len, command, versions)
+    parsed = Recipe.from_json(recipe)
+    metrics = collect_metrics(artifacts, model, benchmark, charts, parsed, max_seq_len, command, versions)
     metrics["run_id"] = run_id
     metrics["gate"] = {"limits": limits, **judge(metrics, limits)}
     hashes = {}
@@ -54,7 +55,7 @@ def card(
     draw_subjects(metrics, target / "mmlu-by-subject.png")
     (target / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
-    (target / "README.md").write_text(render(metrics, recipe, sizes), encoding="utf-8")
+    (target / "README.md").write_text(render(metrics, parsed, sizes), encoding="utf-8")
     check_front_matter(target / "README.md", metrics)
     write_file_list(target, hashes)
     return {"metadata": {"recipe_hash": metrics["recipe_hash"]}}
@@ -91,7 +92,7 @@ def score(result: dict[str, Any]) -> str:
     return text if result["stderr"] is None else f"{text} ± {100 * result['stderr']:.2f}"
 
 
-def render(metrics: dict[str, Any], recipe: dict[str, Any], sizes: dict[str, int]) -> str:
+def render(metrics: dict[str, Any], recipe: Recipe, sizes: dict[str, int]) -> str:
     """Returns the model card's text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -124,7 +125,7 @@ def render(metrics: dict[str, Any], recipe: dict[str, Any], sizes: dict[str, int
         checks=gate_table(metrics["gate"]["checks"]),
         recipe=recipe,
         sizes=sizes,
-        rules=[_rule_as_code(rule) for rule in recipe["rules"]],
+        rules=[_rule_as_code(rule) for rule in recipe.rules],
     )
 
 
@@ -136,15 +137,14 @@ def check_front_matter(card: Path, metrics: dict[str, Any]) -> None:
         raise StageFailed(f"the metadata of {card} are not read as they were written: {card} is not published")
 
 
-def _rule_as_code(rule: dict[str, Any]) -> dict[str, str]:
-    match = rule["match"]
-    granularity = f"PerGroup({rule['group_size']})" if rule["group_size"] else "PerAxis(0)"
-    dynamic = rule["activation"] == "int8"
+def _rule_as_code(rule: Rule) -> dict[str, str]:
+    granularity = f"PerGroup({rule.group_size})" if rule.group_size else "PerAxis(0)"
+    dynamic = rule.activation == "int8"
     return {
-        "pattern": match[3:] if match.startswith("re:") else ROLES[match],
+        "pattern": rule.pattern,
         "config": markdown.Markdown(
             f"{'Int8DynamicActivationIntxWeightConfig' if dynamic else 'IntxWeightOnlyConfig'}("
-            f"weight_dtype=torch.{rule['weight']}, {'weight_granularity' if dynamic else 'granularity'}={granularity}, "
-            f'intx_choose_qparams_algorithm="{rule["algorithm"]}")'
+            f"weight_dtype=torch.{rule.weight}, {'weight_granularity' if dynamic else 'granularity'}={granularity}, "
+            f'intx_choose_qparams_algorithm="{rule.algorithm}")'
         ),
     }

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.models.recipe import recipe_hash
+from quantize_gemma.tasks.models.recipe import Recipe, recipe_hash
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.paired_stats import Pairs, count_pairs
@@ -34,7 +34,7 @@ def collect_metrics(
     model: dict[str, Any],
     benchmark: dict[str, Any],
     charts: dict[str, Any] | None,
-    recipe: dict[str, Any],
+    recipe: Recipe,
     max_seq_len: int,
     command: str,
     versions: dict[str, str],
@@ -53,7 +53,7 @@ def collect_metrics(
         "benchmark_revision": benchmark["revision"],
         "fixture_benchmark": benchmark["fixture"],
         "charts": charts,
-        "recipe": recipe["name"],
+        "recipe": recipe.name,
         "recipe_hash": recipe_hash(recipe),
         "max_seq_len": max_seq_len,
         "commands": {

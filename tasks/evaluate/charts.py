@@ -2,7 +2,7 @@
 
 Prompt, generation and score are those of lmms-eval's `chartqa` task and its gemma3 model, which measured the card's
 row: the system prompt "You are a helpful assistant.", picture, question and "Answer the question with a single word."
-in the chat template, one <bos>, greedy, 16 new tokens, relaxed accuracy. (lmms-eval also re-encodes each picture as
+in the chat template, one BOS token, greedy, 16 new tokens, relaxed accuracy. (lmms-eval also re-encodes each picture as
 JPEG; here the model gets the dataset's own pixels.) The normalized score beside it forgives an answer's form.
 
 lm-eval's own `hf-multimodal` model answers; see chart_model.py.
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from quantize_gemma.tasks.evaluate import kept, shards
-from quantize_gemma.tasks.models.checkpoint import task_of
-from quantize_gemma.tasks.models.datasets import CHART_KINDS, read_charts
+from quantize_gemma.tasks.models.checkpoint import is_multimodal
+from quantize_gemma.tasks.models.datasets import CHARTQA_SPLITS, read_chartqa
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.worker import report_progress
@@ -65,7 +65,7 @@ def evaluate_chartqa(
     """
     from transformers import AutoConfig
 
-    if task_of(AutoConfig.from_pretrained(checkpoint).to_dict()) != "multimodal-text-to-text":
+    if not is_multimodal(AutoConfig.from_pretrained(checkpoint).to_dict()):
         raise UserError(f"{checkpoint} is a text-only checkpoint: it cannot be asked about charts")
     with tempfile.TemporaryDirectory() as folder:
         digest, root = kept(checkpoint, Path(folder))
@@ -106,7 +106,7 @@ def load_chart_answerer(checkpoint: str, questions: str, device: str) -> Answere
     from quantize_gemma.tasks.evaluate.chart_model import ChartLM
 
     model = ChartLM(Path(checkpoint), device)
-    table = read_charts(Path(questions))
+    table = read_chartqa(Path(questions))
 
     def answer(numbers: list[int]) -> list[str]:
         texts = []
@@ -149,7 +149,7 @@ def score_answers(answer: Answerer, questions: Path, limit: int | None) -> tuple
         samples.append(
             {
                 "question": doc["number"],
-                "kind": CHART_KINDS[doc["human_or_machine"]],
+                "kind": CHARTQA_SPLITS[doc["human_or_machine"]],
                 "query": doc["query"],
                 "label": doc["label"],
                 "answer": text,
@@ -162,9 +162,9 @@ def score_answers(answer: Answerer, questions: Path, limit: int | None) -> tuple
 
 def chart_task(questions: Path, limit: int | None) -> dict[str, Any]:
     """Returns the lm-eval task over the first `limit` questions of each kind."""
-    table = read_charts(questions)
+    table = read_chartqa(questions)
     kinds = table["human_or_machine"].to_pylist()
-    each = [[number for number, kind in enumerate(kinds) if kind == one] for one in range(len(CHART_KINDS))]
+    each = [[number for number, kind in enumerate(kinds) if kind == one] for one in range(len(CHARTQA_SPLITS))]
     numbers = sorted(number for numbers in each for number in numbers[:limit])
 
     def read(**_metadata: Any) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def chart_task(questions: Path, limit: int | None) -> dict[str, Any]:
     def look(doc: dict[str, Any]) -> list[Any]:
         return [picture(table.slice(doc["number"], 1).to_pylist()[0])]
 
-    scores = [f"{score}_{part}" for score in ("relaxed", "normalized") for part in ("overall", *CHART_KINDS)]
+    scores = [f"{score}_{part}" for score in ("relaxed", "normalized") for part in ("overall", *CHARTQA_SPLITS)]
     return {
         "task": "chartqa",
         "custom_dataset": read,
@@ -202,7 +202,7 @@ def chart_task(questions: Path, limit: int | None) -> dict[str, Any]:
 
 
 def _scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    kind = CHART_KINDS[doc["human_or_machine"]]
+    kind = CHARTQA_SPLITS[doc["human_or_machine"]]
     relaxed = float(is_relaxed_correct(results[0], doc["label"]))
     normalized = float(is_normalized_correct(results[0], doc["label"]))
     return {
@@ -214,7 +214,7 @@ def _scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def _summarize(scores: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    counts = {kind: sum(sample["kind"] == kind for sample in samples) for kind in CHART_KINDS}
+    counts = {kind: sum(sample["kind"] == kind for sample in samples) for kind in CHARTQA_SPLITS}
     counts = {"overall": len(samples), **{kind: count for kind, count in counts.items() if count}}
 
     def score(name: str) -> dict[str, Any]:

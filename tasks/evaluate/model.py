@@ -19,8 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization
+from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_tower
 from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime.patches import patched_loading
 from quantize_gemma.tasks.runtime.worker import report_progress, trim_memory
 
@@ -67,8 +68,7 @@ class PackedLM(HFLM):
             )
         self.tokens = TOKENS[torch.device(device).type]
         self.rows = None if batch_size == "auto" else int(batch_size)
-        if hasattr(self.model.model, "vision_tower"):
-            self.model.model.vision_tower = None
+        drop_vision_tower(self.model)
         if unrounded:
             disable_activation_quantization(self.model)
             self.model.to(torch.float32)
@@ -135,7 +135,7 @@ class PackedLM(HFLM):
                 input_ids=torch.tensor([token for row in batch for token in row], device=self.device)[None],
                 position_ids=torch.cat([torch.arange(length, device=self.device) for length in lengths])[None],
                 # Made, the model makes none of its own over the whole row.
-                attention_mask=dict.fromkeys(("full_attention", "sliding_attention")),
+                attention_mask=dict.fromkeys(GEMMA3.layer_types),
                 questions=_Questions(self.model.config, lengths, self.device),
                 use_cache=False,
                 logits_to_keep=torch.tensor(kept, device=self.device),

@@ -17,7 +17,7 @@ from quantize_gemma.tasks.runtime.worker import report_progress
 class ProgramLM(TemplateLM):
     """A program, with the tokenizer of the checkpoint that it was exported from. It answers log-likelihoods alone."""
 
-    # The same tokens as for the checkpoint, <bos> first.
+    # The same tokens as for the checkpoint, BOS first.
     tok_encode = HFLM.tok_encode
     eot_token_id = HFLM.eot_token_id
     prefix_token_id = HFLM.prefix_token_id

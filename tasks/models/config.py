@@ -1,7 +1,8 @@
-"""What config.json must say: the one place where it is checked, before anything relies on it.
+"""One model's numbers: reads and checks config.json before anything relies on it.
 
-Only what this program reads itself or what decides how long and how large transformers builds a model. What else is
-wrong with a configuration, transformers says; see loadable.py.
+It checks only what this program reads itself, and what decides how large a model transformers builds and how long that
+takes. Transformers reports everything else that is wrong with a configuration; see load_check.py. What is the same for
+all models of the family is in gemma3.py.
 """
 
 from pathlib import Path
@@ -9,22 +10,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from quantize_gemma.tasks.models.gemma3 import GEMMA3, Architecture
 from quantize_gemma.tasks.runtime.errors import UserError
 
-ARCHITECTURES = {
-    "Gemma3ForConditionalGeneration": "multimodal-text-to-text",
-    "Gemma3ForCausalLM": "text-generation",
-}
-# Far more than any Gemma has, and little enough to count with.
+# Far more than any Gemma has, and small enough to compute with.
 Size = Annotated[int, Field(ge=1, le=10_000_000)]
 TokenId = Annotated[int, Field(ge=-1, le=10_000_000)]
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-class VisionConfig(_Part):
+class VisionConfig(_Section):
     """The vision tower's configuration. Defaults are those of transformers."""
 
     model_type: Literal["siglip_vision_model"] = "siglip_vision_model"
@@ -43,7 +41,7 @@ class VisionConfig(_Part):
         return self
 
 
-class TextConfig(_Part):
+class TextConfig(_Section):
     """The language model's configuration. Defaults are those of transformers."""
 
     model_type: Literal["gemma3_text"] = "gemma3_text"
@@ -61,7 +59,7 @@ class TextConfig(_Part):
     attn_logit_softcapping: float | None = Field(None, gt=0)
     final_logit_softcapping: float | None = Field(None, gt=0)
     attention_dropout: float = Field(0.0, ge=0, le=1)
-    # An embedding model's, of which no program for generating can be made.
+    # True in an embedding model, which cannot generate.
     use_bidirectional_attention: Literal[False] | None = False
     return_dict: Literal[True] = True
     tie_word_embeddings: bool = True
@@ -76,19 +74,19 @@ class TextConfig(_Part):
         return self
 
 
-class ModelConfig(_Part):
+class ModelConfig(_Section):
     """The configuration of a multimodal or a text-only Gemma 3."""
 
     architecture: str
     text: TextConfig
     vision: VisionConfig | None
-    # Of the whole model; some of the text's own have the same names.
+    # These apply to the whole model; text_config has fields of the same names.
     mm_tokens_per_image: Size = 256
     tie_word_embeddings: bool = True
     return_dict: Literal[True] = True
-    image_token_index: Size = 262_144
-    boi_token_index: Size = 255_999
-    eoi_token_index: Size = 256_000
+    image_token_index: Size = GEMMA3.image_token_index
+    boi_token_index: Size = GEMMA3.boi_token_index
+    eoi_token_index: Size = GEMMA3.eoi_token_index
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | list[TokenId] | None = None
     pad_token_id: TokenId | None = None
@@ -102,59 +100,66 @@ class ModelConfig(_Part):
 
 
 def parse_config(config: dict[str, Any], path: Path) -> ModelConfig:
-    """Returns the configuration of a plain Gemma 3. Raises UserError that names the file and the field."""
+    """Return the checked configuration of an unquantized Gemma 3.
+
+    Args:
+        config: The content of config.json.
+        path: Its file, for messages.
+
+    Raises:
+        UserError: It is not such a configuration; the message names the file and the field.
+    """
     architecture = _architecture(config, path)
     if config.get("quantization_config") is not None:
         quantization = config["quantization_config"]
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise UserError(f"{path.parent} is quantized already ({_short(method)}): give the unquantized checkpoint")
+        raise UserError(f"{path.parent} is quantized already ({_short(method)}): use the unquantized checkpoint")
     if config.get("transformers_weights") is not None:
         raise UserError(f"{path} names a weight file of its own (transformers_weights): remove that field")
-    multimodal = architecture == "Gemma3ForConditionalGeneration"
+    multimodal = architecture == GEMMA3.multimodal
     fields = {name: config[name] for name in ModelConfig.model_fields if name in config}
-    fields |= {"architecture": architecture}
+    fields |= {"architecture": architecture.class_name}
+    expected: dict[str, str | None] = {"model_type": architecture.model_type}
     if multimodal:
         fields |= {"text": config.get("text_config"), "vision": config.get("vision_config")}
-        expected: dict[str, str | None] = {"model_type": "gemma3"}
     else:
         fields |= {"text": config, "vision": None}
-        expected = {"model_type": "gemma3_text", "text_config": None, "vision_config": None}
+        expected |= {"text_config": None, "vision_config": None}
     for name, value in expected.items():
         if config.get(name) != value or (value is None and name in config):
             raise UserError(
-                f"{path} says {name} {_short(config.get(name))}, which does not go with the architecture "
-                f"{architecture}: {'remove it' if value is None else f'it must be {value!r}'}"
+                f"{path} says {name} {_short(config.get(name))}, which does not fit the architecture "
+                f"{architecture.class_name}: {'remove it' if value is None else f'it must be {value!r}'}"
             )
     try:
         parsed = ModelConfig(**fields)
-        if multimodal and parsed.vision is None:
-            raise UserError(f"{path} has no vision_config, though its architecture is {architecture}: add it")
     except ValidationError as error:
         first = error.errors()[0]
         names = {"text": "text_config", "vision": "vision_config"} if multimodal else {"text": ""}
         field = ".".join(filter(None, (str(names.get(str(part), part)) for part in first["loc"])))
         reason = first["msg"].removeprefix("Value error, ")
-        # The whole of an object that is checked as one says nothing.
+        # A whole object is too long to show.
         value = "" if isinstance(first["input"], dict) else f" {_short(first['input'])}"
         raise UserError(f"{path} has {field or 'fields'}{value}, which no Gemma 3 has: {reason}") from None
+    if multimodal and parsed.vision is None:
+        raise UserError(f"{path} has no vision_config, though its architecture is {architecture.class_name}: add it")
     return parsed
 
 
-def _architecture(config: dict[str, Any], path: Path) -> str:
+def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     names = config.get("architectures") or [config.get("model_type", "unknown")]
     if not isinstance(names, list):
         raise UserError(f"{path} has architectures {_short(names)}, not a list of names: download it again")
-    if names[0] not in list(ARCHITECTURES):
+    if names[0] not in list(GEMMA3.architectures):
         name = names[0] if isinstance(names[0], str) and names[0].isprintable() else _short(names[0])
         raise UserError(
-            f"{path.parent} is a {name[:80]} model, not Gemma 3: give one whose architecture is "
-            + " or ".join(ARCHITECTURES)
+            f"{path.parent} is a {name[:80]} model, not Gemma 3: use one whose architecture is "
+            + " or ".join(GEMMA3.architectures)
         )
-    architecture: str = names[0]
-    return architecture
+    return GEMMA3.architectures[names[0]]
 
 
-def _short(value: Any) -> str:
-    """Returns a value as text of one line."""
+def _short(value: object) -> str:
+    """Return a value as one line of text."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

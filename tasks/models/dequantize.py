@@ -17,6 +17,7 @@ from torchao.quantization import (
 )
 
 from quantize_gemma.tasks.models import activation_rounding
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
 
 # Elements of a weight that are dequantized at once.
 CHUNK = 2**24
@@ -107,7 +108,7 @@ class _Embedding(torch.nn.Module):
         super().__init__()
         self.weight = embedding.weight
         # Gemma's own embedding of tokens is scaled.
-        self.scale = getattr(embedding, "embed_scale", None)
+        self.scale = getattr(embedding, GEMMA3.embedding_scale, None)
         assert self.weight.block_size[0] == 1, f"blocks of {self.weight.block_size} are not within a row"
 
     def forward(self, tokens: Any) -> Any:

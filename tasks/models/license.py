@@ -1,18 +1,22 @@
-"""A model card's license fields, as far as they can be passed on: a bad card is no reason not to quantize."""
+"""The license fields of a model card. A malformed field is dropped: it is no reason not to quantize."""
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
-# A file of the release, as the Hub allows.
+# A link to a file of the release, which the Hub allows.
 FILE = re.compile(r"(LICENSE|NOTICE)[\w.-]{0,60}", re.ASCII)
 
 
-def clean_license(card: Any) -> dict[str, str]:
-    """Returns the license fields of a model card's metadata, those that are what they should be.
+def clean_license(card: "Mapping[str, object] | ModelCardData | None") -> dict[str, str]:
+    """Return the well-formed license fields of a model card's metadata, or none of them if `license` is not.
 
-    None without a license; a name is one line of text, a link leads to a web page or to a file of the release.
+    A name is one line of text; a link leads to a web page or to a file of the release.
     """
     fields = {name: card.get(name) for name in ("license", "license_name", "license_link")} if card else {}
     checks = {"license": _is_license, "license_name": _is_name, "license_link": _is_link}

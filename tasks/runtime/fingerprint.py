@@ -160,7 +160,7 @@ class _Module:
                 self.definitions.setdefault(name, []).append(node)
             if isinstance(node, ast.Import | ast.ImportFrom):
                 imports.append(node)
-            elif not names and not isinstance(node, ast.Pass) and not _is_main_guard(node):
+            elif not names and not isinstance(node, ast.Pass) and not _is_skipped_on_import(node):
                 self.effects.append(node)
         self.imports = dict(_bindings(imports))
 
@@ -280,8 +280,9 @@ def _declares_stage(decorator: ast.expr) -> bool:
     return isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "stage"
 
 
-def _is_main_guard(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+def _is_skipped_on_import(node: ast.stmt) -> bool:
+    """Tell whether a statement is `if __name__ == "__main__"`, or imports what only type checkers need."""
+    return isinstance(node, ast.If) and re.search("__name__|^TYPE_CHECKING$", ast.unparse(node.test)) is not None
 
 
 def _drop_docstrings(tree: ast.Module) -> None:

@@ -164,7 +164,7 @@ def _image_inputs(checkpoint: Path) -> tuple[Any, Any]:
     processor = AutoProcessor.from_pretrained(checkpoint)
     prompt = image_prompt(processor)
     image = Image.effect_mandelbrot((256, 192), (-2, -1.2, 1, 1.2), 40).convert("RGB")
-    # The template has written <bos> already.
+    # The template has written the BOS token already.
     starts = prompt.startswith(processor.tokenizer.bos_token)
     found = processor(text=prompt, images=image, add_special_tokens=not starts, return_tensors="pt")
     return found["input_ids"], found["pixel_values"]

@@ -32,7 +32,7 @@ def prompt_lengths(window: int, max_seq_len: int) -> list[int]:
 
 
 def answer_prompts(program: Path, checkpoint: Path, lengths: list[int]) -> list[dict[str, Any]]:
-    """Returns {"ids", "answer", "logits"} of prompts of so many tokens each, <bos> included.
+    """Returns {"ids", "answer", "logits"} of prompts of so many tokens each, BOS included.
 
     `answer` are the tokens of the program's greedy answer, `logits` those that they were chosen by, [tokens,
     vocabulary]. It runs in a process of its own, whose memory comes back.
@@ -87,7 +87,7 @@ def run_prompts(program: str, checkpoint: str, lengths: list[int], logits: str) 
 
 
 def make_prompt(tokenizer: Any, length: int) -> str:
-    """Returns a text of exactly so many tokens, <bos> included, as ExecuTorch's tokenizer counts them."""
+    """Returns a text of exactly so many tokens, BOS included, as ExecuTorch's tokenizer counts them."""
     words = (TEXT * (length // 40 + 2)).split(" ")
 
     def count(text: str) -> int:

@@ -33,7 +33,7 @@ COLOURS = {
 }
 
 
-def read_charts() -> list[dict[str, Any]]:
+def read_chartqa() -> list[dict[str, Any]]:
     """Returns [{"kind", "title", "unit", "points": [[label, colour, value]], "human", "machine"}].
 
     `human` and `machine` are the questions of that kind, [query, label].
@@ -44,7 +44,7 @@ def read_charts() -> list[dict[str, Any]]:
 
 def questions() -> list[dict[str, Any]]:
     """Returns the dataset's rows, those of humans first, with the picture as PNG."""
-    charts = [(chart, _png(draw(chart))) for chart in read_charts()]
+    charts = [(chart, _png(draw(chart))) for chart in read_chartqa()]
     return [
         {"image": {"bytes": png, "path": None}, "query": query, "label": [label], "human_or_machine": number}
         for number, kind in enumerate(KINDS)

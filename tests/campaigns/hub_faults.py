@@ -244,11 +244,11 @@ class Tried:
         def fill() -> Path:
             shutil.rmtree(incoming, ignore_errors=True)
             (incoming / "data").mkdir(parents=True)
-            download(incoming / "data", MODEL, resolved["revision"], False)
+            download(incoming / "data", MODEL, resolved.revision, False)
             return incoming / "data"
 
         data = again(5, fill)
-        expected = self.hub.files("model", MODEL, resolved["revision"])
+        expected = self.hub.files("model", MODEL, resolved.revision)
         for path in data.iterdir():
             content = self.hub.storage.object(expected[path.name]["sha256"]).read_bytes()
             assert path.read_bytes() == content, f"{path.name} is not the Hub's"

@@ -251,7 +251,7 @@ def _read_card(folder: Path, fields: Any, metrics: dict[str, Any]) -> None:
     model, _ = _write(folder, {})
     text = yaml.safe_dump(fields, allow_unicode=True) if fields != "" else ""
     (model / "README.md").write_bytes(f"---\n{text}---\n".encode(errors="surrogatepass"))
-    license_fields = resolve_model(str(model), None, False)["license"]
+    license_fields = resolve_model(str(model), None, False).license
     assert clean_license(license_fields) == license_fields
     _make_card(
         metrics,

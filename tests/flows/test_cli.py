@@ -28,7 +28,7 @@ def edit_config(model: Path, **changes: Any) -> None:
 def write_recipe(folder: Path, of: str, **changes: Any) -> Path:
     from quantize_gemma.tasks.models.recipe import load_recipe
 
-    recipe = load_recipe("HQQ-INT8-INT4")
+    recipe = load_recipe("HQQ-INT8-INT4").to_json()
     next(rule for rule in recipe["rules"] if rule["match"] == of).update(changes)
     path = folder / "mine.json"
     path.write_text(json.dumps({**recipe, "name": "mine"}))
@@ -282,7 +282,7 @@ def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_ne
     from quantize_gemma.tasks.runtime.machine import total_memory
 
     model = tiny_copy()
-    tensors = {name: (t["dtype"], t["shape"]) for name, t in read_header(model / "model.safetensors").items()}
+    tensors = {name: (t.dtype, t.shape) for name, t in read_header(model / "model.safetensors").items()}
     # Four bytes per weight are what it takes, at least.
     tensors["language_model.model.embed_tokens.weight"] = ("BF16", [total_memory() // 4 // 64, 64])
     with (model / "model.safetensors").open("wb") as stream:

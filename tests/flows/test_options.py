@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from quantize_gemma.flows import cli
 from quantize_gemma.flows.options import Options, RunOptions, command_line
+from quantize_gemma.tasks.models.resolved import ResolvedModel
 
 GROUPS = {name: type(value) for name, value in RunOptions() if isinstance(value, Options)}
 
@@ -106,8 +107,8 @@ def test_chartqa_follows_mmlu_unless_it_is_set(mmlu: str, chartqa: str, source: 
     assert options(mmlu=mmlu, chartqa=chartqa).evaluation.chartqa_source() == source
 
 
-def resolved(name: str, on_hub: bool = True, fixture: bool = False) -> dict[str, Any]:
-    return {"name": name, "revision": "a" * 40, "fixture": fixture, **({"kind": "model"} if on_hub else {})}
+def resolved(name: str, on_hub: bool = True, fixture: bool = False) -> ResolvedModel:
+    return ResolvedModel(name, "a" * 40, name, fixture, on_hub, license={}, weight_bytes=0, weights=0)
 
 
 HUB = resolved("google/gemma-3-4b-it"), resolved("cais/mmlu"), resolved("HuggingFaceM4/ChartQA")
@@ -120,8 +121,8 @@ REVISIONS = {f"{name}revision": "a" * 40 for name in ("", "mmlu_", "chartqa_")}
     ("given", "sources", "expected"),
     [
         ({}, FIXTURES, {}),
-        ({"model": HUB[0]["name"], "mmlu": "cais/mmlu"}, HUB, REVISIONS),
-        ({"model": HUB[0]["name"], "mmlu": "cais/mmlu", "revision": "main"}, HUB, REVISIONS),
+        ({"model": HUB[0].name, "mmlu": "cais/mmlu"}, HUB, REVISIONS),
+        ({"model": HUB[0].name, "mmlu": "cais/mmlu", "revision": "main"}, HUB, REVISIONS),
         ({"chartqa": "none", "limit": 20, "device": "cuda", "max_seq_len": 512}, (*FIXTURES[:2], None), {}),
         ({"custom_sdpa": False, "custom_kv_cache": False, "last_logits_only": False}, FIXTURES, {}),
         ({"max_mmlu_drop": 2.5, "max_chartqa_drop": 0.0, "min_recovery": 99.5}, FIXTURES, {}),
@@ -139,7 +140,7 @@ def test_the_command_on_the_card_gives_the_runs_parameters(
     words = shlex.split(command, comments=True)
     assert words[0] == "quantize-gemma"
     _, parsed = cli.parse(words[1:])
-    chartqa = sources[2]["name"] if sources[2] else "none"
+    chartqa = sources[2].name if sources[2] else "none"
     assert parsed.kwargs["options"] == options(**{**given, "chartqa": chartqa, **expected})
 
 

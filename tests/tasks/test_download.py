@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.download import _digest_of, download, remember, resolve_model
 from quantize_gemma.tasks.models.checkpoint import check_finite
-from quantize_gemma.tasks.models.datasets import check_charts, check_mmlu
+from quantize_gemma.tasks.models.datasets import check_chartqa, check_mmlu
+from quantize_gemma.tasks.models.resolved import ResolvedModel
 from quantize_gemma.tasks.runtime import hub as client
 from quantize_gemma.tasks.runtime import store, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
@@ -198,10 +200,10 @@ def test_what_a_name_stood_for_last_is_remembered_for_that_name_and_that_revisio
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
-    known = {"kind": "model", "name": "a/b--c", "revision": "0" * 40}
-    remember(known, "default")
-    remember({**known, "revision": "1" * 40}, "x--y")
-    assert resolve_model("a/b--c", "default", offline=True) == known
+    model = ResolvedModel("a/b--c", "0" * 40, "a/b--c", False, True, license={}, weight_bytes=8, weights=4)
+    remember(model, "default")
+    remember(replace(model, revision="1" * 40), "x--y")
+    assert resolve_model("a/b--c", "default", offline=True) == model
     for name, revision in (("a/b--c", None), ("a--b/c", "default"), ("a/b--c", "x/y")):
         with pytest.raises(UserError, match="never resolved"):
             resolve_model(name, revision, offline=True)
@@ -320,9 +322,9 @@ def in_row(number: int, **values: Any) -> Callable[[list[dict[str, Any]]], None]
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("choices"), "has no column 'choices', only subject, question, answer: give a dataset in the layout"),
+        (without("choices"), "has no column 'choices', only subject, question, answer: use a dataset in the layout"),
         (with_values("answer", "ABCD".__getitem__), "the column 'answer' of .* is string, not an integer"),
-        (with_values("choices", str), "the column 'choices' of .* is string, not a list of texts"),
+        (with_values("choices", str), "the column 'choices' of .* is string, not a list of text"),
         (in_row(3, choices=["one", "two", "three"]), "row 3 of .* has 3 choices, not 4"),
         (in_row(0, choices=None), "row 0 of .* has 0 choices, not 4"),
         (in_row(1, choices=["one", "two", "three", None]), "row 1 of .* has an empty choice"),
@@ -332,35 +334,39 @@ def in_row(number: int, **values: Any) -> Callable[[list[dict[str, Any]]], None]
         (in_row(1, question=None), "row 1 of .* has no question"),
     ],
 )
-def test_questions_that_do_not_fit_are_named(damage: Any, message: str, tmp_path: Path) -> None:
+def test_an_error_names_the_file_and_row_that_do_not_fit_mmlus_layout(
+    damage: Any, message: str, tmp_path: Path
+) -> None:
     name = "anatomy/test-00000-of-00001.parquet"
     source = damaged("mmlu-mini", name, tmp_path, damage)
     with pytest.raises(UserError, match=message) as mistake:
-        check_mmlu(source, "team/questions")
-    assert f"{name} of team/questions" in str(mistake.value)
+        check_mmlu(source, "team/mmlu")
+    assert f"{name} of team/mmlu" in str(mistake.value)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("label"), "has no column 'label', only image, query, human_or_machine: give a dataset in the layout"),
-        (with_values("label", lambda label: label[0]), "the column 'label' of .* is string, not a list of texts"),
+        (without("label"), "has no column 'label', only image, query, human_or_machine: use a dataset in the layout"),
+        (with_values("label", lambda label: label[0]), "the column 'label' of .* is string, not a list of text"),
         (with_values("image", lambda image: image["bytes"]), "the column 'image' of .* is binary, not a struct"),
         (in_row(70, label=[]), "row 70 of .* has no label"),
         (in_row(1, label=[""]), "row 1 of .* has no label"),
-        (in_row(5, image=None), "row 5 of .* has no picture"),
-        (in_row(5, image={"bytes": None, "path": "chart.png"}), "row 5 of .* has no picture"),
-        (in_row(6, image={"bytes": b"GIF", "path": None}), "row 6 of .* has a picture that cannot be read"),
+        (in_row(5, image=None), "row 5 of .* has no image"),
+        (in_row(5, image={"bytes": None, "path": "chart.png"}), "row 5 of .* has no image"),
+        (in_row(6, image={"bytes": b"GIF", "path": None}), "row 6 of .* has an image that cannot be read"),
         (in_row(6, human_or_machine=2), "row 6 of .* has 2 for human_or_machine, not 0 or 1"),
         (in_row(6, query=""), "row 6 of .* has no query"),
     ],
 )
-def test_charts_that_do_not_fit_are_named(damage: Any, message: str, tmp_path: Path) -> None:
+def test_an_error_names_the_file_and_row_that_do_not_fit_chartqas_layout(
+    damage: Any, message: str, tmp_path: Path
+) -> None:
     name = "data/test-00000-of-00001.parquet"
     source = damaged("chartqa-mini", name, tmp_path, damage)
     with pytest.raises(UserError, match=message) as mistake:
-        check_charts(source, "team/charts")
-    assert f"{name} of team/charts" in str(mistake.value)
+        check_chartqa(source, "team/chartqa")
+    assert f"{name} of team/chartqa" in str(mistake.value)
 
 
 @pytest.mark.parametrize(("stage", "benchmark"), [("mmlu", "mmlu-mini"), ("chartqa", "chartqa-mini")])
@@ -409,7 +415,7 @@ def test_a_directory_that_changes_after_the_run_has_started_is_no_base(
         (model / "generation_config.json").unlink()
     (tmp_path / "target").mkdir()
     with pytest.raises(UserError, match=f"{model} is changing: .* start again when nothing writes there"):
-        download(tmp_path / "target", str(model), resolved["revision"], offline=False)
+        download(tmp_path / "target", str(model), resolved.revision, offline=False)
 
 
 def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hub, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You passed .quantization_config.
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     untied, quantized = tmp_path_factory.mktemp("untied"), tmp_path_factory.mktemp("quantized")
     untie(untied, BUILTIN["tiny-gemma3"])
-    quantize(quantized, untied, load_recipe("HQQ-INT8-INT4"), "cpu")
+    quantize(quantized, untied, load_recipe("HQQ-INT8-INT4").to_json(), "cpu")
     return {"base": BUILTIN["tiny-gemma3"], "quantized": quantized}
 
 

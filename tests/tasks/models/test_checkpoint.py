@@ -96,7 +96,7 @@ def test_a_link_that_leaves_the_model_directory_is_refused_by_name(model: Path) 
     secret = model.parent / "token"
     secret.write_text(SECRET)
     (model / "NOTICE.txt").symlink_to(secret)
-    refused(model, "NOTICE.txt", "token", "outside of the model directory")
+    refused(model, "NOTICE.txt", "token", "outside the model directory")
     with pytest.raises(UserError, match=r"NOTICE\.txt"):
         resolve_model(str(model), None, False)
 
@@ -106,7 +106,7 @@ def test_links_of_every_kind_of_file_are_looked_at(model: Path, name: str) -> No
     elsewhere = model.parent / "elsewhere"
     shutil.move(model / name, elsewhere)
     (model / name).symlink_to(os.path.relpath(elsewhere, model))
-    refused(model, name, "outside of the model directory")
+    refused(model, name, "outside the model directory")
 
 
 def test_a_shard_behind_a_link_is_refused(model: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_shard_behind_a_link_is_refused(model: Path) -> None:
     check(model)
     shutil.move(second, model.parent / "second")
     second.symlink_to(model.parent / "second")
-    refused(model, second.name, "outside of the model directory")
+    refused(model, second.name, "outside the model directory")
 
 
 def test_a_link_within_the_model_directory_is_followed(model: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_link_within_the_model_directory_is_followed(model: Path) -> None:
     check(model)
     elsewhere = model.parent / "a link to the model"
     elsewhere.symlink_to(model)
-    assert resolve_model(str(elsewhere), None, False)["revision"] == resolve_model(str(model), None, False)["revision"]
+    assert resolve_model(str(elsewhere), None, False).revision == resolve_model(str(model), None, False).revision
 
 
 def test_the_hubs_cache_and_its_blobs_are_a_model_directory(model: Path) -> None:
@@ -138,14 +138,14 @@ def test_the_hubs_cache_and_its_blobs_are_a_model_directory(model: Path) -> None
     check(snapshot)
     (snapshot / "NOTICE").symlink_to("../../refs")
     (repository / "refs").write_text(SECRET)
-    refused(snapshot, "NOTICE", "outside of the model directory")
+    refused(snapshot, "NOTICE", "outside the model directory")
     # The layout alone makes nothing the Hub's cache.
     other = model.parent / "x" / "snapshots" / "y"
     other.mkdir(parents=True)
     (other.parent.parent / "blobs").mkdir()
     (other.parent.parent / "blobs" / "secret").write_text(SECRET)
     (other / "NOTICE").symlink_to("../../blobs/secret")
-    with pytest.raises(UserError, match="outside of the model directory"):
+    with pytest.raises(UserError, match="outside the model directory"):
         source_files(other)
 
 
@@ -182,12 +182,12 @@ def test_a_file_that_is_exchanged_after_it_was_listed_is_not_copied(model: Path)
     assert "NOTICE" in source_files(model)
     (model / "NOTICE").unlink()
     (model / "NOTICE").symlink_to(model.parent / "secrets" / "NOTICE")
-    with pytest.raises(UserError, match="outside of the model directory"):
+    with pytest.raises(UserError, match="outside the model directory"):
         open_source(model, "NOTICE")
 
 
 def test_only_what_a_release_needs_is_copied(model: Path, tmp_path: Path) -> None:
-    before = resolve_model(str(model), None, False)["revision"]
+    before = resolve_model(str(model), None, False).revision
     for name in (
         "trainer_state.json",
         "credentials.json",
@@ -196,7 +196,7 @@ def test_only_what_a_release_needs_is_copied(model: Path, tmp_path: Path) -> Non
         "model_ema.safetensors",
     ):
         (model / name).write_text("{}")
-    assert resolve_model(str(model), None, False)["revision"] == before
+    assert resolve_model(str(model), None, False).revision == before
     (tmp_path / "target").mkdir()
     download(tmp_path / "target", str(model), before, False)
     names = {path.name for path in BUILTIN["tiny-gemma3"].iterdir()} - {"README.md"}
@@ -232,7 +232,7 @@ def test_a_second_safetensors_file_beside_the_model_is_not_read(model: Path, tmp
     header, data = read_raw_header(model / "model.safetensors")
     write_raw_header(model / "model_ema.safetensors", header, bytes(len(data)))
     assert [path.name for path in weight_files(model)] == ["model.safetensors"]
-    assert {tensor["file"] for tensor in read_headers(model).values()} == {"model.safetensors"}
+    assert {tensor.file for tensor in read_headers(model).values()} == {"model.safetensors"}
     # A file that an index names is not read either, as long as there is a model.safetensors.
     weight_map = dict.fromkeys(header.keys() - {"__metadata__"}, "model_ema.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -241,7 +241,7 @@ def test_a_second_safetensors_file_beside_the_model_is_not_read(model: Path, tmp
     (tmp_path / "untied").mkdir()
     untie(tmp_path / "untied", model)
     untied = read_headers(tmp_path / "untied")
-    assert {tensor["file"] for tensor in untied.values()} == {"model-base.safetensors", "lm_head.safetensors"}
+    assert {tensor.file for tensor in untied.values()} == {"model-base.safetensors", "lm_head.safetensors"}
     assert not (tmp_path / "untied" / "model_ema.safetensors").exists()
 
 
@@ -253,7 +253,7 @@ def test_files_without_an_index_that_transformers_would_not_read_are_refused(mod
 def test_a_weight_that_two_files_have_is_refused(model: Path) -> None:
     first, second = shard(model)
     shutil.copy(first, second)
-    refused(model, "stands twice")
+    refused(model, "is in two files")
 
 
 def test_two_names_of_one_loaded_weight_are_refused(model: Path) -> None:
@@ -465,7 +465,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(model: Path) -> None:
 
 def test_a_tokenizer_with_numbers_that_take_all_memory_is_refused(model: Path) -> None:
     edit_json(model / "tokenizer.json", lambda value: value["model"]["vocab"].update({"more": 2**32 - 1}))
-    refused(model, "tokenizer.json", "numbered one after the other")
+    refused(model, "tokenizer.json", "consecutive token ids")
 
 
 def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:

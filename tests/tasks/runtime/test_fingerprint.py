@@ -291,7 +291,7 @@ def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, s
         (folder,) = home.glob(f"*/{keys[name]}/data")
         return str(folder)
 
-    recipe = load_recipe("HQQ-INT8-INT4")
+    recipe = load_recipe("HQQ-INT8-INT4").to_json()
     if stage == "untie":
         return {"checkpoint": data("download")}, {}
     if stage == "quantize":
