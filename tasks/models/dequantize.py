@@ -100,9 +100,11 @@ class _Linear(torch.nn.Module):
 
 
 class _Head(torch.nn.Module):
+    weight: IntxUnpackedToInt8Tensor
+
     def __init__(self, linear: torch.nn.Linear, fake_quantize: _FakeQuantize) -> None:
         super().__init__()
-        self.weight: IntxUnpackedToInt8Tensor = linear.weight
+        self.weight = linear.weight
         self.fake_quantize = fake_quantize if self.weight.activation_quantization is not None else None
         assert linear.bias is None, "an lm_head of Gemma 3 has no bias"
 
@@ -113,9 +115,11 @@ class _Head(torch.nn.Module):
 
 
 class _Embedding(torch.nn.Module):
+    weight: IntxUnpackedToInt8Tensor
+
     def __init__(self, embedding: torch.nn.Embedding) -> None:
         super().__init__()
-        self.weight: IntxUnpackedToInt8Tensor = embedding.weight
+        self.weight = embedding.weight
         # Gemma's own embedding of tokens is scaled.
         self.scale: Tensor | None = getattr(embedding, "embed_scale", None)
         assert self.weight.block_size[0] == 1, f"blocks of {self.weight.block_size} are not within a row"

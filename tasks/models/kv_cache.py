@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 class RingCache(torch.nn.Module):
     """Keys and values of the last `window` positions; position p is in slot p % window."""
 
+    k_cache: Tensor
+    v_cache: Tensor
+
     def __init__(self, window: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.window = window
