@@ -20,7 +20,7 @@ Stage = Literal[
     "evaluate_program",
     "evaluate_chartqa_base",
     "evaluate_chartqa_quantized",
-    "smoke_program",
+    "verify",
     "card",
 ]
 
@@ -90,8 +90,6 @@ class Parameters(BaseModel):
     max_seq_len: int = Field(
         1024, ge=64, le=LARGEST, description="Longest sequence of the exported program, prompt and answer, in tokens."
     )
-    backend: Literal["xnnpack"] = Field("xnnpack", description="What the program is lowered to.")
-    dtype: Literal["float32"] = Field("float32", description="Type of the program's activations and scales.")
     custom_sdpa: bool = Field(True, description="Let ExecuTorch's own kernel do the program's attention.")
     custom_kv_cache: bool = Field(
         True, description="Let ExecuTorch's own kernels keep the attention's cache, which needs custom_sdpa."
@@ -99,7 +97,7 @@ class Parameters(BaseModel):
     last_logits_only: bool = Field(
         True, description="Let the program return the logits of the last token alone, as generating needs them."
     )
-    max_new_tokens: int = Field(64, ge=1, le=LARGEST, description="Length of the smoke tests' answers, in tokens.")
+    max_new_tokens: int = Field(64, ge=1, le=LARGEST, description="Most tokens that `smoke` and `verify` generate.")
     max_mmlu_drop: float = Field(5.0, ge=0, description="Points of MMLU accuracy that the gate lets a release lose.")
     max_chartqa_drop: float = Field(
         10.0, ge=0, description="Points of ChartQA's relaxed accuracy that the gate lets a release lose."
@@ -110,10 +108,12 @@ class Parameters(BaseModel):
     max_disagreement: float = Field(
         2.0,
         ge=0,
-        description="Points by which rounding may change more of the program's answers than the checkpoint's.",
+        description="Points by which activation quantization may change more of the program's answers than the checkpoint's.",
     )
     max_kl_ratio: float = Field(
-        2.0, gt=0, description="How far the program may be from the checkpoint, in times the activation rounding."
+        2.0,
+        gt=0,
+        description="How far the program may be from the checkpoint, in times the activation-quantization baseline.",
     )
     max_regression: float = Field(
         1.0, ge=0, description="Points of MMLU accuracy that a release may be below the one published before it."

@@ -33,7 +33,7 @@ from quantize_gemma.tasks.download import (
     resolve_model,
 )
 from quantize_gemma.tasks.evaluate import evaluate_mmlu
-from quantize_gemma.tasks.evaluate.charts import evaluate_chartqa
+from quantize_gemma.tasks.evaluate.chartqa import evaluate_chartqa
 from quantize_gemma.tasks.evaluate.program import evaluate_program
 from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate import LIMITS, GateRefused, compare_with_published, gate, gate_table, required_checks
@@ -49,8 +49,9 @@ from quantize_gemma.tasks.runtime.prefect_stage import as_task, failure_of, miss
 from quantize_gemma.tasks.runtime.redact import redact, redact_logs
 from quantize_gemma.tasks.runtime.stage import Stage
 from quantize_gemma.tasks.runtime.units import human_size
-from quantize_gemma.tasks.smoke import smoke, smoke_program
+from quantize_gemma.tasks.smoke import smoke
 from quantize_gemma.tasks.untie import untie
+from quantize_gemma.tasks.verify import verify
 
 
 @flow(
@@ -91,15 +92,15 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         untied = run.stage("untie", untie, checkpoint=base)
         quantized = run.stage("quantize", quantize, checkpoint=untied, **quantizing(p, recipe))
         run.stage("smoke", smoke, checkpoint=quantized, max_new_tokens=p.max_new_tokens)
-        settings: dict[str, Any] = {"questions": asked, "limit": p.limit, "device": plan["device"]}
+        settings: dict[str, Any] = {"dataset": asked, "limit": p.limit, "device": plan["device"]}
         settings |= {"batch_size": p.batch_size, "workers": p.workers, "cluster": p.cluster}
         asked_base = run.stage("evaluate_mmlu_base", evaluate_mmlu, checkpoint=base, **settings)
         after = run.stage("evaluate_mmlu_quantized", evaluate_mmlu, asked_base, checkpoint=quantized, **settings)
         if charts and "vision_config" not in read_config(files):
-            get_run_logger().info("charts: skipped, the model reads no pictures")
+            get_run_logger().info("charts: skipped, the model reads no images")
             charts = None
         if charts:
-            settings["questions"] = run.stage("download_chartqa", download_chartqa, **origin(charts, p.offline))
+            settings["dataset"] = run.stage("download_chartqa", download_chartqa, **origin(charts, p.offline))
             del settings["batch_size"]
             after_base = run.stage("evaluate_chartqa_base", evaluate_chartqa, after, checkpoint=base, **settings)
             after = run.stage(
@@ -107,8 +108,8 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             )
         program = run.stage("export", export, checkpoint=quantized, **exporting(p))
         run.stage(
-            "smoke_program",
-            smoke_program,
+            "verify",
+            verify,
             after,
             checkpoint=quantized,
             program=program,
@@ -120,8 +121,8 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             evaluate_program,
             checkpoint=quantized,
             program=program,
-            questions=asked,
-            answered=run.futures["evaluate_mmlu_quantized"],
+            dataset=asked,
+            evaluation=run.futures["evaluate_mmlu_quantized"],
             sample_size=p.program_questions,
         )
         release = run.stage(
@@ -185,7 +186,7 @@ def quantizing(p: Parameters, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def exporting(p: Parameters) -> dict[str, Any]:
     """Returns how the program is made."""
-    lowered = ("max_seq_len", "backend", "dtype", "custom_sdpa", "custom_kv_cache", "last_logits_only")
+    lowered = ("max_seq_len", "custom_sdpa", "custom_kv_cache", "last_logits_only")
     return {name: getattr(p, name) for name in lowered}
 
 
@@ -335,10 +336,13 @@ def quality_table(metrics: dict[str, Any]) -> list[dict[str, str]]:
             "program": score(sample),
         },
         {"": "same answers as the checkpoint, %", "program": f"{100 * sample['agreement']:.1f}"},
-        {"": "same answers without rounding, %", "quantized": f"{100 * sample['noise_agreement']:.1f}"},
+        {
+            "": "same answers without activation quantization, %",
+            "quantized": f"{100 * sample['agreement_act_quant']:.1f}",
+        },
         *({"": f"{name}, %", **columns} for name, columns in chartqa_scores(metrics).items()),
         {"": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.2g}"},
-        {"": "KL of activation rounding, nats", "quantized": f"{agreement['kl_activation_noise']:.2g}"},
+        {"": "KL of activation quantization, nats", "quantized": f"{agreement['kl_act_quant']:.2g}"},
         {"": "same most likely token, %", "program": f"{100 * agreement['same_argmax']:.1f}"},
     ]
     return [{"": "", **dict.fromkeys(columns, ""), **row} for row in rows]

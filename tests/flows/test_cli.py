@@ -104,8 +104,6 @@ def test_too_little_disk_is_said_with_both_sizes(fresh: CommandLine, tiny_copy: 
         (["--max-mmlu-drop", "inf"], ["max-mmlu-drop", "inf", "finite"]),
         (["--model", "a\nb"], ["model", "line breaks"]),
         (["--limit", "0"], ["limit", "0", "greater than or equal to 1"]),
-        (["--backend", "vulkan"], ["backend", "vulkan", "'xnnpack'"]),
-        (["--dtype", "bfloat16"], ["dtype", "bfloat16", "'float32'"]),
         (["--no-custom-sdpa"], ["custom_kv_cache"]),
         (["--no-custom-kv-cache"], ["custom_kv_cache", "sliding window", "64 tokens"]),
         (["--benchmark", "gsm8k"], ["benchmark", "gsm8k", "'cais/mmlu'"]),
