@@ -108,7 +108,8 @@ class Parameters(BaseModel):
     max_disagreement: float = Field(
         2.0,
         ge=0,
-        description="Points by which activation quantization may change more of the program's answers than the checkpoint's.",
+        description="Points by which activation quantization may change more of the program's answers than of the "
+        "checkpoint's.",
     )
     max_kl_ratio: float = Field(
         2.0,

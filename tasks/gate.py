@@ -211,7 +211,7 @@ def _distances(agreement: dict[str, Any], max_ratio: float) -> list[Check]:
 
 
 def _stderr_of_excess(positions: dict[str, list[float]], max_ratio: float) -> float | None:
-    """Returns the standard error of how far the program is from the checkpoint beyond what activation quantization explains."""
+    """Return the standard error of the program's KL divergence beyond the activation-quantization baseline."""
     excess = [
         kl - max_ratio * baseline
         for kl, baseline in zip(positions["kl_program"], positions["kl_act_quant"], strict=True)

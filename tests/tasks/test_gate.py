@@ -176,7 +176,8 @@ def test_a_disagreement_that_chance_explains_is_told() -> None:
     assert check["value"] == 4.0
     assert check["margin"] == -2.0
     assert check["message"].startswith(
-        "of 100 questions the program answers 16 differently from the checkpoint without activation quantization, the checkpoint 12: "
+        "of 100 questions the program answers 16 differently from the checkpoint without activation quantization, "
+        "the checkpoint 12: "
         "4.00 ± 4.89 points more, at most 2: over by 2, which chance explains, confidence 34.1 %"
     )
 

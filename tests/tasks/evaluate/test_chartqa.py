@@ -182,8 +182,8 @@ def test_a_base_model_without_chat_template_gets_image_and_question(
 
 
 def prompt_of(checkpoint: str) -> dict[str, Any]:
-    from quantize_gemma.tasks.evaluate.chartqa_model import ChartQALM
     from quantize_gemma.tasks.evaluate.chartqa import make_messages
+    from quantize_gemma.tasks.evaluate.chartqa_model import ChartQALM
 
     return {"prompt": ChartQALM(Path(checkpoint), "cpu").prompt(make_messages("How many?"))}
 
