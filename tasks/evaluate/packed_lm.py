@@ -213,7 +213,8 @@ def _attend(
     start = 0
     for length, count in sequences.runs:
         stop = start + length * count
-        parts = [whole[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for whole in (query, key, value)]
+        tokens = [whole[0, :, start:stop] for whole in (query, key, value)]
+        parts = [torch.unflatten(each, 1, (count, length)).transpose(0, 1) for each in tokens]
         mask = sequences.masks[length][module.layer_type]
         attended, _ = sdpa_attention_forward(module, *parts, mask, **kwargs)
         outputs.append(attended.flatten(0, 1))

@@ -41,7 +41,7 @@ class PteProgram:
 
         if self._embedding is None:
             return ids
-        chunks = [self._embedding.execute([chunk])[0].clone() for chunk in ids.split(self.max_chunk, dim=1)]
+        chunks = [self._embedding.execute([chunk])[0].clone() for chunk in torch.split(ids, self.max_chunk, dim=1)]
         return torch.cat(chunks, dim=1)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
