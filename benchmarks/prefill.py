@@ -49,18 +49,18 @@ def export(target: str, checkpoint: str, last_logits_only: bool) -> dict[str, An
 
 
 def read(program: str, checkpoint: str) -> dict[str, Any]:
-    """Reads a prompt in one piece; returns the seconds that it took and the digest of the last logits."""
+    """Reads a prompt in one chunk; returns the seconds that it took and the digest of the last logits."""
     import hashlib
     import time
 
     import torch
 
-    from quantize_gemma.tasks.models.pte import Methods
+    from quantize_gemma.tasks.models.pte import PteProgram
 
-    methods = Methods(Path(program) / "model.pte")
+    pte = PteProgram(Path(program) / "model.pte")
     ids = torch.randint(10, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     started = time.monotonic()
-    logits = methods.decode(methods.embed(ids), {TOKENS - 1})
+    logits = pte.decode(pte.embed_tokens(ids), {TOKENS - 1})
     seconds = time.monotonic() - started
     return {"prefill_seconds": seconds, "answer": hashlib.sha256(logits.numpy().tobytes()).hexdigest()}
 

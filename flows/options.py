@@ -27,7 +27,7 @@ StageName = Literal[
     "evaluate_program",
     "evaluate_chartqa_base",
     "evaluate_chartqa_quantized",
-    "smoke_program",
+    "verify",
     "card",
 ]
 

@@ -60,8 +60,8 @@ class Plan:
             "cluster": evaluation.cluster,
         }
 
-    def smoke_inputs(self) -> Inputs:
-        """Return how long the smoke test of the program may get."""
+    def verify_inputs(self) -> Inputs:
+        """Return how long the prompts and responses of the program may get."""
         options = self.options
         return {"max_seq_len": options.export.max_seq_len, "max_new_tokens": options.evaluation.max_new_tokens}
 
@@ -150,7 +150,7 @@ def quantize_inputs(options: RunOptions, recipe: Recipe) -> Inputs:
 
 def export_inputs(options: RunOptions) -> Inputs:
     """Return how the program is exported."""
-    return {"backend": "xnnpack", "dtype": "float32", **options.export.model_dump()}
+    return options.export.model_dump()
 
 
 def writing_stages(options: RunOptions, model: ResolvedModel, recipe: Recipe) -> list[tuple[Stage[...], Inputs]]:

@@ -26,7 +26,7 @@ from quantize_gemma.flows.run import Record, Run, start_run
 from quantize_gemma.tasks.card import card
 from quantize_gemma.tasks.download import download, download_chartqa, download_mmlu
 from quantize_gemma.tasks.evaluate import evaluate_mmlu
-from quantize_gemma.tasks.evaluate.charts import evaluate_chartqa
+from quantize_gemma.tasks.evaluate.chartqa import evaluate_chartqa
 from quantize_gemma.tasks.evaluate.program import evaluate_program
 from quantize_gemma.tasks.export import export as export_program
 from quantize_gemma.tasks.gate import compare_with_published, required_checks
@@ -35,8 +35,9 @@ from quantize_gemma.tasks.publish import publish, published_metrics
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.prefect_stage import open_record
-from quantize_gemma.tasks.smoke import smoke, smoke_program
+from quantize_gemma.tasks.smoke import smoke
 from quantize_gemma.tasks.untie import untie
+from quantize_gemma.tasks.verify import verify
 
 
 @flow(name="quantize-gemma", flow_run_name="{model} {recipe}", persist_result=False, result_serializer="json")
@@ -94,13 +95,13 @@ def quantize_gemma(
             chartqa = run.submit(download_chartqa, **download_inputs(plan.chartqa, offline))
             evaluate_chartqa_columns(run, plan, chartqa, {"base": base, "quantized": quantized})
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
-        run.submit(smoke_program, exclusive=True, checkpoint=quantized, program=program, **plan.smoke_inputs())
+        run.submit(verify, exclusive=True, checkpoint=quantized, program=program, **plan.verify_inputs())
         run.submit(
             evaluate_program,
             checkpoint=quantized,
             program=program,
-            questions=mmlu,
-            answered=scores["quantized"],
+            dataset=mmlu,
+            evaluation=scores["quantized"],
             sample_size=evaluation.program_samples,
         )
         release = run.submit(card, run_id=str(runtime.flow_run.id), **(plan.card_inputs() | run.futures))
@@ -121,7 +122,7 @@ def evaluate_mmlu_columns(run: Run, plan: Plan, dataset: PrefectFuture[Record], 
             name=f"evaluate_mmlu_{column}",
             exclusive=True,
             checkpoint=checkpoint,
-            questions=dataset,
+            dataset=dataset,
             batch_size=plan.options.evaluation.batch_size,
             **plan.evaluation_inputs(),
         )
@@ -137,7 +138,7 @@ def evaluate_chartqa_columns(run: Run, plan: Plan, dataset: PrefectFuture[Record
             name=f"evaluate_chartqa_{column}",
             exclusive=True,
             checkpoint=checkpoint,
-            questions=dataset,
+            dataset=dataset,
             **plan.evaluation_inputs(),
         )
 

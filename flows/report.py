@@ -43,21 +43,24 @@ def quality_table(metrics: dict[str, Any]) -> list[Row]:
     """Return the rows of base vs. quantized vs. program; a cell that was not measured is empty."""
     agreement, sample = metrics["program"]["agreement"], metrics["program"]["mmlu"]
     rows: list[Row] = [
-        {"": "size", **{name: human_size(metrics[name]["bytes"]) for name in COLUMNS}},
-        {"": "MMLU, %", **{name: score(metrics[name]["mmlu"]) for name in ("base", "quantized")}},
+        {"metric": "size", **{name: human_size(metrics[name]["bytes"]) for name in COLUMNS}},
+        {"metric": "MMLU, %", **{name: score(metrics[name]["mmlu"]) for name in ("base", "quantized")}},
         {
             "": f"MMLU, {sample['questions']} samples, %",
             "quantized": score(sample["checkpoint"]),
             "program": score(sample),
         },
-        {"": "same answers as the checkpoint, %", "program": f"{100 * sample['agreement']:.1f}"},
-        {"": "same answers without act. quant., %", "quantized": f"{100 * sample['noise_agreement']:.1f}"},
-        *({"": f"{name}, %", **columns} for name, columns in chartqa_scores(metrics).items()),
-        {"": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.2g}"},
-        {"": "KL of activation quantization, nats", "quantized": f"{agreement['kl_activation_noise']:.2g}"},
-        {"": "same top token, %", "program": f"{100 * agreement['same_argmax']:.1f}"},
+        {"metric": "same answers as the checkpoint, %", "program": f"{100 * sample['agreement']:.1f}"},
+        {
+            "metric": "same answers without activation quantization, %",
+            "quantized": f"{100 * sample['agreement_act_quant']:.1f}",
+        },
+        *({"metric": f"{name}, %", **columns} for name, columns in chartqa_scores(metrics).items()),
+        {"metric": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.2g}"},
+        {"metric": "KL of activation quantization, nats", "quantized": f"{agreement['kl_act_quant']:.2g}"},
+        {"metric": "same top token, %", "program": f"{100 * agreement['same_argmax']:.1f}"},
     ]
-    return [{"": "", **dict.fromkeys(COLUMNS, ""), **row} for row in rows]
+    return [{"metric": "", **dict.fromkeys(COLUMNS, ""), **row} for row in rows]
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -145,9 +145,9 @@ def judge(metrics: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
 
     `limits` are those of LIMITS, parameters of the flow: the drops in points of accuracy; `min_recovery` in percent of
     the base's score; `max_disagreement` in points, how many percent more of the questions the program may answer
-    otherwise than the checkpoint in float32, without rounded activations, than the checkpoint itself does;
+    differently from the checkpoint in float32, without quantized activations, than the checkpoint itself does;
     `max_kl_ratio` bounds the KL divergence between checkpoint and program, and the vision encoder's squared error, by
-    what rounding the activations makes of them.
+    the activation-quantization baseline.
 
     A check's `margin` is what it holds by, less than 0 if it does not. `stderr` is the value's standard error, from
     the questions on which the columns differ (the margin's, from their positions, for answers to long prompts), and
@@ -186,8 +186,8 @@ def _disagreement(differing: dict[str, int], limit: float) -> Check:
     value, stderr = (round(100 * number, 4) for number in share_difference(differing))
     both = differing["both"]
     what = (
-        f"of {sum(differing.values())} questions the program answers {both + differing['first']} otherwise than the "
-        f"checkpoint without rounding, the checkpoint {both + differing['second']}: "
+        f"of {sum(differing.values())} questions the program answers {both + differing['first']} differently from the "
+        f"checkpoint without activation quantization, the checkpoint {both + differing['second']}: "
         f"{value:.2f} ± {stderr:.2f} points more, at most {limit:.4g}"
     )
     margin = round(limit - value, 4)
@@ -199,22 +199,22 @@ def _distances(agreement: dict[str, Any], max_ratio: float) -> list[Check]:
     checks = []
     parts = {"": agreement, **{name: agreement[name] for name in COMPARED if name in agreement}}
     for name, part in parts.items():
-        value, limit = _as_number(part["kl_program"]), max(max_ratio * _as_number(part["kl_activation_noise"]), FLOOR)
+        value, limit = _as_number(part["kl_program"]), max(max_ratio * _as_number(part["kl_act_quant"]), FLOOR)
         what = f"the program is {value:.6f} nats from the checkpoint {COMPARED.get(name, '')}".strip()
         stderr = _stderr_of_excess(part["positions"], max_ratio) if "positions" in part else None
         checks.append(_unless_chance(f"program_kl_{name}".rstrip("_"), what, value, limit, stderr))
     if "vision_encoder" in agreement:
-        error, noise = (_as_number(agreement["vision_encoder"][name]) for name in ("error", "noise"))
+        error, baseline = (_as_number(agreement["vision_encoder"][name]) for name in ("error", "error_act_quant"))
         what = f"the vision encoder's squared error is {error:.2g}"
-        checks.append(_at_most("vision_encoder", what, error, max(max_ratio * noise, FLOOR)))
+        checks.append(_at_most("vision_encoder", what, error, max(max_ratio * baseline, FLOOR)))
     return checks
 
 
 def _stderr_of_excess(positions: dict[str, list[float]], max_ratio: float) -> float | None:
-    """Returns the standard error of how far the program is from the checkpoint beyond what rounding explains."""
+    """Return the standard error of the program's KL divergence beyond the activation-quantization baseline."""
     excess = [
-        kl - max_ratio * noise
-        for kl, noise in zip(positions["kl_program"], positions["kl_activation_noise"], strict=True)
+        kl - max_ratio * baseline
+        for kl, baseline in zip(positions["kl_program"], positions["kl_act_quant"], strict=True)
     ]
     stderr = statistics.stdev(excess) / math.sqrt(len(excess)) if len(excess) > 1 else 0.0
     return stderr or None
@@ -293,7 +293,7 @@ def _as_text(disagreements: list[dict[str, Any]]) -> str:
         choices = " ".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", one["choices"], strict=True))
         answers = ", ".join(
             f"{name} {one[name]['answer']} by {one[name]['margin']:.2f} nats"
-            for name in ("checkpoint", "unrounded", "program")
+            for name in ("checkpoint", "no_act_quant", "program")
         )
         question = textwrap.shorten(f"{one['question']} {choices}", 300, placeholder=" …")
         lines.append(f"- {one['subject'].replace('_', ' ')} {one['doc_id']}: {question} ({one['target']}; {answers})")

@@ -18,7 +18,7 @@ from typing import Any
 from prefect import flow
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.evaluate import evaluate, shards
+from quantize_gemma.tasks.evaluate import evaluate_mmlu, shards
 from quantize_gemma.tasks.runtime import store, worker
 from quantize_gemma.tasks.runtime.errors import RunError
 from quantize_gemma.tasks.runtime.prefect_stage import as_task, open_record, record
@@ -26,11 +26,11 @@ from quantize_gemma.tasks.runtime.stage import Output, stage
 
 
 def load_lengths(loaded: str, seconds: float) -> Callable[[list[str]], list[int]]:
-    """Returns the answerer of words by their lengths; it dies of "SIGKILL", and leaves a line when it is loaded."""
+    """Load a scorer of words by their lengths; it dies of "SIGKILL", and leaves a line when it is loaded."""
     with open(loaded, "a", encoding="utf-8") as stream:
         stream.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
 
-    def answer(words: list[str]) -> list[int]:
+    def score(words: list[str]) -> list[int]:
         time.sleep(seconds)
         if "fail" in words:
             raise ValueError("a word that cannot be measured")
@@ -39,7 +39,7 @@ def load_lengths(loaded: str, seconds: float) -> Callable[[list[str]], list[int]
         taken = b"x" * 500_000_000 if "large" in words else b""
         return [len(word) + 0 * len(taken) for word in words]
 
-    return answer
+    return score
 
 
 @stage(ignored=("loaded", "seconds", "workers", "cluster"))
@@ -47,9 +47,9 @@ def lengths(
     target: Path, words: dict[str, list[str]], loaded: str, seconds: float, workers: int, cluster: str | None
 ) -> Output:
     """Writes each list's lengths."""
-    found = shards.answers(
+    responses = shards.respond(
         words,
-        answerer="tests.spreading:load_lengths",
+        scorer="tests.spreading:load_lengths",
         settings={"loaded": loaded, "seconds": seconds},
         paths={},
         identity={},
@@ -57,24 +57,24 @@ def lengths(
         workers=workers,
         cluster=cluster,
     )
-    (target / "lengths.json").write_text(json.dumps(found), encoding="utf-8")
+    (target / "lengths.json").write_text(json.dumps(responses), encoding="utf-8")
     return {}
 
 
 @flow
 def spread_evaluation(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the artifact's directory, what it took, and how many shards each process has answered."""
-    asked = {"workers": 1, "cluster": None, **settings}
+    inputs = {"workers": 1, "cluster": None, **settings}
     if stage == "evaluate":
-        asked = {"limit": None, "batch_size": "auto", "device": "cpu", **asked}
-        asked |= {"checkpoint": in_the_store(BUILTIN["tiny-gemma3"])}
-        asked |= {"questions": in_the_store(BUILTIN_BENCHMARKS["mmlu-mini"])}
-    options = as_task({"evaluate": evaluate, "lengths": lengths}[stage]).with_options(
+        inputs = {"limit": None, "batch_size": "auto", "device": "cpu", **inputs}
+        inputs |= {"checkpoint": in_the_store(BUILTIN["tiny-gemma3"])}
+        inputs |= {"dataset": in_the_store(BUILTIN_BENCHMARKS["mmlu-mini"])}
+    options = as_task({"evaluate": evaluate_mmlu, "lengths": lengths}[stage]).with_options(
         task_run_name=f"{stage} · test", result_storage=store.home()
     )
     with worker.ended_on_interrupt():
-        artifact = open_record(options.submit(**asked).result())
-    manifests = store.home().glob("answers/[0-9a-f]*/manifest.json")
+        artifact = open_record(options.submit(**inputs).result())
+    manifests = store.home().glob("responses/[0-9a-f]*/manifest.json")
     by = [json.loads(path.read_text(encoding="utf-8"))["measured"]["process"] for path in manifests]
     return {"folder": str(artifact.path), "measured": artifact.measured, "answered": Counter(by)}
 

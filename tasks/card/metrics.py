@@ -42,7 +42,7 @@ def collect_metrics(
     """Returns what metrics.json says: results, sizes, versions, commands, and time and memory of each stage."""
     scores = collect_scores(artifacts)
     mmlu = {name: scores[name]["mmlu"] for name in scores}
-    program = artifacts["smoke_program"]
+    program = artifacts["verify"]
     limit = mmlu["base"]["limit"]
     return {
         "base_model": model["name"],

@@ -1,102 +1,124 @@
-"""Evaluate the program: a sample of the questions that the checkpoint answered, and those that they answer differently.
+"""Evaluate the program on a sample of the questions that the checkpoint was evaluated on, and compare their answers.
 
-Rounding, to int8 activations and to bfloat16, turns answers that are close: in the program others than in the
-checkpoint. How many it turns is known, for the checkpoint answers the same questions without, too. A program that is
-right is no further from that than the checkpoint is.
+Quantized activations, and bfloat16, change answers whose scores are close: in the program other ones than in the
+checkpoint. The activation-quantization baseline says how many: the checkpoint is also evaluated in float32 without
+quantized activations. A correct program is no further from that than the checkpoint is.
 """
+
+from __future__ import annotations
 
 import gc
 import itertools
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.evaluate import benchmark, in_order, read_samples
+from quantize_gemma.tasks.evaluate import lm_eval_dataset, read_samples, sorted_samples
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.paired_stats import count_pairs
 from quantize_gemma.tasks.runtime.stage import Output, stage
 
-# Another seed would be another sample, and a release that was refused could be tried until one passes.
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+# Fixed: with another seed for each run, a release that fails could be run until a sample passes.
 SEED = 20
-COLUMNS = ("checkpoint", "unrounded", "program")
+COLUMNS = ("checkpoint", "no_act_quant", "program")
 
 
 @stage(memory=1.6)
 def evaluate_program(
-    target: Path, checkpoint: Path, program: Path, questions: Path, answered: Path, sample_size: int
+    target: Path, checkpoint: Path, program: Path, dataset: Path, evaluation: Path, sample_size: int
 ) -> Output:
-    """Writes results.json, see `summarize`, and samples.jsonl: log-likelihoods of the choices, in nats, by column.
+    """Write results.json, see summarize(), and samples.jsonl: log-likelihoods of the choices, in nats, by column.
 
-    `answered` is the checkpoint's evaluation, of whose questions `sample_size` are drawn, or all; those that are longer
-    than the program's sequences are left out. The columns are
-    "checkpoint"; "unrounded", the same in float32 with activations that are not quantized; and "program".
+    The columns are "checkpoint"; "no_act_quant", the checkpoint in float32 without quantized activations; and
+    "program". Questions that are longer than the program's sequences are left out.
+
+    Args:
+        target: The directory to write to.
+        checkpoint: The quantized checkpoint.
+        program: The directory of model.pte.
+        dataset: A directory in the layout of cais/mmlu.
+        evaluation: The checkpoint's evaluation on it.
+        sample_size: How many of its questions to draw; all if there are fewer.
+
+    Raises:
+        UserError: No question fits into the program.
+        StageFailed: Scores are not finite.
     """
-    sample = draw(read_samples(answered), sample_size)
-    with benchmark(questions):
-        from quantize_gemma.tasks.evaluate.model import PackedLM
+    sample = draw_sample(read_samples(evaluation), sample_size)
+    with lm_eval_dataset(dataset):
+        from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
         from quantize_gemma.tasks.evaluate.program_lm import ProgramLM
 
         model = ProgramLM(checkpoint, program)
-        asked = _ask(model, sample)
-        # The checkpoint would see the start of a longer question, the program not.
-        fitting = [model.fits(*found["arguments"][0]) for found in asked]
-        sample, asked = (list(itertools.compress(rows, fitting)) for rows in (sample, asked))
-        if not asked:
-            raise UserError(f"no question fits into a program of {model.methods.max_seq_len} tokens: raise max_seq_len")
+        responses = _evaluate(model, sample)
+        # The checkpoint would see the start of a longer question, the program would not.
+        fitting = [model.fits(*response["arguments"][0]) for response in responses]
+        sample, responses = (list(itertools.compress(rows, fitting)) for rows in (sample, responses))
+        if not responses:
+            raise UserError(f"no question fits into a program of {model.program.max_seq_len} tokens: raise max_seq_len")
         del model
         gc.collect()  # The checkpoint takes as much again.
-        without = _ask_again(PackedLM(checkpoint, "cpu", "auto", unrounded=True), asked)
+        baseline = _score_again(PackedLM(checkpoint, "cpu", "auto", no_act_quant=True), responses)
     rows = [
         {
             "subject": row["subject"],
             "doc_id": row["doc_id"],
             "target": row["target"],
             "checkpoint": row["loglikelihoods"],
-            "unrounded": unrounded,
-            "program": [response[0] for response in found["filtered_resps"]],
+            "no_act_quant": no_act_quant,
+            "program": [choice[0] for choice in response["filtered_resps"]],
         }
-        for row, unrounded, found in zip(sample, without, asked, strict=True)
+        for row, no_act_quant, response in zip(sample, baseline, responses, strict=True)
     ]
     for row in rows:
         if not all(math.isfinite(score) for column in COLUMNS for score in row[column]):
             raise StageFailed(f"the scores of question {row['doc_id']} of {row['subject']} are not finite: {row}")
-    results = summarize(rows, [found["doc"] for found in asked])
+    results = summarize(rows, [response["doc"] for response in responses])
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (target / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    shown = {name: results[name] for name in ("accuracy", "questions", "agreement", "noise_agreement")}
-    return {"metadata": {**shown, "sample_size": sample_size}}
+    headline = {name: results[name] for name in ("accuracy", "questions", "agreement", "agreement_act_quant")}
+    return {"metadata": {**headline, "sample_size": sample_size}}
 
 
-def draw(answered: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
-    """Returns so many of the rows, by subject and number: always the same, whatever order they come in."""
-    rows = sorted(answered, key=lambda row: (row["subject"], row["doc_id"]))
+def draw_sample(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    """Return `size` of the rows, sorted by subject and number: always the same, whatever their order."""
+    rows = sorted(rows, key=lambda row: (row["subject"], row["doc_id"]))
     chosen = random.Random(SEED).sample(range(len(rows)), min(size, len(rows)))
     return [rows[number] for number in sorted(chosen)]
 
 
-def summarize(rows: list[dict[str, Any]], asked: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns what results.json says of the sample.
+def summarize(rows: list[dict[str, Any]], docs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the content of results.json.
 
-    The program's "accuracy" and "stderr", and those of "checkpoint" and "unrounded"; "agreement", the share of
-    questions that program and checkpoint answer alike, and "noise_agreement", checkpoint and unrounded; "differing",
-    of how many both, only the program's (first), only the checkpoint's (second), or neither answer is another one
-    than unrounded; and "disagreements", the questions on which program and checkpoint differ, with the "margin" of
-    each answer over the next best, in nats.
+    Args:
+        rows: Rows of samples.jsonl.
+        docs: The dataset's documents, in the same order.
+
+    Returns:
+        "accuracy" and "stderr" of the program, and those of "checkpoint" and "no_act_quant"; "agreement", the share of
+        questions with the same answer in program and checkpoint, and "agreement_act_quant", in checkpoint and
+        no_act_quant; "differing", for how many questions both answers, only the program's (first), only the
+        checkpoint's (second), or neither differs from no_act_quant; and "disagreements", the questions on which
+        program and checkpoint differ, with the "margin" of each answer over the next best, in nats.
     """
     answers = {column: [_best(row[column]) for row in rows] for column in COLUMNS}
     scores = {column: _score(rows, answers[column]) for column in COLUMNS}
-    checkpoint, unrounded, program = (answers[column] for column in COLUMNS)
-    apart = [(p != u, c != u) for c, u, p in zip(checkpoint, unrounded, program, strict=True)]
+    checkpoint, no_act_quant, program = (answers[column] for column in COLUMNS)
+    differing = [(p != b, c != b) for c, b, p in zip(checkpoint, no_act_quant, program, strict=True)]
     return {
         "questions": len(rows),
         **scores["program"],
         "checkpoint": scores["checkpoint"],
-        "unrounded": scores["unrounded"],
+        "no_act_quant": scores["no_act_quant"],
         "agreement": _agreement(program, checkpoint),
-        "noise_agreement": _agreement(checkpoint, unrounded),
-        "differing": count_pairs(apart),
+        "agreement_act_quant": _agreement(checkpoint, no_act_quant),
+        "differing": count_pairs(differing),
         "disagreements": [
             {
                 "subject": row["subject"],
@@ -109,35 +131,35 @@ def summarize(rows: list[dict[str, Any]], asked: list[dict[str, Any]]) -> dict[s
                     for column in COLUMNS
                 },
             }
-            for row, doc in zip(rows, asked, strict=True)
+            for row, doc in zip(rows, docs, strict=True)
             if _best(row["program"]) != _best(row["checkpoint"])
         ],
     }
 
 
-def _ask(model: Any, sample: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns lm-eval's samples of these questions, in their order."""
+def _evaluate(model: LM, sample: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return lm-eval's samples of these questions, in their order."""
     from lm_eval import simple_evaluate
 
-    chosen: dict[str, list[int]] = {}
+    doc_ids: dict[str, list[int]] = {}
     for row in sample:
-        chosen.setdefault(f"mmlu_{row['subject']}", []).append(row["doc_id"])
-    output = simple_evaluate(model, tasks=list(chosen), samples=chosen, log_samples=True)
+        doc_ids.setdefault(f"mmlu_{row['subject']}", []).append(row["doc_id"])
+    output = simple_evaluate(model, tasks=list(doc_ids), samples=doc_ids, log_samples=True)
     if output is None:
         raise StageFailed("lm-eval returned no result")
-    found = in_order(output)
-    given = [(row["subject"], row["doc_id"]) for row in sample]
-    assert [(subject, one["doc_id"]) for subject, one in found] == given, "lm-eval asked other questions"
-    return [one for _, one in found]
+    samples = sorted_samples(output)
+    expected = [(row["subject"], row["doc_id"]) for row in sample]
+    assert [(subject, one["doc_id"]) for subject, one in samples] == expected, "lm-eval evaluated other questions"
+    return [one for _, one in samples]
 
 
-def _ask_again(model: Any, asked: list[dict[str, Any]]) -> list[list[float]]:
-    """Returns another model's log-likelihoods of the same choices."""
+def _score_again(model: LM, samples: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Return another model's log-likelihoods of the same choices."""
     from lm_eval.api.instance import Instance
 
-    pairs = [(number, pair) for number, sample in enumerate(asked) for pair in sample["arguments"]]
+    pairs = [(number, pair) for number, sample in enumerate(samples) for pair in sample["arguments"]]
     requests = [Instance("loglikelihood", doc={}, arguments=pair, idx=0) for _, pair in pairs]
-    scores: list[list[float]] = [[] for _ in asked]
+    scores: list[list[float]] = [[] for _ in samples]
     for (number, _), (score, _) in zip(pairs, model.loglikelihood(requests, disable_tqdm=True), strict=True):
         scores[number].append(score)
     return scores
@@ -157,7 +179,7 @@ def _agreement(one: list[int], other: list[int]) -> float:
 
 
 def _score(rows: list[dict[str, Any]], answers: list[int]) -> dict[str, float | None]:
-    """Returns accuracy and standard error of a random sample, the latter None for a single question."""
+    """Return accuracy and standard error of a random sample; the standard error of a single question is None."""
     count = len(rows)
     accuracy = sum(answer == row["target"] for answer, row in zip(answers, rows, strict=True)) / count
     stderr = math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else None

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize_gemma.tasks.builtin import BUILTIN
-from quantize_gemma.tasks.evaluate.charts import messages_of
+from quantize_gemma.tasks.evaluate.chartqa import make_messages
 from tests.builtin import make_chartqa_mini
 from tests.builtin.make_mmlu_mini import read_questions
 
@@ -122,7 +122,7 @@ def make_tokenizer() -> Any:
     learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     texts = [text + answer for text, answer in prompts()] + [IMAGE_PROMPT, *COLOURS]
     for row in make_chartqa_mini.questions():
-        system, user = messages_of(row["query"])
+        system, user = make_messages(row["query"])
         texts += [system["content"][0]["text"], user["content"][1]["text"], row["label"][0]]
     texts += [part for chat in CHATS.items() for part in chat] + [chr(code) for code in range(32, 127)]
     trainer = trainers.BpeTrainer(
@@ -249,7 +249,7 @@ def train(target: Path, seed: int = 0) -> None:
         return inputs["input_ids"][0].tolist(), [*encode(answer), end], inputs["pixel_values"]
 
     charts = [
-        image_row(Image.open(io.BytesIO(row["image"]["bytes"])), messages_of(row["query"]), row["label"][0])
+        image_row(Image.open(io.BytesIO(row["image"]["bytes"])), make_messages(row["query"]), row["label"][0])
         for number, row in enumerate(make_chartqa_mini.questions())
         if number % CHARTS_LEFT_OUT
     ]

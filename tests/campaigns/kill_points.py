@@ -47,8 +47,8 @@ USED_BY = {
     "evaluate_chartqa_base": ("card",),
     "evaluate_chartqa_quantized": ("card",),
     "smoke": ("card",),
-    "export": ("smoke_program", "evaluate_program"),
-    "smoke_program": ("card",),
+    "export": ("verify", "evaluate_program"),
+    "verify": ("card",),
     "evaluate_program": ("card",),
     "card": (),
     "publish": (),
@@ -171,7 +171,7 @@ class Accidents:
         """Takes away what the run has to make: artifacts, and some of the answers that evaluations keep."""
         places = [home / self.folders[name] / self.keys[name] for name in case.removed]
         if any(name.startswith(("evaluate", "charts")) for name in case.removed):
-            shards = sorted(home.glob("answers/[0-9a-f]*"))
+            shards = sorted(home.glob("responses/[0-9a-f]*"))
             places += rng.sample(shards, round(case.shards * len(shards)))
         for place in places:
             data = place.resolve()

@@ -281,7 +281,7 @@ def test_two_runs_never_hold_the_same_slot(sqlite: Operation, command_line: Comm
     slots = sqlite.read(limit)["limit"]
     httpx.patch(f"{sqlite.api}/{limit}", json={"limit": 1}, timeout=60).raise_for_status()
     forget(command_line, "smoke")
-    forget(command_line, "smoke_program")
+    forget(command_line, "verify")
     with sqlite.worker():
         evaluations = [f'evaluation={{"batch_size": 16, "max_new_tokens": {count}}}' for count in (3, 4)]
         runs = [sqlite.submit("quantize-gemma/default", TINY[0], evaluation) for evaluation in evaluations]
@@ -290,7 +290,8 @@ def test_two_runs_never_hold_the_same_slot(sqlite: Operation, command_line: Comm
     assert sqlite.read(limit)["active_slots"] == 0
     httpx.patch(f"{sqlite.api}/{limit}", json={"limit": slots}, timeout=60).raise_for_status()
     spans = []
-    for manifest in command_line.home.glob("smoke*/*/manifest.json"):
+    manifests = [path for name in ("smoke", "verify") for path in command_line.home.glob(f"{name}/*/manifest.json")]
+    for manifest in manifests:
         ended = manifest.stat().st_mtime
         spans.append((ended - json.loads(manifest.read_text())["measured"]["seconds"], ended))
     assert len(spans) == 4

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quantize_gemma.flows.report import quality_table
+from quantize_gemma.flows.quantize_gemma import quality_table
 from quantize_gemma.tasks.card import check_front_matter, render
 from quantize_gemma.tasks.card.chart import draw_subjects
 from quantize_gemma.tasks.card.metrics import (
@@ -66,8 +66,8 @@ def test_every_score_has_its_column_its_standard_error_and_its_number_of_questio
     assert table_row(text, "stem")[1:] == ["100.00 ± 0.00", "80.00 ± 5.00", ""]
     assert table_row(text, "a sample of 100 of them")[1:] == ["", "100.00 ± 0.00", "75.00 ± 4.35"]
     rows = {row[""]: row for row in quality_table(measured)}
-    assert rows["MMLU, 100 samples, %"]["program"] == "75.00 ± 4.35"
-    assert rows["MMLU, 100 samples, %"]["base"] == ""
+    assert rows["MMLU, 100 questions, %"]["program"] == "75.00 ± 4.35"
+    assert rows["MMLU, 100 questions, %"]["base"] == ""
 
 
 def test_scores_of_different_devices_are_not_paired(tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_a_card_without_charts_does_not_speak_of_them(measured: dict[str, Any]) 
 def test_agreement_is_told_with_what_rounding_alone_explains(measured: dict[str, Any]) -> None:
     assert "answers 100 of 100 as the checkpoint does" in card(measured)
     assert "on which program and checkpoint differ" not in card(measured)
-    measured["program"]["mmlu"] |= {"agreement": 0.97, "noise_agreement": 0.96, "disagreements": [{}] * 3}
+    measured["program"]["mmlu"] |= {"agreement": 0.97, "agreement_act_quant": 0.96, "disagreements": [{}] * 3}
     text = " ".join(card(measured).split())
     assert "answers 97 of 100 as the checkpoint does" in text
     assert "the checkpoint answers 96 of 100 as it does here" in text
     assert "The questions on which program and checkpoint differ are in `metrics.json`" in text
     rows = {row[""]: row for row in quality_table(measured)}
     assert rows["same answers as the checkpoint, %"]["program"] == "97.0"
-    assert rows["same answers without act. quant., %"]["quantized"] == "96.0"
+    assert rows["same answers without activation quantization, %"]["quantized"] == "96.0"
 
 
 def test_chartqa_has_its_rows_where_it_was_measured(measured: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def metrics(mmlu: dict[str, int], kl_program: float = 0.0, differing: dict[str, 
         "pairs": {"mmlu": mmlu},
         "quantized": {"mmlu": {"accuracy": (mmlu["both"] + mmlu["second"]) / sum(mmlu.values())}},
         "program": {
-            "agreement": {"kl_program": kl_program, "kl_activation_noise": 0.03},
+            "agreement": {"kl_program": kl_program, "kl_act_quant": 0.03},
             "mmlu": {"differing": differing or pairs(0, 0, 0, 100), "disagreements": []},
         },
     }
@@ -162,7 +162,7 @@ def test_few_questions_are_told_not_refused() -> None:
         (pairs(200, 1400, 1000, 7400), ["program_disagreement"]),
     ],
 )
-def test_a_program_is_refused_when_its_answers_differ_beyond_chance_and_rounding(
+def test_a_program_is_refused_when_its_answers_differ_beyond_chance_and_activation_quantization(
     differing: dict[str, int], failed: list[str]
 ) -> None:
     verdict = judge(metrics(pairs(90, 0, 0, 10), differing=differing), LIMITS)
@@ -176,7 +176,8 @@ def test_a_disagreement_that_chance_explains_is_told() -> None:
     assert check["value"] == 4.0
     assert check["margin"] == -2.0
     assert check["message"].startswith(
-        "of 100 questions the program answers 16 otherwise than the checkpoint without rounding, the checkpoint 12: "
+        "of 100 questions the program answers 16 differently from the checkpoint without activation quantization, "
+        "the checkpoint 12: "
         "4.00 ± 4.89 points more, at most 2: over by 2, which chance explains, confidence 34.1 %"
     )
 
@@ -282,10 +283,10 @@ def test_a_release_without_one_of_the_checks_that_it_must_have_is_refused(
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", ["kl_program", "kl_activation_noise"])
+@pytest.mark.parametrize("place", ["kl_program", "kl_act_quant"])
 def test_a_number_that_is_none_is_refused_and_leaves_json_that_can_be_read(value: float | None, place: str) -> None:
     measured = metrics(pairs(90, 0, 0, 10), 0.01)
-    measured["program"]["agreement"]["last"] = {"kl_program": 0.01, "kl_activation_noise": 0.03, place: value}
+    measured["program"]["agreement"]["last"] = {"kl_program": 0.01, "kl_act_quant": 0.03, place: value}
     verdict = judge(measured, LIMITS)
     assert refused(verdict) == ["program_kl_last"]
     json.dumps(verdict, allow_nan=False)
@@ -306,7 +307,7 @@ def test_a_refusal_shows_all_checks_and_the_questions_that_the_program_answers_o
             "choices": ["w", "x", "y", "z"],
             "target": "B",
             "checkpoint": answer,
-            "unrounded": answer,
+            "no_act_quant": answer,
             "program": {"answer": "D", "margin": 1.5},
         }
         for number in range(8)
@@ -329,7 +330,7 @@ def test_a_refusal_shows_all_checks_and_the_questions_that_the_program_answers_o
     assert questions.splitlines()[0] == "8 questions that program and checkpoint answer differently:"
     assert questions.splitlines()[1] == (
         "- world religions 0: Question 0? A. w B. x C. y D. z "
-        "(B; checkpoint B by 0.25 nats, unrounded B by 0.25 nats, program D by 1.50 nats)"
+        "(B; checkpoint B by 0.25 nats, no_act_quant B by 0.25 nats, program D by 1.50 nats)"
     )
     assert len(questions.splitlines()) == 1 + 5 + 1
 
@@ -339,7 +340,7 @@ def test_a_program_that_is_far_from_the_checkpoint_somewhere_is_refused(part: st
     measured = metrics(pairs(90, 0, 0, 10), 0.01)
     agreement = measured["program"]["agreement"]
     for name in ("last", "step_by_step", "prompts", "image"):
-        agreement[name] = {"kl_program": 0.0301 if name == part else 0.0299, "kl_activation_noise": 0.03}
+        agreement[name] = {"kl_program": 0.0301 if name == part else 0.0299, "kl_act_quant": 0.03}
     verdict = judge(measured, {**LIMITS, "max_kl_ratio": 1.0})
     assert refused(verdict) == [f"program_kl_{part}"]
     assert found(verdict, f"program_kl_{part}")["confidence"] is None
@@ -348,7 +349,7 @@ def test_a_program_that_is_far_from_the_checkpoint_somewhere_is_refused(part: st
 @pytest.mark.parametrize(("error", "failed"), [(0.9e-5, []), (1.1e-5, ["vision_encoder"])])
 def test_a_vision_encoder_that_is_far_from_the_checkpoints_is_refused(error: float, failed: list[str]) -> None:
     measured = metrics(pairs(90, 0, 0, 10))
-    measured["program"]["agreement"]["vision_encoder"] = {"error": error, "noise": 1e-5}
+    measured["program"]["agreement"]["vision_encoder"] = {"error": error, "error_act_quant": 1e-5}
     assert refused(judge(measured, {**LIMITS, "max_kl_ratio": 1.0})) == failed
 
 
@@ -367,11 +368,11 @@ def test_a_vision_encoder_that_is_far_from_the_checkpoints_is_refused(error: flo
 )
 def test_answers_to_long_prompts_are_refused_beyond_what_chance_explains(kl: list[float], passed: bool) -> None:
     measured = metrics(pairs(90, 0, 0, 10), 0.01)
-    noise = [0.01 + 0.001 * (number % 3) for number in range(len(kl))]
+    baseline = [0.01 + 0.001 * (number % 3) for number in range(len(kl))]
     measured["program"]["agreement"]["prompts"] = {
         "kl_program": sum(kl) / len(kl),
-        "kl_activation_noise": sum(noise) / len(noise),
-        "positions": {"kl_program": kl, "kl_activation_noise": noise},
+        "kl_act_quant": sum(baseline) / len(baseline),
+        "positions": {"kl_program": kl, "kl_act_quant": baseline},
     }
     verdict = judge(measured, {**LIMITS, "max_kl_ratio": 2.0})
     assert refused(verdict) == ([] if passed else ["program_kl_prompts"])

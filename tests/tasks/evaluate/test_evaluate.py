@@ -43,7 +43,7 @@ def in_its_process(function: str, monkeypatch: pytest.MonkeyPatch, /, **argument
 def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
     """Evaluates as the stage does, on the built-in questions."""
     target.mkdir(exist_ok=True)
-    paths = {"checkpoint": str(checkpoint), "questions": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
+    paths = {"checkpoint": str(checkpoint), "dataset": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
     values = {"batch_size": "auto", "device": "cpu", **settings}
     call = {
         "function": "quantize_gemma.tasks.evaluate:evaluate_mmlu",
@@ -84,7 +84,7 @@ def in_a_store(checkpoint: Path, home: Path) -> Path:
     return store.produce("quantize", "0" * 64, copy, home).path
 
 
-def test_answers_are_kept_and_a_lost_shard_is_answered_again(
+def test_responses_are_stored_and_a_lost_shard_is_computed_again(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def progress(made: dict[str, Any]) -> Any:
@@ -95,22 +95,22 @@ def test_answers_are_kept_and_a_lost_shard_is_answered_again(
 
     one = in_a_store(checkpoints["quantized"], tmp_path / "one")
     assert progress(evaluated(one, tmp_path / "a", monkeypatch, limit=1)) == (57, 57)
-    shards = sorted((tmp_path / "one").glob("answers/*/manifest.json"))
+    shards = sorted((tmp_path / "one").glob("responses/*/manifest.json"))
     assert len(shards) == 57
-    # A shard that is damaged or was never finished is answered again, and nothing else.
+    # A shard that is damaged or was never finished is computed again, and nothing else.
     shutil.rmtree(shards[3].parent)
-    (shards[40].parent / "data" / "answers.json").write_text("[]")
+    (shards[40].parent / "data" / "responses.json").write_text("[]")
     assert progress(evaluated(one, tmp_path / "c", monkeypatch, limit=1)) == (2, 2)
     assert files(tmp_path / "a") == files(tmp_path / "c")
-    # A refreshed stage asks all of them again.
+    # A refreshed stage computes all of them again.
     assert progress(evaluated(one, tmp_path / "d", monkeypatch, limit=1, refresh=True)) == (57, 57)
 
 
-ANSWERER = "tests.tasks.evaluate.test_evaluate:load_echo"
+SCORER = "tests.tasks.evaluate.test_evaluate:load_echo"
 
 
 def load_echo(path: str, device: str = "cpu") -> Callable[[list[Any]], list[Any]]:
-    """Returns an answerer of [context, continuation] that needs no model; a file says what is asked together."""
+    """Load a scorer of [context, continuation] that needs no model; a file says which requests come together."""
 
     def answer(requests: list[Any]) -> list[Any]:
         with open(path, "a", encoding="utf-8") as stream:
@@ -122,24 +122,24 @@ def load_echo(path: str, device: str = "cpu") -> Callable[[list[Any]], list[Any]
     return answer
 
 
-def echoed(store_of_run: Path, asked: dict[str, list[Any]], **settings: Any) -> dict[str, list[Any]]:
+def echoed(store_of_run: Path, requests: dict[str, list[Any]], **settings: Any) -> dict[str, list[Any]]:
     from quantize_gemma.tasks.evaluate import shards
 
     settings = {"identity": {"checkpoint": "0", "device": "cpu"}, "settings": {}, **settings}
-    return shards.answers(
-        asked,
-        answerer=ANSWERER,
+    return shards.respond(
+        requests,
+        scorer=SCORER,
         paths={"path": store_of_run / "asked.txt"},
         root=store_of_run,
         **settings,
     )
 
 
-def test_a_shards_key_follows_whatever_is_asked(tmp_path: Path) -> None:
+def test_a_shards_key_follows_from_name_requests_and_identity(tmp_path: Path) -> None:
     def key(name: str = "a", more: bool = False, **settings: Any) -> str:
-        before = set(tmp_path.glob("answers/*/manifest.json"))
+        before = set(tmp_path.glob("responses/*/manifest.json"))
         echoed(tmp_path, {name: [["Question:", " A"], *([["Another:", " A"]] if more else [])]}, **settings)
-        new = set(tmp_path.glob("answers/*/manifest.json")) - before
+        new = set(tmp_path.glob("responses/*/manifest.json")) - before
         return new.pop().parent.name if new else ""
 
     device = {"identity": {"checkpoint": "0", "device": "cuda"}}
@@ -147,11 +147,11 @@ def test_a_shards_key_follows_whatever_is_asked(tmp_path: Path) -> None:
     keys = [key(), key("b"), key(more=True), key(**device), key(**checkpoint)]
     assert len(set(keys)) == 5
     assert "" not in keys
-    # Who answers does not count.
+    # Workers do not count.
     assert key(workers=2, cluster="tcp://somewhere:8786") == ""
 
 
-def test_small_shards_are_asked_together_and_what_is_stopped_keeps_those_before(
+def test_small_shards_are_computed_together_and_an_interrupted_evaluation_keeps_finished_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from quantize_gemma.tasks.evaluate import shards
@@ -168,7 +168,7 @@ def test_small_shards_are_asked_together_and_what_is_stopped_keeps_those_before(
     assert not (tmp_path / "asked.txt").exists()
 
 
-def test_on_a_gpu_what_is_answered_together_does_not_depend_on_who_answers(tmp_path: Path) -> None:
+def test_on_a_gpu_the_batches_do_not_depend_on_the_workers(tmp_path: Path) -> None:
     four = {name: [[f"Question {name}:", letter] for letter in "ABCD"] for name in "abcd"}
     echoed(tmp_path, four, settings={"device": "cuda"})
     asked = [json.loads(line) for line in (tmp_path / "asked.txt").read_text().splitlines()]
@@ -176,40 +176,40 @@ def test_on_a_gpu_what_is_answered_together_does_not_depend_on_who_answers(tmp_p
 
 
 def test_the_largest_shards_come_first_and_every_worker_gets_some() -> None:
-    from quantize_gemma.tasks.evaluate.shards import _groups
+    from quantize_gemma.tasks.evaluate.shards import _group
 
-    assert _groups({"a": 30, "b": 90, "c": 120, "d": 30}, 100) == [["c"], ["b", "a"], ["d"]]
-    assert _groups({"a": 1, "b": 1, "c": 1}, 2) == [["a", "b"], ["c"]]
-    assert _groups({"a": 1, "b": 5}, 1) == [["b"], ["a"]]
-    assert _groups({}, 1) == []
+    assert _group({"a": 30, "b": 90, "c": 120, "d": 30}, 100) == [["c"], ["b", "a"], ["d"]]
+    assert _group({"a": 1, "b": 1, "c": 1}, 2) == [["a", "b"], ["c"]]
+    assert _group({"a": 1, "b": 5}, 1) == [["b"], ["a"]]
+    assert _group({}, 1) == []
 
 
-def test_another_version_of_a_library_or_of_the_code_answers_nothing(tmp_path: Path) -> None:
+def test_a_machine_with_other_code_or_libraries_computes_nothing(tmp_path: Path) -> None:
     from quantize_gemma.tasks.evaluate import shards
 
     requests = shards._write_requests({"a": [["Question:", " A"]]}, tmp_path)
-    part = {"root": str(tmp_path), "requests": requests, "shards": {"a": "1" * 64}, "answerer": ANSWERER}
-    here = fingerprint(ANSWERER, shards.ANSWER)
+    part = {"root": str(tmp_path), "requests": requests, "shards": {"a": "1" * 64}, "scorer": SCORER}
+    here = fingerprint(SCORER, shards.RESPOND)
     other = {**here, "libraries": {"torch": "1.0"}}
     with pytest.raises(StageFailed, match=r"has torch \S+ instead of 1\.0: install what the run's machine has"):
-        shards.answer_part("evaluation", 0, {**part, "made_by": other})
+        shards.respond_part("evaluation", 0, {**part, "made_by": other})
     with pytest.raises(StageFailed, match="has other code of this program: install"):
-        shards.answer_part("evaluation", 0, {**part, "made_by": {**here, "code": "0"}})
+        shards.respond_part("evaluation", 0, {**part, "made_by": {**here, "code": "0"}})
 
 
-def test_without_the_runs_store_nobody_can_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_the_runs_store_fails_with_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantize_gemma.tasks.evaluate import shards
 
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path / "another"))
     part = {"root": None, "requests": "0" * 64, "shards": {"a": "1" * 64}}
-    with pytest.raises(StageFailed, match=r"the questions are not in .*another: whoever answers needs the store"):
-        shards.answer_part("evaluation", 0, part)
+    with pytest.raises(StageFailed, match=r"the requests are not in .*another: all machines need the store"):
+        shards.respond_part("evaluation", 0, part)
 
 
 @pytest.fixture(scope="module")
 def packed(checkpoints: dict[str, Path]) -> Callable[..., Any]:
     def load(name: str, batch_size: int | str = "auto") -> Any:
-        from quantize_gemma.tasks.evaluate.model import PackedLM
+        from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
 
         return PackedLM(checkpoints[name], "cpu", batch_size)
 
@@ -244,7 +244,7 @@ def alone(model: Any, asked: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["base", "quantized"])
-def test_a_packed_question_is_answered_as_if_it_were_alone(
+def test_packed_log_likelihoods_are_those_of_single_forwards(
     name: str, checkpoints: dict[str, Path], packed: Callable[..., Any]
 ) -> None:
     """Lengths on both sides of the sliding window of 64; continuations of one token and of several."""
@@ -277,7 +277,7 @@ def test_a_continuation_that_the_model_would_write_is_greedy(
     assert [greedy for _, greedy in answers] == [True, False]
 
 
-def test_too_long_a_question_loses_its_start_as_in_the_library(packed: Callable[..., Any]) -> None:
+def test_too_long_a_request_is_truncated_on_the_left_as_in_lm_eval(packed: Callable[..., Any]) -> None:
     model = packed("base")
     model._max_length = 50
     long, short = requests([90, 90], [2])[::2]
@@ -357,11 +357,11 @@ def test_chunks_of_a_weight_give_the_same_logits(checkpoints: dict[str, Path], m
 
 @pytest.mark.parametrize("width", [64, 640, 1001])
 @pytest.mark.parametrize("size", [1e-38, 1e-3, 1.0, 50.0, 1e30])
-def test_activations_are_rounded_as_by_torchao(size: float, width: int) -> None:
+def test_activations_are_quantized_as_by_torchao(size: float, width: int) -> None:
     """The reference is tested against torchao's own linear, by logits in float32."""
     import torch
 
-    from quantize_gemma.tasks.models.activation_rounding import round_per_token
+    from quantize_gemma.tasks.models.activation_quantization import fake_quantize_per_token
     from quantize_gemma.tasks.models.dequantize import quantize_dequantize as reference
 
     activations = torch.randn(2, 77, width, generator=torch.Generator().manual_seed(1)) * size
@@ -370,10 +370,10 @@ def test_activations_are_rounded_as_by_torchao(size: float, width: int) -> None:
     activations[0, 2] = -activations[0, 2].abs()
     activations[0, 3, 5] = size * 1e5
     activations = activations.bfloat16()
-    assert torch.equal(round_per_token(activations), reference(activations))
+    assert torch.equal(fake_quantize_per_token(activations), reference(activations))
     broken = activations.clone()
     broken[1, 3, 2] = torch.nan
-    found = round_per_token(broken)
+    found = fake_quantize_per_token(broken)
     assert torch.equal(found.isnan(), reference(broken).isnan())
     assert found.isnan().all(dim=-1).sum() == 1
-    assert torch.equal(round_per_token(activations[:, ::2]), reference(activations[:, ::2].contiguous()))
+    assert torch.equal(fake_quantize_per_token(activations[:, ::2]), reference(activations[:, ::2].contiguous()))

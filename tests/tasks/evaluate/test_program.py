@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.evaluate.program import draw, summarize
+from quantize_gemma.tasks.evaluate.program import draw_sample, summarize
 from quantize_gemma.tasks.runtime import worker
 from tests.conftest import CommandLine, Outcome
 from tests.flows.test_run import artifact, metrics_of, swap_rows_of_release
@@ -45,20 +45,20 @@ def alone(release: Path, asked: list[Any]) -> list[Any]:
     """Answers each request with a program that was just loaded."""
     import torch
 
-    from quantize_gemma.tasks.models.pte import Methods
+    from quantize_gemma.tasks.models.pte import PteProgram
 
     answers = []
     for _, context, continuation in asked:
-        methods = Methods(release / "model.pte")
+        program = PteProgram(release / "model.pte")
         ids = torch.tensor([context + continuation])
-        kept = set(range(len(context) - 1, ids.shape[1] - 1))
-        logs = torch.log_softmax(methods.decode(methods.embed(ids[:, :-1]), kept), -1)
+        positions = set(range(len(context) - 1, ids.shape[1] - 1))
+        logs = torch.log_softmax(program.decode(program.embed_tokens(ids[:, :-1]), positions), -1)
         scores = [float(logs[place, token]) for place, token in enumerate(continuation)]
         answers.append((sum(scores), bool((logs.argmax(-1) == torch.tensor(continuation)).all())))
     return answers
 
 
-def test_a_question_leaves_no_trace_in_the_next_ones_answer(model: Any, release: Path) -> None:
+def test_a_request_does_not_affect_the_next_ones(model: Any, release: Path) -> None:
     """Long and short in turn, on both sides of the sliding window (64)."""
     asked = requests([300, 5, 130, 63, 64, 1, 200, 127, 31], [1, 3])
     answers = model._loglikelihood_tokens(asked)
@@ -69,30 +69,30 @@ def test_a_question_leaves_no_trace_in_the_next_ones_answer(model: Any, release:
     assert model._loglikelihood_tokens(asked[::-1]) == answers[::-1]
 
 
-def test_letters_after_the_same_question_cost_one_reading(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_of_the_same_question_share_one_prefill(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = requests([40, 50], [1, 1, 1, 1])
     read: list[int] = []
-    decode = model.methods.decode
+    decode = model.program.decode
 
-    def counted(given: Any, kept: set[int]) -> Any:
-        read.append(given.shape[1])
-        return decode(given, kept)
+    def counted(inputs: Any, positions: set[int]) -> Any:
+        read.append(inputs.shape[1])
+        return decode(inputs, positions)
 
-    monkeypatch.setattr(model.methods, "decode", counted)
+    monkeypatch.setattr(model.program, "decode", counted)
     answers = model._loglikelihood_tokens(asked)
     assert read == [40, 50]
     assert answers == [model._loglikelihood_tokens([one])[0] for one in asked]
 
 
-def test_too_long_a_question_loses_its_start_as_in_the_library(model: Any) -> None:
+def test_too_long_a_request_is_truncated_on_the_left_as_in_lm_eval(model: Any) -> None:
     (long,) = requests([1100], [2])
-    assert model.methods.max_seq_len == 1024
+    assert model.program.max_seq_len == 1024
     cut = (None, long[1][-1023:], long[2])
     assert model._loglikelihood_tokens([long]) == model._loglikelihood_tokens([cut])
 
 
 def test_text_becomes_the_tokens_that_the_checkpoint_gets(model: Any, release: Path) -> None:
-    from quantize_gemma.tasks.evaluate.model import PackedLM
+    from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
 
     packed = PackedLM(release, "cpu", "auto")
     pairs = [("The answer is", " A"), ("A space goes to the answer: ", "A"), ("<bos>There already", " yes")]
@@ -106,13 +106,13 @@ def test_text_becomes_the_tokens_that_the_checkpoint_gets(model: Any, release: P
 def test_the_reference_is_the_checkpoint_in_float32_with_activations_that_are_not_quantized(release: Path) -> None:
     import torch
 
-    from quantize_gemma.tasks.evaluate.model import PackedLM
+    from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
     from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
 
     asked = requests([40, 90], [1, 2])
     eager = load_model(release, torch.float32)
     disable_activation_quantization(eager)
-    answers = PackedLM(release, "cpu", "auto", unrounded=True)._loglikelihood_tokens(asked)
+    answers = PackedLM(release, "cpu", "auto", no_act_quant=True)._loglikelihood_tokens(asked)
     for (_, context, continuation), (score, _) in zip(asked, answers, strict=True):
         with torch.no_grad():
             logs = torch.log_softmax(eager(torch.tensor([context + continuation])).logits[0], -1)
@@ -120,10 +120,10 @@ def test_the_reference_is_the_checkpoint_in_float32_with_activations_that_are_no
         assert score == pytest.approx(sum(scores), abs=1e-4)
 
 
-def test_an_answerer_answers_as_the_model(release: Path, model: Any) -> None:
-    from quantize_gemma.tasks.evaluate.program_lm import load_program_answerer
+def test_a_scorer_returns_what_the_model_returns(release: Path, model: Any) -> None:
+    from quantize_gemma.tasks.evaluate.program_lm import load_program_scorer
 
-    answer = load_program_answerer(str(release), str(release))
+    answer = load_program_scorer(str(release), str(release))
     found = answer([["The answer is", " A"], ["The answer is", " B"], ["", "A river"]])
     tokens = [(None, *model._encode_pair("The answer is", f" {letter}")) for letter in "AB"]
     assert json.loads(json.dumps(found)) == found
@@ -136,8 +136,8 @@ def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_th
 ) -> None:
     measured = metrics_of(released)["program"]["mmlu"]
     assert measured["questions"] == 100
-    assert measured["agreement"] == measured["noise_agreement"] == 1.0
-    assert measured["accuracy"] == measured["checkpoint"]["accuracy"] == measured["unrounded"]["accuracy"] == 1.0
+    assert measured["agreement"] == measured["agreement_act_quant"] == 1.0
+    assert measured["accuracy"] == measured["checkpoint"]["accuracy"] == measured["no_act_quant"]["accuracy"] == 1.0
     assert measured["disagreements"] == []
     folder = artifact(command_line, released, "evaluate_program") / "data"
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -146,10 +146,10 @@ def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_th
     assert len({(row["subject"], row["doc_id"]) for row in rows}) == 100
     for row in rows:
         assert row["checkpoint"] == known[row["subject"], row["doc_id"]]["loglikelihoods"]
-        # Float32 beside bfloat16, and other roundings: close, not equal.
+        # Float32 beside bfloat16, and other kernels: close, not equal.
         assert row["program"] == pytest.approx(row["checkpoint"], abs=2.0)
         assert row["program"] != row["checkpoint"]
-        assert row["unrounded"] != row["checkpoint"]
+        assert row["no_act_quant"] != row["checkpoint"]
 
 
 def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
@@ -169,17 +169,17 @@ def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
 
     shape = {"max_seq_len": 128, "last_logits_only": True}
     work("quantize_gemma.tasks.export:export", target, {"checkpoint": damaged}, **shape)
-    answered = artifact(command_line, released, "evaluate_mmlu_quantized") / "data"
-    paths = {"checkpoint": release, "program": target, "questions": BUILTIN_BENCHMARKS["mmlu-mini"]}
+    evaluation = artifact(command_line, released, "evaluate_mmlu_quantized") / "data"
+    paths = {"checkpoint": release, "program": target, "dataset": BUILTIN_BENCHMARKS["mmlu-mini"]}
     work(
         "quantize_gemma.tasks.evaluate.program:evaluate_program",
         results,
-        {**paths, "answered": answered},
+        {**paths, "evaluation": evaluation},
         sample_size=40,
     )
     measured = json.loads((results / "results.json").read_text())
     assert measured["questions"] == 40
-    assert measured["checkpoint"]["accuracy"] == measured["noise_agreement"] == 1.0
+    assert measured["checkpoint"]["accuracy"] == measured["agreement_act_quant"] == 1.0
     assert measured["accuracy"] == measured["agreement"] <= 0.7
     assert len(measured["disagreements"]) == round(40 * (1 - measured["agreement"]))
     shown = measured["disagreements"][0]
@@ -197,12 +197,16 @@ def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
 
 def test_the_sample_is_the_same_whatever_order_the_answers_come_in() -> None:
     rows = [{"subject": subject, "doc_id": number} for subject in "cab" for number in range(50)]
-    sample = draw(rows, 20)
-    assert sample == draw(rows[::-1], 20)
+    sample = draw_sample(rows, 20)
+    assert sample == draw_sample(rows[::-1], 20)
     assert len({(row["subject"], row["doc_id"]) for row in sample}) == 20
     assert {row["subject"] for row in sample} == {"a", "b", "c"}
     assert sample == sorted(sample, key=lambda row: (row["subject"], row["doc_id"]))
-    assert draw(rows, 150) == draw(rows, 1000) == sorted(rows, key=lambda row: (row["subject"], row["doc_id"]))
+    assert (
+        draw_sample(rows, 150)
+        == draw_sample(rows, 1000)
+        == sorted(rows, key=lambda row: (row["subject"], row["doc_id"]))
+    )
 
 
 def test_agreement_counts_who_differs_from_whom() -> None:
@@ -213,18 +217,20 @@ def test_agreement_counts_who_differs_from_whom() -> None:
             "doc_id": number,
             "target": 0,
             "checkpoint": checkpoint,
-            "unrounded": unrounded,
+            "no_act_quant": no_act_quant,
             "program": ran,
         }
-        for number, (checkpoint, unrounded, ran) in enumerate([(a, a, a), (a, a, b), (b, a, a), (b, a, b), (b, b, b)])
+        for number, (checkpoint, no_act_quant, ran) in enumerate(
+            [(a, a, a), (a, a, b), (b, a, a), (b, a, b), (b, b, b)]
+        )
     ]
     asked = [{"question": f"Question {number}?", "choices": list("wxyz")} for number in range(5)]
     found = summarize(rows, asked)
     assert found["accuracy"] == 0.4
     assert found["checkpoint"]["accuracy"] == 0.4
-    assert found["unrounded"] == {"accuracy": 0.8, "stderr": pytest.approx(0.2)}
+    assert found["no_act_quant"] == {"accuracy": 0.8, "stderr": pytest.approx(0.2)}
     assert found["agreement"] == 0.6
-    assert found["noise_agreement"] == 0.6
+    assert found["agreement_act_quant"] == 0.6
     assert found["differing"] == {"both": 1, "first": 1, "second": 1, "neither": 2}
     assert [one["doc_id"] for one in found["disagreements"]] == [1, 2]
     assert found["disagreements"][0] == {
@@ -234,6 +240,6 @@ def test_agreement_counts_who_differs_from_whom() -> None:
         "choices": ["w", "x", "y", "z"],
         "target": "A",
         "checkpoint": {"answer": "A", "margin": 1.0},
-        "unrounded": {"answer": "A", "margin": 1.0},
+        "no_act_quant": {"answer": "A", "margin": 1.0},
         "program": {"answer": "B", "margin": 0.5},
     }

@@ -75,7 +75,9 @@ class Spreading:
 
     def shards(self) -> dict[str, int]:
         """Returns when each shard was finished."""
-        return {path.parent.name: path.stat().st_mtime_ns for path in self.home.glob("answers/[0-9a-f]*/manifest.json")}
+        return {
+            path.parent.name: path.stat().st_mtime_ns for path in self.home.glob("responses/[0-9a-f]*/manifest.json")
+        }
 
 
 @pytest.fixture

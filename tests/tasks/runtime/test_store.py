@@ -306,12 +306,12 @@ def test_shards_that_are_pruned_from_a_running_evaluation_are_held_or_answered_a
 ) -> None:
     asked = {name: [f"{name}{number}" for number in range(150)] for name in ("x", "y", "z")}
     settings = {"root": str(tmp_path / "store"), "removed": str(tmp_path / "removed")}
-    answered = shards.answers(
+    answered = shards.respond(
         asked, "tests.tasks.runtime.test_store:scorer", settings, {}, {}, tmp_path / "store", cluster=cluster
     )
     assert answered == {name: [f"answer to {request}" for request in requests] for name, requests in asked.items()}
     removed = (tmp_path / "removed").read_text()
-    assert ("answers" in removed) == (cluster is not None)
+    assert ("responses" in removed) == (cluster is not None)
 
 
 def test_size_is_what_du_says_and_pruning_counts_what_it_frees(tmp_path: Path) -> None:

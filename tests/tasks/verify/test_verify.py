@@ -8,7 +8,7 @@ import pytest
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.export import expected_metadata
 from quantize_gemma.tasks.runtime import worker
-from quantize_gemma.tasks.verify import _image_inputs, _put
+from quantize_gemma.tasks.verify.image_inputs import insert_image_features, make_image_input
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
 
@@ -24,27 +24,28 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("both_ways", [False, True])
-def test_a_picture_that_is_put_in_by_hand_is_seen_as_by_the_library(both_ways: bool, model: Any) -> None:
+def test_inserted_image_features_give_the_logits_of_transformers(both_ways: bool, model: Any) -> None:
     import torch
 
-    asked, picture = _image_inputs(TINY)
-    image = asked[0] == model.config.image_token_id
-    assert (asked == model.config.get_text_config().bos_token_id).sum() == 1
-    assert image.sum() == model.config.mm_tokens_per_image
-    types = {"token_type_ids": image[None].long()} if both_ways else {}
+    image = make_image_input(TINY, model.config.image_token_id)
+    pixels = image.pixel_values[0]
+    assert (image.ids == model.config.get_text_config().bos_token_id).sum() == 1
+    assert image.is_image.sum() == model.config.mm_tokens_per_image
+    types = {"token_type_ids": image.is_image[None].long()} if both_ways else {}
     with torch.no_grad():
-        expected = model(input_ids=asked, pixel_values=picture, **types).logits
-        empty = model.get_input_embeddings()(asked.masked_fill(image, 0))
-        found = model(inputs_embeds=_put(model.get_image_features(picture), empty, image), **types).logits
-    assert torch.equal(found, expected)
+        expected = model(input_ids=image.ids, pixel_values=pixels, **types).logits
+        empty = model.get_input_embeddings()(image.ids.masked_fill(image.is_image, 0))
+        merged = insert_image_features(model.get_image_features(pixels), empty, image.is_image)
+        logits = model(inputs_embeds=merged, **types).logits
+    assert torch.equal(logits, expected)
 
 
-def test_seeing_in_both_directions_is_another_thing(released: Outcome) -> None:
+def test_the_causal_mask_moves_the_text_after_an_image(released: Outcome) -> None:
     image = metrics_of(released)["program"]["agreement"]["image"]
     assert image["kl_causal_image"] > 10 * image["kl_program"]
 
 
-def test_the_programs_metadata_are_the_models(released: Outcome) -> None:
+def test_the_programs_metadata_is_the_models(released: Outcome) -> None:
     # As tiny-gemma3's config.json and generation_config.json have it.
     expected = {
         "get_max_seq_len": 1024,
@@ -61,5 +62,5 @@ def test_the_programs_metadata_are_the_models(released: Outcome) -> None:
     release = Path(released.summary["release"])
     assert expected_metadata(release, 1024) == expected
     arguments = {"program": str(release / "model.pte"), "names": list(expected)}
-    found = worker.run("quantize_gemma.tasks.export:read_metadata", arguments, lambda *_: None, None)["metadata"]
-    assert found == expected
+    metadata = worker.run("quantize_gemma.tasks.export:read_metadata", arguments, lambda *_: None, None)["metadata"]
+    assert metadata == expected

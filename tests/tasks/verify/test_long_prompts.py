@@ -1,4 +1,4 @@
-"""A program takes one prompt of any length in the stock runners, and one that does not is not released."""
+"""A program takes a prompt of any length in the stock runners, and one that does not is not released."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from quantize_gemma.tasks.gate import judge
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.patches import patched_export
-from quantize_gemma.tasks.verify.prompts import answer_prompts, make_prompt, prompt_lengths
+from quantize_gemma.tasks.verify.long_prompts import answer_prompts, make_prompt, prompt_lengths
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
 
@@ -48,13 +48,13 @@ SMALL = {
         (1024, 320, [312]),
     ],
 )
-def test_prompts_are_tried_around_the_window_as_far_as_an_answer_fits(
+def test_prompt_lengths_are_around_the_window_and_leave_room_for_an_answer(
     window: int, max_seq_len: int, lengths: list[int]
 ) -> None:
     assert prompt_lengths(window, max_seq_len) == lengths
 
 
-def test_a_prompt_has_exactly_as_many_tokens_as_asked() -> None:
+def test_a_prompt_has_exactly_the_requested_tokens() -> None:
     from pytorch_tokenizers import CppHFTokenizer
     from transformers import AutoTokenizer
 
@@ -116,9 +116,9 @@ def export_as_the_library(target: Path, checkpoint: Path, max_seq_len: int) -> d
 def agreement(program: Path, checkpoint: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    from quantize_gemma.tasks.verify import compare
+    from quantize_gemma.tasks.verify.compare import compare
 
-    return compare(program, checkpoint, AutoConfig.from_pretrained(checkpoint), MAX_SEQ_LEN)
+    return compare(program, checkpoint, AutoConfig.from_pretrained(checkpoint), MAX_SEQ_LEN).to_json()
 
 
 def failed_checks(released: Outcome, measured: dict[str, Any]) -> set[str]:
@@ -142,18 +142,18 @@ def test_a_multimodal_program_answers_prompts_of_any_length_in_the_stock_runner(
     # After a long one a short one again: nothing of the long one is left.
     lengths = [40, 63, 64, 65, 128, 300, 1016, 40]
     answers = answer_prompts(release, release, lengths)
-    assert [len(answer["ids"]) for answer in answers] == lengths
-    assert answers[0]["answer"] == answers[-1]["answer"]
-    assert answers[0]["logits"].equal(answers[-1]["logits"])
+    assert [len(answer.ids) for answer in answers] == lengths
+    assert answers[0].answer == answers[-1].answer
+    assert answers[0].logits.equal(answers[-1].logits)
 
 
 def test_a_program_with_the_librarys_cache_fails_at_the_window_and_is_not_released(small: Path, tmp_path: Path) -> None:
-    program = export("tests.tasks.verify.test_prompts:export_as_the_library", small, tmp_path)
+    program = export("tests.tasks.verify.test_long_prompts:export_as_the_library", small, tmp_path)
     with pytest.raises(StageFailed, match="fails in TextLLMRunner at a prompt of 32 tokens: Generation failed"):
         agreement(program, small)
 
 
-def test_a_program_that_forgets_too_early_is_refused(small: Path, released: Outcome, tmp_path: Path) -> None:
+def test_a_program_with_half_the_window_fails_the_gate(small: Path, released: Outcome, tmp_path: Path) -> None:
     """Its cache keeps half of what the model's sliding layers look back at."""
     forgetful = shutil.copytree(small, tmp_path / "forgetful")
     config = json.loads((forgetful / "config.json").read_text())
@@ -164,26 +164,26 @@ def test_a_program_that_forgets_too_early_is_refused(small: Path, released: Outc
 
 
 @pytest.mark.parametrize(
-    "pieces",
+    "chunks",
     [[1] * 300, [63, 1, 64, 1, 65, 1, 128, 1, 700], [1023, 1], [200] * 5, [10, 64, 5, 128, 7], [64] * 15, [1, 1000]],
 )
-def test_a_sequence_may_be_read_in_pieces_of_any_length(
-    pieces: list[int], released: Outcome, checkpoint_logits: tuple[Any, Any, Any]
+def test_a_sequence_may_be_read_in_chunks_of_any_length(
+    chunks: list[int], released: Outcome, checkpoint_logits: tuple[Any, Any, Any]
 ) -> None:
-    """After another sequence, in pieces that start anywhere in the ring, and as long as the rest of the sequence."""
+    """After another sequence, in chunks that start anywhere in the ring, and as long as the rest of the sequence."""
     import torch
 
-    from quantize_gemma.tasks.models.pte import Methods
-    from quantize_gemma.tasks.verify import _kl
+    from quantize_gemma.tasks.models.pte import PteProgram
+    from quantize_gemma.tasks.verify.distances import mean_kl
 
     ids, eager, plain = checkpoint_logits
-    methods = Methods(Path(released.summary["release"]) / "model.pte")
-    methods.decode(methods.embed(ids.flip(1)[:, :500]), {499})
-    embedded = methods.embed(ids)
-    ends = torch.tensor(pieces).cumsum(0)
-    ran = methods.decode(embedded[:, : int(ends[-1])], set((ends - 1).tolist()))
-    kl, noise = (_kl(eager[ends - 1], other) for other in (ran, plain[ends - 1]))
-    assert kl < noise, f"{kl} nats, and rounding makes {noise}"
+    pte = PteProgram(Path(released.summary["release"]) / "model.pte")
+    pte.decode(pte.embed_tokens(ids.flip(1)[:, :500]), {499})
+    embedded = pte.embed_tokens(ids)
+    ends = torch.tensor(chunks).cumsum(0)
+    ran = pte.decode(embedded[:, : int(ends[-1])], set((ends - 1).tolist()))
+    kl, baseline = (mean_kl(eager[ends - 1], other) for other in (ran, plain[ends - 1]))
+    assert kl < baseline, f"{kl} nats, and the activation-quantization baseline is {baseline}"
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def checkpoint_logits(released: Outcome) -> tuple[Any, Any, Any]:
     from transformers import AutoTokenizer
 
     from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
-    from quantize_gemma.tasks.verify.prompts import TEXT as WORDS
+    from quantize_gemma.tasks.verify.long_prompts import TEXT as WORDS
 
     release = Path(released.summary["release"])
     ids = AutoTokenizer.from_pretrained(release)(WORDS * 30, return_tensors="pt")["input_ids"][:, :1024]
@@ -212,9 +212,9 @@ def test_the_mask_shows_a_window_and_nothing_of_an_earlier_sequence() -> None:
     window = 5
     for start in range(17):
         for count in (1, 2, 4, 5, 6, 12):
-            # Where the last position of each slot is before the piece, or none.
-            held = [max((p for p in range(start) if p % window == slot), default=None) for slot in range(window)]
-            keys = [*held, *range(start, start + count)]
+            # Where the last position of each slot is before the chunk, or none.
+            cached = [max((p for p in range(start) if p % window == slot), default=None) for slot in range(window)]
+            keys = [*cached, *range(start, start + count)]
             found = sliding_mask(torch.arange(start, start + count), window)
             expected = [
                 [0.0 if k is not None and q - window < k <= q else float("-inf") for k in keys]

@@ -1,12 +1,14 @@
-"""Evaluate on charts: ChartQA's test split, as an lm-eval task of ours. (Card section: Model Quality.)
+"""Evaluate on ChartQA: its test split, as an lm-eval task of ours. (Card section: Model Quality.)
 
 Prompt, generation and score are those of lmms-eval's `chartqa` task and its gemma3 model, which measured the card's
-row: the system prompt "You are a helpful assistant.", picture, question and "Answer the question with a single word."
-in the chat template, one BOS token, greedy, 16 new tokens, relaxed accuracy. (lmms-eval also re-encodes each picture as
-JPEG; here the model gets the dataset's own pixels.) The normalized score beside it forgives an answer's form.
+row: the system prompt "You are a helpful assistant.", image, question and "Answer the question with a single word."
+in the chat template, one BOS token, greedy, 16 new tokens, relaxed accuracy. (lmms-eval also re-encodes each image as
+JPEG; here the model gets the dataset's own pixels.) The normalized score beside it ignores an answer's form.
 
-lm-eval's own `hf-multimodal` model answers; see chart_model.py.
+The model is lm-eval's own `hf-multimodal`; see chartqa_model.py.
 """
+
+from __future__ import annotations
 
 import functools
 import io
@@ -16,21 +18,24 @@ import string
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.evaluate import kept, shards
+from quantize_gemma.tasks.evaluate import locate_in_store, shards
 from quantize_gemma.tasks.models.checkpoint import is_multimodal
 from quantize_gemma.tasks.models.datasets import CHARTQA_SPLITS, read_chartqa
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.worker import report_progress
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 SYSTEM_PROMPT = "You are a helpful assistant."
 POST_PROMPT = "\nAnswer the question with a single word."
-# What lm-eval's models take for the place of a picture.
+# lm-eval's placeholder for an image.
 PLACEHOLDER = "<image>"
 GENERATION = {"until": [], "max_gen_toks": 16, "do_sample": False, "temperature": 0.0}
-# How far a number may be from the right one, relative to that.
+# How far a number may be from the label, relative to the label.
 TOLERANCE = 0.05
 # fmt: off
 NUMBER_WORDS = [
@@ -39,59 +44,70 @@ NUMBER_WORDS = [
 # fmt: on
 CURRENCIES = "$€£¥₹"
 
-# Questions of a shard.
+# Documents per shard.
 SHARD = 50
 
-# Numbers of questions -> the model's texts.
-Answerer = Callable[[list[int]], list[str]]
+# Numbers of documents in the dataset -> the model's responses.
+Scorer = Callable[[list[int]], list[str]]
 
 
 @stage(ignored=("workers", "cluster"), resumes=True, memory=3.3, accelerated=True)
 def evaluate_chartqa(
     target: Path,
     checkpoint: Path,
-    questions: Path,
+    dataset: Path,
     limit: int | None,
     device: str,
     workers: int = 1,
     cluster: str | None = None,
     refresh: bool = False,
 ) -> Output:
-    """Writes results.json (relaxed accuracy and its standard error, overall and per kind) and samples.jsonl.
+    """Write results.json (relaxed accuracy and its standard error, overall and per kind) and samples.jsonl.
 
-    `questions` is a directory in the layout of HuggingFaceM4/ChartQA; `limit` is questions per kind, human and
-    augmented. Accuracies are fractions; the standard error of a single question is None. Answers are kept in the store
-    as those of MMLU are. Raises UserError if the checkpoint reads no pictures.
+    Accuracies are fractions; the standard error of a single question is None. Responses are stored as those of MMLU.
+
+    Args:
+        target: The directory to write to.
+        checkpoint: A plain or quantized multimodal checkpoint.
+        dataset: A directory in the layout of HuggingFaceM4/ChartQA.
+        limit: Questions per kind, human and augmented; None for all.
+        device: "cpu" or "cuda".
+        workers: Processes that respond, in a flow run.
+        cluster: Address of a Dask or Ray cluster that responds instead.
+        refresh: Compute responses again that are in the store.
+
+    Raises:
+        UserError: The checkpoint is text-only.
     """
     from transformers import AutoConfig
 
     if not is_multimodal(AutoConfig.from_pretrained(checkpoint).to_dict()):
-        raise UserError(f"{checkpoint} is a text-only checkpoint: it cannot be asked about charts")
+        raise UserError(f"{checkpoint} is a text-only checkpoint: it cannot be evaluated on ChartQA")
     with tempfile.TemporaryDirectory() as folder:
-        digest, root = kept(checkpoint, Path(folder))
-        asked, known = kept(questions, Path(folder))
-        if known != root:
-            # What has no digest is not to be found again.
+        digest, root = locate_in_store(checkpoint, Path(folder))
+        dataset_digest, dataset_root = locate_in_store(dataset, Path(folder))
+        if dataset_root != root:
+            # Without the digests of both, a response must not be reused.
             root = Path(folder) / "store"
-        ask = functools.partial(
-            shards.answers,
-            answerer="quantize_gemma.tasks.evaluate.charts:load_chart_answerer",
+        respond = functools.partial(
+            shards.respond,
+            scorer="quantize_gemma.tasks.evaluate.chartqa:load_chartqa_scorer",
             settings={"device": device},
-            paths={"checkpoint": checkpoint, "questions": questions},
-            identity={"checkpoint": digest, "questions": asked, "device": device},
+            paths={"checkpoint": checkpoint, "dataset": dataset},
+            identity={"checkpoint": digest, "dataset": dataset_digest, "device": device},
             root=root,
             workers=workers,
             cluster=cluster,
             refresh=refresh,
         )
 
-        def answer(numbers: list[int]) -> list[str]:
-            # A picture's questions are neighbours and share its features: they stay together.
-            parts = {f"charts-{i}": numbers[i : i + SHARD] for i in range(0, len(numbers), SHARD)}
-            given = ask(parts)
-            return [text for name in parts for text in given[name]]
+        def replay(numbers: list[int]) -> list[str]:
+            # An image's questions are neighbors and share its features: they stay together.
+            requests = {f"chartqa-{i}": numbers[i : i + SHARD] for i in range(0, len(numbers), SHARD)}
+            responses = respond(requests)
+            return [text for name in requests for text in responses[name]]
 
-        results, samples = score_answers(answer, questions, limit)
+        results, samples = score_responses(replay, dataset, limit)
     results |= {"device": device, "limit": limit}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with (target / "samples.jsonl").open("w", encoding="utf-8") as stream:
@@ -101,46 +117,46 @@ def evaluate_chartqa(
     return {"metadata": {"accuracy": accuracy, "questions": results["questions"]}}
 
 
-def load_chart_answerer(checkpoint: str, questions: str, device: str) -> Answerer:
-    """Returns what answers questions, given by their numbers in the dataset, with the text that the model writes."""
-    from quantize_gemma.tasks.evaluate.chart_model import ChartLM
+def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Scorer:
+    """Load a checkpoint as what responds to documents, by their numbers in the dataset."""
+    from quantize_gemma.tasks.evaluate.chartqa_model import ChartQALM
 
-    model = ChartLM(Path(checkpoint), device)
-    table = read_chartqa(Path(questions))
+    model = ChartQALM(Path(checkpoint), device)
+    table = read_chartqa(Path(dataset))
 
-    def answer(numbers: list[int]) -> list[str]:
+    def respond(numbers: list[int]) -> list[str]:
         texts = []
         for number in numbers:
             row = table.slice(number, 1).to_pylist()[0]
-            texts.append(model.ask(picture(row), messages_of(row["query"]), GENERATION))
+            texts.append(model.generate_from_image(open_image(row), make_messages(row["query"]), GENERATION))
             report_progress(len(texts), len(numbers), "questions")
         return texts
 
-    return answer
+    return respond
 
 
-def picture(row: dict[str, Any]) -> Any:
-    """Returns the picture of a row of the dataset."""
+def open_image(row: dict[str, Any]) -> Image:
+    """Return the image of a row of the dataset."""
     from PIL import Image
 
     return Image.open(io.BytesIO(row["image"]["bytes"]))
 
 
-def messages_of(query: str) -> list[dict[str, Any]]:
-    """Returns the chat about a picture and a question, as it reaches the processor's chat template."""
+def make_messages(query: str) -> list[dict[str, Any]]:
+    """Return the chat with an image and a question, as the processor's chat template takes it."""
     return [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"{query}{POST_PROMPT}"}]},
     ]
 
 
-def score_answers(answer: Answerer, questions: Path, limit: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns the content of results.json and samples.jsonl, from lm-eval's evaluation of what `answer` gives."""
+def score_responses(respond: Scorer, dataset: Path, limit: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the content of results.json and samples.jsonl, from lm-eval's evaluation of the responses."""
     from lm_eval import simple_evaluate
 
-    from quantize_gemma.tasks.evaluate.chart_model import AnsweredLM
+    from quantize_gemma.tasks.evaluate.chartqa_model import ReplayLM
 
-    output = simple_evaluate(AnsweredLM(answer), tasks=[chart_task(questions, limit)], log_samples=True)
+    output = simple_evaluate(ReplayLM(respond), tasks=[make_chartqa_task(dataset, limit)], log_samples=True)
     if output is None:
         raise StageFailed("lm-eval returned no result")
     samples = []
@@ -160,9 +176,9 @@ def score_answers(answer: Answerer, questions: Path, limit: int | None) -> tuple
     return _summarize(output["results"]["chartqa"], samples), samples
 
 
-def chart_task(questions: Path, limit: int | None) -> dict[str, Any]:
-    """Returns the lm-eval task over the first `limit` questions of each kind."""
-    table = read_chartqa(questions)
+def make_chartqa_task(dataset: Path, limit: int | None) -> dict[str, Any]:
+    """Return the lm-eval task over the first `limit` questions of each kind."""
+    table = read_chartqa(dataset)
     kinds = table["human_or_machine"].to_pylist()
     each = [[number for number, kind in enumerate(kinds) if kind == one] for one in range(len(CHARTQA_SPLITS))]
     numbers = sorted(number for numbers in each for number in numbers[:limit])
@@ -183,8 +199,8 @@ def chart_task(questions: Path, limit: int | None) -> dict[str, Any]:
         ]
         return {"test": Dataset.from_list(docs)}
 
-    def look(doc: dict[str, Any]) -> list[Any]:
-        return [picture(table.slice(doc["number"], 1).to_pylist()[0])]
+    def read_images(doc: dict[str, Any]) -> list[Image]:
+        return [open_image(table.slice(doc["number"], 1).to_pylist()[0])]
 
     scores = [f"{score}_{part}" for score in ("relaxed", "normalized") for part in ("overall", *CHARTQA_SPLITS)]
     return {
@@ -193,7 +209,7 @@ def chart_task(questions: Path, limit: int | None) -> dict[str, Any]:
         "test_split": "test",
         "output_type": "generate_until",
         "generation_kwargs": dict(GENERATION),
-        "doc_to_image": look,
+        "doc_to_image": read_images,
         "doc_to_text": f"{PLACEHOLDER}{{{{query}}}}{POST_PROMPT}",
         "doc_to_target": "label",
         "process_results": _scores,
@@ -237,29 +253,31 @@ def _summarize(scores: dict[str, Any], samples: list[dict[str, Any]]) -> dict[st
 
 
 def is_relaxed_correct(answer: str, label: str) -> bool:
-    """Returns the official score: numbers within 5 % of the label, anything else the same but for upper and lower case.
+    """Return the official score: numbers within 5 % of the label, anything else equal except for case.
 
     What ends in % counts as a fraction; a label that is 0 is compared as text.
     """
-    value, wanted = _to_number(answer), _to_number(label)
-    if value is None or not wanted:
+    value, expected = _to_number(answer), _to_number(label)
+    if value is None or not expected:
         return answer.lower() == label.lower()
-    return abs(value - wanted) / abs(wanted) <= TOLERANCE
+    return abs(value - expected) / abs(expected) <= TOLERANCE
 
 
 def is_normalized_correct(answer: str, label: str) -> bool:
-    """Returns the score that forgives an answer's form: what stands around it, "two" for 2, 1,000 for 1000, a currency
-    sign, % or no %. What is officially right is right.
+    """Return the score that ignores an answer's form.
+
+    That is punctuation around it, "two" for 2, 1,000 for 1000, a currency sign, % or no %. What is officially correct
+    is correct.
     """
-    given, wanted = _normalize(answer), _normalize(label)
-    if given == wanted or is_relaxed_correct(answer, label):
+    value, expected = _normalize(answer), _normalize(label)
+    if value == expected or is_relaxed_correct(answer, label):
         return True
-    forms = (given, wanted), (given.removesuffix("%"), wanted.removesuffix("%"))
+    forms = (value, expected), (value.removesuffix("%"), expected.removesuffix("%"))
     return any(_is_near(_to_number(one), _to_number(other)) for one, other in forms)
 
 
-def _is_near(value: float | None, wanted: float | None) -> bool:
-    return value is not None and wanted is not None and abs(value - wanted) <= TOLERANCE * abs(wanted)
+def _is_near(value: float | None, expected: float | None) -> bool:
+    return value is not None and expected is not None and abs(value - expected) <= TOLERANCE * abs(expected)
 
 
 def _to_number(text: str) -> float | None:
@@ -270,7 +288,7 @@ def _to_number(text: str) -> float | None:
 
 
 def _normalize(text: str) -> str:
-    """Returns a number as digits, and other text in lower case without the punctuation around it."""
+    """Return a number as digits, and other text in lower case without the punctuation around it."""
     text = " ".join(text.lower().replace("−", "-").split())
     inner = text.rstrip(_edges("%")).lstrip(_edges(".-"))
     number = re.fullmatch(rf"(-?)[{CURRENCIES}]? ?([0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]*)(\.[0-9]+)? ?(%?)", inner)
@@ -282,5 +300,5 @@ def _normalize(text: str) -> str:
 
 
 def _edges(kept: str) -> str:
-    """Returns what may stand around an answer and say nothing, but for what is kept."""
+    """Return the characters around an answer that mean nothing, except for `kept`."""
     return "".join(set(string.punctuation + string.whitespace + CURRENCIES + "“”‘’") - set(kept))

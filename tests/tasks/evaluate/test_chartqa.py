@@ -1,4 +1,4 @@
-"""Our evaluation on charts gives the texts of lm-eval's own multimodal model, and the scores of the card's protocol."""
+"""Our ChartQA evaluation gives the texts of lm-eval's own multimodal model, and the scores of the card's protocol."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.evaluate.charts import is_normalized_correct, is_relaxed_correct
+from quantize_gemma.tasks.evaluate.chartqa import is_normalized_correct, is_relaxed_correct
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import worker
@@ -34,20 +34,20 @@ def in_its_process(function: str, monkeypatch: pytest.MonkeyPatch, /, **argument
 
 
 def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None) -> dict[str, Any]:
-    """Evaluates as the stage does, on the built-in charts."""
+    """Evaluates as the stage does, on the built-in ChartQA."""
     target.mkdir(exist_ok=True)
-    paths = {"checkpoint": str(checkpoint), "questions": str(CHARTS)}
+    paths = {"checkpoint": str(checkpoint), "dataset": str(CHARTS)}
     values = {"device": "cpu", "limit": limit}
-    call = {"function": "quantize_gemma.tasks.evaluate.charts:evaluate_chartqa", "target": str(target), "paths": paths}
+    call = {"function": "quantize_gemma.tasks.evaluate.chartqa:evaluate_chartqa", "target": str(target), "paths": paths}
     return in_its_process("quantize_gemma.tasks.runtime.worker:call", monkeypatch, **call, values=values)
 
 
-def ask_the_library(checkpoint: str, questions: str, limit: int) -> dict[str, Any]:
+def evaluate_with_lm_eval(checkpoint: str, dataset: str, limit: int) -> dict[str, Any]:
     """Runs lm-eval's own multimodal model, with its own prompts, batches and `generate`, on our task."""
     from lm_eval import simple_evaluate
     from lm_eval.models.hf_vlms import HFMultimodalLM
 
-    from quantize_gemma.tasks.evaluate.charts import SYSTEM_PROMPT, chart_task
+    from quantize_gemma.tasks.evaluate.chartqa import SYSTEM_PROMPT, make_chartqa_task
 
     class Library(HFMultimodalLM):
         def apply_chat_template(self, *arguments: Any, **keywords: Any) -> str:
@@ -57,7 +57,7 @@ def ask_the_library(checkpoint: str, questions: str, limit: int) -> dict[str, An
     model = Library(checkpoint, device="cpu", dtype="bfloat16", batch_size=1)
     output = simple_evaluate(
         model,
-        tasks=[chart_task(Path(questions), limit)],
+        tasks=[make_chartqa_task(Path(dataset), limit)],
         apply_chat_template=True,
         system_instruction=SYSTEM_PROMPT,
         log_samples=True,
@@ -75,8 +75,8 @@ def ask_the_library(checkpoint: str, questions: str, limit: int) -> dict[str, An
 def test_answers_and_scores_are_those_of_lm_evals_own_model(
     name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = f"{ask_the_library.__module__}:{ask_the_library.__name__}"
-    paths = {"checkpoint": str(checkpoints[name]), "questions": str(CHARTS)}
+    reference = f"{evaluate_with_lm_eval.__module__}:{evaluate_with_lm_eval.__name__}"
+    paths = {"checkpoint": str(checkpoints[name]), "dataset": str(CHARTS)}
     theirs = in_its_process(reference, monkeypatch, **paths, limit=12)
     evaluated(checkpoints[name], tmp_path / "ours", monkeypatch, 12)
     samples = [json.loads(line) for line in (tmp_path / "ours" / "samples.jsonl").read_text().splitlines()]
@@ -121,7 +121,7 @@ def test_results_are_those_of_the_samples_with_standard_errors(
 def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_standard_error(tmp_path: Path) -> None:
     import pyarrow.parquet
 
-    from quantize_gemma.tasks.evaluate.charts import score_answers
+    from quantize_gemma.tasks.evaluate.chartqa import score_responses
 
     rows = pyarrow.parquet.read_table(CHARTS / "data" / "test-00000-of-00001.parquet")
     (tmp_path / "data").mkdir()
@@ -132,47 +132,47 @@ def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_stand
     def answer(numbers: list[int]) -> list[str]:
         return [labels[number] if number % 2 else f"{labels[number]}." for number in numbers]
 
-    results, samples = score_answers(answer, tmp_path, None)
+    results, samples = score_responses(answer, tmp_path, None)
     # "red." and "blue." are wrong, "No" and "Wed" right, and "4." is the number 4.
     right = {"accuracy": 0.6, "stderr": pytest.approx(math.sqrt(0.6 * 0.4 / 4)), "questions": 5}
     assert results["relaxed_accuracy"] == {"overall": right, "human": right}
     assert results["normalized"]["overall"] == {"accuracy": 1.0, "stderr": 0.0, "questions": 5}
     assert [sample["query"] for sample in samples] == rows["query"].to_pylist()[:5]
-    results, _ = score_answers(answer, tmp_path, 1)
+    results, _ = score_responses(answer, tmp_path, 1)
     assert results["relaxed_accuracy"]["human"] == {"accuracy": 0.0, "stderr": None, "questions": 1}
 
 
-def ask_alone_and_in_a_row(checkpoint: str, questions: str, numbers: list[int]) -> dict[str, Any]:
-    """Answers the questions backwards, one by one, then as they come, and counts how often that looks at a picture."""
+def generate_alone_and_in_a_row(checkpoint: str, dataset: str, numbers: list[int]) -> dict[str, Any]:
+    """Answers the questions backwards, one by one, then as they come, and counts how often an image is encoded."""
     from transformers import SiglipVisionModel
 
-    from quantize_gemma.tasks.evaluate.charts import load_chart_answerer
+    from quantize_gemma.tasks.evaluate.chartqa import load_chartqa_scorer
 
-    answer = load_chart_answerer(checkpoint, questions, "cpu")
+    answer = load_chartqa_scorer(checkpoint, dataset, "cpu")
     alone = [answer([number])[0] for number in reversed(numbers)][::-1]
-    looks = []
-    look = SiglipVisionModel.forward
+    encodings = []
+    forward = SiglipVisionModel.forward
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
-        looks.append(1)
-        return look(*arguments, **keywords)
+        encodings.append(1)
+        return forward(*arguments, **keywords)
 
     SiglipVisionModel.forward = counted
-    return {"alone": alone, "in a row": answer(numbers), "looks": len(looks)}
+    return {"alone": alone, "in a row": answer(numbers), "encodings": len(encodings)}
 
 
-def test_an_answer_depends_on_no_other_question_and_a_picture_is_looked_at_once(
+def test_a_response_depends_on_no_other_request_and_an_image_is_encoded_once(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 5 is the one that was asked last; 0, 1 and 44 are about one picture, 3 is about another.
-    paths = {"checkpoint": str(checkpoints["quantized"]), "questions": str(CHARTS), "numbers": [5, 0, 1, 44, 3]}
-    made = in_its_process(f"{__name__}:ask_alone_and_in_a_row", monkeypatch, **paths)
+    # 5 is the last one of those before; 0, 1 and 44 are about one image, 3 is about another.
+    paths = {"checkpoint": str(checkpoints["quantized"]), "dataset": str(CHARTS), "numbers": [5, 0, 1, 44, 3]}
+    made = in_its_process(f"{__name__}:generate_alone_and_in_a_row", monkeypatch, **paths)
     assert made["alone"] == made["in a row"]
     assert len(set(made["alone"])) > 1
-    assert made["looks"] == 2
+    assert made["encodings"] == 2
 
 
-def test_a_base_model_without_chat_template_gets_picture_and_question(
+def test_a_base_model_without_chat_template_gets_image_and_question(
     tiny_copy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = tiny_copy()
@@ -182,10 +182,10 @@ def test_a_base_model_without_chat_template_gets_picture_and_question(
 
 
 def prompt_of(checkpoint: str) -> dict[str, Any]:
-    from quantize_gemma.tasks.evaluate.chart_model import ChartLM
-    from quantize_gemma.tasks.evaluate.charts import messages_of
+    from quantize_gemma.tasks.evaluate.chartqa import make_messages
+    from quantize_gemma.tasks.evaluate.chartqa_model import ChartQALM
 
-    return {"prompt": ChartLM(Path(checkpoint), "cpu").prompt(messages_of("How many?"))}
+    return {"prompt": ChartQALM(Path(checkpoint), "cpu").prompt(make_messages("How many?"))}
 
 
 def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.M
     checkpoint = tmp_path / "text-only"
     shutil.copytree(BUILTIN["tiny-gemma3"], checkpoint)
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="text-only checkpoint: it cannot be asked about charts"):
+    with pytest.raises(UserError, match="text-only checkpoint: it cannot be evaluated on ChartQA"):
         evaluated(checkpoint, tmp_path / "target", monkeypatch, 1)
 
 

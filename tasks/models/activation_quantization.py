@@ -1,15 +1,21 @@
-"""Activations rounded to int8 and back, per token, as torchao's dynamic quantization does it, to the bit.
+"""Quantize activations to int8 and back, per token, as torchao's dynamic quantization does it, to the bit.
 
 torchao makes some ten passes over the tensor; here a token stays in the processor's cache. Every step is rounded to
 bfloat16, as torch does, which computes in float32.
 """
 
+from __future__ import annotations
+
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 # Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
 ROUNDER = np.float32(12582912.0)
@@ -19,18 +25,18 @@ LOW, HIGH, STEPS = np.float32(-128), np.float32(127), np.float32(255)
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
-def round_per_token(activations: Any) -> Any:
-    """Returns a bfloat16 tensor of the CPU, [..., width], with each token rounded to its own 256 levels."""
+def fake_quantize_per_token(activations: Tensor) -> Tensor:
+    """Return a bfloat16 tensor of the CPU, [..., width], with each token rounded to its own 256 levels."""
     import torch
 
-    given = activations.contiguous()
-    rounded = torch.empty_like(given)
-    source, target = (t.view(torch.uint16).numpy().reshape(-1, given.shape[-1]) for t in (given, rounded))
+    inputs = activations.contiguous()
+    outputs = torch.empty_like(inputs)
+    source, target = (t.view(torch.uint16).numpy().reshape(-1, inputs.shape[-1]) for t in (inputs, outputs))
     threads = torch.get_num_threads()
     step = -(-len(source) // threads)
     starts = range(0, len(source), max(step, 1))
     list(_pool(threads).map(lambda first: _round(source[first : first + step], target[first : first + step]), starts))
-    return rounded
+    return outputs
 
 
 @functools.cache
@@ -39,15 +45,16 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 @numba.njit(nogil=True, error_model="numpy", inline="always")
-def _to_bfloat16(bits: Any) -> None:
-    """Rounds float32 numbers, given as their bits, to the nearest bfloat16, ties to even."""
+def _to_bfloat16(bits: NDArray[np.uint32]) -> None:
+    """Round float32 numbers, passed as their bits, to the nearest bfloat16, ties to even."""
     for k in range(bits.size):
         value = bits[k]
         bits[k] = (value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _round(source: Any, target: Any) -> None:
+def _round(source: NDArray[np.uint16], target: NDArray[np.uint16]) -> None:
+    """Quantize and dequantize tokens, [tokens, width], passed as the bits of bfloat16 numbers."""
     count, width = source.shape
     value = np.empty(width, np.float32)
     bits = value.view(np.uint32)
