@@ -303,8 +303,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from quantize_gemma.flows.quantize_gemma import quality_table
-    from quantize_gemma.tasks.gate import gate_table
+    from quantize_gemma.tasks.models.metrics import parse_columns, parse_verdict
+    from quantize_gemma.tasks.models.tables import quality_rows, verdict_rows
     from quantize_gemma.tasks.runtime.units import human_size
 
     console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
@@ -320,7 +320,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
                 human_size(stage["peak_rss_bytes"]),
                 human_size(stage["size_bytes"]),
             )
-    rows = quality_table(summary["metrics"])
+    rows = quality_rows(parse_columns(summary["metrics"]))
     quality = Table(*rows[0], title="Quality")
     for row in rows:
         quality.add_row(*row.values())
@@ -329,12 +329,12 @@ def _print_summary(summary: dict[str, Any]) -> None:
     gate = summary["gate"]
     # A refusal has said it already.
     if gate and gate["passed"]:
-        checks = gate_table(gate["checks"])
+        checks = verdict_rows(parse_verdict(gate).checks)
         table = Table(*checks[0], title="Gate")
         for row in checks:
             table.add_row(*row.values())
         console.print(table)
-    console.print(f"gate: {'not reached' if gate is None else 'passed' if gate['passed'] else 'refused'}")
+    console.print(f"gate: {'not reached' if gate is None else 'pass' if gate['passed'] else 'fail'}")
     console.print(f"upload: {_upload_line(summary)}", soft_wrap=True)
     console.print(f"release: {summary['release']}", soft_wrap=True)
 

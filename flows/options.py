@@ -21,6 +21,7 @@ Stage = Literal[
     "evaluate_chartqa_base",
     "evaluate_chartqa_quantized",
     "smoke_program",
+    "gate",
     "card",
 ]
 

@@ -21,8 +21,7 @@ from prefect.logging import get_run_logger
 
 from quantize_gemma.flows.options import Parameters, command_line, taking_parameters
 from quantize_gemma.flows.summary import Interrupted, empty_summary
-from quantize_gemma.tasks.card import card, chartqa_scores, score
-from quantize_gemma.tasks.card.metrics import LIBRARIES
+from quantize_gemma.tasks.card import card
 from quantize_gemma.tasks.check import check_checkpoint, check_disk, check_memory, check_run, disk_needed
 from quantize_gemma.tasks.download import (
     download,
@@ -36,9 +35,13 @@ from quantize_gemma.tasks.evaluate import evaluate_mmlu
 from quantize_gemma.tasks.evaluate.charts import evaluate_chartqa
 from quantize_gemma.tasks.evaluate.program import evaluate_program
 from quantize_gemma.tasks.export import export
-from quantize_gemma.tasks.gate import LIMITS, GateRefused, compare_with_published, gate, gate_table, required_checks
+from quantize_gemma.tasks.gate import gate
+from quantize_gemma.tasks.gate.checks import LIMITS, GateRefused, compare_with_published, require_pass, required_checks
+from quantize_gemma.tasks.gate.metrics import LIBRARIES
 from quantize_gemma.tasks.models.checkpoint import read_config
+from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, to_json
 from quantize_gemma.tasks.models.recipe import load_recipe, recipe_hash
+from quantize_gemma.tasks.models.tables import quality_rows, verdict_rows
 from quantize_gemma.tasks.publish import check_target, publish, published_metrics
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import machine, store, worker
@@ -48,7 +51,6 @@ from quantize_gemma.tasks.runtime.patches.private_api import retry_refused_conne
 from quantize_gemma.tasks.runtime.prefect_stage import as_task, failure_of, missing, open_record, retried
 from quantize_gemma.tasks.runtime.redact import redact, redact_logs
 from quantize_gemma.tasks.runtime.stage import Stage
-from quantize_gemma.tasks.runtime.units import human_size
 from quantize_gemma.tasks.smoke import smoke, smoke_program
 from quantize_gemma.tasks.untie import untie
 
@@ -124,37 +126,41 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
             answered=run.futures["evaluate_mmlu_quantized"],
             sample_size=p.program_questions,
         )
-        release = run.stage(
-            "card",
-            card,
-            model={name: model[name] for name in ("name", "revision", "fixture", "license")},
-            benchmark=named(benchmark),
-            charts=named(charts) if charts else None,
+        required = required_checks("vision_config" in read_config(files), charts is not None, False)
+        gated = run.stage(
+            "gate",
+            gate,
+            resolved={
+                "model": {name: model[name] for name in ("name", "revision", "fixture", "license")},
+                "benchmark": named(benchmark),
+                "chartqa": named(charts) if charts else None,
+            },
             recipe=recipe,
-            max_seq_len=p.max_seq_len,
-            command=command_line(p, model, benchmark, charts, recipe_hash(recipe)),
             limits={name: getattr(p, name) for name in LIMITS},
+            required=required,
+            command=command_line(p, model, benchmark, charts, recipe_hash(recipe)),
             versions=versions(LIBRARIES),
             run_id=str(runtime.flow_run.id),
             **run.futures,
-        ).result()
+        )
+        release = run.stage("card", card, recipe=recipe, checkpoint=quantized, program=program, gate=gated).result()
         remember(model, p.revision)
         remember(benchmark, p.benchmark_revision)
         if charts:
             remember(charts, p.charts_revision)
         artifact = open_record(release)
-        metrics = json.loads(store.read_file(artifact, "metrics.json"))
+        metrics = parse_metrics(json.loads(store.read_file(artifact, "metrics.json")))
         # The path that stays when the card is made again, unlike the generation's.
         folder = store.path_of("card", release["key"])
         show(folder, metrics)
         run.summary["release"] = str(folder)
-        run.summary["metrics"] = {name: metrics[name] for name in ("base", "quantized", "program")}
-        required = required_checks("vision_config" in read_config(files), charts is not None, p.target is not None)
+        run.summary["metrics"] = {name: to_json(metrics)[name] for name in ("base", "quantized", "program")}
         regression = None
         if p.target:
+            required = [*required, "regression"]
             before = run.light("published", published_metrics, p.target, p.branch)
             regression = compare_with_published(metrics, before, p.max_regression)
-        run.summary["gate"] = run.light("gate", gate, metrics, required, regression)
+        run.summary["gate"] = to_json(run.light("check gate", require_pass, metrics, required, regression))
         if p.target is None:
             get_run_logger().info("upload: skipped, no target was given")
         else:
@@ -253,7 +259,7 @@ class Run:
         except Exception as error:
             cause = self._failure(error)
             if isinstance(cause, GateRefused):
-                self.summary["gate"] = cause.verdict
+                self.summary["gate"] = to_json(cause.verdict)
             self.summary["error"] = redact(str(cause))
             cause.summary = self.summary
             raise cause from error
@@ -263,7 +269,8 @@ class Run:
         finally:
             lines = [stage_summary(name, future) for name, future in self.futures.items()]
             self.summary["stages"] = sorted(
-                [*self.summary["stages"], *lines], key=lambda line: line["name"] in ("published", "gate", "upload")
+                [*self.summary["stages"], *lines],
+                key=lambda line: line["name"] in ("published", "check gate", "upload"),
             )
 
     def _failure(self, error: Exception) -> RunError:
@@ -307,38 +314,16 @@ def stage_summary(name: str, future: PrefectFuture[Any]) -> dict[str, Any]:
     }
 
 
-def show(folder: Path, metrics: dict[str, Any]) -> None:
-    """Puts the quality table, the gate's checks, the chart, the card and the files into Prefect's UI."""
-    create_table_artifact(key="quality", table=quality_table(metrics), description="Base, checkpoint and program")
-    create_table_artifact(
-        key="gate", table=gate_table(metrics["gate"]["checks"]), description="What the release had to hold"
-    )
-    chart = "data:image/png;base64," + base64.b64encode((folder / "mmlu-by-subject.png").read_bytes()).decode()
-    create_image_artifact(chart, key="mmlu-by-subject", description="Accuracy per subject")
+def show(folder: Path, metrics: Metrics) -> None:
+    """Put the quality table, the gate's checks, the chart, the card and the files into Prefect's UI."""
+    create_table_artifact(key="quality", table=quality_rows(metrics), description="Base, checkpoint and program")
+    create_table_artifact(key="gate", table=verdict_rows(metrics.gate.checks), description="The gate's checks")
     # Without its YAML header, which is for machines, and with the chart in it.
     text = (folder / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
-    create_markdown_artifact(text.replace("(mmlu-by-subject.png)", f"({chart})"), key="card")
+    if (folder / "mmlu-by-subject.png").exists():
+        chart = "data:image/png;base64," + base64.b64encode((folder / "mmlu-by-subject.png").read_bytes()).decode()
+        create_image_artifact(chart, key="mmlu-by-subject", description="Accuracy per subject")
+        text = text.replace("(mmlu-by-subject.png)", f"({chart})")
+    create_markdown_artifact(text, key="card")
     create_link_artifact(folder.as_uri(), link_text="the release's files", key="release")
     get_run_logger().info("release: %s", folder)
-
-
-def quality_table(metrics: dict[str, Any]) -> list[dict[str, str]]:
-    """Returns the rows base vs quantized vs program; what was not measured is empty."""
-    columns = ("base", "quantized", "program")
-    agreement, sample = metrics["program"]["agreement"], metrics["program"]["mmlu"]
-    rows = [
-        {"": "size", **{name: human_size(metrics[name]["bytes"]) for name in columns}},
-        {"": "MMLU, %", **{name: score(metrics[name]["mmlu"]) for name in ("base", "quantized")}},
-        {
-            "": f"MMLU, {sample['questions']} questions, %",
-            "quantized": score(sample["checkpoint"]),
-            "program": score(sample),
-        },
-        {"": "same answers as the checkpoint, %", "program": f"{100 * sample['agreement']:.1f}"},
-        {"": "same answers without rounding, %", "quantized": f"{100 * sample['noise_agreement']:.1f}"},
-        *({"": f"{name}, %", **columns} for name, columns in chartqa_scores(metrics).items()),
-        {"": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.2g}"},
-        {"": "KL of activation rounding, nats", "quantized": f"{agreement['kl_activation_noise']:.2g}"},
-        {"": "same most likely token, %", "program": f"{100 * agreement['same_argmax']:.1f}"},
-    ]
-    return [{"": "", **dict.fromkeys(columns, ""), **row} for row in rows]

@@ -4,6 +4,8 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
+# Weights derived from Gemma's stay under its terms, whatever a local directory does not say.
+GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 # A file of the release, as the Hub allows.
 FILE = re.compile(r"(LICENSE|NOTICE)[\w.-]{0,60}", re.ASCII)
