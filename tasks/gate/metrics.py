@@ -139,7 +139,7 @@ def collect_program(artifacts: dict[str, Artifact]) -> Program:
 
 
 def check_devices(base: Base, quantized: Base) -> None:
-    """Raise StageFailed if base and quantized were measured on different devices: their numbers differ by themselves."""
+    """Raise StageFailed if base and quantized were measured on different devices, which are not comparable to the bit."""
     for name, before, after in (("mmlu", base.mmlu, quantized.mmlu), ("chartqa", base.chartqa, quantized.chartqa)):
         # A flow run resolves the device once, for both.
         if before is not None and after is not None and before.device != after.device:
@@ -150,7 +150,7 @@ def check_devices(base: Base, quantized: Base) -> None:
 
 
 def collect_pairs(artifacts: dict[str, Artifact]) -> dict[str, Pairs]:
-    """Return, by benchmark, how many questions both, only the base, only the checkpoint, or neither answers correctly."""
+    """Return by benchmark how many questions both, only the base, only the checkpoint, or neither answers correctly."""
     pairs = {}
     for benchmark, stage in EVALUATIONS.items():
         if f"{stage}_base" in artifacts:

@@ -1,7 +1,7 @@
 """What a run measured, as frozen dataclasses: the content of a release's metrics.json.
 
-The gate writes it, and the card, the report and the next release read it. `python -m quantize_gemma.tasks.models.metrics`
-writes its JSON Schema, metrics.schema.json, after a change here. What was not measured is None, in every column.
+The gate writes it; the card, the report and the next release read it. What was not measured is None, in every column.
+After a change here, `python -m quantize_gemma.tasks.models.metrics` writes the JSON Schema, metrics.schema.json.
 """
 
 import dataclasses

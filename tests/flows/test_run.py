@@ -144,7 +144,7 @@ def test_the_device_is_resolved_before_keys_are_made_and_on_a_cpu_batches_are_in
     again = command_line("run", "--json", "--device", "cpu", "--batch-size", "8")
     assert again.code == 0, again.stderr[-3000:]
     # The card has the command; and a machine with a GPU has measured on it.
-    assert all(cached for name, cached in again.cached.items() if name != "card") == (resolve_device("auto") == "cpu")
+    assert all(cached for name, cached in again.cached.items() if name not in ("gate", "card")) == (resolve_device("auto") == "cpu")
 
 
 def test_a_configured_api_is_used_and_shows_the_runs_tasks_tables_chart_card_and_files(
@@ -168,7 +168,7 @@ def test_a_configured_api_is_used_and_shows_the_runs_tasks_tables_chart_card_and
     assert json.loads(data["quality"])[1]["base"].startswith("100.00")
     assert data["card"].startswith("\n# HQQ-INT8-INT4 tiny-gemma3 model")
     assert data["card"].endswith((release / "README.md").read_text()[-2000:])
-    assert [row["verdict"] for row in json.loads(data["gate"])] == ["held"] * 11
+    assert [row["result"] for row in json.loads(data["gate"])] == ["pass"] * 11
     assert data["mmlu-by-subject"].startswith("data:image/png;base64,")
     assert release.as_uri() in data["release"]
 
@@ -263,8 +263,9 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from quantize_gemma.tasks.card.metrics import pair_outcomes, read_outcomes
-    from quantize_gemma.tasks.gate import judge
+    from quantize_gemma.tasks.gate.checks import judge
+    from quantize_gemma.tasks.gate.metrics import pair_outcomes, read_outcomes
+    from quantize_gemma.tasks.models.metrics import parse_metrics
     from quantize_gemma.tasks.runtime import worker
 
     broken = tmp_path / "checkpoint"
@@ -286,7 +287,9 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     after = read_outcomes(target)
     before = read_outcomes(artifact(command_line, released, "evaluate_mmlu_base") / "data")
     metrics["pairs"]["mmlu"] = pair_outcomes({question: before[question] for question in after}, after)
-    failed = {check["name"] for check in judge(metrics, metrics["gate"]["limits"])["checks"] if not check["passed"]}
+    parsed = parse_metrics(metrics)
+    verdict = judge(parsed.pairs, None, parsed.program.agreement, parsed.gate.limits)
+    failed = {check.name for check in verdict.checks if check.status == "fail"}
     assert {"mmlu_drop"} <= failed <= {"mmlu_drop", "mmlu_recovery"}
 
 
@@ -312,7 +315,8 @@ def test_the_program_is_no_further_from_the_checkpoint_than_rounding_explains_an
 ) -> None:
     from transformers import AutoConfig
 
-    from quantize_gemma.tasks.gate import judge
+    from quantize_gemma.tasks.gate.checks import judge
+    from quantize_gemma.tasks.models.metrics import parse_metrics
     from quantize_gemma.tasks.verify import compare
 
     release = Path(released.summary["release"])
@@ -337,8 +341,9 @@ def test_the_program_is_no_further_from_the_checkpoint_than_rounding_explains_an
     modules = ("vision_tower.vision_model.encoder.layers.1.mlp.fc2", "language_model.model.layers.1.mlp.up_proj")
     other = swap_rows_of_release(release, tmp_path / "other", *modules)
     metrics["program"]["agreement"] = compare(release, other, AutoConfig.from_pretrained(other), 1024)
-    verdict = judge(metrics, {**metrics["gate"]["limits"], "max_kl_ratio": 1.0})
-    failed = {check["name"] for check in verdict["checks"] if not check["passed"]}
+    parsed = parse_metrics(metrics)
+    verdict = judge(parsed.pairs, None, parsed.program.agreement, {**parsed.gate.limits, "max_kl_ratio": 1.0})
+    failed = {check.name for check in verdict.checks if check.status == "fail"}
     parts = ("", "_last", "_step_by_step", "_prompts", "_image")
     assert failed == {"vision_encoder", *(f"program_kl{part}" for part in parts)}
 
@@ -397,7 +402,7 @@ def test_a_refreshed_stage_runs_again_and_its_unchanged_output_keeps_the_later_o
     assert seconds["untie"] != {s["name"]: s["seconds"] for s in released.summary["stages"]}["untie"]
 
 
-def test_a_refused_release_stays_on_disk_and_the_failed_run_says_which_checks_held(
+def test_a_release_that_fails_the_gate_stays_on_disk_and_the_run_says_which_checks_pass(
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:
     with server(command_line, tmp_path) as api:
@@ -406,7 +411,7 @@ def test_a_refused_release_stays_on_disk_and_the_failed_run_says_which_checks_he
     assert refused.code == 1
     verdict = refused.summary["gate"]
     assert not verdict["passed"]
-    failed = {check["name"] for check in verdict["checks"] if not check["passed"]}
+    failed = {check["name"] for check in verdict["checks"] if check["status"] == "fail"}
     assert failed - {"vision_encoder"} == {
         "program_kl",
         "program_kl_last",
@@ -416,15 +421,15 @@ def test_a_refused_release_stays_on_disk_and_the_failed_run_says_which_checks_he
     }
     assert refused.summary["published"] is None
     assert (Path(refused.summary["release"]) / "model.pte").is_file()
-    # The bars are on the card; nothing else has to be done again.
-    assert refused.cached == {name: name != "card" for name in ALL}
+    # The limits are in the gate's key; nothing before it runs again.
+    assert refused.cached == {name: name not in ("gate", "card") for name in ALL}
     assert run["state_type"] == "FAILED"
     for said in (run["state"]["message"], refused.stderr):
-        assert "the gate refuses the release: the program is" in said
+        assert "the release fails the gate: the program's KL divergence" in said
         lines = [line.split("  ") for line in said.splitlines()]
-        verdicts = {line[0]: line[-1].strip() for line in lines if line[-1].strip() in ("held", "refused")}
-        expected = {check["name"].replace("_", " "): check["passed"] for check in verdict["checks"]}
-        assert {name: found == "held" for name, found in verdicts.items()} == expected
+        verdicts = {line[0]: line[-1].strip() for line in lines if line[-1].strip() in ("pass", "fail")}
+        expected = {check["name"].replace("_", " "): check["status"] for check in verdict["checks"]}
+        assert verdicts == expected
 
 
 @pytest.mark.parametrize(
