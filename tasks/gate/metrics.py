@@ -139,7 +139,7 @@ def collect_program(artifacts: dict[str, Artifact]) -> Program:
 
 
 def check_devices(base: Base, quantized: Base) -> None:
-    """Raise StageFailed if base and quantized were measured on different devices, which are not comparable to the bit."""
+    """Raise StageFailed if base and quantized were measured on different devices, which round differently."""
     for name, before, after in (("mmlu", base.mmlu, quantized.mmlu), ("chartqa", base.chartqa, quantized.chartqa)):
         # A flow run resolves the device once, for both.
         if before is not None and after is not None and before.device != after.device:

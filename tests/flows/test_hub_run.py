@@ -138,9 +138,11 @@ def test_a_misbehaving_hub_is_tried_again(
     hub.faults.add(method="GET", path="/lfs/", cut=200_000, times=1)
     hub.faults.add(method="POST", path=f"{TARGET}/commit", status=500, times=1)
     (Path(published.summary["release"]).parent / "manifest.json").unlink()
+    gate = next(stage["key"] for stage in published.summary["stages"] if stage["name"] == "gate")
+    (command_line.home / "gate" / gate / "manifest.json").unlink()
     again = command_line(*RUN, "--refresh", "download", "--target", TARGET, **environment)
     assert again.code == 0, again.stderr
-    assert {name for name, cached in again.cached.items() if not cached} == {"download", "card"}
+    assert {name for name, cached in again.cached.items() if not cached} == {"download", "gate", "card"}
     assert again.summary["publication"]["state"] == "published"
     assert [entry["range"] for entry in hub.served("GET", "/lfs/") if entry["range"]]
 

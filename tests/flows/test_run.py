@@ -144,7 +144,9 @@ def test_the_device_is_resolved_before_keys_are_made_and_on_a_cpu_batches_are_in
     again = command_line("run", "--json", "--device", "cpu", "--batch-size", "8")
     assert again.code == 0, again.stderr[-3000:]
     # The card has the command; and a machine with a GPU has measured on it.
-    assert all(cached for name, cached in again.cached.items() if name not in ("gate", "card")) == (resolve_device("auto") == "cpu")
+    assert all(cached for name, cached in again.cached.items() if name not in ("gate", "card")) == (
+        resolve_device("auto") == "cpu"
+    )
 
 
 def test_a_configured_api_is_used_and_shows_the_runs_tasks_tables_chart_card_and_files(
