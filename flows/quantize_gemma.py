@@ -5,6 +5,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from quantize_gemma.tasks.models.checkpoint import read_config
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, to_json
 from quantize_gemma.tasks.models.recipe import load_recipe, recipe_hash
 from quantize_gemma.tasks.models.tables import quality_rows, verdict_rows
-from quantize_gemma.tasks.publish import check_target, publish, published_metrics
+from quantize_gemma.tasks.publish import Target, check_target, publish, published_metrics
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import machine, store, worker
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
@@ -73,7 +74,7 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         checked = (p.max_seq_len, p.device, p.cluster, p.custom_kv_cache, p.workers)
         plan = run.light("check", check_run, p.model, p.recipe, *checked)
         if p.target:
-            run.light("check target", check_target, p.target, p.branch, p.create_pr, p.adopt)
+            run.light("check target", check_target, Target(p.target, p.branch, p.create_pr, p.adopt))
         model = run.light("resolve", resolve_model, p.model, p.revision, p.offline)
         benchmark = run.light("resolve benchmark", resolve_benchmark, p.benchmark, p.benchmark_revision, p.offline)
         charts = None
@@ -164,8 +165,8 @@ def quantize_gemma(**given: Any) -> dict[str, Any]:
         if p.target is None:
             get_run_logger().info("upload: skipped, no target was given")
         else:
-            how = (p.branch, p.create_pr, p.private, p.tag, p.adopt)
-            run.summary["publication"] = run.light("upload", publish, artifact, p.target, *how)
+            target = Target(p.target, p.branch, p.create_pr, p.adopt)
+            run.summary["publication"] = asdict(run.light("upload", publish, artifact, target, p.private, p.tag))
             run.summary["published"] = run.summary["publication"]["url"]
         if run.changed_nothing():
             rename_run(f"{name} unchanged")
