@@ -28,6 +28,7 @@ StageName = Literal[
     "evaluate_chartqa_base",
     "evaluate_chartqa_quantized",
     "verify",
+    "gate",
     "card",
 ]
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantize_gemma.flows.options import RunOptions, command_line
-from quantize_gemma.tasks.card.metrics import LIBRARIES
 from quantize_gemma.tasks.check import check_checkpoint, check_disk, check_memory, check_run
 from quantize_gemma.tasks.download import download, remember, resolve_benchmark, resolve_model
 from quantize_gemma.tasks.export import export
-from quantize_gemma.tasks.gate import LIMITS
+from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
+from quantize_gemma.tasks.gate.metrics import LIBRARIES
 from quantize_gemma.tasks.models.checkpoint import read_config
 from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
-from quantize_gemma.tasks.publish import check_target
+from quantize_gemma.tasks.publish import Target, check_target
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime.fingerprint import versions
 from quantize_gemma.tasks.runtime.prefect_stage import missing, open_record
@@ -65,19 +65,25 @@ class Plan:
         options = self.options
         return {"max_seq_len": options.export.max_seq_len, "max_new_tokens": options.evaluation.max_new_tokens}
 
-    def card_inputs(self) -> Inputs:
-        """Return what the card says besides what the stages measured."""
+    def gate_inputs(self) -> Inputs:
+        """Return what metrics.json says besides what the stages measured, and what the release has to meet."""
         options = self.options
         return {
-            "model": {**_dataset(self.model), "license": dict(self.model.license)},
-            "benchmark": _dataset(self.mmlu),
-            "charts": _dataset(self.chartqa) if self.chartqa else None,
+            "resolved": {
+                "model": {**_dataset(self.model), "license": dict(self.model.license)},
+                "benchmark": _dataset(self.mmlu),
+                "chartqa": _dataset(self.chartqa) if self.chartqa else None,
+            },
             "recipe": self.recipe.to_json(),
-            "max_seq_len": options.export.max_seq_len,
+            "required": self.required_checks(),
             "command": command_line(options, self.model, self.mmlu, self.chartqa, recipe_hash(self.recipe)),
             "limits": {name: getattr(options.gate, name) for name in LIMITS},
             "versions": versions(LIBRARIES),
         }
+
+    def required_checks(self) -> list[str]:
+        """Return the names of the gate's checks that every release of this run must have."""
+        return required_checks(self.multimodal, self.chartqa is not None, False)
 
     def remember_revisions(self) -> None:
         """Note which revisions the names stand for, so that `--offline` finds them."""
@@ -101,10 +107,8 @@ def make_plan(run: "Run", options: RunOptions) -> Plan:
     recipe = load_recipe(options.recipe)
     evaluation = options.evaluation
     device: str = run.call("check", check_run, **options.check_inputs())["device"]
-    if options.target:
-        publishing = options.publishing
-        how = (publishing.branch, publishing.create_pr, publishing.adopt)
-        run.call("check_target", check_target, options.target, *how)
+    if (target := publishing_target(options)) is not None:
+        run.call("check_target", check_target, target)
     offline = options.offline
     model = run.call("resolve_model", resolve_model, options.model, options.revision, offline)
     mmlu = run.call("resolve_mmlu", resolve_benchmark, evaluation.mmlu, evaluation.mmlu_revision, offline)
@@ -118,6 +122,12 @@ def make_plan(run: "Run", options: RunOptions) -> Plan:
     check_disk(model.weight_bytes, missing_stages, model.revision)
     run.fit_into_memory(memory)
     return plan
+
+
+def publishing_target(options: RunOptions) -> Target | None:
+    """Return where the release goes, None if it is not published."""
+    how = options.publishing
+    return Target(options.target, how.branch, how.create_pr, how.adopt) if options.target else None
 
 
 def check_download(plan: Plan, base: "PrefectFuture[Record]") -> Plan:

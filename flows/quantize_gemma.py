@@ -1,6 +1,7 @@
 """The flow: a Gemma 3 checkpoint becomes a measured, on-device release of it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,16 @@ from quantize_gemma.flows.options import (
     RunOptions,
     Text,
 )
-from quantize_gemma.flows.plan import Plan, check_download, download_inputs, export_inputs, make_plan, quantize_inputs
-from quantize_gemma.flows.report import COLUMNS, create_artifacts
+from quantize_gemma.flows.plan import (
+    Plan,
+    check_download,
+    download_inputs,
+    export_inputs,
+    make_plan,
+    publishing_target,
+    quantize_inputs,
+)
+from quantize_gemma.flows.report import create_artifacts
 from quantize_gemma.flows.run import Record, Run, start_run
 from quantize_gemma.tasks.card import card
 from quantize_gemma.tasks.download import download, download_chartqa, download_mmlu
@@ -29,8 +38,10 @@ from quantize_gemma.tasks.evaluate import evaluate_mmlu
 from quantize_gemma.tasks.evaluate.chartqa import evaluate_chartqa
 from quantize_gemma.tasks.evaluate.program import evaluate_program
 from quantize_gemma.tasks.export import export as export_program
-from quantize_gemma.tasks.gate import compare_with_published, required_checks
 from quantize_gemma.tasks.gate import gate as judge_release
+from quantize_gemma.tasks.gate.checks import compare_with_published, require_pass
+from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, to_json
+from quantize_gemma.tasks.models.tables import COLUMNS
 from quantize_gemma.tasks.publish import publish, published_metrics
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store
@@ -104,7 +115,8 @@ def quantize_gemma(
             evaluation=scores["quantized"],
             sample_size=evaluation.program_samples,
         )
-        release = run.submit(card, run_id=str(runtime.flow_run.id), **(plan.card_inputs() | run.futures))
+        verdict = run.submit(judge_release, run_id=str(runtime.flow_run.id), **(plan.gate_inputs() | run.futures))
+        release = run.submit(card, recipe=plan.recipe.to_json(), checkpoint=quantized, program=program, gate=verdict)
         metrics = report_release(run, plan, release)
         check_release(run, plan, metrics)
         publish_release(run, plan, release)
@@ -143,40 +155,39 @@ def evaluate_chartqa_columns(run: Run, plan: Plan, dataset: PrefectFuture[Record
         )
 
 
-def report_release(run: Run, plan: Plan, release: PrefectFuture[Record]) -> dict[str, Any]:
-    """Wait for the release, show it in Prefect, and return its metrics.json."""
+def report_release(run: Run, plan: Plan, release: PrefectFuture[Record]) -> Metrics:
+    """Wait for the release, show it in Prefect, and return its metrics."""
     record = release.result()
-    metrics: dict[str, Any] = json.loads(store.read_file(open_record(record), "metrics.json"))
+    content: dict[str, Any] = json.loads(store.read_file(open_record(record), "metrics.json"))
+    metrics = parse_metrics(content)
     plan.remember_revisions()
     # This path stays the same when the card is made again.
     path = Path(store.path_of("card", record["key"]))
     create_artifacts(path, metrics)
     get_run_logger().info("release: %s", path)
     run.summary.release = str(path)
-    run.summary.metrics = {column: metrics[column] for column in COLUMNS}
+    run.summary.metrics = {column: content[column] for column in COLUMNS}
     return metrics
 
 
-def check_release(run: Run, plan: Plan, metrics: dict[str, Any]) -> None:
+def check_release(run: Run, plan: Plan, metrics: Metrics) -> None:
     """Put the gate's verdict into the summary. Raises GateRefused if the release does not pass."""
-    target, options = plan.options.target, plan.options
-    regression = None
-    if target:
-        published = run.call("read_published", published_metrics, target, options.publishing.branch)
-        regression = compare_with_published(metrics, published, options.gate.max_regression)
-    required = required_checks(plan.multimodal, plan.chartqa is not None, target is not None)
-    run.summary.gate = run.call("gate", judge_release, metrics, required, regression)
+    required, regression = plan.required_checks(), None
+    if (target := publishing_target(plan.options)) is not None:
+        published = run.call("read_published", published_metrics, target.repository, target.branch)
+        regression = compare_with_published(metrics, published, plan.options.gate.max_regression)
+        required = [*required, regression.name]
+    run.summary.gate = to_json(run.call("check_gate", require_pass, metrics, required, regression))
 
 
 def publish_release(run: Run, plan: Plan, release: PrefectFuture[Record]) -> None:
     """Publish the release to the target, if there is one."""
-    target, how = plan.options.target, plan.options.publishing
+    target, how = publishing_target(plan.options), plan.options.publishing
     if target is None:
         get_run_logger().info("publish: skipped, no target was set")
     else:
-        arguments = (how.branch, how.create_pr, how.private, how.tag, how.adopt)
-        publication = run.call("publish", publish, open_record(release.result()), target, *arguments)
-        run.summary.publication = publication
-        run.summary.published = publication["url"]
+        publication = run.call("publish", publish, open_record(release.result()), target, how.private, how.tag)
+        run.summary.publication = asdict(publication)
+        run.summary.published = publication.url
     if run.changed_nothing():
         run.rename(f"{plan.run_name()} unchanged")

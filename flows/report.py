@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.card import chartqa_scores, score
-from quantize_gemma.tasks.gate import gate_table
+from quantize_gemma.tasks.card import CHART
+from quantize_gemma.tasks.models.metrics import Metrics, parse_columns, parse_verdict
+from quantize_gemma.tasks.models.tables import quality_rows, verdict_rows
 from quantize_gemma.tasks.runtime.units import human_size
 
-COLUMNS = ("base", "quantized", "program")
 Row = dict[str, str]
 
 
-def create_artifacts(release: Path, metrics: dict[str, Any]) -> None:
+def create_artifacts(release: Path, metrics: Metrics) -> None:
     """Show the quality table, the gate's checks, the chart, the card, and the files in Prefect's UI.
 
     Args:
@@ -29,38 +29,16 @@ def create_artifacts(release: Path, metrics: dict[str, Any]) -> None:
         create_table_artifact,
     )
 
-    create_table_artifact(key="quality", table=quality_table(metrics), description="Base, quantized, and program")
-    create_table_artifact(key="gate", table=gate_table(metrics["gate"]["checks"]), description="The gate's checks")
-    chart = "data:image/png;base64," + base64.b64encode((release / "mmlu-by-subject.png").read_bytes()).decode()
-    create_image_artifact(chart, key="mmlu-by-subject", description="MMLU accuracy per subject")
+    create_table_artifact(key="quality", table=quality_rows(metrics), description="Base, quantized, and program")
+    create_table_artifact(key="gate", table=verdict_rows(metrics.gate.checks), description="The gate's checks")
     # Without its YAML front matter, and with the chart embedded.
     text = (release / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
-    create_markdown_artifact(text.replace("(mmlu-by-subject.png)", f"({chart})"), key="card")
+    if (release / CHART).exists():
+        chart = "data:image/png;base64," + base64.b64encode((release / CHART).read_bytes()).decode()
+        create_image_artifact(chart, key="mmlu-by-subject", description="MMLU accuracy per subject")
+        text = text.replace(f"({CHART})", f"({chart})")
+    create_markdown_artifact(text, key="card")
     create_link_artifact(release.as_uri(), link_text="the release's files", key="release")
-
-
-def quality_table(metrics: dict[str, Any]) -> list[Row]:
-    """Return the rows of base vs. quantized vs. program; a cell that was not measured is empty."""
-    agreement, sample = metrics["program"]["agreement"], metrics["program"]["mmlu"]
-    rows: list[Row] = [
-        {"metric": "size", **{name: human_size(metrics[name]["bytes"]) for name in COLUMNS}},
-        {"metric": "MMLU, %", **{name: score(metrics[name]["mmlu"]) for name in ("base", "quantized")}},
-        {
-            "": f"MMLU, {sample['questions']} samples, %",
-            "quantized": score(sample["checkpoint"]),
-            "program": score(sample),
-        },
-        {"metric": "same answers as the checkpoint, %", "program": f"{100 * sample['agreement']:.1f}"},
-        {
-            "metric": "same answers without activation quantization, %",
-            "quantized": f"{100 * sample['agreement_act_quant']:.1f}",
-        },
-        *({"metric": f"{name}, %", **columns} for name, columns in chartqa_scores(metrics).items()),
-        {"metric": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.2g}"},
-        {"metric": "KL of activation quantization, nats", "quantized": f"{agreement['kl_act_quant']:.2g}"},
-        {"metric": "same top token, %", "program": f"{100 * agreement['same_argmax']:.1f}"},
-    ]
-    return [{"metric": "", **dict.fromkeys(COLUMNS, ""), **row} for row in rows]
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -82,12 +60,12 @@ def print_summary(summary: dict[str, Any]) -> None:
                 human_size(stage["size_bytes"]),
             )
     console.print(stages)
-    console.print(_table("Quality", quality_table(summary["metrics"])))
-    gate = summary["gate"]
+    console.print(_table("Quality", quality_rows(parse_columns(summary["metrics"]))))
+    gate = None if summary["gate"] is None else parse_verdict(summary["gate"])
     # A failed gate has printed its checks in the error message.
-    if gate and gate["passed"]:
-        console.print(_table("Gate", gate_table(gate["checks"])))
-    console.print(f"gate: {'not reached' if gate is None else 'passed' if gate['passed'] else 'failed'}")
+    if gate and gate.passed:
+        console.print(_table("Gate", verdict_rows(gate.checks)))
+    console.print(f"gate: {'not reached' if gate is None else 'passed' if gate.passed else 'failed'}")
     console.print(f"publish: {_publish_line(summary)}", soft_wrap=True)
     console.print(f"release: {summary['release']}", soft_wrap=True)
 

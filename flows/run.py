@@ -10,7 +10,8 @@ from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 
 from quantize_gemma.flows.summary import Interrupted, StageSummary, Summary
-from quantize_gemma.tasks.gate import GateRefused
+from quantize_gemma.tasks.gate.checks import GateRefused
+from quantize_gemma.tasks.models.metrics import to_json
 from quantize_gemma.tasks.runtime import machine, store, worker
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
 from quantize_gemma.tasks.runtime.patches.private_api import retry_refused_connections
@@ -53,7 +54,7 @@ def start_run(label: str, refresh: Collection[str]) -> Iterator["Run"]:
     except Exception as error:
         cause = run.first_failure(error)
         if isinstance(cause, GateRefused):
-            run.summary.gate = cause.verdict
+            run.summary.gate = to_json(cause.verdict)
         run.summary.error = redact(str(cause))
         run.collect_stages()
         cause.summary = run.summary.to_json()
@@ -143,7 +144,7 @@ class Run:
 
     def collect_stages(self) -> None:
         """Put one line for each stage into the summary: checks, then stages, then gate and publishing."""
-        last = ("read_published", "gate", "publish")
+        last = ("read_published", "check_gate", "publish")
         before = [step for name, step in self._steps.items() if name not in last]
         after = [step for name, step in self._steps.items() if name in last]
         self.summary.stages = before + [summarize(name, future) for name, future in self.futures.items()] + after

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
+# Weights derived from Gemma's stay under its terms, whatever a local directory does not say.
+GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 # A link to a file of the release, which the Hub allows.
 FILE = re.compile(r"(LICENSE|NOTICE)[\w.-]{0,60}", re.ASCII)

@@ -257,7 +257,7 @@ class Tried:
 
     def publish(self, scenario: str, over: bool = False, create_pr: bool = False) -> None:
         """Publishes as the flow does; the target must hold the release at the end, and nothing but it or what was."""
-        from quantize_gemma.tasks.publish import check_target, publish, published_metrics
+        from quantize_gemma.tasks.publish import Target, check_target, publish, published_metrics
 
         target = self.target()
         if over and self.hub.storage.find("model", target) is None:
@@ -265,16 +265,16 @@ class Tried:
             self.hub.storage.create("model", target, "team")
             self.hub.storage.commit("model", target, "main", files, title="old", author="team")
         try:
-            again(3, check_target, target, None, create_pr, False)
+            again(3, check_target, Target(target, create_pr=create_pr))
             again(3, published_metrics, target, None)
-            outcome = again(3, publish, self.new, target, None, create_pr, False, not create_pr, False)
+            outcome = again(3, publish, self.new, Target(target, create_pr=create_pr), False, not create_pr)
         finally:
             self.look(target, over, create_pr)
         contents = self.contents(target, "refs/pr/1" if create_pr else "main")
         assert self.is_release(contents, self.new), f"published {sorted(contents)}"
         assert "old.json" not in contents, "what the release before wrote is still there"
-        assert outcome["url"].startswith(self.hub.url)
-        assert create_pr or self.hub.head("model", target, outcome["tag"]) == outcome["commit"]
+        assert outcome.url.startswith(self.hub.url)
+        assert create_pr or self.hub.head("model", target, outcome.tag) == outcome.commit
 
     def look(self, target: str, over: bool, create_pr: bool) -> None:
         """Asserts that the target holds a whole release or what it held, and that nothing was committed twice."""

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.models.license import clean_license
+from quantize_gemma.tasks.models.metrics import parse_metrics
 from quantize_gemma.tasks.models.recipe import RECIPES
 from quantize_gemma.tasks.runtime.errors import UserError
 from tests.campaigns import campaign
@@ -260,7 +261,7 @@ def _read_card(folder: Path, fields: Any, metrics: dict[str, Any]) -> None:
 
 
 def _make_card(metrics: dict[str, Any], given: dict[str, str]) -> None:
-    found = faults(metrics, given)
+    found = faults(parse_metrics(metrics), given)
     assert not found, "; ".join(found)
 
 

@@ -107,6 +107,7 @@ def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome
         "download",
         "download_mmlu",
         "download_chartqa",
+        "gate",
         "card",
     }
 
@@ -122,7 +123,7 @@ def test_an_unchanged_commit_is_not_transferred_and_an_unchanged_release_not_com
     # The first release had nothing to follow, this one follows that.
     first, second = regression(published), regression(again)
     assert (first["status"], second["status"], second["value"]) == ("uninformative", "pass", 0.0)
-    assert "not compared with what is published: there is no metrics.json yet" in first["message"]
+    assert "not compared with the published release: there is no metrics.json yet" in first["message"]
     assert hub.head("model", TARGET) == head
     assert not [entry for entry in hub.served("GET", "resolve|/lfs/") if TARGET not in entry["path"]]
     assert not hub.served("PUT", "")
@@ -137,9 +138,11 @@ def test_a_misbehaving_hub_is_tried_again(
     hub.faults.add(method="GET", path="/lfs/", cut=200_000, times=1)
     hub.faults.add(method="POST", path=f"{TARGET}/commit", status=500, times=1)
     (Path(published.summary["release"]).parent / "manifest.json").unlink()
+    gate = next(stage["key"] for stage in published.summary["stages"] if stage["name"] == "gate")
+    (command_line.home / "gate" / gate / "manifest.json").unlink()
     again = command_line(*RUN, "--refresh", "download", "--target", TARGET, **environment)
     assert again.code == 0, again.stderr
-    assert {name for name, cached in again.cached.items() if not cached} == {"download", "card"}
+    assert {name for name, cached in again.cached.items() if not cached} == {"download", "gate", "card"}
     assert again.summary["publication"]["state"] == "published"
     assert [entry["range"] for entry in hub.served("GET", "/lfs/") if entry["range"]]
 

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from quantize_gemma.flows.options import StageName
+from quantize_gemma.flows.options import Stage
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.check import resolve_device
 from tests.campaigns.starting_place import hostile_directory
@@ -26,7 +26,7 @@ from tests.conftest import CommandLine, Outcome
 from tests.operate import another_program
 from tests.text_only import write_text_only
 
-ALL = set(get_args(StageName))
+ALL = set(get_args(Stage))
 
 
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:
@@ -144,7 +144,9 @@ def test_the_device_is_resolved_before_keys_are_made_and_on_a_cpu_batches_are_in
     again = command_line("run", "--json", "--device", "cpu", "--batch-size", "8")
     assert again.code == 0, again.stderr[-3000:]
     # The card has the command; and a machine with a GPU has measured on it.
-    assert all(cached for name, cached in again.cached.items() if name != "card") == (resolve_device("auto") == "cpu")
+    assert all(cached for name, cached in again.cached.items() if name not in ("gate", "card")) == (
+        resolve_device("auto") == "cpu"
+    )
 
 
 def test_a_configured_api_is_used_and_shows_the_runs_tasks_tables_chart_card_and_files(
@@ -168,7 +170,7 @@ def test_a_configured_api_is_used_and_shows_the_runs_tasks_tables_chart_card_and
     assert json.loads(data["quality"])[1]["base"].startswith("100.00")
     assert data["card"].startswith("\n# HQQ-INT8-INT4 tiny-gemma3 model")
     assert data["card"].endswith((release / "README.md").read_text()[-2000:])
-    assert [row["verdict"] for row in json.loads(data["gate"])] == ["held"] * 11
+    assert [row["result"] for row in json.loads(data["gate"])] == ["pass"] * 11
     assert data["mmlu-by-subject"].startswith("data:image/png;base64,")
     assert release.as_uri() in data["release"]
 
@@ -263,8 +265,9 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from quantize_gemma.tasks.card.metrics import pair_outcomes, read_outcomes
-    from quantize_gemma.tasks.gate import judge
+    from quantize_gemma.tasks.gate.checks import judge
+    from quantize_gemma.tasks.gate.metrics import pair_outcomes, read_outcomes
+    from quantize_gemma.tasks.models.metrics import parse_metrics
     from quantize_gemma.tasks.runtime import worker
 
     broken = tmp_path / "checkpoint"
@@ -277,7 +280,7 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     target = tmp_path / "results"
     target.mkdir()
     asked = {"limit": 1, "batch_size": 16, "device": "cpu", "lost_buffer": module if damage is keep else None}
-    paths = {"checkpoint": str(broken), "dataset": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
+    paths = {"checkpoint": str(broken), "questions": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
     function = "tests.flows.test_run:evaluate_damaged"
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     call = {"function": function, "target": str(target), "paths": paths, "values": asked}
@@ -286,7 +289,9 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     after = read_outcomes(target)
     before = read_outcomes(artifact(command_line, released, "evaluate_mmlu_base") / "data")
     metrics["pairs"]["mmlu"] = pair_outcomes({question: before[question] for question in after}, after)
-    failed = {check["name"] for check in judge(metrics, metrics["gate"]["limits"])["checks"] if not check["passed"]}
+    parsed = parse_metrics(metrics)
+    verdict = judge(parsed.pairs, None, parsed.program.agreement, parsed.gate.limits)
+    failed = {check.name for check in verdict.checks if check.status == "fail"}
     assert {"mmlu_drop"} <= failed <= {"mmlu_drop", "mmlu_recovery"}
 
 
@@ -307,12 +312,13 @@ def swap_rows_of_release(source: Path, target: Path, *modules: str) -> Path:
     return target
 
 
-def test_the_program_is_no_further_from_the_checkpoint_than_activation_quantization_explains_and_from_another_one_it_is(
+def test_the_program_is_no_further_from_the_checkpoint_than_rounding_explains_and_from_another_one_it_is(
     released: Outcome, tmp_path: Path
 ) -> None:
     from transformers import AutoConfig
 
-    from quantize_gemma.tasks.gate import judge
+    from quantize_gemma.tasks.gate.checks import judge
+    from quantize_gemma.tasks.models.metrics import parse_metrics
     from quantize_gemma.tasks.verify.compare import compare
 
     release = Path(released.summary["release"])
@@ -337,8 +343,9 @@ def test_the_program_is_no_further_from_the_checkpoint_than_activation_quantizat
     modules = ("vision_tower.vision_model.encoder.layers.1.mlp.fc2", "language_model.model.layers.1.mlp.up_proj")
     other = swap_rows_of_release(release, tmp_path / "other", *modules)
     metrics["program"]["agreement"] = compare(release, other, AutoConfig.from_pretrained(other), 1024).to_json()
-    verdict = judge(metrics, {**metrics["gate"]["limits"], "max_kl_ratio": 1.0})
-    failed = {check["name"] for check in verdict["checks"] if not check["passed"]}
+    parsed = parse_metrics(metrics)
+    verdict = judge(parsed.pairs, None, parsed.program.agreement, {**parsed.gate.limits, "max_kl_ratio": 1.0})
+    failed = {check.name for check in verdict.checks if check.status == "fail"}
     parts = ("", "_last", "_step_by_step", "_prompts", "_image")
     assert failed == {"vision_encoder", *(f"program_kl{part}" for part in parts)}
 
@@ -350,13 +357,13 @@ def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
     import torch
     from transformers import AutoTokenizer
 
-    from quantize_gemma.tasks.models.pte import PteProgram
+    from quantize_gemma.tasks.models.pte import Methods
 
     release = Path(released.summary["release"])
     samples = artifact(command_line, released, "evaluate_mmlu_quantized") / "data" / "samples.jsonl"
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(release)
-    program = PteProgram(release / "model.pte")
+    methods = Methods(release / "model.pte")
     letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"]
     agreed = 0
     for row in rows:
@@ -366,7 +373,7 @@ def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
         choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", asked["choices"], strict=True))
         about = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}."
         ids = torch.tensor([tokenizer(f"{about}\n\n{asked['question'].strip()}\n{choices}\nAnswer:")["input_ids"]])
-        logits = program.decode(program.embed_tokens(ids), {ids.shape[1] - 1})[0]
+        logits = methods.decode(methods.embed(ids), {ids.shape[1] - 1})[0]
         agreed += int(logits[letters].argmax()) == row["prediction"]
     assert agreed == len(rows) == 228
 
@@ -397,7 +404,7 @@ def test_a_refreshed_stage_runs_again_and_its_unchanged_output_keeps_the_later_o
     assert seconds["untie"] != {s["name"]: s["seconds"] for s in released.summary["stages"]}["untie"]
 
 
-def test_a_refused_release_stays_on_disk_and_the_failed_run_says_which_checks_held(
+def test_a_release_that_fails_the_gate_stays_on_disk_and_the_run_says_which_checks_pass(
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:
     with server(command_line, tmp_path) as api:
@@ -406,7 +413,7 @@ def test_a_refused_release_stays_on_disk_and_the_failed_run_says_which_checks_he
     assert refused.code == 1
     verdict = refused.summary["gate"]
     assert not verdict["passed"]
-    failed = {check["name"] for check in verdict["checks"] if not check["passed"]}
+    failed = {check["name"] for check in verdict["checks"] if check["status"] == "fail"}
     assert failed - {"vision_encoder"} == {
         "program_kl",
         "program_kl_last",
@@ -416,15 +423,15 @@ def test_a_refused_release_stays_on_disk_and_the_failed_run_says_which_checks_he
     }
     assert refused.summary["published"] is None
     assert (Path(refused.summary["release"]) / "model.pte").is_file()
-    # The bars are on the card; nothing else has to be done again.
-    assert refused.cached == {name: name != "card" for name in ALL}
+    # The limits are in the gate's key; nothing before it runs again.
+    assert refused.cached == {name: name not in ("gate", "card") for name in ALL}
     assert run["state_type"] == "FAILED"
     for said in (run["state"]["message"], refused.stderr):
-        assert "the gate refuses the release: the program is" in said
+        assert "the release fails the gate: the program's KL divergence" in said
         lines = [line.split("  ") for line in said.splitlines()]
-        verdicts = {line[0]: line[-1].strip() for line in lines if line[-1].strip() in ("held", "refused")}
-        expected = {check["name"].replace("_", " "): check["passed"] for check in verdict["checks"]}
-        assert {name: found == "held" for name, found in verdicts.items()} == expected
+        verdicts = {line[0]: line[-1].strip() for line in lines if line[-1].strip() in ("pass", "fail")}
+        expected = {check["name"].replace("_", " "): check["status"] for check in verdict["checks"]}
+        assert verdicts == expected
 
 
 @pytest.mark.parametrize(
@@ -542,11 +549,11 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
     import shutil
 
     def shards() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in command_line.home.glob("responses/[0-9a-f]*/manifest.json")}
+        return {path: path.stat().st_mtime_ns for path in command_line.home.glob("answers/[0-9a-f]*/manifest.json")}
 
     before = digests(command_line, released, "evaluate_mmlu_base")
     shutil.rmtree(artifact(command_line, released, "evaluate_mmlu_base"))
-    shutil.rmtree(command_line.home / "responses")
+    shutil.rmtree(command_line.home / "answers")
     process = start_run_into("evaluate", 0, command_line, "--workers", "2")
     deadline = time.monotonic() + 120
     while not shards():

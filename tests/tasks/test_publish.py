@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def make(release: Path) -> Artifact:
 
 def send(hub: Hub, artifact: Artifact, token: str = WRITER, **settings: Any) -> dict[str, Any]:
     """Publishes from a process of its own: the Hub's address is read when its client is imported."""
-    how = {"branch": None, "create_pr": False, "private": False, "tagged": False, "adopt": False, **settings}
+    how = {"private": False, "tagged": False, **settings}
     return in_process("publish_in_process", hub, token, {"release": str(artifact.path)}, {"repository": TARGET, **how})
 
 
@@ -94,21 +95,20 @@ def in_process(function: str, hub: Hub, token: str, paths: dict[str, str], value
     return worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None, environment)["metadata"]
 
 
-def publish_in_process(_target: Path, release: Path, **settings: Any) -> dict[str, Any]:
-    from quantize_gemma.tasks.publish import publish
+def publish_in_process(_target: Path, /, release: Path, private: bool, tagged: bool, **settings: Any) -> dict[str, Any]:
+    from quantize_gemma.tasks.publish import Target, publish
 
-    return {"metadata": publish(store.at(release), **settings)}
+    return {"metadata": asdict(publish(store.at(release), Target(**settings), private, tagged))}
 
 
 def check(hub: Hub, token: str = WRITER, repository: str = TARGET, **settings: Any) -> None:
-    how = {"repository": repository, "branch": None, "create_pr": False, "adopt": False, **settings}
-    in_process("check_in_process", hub, token, {}, how)
+    in_process("check_in_process", hub, token, {}, {"repository": repository, **settings})
 
 
-def check_in_process(_target: Path, **settings: Any) -> dict[str, Any]:
-    from quantize_gemma.tasks.publish import check_target
+def check_in_process(_target: Path, /, **settings: Any) -> dict[str, Any]:
+    from quantize_gemma.tasks.publish import Target, check_target
 
-    check_target(**settings)
+    check_target(Target(**settings))
     return {"metadata": {}}
 
 
@@ -124,7 +124,7 @@ def commits(hub: Hub) -> int:
     return len(hub.served("POST", "/commit/"))
 
 
-def test_one_commit_brings_the_whole_release_and_says_what_it_is(hub: Hub, release: Path) -> None:
+def test_one_commit_publishes_the_whole_release_and_describes_it(hub: Hub, release: Path) -> None:
     outcome = publish(hub, release, tagged=True)
     assert outcome["state"] == "published"
     assert commits(hub) == 1
@@ -148,11 +148,13 @@ def test_the_same_release_again_makes_no_commit_and_sends_nothing(hub: Hub, rele
     assert not hub.served("PUT", "")
 
 
-def test_files_of_the_release_before_go_and_a_persons_files_stay(hub: Hub, release: Path, tmp_path: Path) -> None:
+def test_files_of_the_previous_release_are_deleted_and_a_persons_files_stay(
+    hub: Hub, release: Path, tmp_path: Path
+) -> None:
     publish(hub, release)
     extra = tmp_path / "extra"
     extra.mkdir()
-    (extra / "screenshot.jpg").write_bytes(b"a picture")
+    (extra / "screenshot.jpg").write_bytes(b"an image")
     hub.add("model", TARGET, extra)
     (release / "model.pte").unlink()
     (release / "vocab.json").write_text("{}")
@@ -172,7 +174,7 @@ def test_a_head_that_moves_meanwhile_is_read_again(hub: Hub, release: Path) -> N
     assert contents(hub)["config.json"] == b'{"changed": true}'
 
 
-def test_a_head_that_never_rests_is_an_error(hub: Hub, release: Path) -> None:
+def test_a_head_that_keeps_moving_is_an_error(hub: Hub, release: Path) -> None:
     hub.faults.add(method="POST", path="/commit/", status=412)
     with pytest.raises(UserError, match="moved 5 times"):
         publish(hub, release)
@@ -249,7 +251,7 @@ def test_a_repository_that_holds_something_else_than_was_sent_is_named(
         return commit(kind, name, ref, {n: file for n, file in added.items() if n != "model.pte"}, *rest, **more)
 
     monkeypatch.setattr(hub.storage, "commit", lose_a_file)
-    with pytest.raises(StageFailed, match=f"{TARGET} at .* holds something else than was sent: model.pte"):
+    with pytest.raises(StageFailed, match=f"{TARGET} at .* does not hold what was uploaded: model.pte"):
         publish(hub, release)
 
 
@@ -352,7 +354,7 @@ def test_a_file_that_only_looks_like_a_releases_makes_no_release(
         check(hub)
 
 
-def test_a_release_of_the_version_before_is_known_by_its_metrics_and_only_what_it_wrote_goes(
+def test_a_release_of_an_older_version_is_recognized_by_its_metrics_and_only_its_files_are_deleted(
     hub: Hub, release: Path, tmp_path: Path
 ) -> None:
     old = shutil.copytree(release, tmp_path / "old")

@@ -1,6 +1,7 @@
 """The program answers lm-eval as the checkpoint that it was made from, and another one's does not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_th
 def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
     released: Outcome, command_line: CommandLine, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantize_gemma.tasks.gate import GateRefused, gate, judge
+    from quantize_gemma.tasks.gate.checks import GateRefused, judge, require_pass
+    from quantize_gemma.tasks.models.metrics import parse_metrics
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     damaged = swap_rows_of_release(release, tmp_path / "damaged", "language_model.model.layers.1.mlp.up_proj")
@@ -187,10 +189,12 @@ def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
     assert shown["program"]["margin"] > 0
     metrics = metrics_of(released)
     metrics["program"]["mmlu"] = measured
-    metrics["gate"] = judge(metrics, metrics["gate"]["limits"])
+    parsed = parse_metrics(metrics)
+    assert parsed.program.mmlu is not None
+    verdict = judge(parsed.pairs, parsed.program.mmlu.differing, parsed.program.agreement, parsed.gate.limits)
     with pytest.raises(GateRefused, match="the program") as refused:
-        gate(metrics, [])
-    failed = [check["name"] for check in refused.value.verdict["checks"] if not check["passed"]]
+        require_pass(replace(parsed, gate=verdict), [])
+    failed = [check.name for check in refused.value.verdict.checks if check.status == "fail"]
     assert failed == ["program_disagreement"]
     assert shown["question"] in str(refused.value)
 

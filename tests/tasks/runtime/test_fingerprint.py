@@ -31,6 +31,7 @@ STAGES = {
     "export": "quantize_gemma.tasks.export:export",
     "verify": "quantize_gemma.tasks.verify:verify",
     "evaluate_program": "quantize_gemma.tasks.evaluate.program:evaluate_program",
+    "gate": "quantize_gemma.tasks.gate:gate",
     "card": "quantize_gemma.tasks.card:card",
     # Whose answers are kept on their own.
     "responses": "quantize_gemma.tasks.evaluate.packed_lm:load_checkpoint_scorer",
@@ -47,12 +48,12 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.evaluate.chartqa:TOLERANCE": {"evaluate_chartqa"},
     "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"evaluate_mmlu", "responses", "evaluate_program"},
     "quantize_gemma.tasks.models.activation_quantization:_round": MODEL,
-    "quantize_gemma.tasks.gate:CONFIDENT": {"card"},
-    "quantize_gemma.tasks.gate:gate": set(),
+    "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
+    "quantize_gemma.tasks.gate.checks:require_pass": set(),
     "quantize_gemma.tasks.runtime.hub:fetch": set(),
     "quantize_gemma.tasks.runtime.patches.transformers:own_metadata": MODEL | {"verify", "export"},
     "quantize_gemma.tasks.runtime.patches.optimum_executorch:one_export": {"export"},
-    "quantize_gemma.tasks.runtime.paired_stats:share_ratio": {"card"},
+    "quantize_gemma.tasks.runtime.paired_stats:share_ratio": {"gate"},
     "quantize_gemma.tasks.runtime.prefect_stage:as_task": set(),
     "quantize_gemma.tasks.runtime.worker:call": set(),
     "quantize_gemma.tasks.quantize.hqq:BOUNDS": {"quantize"},
@@ -257,7 +258,7 @@ print(json.dumps([sorted(called), sorted({name.split(".")[0] for name in sys.mod
 """
 
 
-@pytest.mark.parametrize("stage", ["untie", "quantize", "card"])
+@pytest.mark.parametrize("stage", ["untie", "quantize", "gate", "card"])
 def test_whatever_a_stage_calls_and_loads_is_in_its_fingerprint(
     stage: str, released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:
@@ -286,7 +287,7 @@ def test_whatever_a_stage_calls_and_loads_is_in_its_fingerprint(
 
 def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Returns the artifacts' directories and the values that a stage gets."""
-    from quantize_gemma.tasks.card.metrics import LIBRARIES
+    from quantize_gemma.tasks.gate.metrics import LIBRARIES
     from quantize_gemma.tasks.models.recipe import load_recipe
 
     def data(name: str) -> str:
@@ -298,13 +299,16 @@ def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, s
         return {"checkpoint": data("download")}, {}
     if stage == "quantize":
         return {"checkpoint": data("untie")}, {"recipe": recipe, "device": "cpu"}
-    fixture = {"name": "tiny-gemma3", "revision": "0", "fixture": True, "license": {}}
-    values: dict[str, Any] = {"model": fixture, "benchmark": fixture, "charts": fixture, "recipe": recipe}
+    if stage == "card":
+        return {"checkpoint": data("quantize"), "program": data("export"), "gate": data("gate")}, {"recipe": recipe}
+    fixture = {"name": "tiny-gemma3", "revision": "0", "fixture": True}
+    resolved = {"model": {**fixture, "license": {}}, "benchmark": fixture, "chartqa": fixture}
+    values: dict[str, Any] = {"resolved": resolved, "recipe": recipe, "required": ["mmlu_drop"]}
     limits = {"max_mmlu_drop": 5.0, "max_chartqa_drop": 10.0, "min_recovery": 80.0}
     limits |= {"max_disagreement": 2.0, "max_kl_ratio": 2.0}
-    values |= {"max_seq_len": 1024, "limits": limits, "versions": fingerprint.versions(LIBRARIES)}
+    values |= {"limits": limits, "versions": fingerprint.versions(LIBRARIES)}
     values |= {"command": "quantize-gemma run", "run_id": "0"}
-    return {name: data(name) for name in keys if name != "card"}, values
+    return {name: data(name) for name in keys if name not in ("gate", "card")}, values
 
 
 def normal(name: str) -> str:

@@ -1,0 +1,331 @@
+"""The gate's checks: a release that lost too much, or whose program differs from its checkpoint, is not published."""
+
+import math
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from quantize_gemma.tasks.models.metrics import (
+    Agreement,
+    Answer,
+    Check,
+    Disagreement,
+    Divergence,
+    Metrics,
+    Positions,
+    PromptDivergence,
+    Verdict,
+    to_json,
+)
+from quantize_gemma.tasks.models.tables import format_percent, verdict_text
+from quantize_gemma.tasks.runtime.errors import RunError
+from quantize_gemma.tasks.runtime.paired_stats import Pairs, confidence, share_difference, share_ratio
+
+# Below this, in nats per token or as a relative squared error, float32 arithmetic alone makes the difference.
+FLOOR = 1e-6
+# A check that passes with less is one of low confidence; a disagreement fails with as much that it is too large.
+CONFIDENT = 0.95
+LIMITS = ("max_mmlu_drop", "max_chartqa_drop", "min_recovery", "max_disagreement", "max_kl_ratio")
+BENCHMARKS = {"mmlu": "MMLU", "chartqa": "ChartQA"}
+# Disagreements that a failure's message shows.
+MAX_SHOWN = 5
+# What two MMLU scores must have in common to be compared, and its path in metrics.json.
+COMPARABLE = {
+    "benchmark": ("benchmark",),
+    "benchmark revision": ("benchmark_revision",),
+    "fixture benchmark": ("fixture_benchmark",),
+    "fixture model": ("fixture_model",),
+    "task": ("quantized", "mmlu", "task"),
+    "task version": ("quantized", "mmlu", "task_version"),
+    "number of few-shot examples": ("quantized", "mmlu", "num_fewshot"),
+    "limit": ("quantized", "mmlu", "limit"),
+    "number of questions": ("quantized", "mmlu", "questions"),
+    "lm-eval version": ("versions", "lm-eval"),
+}
+ACCURACY = ("quantized", "mmlu", "accuracy")
+MISSING = object()
+
+
+class GateRefused(RunError):
+    """The release fails the gate. `verdict` has its checks; the message names the failed ones and shows them all."""
+
+    def __init__(self, verdict: Verdict, disagreements: Sequence[Disagreement]) -> None:
+        failed = [check for check in verdict.checks if check.status == "fail"]
+        parts = [f"the release fails the gate: {'; '.join(check.message for check in failed)}"]
+        parts.append(verdict_text(verdict.checks))
+        if any(check.name == "program_disagreement" for check in failed):
+            parts.append(_list_disagreements(disagreements))
+        super().__init__("\n\n".join(parts))
+        self.verdict = verdict
+
+
+def required_checks(multimodal: bool, chartqa: bool, published: bool) -> list[str]:
+    """Return the names of the checks without which no release passes.
+
+    Args:
+        multimodal: Whether the model has a vision tower.
+        chartqa: Whether ChartQA is measured.
+        published: Whether the release is published, after another one perhaps.
+    """
+    parts = ["", "_last", "_step_by_step", "_prompts", *["_image"] * multimodal]
+    return [
+        *(f"{name}_{kind}" for name in ("mmlu", *["chartqa"] * chartqa) for kind in ("drop", "recovery")),
+        "program_disagreement",
+        *(f"program_kl{part}" for part in parts),
+        *["vision_encoder"] * multimodal,
+        *["regression"] * published,
+    ]
+
+
+def require_pass(metrics: Metrics, required: Sequence[str], regression: Check | None = None) -> Verdict:
+    """Return the verdict on a release, the comparison with the published one included.
+
+    Args:
+        metrics: The release's.
+        required: The checks that must be there.
+        regression: The result of `compare_with_published`, for a release that is published.
+
+    Raises:
+        GateRefused: A check fails or is missing.
+    """
+    checks = [*metrics.gate.checks, *([regression] if regression else [])]
+    verdict = add_missing(_verdict(checks, metrics.gate.limits), required)
+    if not verdict.passed:
+        sample = metrics.program.mmlu
+        raise GateRefused(verdict, sample.disagreements if sample else [])
+    return verdict
+
+
+def add_missing(verdict: Verdict, required: Sequence[str]) -> Verdict:
+    """Return the verdict with a failed check for each required one that was not measured."""
+    names = {check.name for check in verdict.checks}
+    missing = [
+        _check(name, f"{name.replace('_', ' ')} was not measured", math.nan, math.nan, False, math.nan, None)
+        for name in required
+        if name not in names
+    ]
+    return _verdict([*verdict.checks, *missing], verdict.limits)
+
+
+def compare_with_published(metrics: Metrics, published: Mapping[str, object] | None, max_regression: float) -> Check:
+    """Return the check that MMLU is at most so many points below the published release's.
+
+    Scores that were measured differently are not compared: the check is then uninformative and says why.
+
+    Args:
+        metrics: The release's.
+        published: The metrics.json at the target's head, whoever wrote it; None if there is none.
+        max_regression: The limit, in points of accuracy.
+    """
+    score = metrics.quantized.mmlu
+    reason = "MMLU was not measured" if score is None else _incomparable(to_json(metrics), published)
+    accuracy = _look_up(published, ACCURACY)
+    if reason is not None or score is None or not isinstance(accuracy, (int, float)):
+        return Check(
+            name="regression",
+            status="uninformative",
+            low_confidence=False,
+            value=None,
+            limit=max_regression,
+            margin=None,
+            stderr=None,
+            confidence=None,
+            message=f"MMLU is not compared with the published release: {reason}",
+        )
+    loss = round(100 * (accuracy - score.accuracy), 4)
+    what = f"MMLU is {abs(loss):.2f} points {'below' if loss >= 0 else 'above'} the published release"
+    # The standard error of the published score is not known.
+    return _at_most("regression", what, loss, max_regression)
+
+
+def _incomparable(metrics: Mapping[str, object], published: Mapping[str, object] | None) -> str | None:
+    """Return why the two cannot be compared, None if they can."""
+    if published is None:
+        return "there is no metrics.json yet"
+    for what, path in COMPARABLE.items():
+        here, there = _look_up(metrics, path), _look_up(published, path)
+        if here is MISSING or type(here) is not type(there) or here != there:
+            return f"its {what} is {_shorten(here)} here and {_shorten(there)} there"
+    accuracy = _look_up(published, ACCURACY)
+    if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
+        return f"its accuracy is {_shorten(accuracy)} there"
+    return None
+
+
+def _look_up(value: object, path: tuple[str, ...]) -> object:
+    """Return the value at a path of keys, or MISSING."""
+    for name in path:
+        if not isinstance(value, Mapping) or name not in value:
+            return MISSING
+        value = value[name]
+    return value
+
+
+def _shorten(value: object) -> str:
+    """Return a value of unknown origin as a few characters."""
+    if value is MISSING or value is None:
+        return "missing" if value is MISSING else "null"
+    if not isinstance(value, (str, int, float)):
+        return "not a scalar"
+    return textwrap.shorten(repr(value), 60, placeholder="…")
+
+
+def judge(
+    pairs: Mapping[str, Pairs], differing: Pairs | None, agreement: Agreement, limits: dict[str, float]
+) -> Verdict:
+    """Return the verdict on what was measured.
+
+    The value decides, however certain it is: a run on few questions is as good as its number, and `low_confidence`
+    says that the number says little. The disagreement and the answers to long prompts are the exception, because their
+    samples are small and activations quantize differently in any program, a good one too: they fail only when the
+    confidence is below 5 %, beyond sampling error.
+
+    Args:
+        pairs: By benchmark, the questions that base (first) and checkpoint (second) answer correctly.
+        differing: The questions that program (first) and checkpoint (second) answer differently from the checkpoint
+            in float32 without activation quantization; None if they were not measured.
+        agreement: The program's distances from the checkpoint.
+        limits: Values by the names in LIMITS: the drops in points of accuracy; `min_recovery` in percent of the base
+            model's score; `max_disagreement` in points, the share of answers that the program changes more than the
+            checkpoint; `max_kl_ratio` bounds the KL divergence between checkpoint and program, and the vision
+            encoder's squared error, as a multiple of what activation quantization alone causes.
+    """
+    checks = []
+    for name, title in BENCHMARKS.items():
+        if name in pairs:
+            checks += [_drop(name, title, pairs[name], limits[f"max_{name}_drop"])]
+            checks += [_recovery(name, title, pairs[name], limits["min_recovery"])]
+    if differing is not None:
+        checks += [_disagreement(differing, limits["max_disagreement"])]
+    checks += _distances(agreement, limits["max_kl_ratio"])
+    return _verdict(checks, limits)
+
+
+def _drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
+    value, stderr = (round(100 * number, 4) for number in share_difference(pairs))
+    what = f"{title} {'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points"
+    return _at_most(f"{name}_drop", what, value, limit, stderr)
+
+
+def _recovery(name: str, title: str, pairs: Pairs, limit: float) -> Check:
+    value, stderr = (round(100 * number, 4) for number in share_ratio(pairs))
+    what = f"{title} recovers {value:.2f} ± {stderr:.2f}% of the base model's score (limit ≥ {limit:.4g})"
+    return _check(f"{name}_recovery", what, value, limit, value >= limit, round(value - limit, 4), stderr)
+
+
+def _disagreement(differing: Pairs, limit: float) -> Check:
+    value, stderr = (round(100 * number, 4) for number in share_difference(differing))
+    both = differing["both"]
+    what = (
+        f"of {sum(differing.values())} questions the program answers {both + differing['first']} differently from the "
+        f"checkpoint without activation quantization, the checkpoint {both + differing['second']}: "
+        f"{value:.2f} ± {stderr:.2f} points more (limit ≤ {limit:.4g})"
+    )
+    margin = round(limit - value, 4)
+    passed = confidence(margin, stderr) >= 1 - CONFIDENT
+    return _check("program_disagreement", what, value, limit, passed, margin, stderr)
+
+
+def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:
+    parts: dict[str, tuple[str, Divergence | None]] = {
+        "program_kl": ("", agreement),
+        "program_kl_last": (" at the end of the longest sequence", agreement.last),
+        "program_kl_step_by_step": (" one token at a time", agreement.step_by_step),
+        "program_kl_prompts": (" in its answers to long prompts", agreement.prompts),
+        "program_kl_image": (" after an image", agreement.image),
+    }
+    checks = []
+    for name, (where, part) in parts.items():
+        if part is None:
+            continue
+        value = _or_nan(part.kl_program)
+        limit = max(max_ratio * _or_nan(part.kl_act_quant), FLOOR)
+        positions = part.positions if isinstance(part, PromptDivergence) else None
+        stderr = None if positions is None else _stderr_of_excess(positions, max_ratio)
+        what = f"the program's KL divergence from the checkpoint{where} is {value:.6f} nats"
+        checks.append(_unless_chance(name, what, value, limit, stderr))
+    if agreement.vision_encoder is not None:
+        error, baseline = _or_nan(agreement.vision_encoder.error), _or_nan(agreement.vision_encoder.error_act_quant)
+        what = f"the vision encoder's relative squared error is {error:.2g}"
+        checks.append(_at_most("vision_encoder", what, error, max(max_ratio * baseline, FLOOR)))
+    return checks
+
+
+def _stderr_of_excess(positions: Positions, max_ratio: float) -> float | None:
+    """Return the standard error of the program's KL divergence beyond what activation quantization explains."""
+    excess = [
+        kl - max_ratio * baseline for kl, baseline in zip(positions.kl_program, positions.kl_act_quant, strict=True)
+    ]
+    stderr = statistics.stdev(excess) / math.sqrt(len(excess)) if len(excess) > 1 else 0.0
+    return stderr or None
+
+
+def _unless_chance(name: str, what: str, value: float, limit: float, stderr: float | None) -> Check:
+    """Return a check that fails beyond sampling error only, if its value was measured on a few positions."""
+    margin = round(limit - value, 12)
+    passed = value <= limit if stderr is None else confidence(margin, stderr) >= 1 - CONFIDENT
+    return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, passed, margin, stderr)
+
+
+def _at_most(name: str, what: str, value: float, limit: float, stderr: float | None = None) -> Check:
+    margin = round(limit - value, 12)
+    return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, value <= limit, margin, stderr)
+
+
+def _check(
+    name: str, what: str, value: float, limit: float, passed: bool, margin: float, stderr: float | None
+) -> Check:
+    """Return a check; whatever is not a finite number fails, and is None in it."""
+    finite = all(math.isfinite(number) for number in (value, limit, margin))
+    status: Literal["pass", "fail"] = "pass" if passed and finite else "fail"
+    certainty = None if stderr is None or not finite else confidence(margin, stderr)
+    outcome = f"{status}, margin {margin:.3g}"
+    if status == "pass" and margin < 0:
+        outcome = f"pass, {-margin:.3g} over the limit but within sampling error"
+    if not finite:
+        outcome = "fail, not a finite number"
+    return Check(
+        name=name,
+        status=status,
+        low_confidence=status == "pass" and certainty is not None and certainty < CONFIDENT,
+        value=_finite(value),
+        limit=_finite(limit),
+        margin=_finite(margin),
+        stderr=stderr,
+        confidence=None if certainty is None else round(certainty, 6),
+        message=f"{what}: {outcome}" + ("" if certainty is None else f", confidence {format_percent(certainty)}"),
+    )
+
+
+def _verdict(checks: list[Check], limits: dict[str, float]) -> Verdict:
+    return Verdict(
+        passed=all(check.status != "fail" for check in checks),
+        low_confidence=any(check.low_confidence for check in checks),
+        limits=limits,
+        checks=checks,
+    )
+
+
+def _list_disagreements(disagreements: Sequence[Disagreement]) -> str:
+    lines = [f"{len(disagreements)} questions that program and checkpoint answer differently:"]
+    for one in disagreements[:MAX_SHOWN]:
+        choices = " ".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", one.choices, strict=True))
+        answers: dict[str, Answer] = {
+            "checkpoint": one.checkpoint,
+            "without activation quantization": one.no_act_quant,
+            "program": one.program,
+        }
+        shown = ", ".join(f"{name} {answer.answer} by {answer.margin:.2f} nats" for name, answer in answers.items())
+        question = textwrap.shorten(f"{one.question} {choices}", 300, placeholder=" …")
+        lines.append(f"- {one.subject.replace('_', ' ')} {one.doc_id}: {question} ({one.target}; {shown})")
+    return "\n".join(lines + ["…"] * (len(disagreements) > MAX_SHOWN))
+
+
+def _or_nan(value: float | None) -> float:
+    """Return a measured value, NaN if there is none or it is infinite."""
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
