@@ -8,7 +8,7 @@ from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
 from quantize_gemma.tasks.models.metrics import Dataset, Metrics
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Quotes what another version of YAML would read as a number (a commit such as 12e34…) or as a line break."""
 
 

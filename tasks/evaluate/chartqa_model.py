@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class ChartQALM(HFMultimodalLM):
+class ChartQALM(HFMultimodalLM):  # type: ignore[misc]
     """lm-eval's `hf-multimodal`, for checkpoints of Gemma 3, plain or quantized.
 
     One request at a time, as in the card's evaluation: padding changes the last bits, and sometimes a word with them.
@@ -61,7 +61,7 @@ class ChartQALM(HFMultimodalLM):
         return self.last_image[1]
 
 
-class ReplayLM(LM):
+class ReplayLM(LM):  # type: ignore[misc]
     """An lm-eval model that returns the responses to documents, by their number in the dataset."""
 
     MULTIMODAL = True

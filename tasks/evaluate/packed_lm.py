@@ -57,7 +57,7 @@ def make_scorer(model: LM) -> Scorer:
     return score
 
 
-class PackedLM(HFLM):
+class PackedLM(HFLM):  # type: ignore[misc]
     """HFLM, for checkpoints of Gemma 3, plain or quantized, read as text alone."""
 
     def __init__(self, checkpoint: Path, device: str, batch_size: int | str, no_act_quant: bool = False) -> None:

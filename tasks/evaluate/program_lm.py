@@ -13,7 +13,7 @@ from quantize_gemma.tasks.models.pte import PteProgram
 from quantize_gemma.tasks.runtime.worker import report_progress
 
 
-class ProgramLM(TemplateLM):
+class ProgramLM(TemplateLM):  # type: ignore[misc]
     """A program, with the tokenizer of the checkpoint that it was exported from. It returns log-likelihoods only."""
 
     # The same tokens as for the checkpoint, BOS first.

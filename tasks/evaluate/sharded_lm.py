@@ -12,7 +12,7 @@ from lm_eval.api.model import LM
 Respond = Callable[[dict[str, list[Any]]], dict[str, list[Any]]]
 
 
-class ShardedLM(LM):
+class ShardedLM(LM):  # type: ignore[misc]
     """Returns log-likelihoods and nothing else; each lm-eval task is a shard."""
 
     def __init__(self, respond: Respond) -> None:

@@ -44,7 +44,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-@numba.njit(nogil=True, error_model="numpy", inline="always")
+@numba.njit(nogil=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
 def _to_bfloat16(bits: NDArray[np.uint32]) -> None:
     """Round float32 numbers, passed as their bits, to the nearest bfloat16, ties to even."""
     for k in range(bits.size):
@@ -52,7 +52,7 @@ def _to_bfloat16(bits: NDArray[np.uint32]) -> None:
         bits[k] = (value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _round(source: NDArray[np.uint16], target: NDArray[np.uint16]) -> None:
     """Quantize and dequantize tokens, [tokens, width], passed as the bits of bfloat16 numbers."""
     count, width = source.shape

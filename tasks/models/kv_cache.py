@@ -89,7 +89,7 @@ def unlimited_chunks(max_seq_len: int) -> Iterator[None]:
         UserError: The installed optimum-executorch is so different that its own cache would be exported.
     """
 
-    class Cache(custom_kv_cache.ETCustomHybridCache):
+    class Cache(custom_kv_cache.ETCustomHybridCache):  # type: ignore[misc]
         def __init__(self, config: PreTrainedConfig, **kwargs: Any) -> None:
             super().__init__(config, **kwargs)
             for number, layer in enumerate(self.layers):

@@ -299,8 +299,8 @@ def is_file(path: Path, file: Any) -> bool:
         return False
     if file.lfs is not None:
         with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == file.lfs.sha256
-    return git_sha1(path.read_bytes()) == file.blob_id
+            return bool(hashlib.file_digest(stream, "sha256").hexdigest() == file.lfs.sha256)
+    return bool(git_sha1(path.read_bytes()) == file.blob_id)
 
 
 def git_sha1(content: bytes) -> str:

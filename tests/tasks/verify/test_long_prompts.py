@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.shapes import ALONE, TEXT, quantized_checkpoint, write_checkpoint
 from quantize_gemma.tasks.builtin import BUILTIN
-from quantize_gemma.tasks.gate import judge
+from quantize_gemma.tasks.gate.checks import judge
+from quantize_gemma.tasks.models.metrics import parse_metrics
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.patches import patched_export
@@ -124,8 +125,10 @@ def agreement(program: Path, checkpoint: Path) -> dict[str, Any]:
 def failed_checks(released: Outcome, measured: dict[str, Any]) -> set[str]:
     metrics = metrics_of(released)
     metrics["program"]["agreement"] = measured
-    verdict = judge(metrics, metrics["gate"]["limits"])
-    return {check["name"] for check in verdict["checks"] if not check["passed"]}
+    parsed = parse_metrics(metrics)
+    differing = parsed.program.mmlu.differing if parsed.program.mmlu else None
+    verdict = judge(parsed.pairs, differing, parsed.program.agreement, parsed.gate.limits)
+    return {check.name for check in verdict.checks if check.status == "fail"}
 
 
 def test_a_text_only_program_answers_prompts_of_any_length_in_the_stock_runner(
