@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from quantize_gemma.flows.options import Stage
+from quantize_gemma.flows.options import StageName
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.check import resolve_device
 from tests.campaigns.starting_place import hostile_directory
@@ -26,7 +26,7 @@ from tests.conftest import CommandLine, Outcome
 from tests.operate import another_program
 from tests.text_only import write_text_only
 
-ALL = set(get_args(Stage))
+ALL = set(get_args(StageName))
 
 
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:
@@ -280,7 +280,7 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     target = tmp_path / "results"
     target.mkdir()
     asked = {"limit": 1, "batch_size": 16, "device": "cpu", "lost_buffer": module if damage is keep else None}
-    paths = {"checkpoint": str(broken), "questions": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
+    paths = {"checkpoint": str(broken), "dataset": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
     function = "tests.flows.test_run:evaluate_damaged"
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     call = {"function": function, "target": str(target), "paths": paths, "values": asked}
@@ -312,7 +312,7 @@ def swap_rows_of_release(source: Path, target: Path, *modules: str) -> Path:
     return target
 
 
-def test_the_program_is_no_further_from_the_checkpoint_than_rounding_explains_and_from_another_one_it_is(
+def test_the_program_is_no_further_from_the_checkpoint_than_activation_quantization_explains_and_from_another_one_it_is(
     released: Outcome, tmp_path: Path
 ) -> None:
     from transformers import AutoConfig
@@ -357,13 +357,13 @@ def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
     import torch
     from transformers import AutoTokenizer
 
-    from quantize_gemma.tasks.models.pte import Methods
+    from quantize_gemma.tasks.models.pte import PteProgram
 
     release = Path(released.summary["release"])
     samples = artifact(command_line, released, "evaluate_mmlu_quantized") / "data" / "samples.jsonl"
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(release)
-    methods = Methods(release / "model.pte")
+    program = PteProgram(release / "model.pte")
     letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"]
     agreed = 0
     for row in rows:
@@ -373,7 +373,7 @@ def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
         choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", asked["choices"], strict=True))
         about = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}."
         ids = torch.tensor([tokenizer(f"{about}\n\n{asked['question'].strip()}\n{choices}\nAnswer:")["input_ids"]])
-        logits = methods.decode(methods.embed(ids), {ids.shape[1] - 1})[0]
+        logits = program.decode(program.embed_tokens(ids), {ids.shape[1] - 1})[0]
         agreed += int(logits[letters].argmax()) == row["prediction"]
     assert agreed == len(rows) == 228
 
@@ -549,11 +549,11 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
     import shutil
 
     def shards() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in command_line.home.glob("answers/[0-9a-f]*/manifest.json")}
+        return {path: path.stat().st_mtime_ns for path in command_line.home.glob("responses/[0-9a-f]*/manifest.json")}
 
     before = digests(command_line, released, "evaluate_mmlu_base")
     shutil.rmtree(artifact(command_line, released, "evaluate_mmlu_base"))
-    shutil.rmtree(command_line.home / "answers")
+    shutil.rmtree(command_line.home / "responses")
     process = start_run_into("evaluate", 0, command_line, "--workers", "2")
     deadline = time.monotonic() + 120
     while not shards():

@@ -388,11 +388,11 @@ def test_a_vision_encoder_that_is_far_from_the_checkpoints_fails(error: float, f
 )
 def test_answers_to_long_prompts_fail_beyond_sampling_error(kl: list[float], passed: bool) -> None:
     measured = metrics(pairs(90, 0, 0, 10), 0.01)
-    noise = [0.01 + 0.001 * (number % 3) for number in range(len(kl))]
+    baseline = [0.01 + 0.001 * (number % 3) for number in range(len(kl))]
     measured["program"]["agreement"]["prompts"] = {
         "kl_program": sum(kl) / len(kl),
-        "kl_act_quant": sum(noise) / len(noise),
-        "positions": {"kl_program": kl, "kl_act_quant": noise},
+        "kl_act_quant": sum(baseline) / len(baseline),
+        "positions": {"kl_program": kl, "kl_act_quant": baseline},
     }
     verdict = verdict_on(measured, {**LIMITS, "max_kl_ratio": 2.0})
     assert failed_checks(verdict) == ([] if passed else ["program_kl_prompts"])
