@@ -140,7 +140,7 @@ def test_a_card_without_chartqa_does_not_mention_it(measured: dict[str, Any]) ->
 
 def test_agreement_is_shown_beside_what_activation_quantization_alone_explains(measured: dict[str, Any]) -> None:
     assert "gives the same answer as the checkpoint to 100 of 100 questions" in card(measured)
-    assert "program and checkpoint answer differently" not in card(measured)
+    assert "the program and the checkpoint answer differently" not in card(measured)
     answer = {"answer": "B", "margin": 0.25}
     disagreement = {"subject": "anatomy", "doc_id": 1, "question": "?", "choices": list("wxyz"), "target": "B"}
     disagreement |= {"checkpoint": answer, "no_act_quant": answer, "program": {"answer": "D", "margin": 1.5}}
@@ -148,7 +148,7 @@ def test_agreement_is_shown_beside_what_activation_quantization_alone_explains(m
     text = " ".join(card(measured).split())
     assert "gives the same answer as the checkpoint to 97 of 100 questions" in text
     assert "the checkpoint gives the same answer to 96 of 100" in text
-    assert "The questions that program and checkpoint answer differently are in `metrics.json`" in text
+    assert "The questions that the program and the checkpoint answer differently are in `metrics.json`" in text
     rows = quality(measured)
     assert rows["same answers as the checkpoint, %"]["program"] == "97.0"
     assert rows["same answers without activation quantization, %"]["quantized"] == "96.0"
