@@ -123,7 +123,7 @@ def test_an_unchanged_commit_is_not_transferred_and_an_unchanged_release_not_com
     # The first release had nothing to follow, this one follows that.
     first, second = regression(published), regression(again)
     assert (first["status"], second["status"], second["value"]) == ("uninformative", "pass", 0.0)
-    assert "not compared with the published release: there is no metrics.json yet" in first["message"]
+    assert "not compared with the published release: the target has no metrics.json" in first["message"]
     assert hub.head("model", TARGET) == head
     assert not [entry for entry in hub.served("GET", "resolve|/lfs/") if TARGET not in entry["path"]]
     assert not hub.served("PUT", "")
