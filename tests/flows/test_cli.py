@@ -355,7 +355,7 @@ def test_pruning_what_is_no_store_is_refused(fresh: CommandLine) -> None:
     (project / "manifest.json").write_text("{}")
     outcome = fresh("prune", "--max-gigabytes", "0")
     assert outcome.code == 2
-    assert f"{fresh.home} is no store of quantize-gemma, and nothing was removed" in outcome.stderr
+    assert f"{fresh.home} is not a quantize-gemma store, and nothing was removed" in outcome.stderr
     assert (project / "manifest.json").exists()
 
 

@@ -176,7 +176,11 @@ def test_offline_a_run_goes_on_with_what_it_has_and_says_so(
         (("--target", TARGET), {"HF_TOKEN_WRITE": "hf_MARKEDwrong00"}, ["refuses the token"]),
         (("--target", TARGET), {"HF_TOKEN_WRITE": READER}, ["may only read"]),
         (("--target", MODEL), {}, ["target is the model itself"]),
-        (("--target", NOTES), {}, [f"{NOTES} holds files that no release", "(README.md, chat_", "--adopt"]),
+        (
+            ("--target", NOTES),
+            {},
+            [f"{NOTES} contains files that quantize-gemma did not write", "(README.md, chat_", "--adopt"],
+        ),
         (("--target", TARGET, "--offline"), {}, ["a release cannot be published offline"]),
         (("--target", TARGET, "--create-pr", "--tag"), {}, ["pull request", "tag"]),
     ],
