@@ -352,7 +352,7 @@ def test_a_file_that_only_looks_like_a_releases_makes_no_release(
     hub: Hub, tmp_path: Path, claim: dict[str, str]
 ) -> None:
     add(hub, tmp_path / "person", COPYING="all of it", **claim)
-    with pytest.raises(UserError, match="no release of quantize-gemma wrote"):
+    with pytest.raises(UserError, match="that quantize-gemma did not write"):
         check(hub)
 
 
