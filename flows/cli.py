@@ -37,7 +37,8 @@ and the next run reuses them. Unless PREFECT_API_URL is set, each run starts a
 local Prefect server and stops it at the end.
 
 Exit codes: 0 success; 1 a stage or publishing failed, or the release failed the
-gate; 2 invalid input, and nothing was started; 130 interrupted.
+gate; 2 invalid input, detected before any stage produced a result; 130
+interrupted.
 """
 # Flags that earlier versions had, and what to use instead.
 REPLACED_FLAGS = {

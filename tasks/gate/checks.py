@@ -148,9 +148,9 @@ def _incomparable(metrics: Mapping[str, object], published: Mapping[str, object]
     if published is None:
         return "the target has no metrics.json"
     for what, path in COMPARABLE.items():
-        here, there = _look_up(metrics, path), _look_up(published, path)
-        if here is MISSING or type(here) is not type(there) or here != there:
-            return f"the {what} differs (here: {_shorten(here)}, published: {_shorten(there)})"
+        ours, theirs = _look_up(metrics, path), _look_up(published, path)
+        if ours is MISSING or type(ours) is not type(theirs) or ours != theirs:
+            return f"the {what} differs (here: {_shorten(ours)}, published: {_shorten(theirs)})"
     accuracy = _look_up(published, ACCURACY)
     if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
         return f"the published accuracy is {_shorten(accuracy)}"
