@@ -24,32 +24,32 @@ if TYPE_CHECKING:
     from quantize_gemma.tasks.models.resolved import ResolvedModel
 
 HELP = """\
-Turn a Gemma 3 checkpoint into a quantized, measured, on-device release of it.
+Turn a Gemma 3 checkpoint into a quantized, evaluated, on-device release.
 
 For example:
-  quantize-gemma run                                 the built-in tiny model
+  quantize-gemma run                                 try it on the tiny model
   quantize-gemma run --model google/gemma-3-4b-it --mmlu cais/mmlu
-  quantize-gemma check --model DIR --recipe NAME     find mistakes first
+  quantize-gemma check --model DIR --recipe NAME     find errors before a run
   quantize-gemma prune                               clean up the store
 
 Results are stored in $QUANTIZE_GEMMA_HOME [default: ~/.cache/quantize-gemma],
-where the next run finds them again. Without PREFECT_API_URL, a local Prefect
-server is started for the run and stopped after it.
+and the next run reuses them. Unless PREFECT_API_URL is set, each run starts a
+local Prefect server and stops it at the end.
 
-Exit codes: 0 done; 1 a stage or publishing failed, or the release did not pass
-the gate; 2 a mistake in the options, found before anything was made; 130
+Exit codes: 0 success; 1 a stage or publishing failed, or the release failed the
+gate; 2 invalid input, detected before any stage produced a result; 130
 interrupted.
 """
-# Flags of earlier versions: what to do instead.
+# Flags that earlier versions had, and what to use instead.
 REPLACED_FLAGS = {
     "--benchmark": "use --mmlu",
     "--benchmark-revision": "use --mmlu-revision",
     "--charts": "use --chartqa",
     "--charts-revision": "use --chartqa-revision",
     "--program-questions": "use --program-samples",
-    "--backend": "leave it out: programs are always lowered to XNNPACK",
-    "--dtype": "leave it out: programs always compute in float32",
-    "--keep": "leave it out: only files that an earlier release wrote are removed",
+    "--backend": "programs are always lowered to XNNPACK",
+    "--dtype": "programs always compute in float32",
+    "--keep": "publishing only removes files that an earlier release wrote",
 }
 
 app = App(name="quantize-gemma", help=HELP, version=lambda: version("quantize-gemma"), help_format="plaintext")
@@ -72,7 +72,7 @@ def main() -> None:
         code = 130
     except UserError as error:
         code = _print_error(error)
-        # The arguments could not be parsed to the end, but these two words could.
+        # The arguments are invalid, but the command and --json are known.
         if sys.argv[1:2] == ["run"] and "--json" in sys.argv:
             print(json.dumps(Summary(error=str(error)).to_json()))
     sys.stdout.flush()
@@ -80,17 +80,17 @@ def main() -> None:
 
 
 def parse(words: list[str]) -> tuple[Callable[..., Any], BoundArguments]:
-    """Return the function of a command line, and its arguments.
+    """Return the function that a command line calls, and its arguments.
 
     Raises:
-        UserError: A command, a flag, or a value is not valid.
+        UserError: A command, a flag, or a value is invalid.
     """
     if not words:
-        raise UserError("a command is missing: run, check, or prune; see `quantize-gemma --help`")
+        raise UserError("missing command: use run, check, or prune; see `quantize-gemma --help`")
     for word in words:
         flag = word.partition("=")[0]
         if flag in REPLACED_FLAGS:
-            raise UserError(f"{flag} is gone: {REPLACED_FLAGS[flag]}")
+            raise UserError(f"{flag} was removed: {REPLACED_FLAGS[flag]}")
     try:
         command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -107,13 +107,13 @@ def _sentence(error: CycloptsError) -> str:
 
 
 def describe(error: ValidationError) -> str:
-    """Return the first error of a model's validation as one sentence, with the name of the flag."""
+    """Return the first validation error as one sentence that names the flag."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     name = next((part for part in first["loc"] if part in FLAGS), None)
     if name is None:
         return message
-    return f"--{str(name).replace('_', '-')} {first['input']!r}: {first['msg']}"
+    return f"--{str(name).replace('_', '-')} {first['input']!r}: {message}"
 
 
 def _flags(model: Any) -> set[str]:
@@ -131,10 +131,10 @@ def run(
     options: AllOptions = RunOptions(),
     json_: Annotated[bool, Parameter(name="--json", negative=(), group=OUTPUT)] = False,
 ) -> int:
-    """Run the whole flow: quantize, measure, export, and publish if there is a target.
+    """Run the whole pipeline: quantize, evaluate, export, and publish if a target is set.
 
     Args:
-        json_: Print the run's summary as one JSON object, the last line of stdout.
+        json_: Print a summary of the run as one JSON object on the last line of stdout.
     """
     from quantize_gemma.flows.report import Terminal, print_summary
 
@@ -152,7 +152,7 @@ def run(
         summary, code = {**summary, "error": "interrupted"}, 130
     except Exception as error:
         summary, code = {**summary, "error": _explain_unexpected(error)}, 1
-    # The terminal has shown why a stage failed when it did.
+    # The terminal has already shown why a stage failed.
     if summary["error"] and not (code == 1 and terminal.has_shown(summary["error"])):
         print(f"quantize-gemma: {summary['error']}", file=sys.stderr)
     if summary["release"]:
@@ -164,7 +164,7 @@ def run(
 
 @app.command
 def check(*, options: AllOptions = RunOptions()) -> int:
-    """Check model, recipe, options, and machine as `run` does before its first long stage; start nothing."""
+    """Check the model, recipe, options, and machine without starting a run."""
     from quantize_gemma.flows.local_server import check_api
     from quantize_gemma.flows.report import Terminal
     from quantize_gemma.tasks.check import check_disk, check_memory, check_run, disk_needed
@@ -179,7 +179,7 @@ def check(*, options: AllOptions = RunOptions()) -> int:
             function = "quantize_gemma.tasks.models.load_check:check_directory"
             worker.run(function, {"checkpoint": str(local.absolute())}, lambda *_: None, Terminal().attach())
         else:
-            # The Hub's token may be in a block of the Prefect server.
+            # The Hub token may be in a Secret block on the Prefect server.
             check_api()
             model = resolve_model(options.model, options.revision, options.offline)
             plan["disk_bytes_needed"] = disk_needed(model.weight_bytes)
@@ -200,11 +200,11 @@ def prune(
     max_gigabytes: Annotated[float, Parameter(validator=Number(gte=0, lt=math.inf))] | None = None,
     max_age_days: Annotated[float, Parameter(validator=Number(gte=0, lt=math.inf))] | None = None,
 ) -> int:
-    """Remove unfinished results from the store, and those that were not used for a long time.
+    """Remove unfinished results from the store, and results beyond a size or age limit.
 
     Args:
-        max_gigabytes: Maximum size of the store, from 0 [default: no limit].
-        max_age_days: Maximum number of days that a result stays without being used, from 0 [default: no limit].
+        max_gigabytes: Maximum size of the store in GB; least recently used results go first. [default: no limit]
+        max_age_days: Maximum number of days since a result was last used. [default: no limit]
     """
     from quantize_gemma.tasks.runtime.store import evict, size_of
     from quantize_gemma.tasks.runtime.store import prune as remove_unfinished
@@ -216,8 +216,8 @@ def prune(
     except UserError as error:
         return _print_error(error)
     print(
-        f"removed {len(unfinished.paths)} unfinished directories and {len(evicted.paths)} artifacts, which freed "
-        f"{human_size(unfinished.bytes + evicted.bytes)}; {human_size(size_of())} are left"
+        f"removed {len(unfinished.paths)} unfinished directories and {len(evicted.paths)} artifacts: freed "
+        f"{human_size(unfinished.bytes + evicted.bytes)}, {human_size(size_of())} left"
     )
     return 0
 
@@ -227,13 +227,13 @@ def _limit(value: float | None) -> float:
 
 
 def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
-    """Return the stages that would have to run, because the store does not have their results."""
+    """Return the stages that would have to run because their results are not in the store."""
     from quantize_gemma.tasks.check import WRITTEN, may_be_stored
     from quantize_gemma.tasks.models.recipe import load_recipe
 
     if not may_be_stored(model.weight_bytes):
         return list(WRITTEN)
-    # Only here, because importing Prefect takes seconds.
+    # Imported here because importing Prefect takes seconds.
     from quantize_gemma.flows.plan import writing_stages
     from quantize_gemma.tasks.runtime.prefect_stage import missing
 
@@ -241,17 +241,17 @@ def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
 
 
 def _run_flow(options: RunOptions, terminal: "Terminal") -> dict[str, Any]:
-    """Run the flow against the configured Prefect API, or else a local server; return its summary."""
+    """Run the flow on the configured Prefect API or on a local server; return its summary."""
     from quantize_gemma.tasks.check import check_run
 
     check_run(**options.check_inputs())
-    # Before Prefect is imported, which reads them once.
+    # Prefect reads these once, when it is imported.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
-    # The terminal shows our own lines; Prefect's log goes to its API and is shown in the UI.
+    # The terminal shows our own log lines; Prefect's go to its API and are shown in the UI.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    # A log line that the API could not take is not reported here: where that matters, the run fails and says why.
+    # Log lines that the API rejects are not reported: where it matters, the run fails and says why.
     logging.raiseExceptions = False
     terminal.attach()
     from quantize_gemma.flows.local_server import start_local_server
@@ -259,7 +259,7 @@ def _run_flow(options: RunOptions, terminal: "Terminal") -> dict[str, Any]:
     server = start_local_server()
     if server:
         print(f"quantize-gemma: watch the run at {server.sign_in(sys.stderr)}", file=sys.stderr)
-    # The server starts in the meantime.
+    # The server starts while this is imported.
     from quantize_gemma.flows.quantize_gemma import quantize_gemma
 
     if server:
@@ -269,14 +269,14 @@ def _run_flow(options: RunOptions, terminal: "Terminal") -> dict[str, Any]:
 
 
 def _explain_unexpected(error: Exception) -> str:
-    """Return what to say of an error that nothing else has explained; print where it happened."""
+    """Return the message for an unexpected error, and print its traceback."""
     from quantize_gemma.tasks.runtime.redact import redact
     from quantize_gemma.tasks.runtime.store import disk_failure
     from quantize_gemma.tasks.runtime.worker import disks
 
     full_disk = disk_failure(error, *disks())
     if full_disk is None:
-        # A bug of ours, or an API that went away: the traceback helps whoever fixes it.
+        # A bug of ours, or a Prefect API that stopped: the traceback helps to fix it.
         print(redact(traceback.format_exc()), file=sys.stderr)
     return str(full_disk or redact(f"{type(error).__name__}: {error}"))
 

@@ -15,11 +15,11 @@ def prune_store(
     max_gigabytes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 500.0,
     max_age_days: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0,
 ) -> dict[str, Any]:
-    """Remove unfinished results, then results that were not used for long, then the least recently used ones.
+    """Remove unfinished results, then results beyond the age limit, then the least recently used ones.
 
     Args:
-        max_gigabytes: Maximum size of the store.
-        max_age_days: Maximum number of days that a result stays without being used.
+        max_gigabytes: Maximum size of the store in GB. [default: 500]
+        max_age_days: Maximum number of days since a result was last used. [default: 60]
 
     Returns:
         How many directories were removed, and the bytes freed and left.
@@ -28,7 +28,7 @@ def prune_store(
     evicted = store.evict(max_gigabytes * 1e9, max_age_days * 86_400)
     left, freed = store.size_of(), unfinished.bytes + evicted.bytes
     get_run_logger().info(
-        "removed %d unfinished directories and %d artifacts, which freed %s; %s are left",
+        "removed %d unfinished directories and %d artifacts: freed %s, %s left",
         len(unfinished.paths),
         len(evicted.paths),
         human_size(freed),

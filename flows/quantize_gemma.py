@@ -68,15 +68,15 @@ def quantize_gemma(
 
     Args:
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.
-        recipe: Name of a built-in recipe, or path of a recipe's JSON file.
-        target: Hub repository to publish the release to. [default: none, nothing is published]
-        revision: Branch, tag, or commit of the model's repository. [default: its default branch]
-        refresh: Stages to run again although their results are cached. [default: none]
-        offline: Continue with what is already downloaded if the Hub cannot be reached.
-        evaluation: What the model is measured on, and where the evaluation runs.
+        recipe: Name of a built-in recipe, or path to a JSON recipe file.
+        target: Hub repository to publish the release to. [default: none, not published]
+        revision: Branch, tag, or commit of the model repository. [default: the default branch]
+        refresh: Stages to run again even if their results are cached. [default: none]
+        offline: Use only what is already in the store, without contacting the Hub.
+        evaluation: What the model is evaluated on, and where.
         export: How the quantized checkpoint is exported to an ExecuTorch program.
-        gate: The limits that a release has to meet before it is published.
-        publishing: How the release is published, if there is a target.
+        gate: The limits that a release must meet before it is published.
+        publishing: How the release is published, if a target is set.
 
     Returns:
         What `quantize-gemma run --json` prints.

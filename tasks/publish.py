@@ -320,7 +320,7 @@ def _previous_files(repository: str, head: "ModelInfo", adopt: bool) -> dict[str
     if others and not adopt:
         some = ", ".join(others[:3]) + (" and more" if len(others) > 3 else "")
         raise UserError(
-            f"{repository} holds files that no release of quantize-gemma wrote ({some}): choose another target, or use "
+            f"{repository} contains files that quantize-gemma did not write ({some}): choose another target, or pass "
             "--adopt to publish there anyway, which overwrites files of the same names and deletes none"
         )
     return {}

@@ -1,9 +1,10 @@
-"""The gate's checks: a release that lost too much, or whose program differs from its checkpoint, is not published."""
+"""The gate's checks: how much accuracy a release may lose, and how far its program may be from its checkpoint."""
 
 import math
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from quantize_gemma.tasks.models.metrics import (
@@ -22,15 +23,15 @@ from quantize_gemma.tasks.models.tables import format_percent, verdict_text
 from quantize_gemma.tasks.runtime.errors import RunError
 from quantize_gemma.tasks.runtime.paired_stats import Pairs, confidence, share_difference, share_ratio
 
-# Below this, in nats per token or as a relative squared error, float32 arithmetic alone makes the difference.
+# Smaller values, in nats per token or as a relative squared error, come from float32 arithmetic alone.
 FLOOR = 1e-6
-# A check that passes with less is one of low confidence; a disagreement fails with as much that it is too large.
+# A check that passes with less has low confidence; a disagreement fails if it is too large with this confidence.
 CONFIDENT = 0.95
 LIMITS = ("max_mmlu_drop", "max_chartqa_drop", "min_recovery", "max_disagreement", "max_kl_ratio")
 BENCHMARKS = {"mmlu": "MMLU", "chartqa": "ChartQA"}
-# Disagreements that a failure's message shows.
+# The number of disagreements that the message of a failure lists.
 MAX_SHOWN = 5
-# What two MMLU scores must have in common to be compared, and its path in metrics.json.
+# What two MMLU scores must have in common to be comparable, and its path in metrics.json.
 COMPARABLE = {
     "benchmark": ("benchmark",),
     "benchmark revision": ("benchmark_revision",),
@@ -48,7 +49,7 @@ MISSING = object()
 
 
 class GateRefused(RunError):
-    """The release fails the gate. `verdict` has its checks; the message names the failed ones and shows them all."""
+    """The release fails the gate. `verdict` has all checks; the message explains the failed ones and lists all."""
 
     def __init__(self, verdict: Verdict, disagreements: Sequence[Disagreement]) -> None:
         failed = [check for check in verdict.checks if check.status == "fail"]
@@ -61,12 +62,12 @@ class GateRefused(RunError):
 
 
 def required_checks(multimodal: bool, chartqa: bool, published: bool) -> list[str]:
-    """Return the names of the checks without which no release passes.
+    """Return the names of the checks that every release must have.
 
     Args:
         multimodal: Whether the model has a vision tower.
         chartqa: Whether ChartQA is measured.
-        published: Whether the release is published, after another one perhaps.
+        published: Whether the release is published, and is compared with the one before.
     """
     parts = ["", "_last", "_step_by_step", "_prompts", *["_image"] * multimodal]
     return [
@@ -79,12 +80,12 @@ def required_checks(multimodal: bool, chartqa: bool, published: bool) -> list[st
 
 
 def require_pass(metrics: Metrics, required: Sequence[str], regression: Check | None = None) -> Verdict:
-    """Return the verdict on a release, the comparison with the published one included.
+    """Return the verdict on a release, including the comparison with the published one.
 
     Args:
-        metrics: The release's.
-        required: The checks that must be there.
-        regression: The result of `compare_with_published`, for a release that is published.
+        metrics: The metrics of the release.
+        required: The names of the required checks.
+        regression: The result of `compare_with_published`, if the release is to be published.
 
     Raises:
         GateRefused: A check fails or is missing.
@@ -101,7 +102,10 @@ def add_missing(verdict: Verdict, required: Sequence[str]) -> Verdict:
     """Return the verdict with a failed check for each required one that was not measured."""
     names = {check.name for check in verdict.checks}
     missing = [
-        _check(name, f"{name.replace('_', ' ')} was not measured", math.nan, math.nan, False, math.nan, None)
+        replace(
+            _check(name, "", math.nan, math.nan, False, math.nan, None),
+            message=f"{name.replace('_', ' ')} was not measured",
+        )
         for name in required
         if name not in names
     ]
@@ -109,13 +113,13 @@ def add_missing(verdict: Verdict, required: Sequence[str]) -> Verdict:
 
 
 def compare_with_published(metrics: Metrics, published: Mapping[str, object] | None, max_regression: float) -> Check:
-    """Return the check that MMLU is at most so many points below the published release's.
+    """Return the check that MMLU is at most `max_regression` points below the published release's score.
 
-    Scores that were measured differently are not compared: the check is then uninformative and says why.
+    Scores that were measured differently are not compared: the check is then uninformative, and its message says why.
 
     Args:
-        metrics: The release's.
-        published: The metrics.json at the target's head, whoever wrote it; None if there is none.
+        metrics: The metrics of the release.
+        published: The metrics.json at the target's head, from an untrusted author; None if there is none.
         max_regression: The limit, in points of accuracy.
     """
     score = metrics.quantized.mmlu
@@ -142,14 +146,14 @@ def compare_with_published(metrics: Metrics, published: Mapping[str, object] | N
 def _incomparable(metrics: Mapping[str, object], published: Mapping[str, object] | None) -> str | None:
     """Return why the two cannot be compared, None if they can."""
     if published is None:
-        return "there is no metrics.json yet"
+        return "the target has no metrics.json"
     for what, path in COMPARABLE.items():
-        here, there = _look_up(metrics, path), _look_up(published, path)
-        if here is MISSING or type(here) is not type(there) or here != there:
-            return f"its {what} is {_shorten(here)} here and {_shorten(there)} there"
+        ours, theirs = _look_up(metrics, path), _look_up(published, path)
+        if ours is MISSING or type(ours) is not type(theirs) or ours != theirs:
+            return f"the {what} differs (here: {_shorten(ours)}, published: {_shorten(theirs)})"
     accuracy = _look_up(published, ACCURACY)
     if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
-        return f"its accuracy is {_shorten(accuracy)} there"
+        return f"the published accuracy is {_shorten(accuracy)}"
     return None
 
 
@@ -163,7 +167,7 @@ def _look_up(value: object, path: tuple[str, ...]) -> object:
 
 
 def _shorten(value: object) -> str:
-    """Return a value of unknown origin as a few characters."""
+    """Return an untrusted value as a short text."""
     if value is MISSING or value is None:
         return "missing" if value is MISSING else "null"
     if not isinstance(value, (str, int, float)):
@@ -176,10 +180,10 @@ def judge(
 ) -> Verdict:
     """Return the verdict on what was measured.
 
-    The value decides, however certain it is: a run on few questions is as good as its number, and `low_confidence`
-    says that the number says little. The disagreement and the answers to long prompts are the exception, because their
-    samples are small and activations quantize differently in any program, a good one too: they fail only when the
-    confidence is below 5 %, beyond sampling error.
+    The value decides, whatever its confidence: a run on few questions passes if its value is within the limit, and
+    `low_confidence` marks it. The exceptions are the disagreement and the answers to long prompts. Their samples are
+    small, and activations quantize differently even in a correct program, so they fail only beyond sampling error, when
+    the confidence is below 5%.
 
     Args:
         pairs: By benchmark, the questions that base (first) and checkpoint (second) answer correctly.
@@ -218,8 +222,8 @@ def _disagreement(differing: Pairs, limit: float) -> Check:
     value, stderr = (round(100 * number, 4) for number in share_difference(differing))
     both = differing["both"]
     what = (
-        f"of {sum(differing.values())} questions the program answers {both + differing['first']} differently from the "
-        f"checkpoint without activation quantization, the checkpoint {both + differing['second']}: "
+        f"of {sum(differing.values())} answers without activation quantization, the program changes "
+        f"{both + differing['first']} and activation quantization alone {both + differing['second']}: "
         f"{value:.2f} ± {stderr:.2f} points more (limit ≤ {limit:.4g})"
     )
     margin = round(limit - value, 4)
@@ -231,8 +235,8 @@ def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:
     parts: dict[str, tuple[str, Divergence | None]] = {
         "program_kl": ("", agreement),
         "program_kl_last": (" at the end of the longest sequence", agreement.last),
-        "program_kl_step_by_step": (" one token at a time", agreement.step_by_step),
-        "program_kl_prompts": (" in its answers to long prompts", agreement.prompts),
+        "program_kl_step_by_step": (" when decoding one token at a time", agreement.step_by_step),
+        "program_kl_prompts": (" in the answers to long prompts", agreement.prompts),
         "program_kl_image": (" after an image", agreement.image),
     }
     checks = []
@@ -253,7 +257,7 @@ def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:
 
 
 def _stderr_of_excess(positions: Positions, max_ratio: float) -> float | None:
-    """Return the standard error of the program's KL divergence beyond what activation quantization explains."""
+    """Return the standard error of the program's KL divergence beyond the activation-quantization baseline."""
     excess = [
         kl - max_ratio * baseline for kl, baseline in zip(positions.kl_program, positions.kl_act_quant, strict=True)
     ]
@@ -262,7 +266,7 @@ def _stderr_of_excess(positions: Positions, max_ratio: float) -> float | None:
 
 
 def _unless_chance(name: str, what: str, value: float, limit: float, stderr: float | None) -> Check:
-    """Return a check that fails beyond sampling error only, if its value was measured on a few positions."""
+    """Return a check that, if its value was measured on few positions, fails only beyond sampling error."""
     margin = round(limit - value, 12)
     passed = value <= limit if stderr is None else confidence(margin, stderr) >= 1 - CONFIDENT
     return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, passed, margin, stderr)
@@ -276,7 +280,7 @@ def _at_most(name: str, what: str, value: float, limit: float, stderr: float | N
 def _check(
     name: str, what: str, value: float, limit: float, passed: bool, margin: float, stderr: float | None
 ) -> Check:
-    """Return a check; whatever is not a finite number fails, and is None in it."""
+    """Return a check; numbers that are not finite make it fail, and become None."""
     finite = all(math.isfinite(number) for number in (value, limit, margin))
     status: Literal["pass", "fail"] = "pass" if passed and finite else "fail"
     certainty = None if stderr is None or not finite else confidence(margin, stderr)
@@ -308,7 +312,7 @@ def _verdict(checks: list[Check], limits: dict[str, float]) -> Verdict:
 
 
 def _list_disagreements(disagreements: Sequence[Disagreement]) -> str:
-    lines = [f"{len(disagreements)} questions that program and checkpoint answer differently:"]
+    lines = [f"{len(disagreements)} questions that the program and the checkpoint answer differently:"]
     for one in disagreements[:MAX_SHOWN]:
         choices = " ".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", one.choices, strict=True))
         answers: dict[str, Answer] = {
@@ -318,12 +322,12 @@ def _list_disagreements(disagreements: Sequence[Disagreement]) -> str:
         }
         shown = ", ".join(f"{name} {answer.answer} by {answer.margin:.2f} nats" for name, answer in answers.items())
         question = textwrap.shorten(f"{one.question} {choices}", 300, placeholder=" …")
-        lines.append(f"- {one.subject.replace('_', ' ')} {one.doc_id}: {question} ({one.target}; {shown})")
+        lines.append(f"- {one.subject.replace('_', ' ')} {one.doc_id}: {question} (correct {one.target}; {shown})")
     return "\n".join(lines + ["…"] * (len(disagreements) > MAX_SHOWN))
 
 
 def _or_nan(value: float | None) -> float:
-    """Return a measured value, NaN if there is none or it is infinite."""
+    """Return a measured value, or NaN if it is missing or infinite."""
     return value if value is not None and math.isfinite(value) else math.nan
 
 

@@ -1,4 +1,4 @@
-"""Scores and verdicts as rows of text, for the card, the report and the terminal. What was not measured is a dash."""
+"""Scores and gate checks as rows of text for the card, Prefect's UI, and the terminal. A dash means not measured."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ COLUMNS = ("base", "quantized", "program")
 
 
 def format_score(score: Score | None) -> str:
-    """Return an accuracy in percent with its standard error, where there is one."""
+    """Return an accuracy in percent, with its standard error if it has one."""
     if score is None:
         return NOT_MEASURED
     text = f"{100 * score.accuracy:.2f}"
@@ -18,7 +18,7 @@ def format_score(score: Score | None) -> str:
 
 
 def chartqa_rows(columns: Columns) -> dict[str, dict[str, str]]:
-    """Return {title: {column: score}} of ChartQA, without rows if no column was measured."""
+    """Return {title: {column: score}} for ChartQA; empty if ChartQA was not measured."""
     measured = {name: getattr(columns, name).chartqa for name in COLUMNS}
     parts = [part for score in measured.values() if score is not None for part in score.relaxed_accuracy]
     rows = {
@@ -34,7 +34,7 @@ def chartqa_rows(columns: Columns) -> dict[str, dict[str, str]]:
 
 
 def quality_rows(columns: Columns) -> list[dict[str, str]]:
-    """Return the quality table of a run: a row per measurement, a cell per column."""
+    """Return the quality table of a run: one row per metric, one cell per column."""
     base, quantized, program = columns.base, columns.quantized, columns.program
     agreement, sample = program.agreement, program.mmlu
     rows = [
@@ -53,8 +53,8 @@ def quality_rows(columns: Columns) -> list[dict[str, str]]:
         ]
     rows += [{"metric": f"{title}, %", **cells} for title, cells in chartqa_rows(columns).items()]
     rows += [
-        {"metric": "KL to the checkpoint, nats", "program": _two_digits(agreement.kl_program)},
-        {"metric": "KL of activation quantization, nats", "quantized": _two_digits(agreement.kl_act_quant)},
+        {"metric": "KL from the checkpoint, nats", "program": _two_digits(agreement.kl_program)},
+        {"metric": "KL due to activation quantization, nats", "quantized": _two_digits(agreement.kl_act_quant)},
     ]
     if agreement.same_argmax is not None:
         rows.append({"metric": "same top token, %", "program": f"{100 * agreement.same_argmax:.1f}"})
@@ -62,7 +62,7 @@ def quality_rows(columns: Columns) -> list[dict[str, str]]:
 
 
 def verdict_rows(checks: Sequence[Check]) -> list[dict[str, str]]:
-    """Return the gate's checks as the rows of a table."""
+    """Return the gate's checks as rows of a table."""
     return [
         {
             "check": check.name.replace("_", " "),

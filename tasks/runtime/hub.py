@@ -143,7 +143,7 @@ def explained(kind: str, repository: str, revision: str | None = None) -> Iterat
         later = _come_back(error.response.headers)
         raise StageFailed(f"the Hub answers {status} for {repository}: {said}{later}", *is_transient(error)) from None
     except OfflineModeIsEnabled:
-        raise UserError("HF_HUB_OFFLINE is set: unset it, or give --offline to go on with what is there") from None
+        raise UserError("HF_HUB_OFFLINE is set: unset it, or pass --offline to use what is in the store") from None
     except httpx.ConnectError as error:
         raise StageFailed(f"the Hub cannot be reached at {constants.ENDPOINT} ({_said(error)})", True) from None
     except RunError:

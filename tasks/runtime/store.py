@@ -396,7 +396,7 @@ def file_changed(artifact: Artifact, name: str) -> StageFailed:
     with contextlib.suppress(OSError):
         os.utime(path)
     return StageFailed(
-        f"{path} is not what it was when it was made: start the run again, which makes it again, and check the disk"
+        f"{path} was changed or damaged after it was written: start the run again to rebuild it, and check the disk"
     )
 
 
@@ -549,7 +549,7 @@ def _check_store(root: Path) -> None:
     # The version before made no mark, nor has a run that died in its first stage.
     if not any(re.fullmatch(r"\.lock-[0-9a-f]{16}", path.name) for path in root.glob("*/.lock-*")):
         raise UserError(
-            f"{root} is no store of quantize-gemma, and nothing was removed: set QUANTIZE_GEMMA_HOME to the store"
+            f"{root} is not a quantize-gemma store, and nothing was removed: set QUANTIZE_GEMMA_HOME to the store"
         )
 
 
@@ -677,7 +677,7 @@ def _lock(root: Path, stage: str, artifact_key: str) -> Iterator[None]:
                 if stopping.is_set():
                     raise StageFailed("the run was stopped while it waited for another one") from None
                 if not waiting:
-                    logger.info("%s: another run is at it; waiting for its result", stage)
+                    logger.info("%s: another run is computing the same result; waiting for it", stage)
                 waiting = True
                 time.sleep(0.1)
         yield

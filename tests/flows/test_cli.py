@@ -112,18 +112,18 @@ def test_too_little_disk_is_said_with_both_sizes(fresh: CommandLine, tiny_copy: 
         (["--limit"], ["--limit", "requires an argument"]),
         (["tiny-gemma3"], ["unexpected argument: tiny-gemma3"]),
         (["--lmit", "5"], ["--lmit", "Did you mean --limit?"]),
-        (["--keep", "*.png"], ["--keep is gone", "only files that an earlier release wrote are removed"]),
-        (["--benchmark", "cais/mmlu"], ["--benchmark is gone: use --mmlu"]),
-        (["--benchmark-revision=main"], ["--benchmark-revision is gone: use --mmlu-revision"]),
-        (["--charts", "none"], ["--charts is gone: use --chartqa"]),
-        (["--charts-revision", "main"], ["--charts-revision is gone: use --chartqa-revision"]),
-        (["--program-questions", "7"], ["--program-questions is gone: use --program-samples"]),
-        (["--backend", "xnnpack"], ["--backend is gone", "always lowered to XNNPACK"]),
-        (["--dtype", "float32"], ["--dtype is gone", "always compute in float32"]),
+        (["--keep", "*.png"], ["--keep was removed", "only removes files that an earlier release wrote"]),
+        (["--benchmark", "cais/mmlu"], ["--benchmark was removed: use --mmlu"]),
+        (["--benchmark-revision=main"], ["--benchmark-revision was removed: use --mmlu-revision"]),
+        (["--charts", "none"], ["--charts was removed: use --chartqa"]),
+        (["--charts-revision", "main"], ["--charts-revision was removed: use --chartqa-revision"]),
+        (["--program-questions", "7"], ["--program-questions was removed: use --program-samples"]),
+        (["--backend", "xnnpack"], ["--backend was removed", "always lowered to XNNPACK"]),
+        (["--dtype", "float32"], ["--dtype was removed", "always compute in float32"]),
         (["--refresh", "quantise"], ["refresh", "quantise", "'quantize'"]),
         (["--cluster", "localhost:8786"], ["'localhost:8786'", "tcp://host:8786 (Dask)", "ray://host:10001 (Ray)"]),
         (["--cluster", "tcp://127.0.0.1:1"], ["tcp://127.0.0.1:1", "refused", "start the cluster"]),
-        (["--cluster", "tcp://127.0.0.1:99999"], ["tcp://127.0.0.1:99999", "mend the address"]),
+        (["--cluster", "tcp://127.0.0.1:99999"], ["tcp://127.0.0.1:99999", "fix the address"]),
         (["--cluster", "ray://127.0.0.1:10001"], ["ray://127.0.0.1:10001", "prefect-ray", "install"]),
     ],
 )
@@ -355,7 +355,7 @@ def test_pruning_what_is_no_store_is_refused(fresh: CommandLine) -> None:
     (project / "manifest.json").write_text("{}")
     outcome = fresh("prune", "--max-gigabytes", "0")
     assert outcome.code == 2
-    assert f"{fresh.home} is no store of quantize-gemma, and nothing was removed" in outcome.stderr
+    assert f"{fresh.home} is not a quantize-gemma store, and nothing was removed" in outcome.stderr
     assert (project / "manifest.json").exists()
 
 

@@ -123,7 +123,7 @@ def test_an_unchanged_commit_is_not_transferred_and_an_unchanged_release_not_com
     # The first release had nothing to follow, this one follows that.
     first, second = regression(published), regression(again)
     assert (first["status"], second["status"], second["value"]) == ("uninformative", "pass", 0.0)
-    assert "not compared with the published release: there is no metrics.json yet" in first["message"]
+    assert "not compared with the published release: the target has no metrics.json" in first["message"]
     assert hub.head("model", TARGET) == head
     assert not [entry for entry in hub.served("GET", "resolve|/lfs/") if TARGET not in entry["path"]]
     assert not hub.served("PUT", "")
@@ -176,8 +176,12 @@ def test_offline_a_run_goes_on_with_what_it_has_and_says_so(
         (("--target", TARGET), {"HF_TOKEN_WRITE": "hf_MARKEDwrong00"}, ["refuses the token"]),
         (("--target", TARGET), {"HF_TOKEN_WRITE": READER}, ["may only read"]),
         (("--target", MODEL), {}, ["target is the model itself"]),
-        (("--target", NOTES), {}, [f"{NOTES} holds files that no release", "(README.md, chat_", "--adopt"]),
-        (("--target", TARGET, "--offline"), {}, ["offline, nothing can be published"]),
+        (
+            ("--target", NOTES),
+            {},
+            [f"{NOTES} contains files that quantize-gemma did not write", "(README.md, chat_", "--adopt"],
+        ),
+        (("--target", TARGET, "--offline"), {}, ["a release cannot be published offline"]),
         (("--target", TARGET, "--create-pr", "--tag"), {}, ["pull request", "tag"]),
     ],
 )

@@ -69,10 +69,10 @@ def test_a_target_that_is_the_model_is_refused(target: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"custom_sdpa": False}, "custom_kv_cache needs custom_sdpa"),
-        ({"target": "me/release", "offline": True}, "offline, nothing can be published"),
-        ({"create_pr": True, "tag": True}, "a pull request goes to the default branch and has no tag"),
-        ({"create_pr": True, "branch": "dev"}, "a pull request goes to the default branch and has no tag"),
+        ({"custom_sdpa": False}, "custom_kv_cache requires custom_sdpa"),
+        ({"target": "me/release", "offline": True}, "a release cannot be published offline"),
+        ({"create_pr": True, "tag": True}, "a pull request targets the default branch and has no tag"),
+        ({"create_pr": True, "branch": "dev"}, "a pull request targets the default branch and has no tag"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused_in_one_sentence(values: dict[str, Any], message: str) -> None:

@@ -39,7 +39,7 @@ def card(metrics: dict[str, Any]) -> str:
 
 
 def quality(metrics: dict[str, Any]) -> dict[str, dict[str, str]]:
-    return {row[""]: row for row in quality_rows(parse_metrics(metrics))}
+    return {row["metric"]: row for row in quality_rows(parse_metrics(metrics))}
 
 
 def judge_again(metrics: dict[str, Any]) -> None:
@@ -135,12 +135,12 @@ def test_a_card_without_chartqa_does_not_mention_it(measured: dict[str, Any]) ->
     judge_again(measured)
     assert "ChartQA" not in card(measured)
     assert "visual-question-answering" not in card(measured)
-    assert not any("ChartQA" in row[""] for row in quality_rows(parse_metrics(measured)))
+    assert not any("ChartQA" in row["metric"] for row in quality_rows(parse_metrics(measured)))
 
 
 def test_agreement_is_shown_beside_what_activation_quantization_alone_explains(measured: dict[str, Any]) -> None:
     assert "gives the same answer as the checkpoint to 100 of 100 questions" in card(measured)
-    assert "program and checkpoint answer differently" not in card(measured)
+    assert "the program and the checkpoint answer differently" not in card(measured)
     answer = {"answer": "B", "margin": 0.25}
     disagreement = {"subject": "anatomy", "doc_id": 1, "question": "?", "choices": list("wxyz"), "target": "B"}
     disagreement |= {"checkpoint": answer, "no_act_quant": answer, "program": {"answer": "D", "margin": 1.5}}
@@ -148,7 +148,7 @@ def test_agreement_is_shown_beside_what_activation_quantization_alone_explains(m
     text = " ".join(card(measured).split())
     assert "gives the same answer as the checkpoint to 97 of 100 questions" in text
     assert "the checkpoint gives the same answer to 96 of 100" in text
-    assert "The questions that program and checkpoint answer differently are in `metrics.json`" in text
+    assert "The questions that the program and the checkpoint answer differently are in `metrics.json`" in text
     rows = quality(measured)
     assert rows["same answers as the checkpoint, %"]["program"] == "97.0"
     assert rows["same answers without activation quantization, %"]["quantized"] == "96.0"
@@ -163,7 +163,7 @@ def test_chartqa_has_its_rows_where_it_was_measured(measured: dict[str, Any]) ->
     assert table_row(text, "chartqa drop")[1:3] == ["8.00 ± 0.78", "≤ 10"]
     rows = quality(measured)
     assert rows["ChartQA, human, %"] == {
-        "": "ChartQA, human, %",
+        "metric": "ChartQA, human, %",
         "base": "50.00 ± 1.00",
         "quantized": "42.00 ± 1.00",
         "program": "—",

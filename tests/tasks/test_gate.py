@@ -197,8 +197,8 @@ def test_a_disagreement_within_sampling_error_passes_with_low_confidence() -> No
     assert check.value == 4.0
     assert check.margin == -2.0
     assert check.message.startswith(
-        "of 100 questions the program answers 16 differently from the checkpoint without activation quantization, the "
-        "checkpoint 12: 4.00 ± 4.89 points more (limit ≤ 2): pass, 2 over the limit but within sampling error, "
+        "of 100 answers without activation quantization, the program changes 16 and activation quantization alone 12: "
+        "4.00 ± 4.89 points more (limit ≤ 2): pass, 2 over the limit but within sampling error, "
         "confidence 34.1%"
     )
 
@@ -226,25 +226,25 @@ def test_a_release_fails_when_it_is_worse_than_the_published_one(published: floa
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"benchmark": "mmlu-mini"}, "its benchmark is 'cais/mmlu' here and 'mmlu-mini' there"),
-        ({"benchmark_revision": "d" * 40}, "its benchmark revision is"),
-        ({"fixture_benchmark": True}, "its fixture benchmark is False here and True there"),
-        ({"fixture_benchmark": 0}, "its fixture benchmark is False here and 0 there"),
-        ({"fixture_model": True}, "its fixture model is"),
-        ({"versions": {"lm-eval": "0.4.12"}}, "its lm-eval version is '0.4.13' here and '0.4.12' there"),
-        ({"versions": None}, "its lm-eval version is '0.4.13' here and missing there"),
-        ({"quantized": []}, "its task is 'mmlu' here and missing there"),
-        ({"limit": 20}, "its limit is null here and 20 there"),
-        ({"task_version": "1"}, "its task version is '2' here and '1' there"),
-        ({"num_fewshot": 5}, "its number of few-shot examples is 0 here and 5 there"),
-        ({"questions": 1140}, "its number of questions is 14042 here and 1140 there"),
-        ({"questions": {}}, "its number of questions is 14042 here and not a scalar there"),
-        ({"task": "x\n" * 1000}, "its task is 'mmlu' here and"),
-        ({"accuracy": "0.95"}, "its accuracy is '0.95' there"),
-        ({"accuracy": None}, "its accuracy is null there"),
-        ({"accuracy": True}, "its accuracy is True there"),
-        ({"accuracy": 95.0}, "its accuracy is 95.0 there"),
-        ({"accuracy": math.nan}, "its accuracy is nan there"),
+        ({"benchmark": "mmlu-mini"}, "the benchmark differs (here: 'cais/mmlu', published: 'mmlu-mini')"),
+        ({"benchmark_revision": "d" * 40}, "the benchmark revision differs (here: "),
+        ({"fixture_benchmark": True}, "the fixture benchmark differs (here: False, published: True)"),
+        ({"fixture_benchmark": 0}, "the fixture benchmark differs (here: False, published: 0)"),
+        ({"fixture_model": True}, "the fixture model differs (here: "),
+        ({"versions": {"lm-eval": "0.4.12"}}, "the lm-eval version differs (here: '0.4.13', published: '0.4.12')"),
+        ({"versions": None}, "the lm-eval version differs (here: '0.4.13', published: missing)"),
+        ({"quantized": []}, "the task differs (here: 'mmlu', published: missing)"),
+        ({"limit": 20}, "the limit differs (here: null, published: 20)"),
+        ({"task_version": "1"}, "the task version differs (here: '2', published: '1')"),
+        ({"num_fewshot": 5}, "the number of few-shot examples differs (here: 0, published: 5)"),
+        ({"questions": 1140}, "the number of questions differs (here: 14042, published: 1140)"),
+        ({"questions": {}}, "the number of questions differs (here: 14042, published: not a scalar)"),
+        ({"task": "x\n" * 1000}, "the task differs (here: 'mmlu', published: "),
+        ({"accuracy": "0.95"}, "the published accuracy is '0.95'"),
+        ({"accuracy": None}, "the published accuracy is null"),
+        ({"accuracy": True}, "the published accuracy is True"),
+        ({"accuracy": 95.0}, "the published accuracy is 95.0"),
+        ({"accuracy": math.nan}, "the published accuracy is nan"),
     ],
 )
 def test_scores_that_were_measured_differently_are_not_compared_and_the_verdict_says_why(
@@ -267,7 +267,7 @@ def test_scores_that_were_measured_differently_are_not_compared_and_the_verdict_
 def test_the_verdict_says_that_there_is_nothing_to_compare_with(published: dict[str, Any] | None) -> None:
     check = compare_with_published(parse_metrics(with_accuracy(0.5)), published, 1.0)
     assert check.status == "uninformative"
-    assert ("there is no metrics.json yet" if published is None else "missing there") in check.message
+    assert ("the target has no metrics.json" if published is None else "published: missing") in check.message
 
 
 @pytest.mark.parametrize(
@@ -347,10 +347,10 @@ def test_a_failure_shows_all_checks_and_the_questions_that_the_program_answers_d
         "fail",
         "pass",
     ]
-    assert questions.splitlines()[0] == "8 questions that program and checkpoint answer differently:"
+    assert questions.splitlines()[0] == "8 questions that the program and the checkpoint answer differently:"
     assert questions.splitlines()[1] == (
         "- world religions 0: Question 0? A. w B. x C. y D. z "
-        "(B; checkpoint B by 0.25 nats, without activation quantization B by 0.25 nats, program D by 1.50 nats)"
+        "(correct B; checkpoint B by 0.25 nats, without activation quantization B by 0.25 nats, program D by 1.50 nats)"
     )
     assert len(questions.splitlines()) == 1 + 5 + 1
 

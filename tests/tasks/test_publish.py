@@ -298,7 +298,9 @@ def test_a_repository_with_content_that_no_release_wrote_is_refused_unless_it_is
     add(hub, tmp_path / "person", COPYING="all of it", weights__gguf="GGUF", config__json="mine")
     head = hub.head("model", TARGET)
     for attempt in (lambda: check(hub, create_pr=create_pr), lambda: publish(hub, release, create_pr=create_pr)):
-        with pytest.raises(UserError, match=r"holds files that no release .* wrote \(COPYING, .*\): .* --adopt"):
+        with pytest.raises(
+            UserError, match=r"contains files that quantize-gemma did not write \(COPYING, .*\): .* --adopt"
+        ):
             attempt()
     assert hub.head("model", TARGET) == head
     assert not hub.served("PUT", "")
@@ -329,7 +331,7 @@ def test_a_repository_with_content_that_no_release_wrote_is_refused_unless_it_is
 def test_the_stub_that_the_hub_makes_is_not_content(hub: Hub, tmp_path: Path, readme: str, content: bool) -> None:
     add(hub, tmp_path / "person", README__md=readme)
     if content:
-        with pytest.raises(UserError, match=r"no release of quantize-gemma wrote \(README\.md\)"):
+        with pytest.raises(UserError, match=r"quantize-gemma did not write \(README\.md\)"):
             check(hub)
     else:
         check(hub)
@@ -350,7 +352,7 @@ def test_a_file_that_only_looks_like_a_releases_makes_no_release(
     hub: Hub, tmp_path: Path, claim: dict[str, str]
 ) -> None:
     add(hub, tmp_path / "person", COPYING="all of it", **claim)
-    with pytest.raises(UserError, match="no release of quantize-gemma wrote"):
+    with pytest.raises(UserError, match="that quantize-gemma did not write"):
         check(hub)
 
 
@@ -395,7 +397,7 @@ def test_a_flipped_bit_is_not_published_and_the_store_then_knows_of_it(hub: Hub,
     artifact = make(release)
     flip(artifact.path / name)
     assert store.load("card", artifact.key, release.parent / "store") is not None, "nobody has looked yet"
-    with pytest.raises(StageFailed, match=f"{name} is not what it was when it was made: start the run again"):
+    with pytest.raises(StageFailed, match=f"{name} was changed or damaged after it was written: start the run again"):
         send(hub, artifact)
     assert hub.log == []
     assert store.load("card", artifact.key, release.parent / "store") is None
@@ -405,7 +407,7 @@ def test_a_flipped_bit_in_what_is_already_published_is_found_too(hub: Hub, relea
     artifact = make(release)
     send(hub, artifact)
     flip(artifact.path / "model.safetensors")
-    with pytest.raises(StageFailed, match=r"model\.safetensors is not what it was"):
+    with pytest.raises(StageFailed, match=r"model\.safetensors was changed or damaged"):
         send(hub, artifact)
     assert contents(hub)["model.safetensors"] == files_of(release)["model.safetensors"]
 
@@ -425,7 +427,7 @@ def test_a_damaged_file_of_a_stage_is_damaged_in_the_release_that_links_it(hub: 
     exported = store.produce("export", "e" * 64, fill, root)
     card = store.produce("card", "c" * 64, link, root)
     flip(exported.path / "model.pte")
-    with pytest.raises(StageFailed, match="is not what it was"):
+    with pytest.raises(StageFailed, match="was changed or damaged"):
         send(hub, card)
     assert store.load("export", "e" * 64, root) is None
     assert store.load("card", "c" * 64, root) is None
@@ -445,7 +447,7 @@ def test_a_file_that_changes_while_it_is_sent_is_not_published(hub: Hub, release
 
     thread = threading.Thread(target=change)
     thread.start()
-    with pytest.raises(StageFailed, match=r"model\.safetensors is not what it was"):
+    with pytest.raises(StageFailed, match=r"model\.safetensors was changed or damaged"):
         send(hub, artifact)
     thread.join()
     assert commits(hub) == 0

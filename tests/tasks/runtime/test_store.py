@@ -358,7 +358,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "project" / ".partial-upload").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for remove in (store.prune, lambda root: store.evict(0, 0, root)):
-        with pytest.raises(UserError, match=f"{tmp_path} is no store of quantize-gemma, and nothing was removed"):
+        with pytest.raises(UserError, match=f"{tmp_path} is not a quantize-gemma store, and nothing was removed"):
             remove(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
     # A run was started here by mistake: what it wrote is ours, and nothing else.
