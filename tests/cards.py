@@ -15,6 +15,7 @@ from quantize_gemma.tasks.card import render
 from quantize_gemma.tasks.card.front_matter import front_matter
 from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.metrics import Metrics, Response, Score
+from quantize_gemma.tasks.models.recipe import Recipe, Rule
 
 # Where text from elsewhere gets into a card. Our own text (versions, commands) is not here.
 PLACES = (
@@ -118,8 +119,8 @@ def card_with(metrics: Metrics, texts: dict[str, str]) -> tuple[str, Metrics]:
             delegation={texts["method"]: next(iter(program.delegation.values()))},
         ),
     )
-    rule = {"match": f"re:{texts['pattern']}", "weight": "int4", "group_size": 32, "activation": "int8"}
-    recipe = {"name": texts["recipe"], "description": texts["description"], "rules": [rule | {"algorithm": "affine"}]}
+    rule = Rule(f"re:{texts['pattern']}", weight="int4", group_size=32, activation="int8", algorithm="affine")
+    recipe = Recipe(texts["recipe"], description=texts["description"], rules=(rule,))
     return render(m, recipe, {texts["file"]: 5}), m
 
 
