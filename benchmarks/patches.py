@@ -1,10 +1,12 @@
 """What each patch to a library is worth: an export without it, in turn: `python -m benchmarks.patches --shape 270m`.
 
-Time is the processor's: on a busy machine it varies less than the clock's. The program is the same bytes in every row.
+Each patch is left out --repeats times, between exports with all of them; the table shows medians. Processor time varies
+less than wall time where the machine has other work. The program is the same bytes in every row.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -15,23 +17,28 @@ from benchmarks.side_by_side import machine, run, version
 from quantize_gemma.tasks.runtime.patches import DISABLE, export_patches, loading_patches
 from quantize_gemma.tasks.runtime.units import human_size
 
+MEASURED = ("seconds", "cpu_seconds", "peak_rss_bytes")
 
-def measure(shape: str, max_seq_len: int, folder: Path, names: list[str]) -> dict[str, Any]:
+
+def measure(shape: str, max_seq_len: int, folder: Path, names: list[str], repeats: int) -> dict[str, Any]:
     """Exports with all patches, without each of those named, and with all again. Returns the rows."""
     checkpoint = folder / f"quantized-{shape}"
     if not (checkpoint / "config.json").exists():
         checkpoint.mkdir(parents=True)
         quantized_checkpoint(make_checkpoint(shape, folder), checkpoint)
-    rows = []
-    for name in ("none", *names, "none"):
+    steps: dict[str, list[dict[str, Any]]] = {}
+    for name in [*["none", *names] * repeats, "none"]:
         with tempfile.TemporaryDirectory(dir=folder) as target:
             arguments = {"target": Path(target), "checkpoint": checkpoint, "max_seq_len": max_seq_len}
             step = run("benchmarks.patches:export", {DISABLE: name}, **arguments)
-        rows.append({"disabled": name, **{key: step[key] for key in ("cpu_seconds", "peak_rss_bytes", "sha256")}})
-        print(json.dumps(rows[-1]), flush=True)
-    first, *rest = rows
-    base = {key: (first[key] + rest.pop()[key]) / 2 for key in ("cpu_seconds", "peak_rss_bytes")}
-    equal = all(row["sha256"] == first["sha256"] for row in rest)
+        steps.setdefault(name, []).append({key: step[key] for key in (*MEASURED, "sha256")})
+        print(json.dumps({"disabled": name, **steps[name][-1]}), flush=True)
+    rows = [
+        {"disabled": name, **{key: statistics.median(step[key] for step in made) for key in MEASURED}}
+        for name, made in steps.items()
+    ]
+    equal = len({step["sha256"] for made in steps.values() for step in made}) == 1
+    base, *rest = rows
     return {"shape": shape, "machine": machine(), "version": version(), "base": base, "rows": rest, "equal": equal}
 
 
@@ -52,13 +59,13 @@ def table(result: dict[str, Any]) -> list[str]:
     """Returns a row of Markdown per patch: how much more time and memory an export takes without it."""
     base = result["base"]
     lines = [
-        f"{result['shape']}, {result['version']}, {result['machine']}: {base['cpu_seconds']:.1f} s of processor time "
-        f"and {human_size(round(base['peak_rss_bytes']))} with all patches",
-        "| without | time | memory |",
-        "|---|---:|---:|",
+        f"{result['shape']}, {result['version']}, {result['machine']}: with all patches {base['seconds']:.1f} s, "
+        f"{base['cpu_seconds']:.1f} s of the processor, {human_size(round(base['peak_rss_bytes']))}",
+        "| without | wall time | processor time | peak memory |",
+        "|---|---:|---:|---:|",
     ]
     for row in result["rows"]:
-        more = [f"{100 * (row[key] / base[key] - 1):+.1f} %" for key in ("cpu_seconds", "peak_rss_bytes")]
+        more = [f"{100 * (row[key] / base[key] - 1):+.1f} %" for key in MEASURED]
         lines.append(f"| {row['disabled']} | {' | '.join(more)} |")
     return [*lines, "the same bytes" if result["equal"] else "the bytes DIFFER"]
 
@@ -71,11 +78,12 @@ def main() -> None:
     parser.add_argument("--max-seq-len", type=int, default=1024)
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
     parser.add_argument("--patches", nargs="+", choices=["all", *patches], default=["all", *patches])
+    parser.add_argument("--repeats", type=int, default=1)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        print(*table(measure(given.shape, given.max_seq_len, folder, given.patches)), sep="\n")
+        print(*table(measure(given.shape, given.max_seq_len, folder, given.patches, given.repeats)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def loading_patches() -> tuple[Patch, ...]:
     """Returns the patches that apply while a quantized checkpoint is loaded."""
     from quantize_gemma.tasks.runtime.patches import transformers
 
-    return transformers.own_metadata, transformers.shared_quantizer
+    return (transformers.own_metadata,)
 
 
 def export_patches() -> tuple[Patch, ...]:
@@ -49,7 +49,6 @@ def export_patches() -> tuple[Patch, ...]:
         torch.uncopied_weights,
         executorch.one_decomposition,
         executorch.cached_shapes,
-        executorch.interpreted_delegates,
         executorch.shared_weights,
         executorch.paged_out_weights,
         executorch.released_weights,

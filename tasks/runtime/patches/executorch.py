@@ -129,44 +129,6 @@ def _layout(tensor: Any) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def interpreted_delegates() -> Iterator[None]:
-    """Finds the shapes of a delegate's results by interpreting its graph.
-
-    A pass that meets a delegate turns the delegate's program into a module, with attributes for its weights and Python
-    code for its graph, compiles the code, and calls it with fake tensors. Interpreting the graph with the same
-    arguments calls the same operators.
-
-    Unnecessary once the fake kernel of `executorch_call_delegate` keeps that module, or reads the output node's `val`.
-    """
-    import torch
-    from executorch.exir import delegate
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    written_for(delegate, "06cf009c74e7f2a0")
-    kernels = delegate.executorch_call_delegate.python_key_table
-    stock = kernels[FakeTensorMode]
-
-    def call(mode: Any, lowered_module: Any, *args: Any) -> Any:
-        program = lowered_module.original_module
-        signature = program.graph_signature
-        if signature.buffers_to_mutate:
-            return stock(mode, lowered_module, *args)
-        weights = {**program.state_dict, **program.constants}
-        owned = {spec.arg.name: weights[spec.target] for spec in signature.input_specs if spec.target is not None}
-        given = iter(args)
-        names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
-        inputs = [owned[name] if name in owned else next(given) for name in names]
-        with mode:
-            return tuple(torch.fx.Interpreter(program.graph_module).run(*inputs))
-
-    kernels[FakeTensorMode] = call
-    try:
-        yield
-    finally:
-        kernels[FakeTensorMode] = stock
-
-
-@contextlib.contextmanager
 def shared_weights() -> Iterator[None]:
     """Lets the copies of partitions that go to XNNPACK share their weights.
 
@@ -233,10 +195,15 @@ def released_weights() -> Iterator[None]:
 
     Unnecessary once `lower_all_submodules_to_backend` drops a partition's weights after `preprocess`.
     """
+    import torch
     from executorch.exir.backend import backend_api
 
     stock = backend_api.lower_all_submodules_to_backend
     written_for(stock, "82b25ee7bd538f0c")
+
+    def shape_of(weight: Any, value: Any) -> Any:
+        # A pass makes a module of the program, which takes nothing else as a parameter.
+        return torch.nn.Parameter(value, requires_grad=False) if isinstance(weight, torch.nn.Parameter) else value
 
     def lower(backend_id: str, nodes: dict[str, list[Any]], programs: dict[str, Any]) -> None:
         partitions = [node.meta["submodule_program"] for calls in nodes.values() for node in calls]
@@ -248,7 +215,7 @@ def released_weights() -> Iterator[None]:
             for spec in partition.graph_signature.input_specs:
                 for held in partition._state_dict, partition._constants:
                     if spec.target in held:
-                        held[spec.target] = shapes[spec.arg.name]
+                        held[spec.target] = shape_of(held[spec.target], shapes[spec.arg.name])
             for storage in packed:
                 if storage.resizable():
                     storage.resize_(0)

@@ -32,24 +32,3 @@ def own_metadata() -> Iterator[None]:
 
     with replaced(torchao, "unflatten_tensor_state_dict", unflatten):
         yield
-
-
-@contextlib.contextmanager
-def shared_quantizer() -> Iterator[None]:
-    """Lets the copies of a conversion rule share the quantizer.
-
-    transformers makes a deep copy of the rule for every weight, and with it of the quantizer, which holds the metadata
-    of all weights: quadratic. Nobody writes to the quantizer.
-
-    Unnecessary once `convert_and_load_state_dict_in_model` copies the rule without its operations' quantizer.
-    """
-    from transformers import core_model_loading
-    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
-
-    written_for(core_model_loading.convert_and_load_state_dict_in_model, "9c66a82c4c3b5503")
-
-    def share(self: Any, memo: dict[int, Any]) -> Any:
-        return self
-
-    with replaced(TorchAoHfQuantizer, "__deepcopy__", share):
-        yield
