@@ -8,9 +8,16 @@ import mmap
 import sys
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize_gemma.tasks.runtime.patches import replaced, written_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.export import ExportedProgram
+    from torch.fx import Graph, GraphModule, Node
+    from torch.nn import Module
 
 # Linux 5.4 and later (asm-generic/mman-common.h).
 MADV_PAGEOUT = 21
@@ -37,12 +44,16 @@ def one_decomposition() -> Iterator[None]:
     written_for(ConfigerationBasedPartitioner.ops_to_not_decompose, "9713395f05ceec1b")
     stock = ExportedProgram.run_decompositions
     written_for(stock, "c74cbc17d3874021")
-    tables: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
+    tables: weakref.WeakKeyDictionary[ExportedProgram, set[object]] = weakref.WeakKeyDictionary()
 
-    def run_decompositions(self: Any, decomp_table: Any = None, decompose_custom_triton_ops: bool = False) -> Any:
+    def run_decompositions(
+        self: ExportedProgram, decomp_table: Any = None, decompose_custom_triton_ops: bool = False
+    ) -> ExportedProgram:
+        decomposed: ExportedProgram
         if decomp_table is None:
-            return stock(self, decomp_table, decompose_custom_triton_ops)
-        table = set(dict(decomp_table))
+            decomposed = stock(self, decomp_table, decompose_custom_triton_ops)
+            return decomposed
+        table: set[object] = set(dict(decomp_table))
         if not table:
             return self
         done = tables.get(self)
@@ -81,11 +92,11 @@ def cached_shapes() -> Iterator[None]:
     constants = int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format
     objects = FakeTensor, torch.SymInt, LoweredBackendModule
     by_value = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
-    results: dict[Any, Any] = {}
+    results: dict[object, object] = {}
     # With each key what it was made of, so that its id stays its own.
-    layouts: dict[int, tuple[Any, Any]] = {}
+    layouts: dict[int, tuple[object, object]] = {}
 
-    def layout_of(leaf: Any) -> Any:
+    def layout_of(leaf: Any) -> object:
         if isinstance(leaf, constants):
             return type(leaf), leaf
         if id(leaf) not in layouts:
@@ -94,12 +105,12 @@ def cached_shapes() -> Iterator[None]:
             layouts[id(leaf)] = leaf, own
         return layouts[id(leaf)][1]
 
-    def remembers(kind: str, operator: Any) -> bool:
+    def remembers(kind: str, operator: object) -> bool:
         if kind != "call_function" or operator is executorch_call_delegate:
             return kind == "call_function"
         return isinstance(operator, torch._ops.OpOverload) and by_value.isdisjoint(operator.tags)
 
-    def _fx(self: Any, kind: str, target: Any, args: Any, kwargs: Any, meta: Any) -> Any:
+    def _fx(self: Any, kind: str, target: object, args: object, kwargs: object, meta: object) -> object:
         operator = target._op if isinstance(target, EdgeOpOverload) else target
         if not remembers(kind, operator):
             return stock(self, kind, target, args, kwargs, meta)
@@ -121,7 +132,7 @@ def cached_shapes() -> Iterator[None]:
         yield
 
 
-def _layout(tensor: Any) -> tuple[Any, ...]:
+def _layout(tensor: "FakeTensor") -> tuple[object, ...]:
     """Returns what an operator on fake tensors sees of one."""
     extents = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
     plain = tuple(extent if isinstance(extent, int) else extent.node.expr for extent in extents)
@@ -142,7 +153,7 @@ def shared_weights() -> Iterator[None]:
 
     written_for(BackendDetails.copy_exported_program_for_preprocess, "161d76674b18cbbd")
 
-    def copy_program(cls: Any, edge_program: Any, compile_specs: Any) -> Any:
+    def copy_program(cls: object, edge_program: "ExportedProgram", compile_specs: object) -> "ExportedProgram":
         weights = [*edge_program.state_dict.values(), *edge_program.constants.values()]
         return copy.deepcopy(edge_program, {id(weight): weight for weight in weights})
 
@@ -167,9 +178,9 @@ def paged_out_weights() -> Iterator[None]:
     written_for(stock, "62f7dc915f1ef40c")
     page = mmap.PAGESIZE
     # Elsewhere the request has another number, and nothing is asked.
-    advise: Any = ctypes.CDLL(None).madvise if sys.platform == "linux" else lambda *_: None
+    advise = ctypes.CDLL(None).madvise if sys.platform == "linux" else lambda *_: None
 
-    def preprocess(program: Any, specs: Any) -> Any:
+    def preprocess(program: "ExportedProgram", specs: object) -> object:
         # The passes put others in their place.
         weights = [weight for weight in _weights(program) if not isinstance(weight, FakeTensor)]
         packed = stock(program, specs)
@@ -201,12 +212,14 @@ def released_weights() -> Iterator[None]:
     stock = backend_api.lower_all_submodules_to_backend
     written_for(stock, "82b25ee7bd538f0c")
 
-    def shape_of(weight: Any, value: Any) -> Any:
+    def shape_of(weight: object, value: "Tensor") -> "Tensor":
         # A pass makes a module of the program, which takes nothing else as a parameter.
         return torch.nn.Parameter(value, requires_grad=False) if isinstance(weight, torch.nn.Parameter) else value
 
-    def lower(backend_id: str, nodes: dict[str, list[Any]], programs: dict[str, Any]) -> None:
-        partitions = [node.meta["submodule_program"] for calls in nodes.values() for node in calls]
+    def lower(backend_id: str, nodes: dict[str, list["Node"]], programs: dict[str, "ExportedProgram"]) -> None:
+        partitions: list[ExportedProgram] = [
+            node.meta["submodule_program"] for calls in nodes.values() for node in calls
+        ]
         stock(backend_id, nodes, programs)
         used = {_storage(weight) for program in programs.values() for weight in _weights(program)}
         for partition in partitions:
@@ -224,14 +237,14 @@ def released_weights() -> Iterator[None]:
         yield
 
 
-def _weights(program: Any) -> list[Any]:
+def _weights(program: "ExportedProgram") -> "list[Tensor]":
     import torch
 
     held = [*program.state_dict.values(), *program.constants.values()]
     return [weight for weight in held if isinstance(weight, torch.Tensor)]
 
 
-def _storage(weight: Any) -> int:
+def _storage(weight: "Tensor") -> int:
     return int(weight.untyped_storage()._cdata)
 
 
@@ -260,7 +273,7 @@ def needed_passes() -> Iterator[None]:
     written_for(bilinear_2d, "516f2e3fcb9c6835")
     aten, dim_order = ops.edge.aten, ops.edge.dim_order_ops
     batch_norms = {aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default}
-    wanted: dict[str, set[Any]] = {
+    wanted: dict[str, set[object]] = {
         "XNNPACKRemoveCloneOpsTransform": {aten.clone.default, dim_order._clone_dim_order.default},
         "DimOrderOpsRevertPass": {
             dim_order._clone_dim_order.default,
@@ -282,7 +295,7 @@ def needed_passes() -> Iterator[None]:
         "RemoveRedundantCopyPass": {aten._to_copy.default},
     }
 
-    def is_idle(name: str, nodes: list[Any]) -> bool:
+    def is_idle(name: str, nodes: list["Node"]) -> bool:
         if name in wanted:
             return wanted[name].isdisjoint(node.target for node in nodes)
         if name == "PropagateCustomMetaPass":
@@ -294,7 +307,7 @@ def needed_passes() -> Iterator[None]:
 
     stock = manager.transform
 
-    def transform(self: Any) -> Any:
+    def transform(self: Any) -> object:
         passes = self.passes
         for step in passes:
             if not is_idle(step.__name__, list(self._exported_program.graph.nodes)):
@@ -342,10 +355,10 @@ def deferred_code() -> Iterator[None]:
     written_for(stock, "2c8bd8d290ecfb2d")
     written_for(GraphModule.recompile, "98adb1519c457ae4")
 
-    def create_partitions(*args: Any, **kwargs: Any) -> Any:
-        stale: dict[int, Any] = {}
+    def create_partitions(*args: object, **kwargs: object) -> object:
+        stale: dict[int, GraphModule] = {}
 
-        def recompile(self: Any) -> None:
+        def recompile(self: GraphModule) -> None:
             stale[id(self)] = self
 
         with replaced(GraphModule, "recompile", recompile):
@@ -373,7 +386,7 @@ def sorted_in_place() -> Iterator[None]:
     stock = tools_common.legalize_graph
     written_for(stock, "6dc8094b32ebd463")
 
-    def legalize_graph(module: Any) -> Any:
+    def legalize_graph(module: "GraphModule") -> "GraphModule":
         order = _topological(module.graph)
         for node in order:
             node.users.clear()
@@ -389,7 +402,7 @@ def sorted_in_place() -> Iterator[None]:
         yield
 
 
-def _topological(graph: Any) -> list[Any]:
+def _topological(graph: "Graph") -> "list[Node]":
     """Returns the nodes in the order that torch.fx's legalize_graph gives them: breadth first, arithmetic ahead."""
     import operator
 
@@ -431,10 +444,10 @@ def descendants_as_bits() -> Iterator[None]:
     written_for(group_partitioner.GroupBasedPartitioner._can_merge_partitions, "08428a6ba5abd129")
 
     class Descendants:
-        def __init__(self, graph_module: Any) -> None:
+        def __init__(self, graph_module: "GraphModule") -> None:
             nodes = list(graph_module.graph.nodes)
             self.bit = {node: 1 << place for place, node in enumerate(nodes)}
-            self.below: dict[Any, int] = {}
+            self.below: dict[Node, int] = {}
             for node in reversed(nodes):
                 below = 0
                 for user in node.users:
@@ -457,7 +470,7 @@ def descendants_as_bits() -> Iterator[None]:
         yield
 
 
-def _every_node(module: Any) -> Iterator[Any]:
+def _every_node(module: "Module") -> "Iterator[Node]":
     import torch
 
     for part in module.modules():

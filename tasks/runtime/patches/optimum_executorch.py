@@ -3,13 +3,16 @@
 import contextlib
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize_gemma.tasks.runtime.patches import replaced, written_for
 
+if TYPE_CHECKING:
+    from torch.nn import Module
+
 
 @contextlib.contextmanager
-def example_image(pixels: Any) -> Iterator[None]:
+def example_image(pixels: object) -> Iterator[None]:
     """Exports the vision encoder with this image, [1, channels, height, width], of which only the shape counts.
 
     optimum-executorch downloads a photograph from a web site instead, so that nothing is exported without a network.
@@ -43,14 +46,14 @@ def one_export() -> Iterator[None]:
     written_for(integrations.CausalLMExportableModule.export, "628a7421b86c9c5a")
     written_for(RemoveRedundantTransposes, "b3cc7ad6264abe4e")
     stock_module, stock_export = ExportedProgram.module, torch.export.export
-    programs: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+    programs: weakref.WeakKeyDictionary[Module, ExportedProgram] = weakref.WeakKeyDictionary()
 
-    def module(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = stock_module(self, *args, **kwargs)
+    def module(self: ExportedProgram, check_guards: bool = True) -> "Module":
+        result = stock_module(self, check_guards=check_guards)
         programs[result] = self
         return result
 
-    def export(module: Any, *args: Any, **kwargs: Any) -> Any:
+    def export(module: "Module", *args: Any, **kwargs: Any) -> ExportedProgram:
         program = programs.get(module)
         if program is None:
             return stock_export(module, *args, **kwargs)

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from quantize_gemma.tasks.runtime.patches import replaced, written_for
 
@@ -22,10 +21,10 @@ def no_common_subexpressions() -> Iterator[None]:
     written_for(guards.PyExprCSEPass, "fc278c4377c1786c")
     written_for(guards.build_guard_function, "d170a91139653a01")
 
-    def count(self: Any, expressions: list[str]) -> None:
+    def count(self: object, expressions: list[str]) -> None:
         pass
 
-    def replace(self: Any, expression: str) -> tuple[list[str], str]:
+    def replace(self: object, expression: str) -> tuple[list[str], str]:
         return [], expression
 
     with replaced(guards.PyExprCSEPass, "count", count), replaced(guards.PyExprCSEPass, "replace", replace):
@@ -47,7 +46,7 @@ def uncopied_weights() -> Iterator[None]:
     written_for(builder._clone_input, "fdee93dcef3fc957")
     written_for(builder.cache_real_value_when_export, "f7d4268f430034c3")
 
-    def keep(value: Any, fake_mode: Any) -> Any:
+    def keep(value: object, fake_mode: object) -> object:
         return value
 
     with replaced(builder, "_clone_input", keep):

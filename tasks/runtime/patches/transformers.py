@@ -3,9 +3,12 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.runtime.patches import replaced, written_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -25,7 +28,7 @@ def own_metadata() -> Iterator[None]:
     written_for(stock, "0f9620cf89e8c76b")
     written_for(torchao.TorchAoDeserialize, "539a3d244cc09a99")
 
-    def unflatten(tensors: dict[str, Any], metadata: dict[str, Any]) -> Any:
+    def unflatten(tensors: dict[str, "Tensor"], metadata: dict[str, str]) -> object:
         modules = {name.rsplit(".", 1)[0] for name in tensors}
         own = {name: value for name, value in metadata.items() if name.rsplit(".", 1)[0] in modules}
         return stock(tensors, {**own, "tensor_names": json.dumps(list(own))})
