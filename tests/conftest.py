@@ -76,21 +76,30 @@ def released(command_line: CommandLine, tmp_path_factory: pytest.TempPathFactory
     """The built-in model, through every stage. Several processes of tests have a copy each of one run's store."""
     # Of each process its own, in one that they share.
     folder = tmp_path_factory.getbasetemp()
-    made = folder.parent / "released" if "PYTEST_XDIST_WORKER" in os.environ else folder / "released"
-    with FileLock(f"{made}.lock"):
-        if not made.exists():
+    shared = folder.parent / "released" if "PYTEST_XDIST_WORKER" in os.environ else folder / "released"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
             outcome = command_line("run", "--json")
             assert outcome.code == 0, outcome.stderr[-5000:]
-            partial = made.with_suffix(".partial")
+            partial = shared.with_suffix(".partial")
             shutil.copytree(command_line.home.parent, partial, symlinks=True)
-            said = {"home": str(command_line.home), "stdout": outcome.stdout, "stderr": outcome.stderr}
-            (partial / "outcome.json").write_text(json.dumps(said))
-            partial.rename(made)
+            streams = {"home": str(command_line.home), "stdout": outcome.stdout, "stderr": outcome.stderr}
+            (partial / "outcome.json").write_text(json.dumps(streams))
+            partial.rename(shared)
             return outcome
-    said = json.loads((made / "outcome.json").read_text())
-    shutil.copytree(made, command_line.home.parent, symlinks=True, dirs_exist_ok=True)
-    here = {name: said[name].replace(said["home"], str(command_line.home)) for name in ("stdout", "stderr")}
-    return Outcome(0, **here)
+    streams = json.loads((shared / "outcome.json").read_text())
+    outcome = Outcome(0, streams["stdout"], streams["stderr"])
+    return copy_release(shared, Path(streams["home"]), outcome, command_line)
+
+
+def copy_release(source: Path, home: Path, outcome: Outcome, target: CommandLine) -> Outcome:
+    """Copies a finished run, the directory of its store and its Prefect home, and returns its outcome there."""
+    shutil.copytree(source, target.home.parent, symlinks=True, dirs_exist_ok=True)
+    return Outcome(
+        outcome.code,
+        outcome.stdout.replace(str(home), str(target.home)),
+        outcome.stderr.replace(str(home), str(target.home)),
+    )
 
 
 @pytest.fixture
