@@ -93,7 +93,7 @@ def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome
         assert hub.read("model", TARGET, path.name) == path.read_bytes()
     assert published.summary["published"] == f"{hub.url}/{TARGET}/commit/{hub.head('model', TARGET)}"
     metrics, card = metrics_of(published), (release / "README.md").read_text()
-    revisions = metrics["base_revision"], metrics["benchmark_revision"], metrics["charts"]["revision"]
+    revisions = metrics["base_revision"], metrics["benchmark_revision"], metrics["chartqa"]["revision"]
     datasets = BENCHMARK, "HuggingFaceM4/ChartQA"
     assert revisions == (hub.head("model", MODEL), *(hub.head("dataset", name) for name in datasets))
     for sha in revisions:

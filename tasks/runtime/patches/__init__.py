@@ -51,7 +51,6 @@ def export_patches() -> tuple[Patch, ...]:
         executorch.cached_shapes,
         executorch.shared_weights,
         executorch.paged_out_weights,
-        executorch.released_weights,
         executorch.needed_passes,
         executorch.deferred_code,
         executorch.sorted_in_place,

@@ -172,7 +172,6 @@ def paged_out_weights() -> Iterator[None]:
     Unnecessary once XNNPACK's serializer drops what it has read of a memory-mapped file.
     """
     from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
-    from torch._subclasses.fake_tensor import FakeTensor
 
     stock = XnnpackBackend.preprocess
     written_for(stock, "62f7dc915f1ef40c")
@@ -182,7 +181,7 @@ def paged_out_weights() -> Iterator[None]:
 
     def preprocess(program: "ExportedProgram", specs: object) -> object:
         # The passes put others in their place.
-        weights = [weight for weight in _weights(program) if not isinstance(weight, FakeTensor)]
+        weights = _weights(program)
         packed = stock(program, specs)
         for weight in weights:
             first = -(-weight.data_ptr() // page) * page
@@ -195,57 +194,11 @@ def paged_out_weights() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def released_weights() -> Iterator[None]:
-    """Releases weights once they are packed into a delegate.
-
-    The model, the programs that torch.export made of it, those in between and each delegate's own program keep the
-    weights until the program is written, beside the packed ones and the program's content. After packing, nobody reads
-    them: the methods' programs have handed them over to the delegates, and passes take only shapes from a delegate's
-    program, which fake tensors have. What a method uses itself, a shared weight for example, stays.
-
-    Unnecessary once `lower_all_submodules_to_backend` drops a partition's weights after `preprocess`.
-    """
-    import torch
-    from executorch.exir.backend import backend_api
-
-    stock = backend_api.lower_all_submodules_to_backend
-    written_for(stock, "82b25ee7bd538f0c")
-
-    def shape_of(weight: object, value: "Tensor") -> "Tensor":
-        # A pass makes a module of the program, which takes nothing else as a parameter.
-        return torch.nn.Parameter(value, requires_grad=False) if isinstance(weight, torch.nn.Parameter) else value
-
-    def lower(backend_id: str, nodes: dict[str, list["Node"]], programs: dict[str, "ExportedProgram"]) -> None:
-        partitions: list[ExportedProgram] = [
-            node.meta["submodule_program"] for calls in nodes.values() for node in calls
-        ]
-        stock(backend_id, nodes, programs)
-        used = {_storage(weight) for program in programs.values() for weight in _weights(program)}
-        for partition in partitions:
-            packed = [weight.untyped_storage() for weight in _weights(partition) if _storage(weight) not in used]
-            shapes = {node.name: node.meta.get("val") for node in partition.graph.nodes if node.op == "placeholder"}
-            for spec in partition.graph_signature.input_specs:
-                for held in partition._state_dict, partition._constants:
-                    if spec.target in held:
-                        held[spec.target] = shape_of(held[spec.target], shapes[spec.arg.name])
-            for storage in packed:
-                if storage.resizable():
-                    storage.resize_(0)
-
-    with replaced(backend_api, "lower_all_submodules_to_backend", lower):
-        yield
-
-
 def _weights(program: "ExportedProgram") -> "list[Tensor]":
     import torch
 
     held = [*program.state_dict.values(), *program.constants.values()]
     return [weight for weight in held if isinstance(weight, torch.Tensor)]
-
-
-def _storage(weight: "Tensor") -> int:
-    return int(weight.untyped_storage()._cdata)
 
 
 @contextlib.contextmanager

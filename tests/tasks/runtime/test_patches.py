@@ -109,13 +109,6 @@ def test_the_program_is_the_stock_libraries_program_byte_for_byte(
     assert (tmp_path / "none" / "model.pte").read_bytes() == (tmp_path / "all" / "model.pte").read_bytes()
 
 
-def test_weights_may_be_released_without_the_cache_of_shapes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """A library may change under one patch: none needs another. These two are about the same programs."""
-    call = [sys.executable, "-c", EXPORT, str(tmp_path), str(checkpoints["text"]), DISABLE, "none", "cached_shapes"]
-    subprocess.run(call, check=True)
-    assert (tmp_path / "none" / "model.pte").read_bytes() == (tmp_path / "cached_shapes" / "model.pte").read_bytes()
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_checkpoint_is_loaded_as_by_the_stock_library(name: str, checkpoints: dict[str, Path]) -> None:
     import torch
@@ -156,7 +149,6 @@ def snapshot() -> dict[str, Any]:
         "transform": XNNPACKPassManager.transform,
         "preprocess": XnnpackBackend.preprocess,
         "copy": vars(XnnpackBackend).get("copy_exported_program_for_preprocess"),
-        "lower": backend_api.lower_all_submodules_to_backend,
         "create_partitions": backend_api._create_partitions_in_graph_module,
         "dependencies": group_partitioner._DependencyViewer,
         "can_merge": group_partitioner.GroupBasedPartitioner._can_merge_partitions,
