@@ -30,6 +30,7 @@ from typing import Any
 MACHINERY = frozenset(
     f"quantize_gemma.tasks.runtime.{name}"
     for name in (
+        "artifact_ref",
         "errors",
         "fingerprint",
         "hub",

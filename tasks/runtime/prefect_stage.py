@@ -29,6 +29,7 @@ from prefect.results import ResultStore
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from quantize_gemma.tasks.runtime import machine, model_workers, store, worker
+from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact, ref_of
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.runtime.stage import Stage
@@ -47,11 +48,11 @@ ACCELERATOR = "quantize-gemma-accelerator"
 MEMORY = "quantize-gemma-memory"
 
 
-def as_task(stage: Stage[...]) -> Task[..., dict[str, Any]]:
+def as_task(stage: Stage[...]) -> Task[..., ArtifactRef]:
     """Returns the Prefect task over a stage.
 
-    It takes artifact records and plain JSON values by keyword and returns the record {"stage", "key", "digest",
-    "size"} of the artifact.
+    It takes the stage's inputs by keyword, references of artifacts and plain JSON values, and returns the reference of
+    the artifact that the stage makes.
     """
     name, function = stage.name, stage.function
 
@@ -66,7 +67,7 @@ def as_task(stage: Stage[...]) -> Task[..., dict[str, Any]]:
                 (store.home() / result).unlink(missing_ok=True)
         return result
 
-    def run(**inputs: Any) -> dict[str, Any]:
+    def run(**inputs: Any) -> ArtifactRef:
         logger = get_run_logger()
         context = TaskRunContext.get()
         assert context is not None
@@ -74,12 +75,13 @@ def as_task(stage: Stage[...]) -> Task[..., dict[str, Any]]:
 
         def make(target: Path) -> dict[str, Any]:
             # What a stage computes with is hashed first: a disk's own errors change no time of modification.
-            paths = {field: str(open_record(value, True).path) for field, value in inputs.items() if is_record(value)}
+            refs = {field: value for field, value in inputs.items() if isinstance(value, ArtifactRef)}
+            paths = {field: str(open_artifact(ref, whole=True).path) for field, ref in refs.items()}
             values = {field: value for field, value in inputs.items() if field not in paths}
             if stage.resumes:
                 values["refresh"] = refresh
             call = {"function": function, "target": str(target), "paths": paths, "values": values}
-            sizes = sum(value["size"] for value in inputs.values() if is_record(value)) * inputs.get("workers", 1)
+            sizes = sum(ref.size for ref in refs.values()) * inputs.get("workers", 1)
             # What a cluster's machines have is not this server's to share out.
             here = not inputs.get("cluster")
             with (
@@ -101,7 +103,7 @@ def as_task(stage: Stage[...]) -> Task[..., dict[str, Any]]:
         line = f"{context.task_run.name.split(' · ')[0]}: {describe(artifact)}"
         logger.info(line)
         terminal.info(line)
-        return record(artifact)
+        return ref_of(artifact)
 
     run.__name__ = name
     run.__doc__ = stage.work.__doc__
@@ -118,11 +120,11 @@ def as_task(stage: Stage[...]) -> Task[..., dict[str, Any]]:
 
 
 def key_of(stage: Stage[...], inputs: dict[str, Any]) -> str:
-    """Returns the key of what a stage makes of records and plain values."""
+    """Return the key of what a stage makes of these references and plain values."""
     ignored = stage.ignored + (stage.ignored_on_cpu if inputs.get("device") == "cpu" else ())
     counted = {field: value for field, value in sorted(inputs.items()) if field not in ignored}
-    digests = [f"{field}={value['digest']}" for field, value in counted.items() if is_record(value)]
-    parameters = {field: value for field, value in counted.items() if not is_record(value)}
+    digests = [f"{field}={value.digest}" for field, value in counted.items() if isinstance(value, ArtifactRef)]
+    parameters = {field: value for field, value in counted.items() if not isinstance(value, ArtifactRef)}
     return store.key(stage.name, digests, parameters, fingerprint(stage.function))
 
 
@@ -139,18 +141,8 @@ def missing(chain: list[tuple[Stage[...], dict[str, Any]]], refresh: Collection[
             return to_run + [stage.name for stage, _ in chain[number:]]
         if stage.name in refresh:
             to_run.append(stage.name)
-        before = {"checkpoint": record(artifact)}
+        before = {"checkpoint": ref_of(artifact)}
     return to_run
-
-
-def record(artifact: Artifact) -> dict[str, Any]:
-    """Returns what stages hand to each other: which artifact it is, and the digest of its content."""
-    return {"stage": artifact.stage, "key": artifact.key, "digest": artifact.digest, "size": artifact.size}
-
-
-def is_record(value: Any) -> bool:
-    """Tells a record of an artifact from a plain value."""
-    return isinstance(value, dict) and set(value) == {"stage", "key", "digest", "size"}
 
 
 def describe(artifact: Artifact) -> str:
@@ -162,22 +154,11 @@ def describe(artifact: Artifact) -> str:
     )
 
 
-def open_record(value: dict[str, Any], whole: bool = False) -> Artifact:
-    """Returns the artifact of a record, pinned; `whole` hashes its files. Raises StageFailed if it is not there."""
-    name = f"{value['stage']}/{value['key'][:12]}"
-    artifact = store.pin(value["stage"], value["key"], digest=value["digest"], whole=whole)
-    if artifact is not None:
-        return artifact
-    if store.load(value["stage"], value["key"]) is not None:
-        raise StageFailed(f"{name} was made again by another run, with another content: start this run again")
-    raise StageFailed(f"{name} was damaged in the store, or has gone from it: start the run again")
-
-
 def _is_result_of(artifact: Artifact, path: Path) -> bool:
-    """Tells whether what Prefect has cached is the record of this artifact: another run may have made it again."""
+    """Tells whether what Prefect has cached is the reference of this artifact: another run may have made it again."""
     try:
         results = ResultStore(result_storage=LocalFileSystem(basepath=str(path.parent)))
-        return bool(results.read(path.name).result == record(artifact))
+        return bool(results.read(path.name).result == ref_of(artifact))
     except Exception:
         return False
 

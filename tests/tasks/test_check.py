@@ -8,6 +8,7 @@ import pytest
 
 from quantize_gemma.tasks.check import check_disk, disk_needed
 from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.artifact_ref import ref_of
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.prefect_stage import key_of, missing
 from quantize_gemma.tasks.runtime.stage import Output, stage
@@ -54,8 +55,7 @@ def test_what_a_run_reuses_needs_no_disk_and_what_others_left_does(home: Path) -
     base = store.produce("download", key_of(*CHAIN[0]), write("base"))
     store.produce("untie", "c" * 64, write("of another model"))
     assert missing(CHAIN, []) == ["untie", "quantize"]
-    record = {"stage": base.stage, "key": base.key, "digest": base.digest, "size": base.size}
-    untied = store.produce("untie", key_of(CHAIN[1][0], {"checkpoint": record}), write("untied"))
+    untied = store.produce("untie", key_of(CHAIN[1][0], {"checkpoint": ref_of(base)}), write("untied"))
     assert missing(CHAIN, []) == ["quantize"]
     assert missing(CHAIN, ["download"]) == ["download", "quantize"]
     (untied.path / "file").unlink()

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.evaluate import shards
-from quantize_gemma.tasks.runtime import prefect_stage, store
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.artifact_ref import open_artifact, ref_of
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 
 KEY = "a" * 64
@@ -236,8 +237,8 @@ def test_what_a_run_has_opened_stays_as_it_was_when_another_makes_it_again(
         store.prune()
         assert [(old.path / name).read_text() for name in ("a", "b")] == ["old", "old"]
         assert [(new.path / name).read_text() for name in ("a", "b")] == ["new", "new"]
-        # Its record finds it, though another one is current.
-        assert prefect_stage.open_record(prefect_stage.record(old)).path == old.path
+        # Its reference finds it, though another one is current.
+        assert open_artifact(ref_of(old)).path == old.path
         assert store.load("stage", KEY) == new
         # This process has it open now.
         reader.stdin.close()
@@ -245,7 +246,7 @@ def test_what_a_run_has_opened_stays_as_it_was_when_another_makes_it_again(
     assert old.path.exists()
 
 
-def test_a_generation_that_nobody_holds_goes_when_it_is_replaced_and_its_record_is_refused(
+def test_a_generation_that_nobody_holds_goes_when_it_is_replaced_and_its_reference_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
@@ -253,27 +254,10 @@ def test_a_generation_that_nobody_holds_goes_when_it_is_replaced_and_its_record_
     store.produce("stage", KEY, write("new"), refresh=True)
     assert not old.path.exists()
     with pytest.raises(StageFailed, match="was made again by another run, with another content: start this run again"):
-        prefect_stage.open_record(prefect_stage.record(old))
+        open_artifact(ref_of(old))
     shutil.rmtree(tmp_path)
     with pytest.raises(StageFailed, match="has gone from it: start the run again"):
-        prefect_stage.open_record(prefect_stage.record(old))
-
-
-@pytest.mark.parametrize("damage", ["another record", "half a file", "nothing"])
-def test_a_cached_result_counts_only_as_the_record_of_what_is_there(tmp_path: Path, damage: str) -> None:
-    from prefect.filesystems import LocalFileSystem
-    from prefect.results import ResultStore
-    from prefect.serializers import JSONSerializer
-
-    artifact = store.produce("stage", KEY, write("new"), tmp_path)
-    told = {**prefect_stage.record(artifact), "digest": "0" * 64 if damage == "another record" else artifact.digest}
-    path = artifact.path.parent / "result.json"
-    results = ResultStore(result_storage=LocalFileSystem(basepath=str(path.parent)), serializer=JSONSerializer())
-    results.write(told, path.name)
-    if damage == "half a file":
-        text = path.read_bytes()
-        path.write_bytes(text[: len(text) // 2])
-    assert prefect_stage._is_result_of(artifact, path) == (damage == "nothing")
+        open_artifact(ref_of(old))
 
 
 def test_a_file_that_the_disk_has_changed_is_no_input_and_is_made_again(
@@ -285,7 +269,7 @@ def test_a_file_that_the_disk_has_changed_is_no_input_and_is_made_again(
     (made.path / "a").write_text("gooe")
     os.utime(made.path / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(StageFailed, match="was damaged in the store"):
-        prefect_stage.open_record(prefect_stage.record(made), whole=True)
+        open_artifact(ref_of(made), whole=True)
     assert "a was changed" in caplog.text
     assert (store.produce("stage", KEY, write("good")).path / "a").read_text() == "good"
 
