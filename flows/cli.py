@@ -270,11 +270,11 @@ def _run_flow(options: RunOptions, terminal: "Terminal") -> dict[str, Any]:
 
 def _explain_unexpected(error: Exception) -> str:
     """Return what to say of an error that nothing else has explained; print where it happened."""
+    from quantize_gemma.tasks.runtime.disk import disk_failure
     from quantize_gemma.tasks.runtime.redact import redact
-    from quantize_gemma.tasks.runtime.store import disk_failure
-    from quantize_gemma.tasks.runtime.worker import disks
+    from quantize_gemma.tasks.runtime.store import output_folders
 
-    full_disk = disk_failure(error, *disks())
+    full_disk = disk_failure(error, *output_folders())
     if full_disk is None:
         # A bug of ours, or an API that went away: the traceback helps whoever fixes it.
         print(redact(traceback.format_exc()), file=sys.stderr)

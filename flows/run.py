@@ -12,9 +12,11 @@ from prefect.futures import PrefectFuture
 from quantize_gemma.flows.summary import Interrupted, StageSummary, Summary
 from quantize_gemma.tasks.gate.checks import GateRefused
 from quantize_gemma.tasks.models.metrics import to_json
-from quantize_gemma.tasks.runtime import machine, store, worker
+from quantize_gemma.tasks.runtime import machine, store
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
+from quantize_gemma.tasks.runtime.disk import disk_failure
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
+from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt
 from quantize_gemma.tasks.runtime.patches.private_api import retry_refused_connections
 from quantize_gemma.tasks.runtime.prefect_stage import as_task, failure_of, retried
 from quantize_gemma.tasks.runtime.redact import redact, redact_logs
@@ -48,7 +50,7 @@ def start_run(label: str, refresh: Collection[str]) -> Iterator["Run"]:
     retry_refused_connections()
     run = Run(label, refresh)
     try:
-        with worker.ended_on_interrupt():
+        with stop_on_interrupt():
             yield run
     except Exception as error:
         cause = run.first_failure(error)
@@ -168,7 +170,7 @@ class Run:
         )
         if isinstance(cause, GateRefused) or (isinstance(cause, UserError) and not completed and name != "publish"):
             return cause
-        cause = store.disk_failure(cause, *worker.disks()) or cause
+        cause = disk_failure(cause, *store.output_folders()) or cause
         message = str(cause) if isinstance(cause, RunError) else redact(f"{type(cause).__name__}: {cause}")
         return StageFailed(f"{name.replace('_', ' ')}: {message}" if name else message)
 

@@ -29,10 +29,11 @@ from quantize_gemma.tasks.models.load_check import check_loads
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.models.source_files import INDEX, SINGLE, is_release_file, open_source
 from quantize_gemma.tasks.runtime import hub, store
+from quantize_gemma.tasks.runtime.disk import disk_failure
 from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.parent_process import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import canonical_json
-from quantize_gemma.tasks.runtime.worker import report_progress
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +259,7 @@ def _unchanged(target: Path, source: str, revision: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, shutil.Error) as error:
-        if store.disk_failure(error, target):
+        if disk_failure(error, target):
             raise
         raise changing from None
     names = [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]

@@ -19,9 +19,10 @@ from prefect import flow
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.evaluate import evaluate_mmlu, shards
-from quantize_gemma.tasks.runtime import store, worker
+from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact, ref_of
 from quantize_gemma.tasks.runtime.errors import RunError
+from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt
 from quantize_gemma.tasks.runtime.prefect_stage import as_task
 from quantize_gemma.tasks.runtime.stage import Output, stage
 
@@ -73,7 +74,7 @@ def spread_evaluation(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     options = as_task({"evaluate": evaluate_mmlu, "lengths": lengths}[stage]).with_options(
         task_run_name=f"{stage} · test", result_storage=store.home()
     )
-    with worker.ended_on_interrupt():
+    with stop_on_interrupt():
         artifact = open_artifact(options.submit(**inputs).result())
     manifests = store.home().glob("responses/[0-9a-f]*/manifest.json")
     by = [json.loads(path.read_text(encoding="utf-8"))["measured"]["process"] for path in manifests]

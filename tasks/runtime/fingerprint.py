@@ -31,16 +31,21 @@ MACHINERY = frozenset(
     f"quantize_gemma.tasks.runtime.{name}"
     for name in (
         "artifact_ref",
+        "disk",
         "errors",
         "fingerprint",
         "hub",
+        "lifetime",
         "machine",
         "model_workers",
+        "parent_process",
         "prefect_stage",
         "redact",
+        "retries",
         "stage",
         "store",
         "worker",
+        "worker_main",
     )
 )
 # What only refuses and writes nothing: its code counts, so that what it refuses now is looked at again, but the

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from quantize_gemma.tasks.runtime import parent_process
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
 from quantize_gemma.tasks.runtime.redact import keep_secret, redact
-from quantize_gemma.tasks.runtime.worker import MOST_SECONDS_TO_WAIT, asked_to_wait, is_transient, report
+from quantize_gemma.tasks.runtime.retries import MAX_SECONDS_TO_WAIT, is_retryable, requested_wait
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def explained(kind: str, repository: str, revision: str | None = None) -> Iterat
         if status in (400, 404, 422):
             raise UserError(f"the Hub refuses the request for {repository}: {said}") from None
         later = _come_back(error.response.headers)
-        raise StageFailed(f"the Hub answers {status} for {repository}: {said}{later}", *is_transient(error)) from None
+        raise StageFailed(f"the Hub answers {status} for {repository}: {said}{later}", *is_retryable(error)) from None
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set: unset it, or give --offline to go on with what is there") from None
     except httpx.ConnectError as error:
@@ -150,7 +151,7 @@ def explained(kind: str, repository: str, revision: str | None = None) -> Iterat
         raise
     except httpx.HTTPError as error:
         # Its text may hold a header or a signed address.
-        raise StageFailed(f"{type(error).__name__}: {_said(error)}", *is_transient(error)) from None
+        raise StageFailed(f"{type(error).__name__}: {_said(error)}", *is_retryable(error)) from None
     except ValueError as error:
         # Neither JSON nor text: what arrived is not what the Hub sent.
         if not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
@@ -176,14 +177,14 @@ def _unexpected(error: Exception) -> StageFailed:
     except MissingContextError:
         # A stage's own process, or none of a run.
         logger.error(where)
-        report(where)
-    return StageFailed(f"{type(error).__name__}: {_said(error)}", *is_transient(error))
+        parent_process.log(where)
+    return StageFailed(f"{type(error).__name__}: {_said(error)}", *is_retryable(error))
 
 
 def _come_back(headers: Mapping[str, str]) -> str:
     """Returns when the server wants to be asked again, as the end of a sentence, if nobody waits for that long."""
-    seconds = asked_to_wait(headers)
-    if seconds <= MOST_SECONDS_TO_WAIT:
+    seconds = requested_wait(headers)
+    if seconds <= MAX_SECONDS_TO_WAIT:
         return ""
     if seconds > SECONDS_OF_A_YEAR:
         return "; it asks not to be asked again for more than a year"
@@ -231,7 +232,7 @@ def _refuse_to_wait(response: Any) -> None:
     """Raises the Hub's error at once where its client would first sleep for as long as the server asks for."""
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
-    if response.is_error and asked_to_wait(response.headers) > MOST_SECONDS_TO_WAIT:
+    if response.is_error and requested_wait(response.headers) > MAX_SECONDS_TO_WAIT:
         response.read()
         hf_raise_for_status(response)
 

@@ -4,6 +4,8 @@ Linux keeps those limits in control groups, of version 1, 2, or both side by sid
 it, so the whole way up counts. Functions take the root of the file system, for tests.
 """
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +49,13 @@ def threads(processes: int = 1, root: Path = ROOT) -> dict[str, str]:
         return {}
     available = int(os.environ.get("OMP_NUM_THREADS") or cores(root))
     return {"OMP_NUM_THREADS": str(max(1, available // processes))}
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system: reading Gemma's tokenizer leaves 0.3 GB of it behind."""
+    # Only glibc has it; elsewhere there is nothing to do.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _memory_limits(root: Path) -> list[tuple[Path, int]]:

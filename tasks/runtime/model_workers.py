@@ -13,8 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime import parent_process, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.stage import import_function
 
 SECONDS_UNASKED = 30.0
 # What takes longer over one list of requests hangs.
@@ -37,8 +38,8 @@ class Pool:
         self.environment = environment
         self.progress = progress
         self.seconds_unasked = seconds_unasked
-        self.alive: list[worker.Child] = []
-        self.idle: list[worker.Child] = []
+        self.alive: list[worker.Worker] = []
+        self.idle: list[worker.Worker] = []
         self.waiting: threading.Timer | None = None
         self.closed = False
         self.lock = threading.Lock()
@@ -60,7 +61,7 @@ class Pool:
         return answers, resident.process.pid, event["peak_rss_bytes"]
 
     @contextlib.contextmanager
-    def _resident(self, answerer: str, settings: dict[str, Any]) -> Iterator[worker.Child]:
+    def _resident(self, answerer: str, settings: dict[str, Any]) -> Iterator[worker.Worker]:
         with self.lock:
             if self.closed:
                 raise StageFailed("stopped")
@@ -70,7 +71,9 @@ class Pool:
                 resident = self.idle.pop()
             else:
                 arguments = {"answerer": answerer, "settings": settings, "number": len(self.alive)}
-                resident = worker.Child("quantize_gemma.tasks.runtime.model_workers:serve", arguments, self.environment)
+                resident = worker.Worker(
+                    "quantize_gemma.tasks.runtime.model_workers:serve", arguments, self.environment
+                )
                 self.alive.append(resident)
         try:
             yield resident
@@ -105,7 +108,7 @@ class Pool:
                 resident.kill()
         self.close_idle()
 
-    def _end(self, resident: worker.Child) -> None:
+    def _end(self, resident: worker.Worker) -> None:
         resident.close()
         with self.lock:
             self.alive.remove(resident)
@@ -140,6 +143,6 @@ def serve(answerer: str, settings: dict[str, Any], number: int) -> None:
         if not torch.cuda.is_available():
             raise UserError(f"{socket.gethostname()} has no CUDA device: use device cpu, or give its workers GPUs")
         settings = {**settings, "device": f"cuda:{number % torch.cuda.device_count()}"}
-    answer = worker.named(answerer)(**settings)
+    answer = import_function(answerer)(**settings)
     while True:
-        worker.give(answer(worker.next_line()))
+        parent_process.send_result(answer(parent_process.receive()))

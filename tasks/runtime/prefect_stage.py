@@ -32,7 +32,9 @@ from quantize_gemma.tasks.runtime import machine, model_workers, store, worker
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact, ref_of
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.lifetime import workers
+from quantize_gemma.tasks.runtime.retries import is_retryable
+from quantize_gemma.tasks.runtime.stage import Stage, import_function
 from quantize_gemma.tasks.runtime.store import Artifact
 from quantize_gemma.tasks.runtime.units import human_size
 
@@ -90,7 +92,7 @@ def as_task(stage: Stage[...]) -> Task[..., ArtifactRef]:
                 _Progress(name) as progress,
             ):
                 return worker.run(
-                    "quantize_gemma.tasks.runtime.worker:call",
+                    "quantize_gemma.tasks.runtime.worker_main:call",
                     {**call, "made_by": fingerprint(function)},
                     progress,
                     logger,
@@ -169,19 +171,19 @@ def retried(times: int) -> dict[str, Any]:
         return {}
     return {
         "retries": times,
-        "retry_condition_fn": _may_pass,
+        "retry_condition_fn": _is_retried,
     }
 
 
-def _may_pass(_task: Any, run: Any, state: Any) -> bool:
+def _is_retried(_task: Any, run: Any, state: Any) -> bool:
     """Tells Prefect whether to try again, after a back-off with jitter or as long as the server asked for.
 
     It waits here, where an interrupt ends it; Prefect's own delay sleeps through one.
     """
-    transient, retry_after = worker.is_transient(failure_of(state))
+    transient, retry_after = is_retryable(failure_of(state))
     if transient:
-        store.stopping.wait(max(retry_after, 2.0 ** max(run.run_count, 1) * random.uniform(0.5, 1.5)))
-    return transient and not store.stopping.is_set()
+        workers.stopping.wait(max(retry_after, 2.0 ** max(run.run_count, 1) * random.uniform(0.5, 1.5)))
+    return transient and not workers.stopping.is_set()
 
 
 def failure_of(state: Any) -> BaseException | None:
@@ -273,7 +275,7 @@ def _as_they_finish(futures: list[PrefectFuture[int]], show: Callable[[], None])
                 yield finished.get(timeout=0.5)
                 break
             except queue.Empty:
-                if store.stopping.is_set():
+                if workers.stopping.is_set():
                     raise StageFailed("stopped") from None
                 show()
 
@@ -282,7 +284,7 @@ def _as_they_finish(futures: list[PrefectFuture[int]], show: Callable[[], None])
 @task(task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
 def answer(name: str, function: str, evaluation: str, number: int, part: dict[str, Any]) -> int:
     """Answers some shards of an evaluation."""
-    peak: int = worker.named(function)(evaluation, number, part)
+    peak: int = import_function(function)(evaluation, number, part)
     return peak
 
 
@@ -320,7 +322,7 @@ def _slots(name: str, wanted: int) -> Iterator[None]:
                 held.enter_context(slots)
                 break
             except TimeoutError:
-                if store.stopping.is_set():
+                if workers.stopping.is_set():
                     raise StageFailed(f"the run was stopped while it waited for {name}") from None
         yield
 

@@ -4,6 +4,7 @@
 def export(target: Path, checkpoint: Path, max_seq_len: int) -> Output:
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,3 +65,10 @@ def stage(**policy: Any) -> Callable[[Callable[Concatenate[Path, P], Output]], S
         return Stage(work, **policy)
 
     return declare
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """Return the function of a name "module:function"."""
+    module, function = name.split(":")
+    imported: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return imported

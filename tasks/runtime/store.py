@@ -18,7 +18,6 @@ one generation, whole, whatever is refreshed and pruned beside it.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -27,6 +26,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import threading
 import time
 import uuid
@@ -35,7 +35,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
+from quantize_gemma.tasks.runtime.disk import translate_disk_errors
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.lifetime import workers
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +51,10 @@ INCOMING = ".incoming-"
 FICLONE = 0x40049409
 # How long what another process may still want is left alone.
 SECONDS_TO_RESUME = 86_400.0
-NO_ROOM = 1 << 16
-FULL = "No space left on device|Disk quota exceeded|database or disk is full"
 # Manifests that are locked until the process ends, when the system closes them; and those whose files were all hashed.
 _pinned: dict[Path, int] = {}
 _hashed: set[Path] = set()
 _pinning = threading.Lock()
-# Set when the run is to end: nobody waits for a lock then.
-stopping = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,12 @@ def home() -> Path:
     return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "quantize-gemma"
 
 
+def output_folders() -> list[Path]:
+    """Return where a run writes: the store, temporary files, and Prefect's home."""
+    prefect = os.environ.get("PREFECT_HOME") or "~/.prefect"
+    return [home(), Path(tempfile.gettempdir()), Path(prefect).expanduser()]
+
+
 def key(stage: str, inputs: list[str], parameters: dict[str, Any], made_by: dict[str, Any]) -> str:
     """Returns the artifact's key, 64 hexadecimal digits.
 
@@ -127,7 +131,7 @@ def produce(
     """
     root = root or home()
     take = pin if pinned else load
-    with explained_when_full(root), _lock(root, stage, artifact_key):
+    with translate_disk_errors(root), _lock(root, stage, artifact_key):
         artifact = None if refresh else take(stage, artifact_key, root)
         if artifact is not None:
             return artifact
@@ -284,55 +288,6 @@ def size_of(root: Path | None = None) -> int:
 def size_of_incoming(stage: str, revision: str, root: Path | None = None) -> int:
     """Returns the bytes of a download that was interrupted and will be continued."""
     return _disk_usage((root or home()) / stage / f"{INCOMING}{revision[:16]}")
-
-
-def disk_failure(error: BaseException | None, *paths: Path) -> StageFailed | None:
-    """Returns what is said when an error, or one of its causes, comes from a full disk, else None.
-
-    Of these directories the one with the least room is named. Libraries that write in Rust or C++ have it in their text
-    alone.
-    """
-    path = min(paths, key=_free)
-    if isinstance(error, RunError):
-        return None
-    # Where nobody says so, there is no room left.
-    is_full = error is not None and _free(path) < NO_ROOM
-    while error is not None and not is_full:
-        code = error.errno if isinstance(error, OSError) else None
-        if code == errno.EFBIG or re.search("File too large", str(error)):
-            return StageFailed(
-                f"a file was too large for the disk of {path}, or for this user's limit: raise that (`ulimit -f`), or "
-                "set QUANTIZE_GEMMA_HOME to another disk"
-            )
-        is_full = code in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL, str(error)) is not None
-        error = error.__cause__ or error.__context__
-    if not is_full:
-        return None
-    return StageFailed(
-        f"the disk of {path} is full: make room (`quantize-gemma prune --max-age-days 30` may do), and start the same "
-        "run again: it continues from here"
-    )
-
-
-def _free(path: Path) -> float:
-    try:
-        return shutil.disk_usage(path).free
-    except OSError:
-        return float("inf")
-
-
-@contextlib.contextmanager
-def explained_when_full(path: Path) -> Iterator[None]:
-    """Raises StageFailed, one sentence, when what is inside finds the disk full."""
-    try:
-        yield
-    except RunError:
-        raise
-    except Exception as error:
-        failure = disk_failure(error, path)
-        if failure is None:
-            raise
-        raise failure from error
 
 
 def path_of(stage: str, artifact_key: str, root: Path | None = None) -> Path:
@@ -674,7 +629,7 @@ def _lock(root: Path, stage: str, artifact_key: str) -> Iterator[None]:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if stopping.is_set():
+                if workers.stopping.is_set():
                     raise StageFailed("the run was stopped while it waited for another one") from None
                 if not waiting:
                     logger.info("%s: another run is at it; waiting for its result", stage)

@@ -7,6 +7,10 @@ from typing import Any
 
 from quantize_gemma.tasks.runtime.errors import UserError
 
+# JSON whose content others define: a value, and an object.
+JsonValue = Any
+JsonObject = dict[str, Any]
+
 # What safetensors allows a header; Gemma's tokenizer.json has 33 MB.
 MAX_BYTES = 100_000_000
 

@@ -292,7 +292,7 @@ class Attempt:
 
     def kill_child(self, run: int, rng: random.Random) -> bool:
         """Kills a stage's process or the server of a run; returns False if it has none."""
-        module = {"stage": "quantize_gemma.tasks.runtime.worker", "server": "quantize_gemma.flows.local_server"}[
+        module = {"stage": "quantize_gemma.tasks.runtime.worker_main", "server": "quantize_gemma.flows.local_server"}[
             self.case.victim
         ]
         with contextlib.suppress(psutil.NoSuchProcess):

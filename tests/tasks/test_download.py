@@ -47,7 +47,7 @@ def download_from(
         "values": values,
     }
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "2", **({"HF_TOKEN": token} if token else {})}
-    worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None, environment)
+    worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
     return target
 
 
@@ -65,7 +65,7 @@ def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "", **
         "paths": {},
         "values": values,
     }
-    worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None, environment)
+    worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
     return target
 
 

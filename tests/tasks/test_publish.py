@@ -92,7 +92,9 @@ def in_process(function: str, hub: Hub, token: str, paths: dict[str, str], value
         "HF_HUB_DISABLE_XET": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    return worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None, environment)["metadata"]
+    return worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)[
+        "metadata"
+    ]
 
 
 def publish_in_process(_target: Path, /, release: Path, private: bool, tagged: bool, **settings: Any) -> dict[str, Any]:

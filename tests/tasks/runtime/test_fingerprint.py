@@ -55,7 +55,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.runtime.patches.optimum_executorch:one_export": {"export"},
     "quantize_gemma.tasks.runtime.paired_stats:share_ratio": {"gate"},
     "quantize_gemma.tasks.runtime.prefect_stage:as_task": set(),
-    "quantize_gemma.tasks.runtime.worker:call": set(),
+    "quantize_gemma.tasks.runtime.worker_main:call": set(),
     "quantize_gemma.tasks.quantize.hqq:BOUNDS": {"quantize"},
     "quantize_gemma.tasks.models.recipe:decide": {"quantize"},
     "quantize_gemma.tasks.models.recipe:load_recipe": set(),
@@ -242,14 +242,15 @@ EXCUSED = {
 TRACE = """
 import importlib, json, sys, threading
 from pathlib import Path
-from quantize_gemma.tasks.runtime import store, worker
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.stage import import_function
 root = str(Path(store.__file__).parents[2] / "tasks")
 called = set()
 def note(frame, event, _argument):
     if event == "call" and frame.f_code.co_filename.startswith(root) and "__name__" in frame.f_globals:
         called.add((frame.f_globals["__name__"], frame.f_code.co_qualname.split(".")[0]))
 function, target, paths, values = json.loads(sys.argv[1])
-work = worker.named(function)
+work = import_function(function)
 threading.setprofile(note)
 sys.setprofile(note)
 work(Path(target), **{name: Path(path) for name, path in paths.items()}, **values)

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
-from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime import parent_process, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.redact import keep_secret, redact, redact_logs
 
@@ -122,7 +122,7 @@ def test_what_a_stages_process_logs_prints_and_raises_is_redacted(
 
 
 def leak(secret: str) -> None:
-    worker.report(f"logged {secret}")
+    parent_process.log(f"logged {secret}")
     print(f"printed {secret}", flush=True)
     raise ZeroDivisionError(f"raised {secret}")
 

@@ -8,18 +8,14 @@ import resource
 import subprocess
 import sys
 import threading
-import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
-from quantize_gemma.tasks.runtime import worker
-from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime import parent_process, worker
+from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[3]
@@ -50,12 +46,14 @@ def test_code_that_was_changed_during_the_run_makes_nothing_under_the_old_key(tm
     arguments = {"function": function, "target": str(tmp_path), "paths": {}, "values": {}}
     here = fingerprint(function)
     there = {"PYTHONPATH": str(ROOT)}
-    worker.run("quantize_gemma.tasks.runtime.worker:call", {**arguments, "made_by": here}, lambda *_: None, None, there)
+    worker.run(
+        "quantize_gemma.tasks.runtime.worker_main:call", {**arguments, "made_by": here}, lambda *_: None, None, there
+    )
     assert (tmp_path / "file").exists()
     (tmp_path / "file").unlink()
     with pytest.raises(StageFailed, match="other code of this program: it was changed during the run, start the run"):
         worker.run(
-            "quantize_gemma.tasks.runtime.worker:call",
+            "quantize_gemma.tasks.runtime.worker_main:call",
             {**arguments, "made_by": {**here, "code": "0"}},
             lambda *_: None,
             None,
@@ -75,76 +73,11 @@ def test_an_error_that_nobody_thought_of_comes_with_its_last_lines() -> None:
     assert f"{Path(__file__).name}" in said
 
 
-def refusal(**headers: str) -> Exception:
-    response = httpx.Response(
-        429, headers={name.replace("_", "-"): value.encode("latin-1") for name, value in headers.items()}
-    )
-    return httpx.HTTPStatusError("too many", request=httpx.Request("GET", "http://hub"), response=response)
-
-
-@pytest.mark.parametrize(
-    ("headers", "expected"),
-    [
-        ({}, (True, 0.0)),
-        ({"Retry_After": "3"}, (True, 3.0)),
-        ({"Retry_After": "900"}, (True, 900.0)),
-        ({"Retry_After": "901"}, (False, 0.0)),
-        ({"Retry_After": "99999999999"}, (False, 0.0)),
-        ({"Retry_After": "9" * 5000}, (False, 0.0)),
-        ({"Retry_After": "Fri, 31 Dec 2099 23:59:59 GMT"}, (False, 0.0)),
-        ({"Retry_After": "Thu, 01 Jan 1970 00:00:00 GMT"}, (True, 0.0)),
-        ({"Retry_After": "Mon, 01 Jan 0001 00:00:00 -0000"}, (True, 0.0)),
-        ({"Retry_After": "-5"}, (True, 0.0)),
-        ({"Retry_After": "soon"}, (True, 0.0)),
-        ({"Retry_After": "²"}, (True, 0.0)),
-        ({"RateLimit": '"api";r=0;t=41'}, (True, 42.0)),
-        ({"RateLimit": '"api";r=7;t=41'}, (True, 0.0)),
-        ({"RateLimit": '"api";r=0;t=99999999999'}, (False, 0.0)),
-        ({"RateLimit": '"api";r=0;t=' + "9" * 5000}, (False, 0.0)),
-    ],
-)
-def test_a_server_is_waited_for_as_long_as_it_asks_but_not_for_hours(
-    headers: dict[str, str], expected: tuple[bool, float]
-) -> None:
-    assert worker.is_transient(refusal(**headers)) == expected
-
-
-def test_a_date_to_come_back_at_is_as_far_away_as_it_is() -> None:
-    date = format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True)
-    began = time.time()
-    transient, seconds = worker.is_transient(refusal(Retry_After=date))
-    assert transient
-    assert seconds <= 300 <= seconds + 1 + time.time() - began
-
-
-def raised(error: Exception, cause: Exception, *, hidden: bool) -> Exception:
-    """Returns the error as it is after it was raised while the cause was handled, `from None` if it is hidden."""
-    try:
-        try:
-            raise cause
-        except Exception:
-            if hidden:
-                raise error from None
-            raise error  # noqa: B904 (the context is what is tested)
-    except Exception as caught:
-        return caught
-
-
-def test_what_was_raised_from_none_does_not_pass_by_itself() -> None:
-    assert worker.is_transient(raised(ValueError("a"), ConnectionError(), hidden=False)) == (True, 0.0)
-    assert worker.is_transient(raised(ValueError("a"), ConnectionError(), hidden=True)) == (False, 0.0)
-
-
-def test_a_users_mistake_does_not_pass_by_itself_whatever_it_follows_from() -> None:
-    assert worker.is_transient(raised(UserError("a"), ConnectionError(), hidden=False)) == (False, 0.0)
-    assert worker.is_transient(raised(ValueError("a"), UserError("b"), hidden=False)) == (False, 0.0)
-
-
 def hold_the_interpreter(descendants: int) -> dict[str, Any]:
     """Starts so many more, each by the one before, and has native code hold the interpreter for an hour."""
     if descendants:
         arguments = {"descendants": descendants - 1}
-        worker.Child("tests.tasks.runtime.test_worker:hold_the_interpreter", arguments, {"PYTHONPATH": str(ROOT)})
+        worker.Worker("tests.tasks.runtime.test_worker:hold_the_interpreter", arguments, {"PYTHONPATH": str(ROOT)})
     Path(os.environ["STARTED"], str(os.getpid())).touch()
     ctypes.PyDLL(None).sleep(3600)
     return {}
@@ -153,7 +86,7 @@ def hold_the_interpreter(descendants: int) -> dict[str, Any]:
 def test_stages_whose_native_code_holds_the_interpreter_end_with_a_killed_parent(tmp_path: Path) -> None:
     script = (
         "import threading; from quantize_gemma.tasks.runtime import worker\n"
-        "start = lambda: worker.Child('tests.tasks.runtime.test_worker:hold_the_interpreter', {'descendants': 1})\n"
+        "start = lambda: worker.Worker('tests.tasks.runtime.test_worker:hold_the_interpreter', {'descendants': 1})\n"
         "threading.Thread(target=start).start(); threading.Event().wait()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STARTED": str(tmp_path)}
@@ -169,14 +102,14 @@ def test_stages_whose_native_code_holds_the_interpreter_end_with_a_killed_parent
 
 def answer() -> dict[str, Any]:
     """Answers when it is asked to."""
-    return {"answer": worker.next_line()}
+    return {"answer": parent_process.receive()}
 
 
 def test_a_stage_outlives_the_thread_that_started_it() -> None:
-    children: list[worker.Child] = []
+    children: list[worker.Worker] = []
 
     def start() -> None:
-        children.append(worker.Child("tests.tasks.runtime.test_worker:answer", {}, {"PYTHONPATH": str(ROOT)}))
+        children.append(worker.Worker("tests.tasks.runtime.test_worker:answer", {}, {"PYTHONPATH": str(ROOT)}))
 
     thread = threading.Thread(target=start)
     thread.start()
@@ -240,7 +173,7 @@ def test_a_stage_works_elsewhere_than_where_the_run_was_started(tmp_path: Path) 
     """What it starts imports from the environment alone, too, and it has no password of the Prefect server."""
     script = """
 import json, sys
-from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime import parent_process, worker
 print(json.dumps(worker.run("tests.tasks.runtime.test_worker:surroundings", {}, lambda *_: None, None)))
 """
     (tmp_path / "pip.py").write_text("print('theirs')")
