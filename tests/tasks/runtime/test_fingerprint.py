@@ -157,7 +157,9 @@ def test_the_cards_templates_and_its_record_are_part_of_its_code(copy: Copy, nam
 
 def test_comments_docstrings_and_formatting_do_not_count(copy: Copy) -> None:
     before = copy.codes()
-    for path in copy.folder.glob("tasks/**/*.py"):
+    paths = list(copy.folder.glob("quantize_gemma/tasks/**/*.py"))
+    assert paths
+    for path in paths:
         text = re.sub(r'^( *)"""(?!\n)', r'\1"""Another docstring. ', path.read_text(encoding="utf-8"), flags=re.M)
         text = re.sub(r"^(def |class |@)", r"# Another comment.\n\n\n\1", text, flags=re.M)
         path.write_bytes(text.replace("\n", "\r\n").encode())
@@ -165,26 +167,27 @@ def test_comments_docstrings_and_formatting_do_not_count(copy: Copy) -> None:
 
 
 def test_a_module_that_is_not_understood_counts_whole(copy: Copy) -> None:
-    verify = copy.path("quantize_gemma.tasks.verify.compare")
+    compare = copy.path("quantize_gemma.tasks.verify.compare")
     untie = copy.path("quantize_gemma.tasks.untie")
     source = untie.read_text(encoding="utf-8")
-    untie.write_text(
-        source.replace("def untie_", "from quantize_gemma.tasks.verify import compare\nhidden = compare\n\ndef untie_")
-    )
+    module = "from quantize_gemma.tasks.verify import compare\n"
+
+    def insert(text: str, before: str) -> None:
+        assert source.count(before) == 1
+        untie.write_text(source.replace(before, text + before))
+
+    insert(f"{module}hidden = compare\n\n\n", before="def _link_files")
     unused = copy.codes()["untie"]
-    verify.write_text(changed(verify.read_text(encoding="utf-8"), "COMPARED_TOKENS"))
+    compare.write_text(changed(compare.read_text(encoding="utf-8"), "COMPARED_TOKENS"))
     assert copy.codes()["untie"] == unused
-    body = "    headers = read_headers(checkpoint)\n"
-    untie.write_text(
-        source.replace(body, f"    from quantize_gemma.tasks.verify import compare\n    print(compare)\n{body}")
-    )
+    insert(f"    {module}    print(compare)\n", before="    tensors = read_headers(checkpoint)\n")
     used = copy.codes()["untie"]
-    verify.write_text(changed(verify.read_text(encoding="utf-8"), "STEPS"))
+    compare.write_text(changed(compare.read_text(encoding="utf-8"), "STEPS"))
     assert copy.codes()["untie"] != used
     # What runs on import counts as well.
-    verify.write_text(verify.read_text(encoding="utf-8") + "\nprint('imported')\n")
+    compare.write_text(compare.read_text(encoding="utf-8") + "\nprint('imported')\n")
     printed = copy.codes()["untie"]
-    verify.write_text(verify.read_text(encoding="utf-8").replace("'imported'", "'imported twice'"))
+    compare.write_text(compare.read_text(encoding="utf-8").replace("'imported'", "'imported twice'"))
     assert copy.codes()["untie"] != printed
 
 
