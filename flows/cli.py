@@ -206,8 +206,7 @@ def prune(
         max_gigabytes: Maximum size of the store, from 0 [default: no limit].
         max_age_days: Maximum number of days that a result stays without being used, from 0 [default: no limit].
     """
-    from quantize_gemma.tasks.runtime.store import evict, size_of
-    from quantize_gemma.tasks.runtime.store import prune as remove_unfinished
+    from quantize_gemma.tasks.runtime.pruning import evict, remove_unfinished, store_size
     from quantize_gemma.tasks.runtime.units import human_size
 
     try:
@@ -217,7 +216,7 @@ def prune(
         return _print_error(error)
     print(
         f"removed {len(unfinished.paths)} unfinished directories and {len(evicted.paths)} artifacts, which freed "
-        f"{human_size(unfinished.bytes + evicted.bytes)}; {human_size(size_of())} are left"
+        f"{human_size(unfinished.bytes + evicted.bytes)}; {human_size(store_size())} are left"
     )
     return 0
 

@@ -28,7 +28,7 @@ from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.load_check import check_loads
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.models.source_files import INDEX, SINGLE, is_release_file, open_source
-from quantize_gemma.tasks.runtime import hub, store
+from quantize_gemma.tasks.runtime import hub, store, store_layout
 from quantize_gemma.tasks.runtime.disk import disk_failure
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.parent_process import report_progress
@@ -146,7 +146,7 @@ def remember(resolved: ResolvedDataset, revision: str | None) -> None:
     for name in (revision, resolved.revision):
         path = _memory(kind, resolved.name, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{store.PREFIX}{uuid.uuid4().hex}")
+        partial = path.with_name(f"{store_layout.PARTIAL}{uuid.uuid4().hex}")
         partial.write_text(json.dumps({"kind": kind, **asdict(resolved)}), encoding="utf-8")
         partial.replace(path)
 
@@ -273,7 +273,7 @@ def _fetch(
     """Fetch files into a directory that survives a failure, so that the next try continues there; return it."""
     if offline:
         raise UserError(f"offline: {repository} at {revision} is not in the store: run once without --offline")
-    incoming = target.parent.parent / f"{store.INCOMING}{revision[:16]}"
+    incoming = target.parent.parent / f"{store_layout.INCOMING}{revision[:16]}"
     incoming.mkdir(parents=True, exist_ok=True)
     hub.fetch(
         incoming, kind, repository, revision, is_needed, lambda done, total: report_progress(done, total, "bytes")

@@ -40,10 +40,12 @@ MACHINERY = frozenset(
         "model_workers",
         "parent_process",
         "prefect_stage",
+        "pruning",
         "redact",
         "retries",
         "stage",
         "store",
+        "store_layout",
         "worker",
         "worker_main",
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.check import check_disk, disk_needed
-from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime import pruning, store
 from quantize_gemma.tasks.runtime.artifact_ref import ref_of
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.prefect_stage import key_of, missing
@@ -83,6 +83,6 @@ def test_what_an_interrupted_download_of_this_revision_has_brought_is_written(ho
     incoming = home / "download" / ".incoming-0123456789abcdef"
     incoming.mkdir(parents=True)
     (incoming / "model.safetensors").write_bytes(bytes(1 << 20))
-    assert store.size_of_incoming("download", "0123456789abcdef0123") >= 1 << 20
-    assert store.size_of_incoming("download", "f" * 40) == 0
+    assert pruning.incoming_size("download", "0123456789abcdef0123") >= 1 << 20
+    assert pruning.incoming_size("download", "f" * 40) == 0
     assert disk_needed(1 << 20, ["download"]) == 1 << 20

@@ -100,7 +100,7 @@ def in_process(function: str, hub: Hub, token: str, paths: dict[str, str], value
 def publish_in_process(_target: Path, /, release: Path, private: bool, tagged: bool, **settings: Any) -> dict[str, Any]:
     from quantize_gemma.tasks.publish import Target, publish
 
-    return {"metadata": asdict(publish(store.at(release), Target(**settings), private, tagged))}
+    return {"metadata": asdict(publish(store.read_artifact(release), Target(**settings), private, tagged))}
 
 
 def check(hub: Hub, token: str = WRITER, repository: str = TARGET, **settings: Any) -> None:
