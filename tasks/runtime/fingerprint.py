@@ -35,6 +35,8 @@ MACHINERY = frozenset(
         "errors",
         "fingerprint",
         "hub",
+        "hub_client",
+        "hub_errors",
         "lifetime",
         "machine",
         "model_workers",
