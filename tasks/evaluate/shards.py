@@ -123,7 +123,7 @@ def respond_part(evaluation: str, number: int, part: Part) -> int:
     """Have one of the evaluation's model workers compute a part; return its peak memory in bytes."""
     settings, requests = _open_part(part)
     pool = model_workers.pool_of(evaluation)
-    responses, process_id, peak = pool.answers(part["scorer"], settings, _flatten(requests), number)
+    responses, process_id, peak = pool.respond(part["scorer"], settings, _flatten(requests), number)
     _store_responses(part, requests, responses, process_id)
     return peak
 

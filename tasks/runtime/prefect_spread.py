@@ -58,7 +58,7 @@ def spread(
         # At the first failure the pool is closed before the runner is, which waits for what it has started; and it is
         # known until then, so that what starts late is told that it was stopped.
         with (
-            model_workers.pool(evaluation, pool),
+            model_workers.use_pool(evaluation, pool),
             _runner(workers, cluster) as runner,
             contextlib.closing(pool),
         ):

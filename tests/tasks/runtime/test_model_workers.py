@@ -148,7 +148,7 @@ def test_a_dask_cluster_shares_the_shards_and_finds_the_same(
     assert sum(found["answered"].values()) == 57
     assert files(found) == files(alone)
     assert set(spreading.shards()) == alone["keys"]
-    # A resident of a cluster ends when nobody asks it any more.
+    # A model worker of a cluster ends when it has had no requests for a while.
     _, alive = psutil.wait_procs([psutil.Process(int(pid)) for pid in found["answered"]], timeout=60)
     assert alive == []
 
@@ -221,7 +221,7 @@ def test_a_run_that_is_ended_leaves_no_process_and_loses_only_what_was_in_work(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(0.5)
-    # The stage's process and two residents.
+    # The stage's process and two model workers.
     children = psutil.Process(started.pid).children(recursive=True)
     assert sum("quantize_gemma.tasks.runtime.model_workers:serve" in child.cmdline() for child in children) == 2
     started.send_signal(sent)
