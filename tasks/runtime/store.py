@@ -29,7 +29,7 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -139,7 +139,7 @@ def output_folders() -> list[Path]:
     return [home(), Path(tempfile.gettempdir()), Path(prefect).expanduser()]
 
 
-def key(stage: str, inputs: list[str], parameters: JsonObject, made_by: JsonObject) -> str:
+def key(stage: str, inputs: list[str], parameters: JsonObject, made_by: Mapping[str, object]) -> str:
     """Return an artifact's key, 64 hexadecimal digits.
 
     Args:
