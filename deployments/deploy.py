@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from quantize_gemma.deployments.alerts import save_alerts
 from quantize_gemma.tasks.runtime import machine
-from quantize_gemma.tasks.runtime.prefect_stage import ACCELERATOR, MEMORY
+from quantize_gemma.tasks.runtime.prefect_slots import ACCELERATOR, MEMORY
 
 POOL = "quantize-gemma"
 SECRETS = {"HF_TOKEN": "hf-token", "HF_TOKEN_WRITE": "hf-token-write"}

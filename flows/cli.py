@@ -206,8 +206,7 @@ def prune(
         max_gigabytes: Maximum size of the store in GB; least recently used results go first. [default: no limit]
         max_age_days: Maximum number of days since a result was last used. [default: no limit]
     """
-    from quantize_gemma.tasks.runtime.store import evict, size_of
-    from quantize_gemma.tasks.runtime.store import prune as remove_unfinished
+    from quantize_gemma.tasks.runtime.pruning import evict, remove_unfinished, store_size
     from quantize_gemma.tasks.runtime.units import human_size
 
     try:
@@ -217,7 +216,7 @@ def prune(
         return _print_error(error)
     print(
         f"removed {len(unfinished.paths)} unfinished directories and {len(evicted.paths)} artifacts: freed "
-        f"{human_size(unfinished.bytes + evicted.bytes)}, {human_size(size_of())} left"
+        f"{human_size(unfinished.bytes + evicted.bytes)}, {human_size(store_size())} left"
     )
     return 0
 
@@ -270,11 +269,11 @@ def _run_flow(options: RunOptions, terminal: "Terminal") -> dict[str, Any]:
 
 def _explain_unexpected(error: Exception) -> str:
     """Return the message for an unexpected error, and print its traceback."""
+    from quantize_gemma.tasks.runtime.disk import disk_failure
     from quantize_gemma.tasks.runtime.redact import redact
-    from quantize_gemma.tasks.runtime.store import disk_failure
-    from quantize_gemma.tasks.runtime.worker import disks
+    from quantize_gemma.tasks.runtime.store import output_folders
 
-    full_disk = disk_failure(error, *disks())
+    full_disk = disk_failure(error, *output_folders())
     if full_disk is None:
         # A bug of ours, or a Prefect API that stopped: the traceback helps to fix it.
         print(redact(traceback.format_exc()), file=sys.stderr)

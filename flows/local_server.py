@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
+from quantize_gemma.tasks.runtime.disk import disk_failure
 from quantize_gemma.tasks.runtime.errors import UserError
-from quantize_gemma.tasks.runtime.store import disk_failure
-from quantize_gemma.tasks.runtime.worker import end_with_parent
+from quantize_gemma.tasks.runtime.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -300,5 +300,5 @@ def _serve(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    end_with_parent(int(sys.argv[2]))
+    die_with_parent(int(sys.argv[2]))
     _serve(int(sys.argv[1]))

@@ -15,15 +15,17 @@ from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.publish import Target, check_target
 from quantize_gemma.tasks.quantize import quantize
+from quantize_gemma.tasks.runtime.artifact_ref import open_artifact
 from quantize_gemma.tasks.runtime.fingerprint import versions
-from quantize_gemma.tasks.runtime.prefect_stage import missing, open_record
+from quantize_gemma.tasks.runtime.prefect_stage import missing
 from quantize_gemma.tasks.runtime.stage import Stage
 from quantize_gemma.tasks.untie import untie
 
 if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
 
-    from quantize_gemma.flows.run import Record, Run
+    from quantize_gemma.flows.run import Run
+    from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef
 
 Inputs = dict[str, Any]
 
@@ -130,13 +132,13 @@ def publishing_target(options: RunOptions) -> Target | None:
     return Target(options.target, how.branch, how.create_pr, how.adopt) if options.target else None
 
 
-def check_download(plan: Plan, base: "PrefectFuture[Record]") -> Plan:
+def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     """Return the plan for the checkpoint that was downloaded: a text-only model is not measured on ChartQA.
 
     Raises:
         UserError: The checkpoint is damaged, or does not fit the recipe, the options, or this machine.
     """
-    path = open_record(base.result()).path
+    path = open_artifact(base.result()).path
     export_options = plan.options.export
     workers = plan.options.local_workers()
     check_checkpoint(path, plan.recipe, export_options.max_seq_len, export_options.custom_kv_cache, workers)

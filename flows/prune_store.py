@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from pydantic import Field
 
-from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime import pruning
 from quantize_gemma.tasks.runtime.units import human_size
 
 
@@ -24,9 +24,9 @@ def prune_store(
     Returns:
         How many directories were removed, and the bytes freed and left.
     """
-    unfinished = store.prune()
-    evicted = store.evict(max_gigabytes * 1e9, max_age_days * 86_400)
-    left, freed = store.size_of(), unfinished.bytes + evicted.bytes
+    unfinished = pruning.remove_unfinished()
+    evicted = pruning.evict(max_gigabytes * 1e9, max_age_days * 86_400)
+    left, freed = pruning.store_size(), unfinished.bytes + evicted.bytes
     get_run_logger().info(
         "removed %d unfinished directories and %d artifacts: freed %s, %s left",
         len(unfinished.paths),

@@ -31,7 +31,7 @@ from quantize_gemma.flows.plan import (
     quantize_inputs,
 )
 from quantize_gemma.flows.report import create_artifacts
-from quantize_gemma.flows.run import Record, Run, start_run
+from quantize_gemma.flows.run import Run, start_run
 from quantize_gemma.tasks.card import card
 from quantize_gemma.tasks.download import download, download_chartqa, download_mmlu
 from quantize_gemma.tasks.evaluate import evaluate_mmlu
@@ -45,7 +45,7 @@ from quantize_gemma.tasks.models.tables import COLUMNS
 from quantize_gemma.tasks.publish import publish, published_metrics
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store
-from quantize_gemma.tasks.runtime.prefect_stage import open_record
+from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
 from quantize_gemma.tasks.smoke import smoke
 from quantize_gemma.tasks.untie import untie
 from quantize_gemma.tasks.verify import verify
@@ -123,10 +123,10 @@ def quantize_gemma(
     return run.summary.to_json()
 
 
-Futures = dict[str, PrefectFuture[Record]]
+Futures = dict[str, PrefectFuture[ArtifactRef]]
 
 
-def evaluate_mmlu_columns(run: Run, plan: Plan, dataset: PrefectFuture[Record], columns: Futures) -> Futures:
+def evaluate_mmlu_columns(run: Run, plan: Plan, dataset: PrefectFuture[ArtifactRef], columns: Futures) -> Futures:
     """Submit the evaluation on MMLU of each column's checkpoint."""
     return {
         column: run.submit(
@@ -142,7 +142,7 @@ def evaluate_mmlu_columns(run: Run, plan: Plan, dataset: PrefectFuture[Record], 
     }
 
 
-def evaluate_chartqa_columns(run: Run, plan: Plan, dataset: PrefectFuture[Record], columns: Futures) -> None:
+def evaluate_chartqa_columns(run: Run, plan: Plan, dataset: PrefectFuture[ArtifactRef], columns: Futures) -> None:
     """Submit the evaluation on ChartQA of each column's checkpoint."""
     for column, checkpoint in columns.items():
         run.submit(
@@ -155,14 +155,14 @@ def evaluate_chartqa_columns(run: Run, plan: Plan, dataset: PrefectFuture[Record
         )
 
 
-def report_release(run: Run, plan: Plan, release: PrefectFuture[Record]) -> Metrics:
+def report_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) -> Metrics:
     """Wait for the release, show it in Prefect, and return its metrics."""
-    record = release.result()
-    content: dict[str, Any] = json.loads(store.read_file(open_record(record), "metrics.json"))
+    ref = release.result()
+    content: dict[str, Any] = json.loads(store.read_file(open_artifact(ref), "metrics.json"))
     metrics = parse_metrics(content)
     plan.remember_revisions()
     # This path stays the same when the card is made again.
-    path = Path(store.path_of("card", record["key"]))
+    path = Path(store.path_of("card", ref.key))
     create_artifacts(path, metrics)
     get_run_logger().info("release: %s", path)
     run.summary.release = str(path)
@@ -180,13 +180,13 @@ def check_release(run: Run, plan: Plan, metrics: Metrics) -> None:
     run.summary.gate = to_json(run.call("check_gate", require_pass, metrics, required, regression))
 
 
-def publish_release(run: Run, plan: Plan, release: PrefectFuture[Record]) -> None:
+def publish_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) -> None:
     """Publish the release to the target, if there is one."""
     target, how = publishing_target(plan.options), plan.options.publishing
     if target is None:
         get_run_logger().info("publish: skipped, no target was set")
     else:
-        publication = run.call("publish", publish, open_record(release.result()), target, how.private, how.tag)
+        publication = run.call("publish", publish, open_artifact(release.result()), target, how.private, how.tag)
         run.summary.publication = asdict(publication)
         run.summary.published = publication.url
     if run.changed_nothing():

@@ -12,17 +12,18 @@ from prefect.futures import PrefectFuture
 from quantize_gemma.flows.summary import Interrupted, StageSummary, Summary
 from quantize_gemma.tasks.gate.checks import GateRefused
 from quantize_gemma.tasks.models.metrics import to_json
-from quantize_gemma.tasks.runtime import machine, store, worker
+from quantize_gemma.tasks.runtime import machine, store
+from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
+from quantize_gemma.tasks.runtime.disk import disk_failure
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
+from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt
 from quantize_gemma.tasks.runtime.patches.private_api import retry_refused_connections
-from quantize_gemma.tasks.runtime.prefect_stage import as_task, failure_of, open_record, retried
+from quantize_gemma.tasks.runtime.prefect_stage import as_task, failure_of, retried
 from quantize_gemma.tasks.runtime.redact import redact, redact_logs
 from quantize_gemma.tasks.runtime.stage import Stage
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# The reference of an artifact: {"stage", "key", "digest", "size"}.
-Record = dict[str, Any]
 
 # Stages that hold a model and may run at the same time: an evaluation, a smoke test, and the export.
 CONCURRENT_STAGES = 3
@@ -49,7 +50,7 @@ def start_run(label: str, refresh: Collection[str]) -> Iterator["Run"]:
     retry_refused_connections()
     run = Run(label, refresh)
     try:
-        with worker.ended_on_interrupt():
+        with stop_on_interrupt():
             yield run
     except Exception as error:
         cause = run.first_failure(error)
@@ -77,15 +78,15 @@ class Run:
     def __init__(self, label: str, refresh: Collection[str]) -> None:
         self.label = label
         self.refresh = refresh
-        self.futures: dict[str, PrefectFuture[Record]] = {}
+        self.futures: dict[str, PrefectFuture[ArtifactRef]] = {}
         self.summary = Summary()
         self._steps: dict[str, StageSummary] = {}
-        self._exclusive: list[PrefectFuture[Record]] = []
+        self._exclusive: list[PrefectFuture[ArtifactRef]] = []
         self._one_at_a_time = False
 
     def submit(
         self, stage: Stage[...], name: str | None = None, exclusive: bool = False, **inputs: Any
-    ) -> PrefectFuture[Record]:
+    ) -> PrefectFuture[ArtifactRef]:
         """Submit a stage as a Prefect task.
 
         Args:
@@ -95,11 +96,11 @@ class Run:
             **inputs: The stage's inputs: futures of other stages, and plain values.
 
         Returns:
-            The future of the record of the stage's artifact.
+            The future of the reference of the stage's artifact.
         """
         name = name or stage.name
         wait_for = list(self.futures.values()) if self._one_at_a_time else self._exclusive[-1:] if exclusive else []
-        future: PrefectFuture[Record] = (
+        future: PrefectFuture[ArtifactRef] = (
             as_task(stage)
             .with_options(
                 task_run_name=f"{name.replace('_', ' ')} · {self.label}",
@@ -169,18 +170,18 @@ class Run:
         )
         if isinstance(cause, GateRefused) or (isinstance(cause, UserError) and not completed and name != "publish"):
             return cause
-        cause = store.disk_failure(cause, *worker.disks()) or cause
+        cause = disk_failure(cause, *store.output_folders()) or cause
         message = str(cause) if isinstance(cause, RunError) else redact(f"{type(cause).__name__}: {cause}")
         return StageFailed(f"{name.replace('_', ' ')}: {message}" if name else message)
 
 
-def summarize(name: str, future: PrefectFuture[Record]) -> StageSummary:
+def summarize(name: str, future: PrefectFuture[ArtifactRef]) -> StageSummary:
     """Return what a stage took and whether it was cached; UNKNOWN if Prefect's API does not answer any more."""
     state_name, cached = "UNKNOWN", False
     try:
         state = future.state
         state_name, cached = state.type.value, state.name == "Cached"
-        artifact = open_record(future.result()) if state.is_completed() else None
+        artifact = open_artifact(future.result()) if state.is_completed() else None
     except Exception:
         # The API or the artifact is gone: the run reports how it ended all the same.
         artifact = None

@@ -23,7 +23,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     weight_files,
 )
 from quantize_gemma.tasks.models.recipe import Recipe, decide, load_recipe
-from quantize_gemma.tasks.runtime import machine, store
+from quantize_gemma.tasks.runtime import machine, pruning, store, store_layout
 from quantize_gemma.tasks.runtime.errors import UserError
 
 # What each stage writes, in multiples of the base weights in bf16: the weights themselves, the untied head, one byte
@@ -123,7 +123,7 @@ def check_disk(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN), revi
     """
     needed = disk_needed(weight_bytes, stages)
     if revision is not None and "download" in stages:
-        needed -= min(weight_bytes, store.size_of_incoming("download", revision))
+        needed -= min(weight_bytes, pruning.incoming_size("download", revision))
     free = shutil.disk_usage(_existing(store.home())).free
     if free < needed:
         raise UserError(
@@ -134,7 +134,7 @@ def check_disk(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN), revi
 
 def may_be_stored(weight_bytes: int) -> bool:
     """Tell whether the store has a checkpoint of this size; only its digest would tell which one it is."""
-    for manifest in store.home().glob(f"download/*/{store.MANIFEST}"):
+    for manifest in store.home().glob(f"download/*/{store_layout.MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if json.loads(manifest.read_text(encoding="utf-8"))["metadata"]["weight_bytes"] == weight_bytes:
                 return True

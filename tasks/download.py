@@ -28,11 +28,13 @@ from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.load_check import check_loads
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.models.source_files import INDEX, SINGLE, is_release_file, open_source
-from quantize_gemma.tasks.runtime import hub, store
+from quantize_gemma.tasks.runtime import hub, store, store_layout
+from quantize_gemma.tasks.runtime.disk import disk_failure
 from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.hub_client import find_token, read_environment
+from quantize_gemma.tasks.runtime.parent_process import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import canonical_json
-from quantize_gemma.tasks.runtime.worker import report_progress
 
 logger = logging.getLogger(__name__)
 
@@ -81,20 +83,20 @@ def resolve_benchmark(benchmark: str, revision: str | None, offline: bool) -> Re
     if offline:
         fields = _read_memory("dataset", benchmark, revision)
         return ResolvedDataset(benchmark, fields["revision"], fields["source"], fixture=False, on_hub=True)
-    sha = hub.repo_info("dataset", benchmark, revision, hub.token()).sha
-    return ResolvedDataset(benchmark, sha, benchmark, fixture=False, on_hub=True)
+    info = hub.repo_info("dataset", benchmark, revision, find_token())
+    return ResolvedDataset(benchmark, str(info.sha), benchmark, fixture=False, on_hub=True)
 
 
 def _model_on_hub(name: str, revision: str | None) -> ResolvedModel:
     """Return the commit that a branch or a tag points to now."""
-    info = hub.repo_info("model", name, revision, hub.token())
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings if _is_weight_file(file.rfilename)}
+    info = hub.repo_info("model", name, revision, find_token())
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if _is_weight_file(file.rfilename)}
     # Which of several the index names is only known once it is downloaded.
     weight_bytes = sizes[SINGLE] if SINGLE in sizes else sum(sizes.values())
     counts = getattr(info, "safetensors", None)
     return ResolvedModel(
         name=name,
-        revision=info.sha,
+        revision=str(info.sha),
         source=name,
         fixture=False,
         on_hub=True,
@@ -145,7 +147,7 @@ def remember(resolved: ResolvedDataset, revision: str | None) -> None:
     for name in (revision, resolved.revision):
         path = _memory(kind, resolved.name, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{store.PREFIX}{uuid.uuid4().hex}")
+        partial = path.with_name(f"{store_layout.PARTIAL}{uuid.uuid4().hex}")
         partial.write_text(json.dumps({"kind": kind, **asdict(resolved)}), encoding="utf-8")
         partial.replace(path)
 
@@ -155,7 +157,7 @@ def _memory(kind: str, name: str, revision: str | None) -> Path:
     return store.home() / "resolved" / f"{digest}.json"
 
 
-@stage(ignored=("source", "offline"), retries=5, environment=hub.read_environment)
+@stage(ignored=("source", "offline"), retries=5, environment=read_environment)
 def download(target: Path, source: str, revision: str, offline: bool) -> Output:
     """Fill `target` with the checkpoint's files, and check every header and every weight.
 
@@ -209,7 +211,7 @@ def _fetch_checkpoint(target: Path, repository: str, revision: str, offline: boo
     _move(incoming, target, lambda name: name in chosen)
 
 
-@stage(ignored=("source", "offline"), retries=5, environment=hub.read_environment)
+@stage(ignored=("source", "offline"), retries=5, environment=read_environment)
 def download_mmlu(target: Path, source: str, revision: str, offline: bool) -> Output:
     """Fill `target` with a benchmark in the layout of cais/mmlu: a directory of parquet files per subject.
 
@@ -221,7 +223,7 @@ def download_mmlu(target: Path, source: str, revision: str, offline: bool) -> Ou
     return {}
 
 
-@stage(ignored=("source", "offline"), retries=5, environment=hub.read_environment)
+@stage(ignored=("source", "offline"), retries=5, environment=read_environment)
 def download_chartqa(target: Path, source: str, revision: str, offline: bool) -> Output:
     """Fill `target` with the test split of a benchmark in the layout of HuggingFaceM4/ChartQA, in data/.
 
@@ -258,7 +260,7 @@ def _unchanged(target: Path, source: str, revision: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, shutil.Error) as error:
-        if store.disk_failure(error, target):
+        if disk_failure(error, target):
             raise
         raise changing from None
     names = [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
@@ -272,9 +274,9 @@ def _fetch(
     """Fetch files into a directory that survives a failure, so that the next try continues there; return it."""
     if offline:
         raise UserError(f"offline: {repository} at {revision} is not in the store: run once without --offline")
-    incoming = target.parent.parent / f"{store.INCOMING}{revision[:16]}"
+    incoming = target.parent.parent / f"{store_layout.INCOMING}{revision[:16]}"
     incoming.mkdir(parents=True, exist_ok=True)
-    hub.fetch(
+    hub.download_files(
         incoming, kind, repository, revision, is_needed, lambda done, total: report_progress(done, total, "bytes")
     )
     return incoming

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quantize_gemma.tasks.runtime import hub
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.hub_client import find_token
+from quantize_gemma.tasks.runtime.hub_errors import translate_hub_errors
 from quantize_gemma.tasks.runtime.store import Artifact, check_file, file_changed, read_file
 
 if TYPE_CHECKING:
@@ -102,9 +104,9 @@ def publish(release: Artifact, target: Target, private: bool = False, tagged: bo
 
     contents = _read_release(release)
     recipe_hash = json.loads(contents["metrics.json"])["recipe_hash"]
-    api = HfApi(token=hub.token(write=True) or False)
+    api = HfApi(token=find_token(write=True) or False)
     tag = f"v{datetime.now(UTC):%Y-%m-%d}-{recipe_hash[:8]}" if tagged else None
-    with hub.explained("model", target.repository, target.branch):
+    with translate_hub_errors("model", target.repository, target.branch):
         # Without `private` the organization's own default applies.
         api.create_repo(target.repository, private=private or None, exist_ok=True)
         if target.branch:
@@ -230,13 +232,13 @@ def check_target(target: Target) -> None:
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     repository = target.repository
-    value = hub.token(write=True)
+    value = find_token(write=True)
     if value is None:
         raise UserError(
             f"there is no token to publish to {repository}: set HF_TOKEN_WRITE or HF_TOKEN, or run `hf auth login`"
         )
     api = HfApi(token=value)
-    with hub.explained("model", repository):
+    with translate_hub_errors("model", repository):
         validate_repo_id(repository)
         me = api.whoami()
         if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -280,8 +282,8 @@ def published_metrics(repository: str, branch: str | None) -> dict[str, object] 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    api = HfApi(token=hub.token(write=True) or False)
-    with hub.explained("model", repository, branch):
+    api = HfApi(token=find_token(write=True) or False)
+    with translate_hub_errors("model", repository, branch):
         try:
             head = api.model_info(repository, revision=branch, files_metadata=True)
         except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -337,7 +339,7 @@ def _has(repository: str, revision: str, file: "RepoSibling", sha256: str | None
 
 
 def _read(repository: str, revision: str, file: "RepoSibling") -> bytes:
-    return hub.read("model", repository, revision, file, hub.token(write=True))
+    return hub.read_file("model", repository, revision, file, find_token(write=True))
 
 
 def _is_ours(metrics: Mapping[str, object]) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,19 @@ from quantize_gemma.tasks.builtin import BUILTIN
 # Before any library reads them: a captured log is no place for progress bars.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+
+
+def pytest_configure() -> None:
+    """Let the processes that tests start be interrupted, wherever the tests were started.
+
+    A shell that runs `make test &`, and nohup, have these signals ignored, and whatever is started inherits that. A
+    signal with a handler is back at its default in a process that is started.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # The tests themselves survive the end of the terminal, as nohup is asked for.
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @dataclass

@@ -19,9 +19,11 @@ from prefect import flow
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.evaluate import evaluate_mmlu, shards
-from quantize_gemma.tasks.runtime import store, worker
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact, ref_of
 from quantize_gemma.tasks.runtime.errors import RunError
-from quantize_gemma.tasks.runtime.prefect_stage import as_task, open_record, record
+from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt
+from quantize_gemma.tasks.runtime.prefect_stage import as_task
 from quantize_gemma.tasks.runtime.stage import Output, stage
 
 
@@ -72,21 +74,21 @@ def spread_evaluation(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     options = as_task({"evaluate": evaluate_mmlu, "lengths": lengths}[stage]).with_options(
         task_run_name=f"{stage} · test", result_storage=store.home()
     )
-    with worker.ended_on_interrupt():
-        artifact = open_record(options.submit(**inputs).result())
+    with stop_on_interrupt():
+        artifact = open_artifact(options.submit(**inputs).result())
     manifests = store.home().glob("responses/[0-9a-f]*/manifest.json")
     by = [json.loads(path.read_text(encoding="utf-8"))["measured"]["process"] for path in manifests]
     return {"folder": str(artifact.path), "measured": artifact.measured, "answered": Counter(by)}
 
 
-def in_the_store(source: Path) -> dict[str, Any]:
-    """Returns the record of a directory's copy in the store."""
+def in_the_store(source: Path) -> ArtifactRef:
+    """Return the reference of a directory's copy in the store."""
 
     def copy(target: Path) -> dict[str, Any]:
         shutil.copytree(source, target, dirs_exist_ok=True)
         return {}
 
-    return record(store.produce("download", store.key("test", [], {"name": source.name}, {}), copy))
+    return ref_of(store.produce("download", store.key("test", [], {"name": source.name}, {}), copy))
 
 
 if __name__ == "__main__":

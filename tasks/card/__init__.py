@@ -41,10 +41,10 @@ def card(target: Path, /, recipe: dict[str, Any], checkpoint: Path, program: Pat
         gate: The artifact of `gate`, with metrics.json.
     """
     parsed = Recipe.from_json(recipe)
-    content = json.loads(store.read_file(store.at(gate), "metrics.json"))
+    content = json.loads(store.read_file(store.read_artifact(gate), "metrics.json"))
     metrics = replace(parse_metrics(content), loads_in=read_loading_environments())
     hashes = {}
-    for artifact in (store.at(checkpoint), store.at(program)):
+    for artifact in (store.read_artifact(checkpoint), store.read_artifact(program)):
         for name, file in artifact.files.items():
             # A file that has changed since it was measured does not become part of a release.
             store.check_file(artifact, name)

@@ -119,7 +119,7 @@ def read_samples(evaluation: Path) -> list[dict[str, Any]]:
 def locate_in_store(artifact: Path, temporary: Path) -> tuple[str, Path]:
     """Return the artifact's digest and the store it is in; a temporary store if it is in none."""
     try:
-        return store.at(artifact).digest, store.root_of(artifact)
+        return store.read_artifact(artifact).digest, store.root_of(artifact)
     except StageFailed:
         return "not in a store", temporary / "store"
 

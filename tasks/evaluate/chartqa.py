@@ -24,8 +24,8 @@ from quantize_gemma.tasks.evaluate import locate_in_store, shards
 from quantize_gemma.tasks.models.checkpoint import is_multimodal
 from quantize_gemma.tasks.models.datasets import CHARTQA_SPLITS, read_chartqa
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.parent_process import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
-from quantize_gemma.tasks.runtime.worker import report_progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -24,8 +24,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_tower
 from quantize_gemma.tasks.models.dequantize import dequantize_once
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime.machine import trim_memory
+from quantize_gemma.tasks.runtime.parent_process import report_progress
 from quantize_gemma.tasks.runtime.patches import patched_loading
-from quantize_gemma.tasks.runtime.worker import report_progress, trim_memory
 
 if TYPE_CHECKING:
     from torch import Tensor

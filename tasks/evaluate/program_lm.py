@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from quantize_gemma.tasks.evaluate.packed_lm import Request, Scorer, make_scorer, score_continuation, share_rows
 from quantize_gemma.tasks.models.pte import PteProgram
-from quantize_gemma.tasks.runtime.worker import report_progress
+from quantize_gemma.tasks.runtime.parent_process import report_progress
 
 
 class ProgramLM(TemplateLM):  # type: ignore[misc]

@@ -12,9 +12,10 @@ import socket
 from pathlib import Path
 from typing import Any, TypedDict
 
-from quantize_gemma.tasks.runtime import model_workers, store, worker
+from quantize_gemma.tasks.runtime import model_workers, parent_process, store
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import Fingerprint, difference, fingerprint
+from quantize_gemma.tasks.runtime.stage import import_function
 
 STAGE = "responses"
 REQUESTS = "evaluate-requests"
@@ -91,7 +92,7 @@ def respond(
     keys = {name: _key(name, shard, scorer, identity) for name, shard in requests.items()}
     responses = {} if refresh else _load_responses(keys, root)
     if responses:
-        worker.report(f"{len(responses)} of {len(requests)} shards are in the store")
+        parent_process.log(f"{len(responses)} of {len(requests)} shards are in the store")
     # In a loop: what was pruned meanwhile is computed again.
     while missing := [name for name in requests if name not in responses]:
         common = {
@@ -109,7 +110,7 @@ def respond(
         # A GPU's sums depend on the batch: it must not depend on who responds, or on what was interrupted.
         alone = cluster is not None or settings.get("device", "cpu") != "cpu"
         parts = _make_parts({name: _count_questions(requests[name]) for name in missing}, keys, common, workers, alone)
-        if not worker.spread_parts(RESPOND, parts, workers, cluster):
+        if not parent_process.spread_parts(RESPOND, parts, workers, cluster):
             _respond_here(parts)
         computed = _load_responses({name: keys[name] for name in missing}, root)
         if not computed:
@@ -122,18 +123,18 @@ def respond_part(evaluation: str, number: int, part: Part) -> int:
     """Have one of the evaluation's model workers compute a part; return its peak memory in bytes."""
     settings, requests = _open_part(part)
     pool = model_workers.pool_of(evaluation)
-    responses, process_id, peak = pool.answers(part["scorer"], settings, _flatten(requests), number)
+    responses, process_id, peak = pool.respond(part["scorer"], settings, _flatten(requests), number)
     _store_responses(part, requests, responses, process_id)
     return peak
 
 
 def _respond_here(parts: list[Any]) -> None:
     settings, _ = _open_part(parts[0])
-    score = worker.named(parts[0]["scorer"])(**settings)
+    score = import_function(parts[0]["scorer"])(**settings)
     done, total = 0, sum(part["questions"] for part in parts)
     for part in parts:
         _, requests = _open_part(part)
-        with worker.as_part(done, part["questions"], total):
+        with parent_process.as_part(done, part["questions"], total):
             responses = score(_flatten(requests))
         _store_responses(part, requests, responses, os.getpid())
         done += part["questions"]

@@ -42,7 +42,7 @@ def gate(
         run_id: The flow run.
         **measurements: The artifacts of the stages before it, by name of the node.
     """
-    artifacts = {name: store.at(path) for name, path in measurements.items()}
+    artifacts = {name: store.read_artifact(path) for name, path in measurements.items()}
     metrics = collect_metrics(artifacts, resolved, recipe, limits, required, command, versions, run_id)
     write_metrics(metrics, target / "metrics.json")
     failed = [check.name for check in metrics.gate.checks if check.status == "fail"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
+    from huggingface_hub.repocard_data import CardData
 
 # Weights derived from Gemma's stay under its terms, whatever a local directory does not say.
 GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
@@ -15,7 +15,7 @@ LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 FILE = re.compile(r"(LICENSE|NOTICE)[\w.-]{0,60}", re.ASCII)
 
 
-def clean_license(card: "Mapping[str, object] | ModelCardData | None") -> dict[str, str]:
+def clean_license(card: "Mapping[str, object] | CardData | None") -> dict[str, str]:
     """Return the well-formed license fields of a model card's metadata, or none of them if `license` is not.
 
     A name is one line of text; a link leads to a web page or to a file of the release.

@@ -1,16 +1,16 @@
-"""What stands for our own code and for the libraries in a key: nobody has to raise a version by hand.
+"""The fingerprint of code and libraries in a key: nobody has to raise a version by hand.
 
-A stage's fingerprint is made of the definitions that its work function reaches: functions, classes and constants of
-this project, found in the source without importing it, so that editing `verify` does not run `untie` again. Comments,
-docstrings and formatting do not count, nor does what cannot shape a result (MACHINERY). With it go the versions of the
-libraries that those definitions import, Python's, and the processor's architecture.
+A stage's fingerprint covers the definitions that its function reaches: functions, classes and constants of this
+project, read from the source without importing it, so that editing `verify` does not run `untie` again. Comments,
+docstrings and formatting do not count, and neither do modules that cannot shape a result (MACHINERY). It also contains
+the versions of the libraries that those definitions import, Python's version, and the processor's architecture.
 
-What is not understood counts rather than not: a module used in any way but `module.name` counts whole, and so do the
-statements that run on import. What only a computed name reaches (`getattr(module, name)`) is not seen: reach a function
-by its name, or as the string "module:function".
+In doubt, code counts: a module used in any way but `module.name` counts whole, and so do the statements that run on
+import. A definition that only a computed name reaches (`getattr(module, name)`) does not count: use its name, or the
+string "module:function".
 
-Left out on purpose: the number of threads, and the model of a processor or a GPU. They change the last bits of a sum at
-most, far less than an evaluation's standard error, and machines of one pool are to share their results.
+The number of threads and the model of the processor or the GPU do not count. They change the last bits of a sum at
+most, far less than an evaluation's standard error, and the machines of a pool are to share their results.
 """
 
 import ast
@@ -24,26 +24,39 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-# Modules that carry results and errors about, and shape none: what they store and move is verified by its digest.
+# Modules that transport results and errors, and shape none: what they store and move is verified by its digest.
 MACHINERY = frozenset(
     f"quantize_gemma.tasks.runtime.{name}"
     for name in (
+        "artifact_ref",
+        "disk",
         "errors",
         "fingerprint",
         "hub",
+        "hub_client",
+        "hub_errors",
+        "lifetime",
         "machine",
         "model_workers",
+        "parent_process",
+        "prefect_progress",
+        "prefect_slots",
+        "prefect_spread",
         "prefect_stage",
+        "pruning",
         "redact",
+        "retries",
         "stage",
         "store",
+        "store_layout",
         "worker",
+        "worker_main",
     )
 )
-# What only refuses and writes nothing: its code counts, so that what it refuses now is looked at again, but the
-# libraries it asks do not: a model of 8 GB is not downloaded again for a new version of one.
+# Checks, which write nothing: their code counts, so that a new check looks at what is in the store, but the libraries
+# that they use do not: a model of 8 GB is not downloaded again for a new version of one.
 CHECKS = frozenset(
     {
         "quantize_gemma.tasks.models.checkpoint:check_finite",
@@ -51,7 +64,7 @@ CHECKS = frozenset(
         "quantize_gemma.tasks.models.load_check",
     }
 )
-# What a library is called on the registry, where that is not the name it is imported by.
+# Names of libraries on the registry that differ from the names by which they are imported.
 DISTRIBUTIONS = {"PIL": "pillow", "optimum": "optimum-executorch", "yaml": "pyyaml"}
 # Libraries that the imported ones hand the work to. Not all that they require: none of the rest shapes a result.
 BEHIND = {
@@ -64,22 +77,40 @@ BEHIND = {
     # Tokens, chat templates and images; and how the weights get into the model.
     "transformers": ("accelerate", "jinja2", "numpy", "pillow", "safetensors", "tokenizers"),
 }
-# Whose source counts: tests have stages of their own.
+# The packages whose source counts: tests have stages of their own.
 PACKAGES = ("benchmarks", "quantize_gemma", "tests")
 FUNCTION = re.compile(r"[a-zA-Z_]\w*(\.\w+)+:\w+")
 FILE = re.compile(r"[\w-]+(\.[\w-]+)+")
-# The name that stands for the statements of a module that run when it is imported, and for all of it.
+# The names of the statements of a module that run when it is imported, and of all of the module.
 EFFECTS, WHOLE = "", "*"
 
 Definition = tuple[str, str]
-Fingerprint = dict[str, Any]
+
+
+class Fingerprint(TypedDict):
+    """What shapes a stage's output besides its inputs: JSON values.
+
+    Attributes:
+        code: The digest of the code of this project.
+        libraries: The versions of the libraries.
+        python: Python's version.
+        machine: The processor's architecture.
+    """
+
+    code: str
+    libraries: dict[str, str]
+    python: str
+    machine: str
 
 
 @functools.cache
 def fingerprint(*functions: str) -> Fingerprint:
-    """Returns {"code", "libraries", "python", "machine"} of functions "module:name" and all that they reach.
+    """Return the fingerprint of functions "module:name" and of all that they reach.
 
-    Equal code and versions give the same on any machine. Raises LookupError if there is no such function.
+    Equal code and versions give equal fingerprints on any machine.
+
+    Raises:
+        LookupError: There is no such function.
     """
     names = reached(*functions)
     lines = sorted(line for name in names for line in _facts(*name).contents)
@@ -92,40 +123,41 @@ def fingerprint(*functions: str) -> Fingerprint:
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of installed libraries, without what they were built for."""
+    """Return the versions of installed libraries, without the local part, such as +cpu."""
     return {name: version(name).split("+")[0] for name in names}
 
 
 def difference(expected: Fingerprint, here: Fingerprint) -> str | None:
-    """Returns what is not the same in two fingerprints, for people; None if they are equal."""
-    for library, wanted in expected["libraries"].items():
-        if here["libraries"].get(library) != wanted:
-            return f"{library} {here['libraries'].get(library)} instead of {wanted}"
-    for what, title in (("python", "Python "), ("machine", "a processor of type ")):
-        if here[what] != expected[what]:
-            return f"{title}{here[what]} instead of {expected[what]}"
+    """Return the first difference of two fingerprints, for people; None if they are equal."""
+    for library, expected_version in expected["libraries"].items():
+        if here["libraries"].get(library) != expected_version:
+            return f"{library} {here['libraries'].get(library)} instead of {expected_version}"
+    if here["python"] != expected["python"]:
+        return f"Python {here['python']} instead of {expected['python']}"
+    if here["machine"] != expected["machine"]:
+        return f"a processor of type {here['machine']} instead of {expected['machine']}"
     return None if here == expected else "other code of this program"
 
 
 def reached(*functions: str) -> set[Definition]:
-    """Returns the definitions, as (module, name), that the functions "module:name" reach."""
-    waiting: list[Definition] = []
+    """Return the definitions, as (module, name), that the functions "module:name" reach."""
+    pending: list[Definition] = []
     for function in functions:
         module, name = function.split(":")
         if name not in _module(module).definitions:
             raise LookupError(f"there is no function {name} in the source of {module}")
-        waiting.append((module, name))
-    found: set[Definition] = set()
-    while waiting:
-        module, name = waiting.pop()
-        if (module, name) not in found and module not in MACHINERY:
-            found.add((module, name))
-            waiting += _facts(module, name).references
-    return found
+        pending.append((module, name))
+    definitions: set[Definition] = set()
+    while pending:
+        module, name = pending.pop()
+        if (module, name) not in definitions and module not in MACHINERY:
+            definitions.add((module, name))
+            pending += _facts(module, name).references
+    return definitions
 
 
 def libraries(names: Iterable[Definition]) -> list[str]:
-    """Returns the libraries that these definitions import and those behind them, by their names on the registry."""
+    """Return the libraries that these definitions import and those behind them, by their names on the registry."""
     counted = [name for name in names if not CHECKS & {name[0], ":".join(name)}]
     imported = {top for name in counted for top in _facts(*name).libraries}
     direct = {DISTRIBUTIONS.get(top, top.replace("_", "-")) for top in imported}
@@ -134,7 +166,13 @@ def libraries(names: Iterable[Definition]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a definition refers to in this project, the libraries it imports, and the digests of its text and files."""
+    """What a definition depends on.
+
+    Attributes:
+        references: The definitions in this project that it refers to.
+        libraries: The libraries that it imports.
+        contents: Lines with the digests of its code and of the files that it names.
+    """
 
     references: frozenset[Definition]
     libraries: frozenset[str]
@@ -142,7 +180,7 @@ class _Facts:
 
 
 class _Module:
-    """A module's source: the statements of its definitions, those that run on import, and what it imports."""
+    """The source of a module: the statements of its definitions, those that run on import, and its imports."""
 
     def __init__(self, path: Path) -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -213,7 +251,7 @@ def _facts(module: str, name: str) -> _Facts:
 
 @functools.cache
 def _find(name: str) -> Path | None:
-    """Returns the source file of a module of this project, without importing it; None of any other."""
+    """Return the source file of a module of this project, without importing it; None for any other."""
     top, *rest = name.split(".")
     spec = importlib.util.find_spec(top) if top in PACKAGES else None
     if spec is None or spec.origin is None:
@@ -223,14 +261,14 @@ def _find(name: str) -> Path | None:
 
 
 def _packages(module: str) -> list[str]:
-    """Returns the packages that a module of this project is in, and the module."""
+    """Return the packages that a module of this project is in, and the module."""
     parts = module.split(".")
     names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     return [name for name in names if _find(name)]
 
 
 def _resolve(target: tuple[str, str | None], attribute: str | None) -> Iterator[Definition]:
-    """Yields what an imported name, or an attribute of it, stands for in this project."""
+    """Yield the definitions in this project of an imported name, or of an attribute of it."""
     module, name = target
     if not _find(module):
         return
@@ -246,7 +284,7 @@ def _resolve(target: tuple[str, str | None], attribute: str | None) -> Iterator[
 
 
 def _bindings(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, tuple[str, str | None]]]:
-    """Yields (name, (module, name in it or None)) of what the import statements among the nodes bind."""
+    """Yield (name, (module, name in it or None)) for each name that import statements among the nodes bind."""
     for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -259,7 +297,7 @@ def _bindings(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, tuple[str, str | 
 
 
 def _defined_names(node: ast.stmt) -> list[str]:
-    """Returns the names that a top-level statement defines; none if it does anything else."""
+    """Return the names that a top-level statement defines; none if it does anything else."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -269,7 +307,7 @@ def _defined_names(node: ast.stmt) -> list[str]:
 
 
 def _used_names(nodes: list[ast.AST]) -> Iterator[tuple[str, str | None]]:
-    """Yields (name, attribute or None) of each name that is read, with the attribute that is taken of it."""
+    """Yield (name, attribute or None) for each name that is read, with the attribute that is read from it."""
     attributes = {id(node.value): node.attr for node in nodes if isinstance(node, ast.Attribute)}
     for node in nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):

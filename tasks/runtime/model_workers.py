@@ -1,9 +1,10 @@
-"""Processes that keep a model loaded and answer with it as often as they are asked.
+"""Worker processes that keep a model loaded and score lists of requests with it.
 
-An answerer is a function "module:name" that takes settings, JSON values, and returns a function which answers a list of
-requests with a list of answers, JSON values too. All that work on one evaluation in this process share its residents:
-one for each that works at a time. On the machine of the run they end with the evaluation. A cluster's worker is told of
-no end: there they end when nobody has asked them for a while, or another evaluation begins.
+A scorer is loaded by a function "module:name", which takes settings, JSON values, and returns a function from a list of
+requests to the list of their responses, JSON values too. All parts of one evaluation in this process share its model
+workers: one for each part that is computed at a time. On the machine of the run they end with the evaluation. A
+cluster's worker is not told of its end: there, they end when they have had no requests for a while, or when another
+evaluation begins.
 """
 
 import contextlib
@@ -11,135 +12,147 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime import parent_process, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.stage import import_function
+from quantize_gemma.tasks.runtime.strict_json import JsonObject, JsonValue
 
-SECONDS_UNASKED = 30.0
+# A cluster's model workers end when they had no requests for so long.
+SECONDS_IDLE = 30.0
 # What takes longer over one list of requests hangs.
 SECONDS_ALLOWED = 24 * 3600.0
 
 logger = logging.getLogger(__name__)
+# The pools of this process by evaluation: a cluster sends its tasks to the process, and they find their pool here.
 _pools: dict[str, "Pool"] = {}
-_one_at_a_time = threading.Lock()
+_pools_lock = threading.Lock()
 
 
 class Pool:
-    """The residents of one evaluation. `progress` is called with a part's number and how much of it is done."""
+    """The model workers of one evaluation."""
 
     def __init__(
         self,
         environment: dict[str, str] | None = None,
         progress: Callable[[int, float], None] = lambda _part, _done: None,
-        seconds_unasked: float | None = None,
+        seconds_idle: float | None = None,
     ) -> None:
+        """Start no worker yet.
+
+        Args:
+            environment: Environment variables of the workers.
+            progress: Called with a part's number and the fraction of it that is done.
+            seconds_idle: The workers end when they had no requests for so long.
+        """
         self.environment = environment
         self.progress = progress
-        self.seconds_unasked = seconds_unasked
-        self.alive: list[worker.Child] = []
-        self.idle: list[worker.Child] = []
-        self.waiting: threading.Timer | None = None
+        self.seconds_idle = seconds_idle
+        self.workers: list[worker.Worker] = []
+        self.idle: list[worker.Worker] = []
+        self.timer: threading.Timer | None = None
         self.closed = False
         self.lock = threading.Lock()
 
-    def answers(
-        self, answerer: str, settings: dict[str, Any], requests: list[Any], part: int
-    ) -> tuple[list[Any], int, int]:
-        """Returns the answers, the process that gave them, and the most memory that it has taken, in bytes."""
+    def respond(
+        self, scorer: str, settings: JsonObject, requests: list[JsonValue], part: int
+    ) -> tuple[list[JsonValue], int, int]:
+        """Return the responses to the requests, the id of the process that gave them, and its peak memory in bytes."""
 
-        def progress(done: int, total: int, _what: str) -> None:
+        def progress(done: int, total: int, _unit: str) -> None:
             self.progress(part, done / max(total, 1))
 
-        with self._resident(answerer, settings) as resident:
-            resident.send(requests)
-            event = resident.receive(progress, logger, SECONDS_ALLOWED)
-        answers: list[Any] = event["value"]
-        if len(answers) != len(requests):
-            raise StageFailed(f"{answerer} gave {len(answers)} answers to {len(requests)} requests")
-        return answers, resident.process.pid, event["peak_rss_bytes"]
+        with self._take_worker(scorer, settings) as model_worker:
+            model_worker.send(requests)
+            event = model_worker.receive(progress, logger, SECONDS_ALLOWED)
+        responses: list[JsonValue] = event["value"]
+        if len(responses) != len(requests):
+            raise StageFailed(f"{scorer} gave {len(responses)} answers to {len(requests)} requests")
+        return responses, model_worker.process.pid, event["peak_rss_bytes"]
 
     @contextlib.contextmanager
-    def _resident(self, answerer: str, settings: dict[str, Any]) -> Iterator[worker.Child]:
+    def _take_worker(self, scorer: str, settings: JsonObject) -> Iterator[worker.Worker]:
+        """Take an idle worker, or start one; it is idle again afterwards, and ends if the block fails."""
         with self.lock:
             if self.closed:
                 raise StageFailed("stopped")
-            if self.waiting:
-                self.waiting.cancel()
+            if self.timer:
+                self.timer.cancel()
             if self.idle:
-                resident = self.idle.pop()
+                model_worker = self.idle.pop()
             else:
-                arguments = {"answerer": answerer, "settings": settings, "number": len(self.alive)}
-                resident = worker.Child("quantize_gemma.tasks.runtime.model_workers:serve", arguments, self.environment)
-                self.alive.append(resident)
+                arguments = {"scorer": scorer, "settings": settings, "number": len(self.workers)}
+                serve = "quantize_gemma.tasks.runtime.model_workers:serve"
+                model_worker = worker.Worker(serve, arguments, self.environment)
+                self.workers.append(model_worker)
         try:
-            yield resident
+            yield model_worker
         except BaseException:
-            self._end(resident)
+            self._end(model_worker)
             raise
         with self.lock:
-            kept = not self.closed
-            if kept:
-                self.idle.append(resident)
-            if kept and self.seconds_unasked is not None:
-                if self.waiting:
-                    self.waiting.cancel()
-                self.waiting = threading.Timer(self.seconds_unasked, self.close_idle)
-                self.waiting.daemon = True
-                self.waiting.start()
-        if not kept:
-            self._end(resident)
+            is_open = not self.closed
+            if is_open:
+                self.idle.append(model_worker)
+            if is_open and self.seconds_idle is not None:
+                if self.timer:
+                    self.timer.cancel()
+                self.timer = threading.Timer(self.seconds_idle, self.close_idle)
+                self.timer.daemon = True
+                self.timer.start()
+        if not is_open:
+            self._end(model_worker)
 
     def close_idle(self) -> None:
-        """Ends the residents that nobody uses."""
+        """End the workers that are idle."""
         with self.lock:
             idle, self.idle = self.idle, []
-        for resident in idle:
-            self._end(resident)
+        for model_worker in idle:
+            self._end(model_worker)
 
     def close(self) -> None:
-        """Ends all residents; who waits for one is told that it was stopped."""
+        """End all workers; whoever waits for one is told that it was stopped."""
         with self.lock:
             self.closed = True
-            for resident in self.alive:
-                resident.kill()
+            for model_worker in self.workers:
+                model_worker.kill()
         self.close_idle()
 
-    def _end(self, resident: worker.Child) -> None:
-        resident.close()
+    def _end(self, model_worker: worker.Worker) -> None:
+        model_worker.close()
         with self.lock:
-            self.alive.remove(resident)
+            self.workers.remove(model_worker)
 
 
 @contextlib.contextmanager
-def pool(evaluation: str, residents: Pool) -> Iterator[None]:
-    """Makes this the evaluation's pool in this process, and ends its residents in the end."""
-    _pools[evaluation] = residents
+def use_pool(evaluation: str, pool: Pool) -> Iterator[None]:
+    """Make this the evaluation's pool in this process during the block, and end its workers after it."""
+    _pools[evaluation] = pool
     try:
         yield
     finally:
-        residents.close()
+        pool.close()
         _pools.pop(evaluation, None)
 
 
 def pool_of(evaluation: str) -> Pool:
-    """Returns the evaluation's pool in this process; on a cluster's worker it is made here."""
-    with _one_at_a_time:
+    """Return the evaluation's pool in this process; on a cluster's worker it is made here."""
+    with _pools_lock:
         if evaluation not in _pools:
             for other in list(_pools):
                 _pools.pop(other).close_idle()
-            _pools[evaluation] = Pool(seconds_unasked=SECONDS_UNASKED)
+            _pools[evaluation] = Pool(seconds_idle=SECONDS_IDLE)
         return _pools[evaluation]
 
 
-def serve(answerer: str, settings: dict[str, Any], number: int) -> None:
-    """Loads the answerer, in a process of its own, and answers each line of requests. Residents share out the GPUs."""
+def serve(scorer: str, settings: JsonObject, number: int) -> None:
+    """Load the scorer, in a worker process, and respond to each line of requests. The workers share out the GPUs."""
     if settings.get("device") == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             raise UserError(f"{socket.gethostname()} has no CUDA device: use device cpu, or give its workers GPUs")
         settings = {**settings, "device": f"cuda:{number % torch.cuda.device_count()}"}
-    answer = worker.named(answerer)(**settings)
+    score = import_function(scorer)(**settings)
     while True:
-        worker.give(answer(worker.next_line()))
+        parent_process.send_result(score(parent_process.receive()))

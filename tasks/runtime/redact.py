@@ -1,4 +1,4 @@
-"""Secrets stay out of what is printed, logged, raised and kept: known ones by their value, others by how they look."""
+"""Keeps secrets out of output, logs, errors and files: known ones by their value, others by their form."""
 
 import base64
 import contextlib
@@ -13,28 +13,28 @@ from urllib.parse import quote, unquote, urlsplit
 TOKENS = ("HF_TOKEN", "HF_TOKEN_WRITE", "HUGGING_FACE_HUB_TOKEN", "PREFECT_API_KEY")
 # Values "user:password".
 AUTH_STRINGS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
-# Their addresses have the secret in the path, and may have a user and a password.
+# Addresses with the secret in their path, which may also contain a user and a password.
 WEBHOOKS = ("QUANTIZE_GEMMA_ALERTS",)
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-# A shorter one may stand in any word.
-SHORTEST = 6
+# A shorter secret could be a part of any word.
+MIN_LENGTH = 6
 HIDDEN = "…"
 PATTERNS = (
     # A token of the Hub, after whatever letter: a line break may be written as \n. Not hf_hub_download.
     (re.compile(r"(hf|api_org)_(?=[\w.-]*\d|[A-Za-z0-9]{16})[\w.-]{6,}"), r"\1_…"),
     (re.compile(r"(?i)(authorization\W{1,6}(?:bearer|basic)\s+|bearer\s+)[^\s'\"]{6,}"), r"\1…"),
-    # Whoever signs in to an address, with a scheme before it or without.
+    # User and password in an address, with a scheme or without.
     (re.compile(r"(\w://)[^\s/?#'\"]*@"), r"\1…@"),
     (re.compile(r"(?<![\w…])[^\s:/@'\"]{1,200}:[^\s:/@'\"]{1,200}@(?=[\w.\[-])"), "…@"),
     # A signed address.
     (re.compile(r"(https?://[^\s?]+)\?\S+"), r"\1?…"),
 )
-# What came from Prefect's Secret blocks.
+# The secrets that this process has loaded from Prefect's Secret blocks: whatever it logs or raises is redacted.
 _from_blocks: set[str] = set()
 
 
 def redact(text: str) -> str:
-    """Returns the text without secrets: those of this process's environment, and whatever looks like one."""
+    """Return the text without secrets: those of this process's environment, and whatever looks like one."""
     for secret in sorted(_known(), key=len, reverse=True):
         for form in _forms(secret):
             text = text.replace(form, HIDDEN)
@@ -44,12 +44,12 @@ def redact(text: str) -> str:
 
 
 def keep_secret(value: str) -> None:
-    """Makes redact() know a secret that is in no environment variable."""
+    """Have redact() remove a secret that is in no environment variable."""
     _from_blocks.add(value)
 
 
 def redact_logs() -> None:
-    """Redacts what Prefect logs of flows and tasks, tracebacks included, on its way to the terminal and the API."""
+    """Redact what Prefect logs about flows and tasks, with tracebacks, on its way to the terminal and the API."""
     for name in ("", "prefect", "prefect.flow_runs", "prefect.task_runs"):
         for handler in logging.getLogger(name).handlers:
             if not any(isinstance(existing, _Redacting) for existing in handler.filters):
@@ -60,15 +60,18 @@ class _Redacting(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redact(record.getMessage()), ()
         if record.exc_info and record.exc_info[0] is not None:
-            # Formatters take the text that is there already.
+            # Formatters use this text if there is one.
             record.exc_text = redact(record.exc_text or logging.Formatter().formatException(record.exc_info))
         return True
 
 
 def _known() -> set[str]:
-    secrets = {os.environ.get(name, "") for name in (*TOKENS, *AUTH_STRINGS, *WEBHOOKS)} | _from_blocks | {_login()}
+    """Return the secrets of this process."""
+    secrets = (
+        {os.environ.get(name, "") for name in (*TOKENS, *AUTH_STRINGS, *WEBHOOKS)} | _from_blocks | {_login_token()}
+    )
     if "prefect.settings" in sys.modules:
-        # An invalid setting is what the run failed with, and what it says still has to be redacted.
+        # If a setting is invalid, the run has failed because of it, and its message still has to be redacted.
         with contextlib.suppress(ImportError, ValueError):
             from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
 
@@ -81,19 +84,19 @@ def _known() -> set[str]:
             user, _, _ = address.partition("://")[2].rpartition("@")
             secrets |= {user, unquote(user), user.partition(":")[2], unquote(user.partition(":")[2])}
     for name in WEBHOOKS:
-        secrets.add(_path(os.environ.get(name, "")))
-    return {secret.strip() for secret in secrets if len(secret.strip()) >= SHORTEST}
+        secrets.add(_url_path(os.environ.get(name, "")))
+    return {secret.strip() for secret in secrets if len(secret.strip()) >= MIN_LENGTH}
 
 
-def _path(address: str) -> str:
+def _url_path(address: str) -> str:
     try:
         return urlsplit(address).path
     except ValueError:
         return ""
 
 
-def _login() -> str:
-    """Returns the token that `hf auth login` has kept."""
+def _login_token() -> str:
+    """Return the token that `hf auth login` has stored."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     path = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token")
     try:
@@ -103,12 +106,12 @@ def _login() -> str:
 
 
 def _forms(secret: str) -> list[str]:
-    """Returns how a secret may be written: as it is, in an address, in JSON, in base64 wherever in the encoded text."""
+    """Return how a secret may be written: as it is, in an address, in JSON, anywhere in a base64-encoded text."""
     raw = secret.encode()
     forms = [secret, quote(secret, safe=""), quote(secret), json.dumps(secret)[1:-1]]
     for before in range(3):
-        # Of the characters that it shares with what stands before and after it, nothing is known.
+        # The characters that it shares with the text before and after it are not known.
         first, last = -(-8 * before // 6), (8 * (before + len(raw))) // 6
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             forms.append(encode(b"\0" * before + raw).decode()[first:last])
-    return [form for form in dict.fromkeys(forms) if len(form) >= SHORTEST]
+    return [form for form in dict.fromkeys(forms) if len(form) >= MIN_LENGTH]

@@ -1,6 +1,6 @@
 """The artifact store: directories that are complete or do not exist, found by the digest of what made them.
 
-    <home>/.quantize-gemma-store         says that this is a store, in which `prune` and `evict` may remove things
+    <home>/.quantize-gemma-store         says that this is a store, whose artifacts may be removed
     <home>/<stage>/<key>/                an artifact
         <generation>/                    its directory, with a name that is never used again:
             manifest.json                    what the artifact is; written last
@@ -12,58 +12,58 @@
 The key is the SHA-256 of the stage, its inputs' content digests, its parameters, and the fingerprint of the code and
 the libraries that shape its output; no path, clock or run id is in it, so equal inputs give equal keys anywhere.
 
-A generation never changes once it is complete: making an artifact again makes another and points `current` there.
-Whoever reads holds a shared lock on the manifest, and nobody removes a generation whose lock is held. So a reader sees
-one generation, whole, whatever is refreshed and pruned beside it.
+A generation never changes once it is complete: making an artifact again makes another one and points `current` there.
+Whoever reads a generation has a shared lock on its manifest, and nobody removes a generation whose lock is taken. So a
+reader sees one generation, whole, whatever is refreshed and pruned at the same time.
+
+Two modules share this: here artifacts are written and read, and pruning.py removes them.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
-import re
 import shutil
-import stat
+import tempfile
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
+from quantize_gemma.tasks.runtime.disk import translate_disk_errors
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.store_layout import (
+    CURRENT,
+    MANIFEST,
+    MARK,
+    PARTIAL,
+    artifact_places,
+    current_generation,
+    generations,
+    lock_for_reading,
+    locked,
+    remove,
+)
+from quantize_gemma.tasks.runtime.strict_json import JsonObject, JsonValue
 
 logger = logging.getLogger(__name__)
 
-MARK = ".quantize-gemma-store"
-MANIFEST = "manifest.json"
-CURRENT = "current"
-PREFIX = ".partial-"
-# What arrives from elsewhere and is gone on with after a failure.
-INCOMING = ".incoming-"
 # Linux's request for a copy-on-write clone of a file (linux/fs.h).
 FICLONE = 0x40049409
-# How long what another process may still want is left alone.
-SECONDS_TO_RESUME = 86_400.0
-NO_ROOM = 1 << 16
-FULL = "No space left on device|Disk quota exceeded|database or disk is full"
-# Manifests that are locked until the process ends, when the system closes them; and those whose files were all hashed.
-_pinned: dict[Path, int] = {}
-_hashed: set[Path] = set()
-_pinning = threading.Lock()
-# Set when the run is to end: nobody waits for a lock then.
-stopping = threading.Event()
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of an artifact: its size in bytes, its SHA-256, and its modification time when it was hashed.
+    """One file of an artifact.
 
-    A `shared` file is a hard link to one of another artifact, whose own it is.
+    Attributes:
+        size: Its size in bytes.
+        sha256: The digest of its content.
+        mtime_ns: Its modification time when it was hashed.
+        shared: It is a hard link to a file of another artifact.
     """
 
     size: int
@@ -74,15 +74,25 @@ class File:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete directory in the store. `digest` depends on the files' names and contents alone."""
+    """A complete directory in the store.
+
+    Attributes:
+        stage: The stage that made it.
+        key: Its key.
+        path: The directory of its files.
+        digest: The digest of its content: of the files' names and contents, and of the metadata.
+        files: Its files by their paths.
+        metadata: What the stage says about it.
+        measured: What making it took: seconds, memory.
+    """
 
     stage: str
     key: str
     path: Path
     digest: str
     files: dict[str, File]
-    metadata: dict[str, Any] = field(default_factory=dict)
-    measured: dict[str, Any] = field(default_factory=dict)
+    metadata: JsonObject = field(default_factory=dict)
+    measured: JsonObject = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -90,72 +100,126 @@ class Artifact:
         return sum(file.size for file in self.files.values())
 
 
+class _Pins:
+    """The manifests that this process has locked until it ends, when the system closes them."""
+
+    def __init__(self) -> None:
+        self._locks: dict[Path, int] = {}
+        self._hashed: set[Path] = set()
+        self._lock = threading.Lock()
+
+    def add(self, manifest: Path, lock: int, hashed: bool) -> None:
+        """Keep the descriptor of a manifest's lock; `hashed` says that all files of the artifact were hashed."""
+        with self._lock:
+            if manifest in self._locks:
+                os.close(lock)
+            else:
+                self._locks[manifest] = lock
+            if hashed:
+                self._hashed.add(manifest)
+
+    def were_hashed(self, manifest: Path) -> bool:
+        """Tell whether all files of a pinned artifact were hashed."""
+        return manifest in self._hashed
+
+
+# One for the process, as the kernel's locks are.
+_pins = _Pins()
+
+
 def home() -> Path:
-    """Returns the store's directory: $QUANTIZE_GEMMA_HOME, or ~/.cache/quantize-gemma."""
-    given = os.environ.get("QUANTIZE_GEMMA_HOME")
-    return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "quantize-gemma"
+    """Return the store's directory: $QUANTIZE_GEMMA_HOME, or ~/.cache/quantize-gemma."""
+    setting = os.environ.get("QUANTIZE_GEMMA_HOME")
+    return Path(setting).expanduser().absolute() if setting else Path.home() / ".cache" / "quantize-gemma"
 
 
-def key(stage: str, inputs: list[str], parameters: dict[str, Any], made_by: dict[str, Any]) -> str:
-    """Returns the artifact's key, 64 hexadecimal digits.
+def output_folders() -> list[Path]:
+    """Return where a run writes: the store, temporary files, and Prefect's home."""
+    prefect = os.environ.get("PREFECT_HOME") or "~/.prefect"
+    return [home(), Path(tempfile.gettempdir()), Path(prefect).expanduser()]
 
-    `inputs` are content digests, `made_by` is the fingerprint of what makes it, see fingerprint.py.
+
+def key(stage: str, inputs: list[str], parameters: JsonObject, made_by: Mapping[str, object]) -> str:
+    """Return an artifact's key, 64 hexadecimal digits.
+
+    Args:
+        stage: The stage's name.
+        inputs: Content digests.
+        parameters: JSON values.
+        made_by: The fingerprint of the code that makes the artifact, see fingerprint.py.
     """
     content = {"stage": stage, "inputs": inputs, "parameters": parameters, "made_by": made_by}
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
-def canonical_json(value: Any) -> bytes:
-    """Returns the one JSON text of a value: sorted keys, no spaces, no NaN."""
+def canonical_json(value: JsonValue) -> bytes:
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def produce(
     stage: str,
     artifact_key: str,
-    work: Callable[[Path], dict[str, Any]],
+    work: Callable[[Path], JsonObject],
     root: Path | None = None,
     refresh: bool = False,
     pinned: bool = False,
 ) -> Artifact:
-    """Returns the artifact `stage`/`artifact_key`, made by `work` unless it is complete already.
+    """Return an artifact; make it if the store does not have it.
 
-    `work` fills the empty directory it is given and returns {"metadata": …, "measured": …}; metadata is part of
-    what the artifact says, measured (seconds, memory) is not. Of two processes that want the same key one works
-    and the other waits for its result. If `work` raises, nothing is left, and what was there before stays; `refresh`
-    replaces what is there. With `pinned` nothing removes it before pin() could. Raises StageFailed if the disk is full.
+    Of two processes that want the same key one works, and the other waits for its result. If `work` raises, nothing is
+    left, and what was there before stays.
+
+    Args:
+        stage: The stage's name.
+        artifact_key: The artifact's key.
+        work: Fills the empty directory that it is called with, and returns {"metadata": …, "measured": …}. Metadata is
+            part of the artifact's content; what was measured (seconds, memory) is not.
+        root: The store. [default: home()]
+        refresh: Make the artifact even if the store has it, and replace it.
+        pinned: Pin the artifact; nothing can remove it before.
+
+    Raises:
+        StageFailed: The disk is full.
     """
     root = root or home()
+    place = root / stage / artifact_key
     take = pin if pinned else load
-    with explained_when_full(root), _lock(root, stage, artifact_key):
+    with translate_disk_errors(root), locked(place):
         artifact = None if refresh else take(stage, artifact_key, root)
         if artifact is not None:
             return artifact
-        partial = root / stage / f"{PREFIX}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
+        partial = root / stage / f"{PARTIAL}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
         try:
             (partial / "data").mkdir(parents=True)
-            record = work(partial / "data")
-            _write_manifest(partial, stage, artifact_key, record)
-            _publish(partial, root / stage, artifact_key)
+            result = work(partial / "data")
+            _write_manifest(partial, stage, artifact_key, result)
+            _make_current(partial, place)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        made = take(stage, artifact_key, root)
-        assert made is not None, f"{stage}/{artifact_key} vanished right after it was written"
-        for old in _generations(root / stage / artifact_key):
-            if old != made.path.parent:
-                _remove(old, artifact_key)
-        return made
+        artifact = take(stage, artifact_key, root)
+        assert artifact is not None, f"{stage}/{artifact_key} vanished right after it was written"
+        for generation in generations(place):
+            if generation != artifact.path.parent:
+                remove(generation, artifact_key)
+        return artifact
 
 
 def load(
     stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, whole: bool = False
 ) -> Artifact | None:
-    """Returns the artifact if it is complete and unchanged, else None; a warning names the file that is not.
+    """Return an artifact if it is complete and unchanged, else None; a warning names the file that is not.
 
-    A file is trusted when size and modification time are those of the manifest, and hashed again when the time
-    differs, or if `whole`. A shared file that was damaged through another artifact is linked again from the one whose
-    own it is. With `digest`, an older generation of that content will do, if somebody still holds it.
+    A file is trusted if its size and modification time are those of the manifest, and hashed again if the time differs.
+    A damaged file that is shared with another artifact is linked again from there.
+
+    Args:
+        stage: The stage's name.
+        artifact_key: The artifact's key.
+        root: The store. [default: home()]
+        digest: The digest of the content. An older generation with it is found, too, as long as a process reads it.
+        whole: Hash all files.
     """
     opened = _open(root or home(), stage, artifact_key, digest, whole)
     if opened is None:
@@ -168,28 +232,26 @@ def load(
 def pin(
     stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, whole: bool = False
 ) -> Artifact | None:
-    """Loads an artifact and keeps its directory as it is until this process ends.
+    """Load an artifact, and keep its directory as it is until this process ends.
 
-    It counts as used now. `whole` hashes all of its files, once in a process.
+    It counts as used now. `whole` hashes all of its files, once in a process. The other arguments are load()'s.
     """
     opened = _open(root or home(), stage, artifact_key, digest, whole)
     if opened is None:
         return None
     artifact, lock = opened
     manifest = artifact.path.parent / MANIFEST
-    with _pinning:
-        if manifest in _pinned:
-            os.close(lock)
-        else:
-            _pinned[manifest] = lock
-        if whole:
-            _hashed.add(manifest)
+    _pins.add(manifest, lock, whole)
     os.utime(manifest.parent)
     return artifact
 
 
-def at(path: Path) -> Artifact:
-    """Returns the artifact whose files are in this directory, as its manifest describes it."""
+def read_artifact(path: Path) -> Artifact:
+    """Return the artifact whose files are in this directory, as its manifest describes it.
+
+    Raises:
+        StageFailed: It is not there, or it is damaged.
+    """
     artifact = _read(path.parent, root_of(path))
     if artifact is None:
         raise StageFailed(f"{path.parent} is no artifact, or has gone from the store: start the run again")
@@ -197,154 +259,20 @@ def at(path: Path) -> Artifact:
 
 
 def root_of(path: Path) -> Path:
-    """Returns the store that an artifact's directory of files is in."""
+    """Return the store that an artifact's directory of files is in."""
     return path.parents[3]
 
 
-@dataclass
-class Removed:
-    """What was removed, and how many bytes of the disk that has freed."""
-
-    paths: list[Path] = field(default_factory=list)
-    bytes: int = 0
-
-    def add(self, path: Path, freed: int) -> None:
-        """Counts a directory that was removed."""
-        self.paths.append(path)
-        self.bytes += freed
-
-
-def prune(root: Path | None = None) -> Removed:
-    """Removes what nobody will read: work that died half-way, and generations that were replaced.
-
-    Downloads that died would be continued: they stay for a day. Work in progress holds its lock. Raises UserError if
-    the directory is no store.
-    """
-    root = root or home()
-    _check_store(root)
-    removed = Removed()
-    for incoming in sorted(root.glob(f"*/{INCOMING}*")):
-        # A download lets go of its lock between two tries.
-        touched = max((path.stat().st_mtime for path in incoming.rglob("*")), default=0.0)
-        busy = any(_is_locked(path) for path in incoming.parent.glob(".lock-*"))
-        if time.time() - touched > SECONDS_TO_RESUME and not busy:
-            removed.add(incoming, _delete(incoming))
-    for partial in sorted(root.glob(f"*/{PREFIX}*-*")):
-        short = partial.name[len(PREFIX) :].split("-")[0]
-        if re.fullmatch("[0-9a-f]{16}", short) and not _is_locked(partial.parent / f".lock-{short}"):
-            removed.add(partial, _delete(partial))
-    for place in sorted(root.glob(f"*/{'[0-9a-f]' * 64}")):
-        old = set(_generations(place)) - {_current(place)}
-        if not old or _is_locked(place.parent / f".lock-{place.name[:16]}"):
-            continue
-        for generation in sorted(old):
-            freed = _remove(generation, place.name)
-            if freed is not None:
-                removed.add(generation, freed)
-    for path in removed.paths:
-        logger.info("removed %s", path.relative_to(root))
-    return removed
-
-
-def evict(max_bytes: float, max_age_seconds: float, root: Path | None = None) -> Removed:
-    """Removes artifacts that were not used for so long, then the longest unused until the store fits.
-
-    What a running process holds stays, whatever its age and size. Raises UserError if the directory is no store.
-    """
-    root = root or home()
-    _check_store(root)
-    size = size_of(root)
-    unused = []
-    for place in _places(root):
-        with contextlib.suppress(OSError):
-            manifest = (place / MANIFEST).resolve()
-            unused.append((max(manifest.stat().st_mtime, manifest.parent.stat().st_mtime), place))
-    evicted = Removed()
-    for used, place in sorted(unused):
-        age = time.time() - used
-        if age <= max_age_seconds and size - evicted.bytes <= max_bytes:
-            continue
-        lock = place.parent / f".lock-{place.name[:16]}"
-        if _is_locked(lock):
-            continue
-        with _lock(root, place.parent.name, place.name):
-            freed = _remove(place, place.name)
-            if freed is None:
-                continue
-        logger.info("removed %s/%s, last used %.0f days ago", place.parent.name, place.name[:12], age / 86_400)
-        evicted.add(place, freed)
-    return evicted
-
-
-def size_of(root: Path | None = None) -> int:
-    """Returns the bytes of the disk that the store takes, as `du` counts: a file with several names counts once."""
-    return _disk_usage(root or home())
-
-
-def size_of_incoming(stage: str, revision: str, root: Path | None = None) -> int:
-    """Returns the bytes of a download that was interrupted and will be continued."""
-    return _disk_usage((root or home()) / stage / f"{INCOMING}{revision[:16]}")
-
-
-def disk_failure(error: BaseException | None, *paths: Path) -> StageFailed | None:
-    """Returns what is said when an error, or one of its causes, comes from a full disk, else None.
-
-    Of these directories the one with the least room is named. Libraries that write in Rust or C++ have it in their text
-    alone.
-    """
-    path = min(paths, key=_free)
-    if isinstance(error, RunError):
-        return None
-    # Where nobody says so, there is no room left.
-    is_full = error is not None and _free(path) < NO_ROOM
-    while error is not None and not is_full:
-        code = error.errno if isinstance(error, OSError) else None
-        if code == errno.EFBIG or re.search("File too large", str(error)):
-            return StageFailed(
-                f"a file was too large for the disk of {path}, or for this user's limit: raise that (`ulimit -f`), or "
-                "set QUANTIZE_GEMMA_HOME to another disk"
-            )
-        is_full = code in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL, str(error)) is not None
-        error = error.__cause__ or error.__context__
-    if not is_full:
-        return None
-    return StageFailed(
-        f"the disk of {path} is full: make room (`quantize-gemma prune --max-age-days 30` may do), and start the same "
-        "run again: it continues from here"
-    )
-
-
-def _free(path: Path) -> float:
-    try:
-        return shutil.disk_usage(path).free
-    except OSError:
-        return float("inf")
-
-
-@contextlib.contextmanager
-def explained_when_full(path: Path) -> Iterator[None]:
-    """Raises StageFailed, one sentence, when what is inside finds the disk full."""
-    try:
-        yield
-    except RunError:
-        raise
-    except Exception as error:
-        failure = disk_failure(error, path)
-        if failure is None:
-            raise
-        raise failure from error
-
-
 def path_of(stage: str, artifact_key: str, root: Path | None = None) -> Path:
-    """Returns where an artifact's files are found, whichever generation they are of."""
+    """Return the path of an artifact's files, which stays the same when the artifact is made again."""
     return (root or home()) / stage / artifact_key / "data"
 
 
 def link(source: Path, target: Path) -> None:
-    """Makes `target`, in an artifact, the same file as `source` of another artifact.
+    """Make `target`, in an artifact, the same file as `source` of another artifact.
 
-    A hard link, or a copy on another file system. Files from outside the store are copied instead: what happens to
-    them later must not reach into the store.
+    It is a hard link, or a copy on another file system. Files from outside the store are copied instead: what happens
+    to them later must not reach into the store.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -354,7 +282,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies a file into an artifact; the copy shares the disk's blocks where the file system can do that."""
+    """Copy a file into an artifact; the copy shares the disk's blocks if the file system can do that."""
     with source.open("rb") as reader, target.open("wb") as writer:
         try:
             fcntl.ioctl(writer, FICLONE, reader.fileno())
@@ -363,13 +291,13 @@ def copy(source: Path, target: Path) -> None:
 
 
 def digest_file(path: Path) -> str:
-    """Returns the SHA-256 of a file's content."""
+    """Return the SHA-256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_file(artifact: Artifact, name: str) -> bytes:
-    """Returns the content of an artifact's file. Raises StageFailed if it is not what the manifest says."""
+    """Return the content of an artifact's file. Raises StageFailed if it is not what the manifest says."""
     try:
         content = (artifact.path / name).read_bytes()
     except OSError:
@@ -380,7 +308,7 @@ def read_file(artifact: Artifact, name: str) -> bytes:
 
 
 def check_file(artifact: Artifact, name: str) -> None:
-    """Hashes an artifact's file. Raises StageFailed if it is not what the manifest says."""
+    """Hash an artifact's file. Raises StageFailed if it is not what the manifest says."""
     try:
         digest = digest_file(artifact.path / name)
     except OSError:
@@ -390,7 +318,7 @@ def check_file(artifact: Artifact, name: str) -> None:
 
 
 def file_changed(artifact: Artifact, name: str) -> StageFailed:
-    """Returns the failure that a damaged file is, and has the store look at it, so that the next run makes it again."""
+    """Return the failure to raise for a damaged file, and have the next run hash it, so that it is made again."""
     path = artifact.path / name
     # A file is trusted as long as its time is the manifest's; hard links share it, so this reaches all of them.
     with contextlib.suppress(OSError):
@@ -400,12 +328,12 @@ def file_changed(artifact: Artifact, name: str) -> StageFailed:
     )
 
 
-def _publish(partial: Path, stage: Path, artifact_key: str) -> None:
-    """Makes a complete directory the artifact's current generation, at once: readers see the one before or this one."""
-    place, name = stage / artifact_key, uuid.uuid4().hex[:8]
+def _make_current(partial: Path, place: Path) -> None:
+    """Make a complete directory the artifact's current generation, at once: readers see the last one or this one."""
+    stage, name = place.parent, uuid.uuid4().hex[:8]
     if place.exists() and not (place / CURRENT).is_symlink():
-        # The version before wrote it, or somebody has copied it without links.
-        _remove(place, artifact_key)
+        # An earlier version wrote it, or somebody has copied it without links.
+        remove(place, place.name)
     place.mkdir(exist_ok=True)
     link = place / f".{name}"
     try:
@@ -426,27 +354,27 @@ def _publish(partial: Path, stage: Path, artifact_key: str) -> None:
 
 
 def _open(root: Path, stage: str, artifact_key: str, digest: str | None, whole: bool) -> tuple[Artifact, int] | None:
-    """Returns an artifact that is whole, with the descriptor of its shared lock."""
+    """Return an artifact that is complete and unchanged, with the descriptor of its shared lock."""
     place = root / stage / artifact_key
     while True:
-        folder = _current(place)
-        lock = _lock_shared(folder / MANIFEST)
-        if _current(place) == folder:
+        folder = current_generation(place)
+        lock = lock_for_reading(folder / MANIFEST)
+        if current_generation(place) == folder:
             break
         # It was made again meanwhile.
         if lock is not None:
             os.close(lock)
     if lock is not None and (place / MANIFEST).exists():
         artifact = _read(folder, root, whole)
-        wanted = artifact is not None and (artifact.stage, artifact.key) == (stage, artifact_key)
-        if artifact is not None and wanted and digest in (None, artifact.digest):
+        belongs_here = artifact is not None and (artifact.stage, artifact.key) == (stage, artifact_key)
+        if artifact is not None and belongs_here and digest in (None, artifact.digest):
             return artifact, lock
     elif (folder / "data").exists():
         logger.warning("%s/%s has no manifest; the stage runs again", stage, artifact_key[:12])
     if lock is not None:
         os.close(lock)
-    for folder in _generations(place) if digest is not None else []:
-        lock = _lock_shared(folder / MANIFEST)
+    for folder in generations(place) if digest is not None else []:
+        lock = lock_for_reading(folder / MANIFEST)
         if lock is not None:
             artifact = _read(folder, root, whole)
             if artifact is not None and artifact.digest == digest:
@@ -455,31 +383,9 @@ def _open(root: Path, stage: str, artifact_key: str, digest: str | None, whole: 
     return None
 
 
-def _current(place: Path) -> Path:
-    """Returns the generation of an artifact that counts; in a copy without links it has no name of its own."""
-    try:
-        return place / os.readlink(place / CURRENT)
-    except OSError:
-        return place / CURRENT
-
-
-def _lock_shared(manifest: Path) -> int | None:
-    """Returns the descriptor of a shared lock on a manifest, or None if it is not there, or no longer."""
-    try:
-        lock = os.open(manifest, os.O_RDONLY)
-    except OSError:
-        return None
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    # Whoever removes a directory takes it away under its name while the lock is theirs.
-    if manifest.exists():
-        return lock
-    os.close(lock)
-    return None
-
-
 def _read(folder: Path, root: Path, whole: bool = False) -> Artifact | None:
-    """Returns the artifact in a directory if it is unchanged, else None."""
-    whole = whole and folder / MANIFEST not in _hashed
+    """Return the artifact in a generation's directory if it is unchanged, else None."""
+    whole = whole and not _pins.were_hashed(folder / MANIFEST)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         stage, artifact_key = manifest["stage"], manifest["key"]
@@ -511,6 +417,7 @@ def _read(folder: Path, root: Path, whole: bool = False) -> Artifact | None:
 
 
 def _fault(path: Path, expected: File, whole: bool) -> str | None:
+    """Return what is wrong with a file, as the end of a sentence; None if it is unchanged."""
     try:
         status = path.stat()
         if status.st_size != expected.size:
@@ -524,101 +431,22 @@ def _fault(path: Path, expected: File, whole: bool) -> str | None:
     return None
 
 
-def _places(root: Path) -> list[Path]:
-    """Returns the artifacts of a store, wherever a manifest says that it belongs where it is."""
-    places = []
-    for manifest in root.glob(f"*/*/{MANIFEST}"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            said = json.loads(manifest.read_text(encoding="utf-8"))
-            if (said["stage"], said["key"]) == (manifest.parent.parent.name, manifest.parent.name):
-                places.append(manifest.parent)
-    return places
-
-
-def _generations(place: Path) -> list[Path]:
-    try:
-        return [path for path in place.iterdir() if re.fullmatch("[0-9a-f]{8}", path.name)]
-    except OSError:
-        return []
-
-
-def _check_store(root: Path) -> None:
-    """Raises UserError if nothing in the directory says that it is a store: what is there is somebody else's."""
-    if not root.exists() or (root / MARK).exists() or not any(root.iterdir()):
-        return
-    # The version before made no mark, nor has a run that died in its first stage.
-    if not any(re.fullmatch(r"\.lock-[0-9a-f]{16}", path.name) for path in root.glob("*/.lock-*")):
-        raise UserError(
-            f"{root} is not a quantize-gemma store, and nothing was removed: set QUANTIZE_GEMMA_HOME to the store"
-        )
-
-
-def _remove(folder: Path, artifact_key: str) -> int | None:
-    """Removes an artifact or one generation of it, at once for readers, unless somebody holds it.
-
-    Returns the bytes that this frees.
-    """
-    stage = folder.parent if folder.name == artifact_key else folder.parent.parent
-    aside = stage / f"{PREFIX}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
-    with contextlib.ExitStack() as locks:
-        for manifest in {path.resolve() for path in (folder / MANIFEST, *folder.glob(f"*/{MANIFEST}"))}:
-            try:
-                stream = locks.enter_context(manifest.open("r+"))
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except FileNotFoundError:
-                continue
-            except BlockingIOError:
-                return None
-        folder.rename(aside)
-    return _delete(aside)
-
-
-def _delete(folder: Path) -> int:
-    """Deletes a directory; returns the bytes that this frees: those of files that have no other name elsewhere."""
-    before = _disk_usage(folder, only_here=True)
-    if folder.is_symlink():
-        folder.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-    return before - _disk_usage(folder, only_here=True)
-
-
-def _disk_usage(folder: Path, only_here: bool = False) -> int:
-    """Returns the bytes of the disk's blocks that a directory takes, each inode once.
-
-    `only_here` leaves out files that have names elsewhere, too. What vanishes meanwhile counts as nothing.
-    """
-    names: dict[tuple[int, int], int] = {}
-    total = 0
-    pending = [folder]
-    while pending:
-        path = pending.pop()
-        with contextlib.suppress(FileNotFoundError):
-            status = path.lstat()
-            inode = (status.st_dev, status.st_ino)
-            names[inode] = names.get(inode, 0) + 1
-            directory = stat.S_ISDIR(status.st_mode)
-            if names[inode] == (1 if directory or not only_here else status.st_nlink):
-                total += status.st_blocks * 512
-            if directory:
-                pending.extend(path.iterdir())
-    return total
-
-
 def _link_again(path: Path, expected: File, root: Path) -> bool:
-    """Replaces a damaged shared file by a link to an intact one with the same content, if there is one."""
-    for manifest in [path / MANIFEST for path in _places(root)]:
+    """Replace a damaged shared file by a link to an intact one with the same content, if there is one."""
+    for manifest in [path / MANIFEST for path in artifact_places(root)]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for name, fields in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
                 file, source = File(**fields), manifest.parent / "data" / name
                 if file.sha256 == expected.sha256 and not file.shared and digest_file(source) == expected.sha256:
-                    fresh = path.with_name(f"{PREFIX}{uuid.uuid4().hex[:8]}")
+                    fresh = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}")
                     os.link(source, fresh)
                     fresh.replace(path)
                     return True
     return False
 
 
-def _write_manifest(partial: Path, stage: str, artifact_key: str, record: dict[str, Any]) -> None:
+def _write_manifest(partial: Path, stage: str, artifact_key: str, result: JsonObject) -> None:
+    """Write the manifest of the files in a directory, all of it durably."""
     data = partial / "data"
     files = {}
     for path in sorted(path for path in data.rglob("*") if path.is_file()):
@@ -629,7 +457,7 @@ def _write_manifest(partial: Path, stage: str, artifact_key: str, record: dict[s
             mtime_ns=path.stat().st_mtime_ns,
             shared=path.stat().st_nlink > 1,
         )
-    metadata = record.get("metadata", {})
+    metadata = result.get("metadata", {})
     contents = {name: [file.size, file.sha256] for name, file in files.items()}
     manifest = {
         "stage": stage,
@@ -637,7 +465,7 @@ def _write_manifest(partial: Path, stage: str, artifact_key: str, record: dict[s
         "digest": hashlib.sha256(canonical_json({"files": contents, "metadata": metadata})).hexdigest(),
         "files": {name: asdict(file) for name, file in files.items()},
         "metadata": metadata,
-        "measured": record.get("measured", {}),
+        "measured": result.get("measured", {}),
     }
     # As it is read back: JSON makes strings of numbers that are keys.
     manifest = json.loads(json.dumps(manifest))
@@ -649,10 +477,10 @@ def _write_manifest(partial: Path, stage: str, artifact_key: str, record: dict[s
     _fsync(partial)
 
 
-def _checksum(manifest: dict[str, Any]) -> str:
-    """Returns the SHA-256 of what a manifest says, but for the checksum itself."""
-    said = {name: value for name, value in manifest.items() if name != "checksum"}
-    return hashlib.sha256(canonical_json(said)).hexdigest()
+def _checksum(manifest: JsonObject) -> str:
+    """Return the SHA-256 of what a manifest says, except for the checksum itself."""
+    content = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def _fsync(path: Path) -> None:
@@ -661,34 +489,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _lock(root: Path, stage: str, artifact_key: str) -> Iterator[None]:
-    """Holds the artifact's lock. The kernel lets go of it when the process dies, however it dies."""
-    (root / stage).mkdir(parents=True, exist_ok=True)
-    with (root / stage / f".lock-{artifact_key[:16]}").open("w") as stream:
-        waiting = False
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if stopping.is_set():
-                    raise StageFailed("the run was stopped while it waited for another one") from None
-                if not waiting:
-                    logger.info("%s: another run is computing the same result; waiting for it", stage)
-                waiting = True
-                time.sleep(0.1)
-        yield
-
-
-def _is_locked(path: Path) -> bool:
-    if not path.exists():
-        return False
-    with path.open("r+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

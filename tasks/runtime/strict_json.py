@@ -1,4 +1,4 @@
-"""Strict JSON: an object whose every key stands once, without NaN, for files that people and other programs write."""
+"""Strict JSON, without duplicate keys and NaN, for files that people and other programs write."""
 
 import json
 import math
@@ -7,12 +7,24 @@ from typing import Any
 
 from quantize_gemma.tasks.runtime.errors import UserError
 
+# JSON whose content others define: a value, and an object.
+JsonValue = Any
+JsonObject = dict[str, Any]
+
 # What safetensors allows a header; Gemma's tokenizer.json has 33 MB.
 MAX_BYTES = 100_000_000
 
 
-def read_object(path: Path, what_to_do: str) -> dict[str, Any]:
-    """Returns the JSON object in a file. Raises UserError that names the file and says what to do with it."""
+def read_object(path: Path, what_to_do: str) -> JsonObject:
+    """Return the JSON object in a file.
+
+    Args:
+        path: The file.
+        what_to_do: What to do if the file is not good; the end of the error's sentence.
+
+    Raises:
+        UserError: The file is missing, cannot be read, or contains anything else.
+    """
     try:
         with path.open("rb") as stream:
             return parse_object(stream.read(MAX_BYTES + 1))
@@ -24,17 +36,20 @@ def read_object(path: Path, what_to_do: str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error}): {what_to_do}") from None
 
 
-def parse_object(text: bytes) -> dict[str, Any]:
-    """Returns the JSON object. Raises ValueError with the reason if it is anything else.
+def parse_object(text: bytes) -> JsonObject:
+    """Return the JSON object of a text.
 
     Libraries disagree on which of two values of a key counts, and on NaN; so both are errors.
+
+    Raises:
+        ValueError: It is anything else; the message says why.
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
     try:
-        value: Any = json.loads(
+        value: JsonValue = json.loads(
             text.decode("utf-8"),
-            object_pairs_hook=_object,
+            object_pairs_hook=_unique_keys,
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
@@ -49,12 +64,12 @@ def parse_object(text: bytes) -> dict[str, Any]:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, JsonValue]]) -> JsonObject:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has the key {twice!r} twice")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the key {duplicate!r} twice")
     return value
 
 

@@ -1,8 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers for people."""
 
 
 def human_size(count: float) -> str:
-    """Returns bytes as text, with decimal units."""
+    """Return a number of bytes as text, with decimal units."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -368,14 +368,14 @@ class CommandStore:
 
 def again(times: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """Calls the work, and again while it fails for what may pass by itself, as the flow does but without waiting."""
-    from quantize_gemma.tasks.runtime.worker import is_transient
+    from quantize_gemma.tasks.runtime.retries import is_retryable
 
     while True:
         try:
             return work(*arguments)
         except Exception as error:
             times -= 1
-            if times < 0 or not is_transient(error)[0]:
+            if times < 0 or not is_retryable(error)[0]:
                 raise
 
 

@@ -27,7 +27,7 @@ import httpx
 import psutil
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime import store, store_layout
 from tests.campaigns import campaign
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
@@ -292,7 +292,7 @@ class Attempt:
 
     def kill_child(self, run: int, rng: random.Random) -> bool:
         """Kills a stage's process or the server of a run; returns False if it has none."""
-        module = {"stage": "quantize_gemma.tasks.runtime.worker", "server": "quantize_gemma.flows.local_server"}[
+        module = {"stage": "quantize_gemma.tasks.runtime.worker_main", "server": "quantize_gemma.flows.local_server"}[
             self.case.victim
         ]
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -384,7 +384,7 @@ class Attempt:
             return any("repos/create" in line["path"] or self.target in line["path"] for line in self.writes())
         folder = self.home / self.accidents.folders[self.case.stage]
         key = self.accidents.keys[self.case.stage]
-        return any(folder.glob(f"{store.PREFIX}{key[:16]}*"))
+        return any(folder.glob(f"{store_layout.PARTIAL}{key[:16]}*"))
 
     def writes(self) -> list[dict[str, Any]]:
         """Returns the requests of this case that write to the Hub: no other case is at work meanwhile."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime import store, store_layout
 from tests.conftest import CommandLine
 
 
@@ -319,7 +319,7 @@ def test_prune_removes_what_died_and_keeps_what_works(fresh: CommandLine) -> Non
     dead.mkdir(parents=True)
     whole = fresh.home / "quantize" / ("a" * 64) / "data"
     whole.mkdir(parents=True)
-    (fresh.home / store.MARK).touch()
+    (fresh.home / store_layout.MARK).touch()
     outcome = fresh("prune")
     assert outcome.code == 0
     assert "removed 1" in outcome.stdout

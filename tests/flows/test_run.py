@@ -315,7 +315,7 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     function = "tests.flows.test_run:evaluate_damaged"
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     call = {"function": function, "target": str(target), "paths": paths, "values": asked}
-    worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None)
+    worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None)
     metrics = json.loads((Path(released.summary["release"]) / "metrics.json").read_text())
     after = read_outcomes(target)
     before = read_outcomes(artifact(command_line, released, "evaluate_mmlu_base") / "data")
@@ -490,7 +490,7 @@ def test_a_stage_that_dies_is_named_and_the_next_run_goes_on_from_there(
     shutil.rmtree(artifact(command_line, released, "smoke"))
     process = start_run_into("smoke", command_line, until=has_started)
     children = psutil.Process(process.pid).children(recursive=True)
-    next(child for child in children if "quantize_gemma.tasks.runtime.worker" in child.cmdline()).kill()
+    next(child for child in children if "quantize_gemma.tasks.runtime.worker_main" in child.cmdline()).kill()
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "quantize-gemma: smoke: its process ended with SIGKILL" in stderr

@@ -19,6 +19,7 @@ from quantize_gemma.tasks.models.resolved import ResolvedModel
 from quantize_gemma.tasks.runtime import hub as client
 from quantize_gemma.tasks.runtime import store, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.hub_errors import translate_hub_errors
 from tests.hub.server import Hub, serve
 
 TOKEN = "hf_reader000000"
@@ -47,7 +48,7 @@ def download_from(
         "values": values,
     }
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "2", **({"HF_TOKEN": token} if token else {})}
-    worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None, environment)
+    worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
     return target
 
 
@@ -65,7 +66,7 @@ def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "", **
         "paths": {},
         "values": values,
     }
-    worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None, environment)
+    worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
     return target
 
 
@@ -187,7 +188,7 @@ def test_an_answer_that_cannot_be_read_may_pass_by_itself(hub: Hub, tmp_path: Pa
 def test_an_error_in_our_own_code_is_one_line_for_the_user_and_a_traceback_without_tokens_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with pytest.raises(StageFailed) as failure, client.explained("model", NAME):
+    with pytest.raises(StageFailed) as failure, translate_hub_errors("model", NAME):
         raise KeyError("Bearer hf_MARKED000000")
     assert "\n" not in str(failure.value)
     assert not failure.value.transient
@@ -252,9 +253,9 @@ def test_files_match_the_hubs_hashes_only_if_they_are_the_same(hub: Hub, tmp_pat
         blob_id = entry["blob_id"]
         lfs = type("Lfs", (), {"sha256": store.digest_file(path)})
 
-    assert client.is_file(path, File)
+    assert client.is_same(path, File)
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
-    assert not client.is_file(path, File)
+    assert not client.is_same(path, File)
 
 
 def test_of_chartqa_only_the_test_split_is_fetched(hub: Hub, tmp_path: Path) -> None:
@@ -427,10 +428,10 @@ def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hu
         "with prefect_test_harness(server_startup_timeout=120):\n"
         "    from prefect.blocks.system import Secret\n"
         "    Secret(value='hf_old000000').save('hf-token')\n"
-        "    from quantize_gemma.tasks.runtime import hub\n"
+        "    from quantize_gemma.tasks.runtime import hub_client\n"
         "    from quantize_gemma.tasks.download import resolve_model\n"
         "    from quantize_gemma.tasks.runtime.errors import UserError\n"
-        "    print(hub.read_environment())\n"
+        "    print(hub_client.read_environment())\n"
         "    try:\n"
         f"        resolve_model({NAME!r}, None, False)\n"
         "    except UserError as error:\n"

@@ -89,7 +89,7 @@ def test_without_the_custom_cache_a_program_is_correct_within_the_sliding_window
     values = {"max_seq_len": 64, "custom_sdpa": custom_sdpa, "custom_kv_cache": False}
     call = {"function": "quantize_gemma.tasks.export:export", "target": str(tmp_path), "values": values}
     call["paths"] = {"checkpoint": str(quantized)}
-    metadata = worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None)["metadata"]
+    metadata = worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None)["metadata"]
     custom = {name for method in metadata["delegation"].values() for name in method["custom"]}
     assert not any(name.startswith("update_cache") for name in custom)
     assert ("llama_custom_sdpa_default" in custom) == custom_sdpa

@@ -92,13 +92,15 @@ def in_process(function: str, hub: Hub, token: str, paths: dict[str, str], value
         "HF_HUB_DISABLE_XET": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    return worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None, environment)["metadata"]
+    return worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)[
+        "metadata"
+    ]
 
 
 def publish_in_process(_target: Path, /, release: Path, private: bool, tagged: bool, **settings: Any) -> dict[str, Any]:
     from quantize_gemma.tasks.publish import Target, publish
 
-    return {"metadata": asdict(publish(store.at(release), Target(**settings), private, tagged))}
+    return {"metadata": asdict(publish(store.read_artifact(release), Target(**settings), private, tagged))}
 
 
 def check(hub: Hub, token: str = WRITER, repository: str = TARGET, **settings: Any) -> None:

@@ -329,7 +329,9 @@ def test_memory_does_not_depend_on_the_largest_matrix(tmp_path: Path) -> None:
         }
         values = {"values": {"rows": rows, "columns": columns}}
         root = {"PYTHONPATH": str(Path(__file__).parents[2])}
-        result = worker.run("quantize_gemma.tasks.runtime.worker:call", {**call, **values}, lambda *_: None, None, root)
+        result = worker.run(
+            "quantize_gemma.tasks.runtime.worker_main:call", {**call, **values}, lambda *_: None, None, root
+        )
         peaks.append(result["measured"]["peak_rss_bytes"])
         (tmp_path / "quantized").unlink()
     assert max(peaks) < 1.5e9

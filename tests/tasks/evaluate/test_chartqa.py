@@ -39,7 +39,7 @@ def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, l
     paths = {"checkpoint": str(checkpoint), "dataset": str(CHARTS)}
     values = {"device": "cpu", "limit": limit}
     call = {"function": "quantize_gemma.tasks.evaluate.chartqa:evaluate_chartqa", "target": str(target), "paths": paths}
-    return in_its_process("quantize_gemma.tasks.runtime.worker:call", monkeypatch, **call, values=values)
+    return in_its_process("quantize_gemma.tasks.runtime.worker_main:call", monkeypatch, **call, values=values)
 
 
 def evaluate_with_lm_eval(checkpoint: str, dataset: str, limit: int) -> dict[str, Any]:

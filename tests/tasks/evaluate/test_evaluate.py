@@ -51,7 +51,7 @@ def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, *
         "paths": paths,
         "values": values,
     }
-    return in_its_process("quantize_gemma.tasks.runtime.worker:call", monkeypatch, **call)
+    return in_its_process("quantize_gemma.tasks.runtime.worker_main:call", monkeypatch, **call)
 
 
 @pytest.mark.parametrize("name", ["base", "quantized"])

@@ -167,7 +167,7 @@ def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
         target.mkdir()
         given = {name: str(path) for name, path in paths.items()}
         call = {"function": function, "target": str(target), "paths": given, "values": values}
-        worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None)
+        worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None)
 
     shape = {"max_seq_len": 128, "last_logits_only": True}
     work("quantize_gemma.tasks.export:export", target, {"checkpoint": damaged}, **shape)

@@ -218,7 +218,9 @@ def test_of_a_repository_only_the_weights_are_fetched_that_transformers_would_re
             "paths": {},
             "values": values,
         }
-        worker.run("quantize_gemma.tasks.runtime.worker:call", call, lambda *_: None, None, {"HF_ENDPOINT": hub.url})
+        worker.run(
+            "quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, {"HF_ENDPOINT": hub.url}
+        )
     there = {path.name for path in target.iterdir()}
     assert {first.name, second.name, "model.safetensors.index.json"} <= there
     assert not there & {"model_ema.safetensors", "credentials.json"}

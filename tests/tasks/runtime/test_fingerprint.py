@@ -1,4 +1,4 @@
-"""What a stage's code and libraries are: all that runs, and nothing that cannot shape what it writes."""
+"""A fingerprint covers all code and libraries that shape what a stage writes, and nothing else."""
 
 import ast
 import json
@@ -50,12 +50,12 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.models.activation_quantization:_round": MODEL,
     "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
     "quantize_gemma.tasks.gate.checks:require_pass": set(),
-    "quantize_gemma.tasks.runtime.hub:fetch": set(),
+    "quantize_gemma.tasks.runtime.hub:download_files": set(),
     "quantize_gemma.tasks.runtime.patches.transformers:own_metadata": MODEL | {"verify", "export"},
     "quantize_gemma.tasks.runtime.patches.optimum_executorch:one_export": {"export"},
     "quantize_gemma.tasks.runtime.paired_stats:share_ratio": {"gate"},
     "quantize_gemma.tasks.runtime.prefect_stage:as_task": set(),
-    "quantize_gemma.tasks.runtime.worker:call": set(),
+    "quantize_gemma.tasks.runtime.worker_main:call": set(),
     "quantize_gemma.tasks.quantize.hqq:BOUNDS": {"quantize"},
     "quantize_gemma.tasks.models.recipe:decide": {"quantize"},
     "quantize_gemma.tasks.models.recipe:load_recipe": set(),
@@ -66,7 +66,7 @@ CHANGES: dict[str, set[str]] = {
 
 
 class Copy:
-    """A copy of the source whose fingerprints a process of its own computes, as they are at the moment."""
+    """A copy of the source; a process of its own computes its fingerprints as it is now."""
 
     def __init__(self, folder: Path) -> None:
         tasks = folder / "quantize_gemma" / "tasks"
@@ -106,7 +106,7 @@ def copy(tmp_path: Path) -> Iterator[Copy]:
 
 
 def changed(source: str, name: str) -> str:
-    """Returns the source with another value for a constant, or another statement in a function or class."""
+    """Return the source with another value for a constant, or another statement in a function or class."""
     tree = ast.parse(source)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
@@ -119,7 +119,7 @@ def changed(source: str, name: str) -> str:
     raise AssertionError(f"{name} is not defined")
 
 
-def test_a_change_runs_again_the_stages_that_use_it_and_no_other(copy: Copy) -> None:
+def test_a_change_of_code_runs_the_stages_that_use_it_and_no_other(copy: Copy) -> None:
     def change(definition: str) -> str:
         module, name = definition.split(":")
         source = copy.path(module).read_text(encoding="utf-8")
@@ -148,7 +148,7 @@ def test_a_change_runs_again_the_stages_that_use_it_and_no_other(copy: Copy) -> 
 
 
 @pytest.mark.parametrize("name", ["README.md.j2", "loading.py.j2", "loads_in.json"])
-def test_the_cards_templates_and_its_record_are_part_of_its_code(copy: Copy, name: str) -> None:
+def test_the_cards_templates_are_part_of_its_code(copy: Copy, name: str) -> None:
     before = copy.codes()
     file = copy.folder / "quantize_gemma" / "tasks" / "card" / name
     file.write_text(file.read_text(encoding="utf-8") + "another line\n", encoding="utf-8")
@@ -157,43 +157,46 @@ def test_the_cards_templates_and_its_record_are_part_of_its_code(copy: Copy, nam
 
 def test_comments_docstrings_and_formatting_do_not_count(copy: Copy) -> None:
     before = copy.codes()
-    for path in copy.folder.glob("tasks/**/*.py"):
+    paths = list(copy.folder.glob("quantize_gemma/tasks/**/*.py"))
+    assert paths
+    for path in paths:
         text = re.sub(r'^( *)"""(?!\n)', r'\1"""Another docstring. ', path.read_text(encoding="utf-8"), flags=re.M)
         text = re.sub(r"^(def |class |@)", r"# Another comment.\n\n\n\1", text, flags=re.M)
         path.write_bytes(text.replace("\n", "\r\n").encode())
     assert copy.codes() == before
 
 
-def test_a_module_that_is_not_understood_counts_whole(copy: Copy) -> None:
-    verify = copy.path("quantize_gemma.tasks.verify.compare")
+def test_a_module_used_as_a_value_counts_whole(copy: Copy) -> None:
+    compare = copy.path("quantize_gemma.tasks.verify.compare")
     untie = copy.path("quantize_gemma.tasks.untie")
     source = untie.read_text(encoding="utf-8")
-    untie.write_text(
-        source.replace("def untie_", "from quantize_gemma.tasks.verify import compare\nhidden = compare\n\ndef untie_")
-    )
+    module = "from quantize_gemma.tasks.verify import compare\n"
+
+    def insert(text: str, before: str) -> None:
+        assert source.count(before) == 1
+        untie.write_text(source.replace(before, text + before))
+
+    insert(f"{module}hidden = compare\n\n\n", before="def _link_files")
     unused = copy.codes()["untie"]
-    verify.write_text(changed(verify.read_text(encoding="utf-8"), "COMPARED_TOKENS"))
+    compare.write_text(changed(compare.read_text(encoding="utf-8"), "COMPARED_TOKENS"))
     assert copy.codes()["untie"] == unused
-    body = "    headers = read_headers(checkpoint)\n"
-    untie.write_text(
-        source.replace(body, f"    from quantize_gemma.tasks.verify import compare\n    print(compare)\n{body}")
-    )
+    insert(f"    {module}    print(compare)\n", before="    tensors = read_headers(checkpoint)\n")
     used = copy.codes()["untie"]
-    verify.write_text(changed(verify.read_text(encoding="utf-8"), "STEPS"))
+    compare.write_text(changed(compare.read_text(encoding="utf-8"), "STEPS"))
     assert copy.codes()["untie"] != used
     # What runs on import counts as well.
-    verify.write_text(verify.read_text(encoding="utf-8") + "\nprint('imported')\n")
+    compare.write_text(compare.read_text(encoding="utf-8") + "\nprint('imported')\n")
     printed = copy.codes()["untie"]
-    verify.write_text(verify.read_text(encoding="utf-8").replace("'imported'", "'imported twice'"))
+    compare.write_text(compare.read_text(encoding="utf-8").replace("'imported'", "'imported twice'"))
     assert copy.codes()["untie"] != printed
 
 
-def test_batches_are_in_a_gpus_key_and_not_in_a_cpus_and_who_answers_in_none() -> None:
+def test_the_batch_size_is_in_the_key_on_a_gpu_only_and_workers_and_cluster_never() -> None:
     from quantize_gemma.tasks.evaluate import evaluate_mmlu
     from quantize_gemma.tasks.runtime.prefect_stage import key_of
 
     def keys(**inputs: Any) -> int:
-        """Returns how many keys these inputs give, each in turn instead of the first."""
+        """Return how many keys these inputs give, each in turn instead of the first."""
         same = {name: values[0] for name, values in inputs.items()}
         asked = [{**same, name: value} for name, values in inputs.items() for value in values]
         return len({key_of(evaluate_mmlu, one) for one in asked})
@@ -208,7 +211,7 @@ def test_a_stage_that_does_not_exist_has_no_fingerprint() -> None:
         fingerprint.fingerprint("quantize_gemma.tasks.untie:missing")
 
 
-def test_the_fingerprint_says_what_is_not_the_same() -> None:
+def test_a_difference_of_fingerprints_is_named() -> None:
     here = fingerprint.fingerprint(STAGES["untie"])
     assert fingerprint.difference(here, here) is None
     assert fingerprint.difference({**here, "libraries": {"torch": "1.0"}}, here) == "torch None instead of 1.0"
@@ -216,7 +219,7 @@ def test_the_fingerprint_says_what_is_not_the_same() -> None:
     assert fingerprint.difference({**here, "code": "0"}, here) == "other code of this program"
 
 
-def test_every_imported_library_is_known_by_its_name_on_the_registry() -> None:
+def test_every_imported_library_has_its_name_on_the_registry() -> None:
     installed = packages_distributions()
     names = {name for stage in STAGES.values() for name in fingerprint.reached(stage)}
     tops = {top for name in names for top in fingerprint._facts(*name).libraries}
@@ -242,14 +245,15 @@ EXCUSED = {
 TRACE = """
 import importlib, json, sys, threading
 from pathlib import Path
-from quantize_gemma.tasks.runtime import store, worker
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.stage import import_function
 root = str(Path(store.__file__).parents[2] / "tasks")
 called = set()
 def note(frame, event, _argument):
     if event == "call" and frame.f_code.co_filename.startswith(root) and "__name__" in frame.f_globals:
         called.add((frame.f_globals["__name__"], frame.f_code.co_qualname.split(".")[0]))
 function, target, paths, values = json.loads(sys.argv[1])
-work = worker.named(function)
+work = import_function(function)
 threading.setprofile(note)
 sys.setprofile(note)
 work(Path(target), **{name: Path(path) for name, path in paths.items()}, **values)
@@ -259,7 +263,7 @@ print(json.dumps([sorted(called), sorted({name.split(".")[0] for name in sys.mod
 
 
 @pytest.mark.parametrize("stage", ["untie", "quantize", "gate", "card"])
-def test_whatever_a_stage_calls_and_loads_is_in_its_fingerprint(
+def test_a_fingerprint_covers_all_that_a_stage_calls_and_loads(
     stage: str, released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:
     keys = {line["name"]: line["key"] for line in released.summary["stages"] if line["key"]}
@@ -286,7 +290,7 @@ def test_whatever_a_stage_calls_and_loads_is_in_its_fingerprint(
 
 
 def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Returns the artifacts' directories and the values that a stage gets."""
+    """Return the artifacts' directories and the values that a stage gets."""
     from quantize_gemma.tasks.gate.metrics import LIBRARIES
     from quantize_gemma.tasks.models.recipe import load_recipe
 

@@ -1,4 +1,4 @@
-"""Memory and cores are those of the container, wherever its limits are."""
+"""Memory and cores are those of the container, whichever group limits them."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from quantize_gemma.tasks.runtime import machine
 GIB = 2**30
 
 
-def tree(root: Path, files: dict[str, str]) -> Path:
+def write_files(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -42,21 +42,21 @@ VERSION_1 = {
 
 
 @pytest.mark.parametrize("files", [VERSION_2, VERSION_1], ids=["v2", "v1"])
-def test_the_narrowest_group_above_us_limits_memory_and_cores(tmp_path: Path, files: dict[str, str]) -> None:
-    root = tree(tmp_path, files)
+def test_the_narrowest_group_limits_memory_and_cores(tmp_path: Path, files: dict[str, str]) -> None:
+    root = write_files(tmp_path, files)
     assert machine.total_memory(root) == GIB
     assert machine.available_memory(root) == GIB - GIB // 4
     assert machine.cores(root) == 1
     assert machine.threads(1, root) == {"OMP_NUM_THREADS": "1"}
 
 
-def test_memory_that_is_throttled_is_a_limit_too(tmp_path: Path) -> None:
-    root = tree(tmp_path, {**VERSION_2, "sys/fs/cgroup/pod/memory.high": f"{GIB // 2}\n"})
+def test_the_threshold_of_throttling_limits_memory(tmp_path: Path) -> None:
+    root = write_files(tmp_path, {**VERSION_2, "sys/fs/cgroup/pod/memory.high": f"{GIB // 2}\n"})
     assert machine.total_memory(root) == GIB // 2
 
 
-def test_without_limits_the_machine_counts(tmp_path: Path) -> None:
-    root = tree(
+def test_without_limits_memory_and_cores_are_the_machines(tmp_path: Path) -> None:
+    root = write_files(
         tmp_path,
         {
             "proc/self/cgroup": "2:memory:/a\n0::/../../b\n",
@@ -67,13 +67,3 @@ def test_without_limits_the_machine_counts(tmp_path: Path) -> None:
     assert machine.total_memory(root) == psutil.virtual_memory().total
     assert machine.cores(root) == min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
     assert machine.threads(1, root) == {}
-
-
-def test_each_worker_needs_memory_for_a_model_of_its_own() -> None:
-    from quantize_gemma.tasks.check import MEMORY_FACTOR, MEMORY_OF_LIBRARIES, check_memory
-    from quantize_gemma.tasks.runtime.errors import UserError
-
-    weights = int((machine.total_memory() // 3 - MEMORY_OF_LIBRARIES) / 2 / MEMORY_FACTOR)
-    assert check_memory(weights, workers=2) == 2 * check_memory(weights)
-    with pytest.raises(UserError, match=r"5 workers take about .* give at most --workers 3"):
-        check_memory(weights, workers=5)

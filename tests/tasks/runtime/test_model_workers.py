@@ -1,4 +1,4 @@
-"""An evaluation is spread over processes, and over a cluster, as mapped tasks; what it finds is the same."""
+"""An evaluation has the same results in one process, in several, and on a cluster, as mapped tasks."""
 
 import json
 import os
@@ -67,14 +67,14 @@ class Spreading:
         return {**json.loads(stdout.splitlines()[-1]), "log": stderr}
 
     def fails(self, stage: str, **settings: Any) -> str:
-        """Returns the last lines of a run that has to fail."""
+        """Return the last lines of a run that must fail."""
         started = self.start(stage, **settings)
         _, stderr = started.communicate(timeout=300)
         assert started.returncode == 1
         return stderr.split("StageFailed: ")[-1]
 
     def shards(self) -> dict[str, int]:
-        """Returns when each shard was finished."""
+        """Return when each shard was finished."""
         return {
             path.parent.name: path.stat().st_mtime_ns for path in self.home.glob("responses/[0-9a-f]*/manifest.json")
         }
@@ -101,7 +101,7 @@ def names_of_task_runs(api: str) -> list[str]:
     return [run["name"] for run in found]
 
 
-def test_by_default_one_process_answers_all_shards_as_mapped_tasks(alone: dict[str, Any], api: str) -> None:
+def test_by_default_one_model_worker_computes_all_shards_as_mapped_tasks(alone: dict[str, Any], api: str) -> None:
     assert list(alone["answered"].values()) == [57]
     # Mapped tasks of at least 100 of the 228 questions.
     names = [name for name in names_of_task_runs(api) if name.startswith("evaluate · mmlu_")]
@@ -112,7 +112,7 @@ def test_by_default_one_process_answers_all_shards_as_mapped_tasks(alone: dict[s
     ]
 
 
-def test_two_workers_share_the_shards_and_find_the_same(alone: dict[str, Any], spreading: Spreading) -> None:
+def test_two_model_workers_share_the_shards_with_the_same_results(alone: dict[str, Any], spreading: Spreading) -> None:
     found = spreading("evaluate", workers=2)
     assert len(found["answered"]) == 2
     assert sum(found["answered"].values()) == 57
@@ -140,7 +140,7 @@ def cluster(spreading: Spreading) -> Iterator[str]:
         one.wait()
 
 
-def test_a_dask_cluster_shares_the_shards_and_finds_the_same(
+def test_a_dask_cluster_shares_the_shards_with_the_same_results(
     alone: dict[str, Any], spreading: Spreading, cluster: str
 ) -> None:
     found = spreading("evaluate", cluster=cluster)
@@ -148,12 +148,12 @@ def test_a_dask_cluster_shares_the_shards_and_finds_the_same(
     assert sum(found["answered"].values()) == 57
     assert files(found) == files(alone)
     assert set(spreading.shards()) == alone["keys"]
-    # A resident of a cluster ends when nobody asks it any more.
+    # A model worker of a cluster ends when it has had no requests for a while.
     _, alive = psutil.wait_procs([psutil.Process(int(pid)) for pid in found["answered"]], timeout=60)
     assert alive == []
 
 
-def test_a_part_that_fails_on_the_cluster_fails_the_stage_with_its_message(
+def test_a_failed_part_on_the_cluster_fails_the_stage_with_its_message(
     spreading: Spreading, cluster: str, tmp_path: Path
 ) -> None:
     words = {"a": ["fail"], "b": ["two"]}
@@ -164,7 +164,7 @@ def test_a_part_that_fails_on_the_cluster_fails_the_stage_with_its_message(
 WORDS = {f"list{number}": [f"{number}-{word}" for word in range(60)] for number in range(6)}
 
 
-def test_a_process_loads_once_and_has_its_share_of_the_cores(spreading: Spreading, tmp_path: Path) -> None:
+def test_a_model_worker_loads_once_and_has_its_share_of_the_cores(spreading: Spreading, tmp_path: Path) -> None:
     found = spreading("lengths", words=WORDS, loaded=str(tmp_path / "one"), seconds=0.2)
     assert json.loads(files(found)["lengths.json"]) == {name: [len(w) for w in words] for name, words in WORDS.items()}
     (line,) = (tmp_path / "one").read_text().splitlines()
@@ -185,7 +185,7 @@ def test_a_process_loads_once_and_has_its_share_of_the_cores(spreading: Spreadin
         ("SIGKILL", "its process ended with SIGKILL (killed from outside, or the machine ran out of memory)"),
     ],
 )
-def test_a_part_that_fails_fails_the_stage_and_what_was_finished_is_kept(
+def test_a_failed_part_fails_the_stage_and_finished_shards_are_kept(
     spreading: Spreading, tmp_path: Path, word: str, message: str
 ) -> None:
     # The third of three tasks: the largest lists come first.
@@ -203,7 +203,7 @@ def test_a_part_that_fails_fails_the_stage_and_what_was_finished_is_kept(
     assert json.loads(files(found)["lengths.json"])["last"] == [6]
 
 
-def test_the_stages_memory_is_that_of_its_largest_process(spreading: Spreading, tmp_path: Path) -> None:
+def test_a_stages_peak_memory_is_that_of_its_largest_process(spreading: Spreading, tmp_path: Path) -> None:
     settings = {"loaded": str(tmp_path / "loaded"), "seconds": 0}
     small = spreading("lengths", words={"a": ["small"]}, **settings)["measured"]["peak_rss_bytes"]
     large = spreading("lengths", words={"a": ["large"]}, **settings)["measured"]["peak_rss_bytes"]
@@ -211,7 +211,7 @@ def test_the_stages_memory_is_that_of_its_largest_process(spreading: Spreading, 
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_ended_leaves_no_process_and_loses_only_what_was_in_work(
+def test_an_ended_run_leaves_no_process_and_loses_only_unfinished_shards(
     spreading: Spreading, tmp_path: Path, sent: signal.Signals
 ) -> None:
     settings = {"words": WORDS, "loaded": str(tmp_path / "loaded"), "workers": 2}
@@ -221,7 +221,7 @@ def test_a_run_that_is_ended_leaves_no_process_and_loses_only_what_was_in_work(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(0.5)
-    # The stage's process and two residents.
+    # The stage's process and two model workers.
     children = psutil.Process(started.pid).children(recursive=True)
     assert sum("quantize_gemma.tasks.runtime.model_workers:serve" in child.cmdline() for child in children) == 2
     started.send_signal(sent)
@@ -236,9 +236,7 @@ def test_a_run_that_is_ended_leaves_no_process_and_loses_only_what_was_in_work(
     assert len(after) == len(json.loads(files(found)["lengths.json"])) == 6
 
 
-def test_a_second_time_nothing_is_asked_and_more_questions_are_not_the_shards_of_fewer(
-    spreading: Spreading, tmp_path: Path
-) -> None:
+def test_finished_shards_are_reused_and_a_larger_limit_has_its_own_shards(spreading: Spreading, tmp_path: Path) -> None:
     few = {name: words[:2] for name, words in WORDS.items()}
     settings = {"seconds": 0, "loaded": str(tmp_path / "loaded")}
     spreading("lengths", words=few, **settings)

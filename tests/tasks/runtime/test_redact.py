@@ -1,4 +1,4 @@
-"""A secret is in nothing that is printed, logged, raised or kept, however it is written."""
+"""No secret is printed, logged, raised or stored, however it is written."""
 
 import base64
 import logging
@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
-from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime import parent_process, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.redact import keep_secret, redact, redact_logs
 
@@ -33,7 +33,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         f"{{'authorization': 'Bearer {TOKEN}'}}",
     ],
 )
-def test_what_looks_like_a_token_is_redacted_though_it_is_not_known(text: str) -> None:
+def test_unknown_tokens_are_redacted_by_their_form(text: str) -> None:
     assert TOKEN[4:] not in redact(text)
     assert "…" in redact(text)
 
@@ -50,7 +50,7 @@ def test_what_looks_like_a_token_is_redacted_though_it_is_not_known(text: str) -
         ("a@b.c wrote: 5 @ 6", "a@b.c wrote: 5 @ 6"),
     ],
 )
-def test_addresses_with_passwords_are_redacted_and_nothing_else(text: str, redacted: str) -> None:
+def test_passwords_in_addresses_are_redacted_and_nothing_else(text: str, redacted: str) -> None:
     assert redact(text) == redacted
 
 
@@ -91,19 +91,19 @@ def test_a_known_secret_is_redacted_in_every_form(which: str, form: str, monkeyp
         assert "…" in said
 
 
-def test_secrets_of_blocks_and_of_the_login_file_are_known(tmp_path: Path) -> None:
+def test_secrets_of_blocks_and_of_the_login_file_are_redacted(tmp_path: Path) -> None:
     keep_secret("from a block")
     (tmp_path / "token").write_text("from-the-login\n")
     assert redact("a from a block b from-the-login c") == "a … b … c"
 
 
-def test_every_failure_of_a_run_is_redacted_whoever_raises_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_messages_of_failures_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "no-prefix-at-all")
     for kind in (UserError, StageFailed):
         assert str(kind("the answer was no-prefix-at-all")) == "the answer was …"
 
 
-def test_what_a_stages_process_logs_prints_and_raises_is_redacted(
+def test_what_a_worker_logs_prints_and_raises_is_redacted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "no-prefix-at-all")
@@ -122,12 +122,12 @@ def test_what_a_stages_process_logs_prints_and_raises_is_redacted(
 
 
 def leak(secret: str) -> None:
-    worker.report(f"logged {secret}")
+    parent_process.log(f"logged {secret}")
     print(f"printed {secret}", flush=True)
     raise ZeroDivisionError(f"raised {secret}")
 
 
-def test_prefects_log_is_redacted_tracebacks_included(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefects_log_is_redacted_with_its_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "no-prefix-at-all")
     lines: list[str] = []
 

@@ -1,4 +1,4 @@
-"""A stage's own process: what is said of its failure, and that it ends with its parent."""
+"""A worker process reports its result or its failure, and ends with its parent."""
 
 import ctypes
 import json
@@ -8,54 +8,56 @@ import resource
 import subprocess
 import sys
 import threading
-import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
-from quantize_gemma.tasks.runtime import worker
-from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime import parent_process, worker
+from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[3]
 
 
-def fail(known: bool) -> dict[str, Any]:
-    """Prints what libraries print, and fails."""
-    print("a library's noise", file=sys.stderr)
-    raise StageFailed("the answer is empty") if known else ValueError("not thought of")
+def fail(expected: bool) -> dict[str, Any]:
+    """Print what libraries print, and fail."""
+    print("a library's output", file=sys.stderr)
+    raise StageFailed("the answer is empty") if expected else ValueError("unexpected")
 
 
 def write(target: Path) -> dict[str, Any]:
-    """Leaves a file."""
+    """Write a file."""
     (target / "file").touch()
     return {}
 
 
-def failure(known: bool) -> str:
+def failure_message(expected: bool) -> str:
     with pytest.raises(StageFailed) as caught:
         worker.run(
-            "tests.tasks.runtime.test_worker:fail", {"known": known}, lambda *_: None, None, {"PYTHONPATH": str(ROOT)}
+            "tests.tasks.runtime.test_worker:fail",
+            {"expected": expected},
+            lambda *_: None,
+            None,
+            {"PYTHONPATH": str(ROOT)},
         )
     return str(caught.value)
 
 
-def test_code_that_was_changed_during_the_run_makes_nothing_under_the_old_key(tmp_path: Path) -> None:
+def test_a_worker_whose_code_differs_from_the_runs_fails_and_writes_nothing(tmp_path: Path) -> None:
     function = "tests.tasks.runtime.test_worker:write"
     arguments = {"function": function, "target": str(tmp_path), "paths": {}, "values": {}}
     here = fingerprint(function)
     there = {"PYTHONPATH": str(ROOT)}
-    worker.run("quantize_gemma.tasks.runtime.worker:call", {**arguments, "made_by": here}, lambda *_: None, None, there)
+    worker.run(
+        "quantize_gemma.tasks.runtime.worker_main:call", {**arguments, "made_by": here}, lambda *_: None, None, there
+    )
     assert (tmp_path / "file").exists()
     (tmp_path / "file").unlink()
     with pytest.raises(StageFailed, match="other code of this program: it was changed during the run, start the run"):
         worker.run(
-            "quantize_gemma.tasks.runtime.worker:call",
+            "quantize_gemma.tasks.runtime.worker_main:call",
             {**arguments, "made_by": {**here, "code": "0"}},
             lambda *_: None,
             None,
@@ -64,131 +66,66 @@ def test_code_that_was_changed_during_the_run_makes_nothing_under_the_old_key(tm
     assert not (tmp_path / "file").exists()
 
 
-def test_a_failure_that_a_stage_explains_is_all_that_is_said() -> None:
-    assert failure(known=True) == "the answer is empty"
+def test_an_expected_failure_is_reported_as_its_message() -> None:
+    assert failure_message(expected=True) == "the answer is empty"
 
 
-def test_an_error_that_nobody_thought_of_comes_with_its_last_lines() -> None:
-    said = failure(known=False)
-    assert said.startswith("ValueError: not thought of\n")
-    assert "a library's noise" in said
-    assert f"{Path(__file__).name}" in said
-
-
-def refusal(**headers: str) -> Exception:
-    response = httpx.Response(
-        429, headers={name.replace("_", "-"): value.encode("latin-1") for name, value in headers.items()}
-    )
-    return httpx.HTTPStatusError("too many", request=httpx.Request("GET", "http://hub"), response=response)
-
-
-@pytest.mark.parametrize(
-    ("headers", "expected"),
-    [
-        ({}, (True, 0.0)),
-        ({"Retry_After": "3"}, (True, 3.0)),
-        ({"Retry_After": "900"}, (True, 900.0)),
-        ({"Retry_After": "901"}, (False, 0.0)),
-        ({"Retry_After": "99999999999"}, (False, 0.0)),
-        ({"Retry_After": "9" * 5000}, (False, 0.0)),
-        ({"Retry_After": "Fri, 31 Dec 2099 23:59:59 GMT"}, (False, 0.0)),
-        ({"Retry_After": "Thu, 01 Jan 1970 00:00:00 GMT"}, (True, 0.0)),
-        ({"Retry_After": "Mon, 01 Jan 0001 00:00:00 -0000"}, (True, 0.0)),
-        ({"Retry_After": "-5"}, (True, 0.0)),
-        ({"Retry_After": "soon"}, (True, 0.0)),
-        ({"Retry_After": "²"}, (True, 0.0)),
-        ({"RateLimit": '"api";r=0;t=41'}, (True, 42.0)),
-        ({"RateLimit": '"api";r=7;t=41'}, (True, 0.0)),
-        ({"RateLimit": '"api";r=0;t=99999999999'}, (False, 0.0)),
-        ({"RateLimit": '"api";r=0;t=' + "9" * 5000}, (False, 0.0)),
-    ],
-)
-def test_a_server_is_waited_for_as_long_as_it_asks_but_not_for_hours(
-    headers: dict[str, str], expected: tuple[bool, float]
-) -> None:
-    assert worker.is_transient(refusal(**headers)) == expected
-
-
-def test_a_date_to_come_back_at_is_as_far_away_as_it_is() -> None:
-    date = format_datetime(datetime.now(UTC) + timedelta(minutes=5), usegmt=True)
-    began = time.time()
-    transient, seconds = worker.is_transient(refusal(Retry_After=date))
-    assert transient
-    assert seconds <= 300 <= seconds + 1 + time.time() - began
-
-
-def raised(error: Exception, cause: Exception, *, hidden: bool) -> Exception:
-    """Returns the error as it is after it was raised while the cause was handled, `from None` if it is hidden."""
-    try:
-        try:
-            raise cause
-        except Exception:
-            if hidden:
-                raise error from None
-            raise error  # noqa: B904 (the context is what is tested)
-    except Exception as caught:
-        return caught
-
-
-def test_what_was_raised_from_none_does_not_pass_by_itself() -> None:
-    assert worker.is_transient(raised(ValueError("a"), ConnectionError(), hidden=False)) == (True, 0.0)
-    assert worker.is_transient(raised(ValueError("a"), ConnectionError(), hidden=True)) == (False, 0.0)
-
-
-def test_a_users_mistake_does_not_pass_by_itself_whatever_it_follows_from() -> None:
-    assert worker.is_transient(raised(UserError("a"), ConnectionError(), hidden=False)) == (False, 0.0)
-    assert worker.is_transient(raised(ValueError("a"), UserError("b"), hidden=False)) == (False, 0.0)
+def test_an_unexpected_error_is_reported_with_the_last_lines_of_output() -> None:
+    message = failure_message(expected=False)
+    assert message.startswith("ValueError: unexpected\n")
+    assert "a library's output" in message
+    assert Path(__file__).name in message
 
 
 def hold_the_interpreter(descendants: int) -> dict[str, Any]:
-    """Starts so many more, each by the one before, and has native code hold the interpreter for an hour."""
+    """Start a chain of so many workers, and have native code hold the interpreter for an hour."""
     if descendants:
         arguments = {"descendants": descendants - 1}
-        worker.Child("tests.tasks.runtime.test_worker:hold_the_interpreter", arguments, {"PYTHONPATH": str(ROOT)})
+        worker.Worker("tests.tasks.runtime.test_worker:hold_the_interpreter", arguments, {"PYTHONPATH": str(ROOT)})
     Path(os.environ["STARTED"], str(os.getpid())).touch()
     ctypes.PyDLL(None).sleep(3600)
     return {}
 
 
-def test_stages_whose_native_code_holds_the_interpreter_end_with_a_killed_parent(tmp_path: Path) -> None:
+def test_workers_in_native_code_die_with_their_parent(tmp_path: Path) -> None:
     script = (
         "import threading; from quantize_gemma.tasks.runtime import worker\n"
-        "start = lambda: worker.Child('tests.tasks.runtime.test_worker:hold_the_interpreter', {'descendants': 1})\n"
+        "start = lambda: worker.Worker('tests.tasks.runtime.test_worker:hold_the_interpreter', {'descendants': 1})\n"
         "threading.Thread(target=start).start(); threading.Event().wait()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STARTED": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", script], env=environment) as parent:
         while len(list(tmp_path.iterdir())) < 2:
             assert parent.poll() is None
-        stages = psutil.Process(parent.pid).children(recursive=True)
-        assert {str(stage.pid) for stage in stages} == {path.name for path in tmp_path.iterdir()}
+        workers = psutil.Process(parent.pid).children(recursive=True)
+        assert {str(process.pid) for process in workers} == {path.name for path in tmp_path.iterdir()}
         parent.kill()
-    _, alive = psutil.wait_procs(stages, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert alive == []
 
 
-def answer() -> dict[str, Any]:
-    """Answers when it is asked to."""
-    return {"answer": worker.next_line()}
+def receive() -> dict[str, Any]:
+    """Return what the parent sends."""
+    return {"received": parent_process.receive()}
 
 
-def test_a_stage_outlives_the_thread_that_started_it() -> None:
-    children: list[worker.Child] = []
+def test_a_worker_outlives_the_thread_that_started_it() -> None:
+    started: list[worker.Worker] = []
 
     def start() -> None:
-        children.append(worker.Child("tests.tasks.runtime.test_worker:answer", {}, {"PYTHONPATH": str(ROOT)}))
+        started.append(worker.Worker("tests.tasks.runtime.test_worker:receive", {}, {"PYTHONPATH": str(ROOT)}))
 
     thread = threading.Thread(target=start)
     thread.start()
     thread.join()
-    (child,) = children
-    child.send(42)
-    assert child.receive(lambda *_: None, None)["value"] == {"answer": 42}
-    child.close()
+    (process,) = started
+    process.send(42)
+    assert process.receive(lambda *_: None, None)["value"] == {"received": 42}
+    process.close()
 
 
 def write_too_much(library: str, folder: str) -> dict[str, Any]:
-    """Writes a file that is larger than this process may write."""
+    """Write a file that is larger than this process may write."""
     if library == "safetensors":
         import torch
         from safetensors.torch import save_file
@@ -201,7 +138,7 @@ def write_too_much(library: str, folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("library", ["python", "safetensors"])
-def test_a_file_that_the_disk_does_not_take_is_one_sentence_whichever_library_meets_it(
+def test_a_file_too_large_for_the_disk_is_one_sentence_whichever_library_writes_it(
     library: str, tmp_path: Path
 ) -> None:
     with pytest.raises(StageFailed) as caught:
@@ -230,14 +167,14 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
 
 
 def fill_the_disk() -> dict[str, Any]:
-    """Writes to the kernel's own full device."""
+    """Write to the kernel's own full device."""
     with Path("/dev/full").open("wb", buffering=0) as stream:
         stream.write(b"x")
     return {}
 
 
-def test_a_stage_works_elsewhere_than_where_the_run_was_started(tmp_path: Path) -> None:
-    """What it starts imports from the environment alone, too, and it has no password of the Prefect server."""
+def test_a_worker_imports_nothing_from_where_the_run_was_started_and_has_no_password(tmp_path: Path) -> None:
+    """Nor does a process that the worker starts."""
     script = """
 import json, sys
 from quantize_gemma.tasks.runtime import worker
@@ -246,15 +183,15 @@ print(json.dumps(worker.run("tests.tasks.runtime.test_worker:surroundings", {}, 
     (tmp_path / "pip.py").write_text("print('theirs')")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_AUTH_STRING": "a:b"}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    seen = json.loads(done.stdout)
-    assert seen["directory"] != str(tmp_path)
-    assert seen["pip"].startswith("pip ")
-    assert seen["password"] is None
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    facts = json.loads(result.stdout)
+    assert facts["directory"] != str(tmp_path)
+    assert facts["pip"].startswith("pip ")
+    assert facts["password"] is None
 
 
 def surroundings() -> dict[str, Any]:
-    """Returns what a stage sees around it."""
+    """Return what a worker finds around it."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

@@ -89,7 +89,7 @@ def export(function: str, checkpoint: Path, target: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
         worker.run(
-            "quantize_gemma.tasks.runtime.worker:call",
+            "quantize_gemma.tasks.runtime.worker_main:call",
             {**call, "values": {"max_seq_len": MAX_SEQ_LEN}},
             lambda *_: None,
             None,
