@@ -1,4 +1,4 @@
-"""What several tests share: a command line in its own process, and one release that is made once a session."""
+"""Shared fixtures: a command line in its own process, and one release for all tests of a session."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def pytest_configure() -> None:
 
 @dataclass
 class Outcome:
-    """What a run of the command line left: exit code, streams, and the JSON object it printed last."""
+    """The result of a run of the command line: exit code, streams, and the JSON object that it printed last."""
 
     code: int
     stdout: str
@@ -53,14 +53,14 @@ class Outcome:
 
 @dataclass
 class CommandLine:
-    """`quantize-gemma` on a store of its own, with a Prefect home of its own."""
+    """`quantize-gemma` with a store and a Prefect home of its own."""
 
     home: Path
     prefect: Path
 
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-        return {**kept, "QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        return {**inherited, "QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect)}
 
     def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
@@ -87,29 +87,30 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 @pytest.fixture(scope="session")
 def released(command_line: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The built-in model, through every stage. Several processes of tests have a copy each of one run's store."""
-    # Of each process its own, in one that they share.
+    """The built-in model, through every stage. Each process of pytest-xdist has its own copy of one run's store."""
+    # Each process has a folder of its own in one that they share.
     folder = tmp_path_factory.getbasetemp()
-    made = folder.parent / "released" if "PYTEST_XDIST_WORKER" in os.environ else folder / "released"
-    with FileLock(f"{made}.lock"):
-        if not made.exists():
+    shared = folder.parent / "released" if "PYTEST_XDIST_WORKER" in os.environ else folder / "released"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
             outcome = command_line("run", "--json")
             assert outcome.code == 0, outcome.stderr[-5000:]
-            partial = made.with_suffix(".partial")
+            partial = shared.with_suffix(".partial")
             shutil.copytree(command_line.home.parent, partial, symlinks=True)
-            said = {"home": str(command_line.home), "stdout": outcome.stdout, "stderr": outcome.stderr}
-            (partial / "outcome.json").write_text(json.dumps(said))
-            partial.rename(made)
+            result = {"home": str(command_line.home), "stdout": outcome.stdout, "stderr": outcome.stderr}
+            (partial / "outcome.json").write_text(json.dumps(result))
+            partial.rename(shared)
             return outcome
-    said = json.loads((made / "outcome.json").read_text())
-    shutil.copytree(made, command_line.home.parent, symlinks=True, dirs_exist_ok=True)
-    here = {name: said[name].replace(said["home"], str(command_line.home)) for name in ("stdout", "stderr")}
-    return Outcome(0, **here)
+    result = json.loads((shared / "outcome.json").read_text())
+    shutil.copytree(shared, command_line.home.parent, symlinks=True, dirs_exist_ok=True)
+    # Its paths are those of the process that ran it.
+    streams = {name: result[name].replace(result["home"], str(command_line.home)) for name in ("stdout", "stderr")}
+    return Outcome(0, **streams)
 
 
 @pytest.fixture
 def tiny_copy(tmp_path: Path) -> Callable[[], Path]:
-    """Makes a copy of tiny-gemma3 that a test may damage."""
+    """Copies tiny-gemma3, for a test that damages it."""
 
     def copy() -> Path:
         return Path(shutil.copytree(BUILTIN["tiny-gemma3"], tmp_path / "model"))
