@@ -1,4 +1,4 @@
-"""What several tests share: a command line in its own process, and one release that is made once a session."""
+"""Shared fixtures: a command line in its own process, and one release for all tests of a session."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def pytest_configure() -> None:
 
 @dataclass
 class Outcome:
-    """What a run of the command line left: exit code, streams, and the JSON object it printed last."""
+    """The result of a run of the command line: exit code, streams, and the JSON object that it printed last."""
 
     code: int
     stdout: str
@@ -53,14 +53,14 @@ class Outcome:
 
 @dataclass
 class CommandLine:
-    """`quantize-gemma` on a store of its own, with a Prefect home of its own."""
+    """`quantize-gemma` with a store and a Prefect home of its own."""
 
     home: Path
     prefect: Path
 
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-        return {**kept, "QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        return {**inherited, "QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect)}
 
     def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
@@ -87,8 +87,8 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
 
 @pytest.fixture(scope="session")
 def released(command_line: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The built-in model, through every stage. Several processes of tests have a copy each of one run's store."""
-    # Of each process its own, in one that they share.
+    """The built-in model, through every stage. Each process of pytest-xdist has its own copy of one run's store."""
+    # Each process has a folder of its own in one that they share.
     folder = tmp_path_factory.getbasetemp()
     shared = folder.parent / "released" if "PYTEST_XDIST_WORKER" in os.environ else folder / "released"
     with FileLock(f"{shared}.lock"):
@@ -118,7 +118,7 @@ def copy_release(source: Path, home: Path, outcome: Outcome, target: CommandLine
 
 @pytest.fixture
 def tiny_copy(tmp_path: Path) -> Callable[[], Path]:
-    """Makes a copy of tiny-gemma3 that a test may damage."""
+    """Copies tiny-gemma3, for a test that damages it."""
 
     def copy() -> Path:
         return Path(shutil.copytree(BUILTIN["tiny-gemma3"], tmp_path / "model"))
