@@ -301,12 +301,12 @@ def test_a_cuda_device_that_is_not_there_is_said_before_anything_starts(
     ("rules", "words"),
     [
         ("[]", ["no rule", "decides"]),
-        ('["linear"]', ["linear", "fields"]),
+        ('["linear"]', ["linear", "must be an object"]),
         (
             '[{"match": "re:(", "weight": "int4", "group_size": 32, "activation": null, "algorithm": "affine"}]',
             ["re:("],
         ),
-        ("7", ["cannot be read"]),
+        ("7", ["rules must be a list of rules"]),
     ],
 )
 def test_a_malformed_recipe_is_named(rules: str, words: list[str], fresh: CommandLine, tmp_path: Path) -> None:
