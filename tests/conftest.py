@@ -80,30 +80,36 @@ class CommandLine:
 
 
 @pytest.fixture(scope="session")
-def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+    """The store of the release below. Tests that change it take a copy, see tests/flows/test_run.py."""
     folder = tmp_path_factory.mktemp("session")
     return CommandLine(folder / "store", folder / "prefect")
 
 
 @pytest.fixture(scope="session")
-def released(command_line: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def command_line(shared_store: CommandLine) -> CommandLine:
+    return shared_store
+
+
+@pytest.fixture(scope="session")
+def released(shared_store: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The built-in model, through every stage. Each process of pytest-xdist has its own copy of one run's store."""
     # Each process has a folder of its own in one that they share.
     folder = tmp_path_factory.getbasetemp()
     shared = folder.parent / "released" if "PYTEST_XDIST_WORKER" in os.environ else folder / "released"
     with FileLock(f"{shared}.lock"):
         if not shared.exists():
-            outcome = command_line("run", "--json")
+            outcome = shared_store("run", "--json")
             assert outcome.code == 0, outcome.stderr[-5000:]
             partial = shared.with_suffix(".partial")
-            shutil.copytree(command_line.home.parent, partial, symlinks=True)
-            streams = {"home": str(command_line.home), "stdout": outcome.stdout, "stderr": outcome.stderr}
+            shutil.copytree(shared_store.home.parent, partial, symlinks=True)
+            streams = {"home": str(shared_store.home), "stdout": outcome.stdout, "stderr": outcome.stderr}
             (partial / "outcome.json").write_text(json.dumps(streams))
             partial.rename(shared)
             return outcome
     streams = json.loads((shared / "outcome.json").read_text())
     outcome = Outcome(0, streams["stdout"], streams["stderr"])
-    return copy_release(shared, Path(streams["home"]), outcome, command_line)
+    return copy_release(shared, Path(streams["home"]), outcome, shared_store)
 
 
 def copy_release(source: Path, home: Path, outcome: Outcome, target: CommandLine) -> Outcome:
