@@ -38,11 +38,11 @@ def command_line(
 
 def our_evaluation(target: str, checkpoint: str, questions: str, limit: int | None, device: str) -> dict[str, Any]:
     """Evaluates as the flow does."""
-    from quantize_gemma.tasks.evaluate import evaluate_checkpoint
-    from quantize_gemma.tasks.evaluate.model import PackedLM
+    from quantize_gemma.tasks.evaluate import evaluate_mmlu
+    from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
 
     def evaluate() -> None:
-        evaluate_checkpoint(Path(target), Path(checkpoint), Path(questions), limit, "auto", device, refresh=True)
+        evaluate_mmlu(Path(target), Path(checkpoint), Path(questions), limit, "auto", device, refresh=True)
 
     return {"evaluation_seconds": _timed(PackedLM, evaluate)}
 

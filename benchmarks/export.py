@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
 from benchmarks.side_by_side import compared, line, machine, run, show, version
-from quantize_gemma.tasks.patches import DISABLE
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.runtime.patches import DISABLE
+from quantize_gemma.tasks.runtime.units import human_size
 
 # Prompts of these many tokens are given to both programs when their bytes differ.
 LENGTHS = 1, 7, 60
@@ -49,9 +49,9 @@ def measure(shape: str, max_seq_len: int, folder: Path) -> dict[str, Any]:
 
 def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
     """Exports as the flow's stage does, without the patches that the environment disables."""
-    from quantize_gemma.tasks.export import export_checkpoint
+    from quantize_gemma.tasks.export import export
 
-    export_checkpoint(Path(target), Path(checkpoint), max_seq_len, last_logits_only=True)
+    export(Path(target), Path(checkpoint), max_seq_len, last_logits_only=True)
     return {}
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
 from benchmarks.side_by_side import machine, run, version
-from quantize_gemma.tasks.patches import DISABLE, export_patches, loading_patches
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.runtime.patches import DISABLE, export_patches, loading_patches
+from quantize_gemma.tasks.runtime.units import human_size
 
 MEASURED = ("seconds", "cpu_seconds", "peak_rss_bytes")
 
@@ -46,10 +46,10 @@ def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
     """Exports as the flow's stage does; returns the processor's time and the program's SHA-256."""
     import hashlib
 
-    from quantize_gemma.tasks.export import export_checkpoint
+    from quantize_gemma.tasks.export import export
 
     before = time.process_time()
-    export_checkpoint(Path(target), Path(checkpoint), max_seq_len)
+    export(Path(target), Path(checkpoint), max_seq_len)
     seconds = time.process_time() - before
     with (Path(target) / "model.pte").open("rb") as program:
         return {"cpu_seconds": seconds, "sha256": hashlib.file_digest(program, "sha256").hexdigest()}

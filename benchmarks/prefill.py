@@ -42,25 +42,25 @@ def measure(shape: str, folder: Path) -> dict[str, Any]:
 
 def export(target: str, checkpoint: str, last_logits_only: bool) -> dict[str, Any]:
     """Exports as the flow's stage does."""
-    from quantize_gemma.tasks.export import export_checkpoint
+    from quantize_gemma.tasks.export import export
 
-    export_checkpoint(Path(target), Path(checkpoint), TOKENS + 24, last_logits_only=last_logits_only)
+    export(Path(target), Path(checkpoint), TOKENS + 24, last_logits_only=last_logits_only)
     return {}
 
 
 def read(program: str, checkpoint: str) -> dict[str, Any]:
-    """Reads a prompt in one piece; returns the seconds that it took and the digest of the last logits."""
+    """Reads a prompt in one chunk; returns the seconds that it took and the digest of the last logits."""
     import hashlib
     import time
 
     import torch
 
-    from quantize_gemma.tasks.program import Methods
+    from quantize_gemma.tasks.models.pte import PteProgram
 
-    methods = Methods(Path(program) / "model.pte")
+    pte = PteProgram(Path(program) / "model.pte")
     ids = torch.randint(10, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     started = time.monotonic()
-    logits = methods.decode(methods.embed(ids), {TOKENS - 1})
+    logits = pte.decode(pte.embed_tokens(ids), {TOKENS - 1})
     seconds = time.monotonic() - started
     return {"prefill_seconds": seconds, "answer": hashlib.sha256(logits.numpy().tobytes()).hexdigest()}
 

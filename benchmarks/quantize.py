@@ -11,8 +11,9 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint
 from benchmarks.side_by_side import compared, line, machine, run, show, version
-from quantize_gemma.tasks.recipe import decide, load_recipe, torchao_config
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.recipe import decide, load_recipe, torchao_config
+from quantize_gemma.tasks.runtime.units import human_size
 
 
 def reference_untie(target: str, checkpoint: str) -> dict[str, Any]:
@@ -50,16 +51,16 @@ def reference_quantize(target: str, checkpoint: str, recipe: str) -> dict[str, A
 
 def our_untie(target: str, checkpoint: str) -> dict[str, Any]:
     """Unties as the flow does."""
-    from quantize_gemma.tasks.untie import untie_checkpoint
+    from quantize_gemma.tasks.untie import untie
 
-    return untie_checkpoint(Path(target), Path(checkpoint))
+    return untie(Path(target), Path(checkpoint))
 
 
 def our_quantize(target: str, checkpoint: str, recipe: str, device: str) -> dict[str, Any]:
     """Quantizes as the flow does."""
-    from quantize_gemma.tasks.quantize import quantize_checkpoint
+    from quantize_gemma.tasks.quantize import quantize
 
-    return quantize_checkpoint(Path(target), Path(checkpoint), load_recipe(recipe), device)
+    return quantize(Path(target), Path(checkpoint), load_recipe(recipe).to_json(), device)
 
 
 def copy_files(target: str, checkpoint: str) -> dict[str, Any]:
@@ -75,11 +76,9 @@ def differences(one: Path, other: Path) -> list[str]:
     import torch
     from safetensors import safe_open
 
-    from quantize_gemma.tasks.checkpoint import runtime_name
-
     with safe_open(str(one), framework="pt") as left, safe_open(str(other), framework="pt") as right:
-        names = {runtime_name(name): name for name in left.keys()}  # noqa: SIM118
-        others = {runtime_name(name): name for name in right.keys()}  # noqa: SIM118
+        names = {GEMMA3.runtime_name(name): name for name in left.keys()}  # noqa: SIM118
+        others = {GEMMA3.runtime_name(name): name for name in right.keys()}  # noqa: SIM118
         wrong = sorted(set(names) ^ set(others))
         for name in sorted(set(names) & set(others)):
             a, b = left.get_tensor(names[name]), right.get_tensor(others[name])

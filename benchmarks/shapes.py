@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from quantize_gemma.tasks.builtin import BUILTIN
-from quantize_gemma.tasks.checkpoint import RUNTIME_PREFIXES, write_header
-from quantize_gemma.tasks.quantize import quantize_checkpoint
-from quantize_gemma.tasks.recipe import load_recipe
-from quantize_gemma.tasks.store import copy
-from quantize_gemma.tasks.untie import untie_checkpoint
+from quantize_gemma.tasks.models.checkpoint import write_header
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.recipe import load_recipe
+from quantize_gemma.tasks.quantize import quantize
+from quantize_gemma.tasks.runtime.store import copy
+from quantize_gemma.tasks.untie import untie
 
 TEXT = {
     "model_type": "gemma3_text",
@@ -115,8 +116,8 @@ def write_checkpoint(target: Path, config: dict[str, Any]) -> None:
 def quantized_checkpoint(checkpoint: Path, target: Path) -> None:
     """Fills `target` with the checkpoint as the pipeline quantizes it."""
     with tempfile.TemporaryDirectory(dir=target.parent) as untied:
-        untie_checkpoint(Path(untied), checkpoint)
-        quantize_checkpoint(target, Path(untied), load_recipe("HQQ-INT8-INT4"), "cpu")
+        untie(Path(untied), checkpoint)
+        quantize(target, Path(untied), load_recipe("HQQ-INT8-INT4").to_json(), "cpu")
 
 
 def weight_shapes(checkpoint: Path) -> dict[str, list[int]]:
@@ -132,8 +133,7 @@ def weight_shapes(checkpoint: Path) -> dict[str, list[int]]:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":
             continue
-        hub = next((h for h, r in RUNTIME_PREFIXES.items() if multimodal and name.startswith(r)), None)
-        shapes[hub + name.removeprefix(RUNTIME_PREFIXES[hub]) if hub else name] = list(tensor.shape)
+        shapes[GEMMA3.hub_name(name) if multimodal else name] = list(tensor.shape)
     return shapes
 
 

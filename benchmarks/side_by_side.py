@@ -10,8 +10,8 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import process
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.units import human_size
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "torchao", "transformers", "executorch", "optimum-executorch", "lm-eval")
@@ -27,7 +27,7 @@ def run(function: str, environment: dict[str, str] | None = None, /, **arguments
         if isinstance(value, Path):
             forget(value)
     started = time.monotonic()
-    found = process.run(function, values, lambda *_: None, None, {"PYTHONPATH": str(ROOT), **(environment or {})})
+    found = worker.run(function, values, lambda *_: None, None, {"PYTHONPATH": str(ROOT), **(environment or {})})
     os.sync()
     return {**found, "seconds": time.monotonic() - started, "peak_rss_bytes": found["measured"]["peak_rss_bytes"]}
 

@@ -1,7 +1,7 @@
-"""What the server does by itself: ends runs that stopped sending heartbeats, and tells of what went wrong.
+"""The server's automations: runs that stop sending heartbeats are marked as crashed, and failures are reported.
 
-Notifications go through a notification block called `quantize-gemma-alerts`, of any kind: made in Prefect's UI
-(Slack, e-mail, …), or from QUANTIZE_GEMMA_ALERTS, which becomes a custom web hook. Without one they are off.
+Notifications go through a notification block of any kind named `quantize-gemma-alerts`: created in Prefect's UI
+(Slack, e-mail, …), or made from QUANTIZE_GEMMA_ALERTS, the URL of a webhook. Without one, notifications are off.
 """
 
 import os
@@ -16,60 +16,65 @@ from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
 BLOCK = "quantize-gemma-alerts"
-# Stands for the address in the block, which keeps it among its secrets.
-WEB_HOOK = "{{url}}"
+# A placeholder: the block keeps the URL itself among its secrets.
+WEBHOOK = "{{url}}"
 MESSAGE = {"subject": "{{subject}}", "text": "{{body}}"}
-OURS = {"prefect.resource.role": "flow", "prefect.resource.name": ["quantize-gemma", "prune-store"]}
+OURS: dict[str, str | list[str]] = {
+    "prefect.resource.role": "flow",
+    "prefect.resource.name": ["quantize-gemma", "prune-store"],
+}
 ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")}
-# Workers send a heartbeat every 30 s (PREFECT_FLOWS_HEARTBEAT_FREQUENCY). A server that is away hears none of them, and
-# must not take a restart of its own for the death of all runs.
-SILENCE = timedelta(seconds=float(os.environ.get("QUANTIZE_GEMMA_SILENCE_SECONDS", 900)))
-# Without a nightly run for so long: a day of 25 hours, and an hour's grace. Another schedule needs another.
-NIGHT = timedelta(seconds=float(os.environ.get("QUANTIZE_GEMMA_NIGHT_SECONDS", 26 * 3600)))
+# Workers send a heartbeat every 30 s (PREFECT_FLOWS_HEARTBEAT_FREQUENCY). A server that restarts receives none in the
+# meantime, and must not conclude that every run has crashed.
+SILENCE_SECONDS = 900.0
+# Between two nightly runs: a day of 25 hours, and an hour's grace. Another schedule needs another value.
+NIGHT_SECONDS = 26 * 3600.0
 BODY = (
     "Flow run {{ flow_run.name }} of quantize-gemma is {{ flow_run.state.name }}: {{ flow_run.state.message }}\n"
     "{{ flow_run|ui_url }}"
 )
 
 
-def save_alerts(client: SyncPrefectClient, web_hook: str | None) -> None:
-    """Makes or updates the automations; those that notify only if there is a block to notify through."""
+def save_alerts(client: SyncPrefectClient, webhook: str | None) -> None:
+    """Create or update the automations; those that notify only if there is a notification block.
+
+    Args:
+        client: A client of the Prefect server.
+        webhook: The URL of a webhook to notify, None to keep the block that exists.
+    """
     document = _notification_block(client)
-    if web_hook:
-        save_web_hook(web_hook)
-    elif document and document.data.get("json_data") == MESSAGE and document.data["url"] != WEB_HOOK:
-        # Made by an earlier version, which did not keep the address as a secret.
-        save_web_hook(document.data["url"])
+    if webhook:
+        save_webhook(webhook)
+    elif document and document.data.get("json_data") == MESSAGE and document.data["url"] != WEBHOOK:
+        # Saved by an earlier version, which did not keep the URL as a secret.
+        save_webhook(document.data["url"])
     block_id = getattr(_notification_block(client), "id", None)
-    wanted = [silent_run_is_crashed()]
+    automations = [crash_silent_runs()]
     if block_id is None:
         print(f"alerts: off, there is no notification block {BLOCK}")
     else:
-        wanted += [failed_run_is_told(block_id), missing_nightly_is_told(block_id)]
+        automations += [notify_of_failures(block_id), notify_of_missing_nightly(block_id)]
         print(f"alerts: through {BLOCK}")
-    for automation in wanted:
-        there = client.read_automations_by_name(automation.name)
-        if not there:
+    for automation in automations:
+        existing = client.read_automations_by_name(automation.name)
+        if not existing:
             client.create_automation(automation)
-        # An update makes a new trigger, which forgets the runs that are being waited for.
-        elif _core(there[0]) != _core(automation):
-            client.update_automation(there[0].id, automation)
+        # An update creates a new trigger, which forgets the runs that it is watching.
+        elif _core(existing[0]) != _core(automation):
+            client.update_automation(existing[0].id, automation)
 
 
-def save_web_hook(url: str) -> None:
-    """Saves the block that calls the address, which is a secret itself: whoever has it can write to the channel."""
-    block = CustomWebhookNotificationBlock(
-        name=BLOCK,
-        url=WEB_HOOK,
-        method="POST",
-        json_data=MESSAGE,
-        secrets={"url": url},
+def save_webhook(url: str) -> None:
+    """Save the block that calls the webhook. Its URL is a secret: whoever has it can write to the channel."""
+    block = CustomWebhookNotificationBlock.model_validate(
+        {"name": BLOCK, "url": WEBHOOK, "method": "POST", "json_data": MESSAGE, "secrets": {"url": url}}
     )
     block.save(BLOCK, overwrite=True)
 
 
-def silent_run_is_crashed() -> AutomationCore:
-    """A run whose process, machine or network died does not stay Running: its state becomes Crashed."""
+def crash_silent_runs() -> AutomationCore:
+    """Return the automation that marks a run as Crashed if its process, machine, or network died."""
+    silence = timedelta(seconds=float(os.environ.get("QUANTIZE_GEMMA_SILENCE_SECONDS", SILENCE_SECONDS)))
     return AutomationCore(
         name="quantize-gemma: silent runs have crashed",
         trigger=EventTrigger(
@@ -80,14 +85,18 @@ def silent_run_is_crashed() -> AutomationCore:
             match_related=OURS,
             for_each={"prefect.resource.id"},
             threshold=1,
-            within=SILENCE,
+            within=silence,
         ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message="It stopped sending heartbeats.")],
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED, name="Crashed", message="It stopped sending heartbeats.", force=False
+            )
+        ],
     )
 
 
-def failed_run_is_told(block_id: UUID) -> AutomationCore:
-    """A run that failed, or crashed (the silent ones too), is told."""
+def notify_of_failures(block_id: UUID) -> AutomationCore:
+    """Return the automation that reports every run that failed or crashed, silent ones included."""
     return AutomationCore(
         name="quantize-gemma: a run failed",
         trigger=EventTrigger(
@@ -98,12 +107,13 @@ def failed_run_is_told(block_id: UUID) -> AutomationCore:
             threshold=1,
             within=timedelta(0),
         ),
-        actions=[_tell(block_id, "quantize-gemma: a run failed", BODY)],
+        actions=[_notify(block_id, "quantize-gemma: a run failed", BODY)],
     )
 
 
-def missing_nightly_is_told(block_id: UUID) -> AutomationCore:
-    """A night without a nightly run, or with one that never ran, is told."""
+def notify_of_missing_nightly(block_id: UUID) -> AutomationCore:
+    """Return the automation that reports a night in which no nightly run started."""
+    night = timedelta(seconds=float(os.environ.get("QUANTIZE_GEMMA_NIGHT_SECONDS", NIGHT_SECONDS)))
     return AutomationCore(
         name="quantize-gemma: the nightly did not start",
         trigger=EventTrigger(
@@ -113,10 +123,10 @@ def missing_nightly_is_told(block_id: UUID) -> AutomationCore:
             match={"prefect.resource.id": "prefect.flow-run.*"},
             match_related={"prefect.resource.role": "deployment", "prefect.resource.name": "nightly"},
             threshold=1,
-            within=NIGHT,
+            within=night,
         ),
         actions=[
-            _tell(block_id, "quantize-gemma: the nightly did not start", f"No nightly run has started for {NIGHT}.")
+            _notify(block_id, "quantize-gemma: the nightly did not start", f"No nightly run has started for {night}.")
         ],
     )
 
@@ -125,7 +135,7 @@ def _core(automation: AutomationCore) -> dict[str, Any]:
     return automation.model_dump(mode="json", include=set(AutomationCore.model_fields))
 
 
-def _tell(block_id: UUID, subject: str, body: str) -> SendNotification:
+def _notify(block_id: UUID, subject: str, body: str) -> SendNotification:
     return SendNotification(block_document_id=block_id, subject=subject, body=body)
 
 

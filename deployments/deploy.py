@@ -1,13 +1,12 @@
-"""Sets a Prefect server up for this project, again and again with the same result:
-`python -m quantize_gemma.deployments.deploy`.
+"""Set up a Prefect server for this project: `python -m quantize_gemma.deployments.deploy`.
 
-Makes the work pool, the global concurrency limits, the deployments of prefect.yaml, and, from what the environment
-says, the secrets and the alerts:
+Running it again changes nothing. It creates the work pool, the global concurrency limits, the deployments of
+prefect.yaml, and, from environment variables, the secrets and the alerts:
 
-    HF_TOKEN, HF_TOKEN_WRITE   become the Secret blocks hf-token and hf-token-write
-    QUANTIZE_GEMMA_TARGET      the Hub repository that the nightly proposes its release to; without it, to none
-    QUANTIZE_GEMMA_TIMEZONE    the schedules' time zone, by its IANA name (UTC)
-    QUANTIZE_GEMMA_ALERTS      a web hook that hears of runs that failed, crashed, hang, or did not start; see alerts.py
+    HF_TOKEN, HF_TOKEN_WRITE   saved as the Secret blocks hf-token and hf-token-write
+    QUANTIZE_GEMMA_TARGET      Hub repository that the nightly opens pull requests in [default: none]
+    QUANTIZE_GEMMA_TIMEZONE    IANA name of the schedules' time zone [default: UTC]
+    QUANTIZE_GEMMA_ALERTS      webhook that is called when a run fails, crashes, hangs, or does not start; see alerts.py
 """
 
 import os
@@ -20,10 +19,11 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
+from pydantic import SecretStr
 
 from quantize_gemma.deployments.alerts import save_alerts
-from quantize_gemma.tasks import machine
-from quantize_gemma.tasks.policies import ACCELERATOR, MEMORY
+from quantize_gemma.tasks.runtime import machine
+from quantize_gemma.tasks.runtime.prefect_slots import ACCELERATOR, MEMORY
 
 POOL = "quantize-gemma"
 SECRETS = {"HF_TOKEN": "hf-token", "HF_TOKEN_WRITE": "hf-token-write"}
@@ -31,17 +31,17 @@ DEFAULTS = {"QUANTIZE_GEMMA_TARGET": "", "QUANTIZE_GEMMA_TIMEZONE": "UTC"}
 
 
 def deploy() -> None:
-    """Makes what is missing and updates what is there."""
+    """Create what is missing on the server, and update what exists."""
     if not PREFECT_API_URL.value():
         sys.exit("deploy: set PREFECT_API_URL to the Prefect server, or start one and a worker with `make serve`")
     for variable, block in SECRETS.items():
         if os.environ.get(variable):
-            Secret(value=os.environ[variable]).save(block, overwrite=True)
+            Secret(value=SecretStr(os.environ[variable])).save(block, overwrite=True)
             print(f"secret {block}: saved")
     with get_client(sync_client=True) as client:
-        make_pool(client)
-        make_limit(client, ACCELERATOR, 1)
-        make_limit(client, MEMORY, memory_gib())
+        create_pool(client)
+        create_limit(client, ACCELERATOR, 1)
+        create_limit(client, MEMORY, memory_gib())
         save_alerts(client, os.environ.get("QUANTIZE_GEMMA_ALERTS"))
     subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "prefect.yaml"],
@@ -51,17 +51,17 @@ def deploy() -> None:
     )
 
 
-def make_pool(client: SyncPrefectClient) -> None:
-    """Makes the work pool, of processes, unless there is one: it may have been made for Docker or Kubernetes."""
+def create_pool(client: SyncPrefectClient) -> None:
+    """Create the work pool, of type process, unless it exists: it may have been created for Docker or Kubernetes."""
     try:
         client.read_work_pool(POOL)
     except ObjectNotFound:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-        print(f"work pool {POOL}: made")
+        print(f"work pool {POOL}: created")
 
 
-def make_limit(client: SyncPrefectClient, name: str, slots: int) -> None:
-    """Makes a global concurrency limit unless there is one, whose number is then the operator's."""
+def create_limit(client: SyncPrefectClient, name: str, slots: int) -> None:
+    """Create a global concurrency limit unless it exists: the operator may have changed its slots."""
     try:
         client.read_global_concurrency_limit_by_name(name)
     except ObjectNotFound:
@@ -70,7 +70,7 @@ def make_limit(client: SyncPrefectClient, name: str, slots: int) -> None:
 
 
 def memory_gib() -> int:
-    """Returns this machine's memory in GiB, or this container's, which the workers' is taken to be."""
+    """Return the memory of this machine or container in GiB; the workers are assumed to have the same."""
     return max(1, machine.total_memory() // 2**30)
 
 

@@ -1,9 +1,9 @@
-"""A first look on one machine: a server, its deployments and a worker.
+"""Start a Prefect server, its deployments, and a worker on this machine.
 
     python -P -m quantize_gemma.deployments.serve
 
-Ends with Ctrl-C. The server is at http://127.0.0.1:4200, or where PREFECT_API_URL says, if that is this machine. As
-long as it runs, the Prefect profile `quantize-gemma` has its address and password.
+Ctrl-C ends all of it. The server is at http://127.0.0.1:4200, or at PREFECT_API_URL if that is this machine. While it
+runs, the Prefect profile `quantize-gemma` has its URL and password.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from quantize_gemma.flows.server import LocalServer
+from quantize_gemma.flows.local_server import LocalServer
 from quantize_gemma.flows.settings import ignore_working_directory
-from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.runtime.errors import UserError
 
 API = "http://127.0.0.1:4200/api"
 DEFAULTS = {
@@ -28,18 +28,18 @@ DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
 PROFILE = "quantize-gemma"
-# Prefect's own, of somebody who has made none.
+# Prefect's default profile.
 EMPTY_PROFILE = "ephemeral"
 
 
 def main() -> int:
-    """Returns the exit code of what ended first."""
-    # A termination signal and the end of the terminal, too, end what is started here.
+    """Serve until something ends, and return its exit code."""
+    # SIGTERM and closing the terminal end everything that is started here, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
-    # A shell that starts this in the background has interrupts ignored, here and in what is started here; but the
-    # worker passes its end on as one.
+    # A shell that starts this in the background ignores interrupts, in child processes as well; but the worker
+    # stops its flow runs with one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         ignore_working_directory()
@@ -59,15 +59,18 @@ def main() -> int:
 
 
 def listen(url: str) -> socket.socket:
-    """Returns a socket that listens where the API is to be. Raises UserError if this machine cannot, or is not there.
+    """Return a socket that listens at the API's URL.
 
-    It listens before anything is started: what is started cannot be handed to another program on that port.
+    It listens before anything is started, so that no client is ever connected to another program on that port.
+
+    Raises:
+        UserError: The URL is not valid, is not this machine's, or its port is in use.
     """
     from urllib.parse import urlsplit
 
     address = urlsplit(url)
     if address.scheme != "http" or not address.hostname or not url.endswith("/api"):
-        raise UserError(f"PREFECT_API_URL {url} is no address of a server that could be started here, such as {API}")
+        raise UserError(f"PREFECT_API_URL {url} is not the URL of a server that can be started here, such as {API}")
     try:
         return socket.create_server((address.hostname, address.port or 80))
     except OSError as error:
@@ -78,8 +81,8 @@ def listen(url: str) -> socket.socket:
 
 
 def work(server: LocalServer) -> int:
-    """Deploys to the server and works for it; returns the exit code of what ended first, server or worker."""
-    # Nobody else's modules and settings, here and in the runs that the worker starts.
+    """Deploy to the server and run a worker; return the exit code of the one that ends first."""
+    # No modules and settings of the working directory, here and in the flow runs that the worker starts.
     environment = {**os.environ, **server.client_settings(), "PYTHONSAFEPATH": "1"}
     here = Path(__file__).parent
     deployed = subprocess.run([sys.executable, "-m", "quantize_gemma.deployments.deploy"], cwd=here, env=environment)
@@ -91,22 +94,23 @@ def work(server: LocalServer) -> int:
         with profile(server) as prefect:
             print(f"\nThe dashboard: {server.sign_in(sys.stdout)}")
             print(f"Try: {prefect} deployment run quantize-gemma/tiny --watch\n", flush=True)
-            while worker.poll() is None:
-                if server.process.poll() is not None:
-                    print(f"serve: {server.how_it_ended()}", file=sys.stderr)
-                    return 1
+            while worker.poll() is None and server.process.poll() is None:
                 time.sleep(0.5)
-        return worker.returncode
     finally:
         worker.terminate()
         worker.wait()
+    if server.process.poll() is not None:
+        # After the worker's last words, so that the reason is the last line.
+        print(f"serve: {server.how_it_ended()}", file=sys.stderr)
+        return 1
+    return worker.returncode
 
 
 @contextlib.contextmanager
 def profile(server: LocalServer) -> Iterator[str]:
-    """Saves the server's address and password as a Prefect profile; yields the command that uses it.
+    """Save the server's URL and password as a Prefect profile; yield the `prefect` command that uses it.
 
-    The profile is the active one as long as the server runs, unless the user has chosen one with another server.
+    The profile is active while the server runs, unless the user's active profile has another server.
     """
     from prefect.settings import PREFECT_PROFILES_PATH, Profile, load_profiles, save_profiles
 
@@ -114,8 +118,8 @@ def profile(server: LocalServer) -> Iterator[str]:
     before = profiles.active_name if profiles.active_name in profiles.names - {PROFILE} else EMPTY_PROFILE
     theirs = {setting.name: value for setting, value in profiles[before].settings.items()}
     activate = theirs.get("PREFECT_API_URL") in (None, server.url)
-    ours = {**(theirs if activate else {}), **server.client_settings()}
-    profiles.profiles_by_name[PROFILE] = Profile(name=PROFILE, settings=ours)
+    settings = {**(theirs if activate else {}), **server.client_settings()}
+    profiles.profiles_by_name[PROFILE] = Profile.model_validate({"name": PROFILE, "settings": settings})
     if activate:
         profiles.set_active(PROFILE)
     path: Path = PREFECT_PROFILES_PATH.value()

@@ -1,4 +1,4 @@
-"""The flow that keeps the store in bounds, as a scheduled deployment."""
+"""The flow that keeps the store below a maximum size; deployed on a schedule."""
 
 from typing import Annotated, Any
 
@@ -6,8 +6,8 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from pydantic import Field
 
-from quantize_gemma.tasks import store
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.runtime import pruning
+from quantize_gemma.tasks.runtime.units import human_size
 
 
 @flow(name="prune-store", persist_result=False)
@@ -15,24 +15,27 @@ def prune_store(
     max_gigabytes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 500.0,
     max_age_days: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0,
 ) -> dict[str, Any]:
-    """Remove what died half-way, what no run has used for long, and then the longest unused until the rest fits.
+    """Remove unfinished results, then results beyond the age limit, then the least recently used ones.
 
     Args:
-        max_gigabytes: What the store may hold at most.
-        max_age_days: For how long an artifact may stay unused.
+        max_gigabytes: Maximum size of the store in GB. [default: 500]
+        max_age_days: Maximum number of days since a result was last used. [default: 60]
+
+    Returns:
+        How many directories were removed, and the bytes freed and left.
     """
-    died = store.prune()
-    evicted = store.evict(max_gigabytes * 1e9, max_age_days * 86_400)
-    left, freed = store.size_of(), died.bytes + evicted.bytes
+    unfinished = pruning.remove_unfinished()
+    evicted = pruning.evict(max_gigabytes * 1e9, max_age_days * 86_400)
+    left, freed = pruning.store_size(), unfinished.bytes + evicted.bytes
     get_run_logger().info(
-        "removed %d unfinished directories and %d artifacts, which freed %s; %s are left",
-        len(died.paths),
+        "removed %d unfinished directories and %d artifacts: freed %s, %s left",
+        len(unfinished.paths),
         len(evicted.paths),
         human_size(freed),
         human_size(left),
     )
     return {
-        "unfinished": len(died.paths),
+        "unfinished": len(unfinished.paths),
         "evicted": len(evicted.paths),
         "bytes_freed": freed,
         "bytes_left": left,

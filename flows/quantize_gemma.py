@@ -1,342 +1,193 @@
 """The flow: a Gemma 3 checkpoint becomes a measured, on-device release of it."""
 
-import base64
-import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, runtime, task
-from prefect.artifacts import (
-    create_image_artifact,
-    create_link_artifact,
-    create_markdown_artifact,
-    create_table_artifact,
-)
-from prefect.client.orchestration import get_client
+from prefect import flow, runtime
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
-from quantize_gemma.flows.parameters import Parameters, command_line, taking_parameters
-from quantize_gemma.flows.summary import Interrupted, empty_summary
-from quantize_gemma.tasks import machine, process, store
-from quantize_gemma.tasks.card import card, chartqa_scores, score
-from quantize_gemma.tasks.card.metrics import LIBRARIES
-from quantize_gemma.tasks.check import check_checkpoint, check_disk, check_memory, check_run, disk_needed
-from quantize_gemma.tasks.checkpoint import read_config
-from quantize_gemma.tasks.download import (
-    chart_questions,
-    download,
-    questions,
-    remember,
-    resolve_benchmark,
-    resolve_model,
+from quantize_gemma.flows.options import (
+    EvaluationOptions,
+    ExportOptions,
+    Flag,
+    GateOptions,
+    ModelName,
+    OptionalText,
+    PublishingOptions,
+    Refresh,
+    RunOptions,
+    Text,
 )
-from quantize_gemma.tasks.evaluate import evaluate
-from quantize_gemma.tasks.evaluate.agreement import evaluate_pte
-from quantize_gemma.tasks.evaluate.charts import evaluate_on_charts
-from quantize_gemma.tasks.export import export
-from quantize_gemma.tasks.fingerprint import versions
-from quantize_gemma.tasks.gate import LIMITS, GateRefused, compare_with_published, gate, gate_table, required_checks
-from quantize_gemma.tasks.internals import retry_refused_connections
-from quantize_gemma.tasks.policies import as_task, failure_of, missing, open_record, retried
+from quantize_gemma.flows.plan import (
+    Plan,
+    check_download,
+    download_inputs,
+    export_inputs,
+    make_plan,
+    publishing_target,
+    quantize_inputs,
+)
+from quantize_gemma.flows.report import create_artifacts
+from quantize_gemma.flows.run import Run, start_run
+from quantize_gemma.tasks.card import card
+from quantize_gemma.tasks.download import download, download_chartqa, download_mmlu
+from quantize_gemma.tasks.evaluate import evaluate_mmlu
+from quantize_gemma.tasks.evaluate.chartqa import evaluate_chartqa
+from quantize_gemma.tasks.evaluate.program import evaluate_program
+from quantize_gemma.tasks.export import export as export_program
+from quantize_gemma.tasks.gate import gate as judge_release
+from quantize_gemma.tasks.gate.checks import compare_with_published, require_pass
+from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, to_json
+from quantize_gemma.tasks.models.tables import COLUMNS
+from quantize_gemma.tasks.publish import publish, published_metrics
 from quantize_gemma.tasks.quantize import quantize
-from quantize_gemma.tasks.recipe import load_recipe, recipe_hash
-from quantize_gemma.tasks.redact import redact, redact_logs
-from quantize_gemma.tasks.smoke import smoke, smoke_pte
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import RunError, StageFailed, UserError
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
+from quantize_gemma.tasks.smoke import smoke
 from quantize_gemma.tasks.untie import untie
-from quantize_gemma.tasks.upload import check_target, publish, published_metrics
+from quantize_gemma.tasks.verify import verify
 
 
-@flow(
-    name="quantize-gemma",
-    flow_run_name="{model} {recipe}",
-    persist_result=False,
-    result_serializer="json",
-)
-@taking_parameters
-def quantize_gemma(**given: Any) -> dict[str, Any]:
-    """Quantize, measure, export and publish one checkpoint; returns what `quantize-gemma run --json` prints."""
-    redact_logs()
-    p = Parameters(**given)
-    retry_refused_connections()
-    run = Run(p.refresh, f"{p.model} · {p.recipe}")
-    with run.explained(), process.ended_on_interrupt():
-        recipe = load_recipe(p.recipe)
-        checked = (p.max_seq_len, p.device, p.cluster, p.custom_kv_cache, p.workers)
-        plan = run.light("check", check_run, p.model, p.recipe, *checked)
-        if p.target:
-            run.light("check target", check_target, p.target, p.branch, p.create_pr, p.adopt)
-        model = run.light("resolve", resolve_model, p.model, p.revision, p.offline)
-        benchmark = run.light("resolve benchmark", resolve_benchmark, p.benchmark, p.benchmark_revision, p.offline)
-        charts = None
-        if p.chart_benchmark():
-            charts = run.light("resolve charts", resolve_benchmark, p.chart_benchmark(), p.charts_revision, p.offline)
-        name = f"{p.model} {p.recipe} {model['revision'][:12]}"
-        rename_run(name)
-        workers = p.workers if p.cluster is None else 1
-        check_memory(model["weights"], workers)
-        check_disk(model["weight_bytes"], missing(chain(p, model, recipe), p.refresh), model["revision"])
-        run.one_at_a_time = disk_needed(model["weight_bytes"]) * workers > machine.available_memory() / 4
+@flow(name="quantize-gemma", flow_run_name="{model} {recipe}", persist_result=False, result_serializer="json")
+def quantize_gemma(
+    model: ModelName = "tiny-gemma3",
+    recipe: Text = "HQQ-INT8-INT4",
+    target: OptionalText = None,
+    revision: OptionalText = None,
+    refresh: Refresh = (),
+    offline: Flag = False,
+    evaluation: EvaluationOptions = EvaluationOptions(),
+    export: ExportOptions = ExportOptions(),
+    gate: GateOptions = GateOptions(),
+    publishing: PublishingOptions = PublishingOptions(),
+) -> dict[str, Any]:
+    """Quantize, measure, export, and publish one checkpoint.
 
-        base = run.stage("download", download, **origin(model, p.offline))
-        files = open_record(base.result()).path
-        check_checkpoint(files, recipe, p.max_seq_len, p.custom_kv_cache, workers)
-        asked = run.stage("questions", questions, **origin(benchmark, p.offline))
-        untied = run.stage("untie", untie, checkpoint=base)
-        quantized = run.stage("quantize", quantize, checkpoint=untied, **quantizing(p, recipe))
-        run.stage("smoke", smoke, checkpoint=quantized, max_new_tokens=p.max_new_tokens)
-        settings: dict[str, Any] = {"questions": asked, "limit": p.limit, "device": plan["device"]}
-        settings |= {"batch_size": p.batch_size, "workers": p.workers, "cluster": p.cluster}
-        asked_base = run.stage("evaluate_base", evaluate, checkpoint=base, **settings)
-        after = run.stage("evaluate_quantized", evaluate, asked_base, checkpoint=quantized, **settings)
-        if charts and "vision_config" not in read_config(files):
-            get_run_logger().info("charts: skipped, the model reads no pictures")
-            charts = None
-        if charts:
-            settings["questions"] = run.stage("chart_questions", chart_questions, **origin(charts, p.offline))
-            del settings["batch_size"]
-            after_base = run.stage("charts_base", evaluate_on_charts, after, checkpoint=base, **settings)
-            after = run.stage("charts_quantized", evaluate_on_charts, after_base, checkpoint=quantized, **settings)
-        program = run.stage("export", export, checkpoint=quantized, **exporting(p))
-        run.stage(
-            "smoke_program",
-            smoke_pte,
-            after,
+    Args:
+        model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.
+        recipe: Name of a built-in recipe, or path to a JSON recipe file.
+        target: Hub repository to publish the release to. [default: none, not published]
+        revision: Branch, tag, or commit of the model repository. [default: the default branch]
+        refresh: Stages to run again even if their results are cached. [default: none]
+        offline: Use only what is already in the store, without contacting the Hub.
+        evaluation: What the model is evaluated on, and where.
+        export: How the quantized checkpoint is exported to an ExecuTorch program.
+        gate: The limits that a release must meet before it is published.
+        publishing: How the release is published, if a target is set.
+
+    Returns:
+        What `quantize-gemma run --json` prints.
+    """
+    options = RunOptions(
+        model=model,
+        recipe=recipe,
+        target=target,
+        revision=revision,
+        refresh=refresh,
+        offline=offline,
+        evaluation=evaluation,
+        export=export,
+        gate=gate,
+        publishing=publishing,
+    )
+    with start_run(f"{model} · {recipe}", refresh) as run:
+        plan = make_plan(run, options)
+        base = run.submit(download, **download_inputs(plan.model, offline))
+        plan = check_download(plan, base)
+        mmlu = run.submit(download_mmlu, **download_inputs(plan.mmlu, offline))
+        untied = run.submit(untie, checkpoint=base)
+        quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe))
+        run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
+        scores = evaluate_mmlu_columns(run, plan, mmlu, {"base": base, "quantized": quantized})
+        if plan.chartqa:
+            chartqa = run.submit(download_chartqa, **download_inputs(plan.chartqa, offline))
+            evaluate_chartqa_columns(run, plan, chartqa, {"base": base, "quantized": quantized})
+        program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
+        run.submit(verify, exclusive=True, checkpoint=quantized, program=program, **plan.verify_inputs())
+        run.submit(
+            evaluate_program,
             checkpoint=quantized,
             program=program,
-            max_seq_len=p.max_seq_len,
-            max_new_tokens=p.max_new_tokens,
+            dataset=mmlu,
+            evaluation=scores["quantized"],
+            sample_size=evaluation.program_samples,
         )
-        run.stage(
-            "evaluate_program",
-            evaluate_pte,
-            checkpoint=quantized,
-            program=program,
-            questions=asked,
-            answered=run.futures["evaluate_quantized"],
-            sample_size=p.program_questions,
-        )
-        release = run.stage(
-            "card",
-            card,
-            model={name: model[name] for name in ("name", "revision", "fixture", "license")},
-            benchmark=named(benchmark),
-            charts=named(charts) if charts else None,
-            recipe=recipe,
-            max_seq_len=p.max_seq_len,
-            command=command_line(p, model, benchmark, charts, recipe_hash(recipe)),
-            limits={name: getattr(p, name) for name in LIMITS},
-            versions=versions(LIBRARIES),
-            run_id=str(runtime.flow_run.id),
-            **run.futures,
-        ).result()
-        remember(model, p.revision)
-        remember(benchmark, p.benchmark_revision)
-        if charts:
-            remember(charts, p.charts_revision)
-        artifact = open_record(release)
-        metrics = json.loads(store.read_file(artifact, "metrics.json"))
-        # The path that stays when the card is made again, unlike the generation's.
-        folder = store.path_of("card", release["key"])
-        show(folder, metrics)
-        run.summary["release"] = str(folder)
-        run.summary["metrics"] = {name: metrics[name] for name in ("base", "quantized", "program")}
-        required = required_checks("vision_config" in read_config(files), charts is not None, p.target is not None)
-        regression = None
-        if p.target:
-            before = run.light("published", published_metrics, p.target, p.branch)
-            regression = compare_with_published(metrics, before, p.max_regression)
-        run.summary["gate"] = run.light("gate", gate, metrics, required, regression)
-        if p.target is None:
-            get_run_logger().info("upload: skipped, no target was given")
-        else:
-            how = (p.branch, p.create_pr, p.private, p.tag, p.adopt)
-            run.summary["publication"] = run.light("upload", publish, artifact, p.target, *how)
-            run.summary["published"] = run.summary["publication"]["url"]
-        if run.changed_nothing():
-            rename_run(f"{name} unchanged")
-    return run.summary
+        verdict = run.submit(judge_release, run_id=str(runtime.flow_run.id), **(plan.gate_inputs() | run.futures))
+        release = run.submit(card, recipe=plan.recipe.to_json(), checkpoint=quantized, program=program, gate=verdict)
+        metrics = report_release(run, plan, release)
+        check_release(run, plan, metrics)
+        publish_release(run, plan, release)
+    return run.summary.to_json()
 
 
-def rename_run(name: str) -> None:
-    """Gives this flow run a name that says what it works on, once that is known."""
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(runtime.flow_run.id, name=name)
+Futures = dict[str, PrefectFuture[ArtifactRef]]
 
 
-def named(resolved: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the card says of a benchmark."""
-    return {name: resolved[name] for name in ("name", "revision", "fixture")}
-
-
-def quantizing(p: Parameters, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Returns how the checkpoint is quantized."""
-    # The same bytes everywhere, unless a GPU is asked for: it adds up in another order.
-    return {"recipe": recipe, "device": "cuda" if p.device == "cuda" and p.cluster is None else "cpu"}
-
-
-def exporting(p: Parameters) -> dict[str, Any]:
-    """Returns how the program is made."""
-    lowered = ("max_seq_len", "backend", "dtype", "custom_sdpa", "custom_kv_cache", "last_logits_only")
-    return {name: getattr(p, name) for name in lowered}
-
-
-def chain(p: Parameters, model: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[Stage, dict[str, Any]]]:
-    """Returns the stages that write much, with what each takes beside the checkpoint of the one before."""
-    stages = (download, untie, quantize, export)
-    return list(zip(stages, (origin(model, p.offline), {}, quantizing(p, recipe), exporting(p)), strict=True))
-
-
-def origin(resolved: dict[str, Any], offline: bool) -> dict[str, Any]:
-    """Returns where a download comes from."""
-    return {"source": resolved["source"], "revision": resolved["revision"], "offline": offline}
-
-
-class Run:
-    """One run's stages and what came of them. `summary` is what `quantize-gemma run --json` prints."""
-
-    def __init__(self, refresh: list[Any], label: str) -> None:
-        self.refresh = refresh
-        self.label = label
-        self.futures: dict[str, PrefectFuture[Any]] = {}
-        self.one_at_a_time = False
-        self.summary = empty_summary()
-
-    def stage(self, name: str, stage: Stage, *after: PrefectFuture[Any], **inputs: Any) -> PrefectFuture[Any]:
-        """Submits a stage. Where memory allows only one at a time, it waits for all before it."""
-        options = as_task(stage).with_options(
-            task_run_name=f"{name.replace('_', ' ')} · {self.label}",
-            refresh_cache=name in self.refresh,
-            result_storage=store.home(),
-        )
-        before = [*after, *(list(self.futures.values()) if self.one_at_a_time else [])]
-        self.futures[name] = options.submit(**inputs, wait_for=before)
-        return self.futures[name]
-
-    def light(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs, as a task of this process, what takes seconds and leaves no artifact; returns its value."""
-        started = time.monotonic()
-        state = "FAILED"
-        try:
-            value = task(name=name, task_run_name=f"{name} · {self.label}", persist_result=False, **retried(3))(work)(
-                *arguments
-            )
-            state = "COMPLETED"
-        finally:
-            line = {"state": state, "cached": False, "seconds": round(time.monotonic() - started, 2)}
-            self.summary["stages"].append({"name": name, **line, "peak_rss_bytes": None, "size_bytes": 0, "key": None})
-        return value
-
-    def changed_nothing(self) -> bool:
-        """Tells whether every stage came from the cache and nothing was published that was not there before."""
-        publication = self.summary["publication"]
-        cached = all(future.state.name == "Cached" for future in self.futures.values())
-        return cached and (publication is None or publication["state"] == "already published")
-
-    @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """Fills the summary however the run ends, and raises what made the first stage fail instead of what followed.
-
-        A stage whose input failed never starts, and says only that. A user's mistake is one only as long as nothing
-        was made: what the Hub refuses after hours is what failed.
-        """
-        try:
-            yield
-        except Exception as error:
-            cause = self._failure(error)
-            if isinstance(cause, GateRefused):
-                self.summary["gate"] = cause.verdict
-            self.summary["error"] = redact(str(cause))
-            cause.summary = self.summary
-            raise cause from error
-        except KeyboardInterrupt:
-            self.summary["error"] = "interrupted"
-            raise Interrupted(self.summary) from None
-        finally:
-            lines = [stage_summary(name, future) for name, future in self.futures.items()]
-            self.summary["stages"] = sorted(
-                [*self.summary["stages"], *lines], key=lambda line: line["name"] in ("published", "gate", "upload")
-            )
-
-    def _failure(self, error: Exception) -> RunError:
-        """Returns what the run ends with: the failure of the first stage that failed, else the error."""
-        # Whatever does not need the failed stage comes to its end first: the next run finds it done.
-        for future in self.futures.values():
-            future.wait()
-        cause: BaseException = error
-        name = next((line["name"] for line in self.summary["stages"] if line["state"] == "FAILED"), None)
-        for stage, future in self.futures.items():
-            if future.state.is_failed() or future.state.is_crashed():
-                name, cause = stage.replace("_", " "), failure_of(future.state) or error
-                break
-        made = any(future.state.is_completed() and future.state.name != "Cached" for future in self.futures.values())
-        if isinstance(cause, GateRefused) or (isinstance(cause, UserError) and not made and name != "upload"):
-            return cause
-        cause = store.disk_failure(cause, *process.disks()) or cause
-        said = str(cause) if isinstance(cause, RunError) else redact(f"{type(cause).__name__}: {cause}")
-        return StageFailed(f"{name}: {said}" if name else said)
-
-
-def stage_summary(name: str, future: PrefectFuture[Any]) -> dict[str, Any]:
-    """Returns one line of the run: a stage's state, whether it came from the cache, its time and memory."""
-    line: dict[str, Any] = {"name": name, "state": "UNKNOWN", "cached": False}
-    nothing = {"seconds": None, "peak_rss_bytes": None, "size_bytes": 0, "key": None}
-    try:
-        state = future.state
-        line |= {"state": state.type.value, "cached": state.name == "Cached"}
-        artifact = open_record(future.result()) if state.is_completed() else None
-    except Exception:
-        # The API or the artifact is gone: what the run ends with is said all the same.
-        artifact = None
-    if artifact is None:
-        return line | nothing
+def evaluate_mmlu_columns(run: Run, plan: Plan, dataset: PrefectFuture[ArtifactRef], columns: Futures) -> Futures:
+    """Submit the evaluation on MMLU of each column's checkpoint."""
     return {
-        **line,
-        "seconds": artifact.measured["seconds"],
-        "peak_rss_bytes": artifact.measured["peak_rss_bytes"],
-        "size_bytes": artifact.size,
-        "key": artifact.key,
+        column: run.submit(
+            evaluate_mmlu,
+            name=f"evaluate_mmlu_{column}",
+            exclusive=True,
+            checkpoint=checkpoint,
+            dataset=dataset,
+            batch_size=plan.options.evaluation.batch_size,
+            **plan.evaluation_inputs(),
+        )
+        for column, checkpoint in columns.items()
     }
 
 
-def show(folder: Path, metrics: dict[str, Any]) -> None:
-    """Puts the quality table, the gate's checks, the chart, the card and the files into Prefect's UI."""
-    create_table_artifact(key="quality", table=quality_table(metrics), description="Base, checkpoint and program")
-    create_table_artifact(
-        key="gate", table=gate_table(metrics["gate"]["checks"]), description="What the release had to hold"
-    )
-    chart = "data:image/png;base64," + base64.b64encode((folder / "mmlu-by-subject.png").read_bytes()).decode()
-    create_image_artifact(chart, key="mmlu-by-subject", description="Accuracy per subject")
-    # Without its YAML header, which is for machines, and with the chart in it.
-    text = (folder / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
-    create_markdown_artifact(text.replace("(mmlu-by-subject.png)", f"({chart})"), key="card")
-    create_link_artifact(folder.as_uri(), link_text="the release's files", key="release")
-    get_run_logger().info("release: %s", folder)
+def evaluate_chartqa_columns(run: Run, plan: Plan, dataset: PrefectFuture[ArtifactRef], columns: Futures) -> None:
+    """Submit the evaluation on ChartQA of each column's checkpoint."""
+    for column, checkpoint in columns.items():
+        run.submit(
+            evaluate_chartqa,
+            name=f"evaluate_chartqa_{column}",
+            exclusive=True,
+            checkpoint=checkpoint,
+            dataset=dataset,
+            **plan.evaluation_inputs(),
+        )
 
 
-def quality_table(metrics: dict[str, Any]) -> list[dict[str, str]]:
-    """Returns the rows base vs quantized vs program; what was not measured is empty."""
-    columns = ("base", "quantized", "program")
-    agreement, sample = metrics["program"]["agreement"], metrics["program"]["mmlu"]
-    rows = [
-        {"metric": "size", **{name: human_size(metrics[name]["bytes"]) for name in columns}},
-        {"metric": "MMLU, %", **{name: score(metrics[name]["mmlu"]) for name in ("base", "quantized")}},
-        {
-            "metric": f"MMLU, {sample['questions']} questions, %",
-            "quantized": score(sample["checkpoint"]),
-            "program": score(sample),
-        },
-        {"metric": "same answers as the checkpoint, %", "program": f"{100 * sample['agreement']:.1f}"},
-        {"metric": "same answers without rounding, %", "quantized": f"{100 * sample['noise_agreement']:.1f}"},
-        *({"metric": f"{name}, %", **columns} for name, columns in chartqa_scores(metrics).items()),
-        {"metric": "KL to the checkpoint, nats", "program": f"{agreement['kl_program']:.2g}"},
-        {"metric": "KL of activation rounding, nats", "quantized": f"{agreement['kl_activation_noise']:.2g}"},
-        {"metric": "same most likely token, %", "program": f"{100 * agreement['same_argmax']:.1f}"},
-    ]
-    return [{"metric": "", **dict.fromkeys(columns, ""), **row} for row in rows]
+def report_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) -> Metrics:
+    """Wait for the release, show it in Prefect, and return its metrics."""
+    ref = release.result()
+    content: dict[str, Any] = json.loads(store.read_file(open_artifact(ref), "metrics.json"))
+    metrics = parse_metrics(content)
+    plan.remember_revisions()
+    # This path stays the same when the card is made again.
+    path = Path(store.path_of("card", ref.key))
+    create_artifacts(path, metrics)
+    get_run_logger().info("release: %s", path)
+    run.summary.release = str(path)
+    run.summary.metrics = {column: content[column] for column in COLUMNS}
+    return metrics
+
+
+def check_release(run: Run, plan: Plan, metrics: Metrics) -> None:
+    """Put the gate's verdict into the summary. Raises GateRefused if the release does not pass."""
+    required, regression = plan.required_checks(), None
+    if (target := publishing_target(plan.options)) is not None:
+        published = run.call("read_published", published_metrics, target.repository, target.branch)
+        regression = compare_with_published(metrics, published, plan.options.gate.max_regression)
+        required = [*required, regression.name]
+    run.summary.gate = to_json(run.call("check_gate", require_pass, metrics, required, regression))
+
+
+def publish_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) -> None:
+    """Publish the release to the target, if there is one."""
+    target, how = publishing_target(plan.options), plan.options.publishing
+    if target is None:
+        get_run_logger().info("publish: skipped, no target was set")
+    else:
+        publication = run.call("publish", publish, open_artifact(release.result()), target, how.private, how.tag)
+        run.summary.publication = asdict(publication)
+        run.summary.published = publication.url
+    if run.changed_nothing():
+        run.rename(f"{plan.run_name()} unchanged")

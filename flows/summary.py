@@ -1,24 +1,50 @@
-"""What a run says of itself at its end: the object that `quantize-gemma run --json` prints, whatever happened."""
+"""The summary of a run, which `quantize-gemma run --json` prints however the run ends.
 
-from typing import Any
+A module of its own, so that the command line can print it without importing Prefect, which takes seconds.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 
-def empty_summary() -> dict[str, Any]:
-    """Returns the summary of a run that has not done anything."""
-    return {
-        "release": None,
-        "gate": None,
-        "metrics": {},
-        "stages": [],
-        "published": None,
-        "publication": None,
-        "error": None,
-    }
+@dataclass(frozen=True)
+class StageSummary:
+    """What one stage took. A stage without an artifact has no key; times are in seconds, sizes in bytes."""
+
+    name: str
+    state: str
+    cached: bool = False
+    seconds: float | None = None
+    peak_rss_bytes: int | None = None
+    size_bytes: int = 0
+    key: str | None = None
+
+
+@dataclass
+class Summary:
+    """What a run did. Every field keeps its initial value until the run gets there."""
+
+    release: str | None = None
+    gate: JsonObject | None = None
+    metrics: JsonObject = field(default_factory=dict)
+    stages: list[StageSummary] = field(default_factory=list)
+    published: str | None = None
+    publication: JsonObject | None = None
+    error: str | None = None
+
+    def to_json(self) -> JsonObject:
+        """Return the object that `quantize-gemma run --json` prints."""
+        return asdict(self)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run; `summary` is what the run had done by then."""
+    """Ctrl-C during a run.
 
-    def __init__(self, summary: dict[str, Any]) -> None:
+    Attributes:
+        summary: What the run had done by then, as JSON.
+    """
+
+    def __init__(self, summary: JsonObject) -> None:
         super().__init__("interrupted")
         self.summary = summary

@@ -1,4 +1,4 @@
-"""Check: everything that can be known before a long stage starts, so that a mistake costs seconds."""
+"""Check: find what cannot work before a long stage starts, so that a mistake costs seconds."""
 
 import contextlib
 import importlib.util
@@ -13,8 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import machine, store
-from quantize_gemma.tasks.checkpoint import (
+from quantize_gemma.tasks.models.checkpoint import (
     check_weights,
     local_checkpoint,
     quantizable_modules,
@@ -23,20 +22,21 @@ from quantize_gemma.tasks.checkpoint import (
     source_files,
     weight_files,
 )
-from quantize_gemma.tasks.recipe import decide, load_recipe
-from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.models.recipe import Recipe, decide, load_recipe
+from quantize_gemma.tasks.runtime import machine, pruning, store, store_layout
+from quantize_gemma.tasks.runtime.errors import UserError
 
-# What each stage writes, in times of the base weights in bf16: they themselves, the untied head, one byte per weight,
-# half a byte per weight in the program. Large models need less, for the embedding is a smaller part of them.
+# What each stage writes, in multiples of the base weights in bf16: the weights themselves, the untied head, one byte
+# per weight, half a byte per weight in the program. Large models need less: the embedding is a smaller part of them.
 # 4B: (8.6, 1.3, 5.4, 3.2) / 8.6; 270M: (0.54, 0.34, 0.44, 0.39) / 0.54.
 WRITTEN = {"download": 1.0, "untie": 0.65, "quantize": 0.82, "export": 0.73}
-WRITTEN_OF_LARGE = {"download": 1.0, "untie": 0.16, "quantize": 0.65, "export": 0.39}
+WRITTEN_BY_LARGE_MODELS = {"download": 1.0, "untie": 0.16, "quantize": 0.65, "export": 0.39}
 LARGE_BYTES = 5_000_000_000
-# What a quantized checkpoint that answers questions about charts takes of memory, more than any other stage, in times
-# of the base weights in bf16, measured on gemma-3-4b's shape: 17.2 GB; and what Python and the libraries take.
+# The peak memory of evaluating a quantized checkpoint on ChartQA, which takes more than any other stage, in multiples
+# of the base weights in bf16, measured with gemma-3-4b's shape: 17.2 GB; and what Python and the libraries take.
 MEMORY_FACTOR = 2.0
 MEMORY_OF_LIBRARIES = 1_000_000_000
-# The smoke tests' prompts and some tokens of answer; an image comes on top.
+# The smoke tests' prompts and a few generated tokens; an image is added to that.
 SHORTEST_SEQ_LEN = 64
 SECONDS_TO_CONNECT = 10.0
 
@@ -50,11 +50,12 @@ def check_run(
     custom_kv_cache: bool = True,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Returns what the run will do: {"recipe", "model", "device", "memory_bytes_needed", "disk_bytes_needed"}.
+    """Return the plan of a run: {"recipe", "model", "device", "memory_bytes_needed", "disk_bytes_needed"}.
 
-    Raises UserError for what cannot work.
+    Of a model on the Hub only the name is checked, and the last two are missing.
 
-    A model on the Hub is checked as far as its name.
+    Raises:
+        UserError: The run cannot work.
     """
     loaded = load_recipe(recipe)
     _check_store(store.home())
@@ -62,24 +63,24 @@ def check_run(
         _check_device(device)
     else:
         _check_cluster(cluster)
-    plan: dict[str, Any] = {"recipe": loaded["name"], "model": model, "device": resolve_device(device)}
+    plan: dict[str, Any] = {"recipe": loaded.name, "model": model, "device": resolve_device(device)}
     path = local_checkpoint(model)
     if path is not None:
         source_files(path)
         weight_bytes = sum(file.stat().st_size for file in weight_files(path))
         plan["disk_bytes_needed"] = disk_needed(weight_bytes)
-        # What a run of it before has left there is known when its files are hashed.
+        # Whether an earlier run left its files in the store is known only when they are hashed.
         if not may_be_stored(weight_bytes):
             check_disk(weight_bytes)
-        here = workers if cluster is None else 1
-        plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len, custom_kv_cache, here)
+        local_workers = workers if cluster is None else 1
+        plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len, custom_kv_cache, local_workers)
     return plan
 
 
 def resolve_device(device: str) -> str:
-    """Returns where the evaluation runs: "auto" is the GPU of this machine, if it has one.
+    """Return where the evaluation runs: "auto" is the GPU of this machine, if it has one.
 
-    Before keys are made: what a CPU and a GPU answer never has the same key.
+    Call it before keys are made, so that results of a CPU and of a GPU never share a key.
     """
     if device != "auto":
         return device
@@ -89,9 +90,10 @@ def resolve_device(device: str) -> str:
 
 
 def check_memory(weights: int, workers: int = 1) -> int:
-    """Returns about how many bytes of memory so many models of so many weights will take.
+    """Return about how many bytes of memory the workers' models take, with this number of weights each.
 
-    Raises UserError if the machine has less.
+    Raises:
+        UserError: The machine has less.
     """
     one = int(MEMORY_OF_LIBRARIES + 2 * weights * MEMORY_FACTOR)
     total = machine.total_memory()
@@ -102,26 +104,26 @@ def check_memory(weights: int, workers: int = 1) -> int:
         )
     if total < one * workers:
         raise UserError(
-            f"{workers} workers take about {one * workers / 1e9:,.1f} GB of memory, for each has its own model, but "
-            f"this machine has {total / 1e9:,.1f} GB: give at most --workers {total // one}"
+            f"{workers} workers take about {one * workers / 1e9:,.1f} GB of memory, as each loads its own model, but "
+            f"this machine has {total / 1e9:,.1f} GB: use at most --workers {total // one}"
         )
     return one * workers
 
 
 def disk_needed(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN)) -> int:
-    """Returns about how many bytes these stages write, for base weights of this size."""
-    written = WRITTEN_OF_LARGE if weight_bytes > LARGE_BYTES else WRITTEN
+    """Return about how many bytes these stages write, for base weights of this size."""
+    written = WRITTEN_BY_LARGE_MODELS if weight_bytes > LARGE_BYTES else WRITTEN
     return int(weight_bytes * sum(written[stage] for stage in stages))
 
 
 def check_disk(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN), revision: str | None = None) -> None:
-    """Raises UserError if the store's disk has no room for what these stages will write.
+    """Raise UserError if the store's disk has no room for what these stages will write.
 
-    What an interrupted download of this revision has brought already is written.
+    What an interrupted download of this revision left in the store counts as written.
     """
     needed = disk_needed(weight_bytes, stages)
     if revision is not None and "download" in stages:
-        needed -= min(weight_bytes, store.size_of_incoming("download", revision))
+        needed -= min(weight_bytes, pruning.incoming_size("download", revision))
     free = shutil.disk_usage(_existing(store.home())).free
     if free < needed:
         raise UserError(
@@ -131,8 +133,8 @@ def check_disk(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN), revi
 
 
 def may_be_stored(weight_bytes: int) -> bool:
-    """Tells whether the store has a checkpoint of this size: which one it is, only its digest tells."""
-    for manifest in store.home().glob(f"download/*/{store.MANIFEST}"):
+    """Tell whether the store has a checkpoint of this size; only its digest would tell which one it is."""
+    for manifest in store.home().glob(f"download/*/{store_layout.MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if json.loads(manifest.read_text(encoding="utf-8"))["metadata"]["weight_bytes"] == weight_bytes:
                 return True
@@ -140,33 +142,34 @@ def may_be_stored(weight_bytes: int) -> bool:
 
 
 def check_checkpoint(
-    path: Path, recipe: dict[str, Any], max_seq_len: int, custom_kv_cache: bool = True, workers: int = 1
+    path: Path, recipe: Recipe, max_seq_len: int, custom_kv_cache: bool = True, workers: int = 1
 ) -> int:
-    """Returns about how many bytes of memory the run will take.
+    """Return about how many bytes of memory the run will take.
 
-    Raises UserError if the checkpoint is no Gemma 3, is damaged, or does not fit recipe, max_seq_len or this machine.
+    Raises:
+        UserError: The checkpoint is not a Gemma 3, is damaged, or does not fit the recipe, max_seq_len or this machine.
     """
     config = read_model_config(path)
     longest = config.text.max_position_embeddings
     shortest = SHORTEST_SEQ_LEN + (config.mm_tokens_per_image if config.multimodal else 0)
     if max_seq_len > longest:
-        raise UserError(f"max_seq_len is {max_seq_len:,}, but the model goes up to {longest:,}: give at most that")
+        raise UserError(f"max_seq_len is {max_seq_len:,}, but the model goes up to {longest:,}: use at most that")
     if max_seq_len < shortest:
         raise UserError(
-            f"max_seq_len is {max_seq_len:,}: this model's smoke tests need {shortest:,}, give at least that"
+            f"max_seq_len is {max_seq_len:,}: this model's smoke tests need {shortest:,}, use at least that"
         )
     window = config.text.sliding_window
     if not custom_kv_cache and not config.multimodal:
-        raise UserError("without custom_kv_cache the program of a text-only model reads no prompt at once: leave it on")
+        raise UserError("without custom_kv_cache the program of a text-only model cannot prefill a prompt: leave it on")
     if not custom_kv_cache and max_seq_len > window:
         raise UserError(
             f"without custom_kv_cache a program goes up to the sliding window, here {window:,} tokens: "
-            "give at most that as max_seq_len, or leave custom_kv_cache on"
+            "use at most that as max_seq_len, or leave custom_kv_cache on"
         )
-    headers = read_headers(path)
-    check_weights(headers, path)
-    decide(recipe, quantizable_modules(headers))
-    return check_memory(sum(math.prod(tensor["shape"]) for tensor in headers.values()), workers)
+    tensors = read_headers(path)
+    check_weights(tensors, path)
+    decide(recipe, quantizable_modules(tensors))
+    return check_memory(sum(math.prod(tensor.shape) for tensor in tensors.values()), workers)
 
 
 def _check_store(home: Path) -> None:
@@ -190,18 +193,18 @@ def _check_device(device: str) -> None:
 
 
 def _check_cluster(address: str) -> None:
-    found = re.fullmatch(r"(tcp|ray)://(.+):(\d+)", address)
-    if found is None:
+    parts = re.fullmatch(r"(tcp|ray)://(.+):(\d+)", address)
+    if parts is None:
         raise UserError(
-            f"cluster {address!r} is no address of one: give tcp://host:8786 (Dask) or ray://host:10001 (Ray)"
+            f"cluster {address!r} is not the address of one: use tcp://host:8786 (Dask) or ray://host:10001 (Ray)"
         )
-    extra = {"tcp": "dask", "ray": "ray"}[found[1]]
+    extra = {"tcp": "dask", "ray": "ray"}[parts[1]]
     if importlib.util.find_spec(f"prefect_{extra}") is None:
         raise UserError(f"cluster {address!r} needs the package prefect-{extra}: install it, here and on the cluster")
     try:
-        socket.create_connection((found[2].strip("[]"), int(found[3])), SECONDS_TO_CONNECT).close()
+        socket.create_connection((parts[2].strip("[]"), int(parts[3])), SECONDS_TO_CONNECT).close()
     except (OSError, OverflowError) as error:
-        raise UserError(f"nothing answers at {address} ({error}): start the cluster, or mend the address") from None
+        raise UserError(f"nothing answers at {address} ({error}): start the cluster, or fix the address") from None
 
 
 def _existing(path: Path) -> Path:

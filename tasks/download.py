@@ -1,4 +1,4 @@
-"""Resolve and download: a name and a revision become a pinned commit, and that becomes files in the store."""
+"""Resolve and download: pin a name and a revision to a commit, and bring its files into the store."""
 
 import contextlib
 import fnmatch
@@ -8,12 +8,12 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import hub, store
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.checkpoint import (
+from quantize_gemma.tasks.models.checkpoint import (
     check_finite,
     check_weights,
     local_checkpoint,
@@ -23,131 +23,164 @@ from quantize_gemma.tasks.checkpoint import (
     source_files,
     weight_files,
 )
-from quantize_gemma.tasks.license import clean_license
-from quantize_gemma.tasks.loadable import check_loads
-from quantize_gemma.tasks.process import report_progress
-from quantize_gemma.tasks.questions import check_charts, check_mmlu
-from quantize_gemma.tasks.sources import INDEX, SINGLE, is_release_file, open_source
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import UserError, canonical_json
+from quantize_gemma.tasks.models.datasets import check_chartqa, check_mmlu
+from quantize_gemma.tasks.models.license import clean_license
+from quantize_gemma.tasks.models.load_check import check_loads
+from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
+from quantize_gemma.tasks.models.source_files import INDEX, SINGLE, is_release_file, open_source
+from quantize_gemma.tasks.runtime import hub, store, store_layout
+from quantize_gemma.tasks.runtime.disk import disk_failure
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.hub_client import find_token, read_environment
+from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.stage import Output, stage
+from quantize_gemma.tasks.runtime.store import canonical_json
 
 logger = logging.getLogger(__name__)
 
 # MMLU's layout without the configurations that hold all subjects a second time.
-BENCHMARK_FILES = ("README.md", "*/test-*.parquet", "*/validation-*.parquet", "*/dev-*.parquet")
-BENCHMARK_LEFT_OUT = ("all/*", "auxiliary_train/*")
+MMLU_FILES = ("README.md", "*/test-*.parquet", "*/validation-*.parquet", "*/dev-*.parquet")
+MMLU_SKIPPED_FILES = ("all/*", "auxiliary_train/*")
 # ChartQA's test split; the others are ten times as large.
-CHART_FILES = ("README.md", "data/test-*.parquet")
+CHARTQA_FILES = ("README.md", "data/test-*.parquet")
 
 
-def resolve_model(model: str, revision: str | None, offline: bool) -> dict[str, Any]:
-    """Returns {"name", "revision", "source", "fixture", "license", "weight_bytes", "weights"}.
+def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedModel:
+    """Return what a built-in model's name, a directory, or a repository on the Hub stands for at this revision.
 
-    `model` is a built-in model's name, a directory, or a repository on the Hub; the revision is a commit sha, or the
-    digest of a directory's files; the license is the model card's; "weights" is how many there are at least. Raises
-    UserError when there is no such model.
+    Raises:
+        UserError: There is no such model.
     """
     path = local_checkpoint(model)
     if path is None:
-        return _resolve_on_hub("model", model, revision, offline)
+        return _remembered_model(model, revision) if offline else _model_on_hub(model, revision)
     names = source_files(path)
     size = sum(file.stat().st_size for file in weight_files(path))
     if not path.resolve().name.isprintable():
         raise UserError(f"the model directory's name, {path.resolve().name!r}, is not one line of text: rename it")
-    return {
-        "name": model if model in BUILTIN else path.resolve().name,
-        "revision": _digest_of(path, names),
-        "source": str(path.resolve()),
-        "fixture": model in BUILTIN,
-        "license": clean_license(_card_of(path)),
-        "weight_bytes": size,
-        "weights": _fewest_weights(size),
-    }
+    return ResolvedModel(
+        name=model if model in BUILTIN else path.resolve().name,
+        revision=_digest_of(path, names),
+        source=str(path.resolve()),
+        fixture=model in BUILTIN,
+        on_hub=False,
+        license=clean_license(_read_card_metadata(path)),
+        weight_bytes=size,
+        weights=_fewest_weights(size),
+    )
 
 
-def resolve_benchmark(benchmark: str, revision: str | None, offline: bool) -> dict[str, Any]:
-    """Returns {"name", "revision", "source", "fixture"} of a built-in benchmark or of a dataset on the Hub."""
+def resolve_benchmark(benchmark: str, revision: str | None, offline: bool) -> ResolvedDataset:
+    """Return what a built-in benchmark's name or a dataset on the Hub stands for at this revision.
+
+    Raises:
+        UserError: There is no such dataset.
+    """
     path = BUILTIN_BENCHMARKS.get(benchmark)
-    if path is None:
-        return _resolve_on_hub("dataset", benchmark, revision, offline)
-    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-    return {"name": benchmark, "revision": _digest_of(path, names), "source": str(path), "fixture": True}
-
-
-def _resolve_on_hub(kind: str, name: str, revision: str | None, offline: bool) -> dict[str, Any]:
-    """Returns the commit that a moving name stands for now; offline, what it stood for last."""
+    if path is not None:
+        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        return ResolvedDataset(benchmark, _digest_of(path, names), str(path), fixture=True, on_hub=False)
     if offline:
-        remembered = _memory(kind, name, revision)
-        if not remembered.is_file():
-            raise UserError(
-                f"offline: the {kind} {name} at {revision or 'its default branch'} was never resolved for this store: "
-                "run once without --offline"
-            )
-        known: dict[str, Any] = json.loads(remembered.read_text(encoding="utf-8"))
-        if "license" in known:
-            known["license"] = clean_license(known["license"])
-        logger.warning("offline: going on with %s at %s, as it was resolved last", name, known["revision"])
-        return known
-    info = hub.repo_info(kind, name, revision, hub.token())
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings if _is_weight_file(file.rfilename)}
-    # Which of several the index names is known once it is there.
-    weights = [sizes[SINGLE]] if SINGLE in sizes else list(sizes.values())
-    counted = getattr(info, "safetensors", None)
-    return {
-        "kind": kind,
-        "name": name,
-        "revision": info.sha,
-        "source": name,
-        "fixture": False,
-        "license": clean_license(info.card_data),
-        "weight_bytes": sum(weights),
-        # The Hub counts them; a Hub that does not leaves their size.
-        "weights": counted.total if counted else _fewest_weights(sum(weights)),
-    }
+        fields = _read_memory("dataset", benchmark, revision)
+        return ResolvedDataset(benchmark, fields["revision"], fields["source"], fixture=False, on_hub=True)
+    info = hub.repo_info("dataset", benchmark, revision, find_token())
+    return ResolvedDataset(benchmark, str(info.sha), benchmark, fixture=False, on_hub=True)
+
+
+def _model_on_hub(name: str, revision: str | None) -> ResolvedModel:
+    """Return the commit that a branch or a tag points to now."""
+    info = hub.repo_info("model", name, revision, find_token())
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if _is_weight_file(file.rfilename)}
+    # Which of several the index names is only known once it is downloaded.
+    weight_bytes = sizes[SINGLE] if SINGLE in sizes else sum(sizes.values())
+    counts = getattr(info, "safetensors", None)
+    return ResolvedModel(
+        name=name,
+        revision=str(info.sha),
+        source=name,
+        fixture=False,
+        on_hub=True,
+        license=clean_license(info.card_data),
+        weight_bytes=weight_bytes,
+        # The Hub counts the weights; where a Hub does not, their size says how many there are at least.
+        weights=counts.total if counts else _fewest_weights(weight_bytes),
+    )
+
+
+def _remembered_model(name: str, revision: str | None) -> ResolvedModel:
+    fields = _read_memory("model", name, revision)
+    return ResolvedModel(
+        name=name,
+        revision=fields["revision"],
+        source=fields["source"],
+        fixture=False,
+        on_hub=True,
+        license=clean_license(fields["license"]),
+        weight_bytes=fields["weight_bytes"],
+        weights=fields["weights"],
+    )
+
+
+def _read_memory(kind: str, name: str, revision: str | None) -> dict[str, Any]:
+    """Return what `remember` wrote of a name on the Hub. Raises UserError if it was never resolved."""
+    path = _memory(kind, name, revision)
+    if not path.is_file():
+        raise UserError(
+            f"offline: the {kind} {name} at {revision or 'its default branch'} was never resolved for this store: "
+            "run once without --offline"
+        )
+    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    logger.warning("offline: using %s at %s, as it was last resolved", name, fields["revision"])
+    return fields
 
 
 def _fewest_weights(size: int) -> int:
-    """Returns how many float32 weights have this size in bytes: there may be twice as many."""
+    """Return how many float32 weights have this size in bytes; of bfloat16 there would be twice as many."""
     return size // 4
 
 
-def remember(resolved: dict[str, Any], revision: str | None) -> None:
-    """Notes what a name on the Hub stood for, once it is in the store: for `--offline`."""
-    if "kind" not in resolved:
+def remember(resolved: ResolvedDataset, revision: str | None) -> None:
+    """Write down what a name on the Hub stood for, for `--offline`; call it once its files are in the store."""
+    if not resolved.on_hub:
         return
-    for asked in (revision, resolved["revision"]):
-        path = _memory(resolved["kind"], resolved["name"], asked)
+    kind = "model" if isinstance(resolved, ResolvedModel) else "dataset"
+    for name in (revision, resolved.revision):
+        path = _memory(kind, resolved.name, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{store.PREFIX}{uuid.uuid4().hex}")
-        partial.write_text(json.dumps(resolved), encoding="utf-8")
+        partial = path.with_name(f"{store_layout.PARTIAL}{uuid.uuid4().hex}")
+        partial.write_text(json.dumps({"kind": kind, **asdict(resolved)}), encoding="utf-8")
         partial.replace(path)
 
 
 def _memory(kind: str, name: str, revision: str | None) -> Path:
-    asked = hashlib.sha256(canonical_json([kind, name, revision])).hexdigest()
-    return store.home() / "resolved" / f"{asked}.json"
+    digest = hashlib.sha256(canonical_json([kind, name, revision])).hexdigest()
+    return store.home() / "resolved" / f"{digest}.json"
 
 
-def download_checkpoint(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:
-    """Fills `target` with the checkpoint's files, checks every header and every weight. Raises UserError.
+@stage(ignored=("source", "offline"), retries=5, environment=read_environment)
+def download(target: Path, source: str, revision: str, offline: bool) -> Output:
+    """Fill `target` with the checkpoint's files, and check every header and every weight.
 
-    A local directory is copied, so that whoever trains on in it does not change the base under a running evaluation;
-    a Hub repository is fetched at exactly this commit, each file checked against the Hub's own hash.
+    A local directory is copied, so that training in it cannot change the base model during an evaluation; a Hub
+    repository is fetched at exactly this commit, and each file is checked against the Hub's own hash.
+
+    Raises:
+        UserError: The checkpoint is not a sound Gemma 3.
     """
     local = Path(source).is_dir()
     if local:
         with _unchanged(target, source, revision):
             for name in source_files(Path(source)):
                 with open_source(Path(source), name) as reader:
-                    # By its descriptor: the path may lead elsewhere by now.
+                    # Through its descriptor, since the path may lead to another file by now.
                     store.copy(Path(f"/proc/self/fd/{reader.fileno()}"), target / name)
     else:
         _fetch_checkpoint(target, source, revision, offline)
     config = read_model_config(target)
-    headers = read_headers(target)
-    check_weights(headers, target)
+    tensors = read_headers(target)
+    check_weights(tensors, target)
     check_loads(target)
-    # A local directory's own paths, for they stand in the message.
+    # A local directory's own paths, because messages show them.
     files = weight_files(Path(source) if local else target)
     for done, path in enumerate(files):
         report_progress(done, len(files), "checking weights")
@@ -155,14 +188,14 @@ def download_checkpoint(target: Path, source: str, revision: str, offline: bool)
     return {
         "metadata": {
             "architecture": config.architecture,
-            "tensors": len(headers),
+            "tensors": len(tensors),
             "weight_bytes": sum(path.stat().st_size for path in files),
         }
     }
 
 
 def _fetch_checkpoint(target: Path, repository: str, revision: str, offline: bool) -> None:
-    """Fetches what a release needs and the weights that transformers would read: which they are, the index says."""
+    """Fetch what a release needs, and the weight files that transformers reads, which the index lists."""
 
     def is_first(name: str) -> bool:
         return is_release_file(name) or name in (SINGLE, INDEX)
@@ -178,48 +211,56 @@ def _fetch_checkpoint(target: Path, repository: str, revision: str, offline: boo
     _move(incoming, target, lambda name: name in chosen)
 
 
-def download_questions(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:
-    """Fills `target` with a benchmark in the layout of cais/mmlu: a directory of parquet files per subject.
+@stage(ignored=("source", "offline"), retries=5, environment=read_environment)
+def download_mmlu(target: Path, source: str, revision: str, offline: bool) -> Output:
+    """Fill `target` with a benchmark in the layout of cais/mmlu: a directory of parquet files per subject.
 
-    Raises UserError that says what does not fit that layout.
+    Raises:
+        UserError: The dataset has another layout; the message says where it differs.
     """
-    _bring(target, source, revision, offline, _is_question_file)
+    _download_dataset(target, source, revision, offline, _is_mmlu_file)
     check_mmlu(target, source)
     return {}
 
 
-def download_charts(target: Path, source: str, revision: str, offline: bool) -> dict[str, Any]:
-    """Fills `target` with the test split of a benchmark in the layout of HuggingFaceM4/ChartQA, in data/.
+@stage(ignored=("source", "offline"), retries=5, environment=read_environment)
+def download_chartqa(target: Path, source: str, revision: str, offline: bool) -> Output:
+    """Fill `target` with the test split of a benchmark in the layout of HuggingFaceM4/ChartQA, in data/.
 
-    Raises UserError that says what does not fit that layout.
+    Raises:
+        UserError: The dataset has another layout; the message says where it differs.
     """
-    _bring(target, source, revision, offline, lambda name: _is_like(name, CHART_FILES))
-    check_charts(target, source)
+    _download_dataset(target, source, revision, offline, lambda name: _matches(name, CHARTQA_FILES))
+    check_chartqa(target, source)
     return {}
 
 
-def _bring(target: Path, source: str, revision: str, offline: bool, wanted: Callable[[str], bool]) -> None:
+def _download_dataset(
+    target: Path, source: str, revision: str, offline: bool, is_needed: Callable[[str], bool]
+) -> None:
+    """Copy a built-in dataset, or fetch the files that are needed of one on the Hub."""
     if Path(source).is_dir():
         with _unchanged(target, source, revision):
             shutil.copytree(source, target, dirs_exist_ok=True, copy_function=lambda a, b: store.copy(Path(a), Path(b)))
     else:
-        _move(_fetch(target, "dataset", source, revision, offline, wanted), target, wanted)
+        _move(_fetch(target, "dataset", source, revision, offline, is_needed), target, is_needed)
 
 
 @contextlib.contextmanager
 def _unchanged(target: Path, source: str, revision: str) -> Iterator[None]:
-    """Compares what is copied inside with the digest that the directory had when the run started.
+    """Check that what is copied inside this context has the digest that the directory had when the run started.
 
-    Raises UserError if it is another: whoever trains there has written meanwhile.
+    Raises:
+        UserError: It has another, because something writes to the directory, such as a training run.
     """
     changing = UserError(
         f"{source} is changing: its files are no longer those that this run started with; start again when nothing "
-        "writes there, or give a copy"
+        "writes there, or use a copy"
     )
     try:
         yield
     except (FileNotFoundError, shutil.Error) as error:
-        if store.disk_failure(error, target):
+        if disk_failure(error, target):
             raise
         raise changing from None
     names = [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
@@ -228,20 +269,22 @@ def _unchanged(target: Path, source: str, revision: str) -> Iterator[None]:
 
 
 def _fetch(
-    target: Path, kind: str, repository: str, revision: str, offline: bool, wanted: Callable[[str], bool]
+    target: Path, kind: str, repository: str, revision: str, offline: bool, is_needed: Callable[[str], bool]
 ) -> Path:
-    """Brings the files into a directory that outlives a failure, so that the next try goes on there; returns it."""
+    """Fetch files into a directory that survives a failure, so that the next try continues there; return it."""
     if offline:
         raise UserError(f"offline: {repository} at {revision} is not in the store: run once without --offline")
-    incoming = target.parent.parent / f"{store.INCOMING}{revision[:16]}"
+    incoming = target.parent.parent / f"{store_layout.INCOMING}{revision[:16]}"
     incoming.mkdir(parents=True, exist_ok=True)
-    hub.fetch(incoming, kind, repository, revision, wanted, lambda done, total: report_progress(done, total, "bytes"))
+    hub.download_files(
+        incoming, kind, repository, revision, is_needed, lambda done, total: report_progress(done, total, "bytes")
+    )
     return incoming
 
 
-def _move(incoming: Path, target: Path, wanted: Callable[[str], bool]) -> None:
+def _move(incoming: Path, target: Path, is_needed: Callable[[str], bool]) -> None:
     for path in [path for path in incoming.rglob("*") if path.is_file()]:
-        if not wanted(path.relative_to(incoming).as_posix()):
+        if not is_needed(path.relative_to(incoming).as_posix()):
             continue
         place = target / path.relative_to(incoming)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -249,12 +292,12 @@ def _move(incoming: Path, target: Path, wanted: Callable[[str], bool]) -> None:
     shutil.rmtree(incoming)
 
 
-def _is_question_file(name: str) -> bool:
-    return _is_like(name, BENCHMARK_FILES) and not _is_like(name, BENCHMARK_LEFT_OUT)
+def _is_mmlu_file(name: str) -> bool:
+    return _matches(name, MMLU_FILES) and not _matches(name, MMLU_SKIPPED_FILES)
 
 
-def _is_like(name: str, patterns: tuple[str, ...]) -> bool:
-    # A star stands for slashes, too.
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    # In fnmatch, a star matches slashes, too.
     return ".." not in name.split("/") and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -270,21 +313,12 @@ def _digest_of(folder: Path, names: list[str]) -> str:
     return hashlib.sha256(canonical_json(digests)).hexdigest()[:40]
 
 
-def _card_of(folder: Path) -> Any:
-    """Returns the metadata of a directory's model card, or None: a broken one is no reason not to quantize."""
+def _read_card_metadata(folder: Path) -> dict[str, Any] | None:
+    """Return the metadata of a directory's model card; None if it has none, or a malformed one, which is no error."""
     from huggingface_hub import metadata_load
 
     try:
-        return metadata_load(folder / "README.md")
+        metadata: dict[str, Any] | None = metadata_load(folder / "README.md")
+        return metadata
     except Exception:
         return None
-
-
-_from_hub: dict[str, Any] = {
-    "ignored": ("source", "offline"),
-    "retries": 5,
-    "environment": hub.read_environment,
-}
-download = Stage(download_checkpoint, name="download", **_from_hub)
-questions = Stage(download_questions, name="questions", **_from_hub)
-chart_questions = Stage(download_charts, name="chart-questions", **_from_hub)

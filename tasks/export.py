@@ -1,92 +1,104 @@
-"""Export: the quantized checkpoint becomes model.pte, an ExecuTorch program for XNNPACK.
+"""Export: lower the quantized checkpoint to model.pte, an ExecuTorch program for XNNPACK.
 
 The work is optimum-executorch's: its exportable modules and its xnnpack recipe. What its command line gets wrong is
-put right here: the example image is made from the configuration instead of fetched from a web site, max_seq_len is
-honoured, scales are as wide as XNNPACK wants them, and the program's metadata says what the model is.
+corrected here: the example image is made from the configuration instead of fetched from a web site, max_seq_len is
+honored, scales are as wide as XNNPACK wants them, and the program's metadata says what the model is.
 (Card section: Exporting to ExecuTorch.)
 """
+
+from __future__ import annotations
 
 import gc
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks import process
-from quantize_gemma.tasks.checkpoint import task_of, weight_files
-from quantize_gemma.tasks.config import ARCHITECTURES
-from quantize_gemma.tasks.patches import patched_export, patched_loading
-from quantize_gemma.tasks.patches.optimum_executorch import example_image
-from quantize_gemma.tasks.process import report_progress
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import StageFailed, UserError
-from quantize_gemma.tasks.units import human_size
+from quantize_gemma.tasks.models.checkpoint import task_of, weight_files
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.patches import patched_export, patched_loading
+from quantize_gemma.tasks.runtime.patches.optimum_executorch import example_image
+from quantize_gemma.tasks.runtime.stage import Output, stage
+from quantize_gemma.tasks.runtime.units import human_size
 
-# What a graph holds besides operators.
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.fx import GraphModule
+    from torch.nn import Module
+    from transformers import PreTrainedConfig
+
+# optimum-executorch's recipe, and the dtype of activations and scales: XNNPACK takes no bfloat16.
+BACKEND = "xnnpack"
+DTYPE = "float32"
+# Nodes of a graph that are no operators.
 NO_OPERATORS = {"alloc", "getitem", "sym_size"}
 # ExecuTorch's own kernels for attention, its cache, and quantized embeddings.
 CUSTOM = ("llama_", "update_cache", "quantized_decomposed_embedding")
-# The program in times of the quantized checkpoint, whose int4 weights take a byte each; 4B: 3.18 / 5.37.
-PROGRAM_FACTOR = 0.75
+# Operators that are too slow in the portable kernels.
 HEAVY = ("linear", "mm", "addmm", "bmm", "convolution", "_softmax", "scaled_dot_product")
+# The program's size in times of the quantized checkpoint's, whose int4 weights take a byte each; 4B: 3.18 / 5.37.
+PROGRAM_FACTOR = 0.75
+
+# {"xnnpack" | "custom" | "portable": {operator: how often}}
+OperatorCounts = dict[str, dict[str, int]]
 
 
-def export_checkpoint(
+@stage(memory=1.5)
+def export(
     target: Path,
     checkpoint: Path,
     max_seq_len: int,
-    backend: str = "xnnpack",
-    dtype: str = "float32",
     custom_sdpa: bool = True,
     custom_kv_cache: bool = True,
     last_logits_only: bool = True,
-) -> dict[str, Any]:
-    """Writes model.pte, for sequences up to `max_seq_len` tokens, and delegation.json: who runs which operator.
+) -> Output:
+    """Write model.pte, for sequences up to `max_seq_len` tokens, and delegation.json: which kernels run what.
 
-    `dtype` is that of activations and scales. With `custom_sdpa` and `custom_kv_cache` attention and its cache are
-    ExecuTorch's own kernels. With `last_logits_only` the decoder returns the logits of the last of the tokens that it
-    is given, [1, 1, vocabulary], which is what generating needs, instead of all of them.
+    With `custom_sdpa` and `custom_kv_cache` attention and its cache are ExecuTorch's own kernels. With
+    `last_logits_only` the decoder returns the logits of the last of its input tokens, [1, 1, vocabulary], which is all
+    that generating needs.
 
-    Raises UserError if the checkpoint is not a quantized Gemma 3 or the disk is full, StageFailed if the program's
-    metadata differ from the model's, or if a heavy operator is not delegated.
+    Raises:
+        UserError: The checkpoint is not a quantized Gemma 3, or the disk is full.
+        StageFailed: The program's metadata differs from the model's, or a heavy operator is not delegated.
     """
     from optimum.exporters.executorch.convert import export_to_executorch
 
-    from quantize_gemma.tasks.kv_cache import long_pieces
+    from quantize_gemma.tasks.models.kv_cache import unlimited_chunks
 
     check_exportable(target, checkpoint)
     report_progress(0, 3, "loading")
-    module = _exportable(checkpoint, max_seq_len, dtype, custom_sdpa, custom_kv_cache)
+    module = _load_exportable(checkpoint, max_seq_len, custom_sdpa, custom_kv_cache)
     if last_logits_only:
         module.model.lm_head = _last_position(module.model.lm_head)
     expected = expected_metadata(checkpoint, max_seq_len)
     module.metadata.update(expected)
     report_progress(1, 3, "lowering")
     task = task_of(module.config.to_dict())
-    with example_image(_blank(module.config, dtype)), long_pieces(max_seq_len), patched_export():
-        made = export_to_executorch(module, task, backend, str(target))["model"]
-    delegation = {name: count_operators(made.exported_program(name).graph_module) for name in sorted(made.methods)}
+    with example_image(_blank_image(module.config)), unlimited_chunks(max_seq_len), patched_export():
+        program = export_to_executorch(module, task, BACKEND, str(target))["model"]
+    delegation = {
+        name: count_operators(program.exported_program(name).graph_module) for name in sorted(program.methods)
+    }
     check_delegation(delegation)
     (target / "delegation.json").write_text(json.dumps(delegation, indent=1) + "\n", encoding="utf-8")
-    del module, made
+    del module, program
     gc.collect()  # Graphs refer to themselves; the program must fit beside what is left.
     report_progress(2, 3, "verifying the program's metadata")
-    # In a process of its own: the runtime keeps the program in memory, beside all that making it took.
-    arguments = {"program": str(target / "model.pte"), "names": list(expected)}
-    found = process.run("quantize_gemma.tasks.export:read_metadata", arguments, lambda *_: None, None)["metadata"]
-    wrong = {name: found.get(name) for name, value in expected.items() if found.get(name) != value}
-    if wrong:
-        raise StageFailed(f"the program's metadata differ from the model's: {wrong} instead of {expected}")
-    settings = {"backend": backend, "dtype": dtype, "custom_sdpa": custom_sdpa, "custom_kv_cache": custom_kv_cache}
+    metadata = _check_metadata(target / "model.pte", expected)
+    settings = {"backend": BACKEND, "dtype": DTYPE, "custom_sdpa": custom_sdpa, "custom_kv_cache": custom_kv_cache}
     settings |= {"max_seq_len": max_seq_len, "last_logits_only": last_logits_only, "task": task}
-    return {"metadata": {**settings, "program": found, "delegation": delegation}}
+    return {"metadata": {**settings, "program": metadata, "delegation": delegation}}
 
 
 def check_exportable(target: Path, checkpoint: Path) -> None:
-    """Raises UserError if the checkpoint is not one of ours, or if there is no room for its program in `target`."""
+    """Raise UserError if the checkpoint is not one of ours, or if `target` has no room for its program."""
     path = checkpoint / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if (config.get("architectures") or [None])[0] not in ARCHITECTURES:
+    if (config.get("architectures") or [None])[0] not in GEMMA3.architectures:
         raise UserError(f"{checkpoint} is not a checkpoint of Gemma 3: export what the quantize stage has written")
     if config.get("quantization_config", {}).get("quant_method") != "torchao":
         raise UserError(f"{checkpoint} is not quantized with torchao: export what the quantize stage has written")
@@ -99,8 +111,8 @@ def check_exportable(target: Path, checkpoint: Path) -> None:
         )
 
 
-def _exportable(checkpoint: Path, max_seq_len: int, dtype: str, custom_sdpa: bool, custom_kv_cache: bool) -> Any:
-    """Returns optimum-executorch's exportable module, with what its command line gets wrong put right."""
+def _load_exportable(checkpoint: Path, max_seq_len: int, custom_sdpa: bool, custom_kv_cache: bool) -> Any:
+    """Return optimum-executorch's exportable module, with what its command line gets wrong corrected."""
     import torch
     from optimum.exporters.executorch.tasks.causal_lm import load_causal_lm_model
     from optimum.exporters.executorch.tasks.multimodal_text_to_text import load_multimodal_text_to_text_model
@@ -112,32 +124,32 @@ def _exportable(checkpoint: Path, max_seq_len: int, dtype: str, custom_sdpa: boo
     with patched_loading():
         module = load(
             str(checkpoint),
-            dtype=dtype,
+            dtype=DTYPE,
             use_custom_sdpa=custom_sdpa,
             use_custom_kv_cache=custom_kv_cache,
             # The multimodal task reads max_length, the text task max_seq_len.
             **{"max_length" if multimodal else "max_seq_len": max_seq_len},
         )
-    module.model.to(getattr(torch, dtype))
-    # By this, too, optimum-executorch bounds how many tokens the program takes at once.
+    module.model.to(getattr(torch, DTYPE))
+    # optimum-executorch would limit the tokens per call by this, too.
     module.metadata.pop("sliding_window", None)
     return module
 
 
-def _blank(config: Any, dtype: str) -> Any:
-    """Returns a picture that the model takes, [1, channels, height, width]; None if it takes none."""
+def _blank_image(config: PreTrainedConfig) -> Tensor | None:
+    """Return an image that the model takes, [1, channels, height, width]; None if it takes none."""
     import torch
 
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return None
-    return torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, dtype=getattr(torch, dtype))
+    return torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, dtype=getattr(torch, DTYPE))
 
 
-def _last_position(head: Any) -> Any:
-    """Returns lm_head for the last position of what it is given.
+def _last_position(head: Module) -> Module:
+    """Return lm_head for the last position of its input.
 
-    Of a long prompt it has a thousandth of the work. And the program plans memory for the longest piece that a
+    For a long prompt that is a thousandth of the work. And the program plans memory for the longest chunk that a
     prompt is read in: 1,023 positions of gemma-3-4b's 262,208 logits are 1.07 GB of float32.
     """
     import torch
@@ -147,31 +159,32 @@ def _last_position(head: Any) -> Any:
             super().__init__()
             self.head = head
 
-        def forward(self, hidden: Any) -> Any:
-            return self.head(hidden[:, -1:])
+        def forward(self, hidden: Tensor) -> Tensor:
+            logits: Tensor = self.head(hidden[:, -1:])
+            return logits
 
     return LastPosition()
 
 
-def count_operators(method: Any) -> dict[str, dict[str, int]]:
-    """Returns {"xnnpack" | "custom" | "portable": {operator: how often}}: who runs what of one method's graph."""
+def count_operators(method: GraphModule) -> OperatorCounts:
+    """Return how often each operator of a method's graph is run by XNNPACK, custom and portable kernels."""
     from executorch.devtools.backend_debug import get_delegation_info
 
-    counted: dict[str, dict[str, int]] = {"xnnpack": {}, "custom": {}, "portable": {}}
-    for name, found in sorted(get_delegation_info(method).delegation_by_operator.items()):
+    counts: OperatorCounts = {"xnnpack": {}, "custom": {}, "portable": {}}
+    for name, usage in sorted(get_delegation_info(method).delegation_by_operator.items()):
         if name in NO_OPERATORS:
             continue
-        if found.delegated:
-            counted["xnnpack"][name] = found.delegated
-        if found.non_delegated:
-            counted["custom" if name.startswith(CUSTOM) else "portable"][name] = found.non_delegated
-    return counted
+        if usage.delegated:
+            counts["xnnpack"][name] = usage.delegated
+        if usage.non_delegated:
+            counts["custom" if name.startswith(CUSTOM) else "portable"][name] = usage.non_delegated
+    return counts
 
 
-def check_delegation(delegation: dict[str, dict[str, dict[str, int]]]) -> None:
-    """Raises StageFailed if a matrix product or an attention is left to the portable kernels, which are slow."""
-    for method, counted in delegation.items():
-        slow = [name for name in counted["portable"] if any(f"aten_{word}_" in name for word in HEAVY)]
+def check_delegation(delegation: dict[str, OperatorCounts]) -> None:
+    """Raise StageFailed if a matrix product or an attention is left to the portable kernels, which are slow."""
+    for method, counts in delegation.items():
+        slow = [name for name in counts["portable"] if any(f"aten_{word}_" in name for word in HEAVY)]
         if slow:
             raise StageFailed(
                 f"{method} of the program runs {', '.join(slow)} outside of XNNPACK and the custom kernels"
@@ -179,7 +192,7 @@ def check_delegation(delegation: dict[str, dict[str, dict[str, int]]]) -> None:
 
 
 def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
-    """Returns what the program's constant methods must say of the model."""
+    """Return the values that the program's constant methods must have, by name."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint)
@@ -188,7 +201,9 @@ def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
     eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.exists() else None
     if eos is None:
         eos = config.eos_token_id if getattr(config, "eos_token_id", None) is not None else text.eos_token_id
-    seen = {"modality": "vision", "vision_token_id": config.image_token_id} if hasattr(config, "vision_config") else {}
+    vision = {}
+    if hasattr(config, "vision_config"):
+        vision = {"modality": "vision", "vision_token_id": config.image_token_id}
     return {
         "get_max_seq_len": max_seq_len,
         "get_max_context_len": max_seq_len,
@@ -198,25 +213,30 @@ def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
         "get_vocab_size": text.vocab_size,
         "get_bos_id": text.bos_token_id,
         "get_eos_ids": eos if isinstance(eos, list) else [eos],
-        **seen,
+        **vision,
     }
 
 
+def _check_metadata(program: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """Return the program's metadata; raise StageFailed if it differs from `expected`."""
+    # In its own process: the runtime keeps the program in memory, beside all that the export took.
+    arguments = {"program": str(program), "names": list(expected)}
+    result = worker.run("quantize_gemma.tasks.export:read_metadata", arguments, lambda *_: None, None)
+    metadata: dict[str, Any] = result["metadata"]
+    wrong = {name: metadata.get(name) for name, value in expected.items() if metadata.get(name) != value}
+    if wrong:
+        raise StageFailed(f"the program's metadata differ from the model's: {wrong} instead of {expected}")
+    return metadata
+
+
 def read_metadata(program: str, names: list[str]) -> dict[str, Any]:
-    """Returns {"metadata": the values of the program's constant methods of these names, those that it has}."""
+    """Return {"metadata": {name: value of the program's constant method}}, for those of `names` that it has."""
     from executorch.runtime import Runtime
 
     loaded = Runtime.get().load_program(program)
-    found = {}
+    metadata = {}
     for name in names:
         if name in loaded.method_names:
             values = loaded.load_method(name).execute([])
-            found[name] = values if name == "get_eos_ids" else values[0]
-    return {"metadata": found}
-
-
-export = Stage(
-    export_checkpoint,
-    name="export",
-    memory=1.5,
-)
+            metadata[name] = values if name == "get_eos_ids" else values[0]
+    return {"metadata": metadata}

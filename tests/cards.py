@@ -1,9 +1,9 @@
-"""A card with texts of others in it, and what it comes to: its metadata, its Markdown's structure, its Python."""
+"""A card with text from elsewhere in it, and its metadata, its Markdown's structure and its Python."""
 
 import ast
-import copy
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from markdown_it import MarkdownIt
 
 from quantize_gemma.tasks.card import render
 from quantize_gemma.tasks.card.front_matter import front_matter
-from quantize_gemma.tasks.license import clean_license
+from quantize_gemma.tasks.models.license import clean_license
+from quantize_gemma.tasks.models.metrics import Metrics, Response, Score
+from quantize_gemma.tasks.models.recipe import Recipe, Rule
 
-# Where text of others gets into a card. What is no text of others (versions, commands) is not here.
+# Where text from elsewhere gets into a card. Our own text (versions, commands) is not here.
 PLACES = (
     "base_model",
     "base_revision",
@@ -42,7 +44,7 @@ PLACES = (
 )
 
 
-# What has a meaning in Markdown, HTML, YAML, Python, Jinja or a formula.
+# Text with a meaning in Markdown, HTML, YAML, Python, Jinja or a formula.
 PARTS = (
     *(
         "`",
@@ -85,48 +87,60 @@ PARTS = (
 
 
 def markdown_texts() -> st.SearchStrategy[str]:
-    """Returns a strategy of texts that could be more than text."""
+    """Return a strategy of texts that could be taken for markup or code."""
     return st.lists(st.sampled_from(PARTS) | st.text(max_size=8), max_size=6).map("".join)
 
 
-def card_with(metrics: dict[str, Any], texts: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """Returns a card with these texts, a place each, and its metrics."""
-    m = copy.deepcopy(metrics)
-    for place in ("base_model", "base_revision", "benchmark", "benchmark_revision", "recipe", "recipe_hash", "run_id"):
-        m[place] = texts[place]
-    m["commands"]["run"] = texts["run"]
-    m["quantized"]["smoke"] |= {"response": texts["response"], "prompt": texts["smoke_prompt"]}
-    m["program"]["text"] = {"prompt": texts["text_prompt"], "response": texts["text_response"]}
-    m["program"]["image"] = {"prompt": "What is it?", "response": texts["image_response"]}
-    for column in ("base", "quantized"):
-        score = {"accuracy": 0.5, "stderr": 0.01}
-        m[column]["mmlu"]["categories"] = {texts["category"]: score}
-    m["stages"] = {texts["stage"]: next(iter(m["stages"].values()))}
-    m["program"]["delegation"] = {texts["method"]: next(iter(m["program"]["delegation"].values()))}
-    m["license"] = {name: texts[name] for name in ("license", "license_name", "license_link")}
-    m |= {"fixture_model": False}
-    rule = {"match": f"re:{texts['pattern']}", "weight": "int4", "group_size": 32, "activation": "int8"}
-    recipe = {"name": texts["recipe"], "description": texts["description"], "rules": [rule | {"algorithm": "affine"}]}
+def card_with(metrics: Metrics, texts: dict[str, str]) -> tuple[str, Metrics]:
+    """Return a card with one of these texts in each place, and its metrics.
+
+    They are put in after the metrics were parsed, which refuses some of them.
+    """
+    score = Score(accuracy=0.5, stderr=0.01)
+    base, quantized, program = metrics.base, metrics.quantized, metrics.program
+    assert base.mmlu is not None
+    assert quantized.mmlu is not None
+    categories = {texts["category"]: score}
+    smoke = replace(quantized.smoke, response=texts["response"], prompt=texts["smoke_prompt"])
+    m = replace(
+        metrics,
+        **{name: texts[name] for name in ("base_model", "base_revision", "benchmark", "benchmark_revision")},
+        **{name: texts[name] for name in ("recipe", "recipe_hash", "run_id")},
+        commands={**metrics.commands, "run": texts["run"]},
+        license={name: texts[name] for name in ("license", "license_name", "license_link")},
+        fixture_model=False,
+        stages={texts["stage"]: next(iter(metrics.stages.values()))},
+        base=replace(base, mmlu=replace(base.mmlu, categories=categories)),
+        quantized=replace(quantized, smoke=smoke, mmlu=replace(quantized.mmlu, categories=categories)),
+        program=replace(
+            program,
+            text=Response(prompt=texts["text_prompt"], response=texts["text_response"]),
+            image=Response(prompt="What is it?", response=texts["image_response"]),
+            delegation={texts["method"]: next(iter(program.delegation.values()))},
+        ),
+    )
+    rule = Rule(f"re:{texts['pattern']}", weight="int4", group_size=32, activation="int8", algorithm="affine")
+    recipe = Recipe(texts["recipe"], description=texts["description"], rules=(rule,))
     return render(m, recipe, {texts["file"]: 5}), m
 
 
-def faults(metrics: dict[str, Any], texts: dict[str, str]) -> list[str]:
-    """Returns what is wrong with a card that has these texts in it, compared with one that has harmless ones."""
+def faults(metrics: Metrics, texts: dict[str, str]) -> list[str]:
+    """Return what is wrong with a card that has these texts in it, compared with one that has harmless ones."""
     text, m = card_with(metrics, texts)
-    # Which of the license's fields are passed on is another question.
+    # Which license fields are passed on is tested elsewhere.
     fields = dict.fromkeys(("license", "license_name", "license_link"), "") | clean_license(texts)
     if fields["license_name"]:
         fields["license_name"] = "word"
     harmless, _ = card_with(metrics, {**dict.fromkeys(PLACES, "word"), **fields})
-    found = []
+    problems = []
     if _read(text) != front_matter(m):
-        found.append("other metadata are read than were written")
+        problems.append("the metadata read back differ from those written")
     if _structure(text) != _structure(harmless):
-        found.append("the Markdown has another structure")
+        problems.append("the Markdown has another structure")
     if any(re.match(r"(?!https?:|LICENSE|NOTICE)\w*:", target) for target in _targets(text)):
-        found.append("a link leads elsewhere than to a page")
-    found += _python_faults(text, harmless, texts["base_model"])
-    return found
+        problems.append("a link leads elsewhere than to a page")
+    problems += _python_faults(text, harmless, texts["base_model"])
+    return problems
 
 
 def _read(text: str) -> Any:
@@ -142,7 +156,7 @@ def _tokens(text: str) -> list[Any]:
 
 
 def _structure(text: str) -> list[tuple[str, str, int, tuple[str, ...]]]:
-    """Returns the blocks and spans of a card without their text."""
+    """Return the blocks and spans of a card without their text."""
     return [
         (
             token.type,
@@ -180,14 +194,14 @@ def _python_faults(text: str, harmless: str, model: str) -> list[str]:
         and isinstance(node.value, ast.Constant)
         and ast.unparse(node.targets[0]) == "model_id"
     ]
-    found = [] if names == [model] else ["model_id is not the model"]
+    problems = [] if names == [model] else ["model_id is not the model"]
     if [_shape(tree) for tree in ours] != [_shape(tree) for tree in snippets(harmless)]:
-        found.append("a snippet is another program")
-    return found
+        problems.append("a snippet is another program")
+    return problems
 
 
 def _shape(tree: ast.Module) -> str:
-    """Returns a program without the texts in it."""
+    """Return a program without the texts in it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             node.value = ""

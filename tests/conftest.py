@@ -1,8 +1,9 @@
-"""What several tests share: a command line in its own process, and one release that is made once a session."""
+"""Shared fixtures: a command line in its own process, and one release for all tests of a session."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,9 +21,30 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
 
+def pytest_configure() -> None:
+    """Let the processes that tests start be interrupted, wherever the tests were started.
+
+    A shell that runs `make test &`, and nohup, have these signals ignored, and whatever is started inherits that. A
+    signal with a handler is back at its default in a process that is started.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # The tests themselves survive the end of the terminal, as nohup is asked for.
+        signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test-fast` leaves out: tests of whole runs, besides those that say it themselves."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        if "finished_run" in names or "command_line" in names or item.get_closest_marker("long"):
+            item.add_marker("slow")
+
+
 @dataclass
 class Outcome:
-    """What a run of the command line left: exit code, streams, and the JSON object it printed last."""
+    """The result of a run of the command line: exit code, streams, and the JSON object that it printed last."""
 
     code: int
     stdout: str
@@ -39,14 +61,14 @@ class Outcome:
 
 @dataclass
 class CommandLine:
-    """`quantize-gemma` on a store of its own, with a Prefect home of its own."""
+    """`quantize-gemma` with a store and a Prefect home of its own."""
 
     home: Path
     prefect: Path
 
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-        return {**kept, "QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        return {**inherited, "QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect)}
 
     def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
@@ -65,37 +87,54 @@ class CommandLine:
         return Outcome(process.returncode, stdout, stderr)
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run: the directory with its store and its Prefect home, and its outcome there."""
+
+    folder: Path
+    outcome: Outcome
+
+    def copy_to(self, target: CommandLine) -> Outcome:
+        """Copies the run, and returns its outcome in the copy."""
+        shutil.copytree(self.folder, target.home.parent, symlinks=True, dirs_exist_ok=True)
+        home = str(Path(self.outcome.summary["release"]).parents[2])
+        streams = (text.replace(home, str(target.home)) for text in (self.outcome.stdout, self.outcome.stderr))
+        return Outcome(self.outcome.code, *streams)
+
+
 @pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The built-in model through every stage, once for all processes of pytest-xdist. Tests work on copies."""
+    # Each process has a folder of its own in one that they share.
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent / "finished" if "PYTEST_XDIST_WORKER" in os.environ else folder / "finished"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            partial = shared.with_suffix(".partial")
+            run = CommandLine(partial / "store", partial / "prefect")
+            outcome = run("run", "--json")
+            assert outcome.code == 0, outcome.stderr[-5000:]
+            (partial / "outcome.json").write_text(json.dumps({"stdout": outcome.stdout, "stderr": outcome.stderr}))
+            partial.rename(shared)
+    return FinishedRun(shared, Outcome(0, **json.loads((shared / "outcome.json").read_text())))
+
+
+@pytest.fixture(scope="module")
 def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
-    folder = tmp_path_factory.mktemp("session")
+    """`quantize-gemma` with a store for the tests of one module."""
+    folder = tmp_path_factory.mktemp("module")
     return CommandLine(folder / "store", folder / "prefect")
 
 
-@pytest.fixture(scope="session")
-def released(command_line: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The built-in model, through every stage. Several processes of tests have a copy each of one run's store."""
-    # Of each process its own, in one that they share.
-    folder = tmp_path_factory.getbasetemp()
-    made = folder.parent / "released" if "PYTEST_XDIST_WORKER" in os.environ else folder / "released"
-    with FileLock(f"{made}.lock"):
-        if not made.exists():
-            outcome = command_line("run", "--json")
-            assert outcome.code == 0, outcome.stderr[-5000:]
-            partial = made.with_suffix(".partial")
-            shutil.copytree(command_line.home.parent, partial, symlinks=True)
-            said = {"home": str(command_line.home), "stdout": outcome.stdout, "stderr": outcome.stderr}
-            (partial / "outcome.json").write_text(json.dumps(said))
-            partial.rename(made)
-            return outcome
-    said = json.loads((made / "outcome.json").read_text())
-    shutil.copytree(made, command_line.home.parent, symlinks=True, dirs_exist_ok=True)
-    here = {name: said[name].replace(said["home"], str(command_line.home)) for name in ("stdout", "stderr")}
-    return Outcome(0, **here)
+@pytest.fixture(scope="module")
+def released(finished_run: FinishedRun, command_line: CommandLine) -> Outcome:
+    """The release of the built-in model, in the module's store."""
+    return finished_run.copy_to(command_line)
 
 
 @pytest.fixture
 def tiny_copy(tmp_path: Path) -> Callable[[], Path]:
-    """Makes a copy of tiny-gemma3 that a test may damage."""
+    """Copies tiny-gemma3, for a test that damages it."""
 
     def copy() -> Path:
         return Path(shutil.copytree(BUILTIN["tiny-gemma3"], tmp_path / "model"))

@@ -17,19 +17,22 @@ from typing import Any
 
 from prefect import flow
 
-from quantize_gemma.tasks import process, store
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.evaluate import evaluate, shards
-from quantize_gemma.tasks.policies import as_task, open_record, record
-from quantize_gemma.tasks.stage import Stage
+from quantize_gemma.tasks.evaluate import evaluate_mmlu, shards
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact, ref_of
+from quantize_gemma.tasks.runtime.errors import RunError
+from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt
+from quantize_gemma.tasks.runtime.prefect_stage import as_task
+from quantize_gemma.tasks.runtime.stage import Output, stage
 
 
 def load_lengths(loaded: str, seconds: float) -> Callable[[list[str]], list[int]]:
-    """Returns the answerer of words by their lengths; it dies of "SIGKILL", and leaves a line when it is loaded."""
+    """Load a scorer of words by their lengths; it dies of "SIGKILL", and leaves a line when it is loaded."""
     with open(loaded, "a", encoding="utf-8") as stream:
         stream.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
 
-    def answer(words: list[str]) -> list[int]:
+    def score(words: list[str]) -> list[int]:
         time.sleep(seconds)
         if "fail" in words:
             raise ValueError("a word that cannot be measured")
@@ -38,16 +41,17 @@ def load_lengths(loaded: str, seconds: float) -> Callable[[list[str]], list[int]
         taken = b"x" * 500_000_000 if "large" in words else b""
         return [len(word) + 0 * len(taken) for word in words]
 
-    return answer
+    return score
 
 
-def measure_words(
+@stage(ignored=("loaded", "seconds", "workers", "cluster"))
+def lengths(
     target: Path, words: dict[str, list[str]], loaded: str, seconds: float, workers: int, cluster: str | None
-) -> dict[str, Any]:
+) -> Output:
     """Writes each list's lengths."""
-    found = shards.answers(
+    responses = shards.respond(
         words,
-        answerer="tests.spreading:load_lengths",
+        scorer="tests.spreading:load_lengths",
         settings={"loaded": loaded, "seconds": seconds},
         paths={},
         identity={},
@@ -55,39 +59,36 @@ def measure_words(
         workers=workers,
         cluster=cluster,
     )
-    (target / "lengths.json").write_text(json.dumps(found), encoding="utf-8")
+    (target / "lengths.json").write_text(json.dumps(responses), encoding="utf-8")
     return {}
-
-
-lengths = Stage(measure_words, name="lengths", ignored=("loaded", "seconds", "workers", "cluster"))
 
 
 @flow
 def spread_evaluation(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the artifact's directory, what it took, and how many shards each process has answered."""
-    asked = {"workers": 1, "cluster": None, **settings}
+    inputs = {"workers": 1, "cluster": None, **settings}
     if stage == "evaluate":
-        asked = {"limit": None, "batch_size": "auto", "device": "cpu", **asked}
-        asked |= {"checkpoint": in_the_store(BUILTIN["tiny-gemma3"])}
-        asked |= {"questions": in_the_store(BUILTIN_BENCHMARKS["mmlu-mini"])}
-    options = as_task({"evaluate": evaluate, "lengths": lengths}[stage]).with_options(
+        inputs = {"limit": None, "batch_size": "auto", "device": "cpu", **inputs}
+        inputs |= {"checkpoint": in_the_store(BUILTIN["tiny-gemma3"])}
+        inputs |= {"dataset": in_the_store(BUILTIN_BENCHMARKS["mmlu-mini"])}
+    options = as_task({"evaluate": evaluate_mmlu, "lengths": lengths}[stage]).with_options(
         task_run_name=f"{stage} · test", result_storage=store.home()
     )
-    with process.ended_on_interrupt():
-        artifact = open_record(options.submit(**asked).result())
-    manifests = store.home().glob("evaluate-shard/[0-9a-f]*/manifest.json")
+    with stop_on_interrupt():
+        artifact = open_artifact(options.submit(**inputs).result())
+    manifests = store.home().glob("responses/[0-9a-f]*/manifest.json")
     by = [json.loads(path.read_text(encoding="utf-8"))["measured"]["process"] for path in manifests]
     return {"folder": str(artifact.path), "measured": artifact.measured, "answered": Counter(by)}
 
 
-def in_the_store(source: Path) -> dict[str, Any]:
-    """Returns the record of a directory's copy in the store."""
+def in_the_store(source: Path) -> ArtifactRef:
+    """Return the reference of a directory's copy in the store."""
 
     def copy(target: Path) -> dict[str, Any]:
         shutil.copytree(source, target, dirs_exist_ok=True)
         return {}
 
-    return record(store.produce("download", store.key("test", [], {"name": source.name}, {}), copy))
+    return ref_of(store.produce("download", store.key("test", [], {"name": source.name}, {}), copy))
 
 
 if __name__ == "__main__":
@@ -97,5 +98,5 @@ if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     try:
         print(json.dumps(spreading.spread_evaluation(given.pop("stage"), given)))
-    except store.RunError as error:
+    except RunError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -1,5 +1,7 @@
 """Evaluate: lm-eval's own `mmlu` task group on a checkpoint, as a library. (Card section: Model Quality.)"""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import json
@@ -9,43 +11,53 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import store
 from quantize_gemma.tasks.evaluate import shards
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import StageFailed
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.stage import Output, stage
 
 CATEGORIES = ("stem", "humanities", "social_sciences", "other")
 
 
-def evaluate_checkpoint(
+@stage(ignored=("workers", "cluster"), ignored_on_cpu=("batch_size",), resumes=True, memory=2.5, accelerated=True)
+def evaluate_mmlu(
     target: Path,
     checkpoint: Path,
-    questions: Path,
+    dataset: Path,
     limit: int | None,
     batch_size: int | str,
     device: str,
     workers: int = 1,
     cluster: str | None = None,
     refresh: bool = False,
-) -> dict[str, Any]:
-    """Writes results.json (accuracy and standard error overall, per category, per subject) and samples.jsonl.
+) -> Output:
+    """Write results.json (accuracy and standard error overall, per category, per subject) and samples.jsonl.
 
-    `questions` is a directory in the layout of cais/mmlu; `limit` is questions per subject. Accuracies are fractions;
-    the standard error of a single question is None. Each subject's answers are kept in the store when they are there,
-    if the checkpoint is of the store, and read from there unless `refresh`. In a flow run `workers` processes answer,
-    or the cluster of that address.
+    Accuracies are fractions; the standard error of a single question is None. If the checkpoint is in the store, each
+    subject's responses are stored as soon as they are complete, and read from there unless `refresh`.
+
+    Args:
+        target: The directory to write to.
+        checkpoint: A plain or quantized checkpoint.
+        dataset: A directory in the layout of cais/mmlu.
+        limit: Questions per subject; None for all.
+        batch_size: The most questions of a batch; "auto" limits the tokens only.
+        device: "cpu" or "cuda".
+        workers: Processes that respond, in a flow run.
+        cluster: Address of a Dask or Ray cluster that responds instead.
+        refresh: Compute responses again that are in the store.
     """
-    with benchmark(questions) as folder:
+    with lm_eval_dataset(dataset) as folder:
         from lm_eval import simple_evaluate
 
-        from quantize_gemma.tasks.evaluate.lm import ShardedLM
+        from quantize_gemma.tasks.evaluate.sharded_lm import ShardedLM
 
-        digest, root = kept(checkpoint, folder)
-        # On a CPU the same to the bit, whatever is answered together.
+        digest, root = locate_in_store(checkpoint, folder)
+        # On a CPU the results are the same to the bit, whatever the batches.
         batches = {} if device == "cpu" else {"batch_size": batch_size}
-        ask = functools.partial(
-            shards.answers,
-            answerer="quantize_gemma.tasks.evaluate.model:load_packed",
+        respond = functools.partial(
+            shards.respond,
+            scorer="quantize_gemma.tasks.evaluate.packed_lm:load_checkpoint_scorer",
             settings={"device": device, "batch_size": batch_size},
             paths={"checkpoint": checkpoint},
             identity={"checkpoint": digest, "device": device, **batches},
@@ -54,13 +66,13 @@ def evaluate_checkpoint(
             cluster=cluster,
             refresh=refresh,
         )
-        output = simple_evaluate(ShardedLM(ask), tasks=["mmlu"], limit=limit, log_samples=True)
+        output = simple_evaluate(ShardedLM(respond), tasks=["mmlu"], limit=limit, log_samples=True)
     if output is None:
         raise StageFailed("lm-eval returned no result")
     results = {**_summarize(output), "device": device, "limit": limit}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with (target / "samples.jsonl").open("w", encoding="utf-8") as stream:
-        for subject, sample in in_order(output):
+        for subject, sample in sorted_samples(output):
             scores = [response[0] for response in sample["filtered_resps"]]
             row = {
                 "subject": subject,
@@ -74,15 +86,15 @@ def evaluate_checkpoint(
 
 
 @contextlib.contextmanager
-def benchmark(questions: Path) -> Iterator[Path]:
-    """Lets lm-eval's tasks find these questions, in the layout of cais/mmlu. Yields a directory that goes afterwards.
+def lm_eval_dataset(dataset: Path) -> Iterator[Path]:
+    """Make lm-eval's tasks read `dataset`, in the layout of cais/mmlu. Yield a temporary directory.
 
-    Before lm-eval is imported, and once in a process: the libraries keep where they looked first.
+    Use it before lm-eval is imported, and once in a process: the libraries remember where they looked first.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # datasets takes a directory of that name for the repository: lm-eval's tasks stay as they are.
+        # `datasets` reads a directory of that name instead of the repository: lm-eval's tasks stay as they are.
         os.makedirs(f"{folder}/cais")
-        os.symlink(questions.resolve(), f"{folder}/cais/mmlu")
+        os.symlink(dataset.resolve(), f"{folder}/cais/mmlu")
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
         os.chdir(folder)
@@ -90,8 +102,8 @@ def benchmark(questions: Path) -> Iterator[Path]:
         os.chdir("/")
 
 
-def in_order(output: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns lm-eval's samples as (subject, sample), by subject and number."""
+def sorted_samples(output: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return lm-eval's samples as (subject, sample), sorted by subject and number."""
     return [
         (task.removeprefix("mmlu_"), sample)
         for task in sorted(output["samples"])
@@ -99,17 +111,17 @@ def in_order(output: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def read_samples(evaluated: Path) -> list[dict[str, Any]]:
-    """Returns the rows of an evaluation's samples.jsonl."""
-    return [json.loads(line) for line in (evaluated / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_samples(evaluation: Path) -> list[dict[str, Any]]:
+    """Return the rows of an evaluation's samples.jsonl."""
+    return [json.loads(line) for line in (evaluation / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def kept(checkpoint: Path, otherwise: Path) -> tuple[str, Path]:
-    """Returns the checkpoint's digest and the store that it is in."""
+def locate_in_store(artifact: Path, temporary: Path) -> tuple[str, Path]:
+    """Return the artifact's digest and the store it is in; a temporary store if it is in none."""
     try:
-        return store.at(checkpoint).digest, store.root_of(checkpoint)
+        return store.read_artifact(artifact).digest, store.root_of(artifact)
     except StageFailed:
-        return "not in a store", otherwise / "store"
+        return "not in a store", temporary / "store"
 
 
 def _summarize(output: dict[str, Any]) -> dict[str, Any]:
@@ -129,14 +141,3 @@ def _summarize(output: dict[str, Any]) -> dict[str, Any]:
         "categories": {category: score(f"mmlu_{category}") for category in CATEGORIES},
         "subjects": subjects,
     }
-
-
-evaluate = Stage(
-    evaluate_checkpoint,
-    name="evaluate",
-    ignored=("workers", "cluster"),
-    ignored_on_cpu=("batch_size",),
-    resumes=True,
-    memory=2.5,
-    accelerated=True,
-)

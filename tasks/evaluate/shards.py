@@ -1,8 +1,8 @@
-"""Answers in shards, each an artifact of its own in the store as soon as it is there.
+"""Responses in shards, each an artifact of its own in the store as soon as it is complete.
 
-What is in the store is read from there. The rest is handed to the flow run, which has it answered by mapped tasks, in
-processes of this machine or on a cluster; where there is no flow run, it is answered here. An evaluation that is killed
-has lost only what was in work.
+Shards in the store are read from there. The others are passed to the flow run, which maps tasks over them, in processes
+of this machine or on a cluster; where there is no flow run, this process computes them. An evaluation that is killed
+loses only the shards in progress.
 """
 
 import hashlib
@@ -10,162 +10,210 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from quantize_gemma.tasks import process, residents, store
-from quantize_gemma.tasks.fingerprint import difference, fingerprint
-from quantize_gemma.tasks.store import StageFailed
+from quantize_gemma.tasks.runtime import model_workers, parent_process, store
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.fingerprint import Fingerprint, difference, fingerprint
+from quantize_gemma.tasks.runtime.stage import import_function
 
-STAGE = "evaluate-shard"
-ASKED = "evaluate-requests"
-# What a shard is made by, with its answerer.
-ANSWER = "quantize_gemma.tasks.evaluate.shards:answer_part"
-# Small shards are answered together until there are so many questions, which fills batches and hides a task's cost.
+STAGE = "responses"
+REQUESTS = "evaluate-requests"
+# What computes a shard, with its scorer; its code is in the shard's key.
+RESPOND = "quantize_gemma.tasks.evaluate.shards:respond_part"
+# Small shards are computed together until there are so many questions, which fills batches and hides a task's cost.
 QUESTIONS = 100
 
+# {shard: requests}, and {shard: responses}: JSON values, as the scorer takes and returns them.
+Shards = dict[str, list[Any]]
+Settings = dict[str, Any]
 
-def answers(
-    asked: dict[str, list[Any]],
-    answerer: str,
-    settings: dict[str, Any],
+
+class Part(TypedDict):
+    """What one mapped task computes: JSON values.
+
+    Attributes:
+        name: The first shard's, for people.
+        questions: How many questions its shards have.
+        shards: {shard: its key in the store}.
+        scorer: "module:function", see model_workers.py.
+        settings: The scorer's settings that are no paths.
+        paths: Those that are paths, relative to the store if they are in it.
+        root: The store's path; None for the store of the machine.
+        requests: The key of all requests in the store.
+        made_by: The run's fingerprint of scorer and shards.
+        refresh: Whether shards in the store are computed again.
+        pinned: Whether the process pins what it stores: a cluster's worker lives on, and its pins would never end.
+    """
+
+    name: str
+    questions: int
+    shards: dict[str, str]
+    scorer: str
+    settings: Settings
+    paths: dict[str, str]
+    root: str | None
+    requests: str
+    made_by: Fingerprint
+    refresh: bool
+    pinned: bool
+
+
+def respond(
+    requests: Shards,
+    scorer: str,
+    settings: Settings,
     paths: dict[str, Path],
-    identity: dict[str, Any],
+    identity: dict[str, str | int],
     root: Path,
     workers: int = 1,
     cluster: str | None = None,
     refresh: bool = False,
-) -> dict[str, list[Any]]:
-    """Returns the answers to each shard's requests, by the shards' names, which are fit for names of files.
+) -> Shards:
+    """Return the responses to each shard's requests.
 
-    The answerer (see residents.py) is loaded with `settings` and `paths`, which may be on another machine: there a
-    path in the store `root` is that store's. A shard's key is made of its name, its requests, `identity`, and the
-    answerer with its code and libraries. Shards of the same key in the store are not answered again, unless `refresh`.
+    It takes more than seven parameters because two stages share it, which bind all but `requests`.
+
+    Args:
+        requests: Each shard's; shards' names are valid file names.
+        scorer: "module:function", which loads a scorer from `settings` and `paths`; see model_workers.py.
+        settings: JSON values.
+        paths: May be on another machine, where a path in `root` is one in its store.
+        identity: What else the responses depend on. A shard's key consists of its name, its requests, `identity`, and
+            the scorer with its code and libraries.
+        root: The store.
+        workers: Processes that respond, in a flow run.
+        cluster: Address of a Dask or Ray cluster that responds instead.
+        refresh: Compute shards again that are in the store.
+
+    Raises:
+        StageFailed: The responses did not reach the store.
     """
-    keys = {name: _key(name, requests, answerer, identity) for name, requests in asked.items()}
-    found = {} if refresh else _load_all(keys, root)
-    if found:
-        process.report(f"{len(found)} of {len(asked)} shards were answered before")
-    # What was pruned meanwhile is answered again.
-    while missing := [name for name in asked if name not in found]:
+    keys = {name: _key(name, shard, scorer, identity) for name, shard in requests.items()}
+    responses = {} if refresh else _load_responses(keys, root)
+    if responses:
+        parent_process.log(f"{len(responses)} of {len(requests)} shards are in the store")
+    # In a loop: what was pruned meanwhile is computed again.
+    while missing := [name for name in requests if name not in responses]:
         common = {
-            "answerer": answerer,
+            "scorer": scorer,
             "settings": settings,
             "paths": {
                 name: str(path.relative_to(root) if root in path.parents else path) for name, path in paths.items()
             },
             "root": None if root.resolve() == store.home().resolve() else str(root),
-            "requests": _write_requests(asked, root),
-            "made_by": fingerprint(answerer, ANSWER),
+            "requests": _write_requests(requests, root),
+            "made_by": fingerprint(scorer, RESPOND),
             "refresh": refresh,
-            # A cluster's worker lives on: what it pins would never be pruned.
             "pinned": cluster is None,
         }
-        # A GPU's sums depend on what is answered together: that must not depend on who answers, or was interrupted.
+        # A GPU's sums depend on the batch: it must not depend on who responds, or on what was interrupted.
         alone = cluster is not None or settings.get("device", "cpu") != "cpu"
-        parts = _parts({name: _questions(asked[name]) for name in missing}, keys, common, workers, alone)
-        if not process.spread_parts(ANSWER, parts, workers, cluster):
-            _answer_here(parts)
-        answered = _load_all({name: keys[name] for name in missing}, root)
-        if not answered:
-            raise StageFailed(f"the answers of {missing[0]} are not in {root}: whoever answers needs the same store")
-        found |= answered
-    return {name: found[name] for name in asked}
+        parts = _make_parts({name: _count_questions(requests[name]) for name in missing}, keys, common, workers, alone)
+        if not parent_process.spread_parts(RESPOND, parts, workers, cluster):
+            _respond_here(parts)
+        computed = _load_responses({name: keys[name] for name in missing}, root)
+        if not computed:
+            raise StageFailed(f"the responses of {missing[0]} are not in {root}: all machines need the same store")
+        responses |= computed
+    return {name: responses[name] for name in requests}
 
 
-def answer_part(evaluation: str, number: int, part: dict[str, Any]) -> int:
-    """Has a resident of the evaluation answer a part; returns the most memory that it has taken, in bytes."""
-    settings, asked = _open(part)
-    pool = residents.pool_of(evaluation)
-    given, process_id, peak = pool.answers(part["answerer"], settings, _all(asked), number)
-    _keep(part, asked, given, process_id)
+def respond_part(evaluation: str, number: int, part: Part) -> int:
+    """Have one of the evaluation's model workers compute a part; return its peak memory in bytes."""
+    settings, requests = _open_part(part)
+    pool = model_workers.pool_of(evaluation)
+    responses, process_id, peak = pool.respond(part["scorer"], settings, _flatten(requests), number)
+    _store_responses(part, requests, responses, process_id)
     return peak
 
 
-def _answer_here(parts: list[dict[str, Any]]) -> None:
-    settings, _ = _open(parts[0])
-    answer = process.named(parts[0]["answerer"])(**settings)
+def _respond_here(parts: list[Any]) -> None:
+    settings, _ = _open_part(parts[0])
+    score = import_function(parts[0]["scorer"])(**settings)
     done, total = 0, sum(part["questions"] for part in parts)
     for part in parts:
-        _, asked = _open(part)
-        with process.as_part(done, part["questions"], total):
-            given = answer(_all(asked))
-        _keep(part, asked, given, os.getpid())
+        _, requests = _open_part(part)
+        with parent_process.as_part(done, part["questions"], total):
+            responses = score(_flatten(requests))
+        _store_responses(part, requests, responses, os.getpid())
         done += part["questions"]
 
 
-def _parts(
+def _make_parts(
     sizes: dict[str, int], keys: dict[str, str], common: dict[str, Any], workers: int, alone: bool
 ) -> list[dict[str, Any]]:
-    """Returns what is answered by a task each: small values, of shards of so many questions."""
-    # A cluster does not say how many its workers are: there, too, each shard is a part of its own.
+    """Return the parts, each with shards of at least QUESTIONS or a worker's share; `sizes` are shards' questions."""
+    # A cluster does not say how many workers it has: there, too, each shard is a part of its own.
     enough = 1 if alone else min(QUESTIONS, -(-sum(sizes.values()) // workers))
     return [
         {
             **common,
-            "name": together[0] + (f" and {len(together) - 1} more" if together[1:] else ""),
-            "questions": sum(sizes[name] for name in together),
-            "shards": {name: keys[name] for name in together},
+            "name": group[0] + (f" and {len(group) - 1} more" if group[1:] else ""),
+            "questions": sum(sizes[name] for name in group),
+            "shards": {name: keys[name] for name in group},
         }
-        for together in _groups(sizes, enough)
+        for group in _group(sizes, enough)
     ]
 
 
-def _open(part: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """Returns the answerer's settings on this machine, and the requests of each shard of the part."""
+def _open_part(part: Part) -> tuple[Settings, Shards]:
+    """Return the scorer's settings on this machine, and the requests of each shard of the part."""
     root = _root(part)
-    artifact = store.load(ASKED, part["requests"], root)
+    artifact = store.load(REQUESTS, part["requests"], root)
     if artifact is None:
-        raise StageFailed(f"the questions are not in {root}: whoever answers needs the store of the run")
-    differs = difference(part["made_by"], fingerprint(part["answerer"], ANSWER))
-    if differs:
-        raise StageFailed(f"{socket.gethostname()} has {differs}: install what the run's machine has")
-    asked = {name: json.loads((artifact.path / f"{name}.json").read_text("utf-8")) for name in part["shards"]}
-    return {**part["settings"], **{name: str(root / path) for name, path in part["paths"].items()}}, asked
+        raise StageFailed(f"the requests are not in {root}: all machines need the store of the run")
+    mismatch = difference(part["made_by"], fingerprint(part["scorer"], RESPOND))
+    if mismatch:
+        raise StageFailed(f"{socket.gethostname()} has {mismatch}: install what the run's machine has")
+    requests = {name: json.loads((artifact.path / f"{name}.json").read_text("utf-8")) for name in part["shards"]}
+    return {**part["settings"], **{name: str(root / path) for name, path in part["paths"].items()}}, requests
 
 
-def _keep(part: dict[str, Any], asked: dict[str, list[Any]], answers: list[Any], process_id: int) -> None:
-    """Puts the answers to each shard of a part into the store."""
-    given = iter(answers)
+def _store_responses(part: Part, requests: Shards, responses: list[Any], process_id: int) -> None:
+    """Put the responses to each shard of a part into the store."""
+    remaining = iter(responses)
     for name, key in part["shards"].items():
-        text = json.dumps([next(given) for _ in asked[name]])
+        text = json.dumps([next(remaining) for _ in requests[name]])
 
         def write(target: Path, text: str = text) -> dict[str, Any]:
-            (target / "answers.json").write_text(text, encoding="utf-8")
+            (target / "responses.json").write_text(text, encoding="utf-8")
             return {"measured": {"host": socket.gethostname(), "process": process_id}}
 
         store.produce(STAGE, key, write, _root(part), part["refresh"], part["pinned"])
 
 
-def _root(part: dict[str, Any]) -> Path:
+def _root(part: Part) -> Path:
     return Path(part["root"]) if part["root"] else store.home()
 
 
-def _all(asked: dict[str, list[Any]]) -> list[Any]:
-    return [request for requests in asked.values() for request in requests]
+def _flatten(requests: Shards) -> list[Any]:
+    return [request for shard in requests.values() for request in shard]
 
 
-def _key(name: str, requests: list[Any], answerer: str, identity: dict[str, Any]) -> str:
-    """The requests' text stands for dataset, task, few-shot examples and limit."""
-    text = hashlib.sha256(store.canonical_json(requests)).hexdigest()
-    parameters = {"shard": name, "requests": text, "answerer": answerer, **identity}
-    return store.key(STAGE, [], parameters, fingerprint(answerer, ANSWER))
+def _key(name: str, requests: list[Any], scorer: str, identity: dict[str, str | int]) -> str:
+    """Return a shard's key. The requests' text stands for dataset, task, few-shot examples and limit."""
+    digest = hashlib.sha256(store.canonical_json(requests)).hexdigest()
+    parameters = {"shard": name, "requests": digest, "scorer": scorer, **identity}
+    return store.key(STAGE, [], parameters, fingerprint(scorer, RESPOND))
 
 
-def _write_requests(asked: dict[str, list[Any]], root: Path) -> str:
-    """Puts all requests into the store, where every worker finds its own; returns their key."""
+def _write_requests(requests: Shards, root: Path) -> str:
+    """Put all requests into the store, where every worker reads its own; return their key."""
 
     def write(target: Path) -> dict[str, Any]:
-        for name, requests in asked.items():
-            (target / f"{name}.json").write_text(json.dumps(requests), encoding="utf-8")
+        for name, shard in requests.items():
+            (target / f"{name}.json").write_text(json.dumps(shard), encoding="utf-8")
         return {}
 
-    key = store.key(ASKED, [], {"asked": asked}, fingerprint("quantize_gemma.tasks.evaluate.shards:_write_requests"))
-    store.produce(ASKED, key, write, root, pinned=True)
+    code = fingerprint("quantize_gemma.tasks.evaluate.shards:_write_requests")
+    key = store.key(REQUESTS, [], {"requests": requests}, code)
+    store.produce(REQUESTS, key, write, root, pinned=True)
     return key
 
 
-def _groups(sizes: dict[str, int], enough: int) -> list[list[str]]:
-    """Returns the shards in groups of at least so many questions, but for the last; the largest come first."""
+def _group(sizes: dict[str, int], enough: int) -> list[list[str]]:
+    """Return the shards in groups of at least `enough` questions, except for the last; the largest come first."""
     groups: list[list[str]] = []
     count = enough
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -177,16 +225,16 @@ def _groups(sizes: dict[str, int], enough: int) -> list[list[str]]:
     return groups
 
 
-def _questions(requests: list[Any]) -> int:
-    """Counts the requests; those with the same context, as the letters of a question, are one."""
+def _count_questions(requests: list[Any]) -> int:
+    """Count the requests; those with the same context, as the letters of a question, are one."""
     return len({request[0] if isinstance(request, list) else request for request in requests})
 
 
-def _load_all(keys: dict[str, str], root: Path) -> dict[str, list[Any]]:
-    """Returns the answers that are in the store, and pins them."""
-    found = {}
+def _load_responses(keys: dict[str, str], root: Path) -> Shards:
+    """Return the responses that are in the store, and pin them."""
+    responses = {}
     for name, key in keys.items():
         artifact = store.pin(STAGE, key, root, whole=True)
         if artifact is not None:
-            found[name] = json.loads((artifact.path / "answers.json").read_text(encoding="utf-8"))
-    return found
+            responses[name] = json.loads((artifact.path / "responses.json").read_text(encoding="utf-8"))
+    return responses

@@ -11,11 +11,21 @@ run on data that stays in the processor's cache. Three things make the results e
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import numba
 import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Array = TypeVar("Array")
+Floats = npt.NDArray[np.float32]
 
 ITERATIONS = 20
 TOLERANCE = np.float32(1e-5)
@@ -29,27 +39,38 @@ WIDTH = 64
 ZERO = np.float32(0)
 
 
-@dataclass
-class Quantized:
-    """Some rows of a matrix, quantized.
+@dataclass(frozen=True)
+class Quantized(Generic[Array]):
+    """Some rows of a matrix, quantized, in arrays of numpy or tensors of torch.
 
-    integers: int8, [rows, columns]. scales: float32, [rows, groups]. changes: float32, [ITERATIONS], the largest
-    relative change of a scale in every iteration, 0 from where nothing changed any more. error, square: the sums of
-    squares of what quantization changed and of the weights, in float64; the second is NaN or infinite if a weight is.
+    Attributes:
+        integers: int8, [rows, columns].
+        scales: float32, [rows, groups].
+        changes: float32, [ITERATIONS]: the largest relative change of a scale in every iteration, 0 after the last one
+            that changed anything.
+        error: The sum of squares of what quantization changed, in float64.
+        square: The sum of squares of the weights, in float64; NaN or infinite if a weight is.
     """
 
-    integers: Any
-    scales: Any
-    changes: Any
+    integers: Array
+    scales: Array
+    changes: Array
     error: float
     square: float
 
 
-def quantize_chunk(weight: Any, group_size: int, dtype: str, lanes: int, iterations: int = ITERATIONS) -> Quantized:
-    """Quantizes some rows of a matrix on the CPU.
+def quantize_chunk(
+    weight: "Floats | npt.NDArray[np.uint16]", group_size: int, dtype: str, lanes: int, iterations: int = ITERATIONS
+) -> "Quantized[npt.NDArray[Any]]":
+    """Quantize some rows of a matrix on the CPU.
 
-    `weight` is contiguous, [rows, columns], float32, or uint16 for the bits of bfloat16, whose error is then that of
-    scales stored as bfloat16. `lanes` is `sum_lanes()`, and no group may be shorter.
+    Args:
+        weight: [rows, columns], contiguous: float32, or uint16 for the bits of bfloat16. The error is then that of
+            scales stored as bfloat16.
+        group_size: How many columns share a scale.
+        dtype: int4 or int8.
+        lanes: `sum_lanes()`; no group may be shorter.
+        iterations: How many iterations to run.
     """
     rows, columns = weight.shape
     groups = weight.reshape(rows * columns // group_size, group_size)
@@ -60,17 +81,19 @@ def quantize_chunk(weight: Any, group_size: int, dtype: str, lanes: int, iterati
     low, high = (np.float32(bound) for bound in BOUNDS[dtype])
     kernel = _quantize_side_by_side if group_size <= SIDE_BY_SIDE else _quantize_one_by_one
     kernel(groups, weight.dtype == np.uint16, low, high, iterations, lanes, integers, scales, changes, sums)
-    scales = scales.reshape(rows, columns // group_size)
-    return Quantized(integers.reshape(rows, columns), scales, changes, float(sums[0]), float(sums[1]))
+    shape = rows, columns // group_size
+    return Quantized(integers.reshape(rows, columns), scales.reshape(shape), changes, float(sums[0]), float(sums[1]))
 
 
-def quantize_chunk_with_torch(weight: Any, group_size: int, dtype: str, iterations: int = ITERATIONS) -> Quantized:
-    """Does what quantize_chunk does, in torch's operations and order, where the tensor `weight` is; returns tensors."""
+def quantize_chunk_with_torch(
+    weight: "torch.Tensor", group_size: int, dtype: str, iterations: int = ITERATIONS
+) -> "Quantized[torch.Tensor]":
+    """Do what quantize_chunk does, in torch's operations and order, on the device of `weight`."""
     import torch
 
     low, high = BOUNDS[dtype]
     epsilon = float(EPSILON)
-    groups = weight.float().unflatten(1, (-1, group_size))
+    groups = weight.float().reshape(weight.shape[0], -1, group_size)
     scales = (groups.abs().amax(dim=2) / max(-low, high)).clamp_min(epsilon)
     changes = torch.zeros(ITERATIONS, device=weight.device)
     for iteration in range(iterations):
@@ -85,10 +108,10 @@ def quantize_chunk_with_torch(weight: Any, group_size: int, dtype: str, iteratio
     return Quantized(integers.flatten(1).to(torch.int8), scales, changes, float(error), float(square))
 
 
-def iterations_needed(changes: Any) -> int:
-    """Returns after how many iterations torchao stops on a matrix, from all its chunks' changes, [chunks, ITERATIONS].
+def iterations_needed(changes: Sequence[Floats]) -> int:
+    """Return after how many iterations torchao stops on a matrix, from all its chunks' changes, [chunks, ITERATIONS].
 
-    That is ITERATIONS too where later iterations change nothing.
+    It is ITERATIONS also where later iterations change nothing.
     """
     largest = np.max(changes, axis=0)
     settled = np.flatnonzero(largest < TOLERANCE)
@@ -99,9 +122,9 @@ def iterations_needed(changes: Any) -> int:
 
 @functools.cache
 def sum_lanes() -> int:
-    """Returns the vector width, in floats, of torch's summation on this processor; 0 if its order is none that we know.
+    """Return the vector width, in floats, of torch's summation on this processor; 0 if its order is not known.
 
-    Found by trying: sums of random numbers differ in their last bits with the order.
+    It is found by trying: sums of random numbers differ in their last bits with the order.
     """
     import torch
 
@@ -109,35 +132,48 @@ def sum_lanes() -> int:
     expected = torch.from_numpy(values).sum(dim=1).numpy()
     short = torch.from_numpy(values[:, :32].copy()).sum(dim=1).numpy()
     for lanes in (16, 8, 4):
-        found = np.array([_sum_of_products(row, np.ones_like(row), lanes, _accumulators(lanes)) for row in values])
-        first = np.array([_sum_of_products(r[:32], np.ones_like(r[:32]), lanes, _accumulators(lanes)) for r in values])
-        if np.array_equal(found, expected) and np.array_equal(first, short):
+        sums = np.array([_sum_of_products(row, np.ones_like(row), lanes, _accumulators(lanes)) for row in values])
+        short_sums = np.array(
+            [_sum_of_products(r[:32], np.ones_like(r[:32]), lanes, _accumulators(lanes)) for r in values]
+        )
+        if np.array_equal(sums, expected) and np.array_equal(short_sums, short):
             return lanes
     return 0
 
 
-@numba.njit(nogil=True, error_model="numpy", inline="always")
-def _nearest(weight: Any, scale: Any, low: Any, high: Any) -> Any:
-    """Returns the integer, as float32, that stands for the weight; written so that it becomes vector instructions."""
+def _compiled(**options: bool | str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return numba's decorator, which has no types of its own."""
+
+    def compile_function(function: Callable[P, R]) -> Callable[P, R]:
+        dispatcher: Callable[P, R] = numba.njit(nogil=True, **options)(function)
+        return dispatcher
+
+    return compile_function
+
+
+@_compiled(error_model="numpy", inline="always")
+def _nearest(weight: np.float32, scale: np.float32, low: np.float32, high: np.float32) -> np.float32:
+    """Return the integer, as float32, that stands for the weight; in a form that compiles to vector code."""
     value = weight / scale
     value = value if value < high else high
     value = value if value > low else low
     return (value + ROUNDER) - ROUNDER
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled(cache=True, error_model="numpy")
 def _quantize_side_by_side(
-    groups: Any,
+    groups: "Floats | npt.NDArray[np.uint16]",
     halves: bool,
-    low: Any,
-    high: Any,
+    low: np.float32,
+    high: np.float32,
     iterations: int,
     lanes: int,
-    integers: Any,
-    scales: Any,
-    changes: Any,
-    sums: Any,
+    integers: npt.NDArray[np.int8],
+    scales: Floats,
+    changes: Floats,
+    sums: npt.NDArray[np.float64],
 ) -> None:
+    """Quantize WIDTH groups at a time, one per vector lane. A numba kernel is one function, however long."""
     count, length = groups.shape
     weight = np.empty((length, WIDTH), np.float32)
     bits = weight.view(np.uint32)
@@ -242,24 +278,25 @@ def _quantize_side_by_side(
         sums[1] += squares[g]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@_compiled(cache=True, error_model="numpy")
 def _quantize_one_by_one(
-    groups: Any,
+    groups: "Floats | npt.NDArray[np.uint16]",
     halves: bool,
-    low: Any,
-    high: Any,
+    low: np.float32,
+    high: np.float32,
     iterations: int,
     lanes: int,
-    integers: Any,
-    scales: Any,
-    changes: Any,
-    sums: Any,
+    integers: npt.NDArray[np.int8],
+    scales: Floats,
+    changes: Floats,
+    sums: npt.NDArray[np.float64],
 ) -> None:
+    """Quantize groups one after the other. A numba kernel is one function, however long."""
     count, length = groups.shape
     weight = np.empty(length, np.float32)
     bits = weight.view(np.uint32)
     quantized = np.empty(length, np.float32)
-    scale_kept = np.empty(1, np.float32)
+    scale_array = np.empty(1, np.float32)
     stored = np.empty(1, np.float32)
     errors = np.zeros(WIDTH, np.float64)
     squares = np.zeros(WIDTH, np.float64)
@@ -291,8 +328,8 @@ def _quantize_one_by_one(
                 settled = True
                 break
         scales[group] = scale
-        scale_kept[0] = scale
-        _store_scales(scale_kept, stored, halves)
+        scale_array[0] = scale
+        _store_scales(scale_array, stored, halves)
         for k in range(length):
             if not settled:
                 quantized[k] = _nearest(weight[k], scale, low, high)
@@ -307,9 +344,9 @@ def _quantize_one_by_one(
         sums[1] += squares[k]
 
 
-@numba.njit(nogil=True, cache=True)
-def _store_scales(scale: Any, stored: Any, halves: bool) -> None:
-    """Makes `stored` the scales as they are read again: rounded to bfloat16, ties to even, if `halves`."""
+@_compiled(cache=True)
+def _store_scales(scale: Floats, stored: Floats, halves: bool) -> None:
+    """Set `stored` to the scales as they are read back: rounded to bfloat16, ties to even, if `halves`."""
     stored[:] = scale
     if halves:
         bits = stored.view(np.uint32)
@@ -318,9 +355,9 @@ def _store_scales(scale: Any, stored: Any, halves: bool) -> None:
             bits[g] = (bits[g] + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
 
 
-@numba.njit(nogil=True, cache=True)
-def _sum_of_products(left: Any, right: Any, lanes: int, accumulators: Any) -> Any:
-    """Returns the float32 sum of left * right, added up as torch's CPU kernel does.
+@_compiled(cache=True)
+def _sum_of_products(left: Floats, right: Floats, lanes: int, accumulators: Floats) -> np.float32:
+    """Return the float32 sum of left * right, added up as torch's CPU kernel does.
 
     It keeps four vectors side by side, empties them into the next of four levels every so many steps, then adds the
     levels, the four vectors, what is left over, and last the vector's lanes in their order.
@@ -369,5 +406,5 @@ def _sum_of_products(left: Any, right: Any, lanes: int, accumulators: Any) -> An
     return total
 
 
-def _accumulators(lanes: int) -> Any:
+def _accumulators(lanes: int) -> Floats:
     return np.empty((4, 4 * lanes), np.float32)

@@ -137,7 +137,7 @@ class Tried:
     """What is tried, and what must hold afterwards."""
 
     def __init__(self, hub: Hub, folder: Path) -> None:
-        from quantize_gemma.tasks import store
+        from quantize_gemma.tasks.runtime import store
 
         self.hub = hub
         self.folder = folder
@@ -186,7 +186,7 @@ class Tried:
 
     def outcome(self, case: Case) -> str | None:
         """Runs the case and looks at what it left; runs it again without the fault."""
-        from quantize_gemma.tasks.store import RunError
+        from quantize_gemma.tasks.runtime.errors import RunError
 
         try:
             self.scenarios[case.scenario]()
@@ -235,7 +235,7 @@ class Tried:
 
     def download(self) -> None:
         """Resolves and downloads the model; the files must be those of the commit."""
-        from quantize_gemma.tasks.download import download_checkpoint, resolve_model
+        from quantize_gemma.tasks.download import download, resolve_model
 
         resolved = again(3, resolve_model, MODEL, None, False)
         stage = self.folder / "download" / str(self.number)
@@ -244,11 +244,11 @@ class Tried:
         def fill() -> Path:
             shutil.rmtree(incoming, ignore_errors=True)
             (incoming / "data").mkdir(parents=True)
-            download_checkpoint(incoming / "data", MODEL, resolved["revision"], False)
+            download(incoming / "data", MODEL, resolved.revision, False)
             return incoming / "data"
 
         data = again(5, fill)
-        expected = self.hub.files("model", MODEL, resolved["revision"])
+        expected = self.hub.files("model", MODEL, resolved.revision)
         for path in data.iterdir():
             content = self.hub.storage.object(expected[path.name]["sha256"]).read_bytes()
             assert path.read_bytes() == content, f"{path.name} is not the Hub's"
@@ -257,7 +257,7 @@ class Tried:
 
     def publish(self, scenario: str, over: bool = False, create_pr: bool = False) -> None:
         """Publishes as the flow does; the target must hold the release at the end, and nothing but it or what was."""
-        from quantize_gemma.tasks.upload import check_target, publish, published_metrics
+        from quantize_gemma.tasks.publish import Target, check_target, publish, published_metrics
 
         target = self.target()
         if over and self.hub.storage.find("model", target) is None:
@@ -265,16 +265,16 @@ class Tried:
             self.hub.storage.create("model", target, "team")
             self.hub.storage.commit("model", target, "main", files, title="old", author="team")
         try:
-            again(3, check_target, target, None, create_pr, False)
+            again(3, check_target, Target(target, create_pr=create_pr))
             again(3, published_metrics, target, None)
-            outcome = again(3, publish, self.new, target, None, create_pr, False, not create_pr, False)
+            outcome = again(3, publish, self.new, Target(target, create_pr=create_pr), False, not create_pr)
         finally:
             self.look(target, over, create_pr)
         contents = self.contents(target, "refs/pr/1" if create_pr else "main")
         assert self.is_release(contents, self.new), f"published {sorted(contents)}"
         assert "old.json" not in contents, "what the release before wrote is still there"
-        assert outcome["url"].startswith(self.hub.url)
-        assert create_pr or self.hub.head("model", target, outcome["tag"]) == outcome["commit"]
+        assert outcome.url.startswith(self.hub.url)
+        assert create_pr or self.hub.head("model", target, outcome.tag) == outcome.commit
 
     def look(self, target: str, over: bool, create_pr: bool) -> None:
         """Asserts that the target holds a whole release or what it held, and that nothing was committed twice."""
@@ -321,7 +321,7 @@ class Tried:
             return f"no JSON: {stdout[-500:]!r}; {stderr[-2000:]}"
         error = summary["error"]
         made = any(stage["key"] and not stage["cached"] for stage in summary["stages"])
-        tried = any(stage["name"] == "upload" for stage in summary["stages"])
+        tried = any(stage["name"] == "publish" for stage in summary["stages"])
         if (code == 0) != (error is None) or code not in (0, 1, 2):
             return f"exit code {code} with {error!r}"
         if code == 2 and (made or tried):
@@ -358,7 +358,7 @@ class CommandStore:
             "run",
             "--model",
             MODEL,
-            "--benchmark",
+            "--mmlu",
             BENCHMARK,
             "--json",
         ]
@@ -368,14 +368,14 @@ class CommandStore:
 
 def again(times: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """Calls the work, and again while it fails for what may pass by itself, as the flow does but without waiting."""
-    from quantize_gemma.tasks.process import is_transient
+    from quantize_gemma.tasks.runtime.retries import is_retryable
 
     while True:
         try:
             return work(*arguments)
         except Exception as error:
             times -= 1
-            if times < 0 or not is_transient(error)[0]:
+            if times < 0 or not is_retryable(error)[0]:
                 raise
 
 

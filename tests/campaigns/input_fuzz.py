@@ -27,9 +27,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from quantize_gemma.tasks.builtin import BUILTIN
-from quantize_gemma.tasks.license import clean_license
-from quantize_gemma.tasks.recipe import RECIPES
-from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.models.license import clean_license
+from quantize_gemma.tasks.models.metrics import parse_metrics
+from quantize_gemma.tasks.models.recipe import RECIPES
+from quantize_gemma.tasks.runtime.errors import UserError
 from tests.campaigns import campaign
 from tests.cards import PLACES, faults, markdown_texts
 
@@ -214,7 +215,7 @@ def _check(folder: Path, files: dict[str, bytes]) -> None:
     """Does what `quantize-gemma check` and the start of a run do."""
     from quantize_gemma.tasks.check import check_run
     from quantize_gemma.tasks.download import resolve_model
-    from quantize_gemma.tasks.loadable import check_directory
+    from quantize_gemma.tasks.models.load_check import check_directory
 
     model, recipe = _write(folder, files)
     before = _names(folder)
@@ -251,7 +252,7 @@ def _read_card(folder: Path, fields: Any, metrics: dict[str, Any]) -> None:
     model, _ = _write(folder, {})
     text = yaml.safe_dump(fields, allow_unicode=True) if fields != "" else ""
     (model / "README.md").write_bytes(f"---\n{text}---\n".encode(errors="surrogatepass"))
-    license_fields = resolve_model(str(model), None, False)["license"]
+    license_fields = resolve_model(str(model), None, False).license
     assert clean_license(license_fields) == license_fields
     _make_card(
         metrics,
@@ -260,7 +261,7 @@ def _read_card(folder: Path, fields: Any, metrics: dict[str, Any]) -> None:
 
 
 def _make_card(metrics: dict[str, Any], given: dict[str, str]) -> None:
-    found = faults(metrics, given)
+    found = faults(parse_metrics(metrics), given)
     assert not found, "; ".join(found)
 
 

@@ -26,8 +26,8 @@ from typing import Any
 import httpx
 import psutil
 
-from quantize_gemma.tasks import store
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.runtime import store, store_layout
 from tests.campaigns import campaign
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
@@ -37,21 +37,22 @@ MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/Chart
 WRITER = "hf_MARKEDwriter00"
 # What is made of each stage's result.
 USED_BY = {
-    "download": ("untie", "evaluate_base", "charts_base"),
-    "questions": ("evaluate_base", "evaluate_quantized", "evaluate_program"),
-    "chart_questions": ("charts_base", "charts_quantized"),
+    "download": ("untie", "evaluate_mmlu_base", "evaluate_chartqa_base"),
+    "download_mmlu": ("evaluate_mmlu_base", "evaluate_mmlu_quantized", "evaluate_program"),
+    "download_chartqa": ("evaluate_chartqa_base", "evaluate_chartqa_quantized"),
     "untie": ("quantize",),
-    "quantize": ("smoke", "evaluate_quantized", "charts_quantized", "export"),
-    "evaluate_base": ("card",),
-    "evaluate_quantized": ("evaluate_program", "card"),
-    "charts_base": ("card",),
-    "charts_quantized": ("card",),
-    "smoke": ("card",),
-    "export": ("smoke_program", "evaluate_program"),
-    "smoke_program": ("card",),
-    "evaluate_program": ("card",),
+    "quantize": ("smoke", "evaluate_mmlu_quantized", "evaluate_chartqa_quantized", "export"),
+    "evaluate_mmlu_base": ("gate",),
+    "evaluate_mmlu_quantized": ("evaluate_program", "gate"),
+    "evaluate_chartqa_base": ("gate",),
+    "evaluate_chartqa_quantized": ("gate",),
+    "smoke": ("gate",),
+    "export": ("verify", "evaluate_program"),
+    "verify": ("gate",),
+    "evaluate_program": ("gate",),
+    "gate": ("card",),
     "card": (),
-    "upload": (),
+    "publish": (),
 }
 OF_A_COMMAND = ("run", "group", "stage", "server")
 OF_A_DEPLOYMENT = ("server", "worker", "machine")
@@ -60,6 +61,8 @@ SECONDS_OF_A_RUN = 900.0
 SECONDS_TO_END = 60.0
 # What metrics.json says of how the release was made, not of what it is.
 MEASURED = ("run_id", "stages")
+# Stages whose artifacts have times in them.
+IRREPRODUCIBLE = ("gate", "card")
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,10 @@ def draw(rng: random.Random) -> Case:
     deployed = rng.random() < 0.3
     stage = rng.choice(list(USED_BY))
     victim = rng.choice(OF_A_DEPLOYMENT if deployed else OF_A_COMMAND)
-    # The upload is in the run's own process.
-    victim = "run" if (stage, victim) == ("upload", "stage") else victim
+    # Publishing is in the run's own process.
+    victim = "run" if (stage, victim) == ("publish", "stage") else victim
     later = [name for name in _downstream(stage) if rng.random() < 1 / 3]
-    removed = () if stage == "upload" else (stage, *later)
+    removed = () if stage == "publish" else (stage, *later)
     return Case(stage, victim, deployed, rng.random(), removed, rng.random())
 
 
@@ -95,7 +98,7 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
     """Makes an undisturbed run, and yields for each case what went wrong, or None."""
     with tempfile.TemporaryDirectory() as folder, hub_of(Path(folder) / "hub") as hub:
         command_line = CommandLine(Path(folder) / "store", Path(folder) / "prefect")
-        options = {"model": MODEL, "benchmark": BENCHMARK, "target": "team/undisturbed"}
+        options = {"model": MODEL, "mmlu": BENCHMARK, "target": "team/undisturbed"}
         outcome = command_line("run", "--json", *_flags(options), **environment_of(hub))
         assert outcome.code == 0, outcome.stderr
         with contextlib.closing(Accidents(hub, command_line, outcome, options, Path(folder))) as accidents:
@@ -133,7 +136,7 @@ class Accidents:
         self.options = options
         self.folder = folder
         lines = {line["name"]: line for line in undisturbed.summary["stages"]}
-        self.seconds = {name: max(line["seconds"] or 0.0, 0.5) for name, line in lines.items()} | {"upload": 1.0}
+        self.seconds = {name: max(line["seconds"] or 0.0, 0.5) for name, line in lines.items()} | {"publish": 1.0}
         self.keys = {name: line["key"] for name, line in lines.items() if line["key"]}
         # The directory of a stage's artifacts.
         self.folders = {name: next(self.finished.glob(f"*/{key}")).parent.name for name, key in self.keys.items()}
@@ -171,7 +174,7 @@ class Accidents:
         """Takes away what the run has to make: artifacts, and some of the answers that evaluations keep."""
         places = [home / self.folders[name] / self.keys[name] for name in case.removed]
         if any(name.startswith(("evaluate", "charts")) for name in case.removed):
-            shards = sorted(home.glob("evaluate-shard/[0-9a-f]*"))
+            shards = sorted(home.glob("responses/[0-9a-f]*"))
             places += rng.sample(shards, round(case.shards * len(shards)))
         for place in places:
             data = place.resolve()
@@ -181,14 +184,16 @@ class Accidents:
 
     def digests_in(self, home: Path) -> dict[str, str | None]:
         """Returns the digest of each artifact that does not say when and how fast it was made."""
-        found = {name: store.load(self.folders[name], key, home) for name, key in self.keys.items() if name != "card"}
+        found = {
+            name: store.load(self.folders[name], key, home)
+            for name, key in self.keys.items()
+            if name not in IRREPRODUCIBLE
+        }
         return {name: artifact.digest if artifact else None for name, artifact in found.items()}
 
     def release_in(self, home: Path) -> dict[str, Any]:
         """Returns what the release is: its files' digests, and what metrics.json says but for how it was made."""
-        artifact = store.load(self.folders["card"], self.keys["card"], home)
-        if artifact is None:
-            raise Failed("the store has no release")
+        artifact = self.newest_release(home)
         files = {name: file.sha256 for name, file in artifact.files.items()}
         metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
         for name in MEASURED:
@@ -201,6 +206,14 @@ class Accidents:
             raise Failed("release.json does not list the release's files")
         del files["README.md"]
         return {**files, "metrics.json": metrics}
+
+    def newest_release(self, home: Path) -> store.Artifact:
+        """Returns the release that was made last: it has another key if the gate's times were measured again."""
+        places = (home / self.folders["card"]).glob("[0-9a-f]*")
+        releases = [artifact for place in places if (artifact := store.load("card", place.name, home))]
+        if not releases:
+            raise Failed("the store has no release")
+        return max(releases, key=lambda artifact: (artifact.path / "release.json").stat().st_mtime_ns)
 
     def operate(self) -> Operation:
         """Returns the server of the deployments, which is started for the first of them."""
@@ -279,7 +292,9 @@ class Attempt:
 
     def kill_child(self, run: int, rng: random.Random) -> bool:
         """Kills a stage's process or the server of a run; returns False if it has none."""
-        module = {"stage": "quantize_gemma.tasks.process", "server": "quantize_gemma.flows.server"}[self.case.victim]
+        module = {"stage": "quantize_gemma.tasks.runtime.worker_main", "server": "quantize_gemma.flows.local_server"}[
+            self.case.victim
+        ]
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in rng.sample(children := psutil.Process(run).children(recursive=True), len(children)):
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -350,8 +365,7 @@ class Attempt:
         commits = [commit for commit in repository["commits"].values() if "model.pte" in commit["files"]]
         if len(commits) != 1:
             return [f"{len(commits)} commits of a release on the Hub"]
-        artifact = store.load(self.accidents.folders["card"], self.accidents.keys["card"], self.home)
-        assert artifact is not None
+        artifact = self.accidents.newest_release(self.home)
         there = {name: entry["sha256"] for name, entry in self.accidents.hub.files("model", self.target).items()}
         there.pop(".gitattributes", None)
         same = there == {name: file.sha256 for name, file in artifact.files.items()}
@@ -365,12 +379,12 @@ class Attempt:
             time.sleep(min(0.05, max(deadline - time.monotonic(), 0)))
 
     def has_started(self) -> bool:
-        """Tells whether the stage has begun: it has a directory of unfinished work, or, the upload, asked the Hub."""
-        if self.case.stage == "upload":
+        """Tells whether the stage has begun: it has a directory of unfinished work, or publishing has asked the Hub."""
+        if self.case.stage == "publish":
             return any("repos/create" in line["path"] or self.target in line["path"] for line in self.writes())
         folder = self.home / self.accidents.folders[self.case.stage]
         key = self.accidents.keys[self.case.stage]
-        return any(folder.glob(f"{store.PREFIX}{key[:16]}*"))
+        return any(folder.glob(f"{store_layout.PARTIAL}{key[:16]}*"))
 
     def writes(self) -> list[dict[str, Any]]:
         """Returns the requests of this case that write to the Hub: no other case is at work meanwhile."""
@@ -417,7 +431,12 @@ class Attempt:
             worker.wait()
 
     def submit(self) -> str:
-        parameters = {**self.accidents.options, "target": self.target}
+        options = self.accidents.options
+        parameters = {
+            "model": options["model"],
+            "target": self.target,
+            "evaluation": json.dumps({"mmlu": options["mmlu"]}),
+        }
         self.over = False
         return self.accidents.operate().submit(
             "quantize-gemma/tiny", *(f"{name}={value}" for name, value in parameters.items())

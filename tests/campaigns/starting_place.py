@@ -43,7 +43,7 @@ COMMANDS = {
     "serve": SERVE,
 }
 # Stages that take little, and import much.
-REFRESHED = ("questions", "untie", "quantize", "card")
+REFRESHED = ("download_mmlu", "untie", "quantize", "card")
 HOMES = ("usual", "usual", "usual", "unwritable", "a file", "empty", "no HOME")
 
 

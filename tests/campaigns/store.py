@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks import store
+from quantize_gemma.tasks.runtime import pruning, store, store_layout
+from quantize_gemma.tasks.runtime.errors import StageFailed
 from tests.campaigns import campaign
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
@@ -67,8 +68,8 @@ def readers(root: Path, rng: random.Random) -> str | None:
     said = failures.read_text() if failures.exists() else ""
     if said or any(codes):
         return f"readers: {said or codes}"
-    store.prune(root)
-    left = [path for path in root.rglob("*") if path.name.startswith(store.PREFIX)]
+    pruning.remove_unfinished(root)
+    left = [path for path in root.rglob("*") if path.name.startswith(store_layout.PARTIAL)]
     return f"readers: debris {left}" if left else None
 
 
@@ -104,7 +105,7 @@ def refresh(root: Path, rng: random.Random, failures: Path) -> None:
         made = store.produce(stage, key, write_alike(rng.randbytes(8)), root, refresh=rng.random() < 0.9)
         if stage == "old":
             with contextlib.suppress(FileNotFoundError):
-                os.utime(made.path.parent / store.MANIFEST, (0, 0))
+                os.utime(made.path.parent / store_layout.MANIFEST, (0, 0))
                 os.utime(made.path.parent, (0, 0))
 
 
@@ -112,8 +113,8 @@ def remove(root: Path, rng: random.Random, failures: Path) -> None:
     """Prunes until the time is over."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
-        store.prune(root)
-        store.evict(float("inf"), 86_400, root)
+        pruning.remove_unfinished(root)
+        pruning.evict(float("inf"), 86_400, root)
         time.sleep(rng.random() / 50)
 
 
@@ -165,12 +166,12 @@ def sizes(root: Path, rng: random.Random) -> str | None:
         made.append(store.produce(rng.choice("xyz"), rng.randbytes(32).hex(), work, root))
         if rng.random() < 0.3:
             before = disk_usage(root)
-            removed = store.evict(before * rng.random(), float("inf"), root)
+            removed = pruning.evict(before * rng.random(), float("inf"), root)
             freed = before - disk_usage(root)
             if removed.bytes != freed:
                 return f"sizes: {removed.bytes} bytes said to be freed, {freed} were"
-        if store.size_of(root) != disk_usage(root):
-            return f"sizes: {store.size_of(root)} bytes, du says {disk_usage(root)}"
+        if pruning.store_size(root) != disk_usage(root):
+            return f"sizes: {pruning.store_size(root)} bytes, du says {disk_usage(root)}"
     return None
 
 
@@ -226,12 +227,12 @@ def small_disk(root: Path, rng: random.Random) -> str | None:
         try:
             for number in range(8):
                 made.append(store.produce("stage", f"{number}" * 64, write_alike(content), disk / "home"))
-        except store.StageFailed as error:
+        except StageFailed as error:
             if "\n" in str(error) or not str(error).startswith(f"the disk of {disk / 'home'} is full"):
                 return f"small disk: said {error}"
         except Exception as error:
             return f"small disk: raised {error!r}"
-        if [path for path in disk.rglob("*") if path.name.startswith(store.PREFIX)]:
+        if [path for path in disk.rglob("*") if path.name.startswith(store_layout.PARTIAL)]:
             return "small disk: debris"
         if any(store.load("stage", artifact.key, disk / "home", whole=True) != artifact for artifact in made):
             return "small disk: an artifact was damaged"
@@ -301,7 +302,7 @@ class Runs:
     def fill_the_disk(self, rng: random.Random) -> str | None:
         """Runs some last stages on a disk that may be too small for them: one sentence, and a larger one is enough."""
         self.prepare()
-        stages = rng.sample(["card", "smoke", "untie", "chart-questions", "questions", "quantize"], 2)
+        stages = rng.sample(["card", "smoke", "untie", "download_chartqa", "download_mmlu", "quantize"], 2)
         size = disk_usage(self.finished.home)
         with tmpfs(self.folder / "disk", 2 * size) as disk:
             shutil.copytree(self.finished.home, disk / "home", symlinks=True)

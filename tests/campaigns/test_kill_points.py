@@ -4,16 +4,19 @@ import random
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from tests.campaigns.kill_points import Accidents, Case, hub_of
 from tests.conftest import CommandLine, Outcome
 
 
+@pytest.mark.long
 def test_a_killed_run_is_finished_by_the_next_as_if_nothing_had_happened(
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:
     cases = (
         Case("untie", "group", False, 0.5, ("untie", "card"), 0.0),
-        Case("upload", "run", False, 0.3, (), 0.0),
+        Case("publish", "run", False, 0.3, (), 0.0),
     )
     rng = random.Random(1)
     with hub_of(tmp_path / "hub") as hub, closing(Accidents(hub, command_line, released, {}, tmp_path)) as accidents:

@@ -13,7 +13,7 @@ from tests.conftest import Outcome
 def test_the_cards_code_runs_by_itself_and_other_tokens_are_reported(
     released: Outcome, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from quantize_gemma.tasks.fingerprint import versions
+    from quantize_gemma.tasks.runtime.fingerprint import versions
 
     release = Path(released.summary["release"])
     result = generate(Path(sys.executable), release)

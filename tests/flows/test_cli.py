@@ -5,15 +5,16 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks import store
+from quantize_gemma.tasks.runtime import store, store_layout
 from tests.conftest import CommandLine
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -27,9 +28,9 @@ def edit_config(model: Path, **changes: Any) -> None:
 
 
 def write_recipe(folder: Path, of: str, **changes: Any) -> Path:
-    from quantize_gemma.tasks.recipe import load_recipe
+    from quantize_gemma.tasks.models.recipe import load_recipe
 
-    recipe = load_recipe("HQQ-INT8-INT4")
+    recipe = load_recipe("HQQ-INT8-INT4").to_json()
     next(rule for rule in recipe["rules"] if rule["match"] == of).update(changes)
     path = folder / "mine.json"
     path.write_text(json.dumps({**recipe, "name": "mine"}))
@@ -101,21 +102,30 @@ def test_too_little_disk_is_said_with_both_sizes(fresh: CommandLine, tiny_copy: 
         (["--max-seq-len", "-5"], ["max-seq-len", "-5"]),
         (["--limit", "none"], ["limit", "none"]),
         (["--limit", "1" + "0" * 30], ["limit", "1000000"]),
+        (["--batch-size", "much"], ["batch-size", "much"]),
         (["--max-mmlu-drop", "inf"], ["max-mmlu-drop", "inf", "finite"]),
         (["--model", "a\nb"], ["model", "line breaks"]),
         (["--limit", "0"], ["limit", "0", "greater than or equal to 1"]),
-        (["--backend", "vulkan"], ["backend", "vulkan", "'xnnpack'"]),
-        (["--dtype", "bfloat16"], ["dtype", "bfloat16", "'float32'"]),
         (["--no-custom-sdpa"], ["custom_kv_cache"]),
         (["--no-custom-kv-cache"], ["custom_kv_cache", "sliding window", "64 tokens"]),
-        (["--benchmark", "gsm8k"], ["benchmark", "gsm8k", "'cais/mmlu'"]),
-        (["--charts", "plots"], ["charts", "plots", "'HuggingFaceM4/ChartQA'"]),
+        (["--mmlu", "gsm8k"], ["mmlu", "gsm8k", "'cais/mmlu'"]),
+        (["--chartqa", "plots"], ["chartqa", "plots", "'HuggingFaceM4/ChartQA'"]),
         (["--model", "me/gemma", "--target", "Me/gemma"], ["target is the model itself"]),
-        (["--keep", "*.png"], ["--keep is gone", "only files that an earlier release wrote are removed"]),
+        (["--limit"], ["--limit", "requires an argument"]),
+        (["tiny-gemma3"], ["unexpected argument: tiny-gemma3"]),
+        (["--lmit", "5"], ["--lmit", "Did you mean --limit?"]),
+        (["--keep", "*.png"], ["--keep was removed", "only removes files that an earlier release wrote"]),
+        (["--benchmark", "cais/mmlu"], ["--benchmark was removed: use --mmlu"]),
+        (["--benchmark-revision=main"], ["--benchmark-revision was removed: use --mmlu-revision"]),
+        (["--charts", "none"], ["--charts was removed: use --chartqa"]),
+        (["--charts-revision", "main"], ["--charts-revision was removed: use --chartqa-revision"]),
+        (["--program-questions", "7"], ["--program-questions was removed: use --program-samples"]),
+        (["--backend", "xnnpack"], ["--backend was removed", "always lowered to XNNPACK"]),
+        (["--dtype", "float32"], ["--dtype was removed", "always compute in float32"]),
         (["--refresh", "quantise"], ["refresh", "quantise", "'quantize'"]),
         (["--cluster", "localhost:8786"], ["'localhost:8786'", "tcp://host:8786 (Dask)", "ray://host:10001 (Ray)"]),
         (["--cluster", "tcp://127.0.0.1:1"], ["tcp://127.0.0.1:1", "refused", "start the cluster"]),
-        (["--cluster", "tcp://127.0.0.1:99999"], ["tcp://127.0.0.1:99999", "mend the address"]),
+        (["--cluster", "tcp://127.0.0.1:99999"], ["tcp://127.0.0.1:99999", "fix the address"]),
         (["--cluster", "ray://127.0.0.1:10001"], ["ray://127.0.0.1:10001", "prefect-ray", "install"]),
     ],
 )
@@ -128,7 +138,7 @@ def test_a_bad_argument_is_named(arguments: list[str], words: list[str], fresh: 
     [
         (["--recipe", "INT2"], "there is no recipe 'INT2'"),
         (["--limit", "0"], "--limit '0': Input should be greater than or equal to 1"),
-        (["--lmit", "5"], "unrecognized arguments: --lmit 5; see `quantize-gemma --help`"),
+        (["--lmit", "5"], "Unknown option: --lmit. Did you mean --limit?"),
         (["--model", "/no/such/model"], "there is no model at '/no/such/model'"),
     ],
 )
@@ -216,14 +226,42 @@ def in_a_removed_directory(folder: Path, environment: dict[str, str], verb: str)
     return subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True)
 
 
-def test_help_explains_itself_in_under_three_seconds() -> None:
-    started = time.monotonic()
-    outcome = subprocess.run(
-        [sys.executable, "-m", "quantize_gemma.flows.cli", "--help"], capture_output=True, text=True, check=True
-    )
-    assert time.monotonic() - started < 3
-    assert "quantize-gemma run" in outcome.stdout
-    assert "Exit codes" in outcome.stdout
+def help_of(*verb: str) -> str:
+    code = "import sys; from quantize_gemma.flows import cli; sys.argv[1:] = {words}; cli.main()"
+    script = code.format(words=[*verb, "--help"])
+    # What takes seconds to import is not needed for help.
+    script = f"import sys; sys.modules.update(dict.fromkeys(['prefect', 'torch', 'transformers'])); {script}"
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return " ".join(outcome.stdout.replace("│", " ").split())
+
+
+def test_help_explains_itself_without_importing_prefect_or_torch() -> None:
+    text = help_of()
+    assert "quantize-gemma run" in text
+    assert "Exit codes" in text
+    for verb in ("run", "check", "prune"):
+        assert f" {verb} " in text
+
+
+@pytest.mark.parametrize("verb", ["run", "check"])
+def test_help_shows_every_option_in_its_group_with_its_default(verb: str) -> None:
+    from quantize_gemma.flows.options import Options, RunOptions
+
+    text = help_of(verb)
+    groups: dict[str, Options] = {"Model": RunOptions()}
+    groups |= {name.capitalize(): value for name, value in RunOptions() if isinstance(value, Options)}
+    assert list(groups) == ["Model", "Evaluation", "Export", "Gate", "Publishing"]
+    for title, group in groups.items():
+        assert f"─ {title} ─" in text
+        for name, value in group:
+            if isinstance(value, Options):
+                continue
+            (_, _, after) = text.partition(f" --{name.replace('_', '-')} ")
+            assert after, name
+            shown = after.partition("[default: ")[2].partition("]")[0]
+            # Every default is shown; where the value says nothing by itself, in words.
+            assert shown == str(value) if value not in (None, ()) else shown
+            assert " --" not in after.partition("[default: ")[0].replace(f" --no-{name.replace('_', '-')}", "")
 
 
 def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_copy: Callable[[], Path]) -> None:
@@ -242,11 +280,11 @@ def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_c
 def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_needs(
     fresh: CommandLine, tiny_copy: Callable[[], Path]
 ) -> None:
-    from quantize_gemma.tasks.checkpoint import read_header, write_header
-    from quantize_gemma.tasks.machine import total_memory
+    from quantize_gemma.tasks.models.checkpoint import read_header, write_header
+    from quantize_gemma.tasks.runtime.machine import total_memory
 
     model = tiny_copy()
-    tensors = {name: (t["dtype"], t["shape"]) for name, t in read_header(model / "model.safetensors").items()}
+    tensors = {name: (t.dtype, t.shape) for name, t in read_header(model / "model.safetensors").items()}
     # Four bytes per weight are what it takes, at least.
     tensors["language_model.model.embed_tokens.weight"] = ("BF16", [total_memory() // 4 // 64, 64])
     with (model / "model.safetensors").open("wb") as stream:
@@ -265,12 +303,12 @@ def test_a_cuda_device_that_is_not_there_is_said_before_anything_starts(
     ("rules", "words"),
     [
         ("[]", ["no rule", "decides"]),
-        ('["linear"]', ["linear", "fields"]),
+        ('["linear"]', ["linear", "must be an object"]),
         (
             '[{"match": "re:(", "weight": "int4", "group_size": 32, "activation": null, "algorithm": "affine"}]',
             ["re:("],
         ),
-        ("7", ["cannot be read"]),
+        ("7", ["rules must be a list of rules"]),
     ],
 )
 def test_a_malformed_recipe_is_named(rules: str, words: list[str], fresh: CommandLine, tmp_path: Path) -> None:
@@ -283,7 +321,7 @@ def test_prune_removes_what_died_and_keeps_what_works(fresh: CommandLine) -> Non
     dead.mkdir(parents=True)
     whole = fresh.home / "quantize" / ("a" * 64) / "data"
     whole.mkdir(parents=True)
-    (fresh.home / store.MARK).touch()
+    (fresh.home / store_layout.MARK).touch()
     outcome = fresh("prune")
     assert outcome.code == 0
     assert "removed 1" in outcome.stdout
@@ -297,7 +335,8 @@ def test_pruning_to_a_limit_that_is_none_is_refused(option: str, limit: str, fre
     kept = store.produce("stage", "a" * 64, lambda _: {}, fresh.home)
     outcome = fresh("prune", option, limit)
     assert outcome.code == 2
-    assert f"{option}: '{limit}' is no number from 0 on" in outcome.stderr
+    assert option in outcome.stderr
+    assert limit in outcome.stderr
     assert store.load("stage", "a" * 64, fresh.home) == kept
 
 
@@ -318,7 +357,7 @@ def test_pruning_what_is_no_store_is_refused(fresh: CommandLine) -> None:
     (project / "manifest.json").write_text("{}")
     outcome = fresh("prune", "--max-gigabytes", "0")
     assert outcome.code == 2
-    assert f"{fresh.home} is no store of quantize-gemma, and nothing was removed" in outcome.stderr
+    assert f"{fresh.home} is not a quantize-gemma store, and nothing was removed" in outcome.stderr
     assert (project / "manifest.json").exists()
 
 

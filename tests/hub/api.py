@@ -15,17 +15,7 @@ import yaml
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from tests.hub.access import (
-    Json,
-    Proposable,
-    Readable,
-    Target,
-    Token,
-    Writable,
-    namespaces,
-    require_role,
-    token_of,
-)
+from tests.hub.access import Json, Proposable, Readable, Target, Token, Writable, namespaces, require_role, token_of
 from tests.hub.storage import Entry, HubError, history, is_lfs, lfs_pointer, resolve
 
 router = APIRouter(prefix="/api")

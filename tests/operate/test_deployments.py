@@ -29,7 +29,7 @@ from tests.operate import wait_for
 PREFECT = [sys.executable, "-m", "prefect"]
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), None)
 CHROMIUM = shutil.which("chromium")
-TINY = ("model=tiny-gemma3", "benchmark=mmlu-mini", "batch_size=16")
+TINY = ("model=tiny-gemma3", 'evaluation={"mmlu": "mmlu-mini", "batch_size": 16}')
 
 
 @dataclass
@@ -134,7 +134,7 @@ def operate(
 
 @pytest.fixture(scope="module")
 def alerts() -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """A web hook: its address, and what it was told."""
+    """A webhook: its address, and what it was told."""
     told: list[dict[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -215,7 +215,7 @@ def run_twice(operation: Operation, command_line: CommandLine) -> str:
     assert {name for name, state in states.items() if state == "Cached"} >= {
         "quantize",
         "export",
-        "evaluate base",
+        "evaluate mmlu base",
         "card",
     }
     shown = operation.read("artifacts/filter", {"flow_runs": {"id": {"any_": [first]}}})
@@ -251,6 +251,7 @@ def dead_run(sqlite: Operation, command_line: CommandLine) -> str:
     return run
 
 
+@pytest.mark.long
 def test_after_a_machine_died_the_next_run_goes_on_from_the_finished_stages(
     sqlite: Operation, dead_run: str, command_line: CommandLine
 ) -> None:
@@ -262,6 +263,7 @@ def test_after_a_machine_died_the_next_run_goes_on_from_the_finished_stages(
     assert states["untie"] == states["export"] == "Cached"
 
 
+@pytest.mark.long
 def test_a_run_outlives_its_servers_restart(sqlite: Operation, command_line: CommandLine) -> None:
     forget(command_line, "quantize")
     with sqlite.worker():
@@ -275,21 +277,24 @@ def test_a_run_outlives_its_servers_restart(sqlite: Operation, command_line: Com
     assert sqlite.read("v2/concurrency_limits/quantize-gemma-accelerator")["active_slots"] == 0
 
 
+@pytest.mark.long
 def test_two_runs_never_hold_the_same_slot(sqlite: Operation, command_line: CommandLine) -> None:
     """With one slot of memory, the heavy stages of two runs follow each other, and both runs come to their end."""
     limit = "v2/concurrency_limits/quantize-gemma-memory"
     slots = sqlite.read(limit)["limit"]
     httpx.patch(f"{sqlite.api}/{limit}", json={"limit": 1}, timeout=60).raise_for_status()
     forget(command_line, "smoke")
-    forget(command_line, "smoke-program")
+    forget(command_line, "verify")
     with sqlite.worker():
-        runs = [sqlite.submit("quantize-gemma/default", *TINY, f"max_new_tokens={count}") for count in (3, 4)]
+        evaluations = [f'evaluation={{"batch_size": 16, "max_new_tokens": {count}}}' for count in (3, 4)]
+        runs = [sqlite.submit("quantize-gemma/default", TINY[0], evaluation) for evaluation in evaluations]
         for run in runs:
             assert sqlite.wait(run, {"Completed", "Failed", "Crashed"}, 240)["state_name"] == "Completed"
     assert sqlite.read(limit)["active_slots"] == 0
     httpx.patch(f"{sqlite.api}/{limit}", json={"limit": slots}, timeout=60).raise_for_status()
     spans = []
-    for manifest in command_line.home.glob("smoke*/*/manifest.json"):
+    manifests = [path for name in ("smoke", "verify") for path in command_line.home.glob(f"{name}/*/manifest.json")]
+    for manifest in manifests:
         ended = manifest.stat().st_mtime
         spans.append((ended - json.loads(manifest.read_text())["measured"]["seconds"], ended))
     assert len(spans) == 4
@@ -301,28 +306,36 @@ def test_the_deployment_runs_and_does_nothing_twice(sqlite: Operation, command_l
     run_twice(sqlite, command_line)
 
 
+@pytest.mark.long
 def test_the_deployment_runs_on_postgresql_too(postgres: Operation, command_line: CommandLine) -> None:
     run_twice(postgres, command_line)
 
 
 def test_a_bad_value_is_refused_before_a_run_exists(sqlite: Operation) -> None:
     before = len(sqlite.read("flow_runs/filter", {"flow_runs": {"deployment_id": {"is_null_": False}}}))
-    command = [*PREFECT, "deployment", "run", "quantize-gemma/default", "--param", "limit=0"]
-    refused = subprocess.run(command, env=sqlite.environment, capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 1
-    assert "limit" in refused.stdout
+    for parameter, name in (
+        ('evaluation={"limit": 0}', "limit"),
+        ('export={"max_seq_len": 63}', "max_seq_len"),
+        ('gate={"max_drop": 1}', "max_drop"),
+        ("model=", "model"),
+        ("benchmark=cais/mmlu", "benchmark"),
+    ):
+        command = [*PREFECT, "deployment", "run", "quantize-gemma/default", "--param", parameter]
+        refused = subprocess.run(command, env=sqlite.environment, capture_output=True, text=True, timeout=120)
+        assert refused.returncode == 1, parameter
+        assert name in refused.stdout
     assert len(sqlite.read("flow_runs/filter", {"flow_runs": {"deployment_id": {"is_null_": False}}})) == before
 
 
-def test_a_refused_release_is_told_to_the_web_hook(
+def test_a_refused_release_is_told_to_the_webhook(
     postgres: Operation, alerts: tuple[str, list[dict[str, str]]]
 ) -> None:
     """On PostgreSQL: on SQLite Prefect drops an event when two of its writers meet ("database is locked")."""
     with postgres.worker():
-        run = postgres.submit("quantize-gemma/default", *TINY, "max_kl_ratio=0.01")
+        run = postgres.submit("quantize-gemma/default", *TINY, 'gate={"max_kl_ratio": 0.01}')
         assert postgres.wait(run, {"Completed", "Failed", "Crashed"}, 120)["state_name"] == "Failed"
     deadline = time.monotonic() + 60
-    while not any("the gate refuses the release" in said["text"] for said in alerts[1]):
+    while not any("the release fails the gate" in said["text"] for said in alerts[1]):
         assert time.monotonic() < deadline, alerts[1]
         time.sleep(0.5)
     assert any(said["subject"] == "quantize-gemma: a run failed" for said in alerts[1])
@@ -337,7 +350,7 @@ def last_night(sqlite: Operation) -> str:
     return run
 
 
-def test_the_web_hook_is_kept_as_a_secret(sqlite: Operation, alerts: tuple[str, list[dict[str, str]]]) -> None:
+def test_the_webhook_is_kept_as_a_secret(sqlite: Operation, alerts: tuple[str, list[dict[str, str]]]) -> None:
     """Who reads blocks without their secrets does not learn the address; a block of the old form gets the new one."""
     from quantize_gemma.deployments.alerts import BLOCK
 
@@ -360,15 +373,23 @@ def test_the_web_hook_is_kept_as_a_secret(sqlite: Operation, alerts: tuple[str, 
     assert documents(include_secrets=True)[0]["data"] == block["data"]
 
 
-def test_the_form_has_every_parameter_with_its_description_and_choices(sqlite: Operation) -> None:
-    from quantize_gemma.flows.parameters import Parameters
+def test_the_form_shows_groups_and_every_parameter_with_its_description_and_choices(sqlite: Operation) -> None:
+    from quantize_gemma.flows.options import Options, RunOptions
 
-    schema = sqlite.read("deployments/name/quantize-gemma/default")["parameter_openapi_schema"]["properties"]
-    assert set(schema) == set(Parameters.model_fields)
-    for name, field in Parameters.model_fields.items():
-        assert schema[name]["description"] == field.description
-    assert schema["device"]["enum"] == ["auto", "cpu", "cuda"]
-    assert schema["max_seq_len"]["minimum"] == 64
+    schema = sqlite.read("deployments/name/quantize-gemma/default")["parameter_openapi_schema"]
+    properties = schema["properties"]
+    assert set(properties) == set(RunOptions.model_fields)
+    for name, value in RunOptions():
+        if not isinstance(value, Options):
+            assert properties[name]["description"] == RunOptions.model_fields[name].description
+            continue
+        assert schema["definitions"][type(value).__name__]["description"]
+        group = schema["definitions"][type(value).__name__]["properties"]
+        assert set(group) == set(type(value).model_fields)
+        for option, field in type(value).model_fields.items():
+            assert group[option]["description"] == field.description
+    assert schema["definitions"]["EvaluationOptions"]["properties"]["device"]["enum"] == ["auto", "cpu", "cuda"]
+    assert schema["definitions"]["ExportOptions"]["properties"]["max_seq_len"]["minimum"] == 64
 
 
 def test_the_nightly_keeps_its_hour_through_a_change_of_daylight_saving(sqlite: Operation) -> None:
@@ -376,7 +397,7 @@ def test_the_nightly_keeps_its_hour_through_a_change_of_daylight_saving(sqlite: 
 
     from prefect.server.schemas.schedules import CronSchedule
 
-    from quantize_gemma.flows.parameters import Parameters
+    from quantize_gemma.flows.options import RunOptions
 
     nightly = sqlite.read("deployments/name/quantize-gemma/nightly")
     (schedule,) = nightly["schedules"]
@@ -390,9 +411,10 @@ def test_the_nightly_keeps_its_hour_through_a_change_of_daylight_saving(sqlite: 
         assert [date.utcoffset().total_seconds() / 3600 for date in local] == offsets  # type: ignore[union-attr]
     assert nightly["global_concurrency_limit"]["limit"] == 1
     assert nightly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
-    assert nightly["parameters"]["create_pr"] is True
+    options = RunOptions(**nightly["parameters"])
+    assert options.publishing.create_pr is True
     # Deployed without a target, it publishes nothing.
-    assert Parameters(**nightly["parameters"]).target is None
+    assert options.target is None
 
 
 def forget(command_line: CommandLine, stage: str) -> None:

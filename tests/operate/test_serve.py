@@ -16,10 +16,12 @@ import httpx
 import psutil
 import pytest
 
-from quantize_gemma.flows.server import LocalServer
+from quantize_gemma.flows.local_server import LocalServer
 from tests.campaigns.starting_place import hostile_directory
 from tests.conftest import CommandLine, Outcome
 from tests.operate import another_program
+
+pytestmark = pytest.mark.slow
 
 CHROMIUM = shutil.which("chromium")
 PREFECT = [sys.executable, "-m", "prefect"]
@@ -110,7 +112,7 @@ def test_nobody_without_the_password_listens(server: LocalServer, path: str) -> 
 def test_the_password_is_in_a_file_of_the_users_alone_and_on_no_command_line(
     server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantize_gemma.flows.server import password, password_file
+    from quantize_gemma.flows.local_server import password, password_file
 
     assert password_file().read_text() == server.password
     assert password_file().stat().st_mode & 0o777 == 0o600
@@ -199,6 +201,7 @@ def wait_until_served(process: "subprocess.Popen[bytes]", log: Path) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.long
 def test_serve_runs_everything_on_one_machine_and_ends_with_it(
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:
@@ -238,7 +241,7 @@ def test_serve_ends_when_its_server_does(command_line: CommandLine, tmp_path: Pa
         assert http.requests == []
     assert not (tmp_path / "model.marker").exists()
     started = psutil.Process(process.pid).children(recursive=True)
-    (server,) = [child for child in started if "quantize_gemma.flows.server" in child.cmdline()]
+    (server,) = [child for child in started if "quantize_gemma.flows.local_server" in child.cmdline()]
     server.send_signal(signal.SIGKILL)
     # Its port stays taken, so that nobody else is sent what the worker and the other shells go on sending.
     with pytest.raises(OSError, match="in use"):

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS, make_chartqa_mini
-from quantize_gemma.tasks.builtin.make_mmlu_mini import read_questions
-from quantize_gemma.tasks.checkpoint import read_config, read_headers
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.models.checkpoint import read_config, read_headers
+from tests.builtin import make_chartqa_mini
+from tests.builtin.make_mmlu_mini import read_questions
 
 
 def test_mmlu_mini_has_lm_evals_57_subjects_with_balanced_answers() -> None:
@@ -57,7 +58,7 @@ def test_chartqa_minis_parquet_file_holds_the_written_questions_and_the_drawn_ch
     shipped = BUILTIN_BENCHMARKS["chartqa-mini"]
     assert read(shipped) == read(tmp_path)
     assert (shipped / "README.md").read_text() == (tmp_path / "README.md").read_text()
-    chart = make_chartqa_mini.read_charts()[0]
+    chart = make_chartqa_mini.read_chartqa()[0]
     first = read(shipped)[0]
     assert first["image"] == (("RGB", (256, 192)), make_chartqa_mini.draw(chart).tobytes())
     assert [first["query"], first["label"][0]] == chart["human"][0]
@@ -84,7 +85,7 @@ def test_chartqa_mini_is_read_as_chartqa_is() -> None:
 
 
 def test_chartqa_minis_answers_are_those_of_its_charts() -> None:
-    for chart in make_chartqa_mini.read_charts():
+    for chart in make_chartqa_mini.read_chartqa():
         values = {label: value for label, _, value in chart["points"]}
         colours = {label: colour for label, colour, _ in chart["points"]}
         highest, lowest = max(values, key=values.__getitem__), min(values, key=values.__getitem__)

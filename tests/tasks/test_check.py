@@ -1,4 +1,4 @@
-"""The disk that a run needs is what it will write, and no more."""
+"""The disk that a run needs is what it will write, and no more; the memory is that of its workers' models."""
 
 import shutil
 from pathlib import Path
@@ -6,22 +6,33 @@ from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks import store
-from quantize_gemma.tasks.check import check_disk, disk_needed
-from quantize_gemma.tasks.policies import key_of, missing
-from quantize_gemma.tasks.stage import Stage
-from quantize_gemma.tasks.store import UserError
+from quantize_gemma.tasks.check import MEMORY_FACTOR, MEMORY_OF_LIBRARIES, check_disk, check_memory, disk_needed
+from quantize_gemma.tasks.runtime import machine, pruning, store
+from quantize_gemma.tasks.runtime.artifact_ref import ref_of
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.prefect_stage import key_of, missing
+from quantize_gemma.tasks.runtime.stage import Output, stage
 
 
-def nothing(target: Path) -> dict[str, Any]:
-    """Is never called."""
-    raise AssertionError
+@stage()
+def download(target: Path) -> Output:
+    raise AssertionError("only its name and its key count")
+
+
+@stage()
+def untie(target: Path) -> Output:
+    raise AssertionError("only its name and its key count")
+
+
+@stage()
+def quantize(target: Path) -> Output:
+    raise AssertionError("only its name and its key count")
 
 
 CHAIN = [
-    (Stage(nothing, name="download"), {"source": "a", "revision": "b", "offline": False}),
-    (Stage(nothing, name="untie"), {}),
-    (Stage(nothing, name="quantize"), {"recipe": {"name": "mine"}}),
+    (download, {"source": "a", "revision": "b", "offline": False}),
+    (untie, {}),
+    (quantize, {"recipe": {"name": "mine"}}),
 ]
 
 
@@ -44,8 +55,7 @@ def test_what_a_run_reuses_needs_no_disk_and_what_others_left_does(home: Path) -
     base = store.produce("download", key_of(*CHAIN[0]), write("base"))
     store.produce("untie", "c" * 64, write("of another model"))
     assert missing(CHAIN, []) == ["untie", "quantize"]
-    record = {"stage": base.stage, "key": base.key, "digest": base.digest, "size": base.size}
-    untied = store.produce("untie", key_of(CHAIN[1][0], {"checkpoint": record}), write("untied"))
+    untied = store.produce("untie", key_of(CHAIN[1][0], {"checkpoint": ref_of(base)}), write("untied"))
     assert missing(CHAIN, []) == ["quantize"]
     assert missing(CHAIN, ["download"]) == ["download", "quantize"]
     (untied.path / "file").unlink()
@@ -73,6 +83,13 @@ def test_what_an_interrupted_download_of_this_revision_has_brought_is_written(ho
     incoming = home / "download" / ".incoming-0123456789abcdef"
     incoming.mkdir(parents=True)
     (incoming / "model.safetensors").write_bytes(bytes(1 << 20))
-    assert store.size_of_incoming("download", "0123456789abcdef0123") >= 1 << 20
-    assert store.size_of_incoming("download", "f" * 40) == 0
+    assert pruning.incoming_size("download", "0123456789abcdef0123") >= 1 << 20
+    assert pruning.incoming_size("download", "f" * 40) == 0
     assert disk_needed(1 << 20, ["download"]) == 1 << 20
+
+
+def test_each_worker_needs_memory_for_a_model_of_its_own() -> None:
+    weights = int((machine.total_memory() // 3 - MEMORY_OF_LIBRARIES) / 2 / MEMORY_FACTOR)
+    assert check_memory(weights, workers=2) == 2 * check_memory(weights)
+    with pytest.raises(UserError, match=r"5 workers take about .* use at most --workers 3"):
+        check_memory(weights, workers=5)

@@ -5,19 +5,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks import hub as client
-from quantize_gemma.tasks import process, store
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.checkpoint import check_finite
-from quantize_gemma.tasks.download import _digest_of, download_checkpoint, remember, resolve_model
-from quantize_gemma.tasks.questions import check_charts, check_mmlu
-from quantize_gemma.tasks.store import StageFailed, UserError
+from quantize_gemma.tasks.download import _digest_of, download, remember, resolve_model
+from quantize_gemma.tasks.models.checkpoint import check_finite
+from quantize_gemma.tasks.models.datasets import check_chartqa, check_mmlu
+from quantize_gemma.tasks.models.resolved import ResolvedModel
+from quantize_gemma.tasks.runtime import hub as client
+from quantize_gemma.tasks.runtime import store, worker
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.hub_errors import translate_hub_errors
 from tests.hub.server import Hub, serve
+
+pytestmark = pytest.mark.slow
 
 TOKEN = "hf_reader000000"
 WEIGHTS = "model.safetensors"
@@ -30,7 +35,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield running
 
 
-def download(
+def download_from(
     hub: Hub, tmp_path: Path, revision: str, token: str | None = None, offline: bool = False, **environment: str
 ) -> Path:
     """Runs the stage's work in a process of its own, as the flow does; returns the directory that it filled."""
@@ -39,18 +44,18 @@ def download(
     target.mkdir(parents=True)
     values = {"source": NAME, "revision": revision, "offline": offline}
     call = {
-        "function": "quantize_gemma.tasks.download:download_checkpoint",
+        "function": "quantize_gemma.tasks.download:download",
         "target": str(target),
         "paths": {},
         "values": values,
     }
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "2", **({"HF_TOKEN": token} if token else {})}
-    process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None, environment)
+    worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
     return target
 
 
 def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "", **environment: str) -> Path:
-    """Runs download_questions or download_charts as the flow does; returns the directory that it filled."""
+    """Runs download_mmlu or download_chartqa as the flow does; returns the directory that it filled."""
     target = tmp_path / "store" / stage / ".partial-x" / "data"
     target.mkdir(parents=True)
     if isinstance(source, Path):
@@ -63,7 +68,7 @@ def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "", **
         "paths": {},
         "values": values,
     }
-    process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None, environment)
+    worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
     return target
 
 
@@ -77,7 +82,7 @@ def test_only_what_a_release_needs_is_fetched_and_is_the_same(hub: Hub, tmp_path
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"not wanted")
     sha = hub.add("model", NAME, source)
-    target = download(hub, tmp_path, sha)
+    target = download_from(hub, tmp_path, sha)
     assert names_of(target) == names_of(BUILTIN["tiny-gemma3"]) - {"README.md"}
     for path in target.iterdir():
         assert path.read_bytes() == (BUILTIN["tiny-gemma3"] / path.name).read_bytes()
@@ -89,7 +94,7 @@ def test_a_pinned_commit_is_fetched_though_the_branch_has_moved(hub: Hub, tmp_pa
     changed = shutil.copytree(BUILTIN["tiny-gemma3"], tmp_path / "changed")
     (changed / "generation_config.json").write_text("{}")
     hub.add("model", NAME, changed)
-    target = download(hub, tmp_path, sha)
+    target = download_from(hub, tmp_path, sha)
     assert (target / "generation_config.json").read_text() != "{}"
 
 
@@ -97,7 +102,7 @@ def test_the_librarys_offline_mode_asks_nobody(hub: Hub, tmp_path: Path) -> None
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.log.clear()
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        download(hub, tmp_path, sha, HF_HUB_OFFLINE="1")
+        download_from(hub, tmp_path, sha, HF_HUB_OFFLINE="1")
     assert not hub.log
 
 
@@ -106,11 +111,11 @@ def test_a_cut_transfer_goes_on_from_its_last_byte(hub: Hub, tmp_path: Path) -> 
     size = (BUILTIN["tiny-gemma3"] / WEIGHTS).stat().st_size
     hub.faults.add(method="GET", path=r"/lfs/", cut=300_000, times=1)
     with pytest.raises(StageFailed) as failure:
-        download(hub, tmp_path, sha)
+        download_from(hub, tmp_path, sha)
     assert failure.value.transient
     kept = [entry["sent"] for entry in hub.served("GET", "/lfs/")]
     hub.log.clear()
-    target = download(hub, tmp_path, sha)
+    target = download_from(hub, tmp_path, sha)
     assert (target / WEIGHTS).read_bytes() == (BUILTIN["tiny-gemma3"] / WEIGHTS).read_bytes()
     resumed = [entry for entry in hub.served("GET", "/lfs/") if entry["range"]]
     assert len(resumed) == 1
@@ -123,12 +128,12 @@ def test_a_cut_transfer_goes_on_from_its_last_byte(hub: Hub, tmp_path: Path) -> 
 def test_a_wrong_file_is_fetched_again_and_named_if_it_is_wrong_again(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="/lfs/", wrong_bytes=True, times=1)
-    target = download(hub, tmp_path, sha)
+    target = download_from(hub, tmp_path, sha)
     assert (target / WEIGHTS).read_bytes() == (BUILTIN["tiny-gemma3"] / WEIGHTS).read_bytes()
     hub.faults.clear()
     hub.faults.add(method="GET", path=r"config\.json", wrong_bytes=True)
     with pytest.raises(StageFailed, match=r"config\.json of team/tiny arrived twice with other content"):
-        download(hub, tmp_path, sha)
+        download_from(hub, tmp_path, sha)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +154,7 @@ def test_what_may_pass_by_itself_is_marked_so(
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="resolve", **fault)
     with pytest.raises(StageFailed) as failure:
-        download(hub, tmp_path, sha)
+        download_from(hub, tmp_path, sha)
     assert failure.value.transient
     assert failure.value.retry_after == retry_after
 
@@ -169,7 +174,7 @@ def test_a_hub_that_wants_to_be_left_alone_for_hours_ends_the_stage_and_says_unt
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="resolve", status=429, headers=headers, error_message="too busy")
     with pytest.raises(StageFailed, match=words) as failure:
-        download(hub, tmp_path, sha)
+        download_from(hub, tmp_path, sha)
     assert not failure.value.transient
     assert len(hub.served("GET", "resolve")) == 1
 
@@ -178,14 +183,14 @@ def test_an_answer_that_cannot_be_read_may_pass_by_itself(hub: Hub, tmp_path: Pa
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="/api/models", wrong_bytes=True)
     with pytest.raises(StageFailed, match="the Hub's answer for team/tiny cannot be read") as failure:
-        download(hub, tmp_path, sha)
+        download_from(hub, tmp_path, sha)
     assert failure.value.transient
 
 
 def test_an_error_in_our_own_code_is_one_line_for_the_user_and_a_traceback_without_tokens_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with pytest.raises(StageFailed) as failure, client.explained("model", NAME):
+    with pytest.raises(StageFailed) as failure, translate_hub_errors("model", NAME):
         raise KeyError("Bearer hf_MARKED000000")
     assert "\n" not in str(failure.value)
     assert not failure.value.transient
@@ -198,10 +203,10 @@ def test_what_a_name_stood_for_last_is_remembered_for_that_name_and_that_revisio
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
-    known = {"kind": "model", "name": "a/b--c", "revision": "0" * 40}
-    remember(known, "default")
-    remember({**known, "revision": "1" * 40}, "x--y")
-    assert resolve_model("a/b--c", "default", offline=True) == known
+    model = ResolvedModel("a/b--c", "0" * 40, "a/b--c", False, True, license={}, weight_bytes=8, weights=4)
+    remember(model, "default")
+    remember(replace(model, revision="1" * 40), "x--y")
+    assert resolve_model("a/b--c", "default", offline=True) == model
     for name, revision in (("a/b--c", None), ("a--b/c", "default"), ("a/b--c", "x/y")):
         with pytest.raises(UserError, match="never resolved"):
             resolve_model(name, revision, offline=True)
@@ -220,7 +225,7 @@ def test_a_refusal_says_what_to_do(hub: Hub, tmp_path: Path, fault: dict[str, An
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="resolve", **fault)
     with pytest.raises(UserError) as refusal:
-        download(hub, tmp_path, sha, TOKEN)
+        download_from(hub, tmp_path, sha, TOKEN)
     for word in [NAME, *words]:
         assert word in str(refusal.value)
 
@@ -229,13 +234,13 @@ def test_a_gated_repository_names_the_page_where_its_terms_are_accepted(hub: Hub
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.restrict("model", NAME, gated=True)
     with pytest.raises(UserError, match=f"{NAME} is gated: accept its terms at {hub.url}/{NAME}"):
-        download(hub, tmp_path, sha, TOKEN)
+        download_from(hub, tmp_path, sha, TOKEN)
 
 
 def test_offline_nothing_is_fetched(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     with pytest.raises(UserError, match="is not in the store: run once without --offline"):
-        download(hub, tmp_path, sha, offline=True)
+        download_from(hub, tmp_path, sha, offline=True)
     assert hub.log == []
 
 
@@ -250,9 +255,9 @@ def test_files_match_the_hubs_hashes_only_if_they_are_the_same(hub: Hub, tmp_pat
         blob_id = entry["blob_id"]
         lfs = type("Lfs", (), {"sha256": store.digest_file(path)})
 
-    assert client.is_file(path, File)
+    assert client.is_same(path, File)
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
-    assert not client.is_file(path, File)
+    assert not client.is_same(path, File)
 
 
 def test_of_chartqa_only_the_test_split_is_fetched(hub: Hub, tmp_path: Path) -> None:
@@ -262,7 +267,7 @@ def test_of_chartqa_only_the_test_split_is_fetched(hub: Hub, tmp_path: Path) -> 
         shutil.copy(test, source / "data" / name)
     test.rename(test.with_name("test-00000-of-00001-e2cd0b7a0f9eb20d.parquet"))
     sha = hub.add("dataset", "HuggingFaceM4/ChartQA", source)
-    target = bring("charts", "HuggingFaceM4/ChartQA", tmp_path, sha, HF_ENDPOINT=hub.url)
+    target = bring("chartqa", "HuggingFaceM4/ChartQA", tmp_path, sha, HF_ENDPOINT=hub.url)
     assert names_of(target) == {"README.md", "test-00000-of-00001-e2cd0b7a0f9eb20d.parquet"}
     assert not hub.served("GET", "train-|val-")
     assert digests(target) <= digests(source)
@@ -275,9 +280,9 @@ def digests(folder: Path) -> set[str]:
 def test_a_benchmark_of_another_layout_is_refused(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("dataset", "team/other", BUILTIN["tiny-gemma3"])
     with pytest.raises(UserError, match=r"team/other has no <subject>/test-\*.parquet: .* the layout of cais/mmlu"):
-        bring("questions", "team/other", tmp_path, sha, HF_ENDPOINT=hub.url)
+        bring("mmlu", "team/other", tmp_path, sha, HF_ENDPOINT=hub.url)
     with pytest.raises(UserError, match=r"team/other has no data/test-\*.parquet: .* of HuggingFaceM4/ChartQA"):
-        bring("charts", "team/other", tmp_path, sha, HF_ENDPOINT=hub.url)
+        bring("chartqa", "team/other", tmp_path, sha, HF_ENDPOINT=hub.url)
 
 
 def damaged(benchmark: str, name: str, tmp_path: Path, damage: Callable[[list[dict[str, Any]]], Any]) -> Path:
@@ -320,9 +325,9 @@ def in_row(number: int, **values: Any) -> Callable[[list[dict[str, Any]]], None]
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("choices"), "has no column 'choices', only subject, question, answer: give a dataset in the layout"),
+        (without("choices"), "has no column 'choices', only subject, question, answer: use a dataset in the layout"),
         (with_values("answer", "ABCD".__getitem__), "the column 'answer' of .* is string, not an integer"),
-        (with_values("choices", str), "the column 'choices' of .* is string, not a list of texts"),
+        (with_values("choices", str), "the column 'choices' of .* is string, not a list of text"),
         (in_row(3, choices=["one", "two", "three"]), "row 3 of .* has 3 choices, not 4"),
         (in_row(0, choices=None), "row 0 of .* has 0 choices, not 4"),
         (in_row(1, choices=["one", "two", "three", None]), "row 1 of .* has an empty choice"),
@@ -332,38 +337,42 @@ def in_row(number: int, **values: Any) -> Callable[[list[dict[str, Any]]], None]
         (in_row(1, question=None), "row 1 of .* has no question"),
     ],
 )
-def test_questions_that_do_not_fit_are_named(damage: Any, message: str, tmp_path: Path) -> None:
+def test_an_error_names_the_file_and_row_that_do_not_fit_mmlus_layout(
+    damage: Any, message: str, tmp_path: Path
+) -> None:
     name = "anatomy/test-00000-of-00001.parquet"
     source = damaged("mmlu-mini", name, tmp_path, damage)
     with pytest.raises(UserError, match=message) as mistake:
-        check_mmlu(source, "team/questions")
-    assert f"{name} of team/questions" in str(mistake.value)
+        check_mmlu(source, "team/mmlu")
+    assert f"{name} of team/mmlu" in str(mistake.value)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without("label"), "has no column 'label', only image, query, human_or_machine: give a dataset in the layout"),
-        (with_values("label", lambda label: label[0]), "the column 'label' of .* is string, not a list of texts"),
+        (without("label"), "has no column 'label', only image, query, human_or_machine: use a dataset in the layout"),
+        (with_values("label", lambda label: label[0]), "the column 'label' of .* is string, not a list of text"),
         (with_values("image", lambda image: image["bytes"]), "the column 'image' of .* is binary, not a struct"),
         (in_row(70, label=[]), "row 70 of .* has no label"),
         (in_row(1, label=[""]), "row 1 of .* has no label"),
-        (in_row(5, image=None), "row 5 of .* has no picture"),
-        (in_row(5, image={"bytes": None, "path": "chart.png"}), "row 5 of .* has no picture"),
-        (in_row(6, image={"bytes": b"GIF", "path": None}), "row 6 of .* has a picture that cannot be read"),
+        (in_row(5, image=None), "row 5 of .* has no image"),
+        (in_row(5, image={"bytes": None, "path": "chart.png"}), "row 5 of .* has no image"),
+        (in_row(6, image={"bytes": b"GIF", "path": None}), "row 6 of .* has an image that cannot be read"),
         (in_row(6, human_or_machine=2), "row 6 of .* has 2 for human_or_machine, not 0 or 1"),
         (in_row(6, query=""), "row 6 of .* has no query"),
     ],
 )
-def test_charts_that_do_not_fit_are_named(damage: Any, message: str, tmp_path: Path) -> None:
+def test_an_error_names_the_file_and_row_that_do_not_fit_chartqas_layout(
+    damage: Any, message: str, tmp_path: Path
+) -> None:
     name = "data/test-00000-of-00001.parquet"
     source = damaged("chartqa-mini", name, tmp_path, damage)
     with pytest.raises(UserError, match=message) as mistake:
-        check_charts(source, "team/charts")
-    assert f"{name} of team/charts" in str(mistake.value)
+        check_chartqa(source, "team/chartqa")
+    assert f"{name} of team/chartqa" in str(mistake.value)
 
 
-@pytest.mark.parametrize(("stage", "benchmark"), [("questions", "mmlu-mini"), ("charts", "chartqa-mini")])
+@pytest.mark.parametrize(("stage", "benchmark"), [("mmlu", "mmlu-mini"), ("chartqa", "chartqa-mini")])
 def test_a_damaged_benchmark_ends_the_download(stage: str, benchmark: str, tmp_path: Path) -> None:
     path = next(BUILTIN_BENCHMARKS[benchmark].glob("*/test-*.parquet"))
     source = shutil.copytree(BUILTIN_BENCHMARKS[benchmark], tmp_path / "source")
@@ -382,7 +391,7 @@ def test_an_infinity_is_found_wherever_it_is(
     import torch
     from safetensors.torch import save_file
 
-    monkeypatch.setattr("quantize_gemma.tasks.checkpoint.CHUNK_BYTES", 64)
+    monkeypatch.setattr("quantize_gemma.tasks.models.checkpoint.CHUNK_BYTES", 64)
     weights = {"counts": torch.full((7,), -1), "w": torch.ones(10, 100, dtype=getattr(torch, dtype))}
     path = tmp_path / "model.safetensors"
     save_file(weights, path)
@@ -409,7 +418,7 @@ def test_a_directory_that_changes_after_the_run_has_started_is_no_base(
         (model / "generation_config.json").unlink()
     (tmp_path / "target").mkdir()
     with pytest.raises(UserError, match=f"{model} is changing: .* start again when nothing writes there"):
-        download_checkpoint(tmp_path / "target", str(model), resolved["revision"], offline=False)
+        download(tmp_path / "target", str(model), resolved.revision, offline=False)
 
 
 def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hub, tmp_path: Path) -> None:
@@ -421,10 +430,10 @@ def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hu
         "with prefect_test_harness(server_startup_timeout=120):\n"
         "    from prefect.blocks.system import Secret\n"
         "    Secret(value='hf_old000000').save('hf-token')\n"
-        "    from quantize_gemma.tasks import hub\n"
+        "    from quantize_gemma.tasks.runtime import hub_client\n"
         "    from quantize_gemma.tasks.download import resolve_model\n"
-        "    from quantize_gemma.tasks.store import UserError\n"
-        "    print(hub.read_environment())\n"
+        "    from quantize_gemma.tasks.runtime.errors import UserError\n"
+        "    print(hub_client.read_environment())\n"
         "    try:\n"
         f"        resolve_model({NAME!r}, None, False)\n"
         "    except UserError as error:\n"
@@ -440,4 +449,4 @@ def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hu
     # A stage's own process says the same, without asking Prefect.
     sha = hub.head("model", NAME)
     with pytest.raises(UserError, match="Prefect's Secret block hf-token, which goes before HF_TOKEN"):
-        download(hub, tmp_path, sha, "hf_old000000", QUANTIZE_GEMMA_TOKEN_BLOCKS="hf-token")
+        download_from(hub, tmp_path, sha, "hf_old000000", QUANTIZE_GEMMA_TOKEN_BLOCKS="hf-token")

@@ -1,4 +1,4 @@
-"""What the exported program must be, and what is said when it is not."""
+"""The export checks its inputs and the delegation, and the program computes what the checkpoint computes."""
 
 import json
 import os
@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import quantized_checkpoint
-from quantize_gemma.tasks import process
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.export import check_delegation, check_exportable
-from quantize_gemma.tasks.store import StageFailed, UserError
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 
 
-def counted(**portable: int) -> dict[str, dict[str, dict[str, int]]]:
+def delegation_with(**portable: int) -> dict[str, dict[str, dict[str, int]]]:
     custom = {"llama_custom_sdpa_default": 2}
     return {"text_decoder": {"xnnpack": {"aten_linear_default": 3}, "custom": custom, "portable": portable}}
 
 
 def test_operators_that_cost_little_may_stay_with_the_portable_kernels() -> None:
-    check_delegation(counted(aten_mean_dim=4, aten_native_layer_norm_default=2, aten_index_put_default=1))
+    check_delegation(delegation_with(aten_mean_dim=4, aten_native_layer_norm_default=2, aten_index_put_default=1))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_operators_that_cost_little_may_stay_with_the_portable_kernels() -> None
 )
 def test_a_linear_or_an_attention_that_is_not_delegated_is_an_error(name: str) -> None:
     with pytest.raises(StageFailed, match=f"text_decoder of the program runs {name}"):
-        check_delegation(counted(aten_mean_dim=4, **{name: 1}))
+        check_delegation(delegation_with(aten_mean_dim=4, **{name: 1}))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_a_checkpoint_that_is_not_ours_is_refused(quantized: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_source_is_rejected(quantized: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not quantized with torchao"):
         check_exportable(tmp_path, BUILTIN["tiny-gemma3"])
     other = Path(shutil.copytree(quantized, tmp_path / "other"))
@@ -54,7 +54,7 @@ def test_a_checkpoint_that_is_not_ours_is_refused(quantized: Path, tmp_path: Pat
     check_exportable(tmp_path, quantized)
 
 
-def test_no_room_for_the_program_is_said_with_both_sizes(quantized: Path, tmp_path: Path) -> None:
+def test_too_little_disk_for_the_program_is_reported_with_both_sizes(quantized: Path, tmp_path: Path) -> None:
     """The checkpoint's weights claim 4 TB, in a file that takes no room."""
     huge = Path(shutil.copytree(quantized, tmp_path / "huge"))
     os.truncate(huge / "model.safetensors", 2**42)
@@ -62,38 +62,39 @@ def test_no_room_for_the_program_is_said_with_both_sizes(quantized: Path, tmp_pa
         check_exportable(tmp_path, huge)
 
 
-def decoded(program: str, checkpoint: str) -> dict[str, Any]:
+def divergences(program: str, checkpoint: str) -> dict[str, Any]:
     """Returns the KL divergences from the checkpoint of a short text, read at once and token by token."""
     import torch
 
-    from quantize_gemma.tasks.checkpoint import load_model
-    from quantize_gemma.tasks.program import Methods
-    from quantize_gemma.tasks.verify import _kl
+    from quantize_gemma.tasks.models.checkpoint import load_model
+    from quantize_gemma.tasks.models.pte import PteProgram
+    from quantize_gemma.tasks.verify.distances import mean_kl
 
     ids = torch.arange(40, 64)[None]
     with torch.no_grad():
         expected = load_model(Path(checkpoint), torch.float32)(ids).logits[0]
-    methods = Methods(Path(program))
-    embedded = methods.embed(ids)
+    pte = PteProgram(Path(program))
+    embedded = pte.embed_tokens(ids)
     return {
-        "at_once": _kl(expected[-1:], methods.decode(embedded, {23})),
-        "step_by_step": _kl(expected[8:], methods.decode(embedded, set(range(8, 24)))),
+        "at_once": mean_kl(expected[-1:], pte.decode(embedded, {23})),
+        "step_by_step": mean_kl(expected[8:], pte.decode(embedded, set(range(8, 24)))),
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("custom_sdpa", [True, False])
-def test_without_the_custom_cache_a_program_is_right_within_the_sliding_window(
+def test_without_the_custom_cache_a_program_is_correct_within_the_sliding_window(
     custom_sdpa: bool, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     values = {"max_seq_len": 64, "custom_sdpa": custom_sdpa, "custom_kv_cache": False}
-    call = {"function": "quantize_gemma.tasks.export:export_checkpoint", "target": str(tmp_path), "values": values}
+    call = {"function": "quantize_gemma.tasks.export:export", "target": str(tmp_path), "values": values}
     call["paths"] = {"checkpoint": str(quantized)}
-    made = process.run("quantize_gemma.tasks.process:call", call, lambda *_: None, None)["metadata"]
-    custom = {name for method in made["delegation"].values() for name in method["custom"]}
+    metadata = worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None)["metadata"]
+    custom = {name for method in metadata["delegation"].values() for name in method["custom"]}
     assert not any(name.startswith("update_cache") for name in custom)
     assert ("llama_custom_sdpa_default" in custom) == custom_sdpa
     arguments = {"program": str(tmp_path / "model.pte"), "checkpoint": str(quantized)}
-    found = process.run("tests.tasks.test_export:decoded", arguments, lambda *_: None, None)
-    assert found["at_once"] < 0.003, found
-    assert found["step_by_step"] < 0.003, found
+    kl = worker.run("tests.tasks.test_export:divergences", arguments, lambda *_: None, None)
+    assert kl["at_once"] < 0.003, kl
+    assert kl["step_by_step"] < 0.003, kl

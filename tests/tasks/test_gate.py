@@ -1,13 +1,24 @@
-"""The gate's bar is where it says, and it says how sure it is."""
+"""The gate's limits are where it says, and it says how certain a check is."""
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks.gate import GateRefused, compare_with_published, gate, gate_table, judge, required_checks
-from quantize_gemma.tasks.paired import confidence, count_pairs, share_difference, share_ratio
+from quantize_gemma.tasks.gate.checks import (
+    GateRefused,
+    add_missing,
+    compare_with_published,
+    judge,
+    require_pass,
+    required_checks,
+)
+from quantize_gemma.tasks.models.metrics import Check, Metrics, Verdict, parse_metrics, to_json
+from quantize_gemma.tasks.models.tables import verdict_rows
+from quantize_gemma.tasks.runtime.paired_stats import confidence, count_pairs, share_difference, share_ratio
+from tests.metrics import example_json
 
 LIMITS = {
     "max_mmlu_drop": 5.0,
@@ -23,23 +34,31 @@ def pairs(both: int, first: int, second: int, neither: int) -> dict[str, int]:
 
 
 def metrics(mmlu: dict[str, int], kl_program: float = 0.0, differing: dict[str, int] | None = None) -> dict[str, Any]:
-    """Makes the metrics of a run from what base and checkpoint got right, and what the program answers otherwise."""
-    return {
-        "pairs": {"mmlu": mmlu},
-        "quantized": {"mmlu": {"accuracy": (mmlu["both"] + mmlu["second"]) / sum(mmlu.values())}},
-        "program": {
-            "agreement": {"kl_program": kl_program, "kl_activation_noise": 0.03},
-            "mmlu": {"differing": differing or pairs(0, 0, 0, 100), "disagreements": []},
-        },
-    }
+    """Return a metrics.json with these counts of correct answers, and of answers that the program changes."""
+    measured = example_json()
+    measured["pairs"]["mmlu"] = mmlu
+    measured["quantized"]["mmlu"]["accuracy"] = (mmlu["both"] + mmlu["second"]) / sum(mmlu.values())
+    measured["program"]["agreement"] = {"kl_program": kl_program, "kl_act_quant": 0.03}
+    measured["program"]["mmlu"]["differing"] = differing or pairs(0, 0, 0, 100)
+    return measured
 
 
-def refused(verdict: dict[str, Any]) -> list[str]:
-    return [check["name"] for check in verdict["checks"] if not check["passed"]]
+def verdict_on(measured: dict[str, Any], limits: dict[str, float] = LIMITS) -> Verdict:
+    parsed = parse_metrics(measured)
+    assert parsed.program.mmlu is not None
+    return judge(parsed.pairs, parsed.program.mmlu.differing, parsed.program.agreement, limits)
 
 
-def found(verdict: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(check for check in verdict["checks"] if check["name"] == name)
+def judged(measured: dict[str, Any]) -> Metrics:
+    return parse_metrics({**measured, "gate": to_json(verdict_on(measured))})
+
+
+def failed_checks(verdict: Verdict) -> list[str]:
+    return [check.name for check in verdict.checks if check.status == "fail"]
+
+
+def check_named(verdict: Verdict, name: str) -> Check:
+    return next(check for check in verdict.checks if check.name == name)
 
 
 # Of 2,000 questions the base has 1,800, 90 %.
@@ -55,31 +74,31 @@ def found(verdict: dict[str, Any], name: str) -> dict[str, Any]:
         (pairs(1700, 100, 0, 200), math.nan, ["program_kl"]),
     ],
 )
-def test_a_release_is_refused_beyond_the_drop_or_the_distance(
+def test_a_release_fails_beyond_the_largest_drop_or_kl_divergence(
     mmlu: dict[str, int], kl_program: float, failed: list[str]
 ) -> None:
-    verdict = judge(metrics(mmlu, kl_program), LIMITS)
-    assert refused(verdict) == failed
-    assert verdict["passed"] == (not failed)
+    verdict = verdict_on(metrics(mmlu, kl_program))
+    assert failed_checks(verdict) == failed
+    assert verdict.passed == (not failed)
 
 
 @pytest.mark.parametrize(("right", "failed"), [(240, []), (239, ["mmlu_recovery"])])
-def test_a_release_is_refused_when_it_keeps_too_small_a_part_of_a_low_score(right: int, failed: list[str]) -> None:
+def test_a_release_fails_when_it_recovers_too_little_of_a_low_score(right: int, failed: list[str]) -> None:
     """Of 2,000 questions the base has 300: 60 fewer are 3 points, and a fifth of what it knew."""
-    verdict = judge(metrics(pairs(right, 300 - right, 0, 1700)), LIMITS)
-    assert refused(verdict) == failed
-    check = found(verdict, "mmlu_recovery")
-    assert check["value"] == pytest.approx(100 * right / 300, abs=1e-4)
-    assert check["margin"] == pytest.approx(check["value"] - 80, abs=1e-4)
+    verdict = verdict_on(metrics(pairs(right, 300 - right, 0, 1700)))
+    assert failed_checks(verdict) == failed
+    check = check_named(verdict, "mmlu_recovery")
+    assert check.value == pytest.approx(100 * right / 300, abs=1e-4)
+    assert check.margin == pytest.approx(check.value - 80, abs=1e-4)
 
 
 def test_chartqa_is_judged_where_it_was_measured() -> None:
     measured = metrics(pairs(90, 0, 0, 10))
-    assert not any("chartqa" in check["name"] for check in judge(measured, LIMITS)["checks"])
+    assert not any("chartqa" in check.name for check in verdict_on(measured).checks)
     measured["pairs"]["chartqa"] = pairs(880, 100, 0, 20)
-    assert judge(measured, LIMITS)["passed"]
+    assert verdict_on(measured).passed
     measured["pairs"]["chartqa"] = pairs(879, 101, 0, 20)
-    assert refused(judge(measured, LIMITS)) == ["chartqa_drop"]
+    assert failed_checks(verdict_on(measured)) == ["chartqa_drop"]
 
 
 # By hand, with half a question added to each count: sqrt(first + second - (first - second)^2 / total) / total.
@@ -92,7 +111,7 @@ def test_chartqa_is_judged_where_it_was_measured() -> None:
         (pairs(0, 0, 1, 0), -1.0, math.sqrt(2 - 1 / 3) / 3),
     ],
 )
-def test_a_difference_is_as_sure_as_the_questions_that_differ_say(
+def test_the_standard_error_of_a_difference_comes_from_the_questions_that_differ(
     counts: dict[str, int], difference: float, stderr: float
 ) -> None:
     assert share_difference(counts) == (pytest.approx(difference), pytest.approx(stderr))
@@ -112,38 +131,38 @@ def test_a_standard_error_is_that_of_many_samples_of_the_same_questions() -> Non
         assert sum(stderrs) / len(stderrs) == pytest.approx(spread, rel=0.05)
 
 
-def test_a_base_that_knew_nothing_has_nothing_to_lose() -> None:
+def test_a_base_with_no_correct_answer_has_nothing_to_lose() -> None:
     ratio, stderr = share_ratio(pairs(0, 0, 3, 97))
     assert ratio == 1.0
     assert math.isfinite(stderr)
 
 
 @pytest.mark.parametrize(("margin", "expected"), [(0.0, 0.5), (1.96, 0.975), (-1.645, 0.05), (10.0, 1.0)])
-def test_confidence_is_the_normal_laws(margin: float, expected: float) -> None:
+def test_confidence_follows_the_normal_distribution(margin: float, expected: float) -> None:
     assert confidence(margin, 1.0) == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_check_says_by_how_much_it_held_and_with_what_confidence() -> None:
+def test_a_check_has_its_margin_and_its_confidence() -> None:
     """Of 14,042 questions, as MMLU has them, 1,000 are lost and 715 won."""
-    check = found(judge(metrics(pairs(7000, 1000, 715, 5327)), LIMITS), "mmlu_drop")
-    assert check["value"] == pytest.approx(100 * 285 / 14042, abs=1e-4)
+    check = check_named(verdict_on(metrics(pairs(7000, 1000, 715, 5327))), "mmlu_drop")
+    assert check.value == pytest.approx(100 * 285 / 14042, abs=1e-4)
     stderr = 100 * math.sqrt(1716 - 285**2 / 14044) / 14044
-    assert check["stderr"] == pytest.approx(stderr, abs=1e-4)
-    assert check["margin"] == pytest.approx(5 - check["value"])
-    assert check["confidence"] > 0.999
-    assert not check["weak"]
-    assert check["message"] == ("MMLU falls by 2.03 ± 0.29 points, at most 5: held by 2.97, confidence over 99.9 %")
+    assert check.stderr == pytest.approx(stderr, abs=1e-4)
+    assert check.margin == pytest.approx(5 - check.value)
+    assert check.confidence > 0.999
+    assert not check.low_confidence
+    assert check.message == ("MMLU drops by 2.03 ± 0.29 points (limit ≤ 5): pass, margin 2.97, confidence over 99.9%")
 
 
-def test_few_questions_are_told_not_refused() -> None:
-    verdict = judge(metrics(pairs(18, 1, 0, 1)), {**LIMITS, "max_mmlu_drop": 5.0})
-    check = found(verdict, "mmlu_drop")
-    assert check["value"] == check["limit"] == 5.0
-    assert check["passed"]
-    assert check["confidence"] == 0.5
-    assert check["weak"]
-    assert verdict["weak"]
-    assert not judge(metrics(pairs(1800, 0, 0, 200)), LIMITS)["weak"]
+def test_few_questions_lower_the_confidence_and_do_not_fail() -> None:
+    verdict = verdict_on(metrics(pairs(18, 1, 0, 1)), {**LIMITS, "max_mmlu_drop": 5.0})
+    check = check_named(verdict, "mmlu_drop")
+    assert check.value == check.limit == 5.0
+    assert check.status == "pass"
+    assert check.confidence == 0.5
+    assert check.low_confidence
+    assert verdict.low_confidence
+    assert not verdict_on(metrics(pairs(1800, 0, 0, 200))).low_confidence
 
 
 @pytest.mark.parametrize(
@@ -162,96 +181,93 @@ def test_few_questions_are_told_not_refused() -> None:
         (pairs(200, 1400, 1000, 7400), ["program_disagreement"]),
     ],
 )
-def test_a_program_is_refused_when_its_answers_differ_beyond_chance_and_rounding(
+def test_a_program_fails_when_its_answers_differ_beyond_sampling_error_and_activation_quantization(
     differing: dict[str, int], failed: list[str]
 ) -> None:
-    verdict = judge(metrics(pairs(90, 0, 0, 10), differing=differing), LIMITS)
-    assert refused(verdict) == failed
+    verdict = verdict_on(metrics(pairs(90, 0, 0, 10), differing=differing))
+    assert failed_checks(verdict) == failed
 
 
-def test_a_disagreement_that_chance_explains_is_told() -> None:
-    check = found(judge(metrics(pairs(90, 0, 0, 10), differing=pairs(2, 14, 10, 74)), LIMITS), "program_disagreement")
-    assert check["passed"]
-    assert check["weak"]
-    assert check["value"] == 4.0
-    assert check["margin"] == -2.0
-    assert check["message"].startswith(
-        "of 100 questions the program answers 16 otherwise than the checkpoint without rounding, the checkpoint 12: "
-        "4.00 ± 4.89 points more, at most 2: over by 2, which chance explains, confidence 34.1 %"
+def test_a_disagreement_within_sampling_error_passes_with_low_confidence() -> None:
+    check = check_named(
+        verdict_on(metrics(pairs(90, 0, 0, 10), differing=pairs(2, 14, 10, 74))), "program_disagreement"
+    )
+    assert check.status == "pass"
+    assert check.low_confidence
+    assert check.value == 4.0
+    assert check.margin == -2.0
+    assert check.message.startswith(
+        "of 100 answers without activation quantization, the program changes 16 and activation quantization alone 12: "
+        "4.00 ± 4.89 points more (limit ≤ 2): pass, 2 over the limit but within sampling error, "
+        "confidence 34.1%"
     )
 
 
-def on_mmlu(accuracy: Any) -> dict[str, Any]:
-    """Makes what metrics.json says of MMLU, and how it was measured."""
-    scored = {"accuracy": accuracy, "task": "mmlu", "task_version": "2", "num_fewshot": 0, "limit": None}
-    return {
-        "benchmark": "cais/mmlu",
-        "benchmark_revision": "c" * 40,
-        "fixture_benchmark": False,
-        "fixture_model": False,
-        "versions": {"lm-eval": "0.4.13"},
-        "quantized": {"mmlu": {**scored, "questions": 14042}},
-    }
+def with_accuracy(accuracy: float) -> dict[str, Any]:
+    """Return the metrics.json of a release with this accuracy on MMLU."""
+    measured = example_json()
+    measured["quantized"]["mmlu"]["accuracy"] = accuracy
+    return measured
 
 
 @pytest.mark.parametrize(("published", "failed"), [(0.9, []), (0.91, []), (0.9101, ["regression"])])
-def test_a_release_is_refused_when_it_is_worse_than_the_published_one(published: float, failed: list[str]) -> None:
-    measured = {**metrics(pairs(90, 0, 0, 10)), **on_mmlu(0.9)}
-    measured["gate"] = judge(measured, LIMITS)
-    check = compare_with_published(measured, on_mmlu(published), 1.0)
+def test_a_release_fails_when_it_is_worse_than_the_published_one(published: float, failed: list[str]) -> None:
+    measured = judged(with_accuracy(0.9))
+    check = compare_with_published(measured, with_accuracy(published), 1.0)
     if not failed:
-        assert gate(measured, ["regression"], check)["passed"]
-        assert check["status"] == "pass"
+        assert require_pass(measured, ["regression"], check).passed
+        assert check.status == "pass"
         return
-    with pytest.raises(GateRefused, match=r"1\.01 points below what is published, at most 1") as error:
-        gate(measured, ["regression"], check)
-    assert refused(error.value.verdict) == failed
+    with pytest.raises(GateRefused, match=r"1\.01 points below the published release \(limit ≤ 1\)") as error:
+        require_pass(measured, ["regression"], check)
+    assert failed_checks(error.value.verdict) == failed
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"benchmark": "mmlu-mini"}, "its benchmark is 'cais/mmlu' here and 'mmlu-mini' there"),
-        ({"benchmark_revision": "d" * 40}, "its benchmark revision is"),
-        ({"fixture_benchmark": True}, "its fixture benchmark is False here and True there"),
-        ({"fixture_benchmark": 0}, "its fixture benchmark is False here and 0 there"),
-        ({"fixture_model": True}, "its fixture model is"),
-        ({"versions": {"lm-eval": "0.4.12"}}, "its version of lm-eval is '0.4.13' here and '0.4.12' there"),
-        ({"versions": None}, "its version of lm-eval is '0.4.13' here and not said there"),
-        ({"quantized": []}, "its task is 'mmlu' here and not said there"),
-        ({"limit": 20}, "its limit is none here and 20 there"),
-        ({"task_version": "1"}, "its task version is '2' here and '1' there"),
-        ({"num_fewshot": 5}, "its number of examples is 0 here and 5 there"),
-        ({"questions": 1140}, "its number of questions is 14042 here and 1140 there"),
-        ({"questions": {}}, "its number of questions is 14042 here and no plain value there"),
-        ({"task": "x\n" * 1000}, "its task is 'mmlu' here and"),
-        ({"accuracy": "0.95"}, "its accuracy is '0.95' there"),
-        ({"accuracy": None}, "its accuracy is none there"),
-        ({"accuracy": True}, "its accuracy is True there"),
-        ({"accuracy": 95.0}, "its accuracy is 95.0 there"),
-        ({"accuracy": math.nan}, "its accuracy is nan there"),
+        ({"benchmark": "mmlu-mini"}, "the benchmark differs (here: 'cais/mmlu', published: 'mmlu-mini')"),
+        ({"benchmark_revision": "d" * 40}, "the benchmark revision differs (here: "),
+        ({"fixture_benchmark": True}, "the fixture benchmark differs (here: False, published: True)"),
+        ({"fixture_benchmark": 0}, "the fixture benchmark differs (here: False, published: 0)"),
+        ({"fixture_model": True}, "the fixture model differs (here: "),
+        ({"versions": {"lm-eval": "0.4.12"}}, "the lm-eval version differs (here: '0.4.13', published: '0.4.12')"),
+        ({"versions": None}, "the lm-eval version differs (here: '0.4.13', published: missing)"),
+        ({"quantized": []}, "the task differs (here: 'mmlu', published: missing)"),
+        ({"limit": 20}, "the limit differs (here: null, published: 20)"),
+        ({"task_version": "1"}, "the task version differs (here: '2', published: '1')"),
+        ({"num_fewshot": 5}, "the number of few-shot examples differs (here: 0, published: 5)"),
+        ({"questions": 1140}, "the number of questions differs (here: 14042, published: 1140)"),
+        ({"questions": {}}, "the number of questions differs (here: 14042, published: not a scalar)"),
+        ({"task": "x\n" * 1000}, "the task differs (here: 'mmlu', published: "),
+        ({"accuracy": "0.95"}, "the published accuracy is '0.95'"),
+        ({"accuracy": None}, "the published accuracy is null"),
+        ({"accuracy": True}, "the published accuracy is True"),
+        ({"accuracy": 95.0}, "the published accuracy is 95.0"),
+        ({"accuracy": math.nan}, "the published accuracy is nan"),
     ],
 )
-def test_only_like_is_compared_with_like_and_the_verdict_says_what_is_not(change: dict[str, Any], why: str) -> None:
-    measured = {**metrics(pairs(90, 0, 0, 10)), **on_mmlu(0.5)}
-    measured["gate"] = judge(measured, LIMITS)
-    published = on_mmlu(0.95)
+def test_scores_that_were_measured_differently_are_not_compared_and_the_verdict_says_why(
+    change: dict[str, Any], why: str
+) -> None:
+    measured = judged(with_accuracy(0.5))
+    published = with_accuracy(0.95)
     for name, value in change.items():
         (published if name in published else published["quantized"]["mmlu"])[name] = value
-    verdict = gate(measured, ["regression"], compare_with_published(measured, published, 1.0))
-    check = found(verdict, "regression")
-    assert check["status"] == "uninformative"
-    assert check["message"].startswith(f"MMLU is not compared with what is published: {why}")
-    assert len(check["message"]) < 200
-    assert "\n" not in check["message"]
-    assert gate_table([check])[0]["verdict"] == "not compared"
+    verdict = require_pass(measured, ["regression"], compare_with_published(measured, published, 1.0))
+    check = check_named(verdict, "regression")
+    assert check.status == "uninformative"
+    assert check.message.startswith(f"MMLU is not compared with the published release: {why}")
+    assert len(check.message) < 200
+    assert "\n" not in check.message
+    assert verdict_rows([check])[0]["result"] == "not compared"
 
 
 @pytest.mark.parametrize("published", [None, {}])
-def test_the_verdict_says_that_there_was_nothing_to_compare_with(published: dict[str, Any] | None) -> None:
-    check = compare_with_published(on_mmlu(0.5), published, 1.0)
-    assert check["status"] == "uninformative"
-    assert ("there is no metrics.json yet" if published is None else "not said there") in check["message"]
+def test_the_verdict_says_that_there_is_nothing_to_compare_with(published: dict[str, Any] | None) -> None:
+    check = compare_with_published(parse_metrics(with_accuracy(0.5)), published, 1.0)
+    assert check.status == "uninformative"
+    assert ("the target has no metrics.json" if published is None else "published: missing") in check.message
 
 
 @pytest.mark.parametrize(
@@ -263,39 +279,40 @@ def test_the_verdict_says_that_there_was_nothing_to_compare_with(published: dict
         (False, False, True, {"regression"}),
     ],
 )
-def test_a_release_without_one_of_the_checks_that_it_must_have_is_refused(
+def test_a_release_without_a_required_check_fails(
     multimodal: bool, charts: bool, published: bool, more: set[str]
 ) -> None:
     required = required_checks(multimodal, charts, published)
     kl = {"program_kl", "program_kl_last", "program_kl_step_by_step", "program_kl_prompts"}
     assert set(required) == {"mmlu_drop", "mmlu_recovery", "program_disagreement", *kl, *more}
-    measured = metrics(pairs(90, 0, 0, 10))
-    there = judge(measured, LIMITS)["checks"][0]
-    whole = [{**there, "name": name} for name in required]
+    measured = parse_metrics(example_json())
+    verdict = verdict_on(example_json())
+    every = [replace(verdict.checks[0], name=name) for name in required]
     for absent in range(len(required)):
-        measured["gate"] = {"checks": whole[:absent] + whole[absent + 1 :]}
+        checks = every[:absent] + every[absent + 1 :]
+        incomplete = replace(measured, gate=replace(verdict, checks=checks))
         with pytest.raises(GateRefused, match=f"{required[absent].replace('_', ' ')} was not measured") as error:
-            gate(measured, required)
-        assert refused(error.value.verdict) == [required[absent]]
-    measured["gate"] = {"checks": whole}
-    assert gate(measured, required)["passed"]
+            require_pass(incomplete, required)
+        assert failed_checks(error.value.verdict) == [required[absent]]
+        # The stage's own verdict, which is on the card, has it, too.
+        assert failed_checks(add_missing(incomplete.gate, required)) == [required[absent]]
+    assert require_pass(replace(measured, gate=replace(verdict, checks=every)), required).passed
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", ["kl_program", "kl_activation_noise"])
-def test_a_number_that_is_none_is_refused_and_leaves_json_that_can_be_read(value: float | None, place: str) -> None:
+@pytest.mark.parametrize("place", ["kl_program", "kl_act_quant"])
+def test_a_number_that_is_not_finite_fails_and_leaves_valid_json(value: float | None, place: str) -> None:
     measured = metrics(pairs(90, 0, 0, 10), 0.01)
-    measured["program"]["agreement"]["last"] = {"kl_program": 0.01, "kl_activation_noise": 0.03, place: value}
-    verdict = judge(measured, LIMITS)
-    assert refused(verdict) == ["program_kl_last"]
-    json.dumps(verdict, allow_nan=False)
-    assert "no number" in found(verdict, "program_kl_last")["message"]
-    measured["gate"] = verdict
-    with pytest.raises(GateRefused, match="no number"):
-        gate(measured, [])
+    measured["program"]["agreement"]["last"] = {"kl_program": 0.01, "kl_act_quant": 0.03, place: value}
+    verdict = verdict_on(measured)
+    assert failed_checks(verdict) == ["program_kl_last"]
+    json.dumps(to_json(verdict), allow_nan=False)
+    assert "not a finite number" in check_named(verdict, "program_kl_last").message
+    with pytest.raises(GateRefused, match="not a finite number"):
+        require_pass(judged(measured), [])
 
 
-def test_a_refusal_shows_all_checks_and_the_questions_that_the_program_answers_otherwise() -> None:
+def test_a_failure_shows_all_checks_and_the_questions_that_the_program_answers_differently() -> None:
     measured = metrics(pairs(80, 20, 0, 0), differing=pairs(0, 8, 0, 92))
     answer = {"answer": "B", "margin": 0.25}
     measured["program"]["mmlu"]["disagreements"] = [
@@ -306,17 +323,16 @@ def test_a_refusal_shows_all_checks_and_the_questions_that_the_program_answers_o
             "choices": ["w", "x", "y", "z"],
             "target": "B",
             "checkpoint": answer,
-            "unrounded": answer,
+            "no_act_quant": answer,
             "program": {"answer": "D", "margin": 1.5},
         }
         for number in range(8)
     ]
-    measured["gate"] = judge(measured, LIMITS)
     with pytest.raises(GateRefused) as error:
-        gate(measured, [])
+        require_pass(judged(measured), [])
     sentence, table, questions = str(error.value).split("\n\n")
     assert sentence.startswith(
-        "the gate refuses the release: MMLU falls by 20.00 ± 4.05 points, at most 5: failed by 15"
+        "the release fails the gate: MMLU drops by 20.00 ± 4.05 points (limit ≤ 5): fail, margin -15"
     )
     assert [line.split("  ")[0] for line in table.splitlines()] == [
         "check",
@@ -325,31 +341,36 @@ def test_a_refusal_shows_all_checks_and_the_questions_that_the_program_answers_o
         "program disagreement",
         "program kl",
     ]
-    assert [line.rsplit("  ")[-1] for line in table.splitlines()[1:]] == ["refused", "held, weakly", "refused", "held"]
-    assert questions.splitlines()[0] == "8 questions that program and checkpoint answer differently:"
+    assert [line.rsplit("  ")[-1] for line in table.splitlines()[1:]] == [
+        "fail",
+        "pass (low confidence)",
+        "fail",
+        "pass",
+    ]
+    assert questions.splitlines()[0] == "8 questions that the program and the checkpoint answer differently:"
     assert questions.splitlines()[1] == (
         "- world religions 0: Question 0? A. w B. x C. y D. z "
-        "(B; checkpoint B by 0.25 nats, unrounded B by 0.25 nats, program D by 1.50 nats)"
+        "(correct B; checkpoint B by 0.25 nats, without activation quantization B by 0.25 nats, program D by 1.50 nats)"
     )
     assert len(questions.splitlines()) == 1 + 5 + 1
 
 
 @pytest.mark.parametrize("part", ["last", "step_by_step", "prompts", "image"])
-def test_a_program_that_is_far_from_the_checkpoint_somewhere_is_refused(part: str) -> None:
+def test_a_program_that_is_far_from_the_checkpoint_anywhere_fails(part: str) -> None:
     measured = metrics(pairs(90, 0, 0, 10), 0.01)
     agreement = measured["program"]["agreement"]
     for name in ("last", "step_by_step", "prompts", "image"):
-        agreement[name] = {"kl_program": 0.0301 if name == part else 0.0299, "kl_activation_noise": 0.03}
-    verdict = judge(measured, {**LIMITS, "max_kl_ratio": 1.0})
-    assert refused(verdict) == [f"program_kl_{part}"]
-    assert found(verdict, f"program_kl_{part}")["confidence"] is None
+        agreement[name] = {"kl_program": 0.0301 if name == part else 0.0299, "kl_act_quant": 0.03}
+    verdict = verdict_on(measured, {**LIMITS, "max_kl_ratio": 1.0})
+    assert failed_checks(verdict) == [f"program_kl_{part}"]
+    assert check_named(verdict, f"program_kl_{part}").confidence is None
 
 
 @pytest.mark.parametrize(("error", "failed"), [(0.9e-5, []), (1.1e-5, ["vision_encoder"])])
-def test_a_vision_encoder_that_is_far_from_the_checkpoints_is_refused(error: float, failed: list[str]) -> None:
+def test_a_vision_encoder_that_is_far_from_the_checkpoints_fails(error: float, failed: list[str]) -> None:
     measured = metrics(pairs(90, 0, 0, 10))
-    measured["program"]["agreement"]["vision_encoder"] = {"error": error, "noise": 1e-5}
-    assert refused(judge(measured, {**LIMITS, "max_kl_ratio": 1.0})) == failed
+    measured["program"]["agreement"]["vision_encoder"] = {"error": error, "error_act_quant": 1e-5}
+    assert failed_checks(verdict_on(measured, {**LIMITS, "max_kl_ratio": 1.0})) == failed
 
 
 @pytest.mark.parametrize(
@@ -365,13 +386,13 @@ def test_a_vision_encoder_that_is_far_from_the_checkpoints_is_refused(error: flo
         ([0.01], True),
     ],
 )
-def test_answers_to_long_prompts_are_refused_beyond_what_chance_explains(kl: list[float], passed: bool) -> None:
+def test_answers_to_long_prompts_fail_beyond_sampling_error(kl: list[float], passed: bool) -> None:
     measured = metrics(pairs(90, 0, 0, 10), 0.01)
-    noise = [0.01 + 0.001 * (number % 3) for number in range(len(kl))]
+    baseline = [0.01 + 0.001 * (number % 3) for number in range(len(kl))]
     measured["program"]["agreement"]["prompts"] = {
         "kl_program": sum(kl) / len(kl),
-        "kl_activation_noise": sum(noise) / len(noise),
-        "positions": {"kl_program": kl, "kl_activation_noise": noise},
+        "kl_act_quant": sum(baseline) / len(baseline),
+        "positions": {"kl_program": kl, "kl_act_quant": baseline},
     }
-    verdict = judge(measured, {**LIMITS, "max_kl_ratio": 2.0})
-    assert refused(verdict) == ([] if passed else ["program_kl_prompts"])
+    verdict = verdict_on(measured, {**LIMITS, "max_kl_ratio": 2.0})
+    assert failed_checks(verdict) == ([] if passed else ["program_kl_prompts"])

@@ -1,0 +1,180 @@
+"""The plan of a run: what its names stand for, checked against the machine before any long stage starts."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantize_gemma.flows.options import RunOptions, command_line
+from quantize_gemma.tasks.check import check_checkpoint, check_disk, check_memory, check_run
+from quantize_gemma.tasks.download import download, remember, resolve_benchmark, resolve_model
+from quantize_gemma.tasks.export import export
+from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
+from quantize_gemma.tasks.gate.metrics import LIBRARIES
+from quantize_gemma.tasks.models.checkpoint import read_config
+from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
+from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
+from quantize_gemma.tasks.publish import Target, check_target
+from quantize_gemma.tasks.quantize import quantize
+from quantize_gemma.tasks.runtime.artifact_ref import open_artifact
+from quantize_gemma.tasks.runtime.fingerprint import versions
+from quantize_gemma.tasks.runtime.prefect_stage import missing
+from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.untie import untie
+
+if TYPE_CHECKING:
+    from prefect.futures import PrefectFuture
+
+    from quantize_gemma.flows.run import Run
+    from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run works on.
+
+    Attributes:
+        options: The run's options.
+        model: The resolved model.
+        mmlu: The resolved MMLU dataset.
+        chartqa: The resolved ChartQA dataset, None if ChartQA is not measured.
+        recipe: The recipe.
+        device: Where the evaluation runs, "cpu" or "cuda".
+        multimodal: Whether the model reads images; known once the checkpoint is there.
+    """
+
+    options: RunOptions
+    model: ResolvedModel
+    mmlu: ResolvedDataset
+    chartqa: ResolvedDataset | None
+    recipe: Recipe
+    device: str
+    multimodal: bool = True
+
+    def evaluation_inputs(self) -> Inputs:
+        """Return how the checkpoints are evaluated, whatever the benchmark."""
+        evaluation = self.options.evaluation
+        return {
+            "limit": evaluation.limit,
+            "device": self.device,
+            "workers": evaluation.workers,
+            "cluster": evaluation.cluster,
+        }
+
+    def verify_inputs(self) -> Inputs:
+        """Return how long the prompts and responses of the program may get."""
+        options = self.options
+        return {"max_seq_len": options.export.max_seq_len, "max_new_tokens": options.evaluation.max_new_tokens}
+
+    def gate_inputs(self) -> Inputs:
+        """Return what metrics.json says besides what the stages measured, and what the release has to meet."""
+        options = self.options
+        return {
+            "resolved": {
+                "model": {**_dataset(self.model), "license": dict(self.model.license)},
+                "benchmark": _dataset(self.mmlu),
+                "chartqa": _dataset(self.chartqa) if self.chartqa else None,
+            },
+            "recipe": self.recipe.to_json(),
+            "required": self.required_checks(),
+            "command": command_line(options, self.model, self.mmlu, self.chartqa, recipe_hash(self.recipe)),
+            "limits": {name: getattr(options.gate, name) for name in LIMITS},
+            "versions": versions(LIBRARIES),
+        }
+
+    def required_checks(self) -> list[str]:
+        """Return the names of the gate's checks that every release of this run must have."""
+        return required_checks(self.multimodal, self.chartqa is not None, False)
+
+    def remember_revisions(self) -> None:
+        """Note which revisions the names stand for, so that `--offline` finds them."""
+        evaluation = self.options.evaluation
+        remember(self.model, self.options.revision)
+        remember(self.mmlu, evaluation.mmlu_revision)
+        if self.chartqa:
+            remember(self.chartqa, evaluation.chartqa_revision)
+
+    def run_name(self) -> str:
+        """Return the name of the flow run."""
+        return f"{self.options.model} {self.options.recipe} {self.model.revision[:12]}"
+
+
+def make_plan(run: "Run", options: RunOptions) -> Plan:
+    """Resolve every name to a pinned revision, and check what can be checked before the download.
+
+    Raises:
+        UserError: Something cannot work; the message says what, and what to do.
+    """
+    recipe = load_recipe(options.recipe)
+    evaluation = options.evaluation
+    device: str = run.call("check", check_run, **options.check_inputs())["device"]
+    if (target := publishing_target(options)) is not None:
+        run.call("check_target", check_target, target)
+    offline = options.offline
+    model = run.call("resolve_model", resolve_model, options.model, options.revision, offline)
+    mmlu = run.call("resolve_mmlu", resolve_benchmark, evaluation.mmlu, evaluation.mmlu_revision, offline)
+    chartqa = None
+    if (name := evaluation.chartqa_source()) is not None:
+        chartqa = run.call("resolve_chartqa", resolve_benchmark, name, evaluation.chartqa_revision, offline)
+    plan = Plan(options, model, mmlu, chartqa, recipe, device)
+    run.rename(plan.run_name())
+    memory = check_memory(model.weights, options.local_workers())
+    missing_stages = missing(writing_stages(options, model, recipe), options.refresh)
+    check_disk(model.weight_bytes, missing_stages, model.revision)
+    run.fit_into_memory(memory)
+    return plan
+
+
+def publishing_target(options: RunOptions) -> Target | None:
+    """Return where the release goes, None if it is not published."""
+    how = options.publishing
+    return Target(options.target, how.branch, how.create_pr, how.adopt) if options.target else None
+
+
+def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
+    """Return the plan for the checkpoint that was downloaded: a text-only model is not measured on ChartQA.
+
+    Raises:
+        UserError: The checkpoint is damaged, or does not fit the recipe, the options, or this machine.
+    """
+    path = open_artifact(base.result()).path
+    export_options = plan.options.export
+    workers = plan.options.local_workers()
+    check_checkpoint(path, plan.recipe, export_options.max_seq_len, export_options.custom_kv_cache, workers)
+    if "vision_config" in read_config(path):
+        return plan
+    return dataclasses.replace(plan, multimodal=False, chartqa=None)
+
+
+def download_inputs(source: ResolvedDataset, offline: bool) -> Inputs:
+    """Return where a download comes from."""
+    return {"source": source.source, "revision": source.revision, "offline": offline}
+
+
+def quantize_inputs(options: RunOptions, recipe: Recipe) -> Inputs:
+    """Return how the checkpoint is quantized."""
+    evaluation = options.evaluation
+    # Results are the same bytes on every machine unless a GPU is requested: it sums in another order.
+    device = "cuda" if evaluation.device == "cuda" and evaluation.cluster is None else "cpu"
+    return {"recipe": recipe.to_json(), "device": device}
+
+
+def export_inputs(options: RunOptions) -> Inputs:
+    """Return how the program is exported."""
+    return options.export.model_dump()
+
+
+def writing_stages(options: RunOptions, model: ResolvedModel, recipe: Recipe) -> list[tuple[Stage[...], Inputs]]:
+    """Return the stages that write the most, in order, with their inputs besides the checkpoint."""
+    return [
+        (download, download_inputs(model, options.offline)),
+        (untie, {}),
+        (quantize, quantize_inputs(options, recipe)),
+        (export, export_inputs(options)),
+    ]
+
+
+def _dataset(source: ResolvedDataset) -> Inputs:
+    """Return what the card says of a dataset."""
+    return {"name": source.name, "revision": source.revision, "fixture": source.fixture}

@@ -1,0 +1,123 @@
+"""What people see of a run: Prefect artifacts in the UI, tables and log lines in the terminal."""
+
+import base64
+import contextlib
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize_gemma.tasks.card import CHART
+from quantize_gemma.tasks.models.metrics import Metrics, parse_columns, parse_verdict
+from quantize_gemma.tasks.models.tables import quality_rows, verdict_rows
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+from quantize_gemma.tasks.runtime.units import human_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = dict[str, str]
+
+
+def create_artifacts(release: Path, metrics: Metrics) -> None:
+    """Show the quality table, the gate's checks, the chart, the card, and the files in Prefect's UI.
+
+    Args:
+        release: The directory of the release.
+        metrics: Its metrics.json.
+    """
+    from prefect.artifacts import (
+        create_image_artifact,
+        create_link_artifact,
+        create_markdown_artifact,
+        create_table_artifact,
+    )
+
+    create_table_artifact(key="quality", table=quality_rows(metrics), description="Base, quantized, and program")
+    create_table_artifact(key="gate", table=verdict_rows(metrics.gate.checks), description="The gate's checks")
+    # Without its YAML front matter, and with the chart embedded.
+    text = (release / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
+    if (release / CHART).exists():
+        chart = "data:image/png;base64," + base64.b64encode((release / CHART).read_bytes()).decode()
+        create_image_artifact(chart, key="mmlu-by-subject", description="MMLU accuracy per subject")
+        text = text.replace(f"({CHART})", f"({chart})")
+    create_markdown_artifact(text, key="card")
+    create_link_artifact(release.as_uri(), link_text="the release's files", key="release")
+
+
+def print_summary(summary: JsonObject) -> None:
+    """Print the tables of a run that has a release: stages, quality, and gate, then where the release is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
+    stages = Table("stage", "", title="Stages")
+    for column in ("seconds", "peak memory", "written"):
+        stages.add_column(column, justify="right")
+    for stage in summary["stages"]:
+        if stage["key"]:
+            stages.add_row(
+                stage["name"].replace("_", " "),
+                "cached" if stage["cached"] else "ran",
+                f"{stage['seconds']:.1f}",
+                human_size(stage["peak_rss_bytes"]),
+                human_size(stage["size_bytes"]),
+            )
+    console.print(stages)
+    console.print(_table("Quality", quality_rows(parse_columns(summary["metrics"]))))
+    gate = None if summary["gate"] is None else parse_verdict(summary["gate"])
+    # A failed gate has printed its checks in the error message.
+    if gate and gate.passed:
+        console.print(_table("Gate", verdict_rows(gate.checks)))
+    console.print(f"gate: {'not reached' if gate is None else 'passed' if gate.passed else 'failed'}")
+    console.print(f"publish: {_publish_line(summary)}", soft_wrap=True)
+    console.print(f"release: {summary['release']}", soft_wrap=True)
+
+
+def _table(title: str, rows: list[Row]) -> "Table":
+    from rich.table import Table
+
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def _publish_line(summary: JsonObject) -> str:
+    if summary["published"]:
+        return str(summary["published"])
+    if any(stage["name"] == "publish" for stage in summary["stages"]):
+        return "failed"
+    return "not reached" if summary["error"] else "skipped, no target was set"
+
+
+class Terminal(logging.Handler):
+    """Writes log lines above the progress bars, and every reason of a failure only once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reasons: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line to stderr."""
+        from tqdm import tqdm
+
+        message = record.getMessage()
+        if record.levelno >= logging.ERROR:
+            if self.has_shown(message):
+                return
+            self._reasons.add(message.partition(": ")[2])
+        # A terminal that was closed is no reason to fail.
+        with contextlib.suppress(OSError):
+            tqdm.write(f"quantize-gemma: {message}", file=sys.stderr)
+
+    def has_shown(self, message: str) -> bool:
+        """Tell whether the reason in "stage: reason" was written before, for whatever stage."""
+        return message in self._reasons or message.partition(": ")[2] in self._reasons
+
+    def attach(self) -> logging.Logger:
+        """Show the stages' log from now on, and return its logger."""
+        logger = logging.getLogger("quantize_gemma")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+        return logger

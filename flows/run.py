@@ -1,0 +1,198 @@
+"""The bookkeeping of one flow run: submits its stages, collects the summary, and finds the first failure."""
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import runtime, task
+from prefect.client.orchestration import get_client
+from prefect.futures import PrefectFuture
+
+from quantize_gemma.flows.summary import Interrupted, StageSummary, Summary
+from quantize_gemma.tasks.gate.checks import GateRefused
+from quantize_gemma.tasks.models.metrics import to_json
+from quantize_gemma.tasks.runtime import machine, store
+from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
+from quantize_gemma.tasks.runtime.disk import disk_failure
+from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
+from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt
+from quantize_gemma.tasks.runtime.patches.private_api import retry_refused_connections
+from quantize_gemma.tasks.runtime.prefect_stage import as_task, failure_of, retried
+from quantize_gemma.tasks.runtime.redact import redact, redact_logs
+from quantize_gemma.tasks.runtime.stage import Stage
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Stages that hold a model and may run at the same time: an evaluation, a smoke test, and the export.
+CONCURRENT_STAGES = 3
+RETRIES = 3
+
+
+@contextlib.contextmanager
+def start_run(label: str, refresh: Collection[str]) -> Iterator["Run"]:
+    """Start the bookkeeping of a flow run, and complete its summary however the run ends.
+
+    Args:
+        label: What the run works on; part of every task run's name.
+        refresh: Names of stages that run again although their results are cached.
+
+    Yields:
+        The run.
+
+    Raises:
+        RunError: The failure of the first stage that failed, instead of those that followed from it; its `summary` is
+            the run's.
+        Interrupted: The run was interrupted.
+    """
+    redact_logs()
+    retry_refused_connections()
+    run = Run(label, refresh)
+    try:
+        with stop_on_interrupt():
+            yield run
+    except Exception as error:
+        cause = run.first_failure(error)
+        if isinstance(cause, GateRefused):
+            run.summary.gate = to_json(cause.verdict)
+        run.summary.error = redact(str(cause))
+        run.collect_stages()
+        cause.summary = run.summary.to_json()
+        raise cause from error
+    except KeyboardInterrupt:
+        run.summary.error = "interrupted"
+        run.collect_stages()
+        raise Interrupted(run.summary.to_json()) from None
+    run.collect_stages()
+
+
+class Run:
+    """The stages of one flow run, and its summary.
+
+    Attributes:
+        futures: The futures of the submitted stages by name, in the order of submission.
+        summary: What the run did so far.
+    """
+
+    def __init__(self, label: str, refresh: Collection[str]) -> None:
+        self.label = label
+        self.refresh = refresh
+        self.futures: dict[str, PrefectFuture[ArtifactRef]] = {}
+        self.summary = Summary()
+        self._steps: dict[str, StageSummary] = {}
+        self._exclusive: list[PrefectFuture[ArtifactRef]] = []
+        self._one_at_a_time = False
+
+    def submit(
+        self, stage: Stage[...], name: str | None = None, exclusive: bool = False, **inputs: Any
+    ) -> PrefectFuture[ArtifactRef]:
+        """Submit a stage as a Prefect task.
+
+        Args:
+            stage: The stage.
+            name: Its name in this run, if the run has the stage several times.
+            exclusive: It uses every core, or measures speed: it waits for the exclusive stages before it.
+            **inputs: The stage's inputs: futures of other stages, and plain values.
+
+        Returns:
+            The future of the reference of the stage's artifact.
+        """
+        name = name or stage.name
+        wait_for = list(self.futures.values()) if self._one_at_a_time else self._exclusive[-1:] if exclusive else []
+        future: PrefectFuture[ArtifactRef] = (
+            as_task(stage)
+            .with_options(
+                task_run_name=f"{name.replace('_', ' ')} · {self.label}",
+                refresh_cache=name in self.refresh,
+                result_storage=store.home(),
+            )
+            .submit(**inputs, wait_for=wait_for)
+        )
+        self.futures[name] = future
+        if exclusive:
+            self._exclusive.append(future)
+        return future
+
+    def call(self, name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call, as a task in this process, a function that takes seconds and leaves no artifact."""
+        started = time.monotonic()
+        state = "FAILED"
+        task_run_name = f"{name.replace('_', ' ')} · {self.label}"
+        try:
+            value = task(name=name, task_run_name=task_run_name, persist_result=False, **retried(RETRIES))(function)(
+                *args, **kwargs
+            )
+            state = "COMPLETED"
+        finally:
+            self._steps[name] = StageSummary(name, state, seconds=round(time.monotonic() - started, 2))
+        return value
+
+    def fit_into_memory(self, bytes_per_stage: int) -> None:
+        """Run one stage at a time if the memory that is available now does not hold as many as could run together."""
+        self._one_at_a_time = bytes_per_stage * CONCURRENT_STAGES > machine.available_memory()
+
+    def rename(self, name: str) -> None:
+        """Rename the flow run in Prefect."""
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(runtime.flow_run.id, name=name)
+
+    def changed_nothing(self) -> bool:
+        """Tell whether every stage was cached and nothing new was published."""
+        publication = self.summary.publication
+        cached = all(future.state.name == "Cached" for future in self.futures.values())
+        return cached and (publication is None or publication["state"] == "already published")
+
+    def collect_stages(self) -> None:
+        """Put one line for each stage into the summary: checks, then stages, then gate and publishing."""
+        last = ("read_published", "check_gate", "publish")
+        before = [step for name, step in self._steps.items() if name not in last]
+        after = [step for name, step in self._steps.items() if name in last]
+        self.summary.stages = before + [summarize(name, future) for name, future in self.futures.items()] + after
+
+    def first_failure(self, error: Exception) -> RunError:
+        """Return what made the run fail: the failure of the first stage that failed, else the error.
+
+        A stage whose input failed never starts, and says only that. A mistake of the user is reported as one only as
+        long as no stage has produced anything: what the Hub refuses after hours is a failure.
+        """
+        # Stages that do not depend on the failed one finish first, so that the next run has them cached.
+        for future in self.futures.values():
+            future.wait()
+        cause: BaseException = error
+        name = next((step.name for step in self._steps.values() if step.state == "FAILED"), None)
+        for stage, future in self.futures.items():
+            if future.state.is_failed() or future.state.is_crashed():
+                name, cause = stage, failure_of(future.state) or error
+                break
+        completed = any(
+            future.state.is_completed() and future.state.name != "Cached" for future in self.futures.values()
+        )
+        if isinstance(cause, GateRefused) or (isinstance(cause, UserError) and not completed and name != "publish"):
+            return cause
+        cause = disk_failure(cause, *store.output_folders()) or cause
+        message = str(cause) if isinstance(cause, RunError) else redact(f"{type(cause).__name__}: {cause}")
+        return StageFailed(f"{name.replace('_', ' ')}: {message}" if name else message)
+
+
+def summarize(name: str, future: PrefectFuture[ArtifactRef]) -> StageSummary:
+    """Return what a stage took and whether it was cached; UNKNOWN if Prefect's API does not answer any more."""
+    state_name, cached = "UNKNOWN", False
+    try:
+        state = future.state
+        state_name, cached = state.type.value, state.name == "Cached"
+        artifact = open_artifact(future.result()) if state.is_completed() else None
+    except Exception:
+        # The API or the artifact is gone: the run reports how it ended all the same.
+        artifact = None
+    if artifact is None:
+        return StageSummary(name, state_name, cached)
+    return StageSummary(
+        name,
+        state_name,
+        cached,
+        seconds=artifact.measured["seconds"],
+        peak_rss_bytes=artifact.measured["peak_rss_bytes"],
+        size_bytes=artifact.size,
+        key=artifact.key,
+    )

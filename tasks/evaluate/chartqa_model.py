@@ -1,0 +1,83 @@
+"""The lm-eval models of the ChartQA task: one that reads images, and one that replays stored responses."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.hf_vlms import HFMultimodalLM
+
+from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.runtime.patches import patched_loading
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class ChartQALM(HFMultimodalLM):  # type: ignore[misc]
+    """lm-eval's `hf-multimodal`, for checkpoints of Gemma 3, plain or quantized.
+
+    One request at a time, as in the card's evaluation: padding changes the last bits, and sometimes a word with them.
+    """
+
+    def __init__(self, checkpoint: Path, device: str) -> None:
+        with patched_loading():
+            super().__init__(pretrained=str(checkpoint), device=device, dtype="bfloat16", batch_size=1)
+        # Its own apply_chat_template would set this.
+        self.chat_applied = True
+        dequantize_once(self.model, head=True)
+        self.encode_image = self.model.model.get_image_features
+        self.last_image: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.model.model.get_image_features = self._encode_image_once
+        # lm-eval collects garbage for each request: what stays is not scanned each time.
+        gc.collect()
+        gc.freeze()
+
+    def generate_from_image(self, image: Image, messages: list[dict[str, Any]], generation: dict[str, Any]) -> str:
+        """Return the response to a chat with one image; `generation` are lm-eval's generation_kwargs."""
+        arguments = (self.prompt(messages), generation, {"visual": [image]})
+        request = Instance(request_type="generate_until", doc={}, arguments=arguments, idx=0)
+        return str(self.generate_until([request], disable_tqdm=True)[0])
+
+    def prompt(self, messages: list[dict[str, Any]]) -> str:
+        """Return the text of a chat; a base model, which has no chat template, gets the image and the user's text."""
+        template = self.processor.chat_template or self.tokenizer.chat_template
+        if template is None:
+            _system, user = messages
+            return f"{self.processor.boi_token}{user['content'][1]['text']}"
+        text = self.processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True)
+        # The tokenizer adds one to every text.
+        return str(text).removeprefix(self.tokenizer.bos_token)
+
+    def _encode_image_once(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the features of an image, computed unless it is the last one again."""
+        if self.last_image is None or not torch.equal(self.last_image[0], pixel_values):
+            self.last_image = pixel_values, self.encode_image(pixel_values, *args, **kwargs)
+        return self.last_image[1]
+
+
+class ReplayLM(LM):  # type: ignore[misc]
+    """An lm-eval model that returns the responses to documents, by their number in the dataset."""
+
+    MULTIMODAL = True
+
+    def __init__(self, respond: Callable[[list[int]], list[str]]) -> None:
+        super().__init__()
+        self.respond = respond
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Return the responses, in the order of the requests."""
+        return self.respond([request.doc["number"] for request in requests])
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not needed for ChartQA."""
+        raise NotImplementedError
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Not needed for ChartQA."""
+        raise NotImplementedError

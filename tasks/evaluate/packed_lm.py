@@ -1,0 +1,227 @@
+"""lm-eval's own `hf` model, with log-likelihoods that cost less and are the same to the bit on a CPU.
+
+The command line's default is one request per forward, without padding. Padding changes the last bits of the results,
+through the attention's blocks; the number of rows of a matrix product does not. So several sequences are packed into
+one row without padding: what works on single tokens runs on all of them at once, attention runs on each sequence
+alone. Only the positions whose logits are needed reach lm_head.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_tower
+from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime.machine import trim_memory
+from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.patches import patched_loading
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+# More tokens per batch make no matrix product faster, only the memory larger.
+TOKENS = {"cpu": 4096, "cuda": 32_768}
+# The most positions of a batch; each is a row of logits over the vocabulary.
+POSITIONS = 256
+
+# lm-eval's: (strings or None, context, continuation), the last two as tokens.
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+# [[context, continuation]] -> [[log-likelihood, is greedy]], JSON values.
+Scorer = Callable[[list[list[str]]], list[list[float | bool]]]
+
+
+def load_checkpoint_scorer(checkpoint: str, device: str, batch_size: int | str) -> Scorer:
+    """Load a checkpoint as a scorer of [context, continuation]."""
+    return make_scorer(PackedLM(Path(checkpoint), device, batch_size))
+
+
+def make_scorer(model: LM) -> Scorer:
+    """Return an lm-eval model as a scorer."""
+
+    def score(requests: list[list[str]]) -> list[list[float | bool]]:
+        instances = [Instance("loglikelihood", {}, (context, continuation), 0) for context, continuation in requests]
+        return [[score, greedy] for score, greedy in model.loglikelihood(instances, disable_tqdm=True)]
+
+    return score
+
+
+class PackedLM(HFLM):  # type: ignore[misc]
+    """HFLM, for checkpoints of Gemma 3, plain or quantized, read as text alone."""
+
+    def __init__(self, checkpoint: Path, device: str, batch_size: int | str, no_act_quant: bool = False) -> None:
+        """Load a checkpoint.
+
+        Args:
+            checkpoint: Its directory.
+            device: "cpu" or "cuda", or "cuda:0" and so on.
+            batch_size: The most sequences of a batch; "auto" limits the tokens only.
+            no_act_quant: For reference: in float32 and without quantized activations. Slow, in the same memory.
+        """
+        ALL_ATTENTION_FUNCTIONS.register("packed", _attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register("packed", sdpa_mask)
+        with patched_loading():
+            super().__init__(
+                pretrained=str(checkpoint),
+                device=device,
+                dtype="bfloat16",
+                batch_size=1,
+                attn_implementation="packed",
+            )
+        self.tokens = TOKENS[torch.device(device).type]
+        self.rows = None if batch_size == "auto" else int(batch_size)
+        drop_vision_tower(self.model)
+        if no_act_quant:
+            disable_activation_quantization(self.model)
+            self.model.to(torch.float32)
+        else:
+            dequantize_once(self.model)
+        gc.collect()
+        trim_memory()
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Return (sum of the continuation's log-probabilities, whether each of its tokens is the most likely)."""
+        sharing = share_rows(requests, self.max_length)
+        counts = {row: max(len(requests[number][2]) for number in sharing[row]) for row in sharing}
+        responses: dict[int, tuple[float, bool]] = {}
+        rows = sorted(sharing, key=lambda row: (-len(row), row))
+        done = 0
+        while done < len(rows):
+            batch = self._next_batch(rows[done:], counts)
+            try:
+                logits = self._logits(batch, [counts[row] for row in batch])
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error) or len(batch) == 1:
+                    raise
+                self.tokens = sum(map(len, batch)) // 2
+                logits = None
+            if logits is None:
+                # Only here, because the error held on to the forward's tensors.
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            for row, part in zip(batch, logits, strict=True):
+                logs = torch.log_softmax(part, dim=-1)
+                for number in sharing[row]:
+                    strings, _, continuation = requests[number]
+                    responses[number] = score_continuation(logs, continuation)
+                    if strings is not None:
+                        self.cache_hook.add_partial("loglikelihood", strings, responses[number])
+            done += len(batch)
+            report_progress(done, len(rows), "questions")
+        return [responses[number] for number in range(len(requests))]
+
+    def _next_batch(self, rows: list[tuple[int, ...]], counts: dict[tuple[int, ...], int]) -> list[tuple[int, ...]]:
+        """Return as many of the first rows as fit, at least one."""
+        tokens = positions = count = 0
+        for row in rows[: self.rows]:
+            tokens += len(row)
+            positions += counts[row]
+            if count and (tokens > self.tokens or positions > POSITIONS):
+                break
+            count += 1
+        return rows[:count]
+
+    def _logits(self, batch: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
+        """Return the logits of each row's last `counts` positions, [positions, vocabulary]."""
+        lengths = [len(row) for row in batch]
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        positions = [position for end, count in zip(ends, counts, strict=True) for position in range(end - count, end)]
+        with torch.no_grad():
+            logits = self.model(
+                input_ids=torch.tensor([token for row in batch for token in row], device=self.device)[None],
+                position_ids=torch.cat([torch.arange(length, device=self.device) for length in lengths])[None],
+                # Passed, so that the model makes none of its own over the whole row.
+                attention_mask=dict.fromkeys(GEMMA3.layer_types),
+                sequences=_Sequences(self.model.config, lengths, self.device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(positions, device=self.device),
+            ).logits[0]
+        return list(logits.split(counts))
+
+
+def share_rows(requests: list[Request], max_length: int) -> dict[tuple[int, ...], list[int]]:
+    """Return {a row of input tokens: the numbers of the requests that its logits score}.
+
+    Continuations of one token after the same context, as the letters of a question, share a row. What is longer than
+    `max_length` is truncated on the left, as in lm-eval.
+    """
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for number, (_, context, continuation) in enumerate(requests):
+        tokens = (context + continuation)[-(max_length + 1) :][:-1]
+        sharing.setdefault(tuple(tokens), []).append(number)
+    return sharing
+
+
+def score_continuation(logs: Tensor, continuation: list[int]) -> tuple[float, bool]:
+    """Return a continuation's (log-likelihood, is greedy) from the log-probabilities at its row's last positions."""
+    logs = logs[-len(continuation) :]
+    tokens = torch.tensor(continuation, device=logs.device)
+    return float(logs.gather(1, tokens[:, None]).sum()), bool((logs.argmax(-1) == tokens).all())
+
+
+class _Sequences:
+    """The sequences packed in a row, and the masks that the model itself makes for a sequence of each length."""
+
+    def __init__(self, config: PreTrainedConfig, lengths: list[int], device: torch.device) -> None:
+        # Neighbors of the same length share one call: (length, how many).
+        self.runs: list[tuple[int, int]] = []
+        for length in lengths:
+            if self.runs and self.runs[-1][0] == length:
+                self.runs[-1] = length, self.runs[-1][1] + 1
+            else:
+                self.runs.append((length, 1))
+        self.masks = {
+            length: create_masks_for_generate(
+                config=config,
+                input_embeds=torch.empty(1, length, 1, dtype=torch.bfloat16, device=device),
+                attention_mask=None,
+                cache_position=torch.arange(length, device=device),
+                past_key_values=None,
+            )
+            for length, _ in self.runs
+        }
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sequences: _Sequences | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each sequence of a row. Tensors are [1, heads, tokens, width], the result [1, tokens, …]."""
+    if sequences is None:
+        output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output
+    outputs = []
+    start = 0
+    for length, count in sequences.runs:
+        stop = start + length * count
+        tokens = [whole[0, :, start:stop] for whole in (query, key, value)]
+        parts = [torch.unflatten(each, 1, (count, length)).transpose(0, 1) for each in tokens]
+        mask = sequences.masks[length][module.layer_type]
+        attended, _ = sdpa_attention_forward(module, *parts, mask, **kwargs)
+        outputs.append(attended.flatten(0, 1))
+        start = stop
+    return torch.cat(outputs)[None], None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,59 @@
+"""model.pte as an lm-eval model: log-likelihoods through the ExecuTorch runtime."""
+
+from pathlib import Path
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer
+
+from quantize_gemma.tasks.evaluate.packed_lm import Request, Scorer, make_scorer, score_continuation, share_rows
+from quantize_gemma.tasks.models.pte import PteProgram
+from quantize_gemma.tasks.runtime.parent_process import report_progress
+
+
+class ProgramLM(TemplateLM):  # type: ignore[misc]
+    """A program, with the tokenizer of the checkpoint that it was exported from. It returns log-likelihoods only."""
+
+    # The same tokens as for the checkpoint, BOS first.
+    tok_encode = HFLM.tok_encode
+    eot_token_id = HFLM.eot_token_id
+    prefix_token_id = HFLM.prefix_token_id
+    add_bos_token = custom_prefix_token_id = None
+
+    def __init__(self, checkpoint: Path, program: Path) -> None:
+        super().__init__()
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self.program = PteProgram(program / "model.pte")
+
+    def fits(self, context: str, continuation: str) -> bool:
+        """Return whether the program takes a request without truncation."""
+        return len(self.tok_encode(context + continuation)) - 1 <= self.program.max_seq_len
+
+    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return (sum of the continuation's log-probabilities, whether each of its tokens is the most likely)."""
+        sharing = share_rows(requests, self.program.max_seq_len)
+        responses: dict[int, tuple[float, bool]] = {}
+        for done, (row, numbers) in enumerate(sharing.items(), 1):
+            count = max(len(requests[number][2]) for number in numbers)
+            embedded = self.program.embed_tokens(torch.tensor([row]))
+            logits = self.program.decode(embedded, set(range(len(row) - count, len(row))))
+            logs = torch.log_softmax(logits, dim=-1)
+            for number in numbers:
+                responses[number] = score_continuation(logs, requests[number][2])
+            report_progress(done, len(sharing), "questions")
+        return [responses[number] for number in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Not needed for multiple choice."""
+        raise NotImplementedError
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Not needed for multiple choice."""
+        raise NotImplementedError
+
+
+def load_program_scorer(checkpoint: str, program: str) -> Scorer:
+    """Load a program as a scorer of [context, continuation]."""
+    return make_scorer(ProgramLM(Path(checkpoint), Path(program)))

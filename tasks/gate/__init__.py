@@ -1,0 +1,49 @@
+"""Gate: collects the run's measurements into metrics.json and judges them against the limits.
+
+The stage gives a verdict and does not fail on a bad one, so that a release that fails can be looked at. The flow calls
+`require_pass` before it publishes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from quantize_gemma.tasks.gate.metrics import collect_metrics
+from quantize_gemma.tasks.models.metrics import write_metrics
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.stage import Output, stage
+
+
+@stage(ignored=("run_id",))
+def gate(
+    target: Path,
+    /,
+    resolved: dict[str, Any],
+    recipe: dict[str, Any],
+    limits: dict[str, float],
+    required: list[str],
+    command: str,
+    versions: dict[str, str],
+    run_id: str,
+    **measurements: Path,
+) -> Output:
+    """Write metrics.json: every number of the release, and the verdict on them.
+
+    Its parameters are many because they are JSON values of the stage's key, each with its own origin in the flow.
+
+    Args:
+        target: The artifact's directory.
+        resolved: {"model": {"name", "revision", "fixture", "license"}, "benchmark": {"name", "revision", "fixture"},
+            "chartqa": the same or None}.
+        recipe: The recipe, as JSON.
+        limits: The flow's parameters of these names: see `checks.LIMITS`.
+        required: The checks without which no release passes: see `checks.required_checks`.
+        command: The command that reproduces the release.
+        versions: The versions of the libraries that the card names.
+        run_id: The flow run.
+        **measurements: The artifacts of the stages before it, by name of the node.
+    """
+    artifacts = {name: store.read_artifact(path) for name, path in measurements.items()}
+    metrics = collect_metrics(artifacts, resolved, recipe, limits, required, command, versions, run_id)
+    write_metrics(metrics, target / "metrics.json")
+    failed = [check.name for check in metrics.gate.checks if check.status == "fail"]
+    return {"metadata": {"passed": metrics.gate.passed, "failed": failed}}

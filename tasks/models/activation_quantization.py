@@ -1,0 +1,99 @@
+"""Quantize activations to int8 and back, per token, as torchao's dynamic quantization does it, to the bit.
+
+torchao makes some ten passes over the tensor; here a token stays in the processor's cache. Every step is rounded to
+bfloat16, as torch does, which computes in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numba
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+# Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
+ROUNDER = np.float32(12582912.0)
+# bfloat16's smallest normal number.
+SMALLEST = np.float32(2.0**-126)
+LOW, HIGH, STEPS = np.float32(-128), np.float32(127), np.float32(255)
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+def fake_quantize_per_token(activations: Tensor) -> Tensor:
+    """Return a bfloat16 tensor of the CPU, [..., width], with each token rounded to its own 256 levels."""
+    import torch
+
+    inputs = activations.contiguous()
+    outputs = torch.empty_like(inputs)
+    source, target = (t.view(torch.uint16).numpy().reshape(-1, inputs.shape[-1]) for t in (inputs, outputs))
+    threads = torch.get_num_threads()
+    step = -(-len(source) // threads)
+    starts = range(0, len(source), max(step, 1))
+    list(_pool(threads).map(lambda first: _round(source[first : first + step], target[first : first + step]), starts))
+    return outputs
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+@numba.njit(nogil=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
+def _to_bfloat16(bits: NDArray[np.uint32]) -> None:
+    """Round float32 numbers, passed as their bits, to the nearest bfloat16, ties to even."""
+    for k in range(bits.size):
+        value = bits[k]
+        bits[k] = (value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _round(source: NDArray[np.uint16], target: NDArray[np.uint16]) -> None:
+    """Quantize and dequantize tokens, [tokens, width], passed as the bits of bfloat16 numbers."""
+    count, width = source.shape
+    value = np.empty(width, np.float32)
+    bits = value.view(np.uint32)
+    one = np.empty(1, np.float32)
+    one_bits = one.view(np.uint32)
+    for token in range(count):
+        is_nan = False
+        for k in range(width):
+            bits[k] = np.uint32(source[token, k]) << np.uint32(16)
+            is_nan |= (source[token, k] & 0x7FFF) > 0x7F80
+        if is_nan:
+            target[token] = 0x7FC0
+            continue
+        low = high = ZERO
+        for k in range(width):
+            low = value[k] if value[k] < low else low
+            high = value[k] if value[k] > high else high
+        one[0] = high - low
+        _to_bfloat16(one_bits)
+        one[0] = one[0] / STEPS
+        _to_bfloat16(one_bits)
+        scale = one[0] if one[0] > SMALLEST else SMALLEST
+        one[0] = low / scale
+        _to_bfloat16(one_bits)
+        zero = LOW - ((one[0] + ROUNDER) - ROUNDER)
+        zero = min(max(zero, LOW), HIGH)
+        one[0] = ONE / scale
+        _to_bfloat16(one_bits)
+        inverse = one[0]
+        for k in range(width):
+            value[k] = value[k] * inverse
+        _to_bfloat16(bits)
+        for k in range(width):
+            value[k] = ((value[k] + ROUNDER) - ROUNDER) + zero
+        _to_bfloat16(bits)
+        for k in range(width):
+            level = value[k] if value[k] < HIGH else HIGH
+            level = level if level > LOW else LOW
+            value[k] = (level - zero) * scale
+        _to_bfloat16(bits)
+        for k in range(width):
+            target[token, k] = np.uint16(bits[k] >> np.uint32(16))

@@ -1,0 +1,141 @@
+"""Dequantize a quantized checkpoint's weights once, with the same outputs to the bit.
+
+torchao's linear quantizes the activations to int8, per token, and multiplies with the dequantized weight, which it
+makes anew in every forward. lm_head and the embedding stay quantized, which halves their memory: few tokens reach
+lm_head, unless the model generates, and of the embedding only the rows that are looked up are dequantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torchao.quantization import (
+    IntxUnpackedToInt8Tensor,
+    MappingType,
+    choose_qparams_affine,
+    dequantize_affine,
+    quantize_affine,
+)
+
+from quantize_gemma.tasks.models.activation_quantization import fake_quantize_per_token
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Elements of a weight that are dequantized at once.
+CHUNK = 2**24
+
+
+def dequantize_once(model: torch.nn.Module, head: bool = False) -> None:
+    """Replace every quantized linear and embedding of the model; others stay.
+
+    With `head`, lm_head is dequantized once too: generating needs it for every token.
+    """
+    fake_quantize = _FakeQuantize()
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if not isinstance(getattr(module, "weight", None), IntxUnpackedToInt8Tensor):
+                continue
+            if isinstance(module, torch.nn.Embedding):
+                setattr(parent, name, _Embedding(module))
+            elif isinstance(module, torch.nn.Linear):
+                setattr(parent, name, (_Head if name == "lm_head" and not head else _Linear)(module, fake_quantize))
+            # torchao's modules refer to themselves and would keep their weights until they are collected.
+            del module.weight
+
+
+class _FakeQuantize:
+    """Quantize and dequantize activations. Modules with the same input, as q, k and v, share the work."""
+
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        if self.last is None or self.last[0] is not activations:
+            self.last = None
+            if activations.device.type == "cpu" and activations.dtype == torch.bfloat16:
+                self.last = activations, fake_quantize_per_token(activations)
+            else:
+                self.last = activations, quantize_dequantize(activations)
+        return self.last[1]
+
+
+def quantize_dequantize(activations: Tensor) -> Tensor:
+    """Return the activations, [..., width], as torchao's linear quantizes them: per token, to int8, asymmetrically."""
+    block = [1] * (activations.ndim - 1) + [activations.shape[-1]]
+    scale, zero_point = choose_qparams_affine(
+        activations,
+        MappingType.ASYMMETRIC,
+        block,
+        target_dtype=torch.int8,
+        quant_min=-128,
+        quant_max=127,
+        zero_point_dtype=torch.int8,
+    )
+    quantized = quantize_affine(activations, block, scale, zero_point, torch.int8, -128, 127)
+    dequantized: Tensor = dequantize_affine(
+        quantized, block, scale, zero_point, torch.int8, -128, 127, output_dtype=activations.dtype
+    )
+    return dequantized
+
+
+class _Linear(torch.nn.Module):
+    weight: Tensor
+
+    def __init__(self, linear: torch.nn.Linear, fake_quantize: _FakeQuantize) -> None:
+        super().__init__()
+        weight: IntxUnpackedToInt8Tensor = linear.weight
+        self.fake_quantize = fake_quantize if weight.activation_quantization is not None else None
+        dequantized = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        for start, rows in _dequantized_rows(weight):
+            dequantized[start : start + len(rows)] = rows
+        self.register_buffer("weight", dequantized)
+        self.bias = linear.bias
+
+    def forward(self, activations: Tensor) -> Tensor:
+        inputs = activations if self.fake_quantize is None else self.fake_quantize(activations)
+        return torch.nn.functional.linear(inputs, self.weight, self.bias)
+
+
+class _Head(torch.nn.Module):
+    weight: IntxUnpackedToInt8Tensor
+
+    def __init__(self, linear: torch.nn.Linear, fake_quantize: _FakeQuantize) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.fake_quantize = fake_quantize if self.weight.activation_quantization is not None else None
+        assert linear.bias is None, "an lm_head of Gemma 3 has no bias"
+
+    def forward(self, activations: Tensor) -> Tensor:
+        inputs = activations if self.fake_quantize is None else self.fake_quantize(activations)
+        logits = [torch.nn.functional.linear(inputs, rows) for _, rows in _dequantized_rows(self.weight)]
+        return torch.cat(logits, dim=-1)
+
+
+class _Embedding(torch.nn.Module):
+    weight: IntxUnpackedToInt8Tensor
+
+    def __init__(self, embedding: torch.nn.Embedding) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        # Gemma's own embedding of tokens is scaled.
+        self.scale: Tensor | None = getattr(embedding, GEMMA3.embedding_scale, None)
+        assert self.weight.block_size[0] == 1, f"blocks of {self.weight.block_size} are not within a row"
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = self.weight
+        looked_up = (tensor[tokens.flatten()] for tensor in (weight.qdata, weight.scale, weight.zero_point))
+        rows = IntxUnpackedToInt8Tensor(*looked_up, weight.target_dtype, weight.block_size, weight.dtype, None)
+        embeddings: Tensor = rows.dequantize().unflatten(0, tokens.shape)
+        return embeddings if self.scale is None else embeddings * self.scale.to(embeddings.dtype)
+
+
+def _dequantized_rows(weight: IntxUnpackedToInt8Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, dequantized rows) of a quantized matrix, CHUNK elements at a time."""
+    step = max(1, CHUNK // weight.shape[1])
+    step = max(step // weight.block_size[0], 1) * weight.block_size[0]
+    for start in range(0, weight.shape[0], step):
+        yield start, weight[start : min(start + step, weight.shape[0])].dequantize()

@@ -1,0 +1,137 @@
+"""The program's key-value cache: prompts of any length, sequences longer than the sliding window.
+
+The runners of phone apps pass a prompt to the program in one chunk: MultimodalRunner splits nothing, and TextLLMRunner
+splits by get_max_seq_len only, but lets answers run past the end of the cache if that is less than get_max_context_len
+(v1.4.1, extension/llm/runner/). So a chunk may be as long as the whole sequence. optimum-executorch's ring buffer of
+twice the window takes at most a window at once: in a longer chunk the first tokens' keys are overwritten before they
+are used.
+
+Here a sliding layer attends to what the ring buffer holds and, behind it, to the chunk itself, before the ring is
+updated. So a ring of one window is enough for chunks of any length, and takes half the memory. Where no sequence is
+longer than the window, sliding layers are no different from the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from executorch.examples.models.llama.source_transformation.custom_kv_cache import CustomKVCache
+from optimum.executorch.attentions import custom_kv_cache
+from optimum.executorch.attentions.custom_sdpa import custom_sdpa_with_start_pos_forward
+from optimum.exporters.executorch import integrations
+
+from quantize_gemma.tasks.runtime.patches import replaced
+from quantize_gemma.tasks.runtime.patches.private_api import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GenerationConfig, PreTrainedConfig
+
+
+class RingCache(torch.nn.Module):
+    """Keys and values of the last `window` positions; position p is in slot p % window."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+
+    def __init__(self, window: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.window = window
+        # As ExecuTorch's kernels want it.
+        self.register_buffer("k_cache", torch.zeros(1, window, heads, head_dim, dtype=dtype), persistent=False)
+        self.register_buffer("v_cache", torch.zeros(1, window, heads, head_dim, dtype=dtype), persistent=False)
+
+    def update(self, input_pos: Tensor, k_val: Tensor, v_val: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values, and return all that the new tokens may attend to.
+
+        Args:
+            input_pos: The new tokens' positions, [tokens].
+            k_val: Their keys, [1, heads, tokens, head_dim].
+            v_val: Their values, likewise.
+
+        Returns:
+            Keys and values, [1, heads, window + tokens, head_dim]: the ring's before the update, then the new ones.
+        """
+        slots = (input_pos % self.window)[None]
+        return self._append(self.k_cache, k_val, slots), self._append(self.v_cache, v_val, slots)
+
+    def _append(self, cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+        combined = torch.cat([cache, new.transpose(1, 2)], dim=1)
+        # The new values are read from `combined`, so that no pass can move the write before the read. Of tokens with
+        # the same slot the kernel writes the last one last. With indices it ignores the start position.
+        torch.ops.llama.update_cache_with_indices(combined[:, self.window :], cache, 0, slots)
+        return combined.transpose(1, 2)
+
+
+def sliding_mask(positions: Tensor, window: int) -> Tensor:
+    """Return the attention mask, float [tokens, window + tokens], of tokens at `positions` over the ring and the chunk.
+
+    Slots that were not written in this sequence are masked, whatever an earlier sequence left there.
+    """
+    before = positions[:1] - 1
+    # ExecuTorch's remainder of a negative integer is C's, not Python's.
+    cached = before - (before - torch.arange(window) + window) % window
+    # Later than any position.
+    cached = torch.where(cached < 0, torch.iinfo(torch.long).max, cached)
+    keys, queries = torch.cat([cached, positions]), positions[:, None]
+    visible = (keys <= queries) & (keys > queries - window)
+    return torch.where(visible, 0.0, float("-inf"))
+
+
+@contextlib.contextmanager
+def unlimited_chunks(max_seq_len: int) -> Iterator[None]:
+    """Export modules with this cache, and the attention and mask that go with it, within the context.
+
+    Raises:
+        UserError: The installed optimum-executorch is so different that its own cache would be exported.
+    """
+
+    class Cache(custom_kv_cache.ETCustomHybridCache):  # type: ignore[misc]
+        def __init__(self, config: PreTrainedConfig, **kwargs: Any) -> None:
+            super().__init__(config, **kwargs)
+            for number, layer in enumerate(self.layers):
+                if layer.is_sliding:
+                    shape = layer.num_heads, layer.head_dim, kwargs["dtype"]
+                    short = max_seq_len <= config.sliding_window
+                    self.kv_cache[number] = (
+                        CustomKVCache(1, max_seq_len, *shape) if short else RingCache(config.sliding_window, *shape)
+                    )
+
+        def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
+            # The library's own sizes depend on the number of tokens; `mask` does not need them.
+            return max_seq_len, 0
+
+    def replace_cache(
+        module: torch.nn.Module, config: PreTrainedConfig, generation_config: GenerationConfig, cache_dtype: torch.dtype
+    ) -> torch.nn.Module:
+        module.cache = Cache(config, max_batch_size=1, max_cache_len=max_seq_len, dtype=cache_dtype)
+        for number, layer in enumerate(module.cache.kv_cache):
+            # The export finds the cache's tensors as the module's own buffers.
+            module.register_buffer(f"key_cache_{number}", layer.k_cache, persistent=False)
+            module.register_buffer(f"value_cache_{number}", layer.v_cache, persistent=False)
+        return module
+
+    def mask(*_: Any, cache_position: Tensor, local_size: int | None = None, **__: Any) -> Tensor | None:
+        # Without a mask the attention is causal.
+        return None if local_size is None or max_seq_len <= local_size else sliding_mask(cache_position, local_size)
+
+    def attention(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        masked = attention_mask is not None
+        output: tuple[Tensor, None] = custom_sdpa_with_start_pos_forward(
+            module, query, key, value, attention_mask, is_sliding=masked, **kwargs
+        )
+        return output
+
+    require("optimum-executorch", "1.1.0", custom_kv_cache, "replace_with_et_custom_kv_cache")
+    require("optimum-executorch", "1.1.0", integrations, "sdpa_mask_passthrough", "get_custom_sdpa_for_ring_kv_cache")
+    with (
+        replaced(custom_kv_cache, "replace_with_et_custom_kv_cache", replace_cache),
+        replaced(integrations, "sdpa_mask_passthrough", mask),
+        replaced(integrations, "get_custom_sdpa_for_ring_kv_cache", lambda _: attention),
+    ):
+        yield

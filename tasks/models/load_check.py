@@ -1,0 +1,215 @@
+"""Check that transformers can load a checkpoint, from the weights' shapes alone, before anything long starts.
+
+A mistake in the configuration, the tokenizer or the image processor shows in seconds here instead of in a stage that
+runs hours later.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize_gemma.tasks.models.checkpoint import (
+    check_finite,
+    model_class,
+    read_headers,
+    read_model_config,
+    weight_files,
+)
+from quantize_gemma.tasks.models.config import ModelConfig
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.patches.private_api import fake_tensor_mode
+from quantize_gemma.tasks.runtime.strict_json import read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# How many ids of a vocabulary may have no token.
+MAX_UNUSED_IDS = 10_000
+TEXT = "Hey, are you conscious? Can you talk to me?"
+
+
+def check_loads(checkpoint: Path) -> None:
+    """Check that transformers can make the model, its tokenizer and its processor, without loading a weight.
+
+    Raises:
+        UserError: It cannot, or the files belong to different models.
+    """
+    from transformers import AutoConfig
+
+    config = read_model_config(checkpoint)
+    shapes = _read_shapes(checkpoint, config)
+    with _transformers_errors(checkpoint / "config.json"):
+        parsed = AutoConfig.from_pretrained(checkpoint)
+    check_shapes(checkpoint, parsed, shapes)
+    _check_forward(checkpoint, parsed)
+    _check_generation(checkpoint)
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise UserError(f"{checkpoint} has no tokenizer.json: save its tokenizer there, with save_pretrained")
+    for path in sorted(checkpoint.glob("*.json")):
+        if not path.name.endswith(".safetensors.index.json"):
+            value = read_object(path, "download it again")
+            if path.name == "tokenizer.json":
+                _check_token_ids(path, value)
+    tokenizer = _load_tokenizer(checkpoint, config)
+    with _transformers_errors(checkpoint / "tokenizer.json"):
+        tokens = _tokenize(tokenizer)
+    if not tokens or max(tokens) >= config.text.vocab_size:
+        raise UserError(
+            f"the tokenizer of {checkpoint} makes tokens that its model does not have: they belong to different models"
+        )
+
+
+def _read_shapes(checkpoint: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the weights' shapes by their names in the loaded model, a tied head's included.
+
+    Raises:
+        UserError: There are more layers than weights, or there is no head although it is not tied.
+    """
+    tensors = read_headers(checkpoint)
+    layers = config.text.num_hidden_layers + (config.vision.num_hidden_layers if config.vision else 0)
+    if layers > len(tensors):
+        raise UserError(
+            f"{checkpoint / 'config.json'} describes {layers:,} layers, but there are {len(tensors):,} weights: "
+            "they belong to different models"
+        )
+    shapes = {GEMMA3.runtime_name(name): tensor.shape for name, tensor in tensors.items()}
+    head = f"{GEMMA3.head_module}.weight"
+    if head not in shapes:
+        if not (config.tie_word_embeddings and config.text.tie_word_embeddings):
+            raise UserError(
+                f"{checkpoint} has no {head}, though config.json says that it is not tied to the embedding: "
+                "download it again, or set tie_word_embeddings to true"
+            )
+        shapes[head] = next((shapes[name] for name in GEMMA3.heads if name in shapes), ())
+    return shapes
+
+
+def _load_tokenizer(checkpoint: Path, config: ModelConfig) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer, of the processor where there is one. Raises UserError if it cannot be loaded."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    if not config.multimodal:
+        with _transformers_errors(checkpoint / "tokenizer.json"):
+            return AutoTokenizer.from_pretrained(checkpoint)
+    # Smoke tests and ChartQA pass images to it.
+    with _transformers_errors(checkpoint / "processor_config.json"):
+        processor = AutoProcessor.from_pretrained(checkpoint)
+    if type(processor).__name__ != GEMMA3.processor_class:
+        raise UserError(
+            f"{checkpoint} has no {GEMMA3.processor_class}: add processor_config.json and preprocessor_config.json"
+        )
+    return processor.tokenizer
+
+
+def _check_token_ids(path: Path, tokenizer: dict[str, Any]) -> None:
+    """Raise UserError if token ids are far apart: the library allocates memory and logs a line for each unused id."""
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict | list):
+        vocabulary = None
+    # In a list, a token's id is its position.
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary or ())))
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    if not ids or not all(type(number) is int and 0 <= number < len(ids) + MAX_UNUSED_IDS for number in ids):
+        raise UserError(f"{path} has no vocabulary with consecutive token ids: download it again")
+
+
+def _tokenize(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the tokens of a text, and of a chat if there is a template."""
+    tokens = list(tokenizer(TEXT)["input_ids"])
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "system", "content": ""}, {"role": "user", "content": TEXT}]
+        tokens += tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    tokenizer.decode(tokens)
+    return tokens
+
+
+def check_directory(checkpoint: str) -> dict[str, Any]:
+    """Check a model directory completely, every weight included; run in a process of its own. Raises UserError."""
+    path = Path(checkpoint)
+    for file in weight_files(path):
+        check_finite(file)
+    check_loads(path)
+    return {}
+
+
+def check_shapes(checkpoint: Path, config: "PreTrainedConfig", shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise UserError if the weights are not those of the model that transformers makes of this configuration.
+
+    `shapes` are the weights' shapes by their names in the loaded model.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in _empty_model(checkpoint, config).state_dict().items()}
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise UserError(f"{checkpoint} lacks the weight {name}: download it again")
+        if tuple(shapes[name]) != shape:
+            raise UserError(
+                f"the weight {name} in {checkpoint} has the shape {list(shapes[name])}, "
+                f"but config.json makes it {list(shape)}: they belong to different models"
+            )
+    unknown = sorted(set(shapes) - set(expected))
+    if unknown:
+        raise UserError(f"{checkpoint} has the weight {unknown[0]}, which its model does not: download it again")
+
+
+def _empty_model(checkpoint: Path, config: "PreTrainedConfig") -> "PreTrainedModel":
+    """Return the model without its weights."""
+    import torch
+
+    with _transformers_errors(checkpoint / "config.json"), torch.device("meta"):
+        return model_class(config)(config).eval()
+
+
+def _check_forward(checkpoint: Path, config: "PreTrainedConfig") -> None:
+    """Raise UserError if the model cannot read two tokens, or an image, because of its configuration.
+
+    No weights are needed: fake tensors have only a dtype and a shape.
+    """
+    import torch
+
+    mode = fake_tensor_mode()
+    if mode is None:
+        return
+    model = _empty_model(checkpoint, config)
+    with _transformers_errors(checkpoint / "config.json"), mode, torch.no_grad():
+        model.to_empty(device="cpu")
+        tokens = torch.zeros(1, 2, dtype=torch.long)
+        vision = getattr(config, "vision_config", None)
+        if vision is None:
+            model(input_ids=tokens)
+            return
+        model.lm_head(model.model.language_model(input_ids=tokens).last_hidden_state)
+        size = (1, vision.num_channels, vision.image_size, vision.image_size)
+        features = model.model.get_image_features(torch.zeros(size, dtype=model.dtype))
+        if features.shape[1] != config.mm_tokens_per_image:
+            raise ValueError(f"an image is {features.shape[1]} tokens, not mm_tokens_per_image")
+
+
+def _check_generation(checkpoint: Path) -> None:
+    """Raise UserError if generation_config.json cannot be used."""
+    from transformers import GenerationConfig
+
+    path = checkpoint / "generation_config.json"
+    if not path.exists():
+        return
+    eos = read_object(path, "download it again").get("eos_token_id")
+    tokens = eos if isinstance(eos, list) else [eos]
+    if eos is not None and not all(type(token) is int and token >= 0 for token in tokens):
+        raise UserError(f"{path} has an eos_token_id that is neither a token id nor a list of them: correct it")
+    with _transformers_errors(path):
+        GenerationConfig.from_pretrained(checkpoint)
+
+
+@contextlib.contextmanager
+def _transformers_errors(path: Path) -> Iterator[None]:
+    """Turn any exception that transformers raises for a file that it cannot read into a UserError of one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        reason = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+        raise UserError(f"transformers cannot read {path} ({reason[:200]}): correct it, or download it again") from None

@@ -1,0 +1,95 @@
+"""An exported program (`model.pte`) and its methods, as ExecuTorch's Python runtime runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PteProgram:
+    """A loaded program: embed tokens, encode images, and decode with a key-value cache.
+
+    Attributes:
+        multimodal: Whether the program takes images; a text-only program has the method `forward` alone.
+        max_seq_len: The longest sequence, in tokens.
+        max_chunk: The most tokens that one call of the decoder takes.
+        eos_ids: The tokens that end a turn.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Load `path`, a .pte file."""
+        import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
+        import executorch.kernels.quantized  # noqa: F401 (registers operators)
+        from executorch.runtime import Runtime
+
+        self._program = Runtime.get().load_program(path)
+        self.multimodal = "text_decoder" in self._program.method_names
+        self._embedding = self._program.load_method("token_embedding") if self.multimodal else None
+        self._encoder = self._program.load_method("vision_encoder") if self.multimodal else None
+        self._decoder = self._program.load_method("text_decoder" if self.multimodal else "forward")
+        self.max_seq_len = int(self._program.load_method("get_max_seq_len").execute([])[0])
+        self.eos_ids: set[int] = set(self._program.load_method("get_eos_ids").execute([]))
+        # A prompt of a whole sequence would leave no room for an answer.
+        self.max_chunk = self.max_seq_len - 1
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """Return the embeddings of `ids`, [1, tokens, hidden size]; for a text-only program, `ids` themselves."""
+        import torch
+
+        if self._embedding is None:
+            return ids
+        chunks = [self._embedding.execute([chunk])[0].clone() for chunk in torch.split(ids, self.max_chunk, dim=1)]
+        return torch.cat(chunks, dim=1)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """Return the image's embeddings, [1, tokens per image, hidden size], of pixels [1, channels, height, width]."""
+        assert self._encoder is not None, "a text-only program encodes no images"
+        features: Tensor = self._encoder.execute([pixel_values])[0].clone()
+        return features
+
+    def decode(self, inputs: Tensor, positions: set[int]) -> Tensor:
+        """Return the logits at `positions`, [positions, vocabulary], of a new sequence.
+
+        The sequence is read in chunks that end at these positions, because a program may return the logits of the last
+        token only. Position 0 empties the cache. All methods share their memory: run nothing else between two chunks.
+
+        Args:
+            inputs: What embed_tokens() returns.
+            positions: Positions in the sequence, from 0.
+        """
+        import torch
+
+        return torch.stack(self._decode(inputs, positions, 0)).float()
+
+    def generate(self, ids: list[int], max_new_tokens: int) -> tuple[list[int], Tensor]:
+        """Return the greedy answer to a prompt, and the logits that chose it, [tokens, vocabulary].
+
+        The prompt is read in one chunk, as the C++ runners do. The answer ends with the turn or after
+        `max_new_tokens`.
+        """
+        import torch
+
+        logits = self._decode(self.embed_tokens(torch.tensor([ids])), {len(ids) - 1}, 0)
+        tokens = [int(logits[0].argmax())]
+        while len(tokens) < max_new_tokens and tokens[-1] not in self.eos_ids:
+            position = len(ids) + len(tokens) - 1
+            logits += self._decode(self.embed_tokens(torch.tensor([tokens[-1:]])), {position}, position)
+            tokens.append(int(logits[-1].argmax()))
+        return tokens, torch.stack(logits).float()
+
+    def _decode(self, inputs: Tensor, positions: set[int], start: int) -> list[Tensor]:
+        import torch
+
+        first, stop = start, start + inputs.shape[1]
+        ends = sorted({position + 1 for position in positions} | {stop})
+        logits = []
+        while start < stop:
+            end = min(start + self.max_chunk, next(end for end in ends if end > start))
+            output = self._decoder.execute([inputs[:, start - first : end - first], torch.arange(start, end)])[0]
+            if end - 1 in positions:
+                logits.append(output[0, -1].clone())
+            start = end
+        return logits

@@ -1,0 +1,212 @@
+"""Recipes: which weights are quantized how. A recipe is data; it compiles to torchao's own configurations.
+
+A recipe is a JSON file: a name, a description and rules. To add one, put its file into recipes/; its name is the file's
+name without .json. A rule names a role of the family (or `re:<regular expression>` on module names) and, for these
+modules, the weight's dtype, the group size (null: one scale per row), dynamic activation quantization, and the
+algorithm that chooses the scales.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
+
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.store import canonical_json
+from quantize_gemma.tasks.runtime.strict_json import read_object
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
+
+# What our files call what pydantic finds.
+REASONS = {
+    "string_type": "must be one line of text",
+    "tuple_type": "must be a list of rules",
+    "int_type": "must be a positive integer or null",
+    "dataclass_type": "must be an object",
+    "missing": "is missing",
+    "unexpected_keyword_argument": "is not a field of a rule: use match, weight, group_size, activation, algorithm",
+}
+RECIPES = Path(__file__).parent / "recipes"
+# Each is a function in quantize/algorithms.py, and what torchao calls its `intx_choose_qparams_algorithm`.
+Algorithm = Literal["affine", "hqq_scale_only"]
+WeightDtype = Literal["int4", "int8"]
+REGEX = "re:"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the modules of one role are quantized.
+
+    Attributes:
+        match: A role, or `re:<regular expression>` on module names.
+        weight: The weight's dtype, a name in torch.
+        group_size: How many columns share a scale; None for one scale per row.
+        activation: "int8" for dynamic quantization of activations, per token; None for none.
+        algorithm: The algorithm that chooses the scales.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    match: str
+    weight: WeightDtype
+    group_size: int | None
+    activation: Literal["int8"] | None
+    algorithm: Algorithm
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression on module names."""
+        return self.match.removeprefix(REGEX) if self.match.startswith(REGEX) else GEMMA3.roles[self.match]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name, and rules that decide every quantizable module once."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    description: str | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe of what `to_json` returned; for a file that a person wrote, see load_recipe."""
+        rules = tuple(Rule(**rule) for rule in value["rules"])
+        return cls(value["name"], rules, value.get("description"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as JSON values: what a stage takes, and what counts in its key."""
+        value = {"name": self.name, "rules": [asdict(rule) for rule in self.rules]}
+        return value if self.description is None else {**value, "description": self.description}
+
+
+def load_recipe(name: str) -> Recipe:
+    """Return the recipe of this name, or the one in the JSON file at this path.
+
+    Raises:
+        UserError: There is no such recipe, or its file is not valid; the message names the file and the field.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    files = {file.stem: file for file in RECIPES.glob("*.json")}
+    path = Path(name) if name.endswith(".json") else files.get(name)
+    if path is None or not path.is_file():
+        raise UserError(
+            f"there is no recipe {name!r}: use one of {', '.join(sorted(files))}, or a path that ends in .json"
+        )
+    content = read_object(path, "it needs a name and rules, as JSON")
+    try:
+        # From JSON text, for strict mode accepts objects as dataclasses there, and true as a number nowhere.
+        recipe = TypeAdapter(Recipe).validate_json(canonical_json(content), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = REASONS.get(first["type"]) or f"is not valid ({first['msg']})"
+        if first["type"] == "literal_error":
+            reason = f"must be {first['ctx']['expected']}"
+        _refuse(path, content, first["loc"], reason)
+    for text, field in ((recipe.name, "name"), (recipe.description or "", "description")):
+        if not text.isprintable() or len(text) > 1000 or (field == "name" and not text.strip()):
+            raise UserError(f"the recipe {path} needs a {field} that is one line of text")
+    for number, rule in enumerate(recipe.rules):
+        _check_rule(path, content, number, rule)
+    return recipe
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Return the SHA-256 of the recipe's rules; its name and description do not count."""
+    return hashlib.sha256(canonical_json(recipe.to_json()["rules"])).hexdigest()
+
+
+def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Rule]:
+    """Return {module name: the rule that decides it} for every quantizable module.
+
+    Args:
+        recipe: The recipe.
+        modules: The weight's shape, [rows, columns], of every linear and embedding by its name in the loaded model.
+
+    Raises:
+        UserError: A rule matches no module, a module is decided by no rule or by two, or a group size does not divide
+            a module's columns. A rule for the vision tower may match nothing in a model that has none.
+    """
+    has_vision = any(GEMMA3.is_vision(name) for name in modules)
+    rules: dict[str, Rule] = {}
+    for rule in recipe.rules:
+        if GEMMA3.is_vision_role(rule.match) and not has_vision:
+            continue
+        pattern = re.compile(rule.pattern)
+        names = [name for name in modules if pattern.search(name)]
+        if not names:
+            raise UserError(
+                f"the rule {rule.match!r} of recipe {recipe.name} matches no module of this model: fix or remove it"
+            )
+        for name in names:
+            if name in rules:
+                raise UserError(
+                    f"two rules of recipe {recipe.name}, {rules[name].match!r} and {rule.match!r}, "
+                    f"decide the module {name}: exactly one must"
+                )
+            columns = modules[name][1]
+            if rule.group_size and columns % rule.group_size:
+                raise UserError(
+                    f"group size {rule.group_size} of the rule {rule.match!r} does not divide the {columns} columns "
+                    f"of {name}: use one that does, or null for one scale per row"
+                )
+            rules[name] = rule
+    undecided = sorted(set(modules) - set(rules))
+    if undecided:
+        raise UserError(
+            f"no rule of recipe {recipe.name} decides {undecided[0]}"
+            + (f" and {len(undecided) - 1} more modules" if len(undecided) > 1 else "")
+            + ": add one"
+        )
+    return rules
+
+
+def torchao_config(rule: Rule) -> "AOBaseConfig":
+    """Return torchao's configuration for one rule."""
+    import torch
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
+    granularity = PerGroup(rule.group_size) if rule.group_size else PerAxis(0)
+    dtype: torch.dtype = getattr(torch, rule.weight)
+    if rule.activation == "int8":
+        return Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=dtype,
+            weight_granularity=granularity,
+            intx_choose_qparams_algorithm=rule.algorithm,
+        )
+    return IntxWeightOnlyConfig(
+        weight_dtype=dtype, granularity=granularity, intx_choose_qparams_algorithm=rule.algorithm
+    )
+
+
+def _check_rule(path: Path, content: Mapping[str, Any], number: int, rule: Rule) -> None:
+    """Raise UserError for what a rule's types do not say."""
+    where = ("rules", number)
+    if not rule.match.isprintable():
+        _refuse(path, content, (*where, "match"), "must be one line of text")
+    try:
+        re.compile(rule.match.removeprefix(REGEX))
+    except (re.error, OverflowError, RecursionError) as error:
+        _refuse(path, content, (*where, "match"), f"is not a regular expression ({error})")
+    if not rule.match.startswith(REGEX) and rule.match not in GEMMA3.roles:
+        roles = ", ".join(GEMMA3.roles)
+        _refuse(path, content, (*where, "match"), f"is not a role: use one of {roles}, or re:<regular expression>")
+    if rule.group_size is not None and rule.group_size < 1:
+        _refuse(path, content, (*where, "group_size"), "must be a positive integer or null")
+
+
+def _refuse(path: Path, content: Mapping[str, Any], where: tuple[int | str, ...], reason: str) -> NoReturn:
+    """Raise UserError that names the recipe's file, the rule and the field, and says what is wrong with it."""
+    rule = ""
+    if len(where) > 1 and isinstance(where[1], int):
+        value = content["rules"][where[1]]
+        match = value.get("match", value) if isinstance(value, dict) else value
+        rule = f"the rule {repr(match)[:200]} of "
+        where = where[2:]
+    field = ".".join(str(part) for part in where)
+    raise UserError(f"{rule}the recipe {path} is not valid: {field or 'it'} {reason}".replace("\n", " "))

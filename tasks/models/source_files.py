@@ -1,0 +1,96 @@
+"""Which files of a local model directory are read; a link must not lead out of the directory.
+
+A model directory may come from anybody. A link in it that leads elsewhere could put a private file, such as a token,
+into a release. Only the Hub cache's own links, from snapshots/<commit>/ to blobs/, may leave the directory.
+"""
+
+import fnmatch
+import io
+import os
+import stat
+from pathlib import Path
+
+from quantize_gemma.tasks.runtime.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# What a release needs in addition to the weights, at the directory's top level: no pickles, no code, no training state,
+# no notes. Transformers and ExecuTorch's runner read nothing else.
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+TERMS = ("LICENSE*", "NOTICE*")
+
+
+def is_release_file(name: str) -> bool:
+    """Tell whether a file of this name, other than weights, goes into a release."""
+    return name in FILES or ("/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in TERMS))
+
+
+def release_files(folder: Path) -> list[str]:
+    """Return the names of a directory's files, other than weights, that go into a release.
+
+    Raises:
+        UserError: One of them is not a file of this directory.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): use a model directory that can be") from None
+    # A directory named LICENSES is not a license file.
+    chosen = [name for name in names if is_release_file(name) and (name in FILES or not (folder / name).is_dir())]
+    for name in chosen:
+        if not name.isprintable():
+            raise UserError(f"the file {name!r} in {folder} has a name with control characters: rename it")
+        open_source(folder, name).close()
+    return chosen
+
+
+def open_source(folder: Path, name: str) -> io.BufferedReader:
+    """Open a file of a model directory for reading.
+
+    The checks look at the open file, so that nobody can replace it, or a directory above it, in between. A hard link
+    cannot be told from a file.
+
+    Raises:
+        UserError: It is not a regular file, or is outside the directory.
+    """
+    path = folder / name
+    try:
+        # O_NONBLOCK, because opening a pipe otherwise waits for its other end.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path} cannot be read ({reason}): replace it with the file itself") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{path} is not a regular file: replace it with one, or remove it")
+        real = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if not any(real.is_relative_to(allowed) for allowed in _allowed(folder)):
+            raise UserError(
+                f"{path} is a link to {str(real)!r}, outside the model directory: replace it with the file itself"
+            )
+        os.set_blocking(descriptor, True)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _allowed(folder: Path) -> list[Path]:
+    """Return where a model directory's files may be: in it, or in the blobs of the Hub's cache that it is part of."""
+    real = folder.resolve()
+    repository = real.parent.parent
+    if real.parent.name == "snapshots" and repository.name.startswith("models--"):
+        return [real, repository / "blobs"]
+    return [real]

@@ -1,0 +1,115 @@
+"""The algorithms that a recipe's rule names: one function each, from rows of weights to integers and scales.
+
+They work on any rows of a matrix without calibration data. To add such an algorithm, add its name to recipe.Algorithm
+and its function to `quantize_rows`; mypy reports a name without a function.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, assert_never
+
+from quantize_gemma.tasks.models.recipe import Rule, torchao_config
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Some rows of a matrix, quantized.
+
+    Attributes:
+        tensors: What is stored of them: "qdata", int8, [rows, columns], and "scale", [rows, groups], in the weight's
+            dtype. "zero_point" may be absent where it is zero: the file is filled with zeros.
+        error: The sum of squares of what quantization changed.
+        square: The sum of squares of the weights; NaN or infinite if a weight is.
+        changes: With hqq_scale_only, the largest change of a scale in every iteration; see hqq.py.
+    """
+
+    tensors: "dict[str, torch.Tensor]"
+    error: float
+    square: float
+    changes: "npt.NDArray[np.float32] | None" = None
+
+
+def quantize_rows(rows: "torch.Tensor", rule: Rule, device: str, iterations: int | None = None) -> QuantizedRows:
+    """Quantize some rows of a matrix with the rule's algorithm.
+
+    Args:
+        rows: The weights, bfloat16, [rows, columns], on the CPU.
+        rule: How the matrix is quantized.
+        device: Where to compute: cpu or cuda.
+        iterations: What `iterations_to_repeat` returned when the rows are quantized a second time.
+    """
+    match rule.algorithm:
+        case "affine":
+            return _affine(rows, rule, device)
+        case "hqq_scale_only":
+            return _hqq_scale_only(rows, rule, device, iterations)
+        case _:
+            assert_never(rule.algorithm)
+
+
+def iterations_to_repeat(changes: "Sequence[npt.NDArray[np.float32] | None]") -> int | None:
+    """Return with how many iterations all rows of a matrix have to be quantized again; None if they are final.
+
+    `changes` are those of all its chunks: only together do they tell where torchao's HQQ stops; see hqq.py.
+    """
+    from quantize_gemma.tasks.quantize import hqq
+
+    of_hqq = [one for one in changes if one is not None]
+    if not of_hqq:
+        return None
+    needed = hqq.iterations_needed(of_hqq)
+    return None if needed == hqq.ITERATIONS else needed
+
+
+def with_torchao(rows: "torch.Tensor", rule: Rule) -> "tuple[dict[str, torch.Tensor], str]":
+    """Quantize rows with torchao's `quantize_`.
+
+    Returns:
+        The tensors that it stores, and its metadata for them, which is the same for any rows.
+    """
+    import torch
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization import FqnToConfig, quantize_
+
+    linear = torch.nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(rows, requires_grad=False)
+    model = torch.nn.ModuleDict({"rows": linear})
+    quantize_(model, FqnToConfig({"rows": torchao_config(rule)}), filter_fn=None)
+    tensors, metadata = flatten_tensor_state_dict(model.state_dict())
+    return {key.removeprefix("rows._weight_"): tensor for key, tensor in tensors.items()}, metadata["rows.weight"]
+
+
+def _affine(rows: "torch.Tensor", rule: Rule, device: str) -> QuantizedRows:
+    """Round to the nearest integer, with scales from the largest weight of each group, as torchao does."""
+    group_size = rule.group_size or rows.shape[1]
+    tensors = {part: tensor.cpu() for part, tensor in with_torchao(rows.to(device), rule)[0].items()}
+    integers = tensors["qdata"].float() - tensors["zero_point"].float().repeat_interleave(group_size, 1)
+    scales = tensors["scale"].float().repeat_interleave(group_size, 1)
+    error = float((integers * scales - rows.float()).double().square().sum())
+    return QuantizedRows(tensors, error, float(rows.double().square().sum()))
+
+
+def _hqq_scale_only(rows: "torch.Tensor", rule: Rule, device: str, iterations: int | None) -> QuantizedRows:
+    """Fit the scales to the rounded weights in up to 20 iterations, as torchao does, to the bit; see hqq.py."""
+    import torch
+
+    from quantize_gemma.tasks.quantize import hqq
+
+    group_size = rule.group_size or rows.shape[1]
+    count = hqq.ITERATIONS if iterations is None else iterations
+    lanes = hqq.sum_lanes()
+    if device == "cpu" and lanes and group_size >= lanes:
+        chunk = hqq.quantize_chunk(rows.view(torch.uint16).numpy(), group_size, rule.weight, lanes, count)
+        integers, scales, changes = torch.from_numpy(chunk.integers), torch.from_numpy(chunk.scales), chunk.changes
+        error, square = chunk.error, chunk.square
+    else:
+        chunk_on_device = hqq.quantize_chunk_with_torch(rows.to(device), group_size, rule.weight, count)
+        integers, scales = chunk_on_device.integers.cpu(), chunk_on_device.scales
+        changes = chunk_on_device.changes.cpu().numpy()
+        error, square = chunk_on_device.error, chunk_on_device.square
+    return QuantizedRows({"qdata": integers, "scale": scales.to(rows.dtype).cpu()}, error, square, changes)

@@ -1,0 +1,234 @@
+"""Writes the quantized checkpoint's file with threads that read, quantize and write side by side, chunk by chunk."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from quantize_gemma.tasks.models.checkpoint import write_header
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.recipe import Rule
+from quantize_gemma.tasks.quantize.algorithms import (
+    iterations_to_repeat,
+    quantize_rows,
+    with_torchao,
+)
+from quantize_gemma.tasks.runtime import machine
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.parent_process import report_progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+# The number of weights in a chunk, in whole rows; an accelerator is faster with larger chunks.
+CHUNK = 2**20
+CHUNK_ON_ACCELERATOR = 2**24
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """Where a tensor's bytes are: file descriptor, offset from the start of the file, dtype, shape."""
+
+    file: int
+    offset: int
+    dtype: "torch.dtype"
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a tensor, and where in the new file each part of the tensor starts.
+
+    The parts are "qdata", "scale" and "zero_point", or "" for a tensor that is not quantized.
+    """
+
+    source: SourceTensor
+    first_row: int
+    rows: int
+    offsets: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of the new file: its key, its dtype as safetensors calls it, its shape."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChunkSums:
+    """What is kept of a chunk that is written: the number of its weights, and QuantizedRows without the tensors."""
+
+    weights: int
+    error: float
+    square: float
+    changes: "npt.NDArray[np.float32] | None"
+
+
+@dataclass(frozen=True)
+class ErrorSums:
+    """The sum of squares of what quantization changed, and that of the weights."""
+
+    error: float = 0.0
+    square: float = 0.0
+
+
+class CheckpointWriter:
+    """The new file. Threads start to write it on entry; leaving early stops them."""
+
+    def __init__(
+        self,
+        path: Path,
+        sources: Mapping[str, SourceTensor],
+        rules: Mapping[str, Rule],
+        multimodal: bool,
+        device: str,
+    ) -> None:
+        self.sources = sources
+        self.rules = {name: rules.get(name.removesuffix(".weight")) for name in sources}
+        self.device = device
+        # One more than there are cores, since some wait for the disk; an accelerator has memory for few chunks.
+        self.pool = ThreadPoolExecutor(min(machine.logical_cores(), 16) + 1 if device == "cpu" else 3)
+        metadata: dict[str, str] = {}
+        layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.keys: dict[str, dict[str, str]] = {}
+        for name, source in sources.items():
+            parts, metadata[name] = _stored_tensors(name, source.shape, self.rules[name])
+            self.keys[name] = {
+                part: GEMMA3.hub_name(tensor.key) if multimodal else tensor.key for part, tensor in parts.items()
+            }
+            layout |= {self.keys[name][part]: (tensor.dtype, tensor.shape) for part, tensor in parts.items()}
+        metadata["tensor_names"] = json.dumps(list(sources))
+        if multimodal:
+            metadata = _with_newer_names(metadata)
+        # Readable by all: a release's files are served to others.
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self.offsets = write_header(self.file, layout, {**metadata, "format": "pt"})
+
+    def __enter__(self) -> Self:
+        self.futures = {name: self._submit(name, None) for name in self.sources}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        os.close(self.file)
+
+    def _submit(self, name: str, iterations: int | None) -> "list[Future[ChunkSums]]":
+        offsets = {part: self.offsets[key] for part, key in self.keys[name].items()}
+        weights = CHUNK if self.device == "cpu" else CHUNK_ON_ACCELERATOR
+        return [
+            self.pool.submit(_convert, name, chunk, self.file, self.rules[name], self.device, iterations)
+            for chunk in _chunks(self.sources[name], offsets, weights)
+        ]
+
+    def finish(self) -> dict[str, ErrorSums]:
+        """Wait for all threads and return the sums of every role. Raises what a thread raised."""
+        # A weight is two bytes in bfloat16.
+        total = 2 * sum(prod(source.shape) for source in self.sources.values())
+        done = 0
+        sums: dict[str, ErrorSums] = {}
+        for name, futures in self.futures.items():
+            chunks = []
+            for future in futures:
+                chunks.append(future.result())
+                done += 2 * chunks[-1].weights
+                report_progress(done, total, "bytes")
+            rule = self.rules[name]
+            if rule is None or not chunks:
+                continue
+            iterations = iterations_to_repeat([chunk.changes for chunk in chunks])
+            if iterations is not None:
+                chunks = [future.result() for future in self._submit(name, iterations)]
+            for chunk in chunks:
+                before = sums.get(rule.match, ErrorSums())
+                sums[rule.match] = ErrorSums(before.error + chunk.error, before.square + chunk.square)
+        return sums
+
+
+def _chunks(source: SourceTensor, offsets: Mapping[str, int], weights: int) -> Iterator[Chunk]:
+    if not prod(source.shape):
+        return
+    rows = source.shape[0] if source.shape else 1
+    step = max(1, weights // max(1, prod(source.shape[1:])))
+    for first in range(0, rows, step):
+        yield Chunk(source, first, min(step, rows - first), offsets)
+
+
+def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str, iterations: int | None) -> ChunkSums:
+    """Read some rows, quantize them if there is a rule, and write them.
+
+    Raises:
+        UserError: A weight is not finite; the message names the tensor.
+    """
+    import torch
+
+    source = chunk.source
+    width = prod(source.shape[1:])
+    buffer = bytearray(chunk.rows * width * source.dtype.itemsize)
+    _read(source.file, buffer, source.offset + chunk.first_row * width * source.dtype.itemsize)
+    weight = torch.frombuffer(buffer, dtype=source.dtype).view(chunk.rows, width).to(torch.bfloat16)
+    if rule is None:
+        tensors, sums = {"": weight}, ChunkSums(weight.numel(), 0.0, float(weight.double().square().sum()), None)
+    else:
+        rows = quantize_rows(weight, rule, device, iterations)
+        tensors, sums = rows.tensors, ChunkSums(weight.numel(), rows.error, rows.square, rows.changes)
+    if not math.isfinite(sums.square):
+        raise UserError(f"{name} holds a NaN or an infinity: the checkpoint is damaged, download it again")
+    for part, tensor in tensors.items():
+        bytes_per_row = tensor.numel() // chunk.rows * tensor.itemsize
+        _write(file, tensor, chunk.offsets[part] + chunk.first_row * bytes_per_row)
+    return sums
+
+
+def _stored_tensors(name: str, shape: tuple[int, ...], rule: Rule | None) -> tuple[dict[str, StoredTensor], str]:
+    """Return {part: what is stored of a tensor}, and torchao's metadata for it, by quantizing one row."""
+    import torch
+
+    if rule is None:
+        return {"": StoredTensor(name, "BF16", shape)}, json.dumps({"_type": "Tensor"})
+    tensors, metadata = with_torchao(torch.zeros(1, shape[1], dtype=torch.bfloat16), rule)
+    module = name.removesuffix(".weight")
+    dtypes = {torch.int8: "I8", torch.bfloat16: "BF16"}
+    return {
+        part: StoredTensor(f"{module}._weight_{part}", dtypes[tensor.dtype], (shape[0], tensor.shape[1]))
+        for part, tensor in tensors.items()
+    }, metadata
+
+
+def _read(file: int, buffer: bytearray, offset: int) -> None:
+    view = memoryview(buffer)
+    while view:
+        count = os.preadv(file, [view], offset)
+        if not count:
+            raise StageFailed("a file of the checkpoint became shorter while it was read")
+        view, offset = view[count:], offset + count
+
+
+def _write(file: int, tensor: "torch.Tensor", offset: int) -> None:
+    import torch
+
+    view = tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
+    while view:
+        count = os.pwrite(file, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _with_newer_names(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Add the names of transformers 5.1 and later, whose vision tower lost a level; loaders skip names without data."""
+    names = json.loads(metadata["tensor_names"])
+    old, new = GEMMA3.vision_prefixes
+    renamed = {name: name.replace(old, new) for name in names if name.startswith(old)}
+    return {
+        **metadata,
+        **{after: metadata[before] for before, after in renamed.items()},
+        "tensor_names": json.dumps([*names, *renamed.values()]),
+    }

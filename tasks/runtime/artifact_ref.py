@@ -1,0 +1,50 @@
+"""What stages hand to each other: a reference of an artifact in the store, small enough for Prefect to keep as JSON."""
+
+from dataclasses import dataclass
+
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.store import Artifact
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """An artifact's identity.
+
+    Attributes:
+        stage: The stage that made it.
+        key: Its key in the store.
+        digest: The digest of its content; an artifact that was made again may have another one.
+        size: The bytes of its files.
+    """
+
+    stage: str
+    key: str
+    digest: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}/{self.key[:12]}"
+
+
+def ref_of(artifact: Artifact) -> ArtifactRef:
+    """Return the reference of an artifact."""
+    return ArtifactRef(artifact.stage, artifact.key, artifact.digest, artifact.size)
+
+
+def open_artifact(ref: ArtifactRef, whole: bool = False) -> Artifact:
+    """Return the artifact, pinned: it stays as it is until this process ends.
+
+    Args:
+        ref: Its reference.
+        whole: Hash all of its files.
+
+    Raises:
+        StageFailed: The store does not have it, or has another content under its key.
+    """
+    artifact = store.pin(ref.stage, ref.key, digest=ref.digest, whole=whole)
+    if artifact is not None:
+        return artifact
+    if store.load(ref.stage, ref.key) is not None:
+        raise StageFailed(f"{ref} was made again by another run, with another content: start this run again")
+    raise StageFailed(f"{ref} was damaged in the store, or has gone from it: start the run again")

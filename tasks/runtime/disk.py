@@ -1,0 +1,65 @@
+"""Full disks, and files that are too large, as one sentence that says what to do."""
+
+import contextlib
+import errno
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from quantize_gemma.tasks.runtime.errors import RunError, StageFailed
+
+# With fewer free bytes a disk counts as full even if no error says so.
+MIN_FREE_BYTES = 1 << 16
+# How libraries in Rust or C++ say it, whose exceptions have no errno.
+FULL = "No space left on device|Disk quota exceeded|database or disk is full"
+TOO_LARGE = "File too large"
+
+
+def disk_failure(error: BaseException | None, *folders: Path) -> StageFailed | None:
+    """Return the failure to report if an error, or one of its causes, comes from a full disk, else None.
+
+    Args:
+        error: The error.
+        folders: Where the work writes; the message names the one with the least free space.
+    """
+    folder = min(folders, key=_free_bytes)
+    if isinstance(error, RunError):
+        return None
+    is_full = error is not None and _free_bytes(folder) < MIN_FREE_BYTES
+    while error is not None and not is_full:
+        code = error.errno if isinstance(error, OSError) else None
+        if code == errno.EFBIG or re.search(TOO_LARGE, str(error)):
+            return StageFailed(
+                f"a file was too large for the disk of {folder}, or for this user's limit: raise that (`ulimit -f`), "
+                "or set QUANTIZE_GEMMA_HOME to another disk"
+            )
+        is_full = code in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL, str(error)) is not None
+        error = error.__cause__ or error.__context__
+    if not is_full:
+        return None
+    return StageFailed(
+        f"the disk of {folder} is full: make room (`quantize-gemma prune --max-age-days 30` may do), and start the "
+        "same run again: it continues from here"
+    )
+
+
+@contextlib.contextmanager
+def translate_disk_errors(folder: Path) -> Iterator[None]:
+    """Raise StageFailed, one sentence, when the block finds the disk of a folder full."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        failure = disk_failure(error, folder)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def _free_bytes(folder: Path) -> float:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return float("inf")

@@ -1,0 +1,331 @@
+"""The fingerprint of code and libraries in a key: nobody has to raise a version by hand.
+
+A stage's fingerprint covers the definitions that its function reaches: functions, classes and constants of this
+project, read from the source without importing it, so that editing `verify` does not run `untie` again. Comments,
+docstrings and formatting do not count, and neither do modules that cannot shape a result (MACHINERY). It also contains
+the versions of the libraries that those definitions import, Python's version, and the processor's architecture.
+
+In doubt, code counts: a module used in any way but `module.name` counts whole, and so do the statements that run on
+import. A definition that only a computed name reaches (`getattr(module, name)`) does not count: use its name, or the
+string "module:function".
+
+The number of threads and the model of the processor or the GPU do not count. They change the last bits of a sum at
+most, far less than an evaluation's standard error, and the machines of a pool are to share their results.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import platform
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypedDict
+
+# Modules that transport results and errors, and shape none: what they store and move is verified by its digest.
+MACHINERY = frozenset(
+    f"quantize_gemma.tasks.runtime.{name}"
+    for name in (
+        "artifact_ref",
+        "disk",
+        "errors",
+        "fingerprint",
+        "hub",
+        "hub_client",
+        "hub_errors",
+        "lifetime",
+        "machine",
+        "model_workers",
+        "parent_process",
+        "prefect_progress",
+        "prefect_slots",
+        "prefect_spread",
+        "prefect_stage",
+        "pruning",
+        "redact",
+        "retries",
+        "stage",
+        "store",
+        "store_layout",
+        "worker",
+        "worker_main",
+    )
+)
+# Checks, which write nothing: their code counts, so that a new check looks at what is in the store, but the libraries
+# that they use do not: a model of 8 GB is not downloaded again for a new version of one.
+CHECKS = frozenset(
+    {
+        "quantize_gemma.tasks.models.checkpoint:check_finite",
+        "quantize_gemma.tasks.models.config",
+        "quantize_gemma.tasks.models.load_check",
+    }
+)
+# Names of libraries on the registry that differ from the names by which they are imported.
+DISTRIBUTIONS = {"PIL": "pillow", "optimum": "optimum-executorch", "yaml": "pyyaml"}
+# Libraries that the imported ones hand the work to. Not all that they require: none of the rest shapes a result.
+BEHIND = {
+    "executorch": ("flatbuffers",),
+    # Datasets are parquet files, their prompts templates.
+    "lm-eval": ("datasets", "jinja2", "pyarrow"),
+    "matplotlib": ("numpy", "pillow"),
+    "numba": ("llvmlite", "numpy"),
+    "optimum-executorch": ("optimum",),
+    # Tokens, chat templates and images; and how the weights get into the model.
+    "transformers": ("accelerate", "jinja2", "numpy", "pillow", "safetensors", "tokenizers"),
+}
+# The packages whose source counts: tests have stages of their own.
+PACKAGES = ("benchmarks", "quantize_gemma", "tests")
+FUNCTION = re.compile(r"[a-zA-Z_]\w*(\.\w+)+:\w+")
+FILE = re.compile(r"[\w-]+(\.[\w-]+)+")
+# The names of the statements of a module that run when it is imported, and of all of the module.
+EFFECTS, WHOLE = "", "*"
+
+Definition = tuple[str, str]
+
+
+class Fingerprint(TypedDict):
+    """What shapes a stage's output besides its inputs: JSON values.
+
+    Attributes:
+        code: The digest of the code of this project.
+        libraries: The versions of the libraries.
+        python: Python's version.
+        machine: The processor's architecture.
+    """
+
+    code: str
+    libraries: dict[str, str]
+    python: str
+    machine: str
+
+
+@functools.cache
+def fingerprint(*functions: str) -> Fingerprint:
+    """Return the fingerprint of functions "module:name" and of all that they reach.
+
+    Equal code and versions give equal fingerprints on any machine.
+
+    Raises:
+        LookupError: There is no such function.
+    """
+    names = reached(*functions)
+    lines = sorted(line for name in names for line in _facts(*name).contents)
+    return {
+        "code": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        "libraries": versions(libraries(names)),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "machine": platform.machine(),
+    }
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of installed libraries, without the local part, such as +cpu."""
+    return {name: version(name).split("+")[0] for name in names}
+
+
+def difference(expected: Fingerprint, here: Fingerprint) -> str | None:
+    """Return the first difference of two fingerprints, for people; None if they are equal."""
+    for library, expected_version in expected["libraries"].items():
+        if here["libraries"].get(library) != expected_version:
+            return f"{library} {here['libraries'].get(library)} instead of {expected_version}"
+    if here["python"] != expected["python"]:
+        return f"Python {here['python']} instead of {expected['python']}"
+    if here["machine"] != expected["machine"]:
+        return f"a processor of type {here['machine']} instead of {expected['machine']}"
+    return None if here == expected else "other code of this program"
+
+
+def reached(*functions: str) -> set[Definition]:
+    """Return the definitions, as (module, name), that the functions "module:name" reach."""
+    pending: list[Definition] = []
+    for function in functions:
+        module, name = function.split(":")
+        if name not in _module(module).definitions:
+            raise LookupError(f"there is no function {name} in the source of {module}")
+        pending.append((module, name))
+    definitions: set[Definition] = set()
+    while pending:
+        module, name = pending.pop()
+        if (module, name) not in definitions and module not in MACHINERY:
+            definitions.add((module, name))
+            pending += _facts(module, name).references
+    return definitions
+
+
+def libraries(names: Iterable[Definition]) -> list[str]:
+    """Return the libraries that these definitions import and those behind them, by their names on the registry."""
+    counted = [name for name in names if not CHECKS & {name[0], ":".join(name)}]
+    imported = {top for name in counted for top in _facts(*name).libraries}
+    direct = {DISTRIBUTIONS.get(top, top.replace("_", "-")) for top in imported}
+    return sorted(direct | {library for name in direct for library in BEHIND.get(name, ())})
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a definition depends on.
+
+    Attributes:
+        references: The definitions in this project that it refers to.
+        libraries: The libraries that it imports.
+        contents: Lines with the digests of its code and of the files that it names.
+    """
+
+    references: frozenset[Definition]
+    libraries: frozenset[str]
+    contents: tuple[str, ...]
+
+
+class _Module:
+    """The source of a module: the statements of its definitions, those that run on import, and its imports."""
+
+    def __init__(self, path: Path) -> None:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        _drop_docstrings(tree)
+        self.path = path
+        self.definitions: dict[str, list[ast.stmt]] = {}
+        self.effects: list[ast.stmt] = []
+        imports: list[ast.stmt] = []
+        for node in tree.body:
+            names = _defined_names(node)
+            if isinstance(node, ast.FunctionDef):
+                # How a stage is run shapes no result.
+                node.decorator_list = [of for of in node.decorator_list if not _declares_stage(of)]
+            for name in names:
+                self.definitions.setdefault(name, []).append(node)
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                imports.append(node)
+            elif not names and not isinstance(node, ast.Pass) and not _is_skipped_on_import(node):
+                self.effects.append(node)
+        self.imports = dict(_bindings(imports))
+
+
+@functools.cache
+def _module(name: str) -> _Module:
+    path = _find(name)
+    if path is None:
+        raise LookupError(f"there is no source of {name}")
+    return _Module(path)
+
+
+@functools.cache
+def _facts(module: str, name: str) -> _Facts:
+    source = _module(module)
+    if name == WHOLE:
+        every = [*source.definitions, EFFECTS]
+        return _Facts(frozenset((module, one) for one in every), frozenset(), ())
+    statements = source.effects if name == EFFECTS else source.definitions[name]
+    nodes = [node for statement in statements for node in ast.walk(statement)]
+    local = dict(_bindings(nodes))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    imported = {of for of, _ in local.values()}
+    if name == EFFECTS:
+        # `import library.part` may be there for what it registers.
+        imported |= {of for one, (of, part) in source.imports.items() if part is None and of.startswith(f"{one}.")}
+    # Its module is imported before it runs, and with a module whatever that one imports.
+    loaded = {module, *imported, *(of for of, _ in source.imports.values())}
+    references = {(package, EFFECTS) for one in loaded for package in _packages(one)}
+    for one, attribute in _used_names(nodes):
+        for imports in (local, source.imports):
+            if one in imports:
+                imported.add(imports[one][0])
+                references.update(_resolve(imports[one], attribute))
+        if one in source.definitions:
+            references.add((module, one))
+    for text in texts:
+        if FUNCTION.fullmatch(text) and _find(text.split(":")[0]):
+            references.add((text.split(":")[0], text.split(":")[1]))
+    contents = {name: "".join(map(ast.dump, statements)).encode()}
+    for text in texts:
+        if FILE.fullmatch(text) and (source.path.parent / text).is_file():
+            contents[text] = (source.path.parent / text).read_bytes()
+    return _Facts(
+        references=frozenset(references),
+        libraries=frozenset({of.split(".")[0] for of in imported if not _find(of)} - sys.stdlib_module_names),
+        contents=tuple(f"{module}:{of} {hashlib.sha256(text).hexdigest()}" for of, text in contents.items() if text),
+    )
+
+
+@functools.cache
+def _find(name: str) -> Path | None:
+    """Return the source file of a module of this project, without importing it; None for any other."""
+    top, *rest = name.split(".")
+    spec = importlib.util.find_spec(top) if top in PACKAGES else None
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent.joinpath(*rest)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def _packages(module: str) -> list[str]:
+    """Return the packages that a module of this project is in, and the module."""
+    parts = module.split(".")
+    names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return [name for name in names if _find(name)]
+
+
+def _resolve(target: tuple[str, str | None], attribute: str | None) -> Iterator[Definition]:
+    """Yield the definitions in this project of an imported name, or of an attribute of it."""
+    module, name = target
+    if not _find(module):
+        return
+    if name is not None and _find(f"{module}.{name}"):
+        module, name = f"{module}.{name}", None
+    if name is None:
+        yield module, attribute if attribute in _module(module).definitions else WHOLE
+    elif name in _module(module).definitions:
+        yield module, name
+    else:
+        # What that module has imported itself.
+        yield from _resolve(_module(module).imports[name], attribute)
+
+
+def _bindings(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, tuple[str, str | None]]]:
+    """Yield (name, (module, name in it or None)) for each name that import statements among the nodes bind."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.asname or alias.name.split(".")[0], (alias.name, None)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if node.module is None or node.level or alias.name == "*":
+                    raise LookupError(f"import each name, from its full module, instead of: {ast.unparse(node)}")
+                yield alias.asname or alias.name, (node.module, alias.name)
+
+
+def _defined_names(node: ast.stmt) -> list[str]:
+    """Return the names that a top-level statement defines; none if it does anything else."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    parts = [part for target in targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    names = [part.id for part in parts if isinstance(part, ast.Name)]
+    return names if len(names) == len(parts) else []
+
+
+def _used_names(nodes: list[ast.AST]) -> Iterator[tuple[str, str | None]]:
+    """Yield (name, attribute or None) for each name that is read, with the attribute that is read from it."""
+    attributes = {id(node.value): node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    for node in nodes:
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            yield node.id, attributes.get(id(node))
+
+
+def _declares_stage(decorator: ast.expr) -> bool:
+    return isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "stage"
+
+
+def _is_skipped_on_import(node: ast.stmt) -> bool:
+    """Tell whether a statement is `if __name__ == "__main__"`, or imports what only type checkers need."""
+    return isinstance(node, ast.If) and re.search("__name__|^TYPE_CHECKING$", ast.unparse(node.test)) is not None
+
+
+def _drop_docstrings(tree: ast.Module) -> None:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]

@@ -1,0 +1,173 @@
+"""Files of the Hugging Face Hub that are what the Hub says they are, downloaded from where an earlier try stopped.
+
+hub_client.py signs in, and hub_errors.py says what the Hub's refusals mean.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.hub_errors import translate_hub_errors
+
+if TYPE_CHECKING:
+    from huggingface_hub import DatasetInfo, ModelInfo
+    from huggingface_hub.hf_api import RepoSibling
+
+REPORTED_BYTES = 8 * 1024 * 1024
+
+
+def repo_info(kind: str, repository: str, revision: str | None, token: str | None) -> "ModelInfo | DatasetInfo":
+    """Return the Hub's description of a repository at a revision: its commit, its files with sizes and hashes.
+
+    Args:
+        kind: "model" or "dataset".
+        repository: The repository's name.
+        revision: A branch, tag or commit; None for the default branch.
+        token: The Hub's token.
+
+    Raises:
+        UserError: There is no such repository, or the token does not open its files.
+        StageFailed: The Hub fails.
+    """
+    from huggingface_hub import DatasetInfo, HfApi, ModelInfo
+
+    api = HfApi(token=token or False)
+    with translate_hub_errors(kind, repository, revision):
+        info = api.repo_info(repository, repo_type=kind, revision=revision, files_metadata=True)
+        assert isinstance(info, ModelInfo | DatasetInfo)
+        # What a gated repository contains is public, its files are not.
+        if info.gated or info.private:
+            api.auth_check(repository, repo_type=kind)
+        return info
+
+
+def download_files(
+    folder: Path,
+    kind: str,
+    repository: str,
+    revision: str,
+    is_needed: Callable[[str], bool],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Download files of a commit into a folder, each with the size and hash that the Hub gives for it.
+
+    Correct files that are there already stay; a partial one continues from its last byte; a wrong one is downloaded
+    once more.
+
+    Args:
+        folder: The folder.
+        kind: "model" or "dataset".
+        repository: The repository's name.
+        revision: The commit.
+        is_needed: Tells whether to download a file, by its path.
+        progress: Called with the bytes that are done and their total.
+
+    Raises:
+        UserError: The Hub refuses.
+        StageFailed: The Hub fails, or a file is wrong twice.
+    """
+    from huggingface_hub import get_token
+
+    # From the environment that the parent has set: a worker process does not ask Prefect for it.
+    token = get_token()
+    info = repo_info(kind, repository, revision, token)
+    files = [file for file in info.siblings or [] if is_needed(file.rfilename)]
+    total = sum(file.size or 0 for file in files)
+    arrived = 0
+
+    def report(done: int) -> None:
+        progress(arrived + done, total)
+
+    for file in files:
+        path = folder / file.rfilename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            if not (path.is_file() and is_same(path, file)):
+                with translate_hub_errors(kind, repository, revision):
+                    _download(path, kind, repository, revision, file, token, report)
+            if is_same(path, file):
+                break
+            path.unlink()
+        else:
+            raise StageFailed(
+                f"{file.rfilename} of {repository} arrived twice with other content than the Hub's own hash says: "
+                "nothing of it was kept"
+            )
+        arrived += file.size or 0
+        report(0)
+
+
+def read_file(kind: str, repository: str, revision: str, file: "RepoSibling", token: str | None) -> bytes:
+    """Return the content of a small file that the Hub describes.
+
+    Raises:
+        UserError: The Hub refuses.
+        StageFailed: The Hub fails, or another content arrives than it describes.
+    """
+    with tempfile.TemporaryDirectory() as folder, translate_hub_errors(kind, repository, revision):
+        path = Path(folder) / "file"
+        _download(path, kind, repository, revision, file, token, lambda _: None)
+        if not is_same(path, file):
+            raise StageFailed(f"{file.rfilename} of {repository} is not what the Hub's own hash says", True)
+        return path.read_bytes()
+
+
+def is_same(path: Path, file: "RepoSibling") -> bool:
+    """Tell whether a file has the size and hash that the Hub describes: SHA-256, or git's SHA-1 for small ones."""
+    if path.stat().st_size != file.size:
+        return False
+    if file.lfs is not None:
+        with path.open("rb") as stream:
+            return bool(hashlib.file_digest(stream, "sha256").hexdigest() == file.lfs.sha256)
+    return git_sha1(path.read_bytes()) == file.blob_id
+
+
+def git_sha1(content: bytes) -> str:
+    """Return a file's hash as git computes it."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _download(
+    path: Path,
+    kind: str,
+    repository: str,
+    revision: str,
+    file: "RepoSibling",
+    token: str | None,
+    report: Callable[[int], None],
+) -> None:
+    """Download one file from where an earlier try stopped: the client's own download starts over."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
+
+    size = file.size or 0
+    partial = path.with_name(f"{path.name}.incomplete")
+    done = partial.stat().st_size if partial.is_file() else 0
+    if done >= size:
+        partial.unlink(missing_ok=True)
+        done = 0
+    # Not compressed on the way, or the bytes of a partial file could not be counted.
+    headers = {**build_hf_headers(token=token or False), "Accept-Encoding": "identity"}
+    if done:
+        headers["Range"] = f"bytes={done}-"
+    url = hf_hub_url(repository, file.rfilename, repo_type=kind, revision=revision)
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+        hf_raise_for_status(response)
+        with partial.open("ab" if response.status_code == 206 else "wb") as stream:
+            reported = 0
+            for chunk in response.iter_raw():
+                stream.write(chunk)
+                # More than was announced is wrong already, and might never end.
+                if stream.tell() > size:
+                    break
+                if stream.tell() - reported >= REPORTED_BYTES:
+                    reported = stream.tell()
+                    report(reported)
+    partial.replace(path)

@@ -1,0 +1,129 @@
+"""The memory and the cores of this machine that this process may use, within the limits of its containers.
+
+Linux keeps those limits in control groups, of version 1, 2, or both side by side. A group's limit binds all groups
+below it, so every group on the way up counts. Functions take the root of the file system, for tests.
+"""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+
+
+def total_memory(root: Path = ROOT) -> int:
+    """Return the bytes of memory of this machine, or of this container."""
+    import psutil
+
+    return min([int(psutil.virtual_memory().total), *(limit for _, limit in _memory_limits(root))])
+
+
+def available_memory(root: Path = ROOT) -> int:
+    """Return the bytes of memory that are available, in this machine and in every group of this process."""
+    import psutil
+
+    free = [max(0, limit - _used(group)) for group, limit in _memory_limits(root)]
+    return min([int(psutil.virtual_memory().available), *free])
+
+
+def cores(root: Path = ROOT) -> int:
+    """Return how many physical cores this process may use."""
+    import psutil
+
+    return min(psutil.cpu_count(logical=False) or 1, logical_cores(root))
+
+
+def logical_cores(root: Path = ROOT) -> int:
+    """Return how many threads of this process may run at the same time."""
+    return min([len(os.sched_getaffinity(0)), *_core_limits(root)])
+
+
+def threads(processes: int = 1, root: Path = ROOT) -> dict[str, str]:
+    """Return the environment variables that give each of several processes its share of the cores.
+
+    There are none if a single process finds the right number by itself: libraries know the processor, but no quota.
+    """
+    if processes == 1 and (not _core_limits(root) or "OMP_NUM_THREADS" in os.environ):
+        return {}
+    available = int(os.environ.get("OMP_NUM_THREADS") or cores(root))
+    return {"OMP_NUM_THREADS": str(max(1, available // processes))}
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system: reading Gemma's tokenizer leaves 0.3 GB of it behind."""
+    # Only glibc has it; elsewhere there is nothing to do.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _memory_limits(root: Path) -> list[tuple[Path, int]]:
+    """Return the groups of this process that limit memory, each with its limit in bytes."""
+    limits = []
+    for group in _groups(root, "memory"):
+        # memory.high is not a hard limit, but a process above it is slowed down until it stands still.
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            limit = _number(group / name)
+            if limit is not None:
+                limits.append((group, limit))
+    return limits
+
+
+def _used(group: Path) -> int:
+    """Return the bytes that a group uses, without cached files that the kernel would drop."""
+    used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
+    cached = dict(_pairs(group / "memory.stat"))
+    return used - cached.get("total_inactive_file", cached.get("inactive_file", 0))
+
+
+def _core_limits(root: Path) -> list[int]:
+    """Return the quotas of the groups of this process, in whole cores."""
+    limits = []
+    for group in _groups(root, "cpu"):
+        quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+        words = _text(group / "cpu.max").split()
+        if len(words) == 2 and words[0].isdigit():
+            quota, period = int(words[0]), int(words[1])
+        if quota is not None and period:
+            limits.append(max(1, quota // period))
+    return limits
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the directories of the groups of this process for a controller, from the innermost to the topmost."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        names = controllers.split(",")
+        if number == "0" and not controllers:
+            mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
+        elif controller in names:
+            mounts = [f"sys/fs/cgroup/{controllers}", f"sys/fs/cgroup/{controller}"]
+        else:
+            continue
+        # In a container the path may be the host's, while only what is below it is mounted.
+        within = Path(os.path.normpath("/" + path.strip("/"))).relative_to("/")
+        for mount in dict.fromkeys((root / mount).resolve() for mount in mounts):
+            for below in (within, *within.parents):
+                if (mount / below).is_dir():
+                    yield mount / below
+
+
+def _number(path: Path) -> int | None:
+    """Return the number in a file; None without a file and without a limit: "max", -1, or an impossible number."""
+    text = _text(path).strip()
+    return int(text) if text.isdigit() and int(text) < 1 << 60 else None
+
+
+def _pairs(path: Path) -> Iterator[tuple[str, int]]:
+    for line in _text(path).splitlines():
+        name, _, value = line.partition(" ")
+        if value.isdigit():
+            yield name, int(value)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,111 @@
+"""Patches to libraries, in force inside a `with`: loading and exporting take less time and memory.
+
+    with patched_loading():
+        model = Gemma3ForCausalLM.from_pretrained(...)
+    with patched_export():
+        ...
+
+The model and the program are those of the libraries as they are, byte for byte. There is a module per library and a
+function per patch, which says what the library does, why the result stays the same, and what upstream would have to
+change to make the patch unnecessary. benchmarks/README.md has what each is worth.
+
+A patch fits the code that it was written for: it compares hashes of the source that it replaces or relies on. If the
+installed source differs, the library is used as it is, and a warning says so. The environment variable
+QUANTIZE_GEMMA_DISABLE_PATCHES, a list of names separated by commas, or `all`, leaves patches out.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from quantize_gemma.tasks.runtime.patches.private_api import warn
+
+DISABLE = "QUANTIZE_GEMMA_DISABLE_PATCHES"
+
+Patch = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+class SourceDiffers(Exception):
+    """A function of a library is not the code that a patch was written for."""
+
+
+def loading_patches() -> tuple[Patch, ...]:
+    """Returns the patches that apply while a quantized checkpoint is loaded."""
+    from quantize_gemma.tasks.runtime.patches import transformers
+
+    return (transformers.own_metadata,)
+
+
+def export_patches() -> tuple[Patch, ...]:
+    """Returns the patches that apply while a program is exported."""
+    from quantize_gemma.tasks.runtime.patches import executorch, optimum_executorch, torch
+
+    return (
+        optimum_executorch.one_export,
+        torch.no_common_subexpressions,
+        torch.uncopied_weights,
+        executorch.one_decomposition,
+        executorch.cached_shapes,
+        executorch.shared_weights,
+        executorch.paged_out_weights,
+        executorch.needed_passes,
+        executorch.deferred_code,
+        executorch.sorted_in_place,
+        executorch.descendants_as_bits,
+    )
+
+
+def patched_loading() -> contextlib.AbstractContextManager[None]:
+    """Applies the patches for loading a quantized checkpoint that fit the installed libraries."""
+    return applied(loading_patches())
+
+
+def patched_export() -> contextlib.AbstractContextManager[None]:
+    """Applies the patches for exporting a program that fit the installed libraries."""
+    return applied(export_patches())
+
+
+@contextlib.contextmanager
+def applied(patches: tuple[Patch, ...]) -> Iterator[None]:
+    """Applies those of the patches that fit the installed libraries and are not disabled."""
+    disabled = os.environ.get(DISABLE, "").split(",")
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            if "all" in disabled or patch.__name__ in disabled:
+                continue
+            try:
+                stack.enter_context(patch())
+            # Without a source to compare, inspect raises OSError.
+            except (AttributeError, ImportError, OSError, SourceDiffers) as error:
+                warn(f"patch {patch.__name__} is not applied, which costs time or memory only: {error}")
+        yield
+
+
+def written_for(source: Any, digest: str) -> None:
+    """Raises SourceDiffers if the source of a function, class or module does not have this digest."""
+    if source_digest(source) != digest:
+        name = ".".join(filter(None, (getattr(source, "__module__", None), getattr(source, "__qualname__", None))))
+        raise SourceDiffers(f"{name or source.__name__} differs from the version that the patch was written for")
+
+
+def source_digest(source: Any) -> str:
+    """Returns the start of the SHA-256 of the source of a function, class or module, 16 hexadecimal digits."""
+    return hashlib.sha256(inspect.getsource(source).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of a module or a class, and restores it."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

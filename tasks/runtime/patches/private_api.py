@@ -1,0 +1,127 @@
+"""The private names of libraries that this program uses, for want of a public way, and what happens without them.
+
+Each function names the version that it was written for, what it does when the name is gone, and what would make it
+unnecessary. What is changed in libraries to save time or memory is in tasks/runtime/patches/.
+"""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+from typing import Any
+
+from quantize_gemma.tasks.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def ignore_settings_files() -> None:
+    """Make classes of pydantic-settings, as Prefect's are, read no .env and no TOML file.
+
+    Written for pydantic-settings 2.16.3. Unnecessary once Prefect can be told to leave the working directory's files
+    alone: it reads them when it is imported, before anything can be configured.
+
+    Raises:
+        UserError: These methods are not what reads the files: those of a stranger's directory would be believed.
+    """
+    from pydantic_settings import BaseSettings, DotEnvSettingsSource, TomlConfigSettingsSource
+    from pydantic_settings.sources import ConfigFileSourceMixin
+
+    replaced = {"_read_env_files": DotEnvSettingsSource, "_read_files": ConfigFileSourceMixin}
+    called: set[str] = set()
+
+    def replace(owner: Any, name: str) -> None:
+        def read_nothing(*_: Any, **__: Any) -> dict[str, Any]:
+            called.add(name)
+            return {}
+
+        setattr(owner, name, read_nothing)
+
+    for name, owner in replaced.items():
+        replace(owner, name)
+    # A source that reads its file in another way does not call the method. The device is no file: nothing is read here.
+    with contextlib.suppress(Exception):
+        DotEnvSettingsSource(BaseSettings, env_file=os.devnull)
+    with contextlib.suppress(Exception):
+        TomlConfigSettingsSource(BaseSettings, toml_file=os.devnull)
+    for name, owner in replaced.items():
+        if name not in called:
+            raise UserError(
+                f"{_differs('pydantic-settings', '2.16.3', f'{owner.__name__}.{name}')}, without which the settings "
+                "files of the working directory would be believed: install pydantic-settings==2.16.3"
+            )
+
+
+def retry_refused_connections() -> None:
+    """Make every Prefect client of this process retry a refused connection, PREFECT_CLIENT_MAX_RETRIES times.
+
+    Prefect's client does so only once it has reached the server, so that a wrong address fails at once. A running flow
+    has reached its server; but limits, blocks and artifacts each make a new client, and would end the run if they did
+    so in the seconds of a restart.
+
+    Written for Prefect 3.9.1. Unnecessary once a setting makes the first connection retry, too. Without the attribute,
+    clients stay as they are, and a warning says what is lost.
+    """
+    from prefect.client.base import PrefectHttpxAsyncClient, PrefectHttpxSyncClient
+
+    clients = PrefectHttpxAsyncClient, PrefectHttpxSyncClient
+    for client in clients:
+        # Instances have it. One that connects to nothing needs no certificates, which take time to load.
+        if not hasattr(client(verify=False), "_has_connected"):
+            warn(
+                f"{_differs('prefect', '3.9.1', f'{client.__name__}._has_connected')}: "
+                "a run may fail if the Prefect server restarts meanwhile"
+            )
+            return
+    for client in clients:
+        client._has_connected = property(lambda _: True, lambda *_: None)  # type: ignore[assignment]
+
+
+def fake_tensor_mode() -> contextlib.AbstractContextManager[Any] | None:
+    """Return the mode in which tensors have a dtype, a device and a shape, but no data; None without it.
+
+    Written for torch 2.15.0, whose documentation imports it from this module. Unnecessary once torch has a public name
+    for it, or transformers runs on the meta device, for which its autocast fails. Without it, a warning says what is
+    lost.
+    """
+    try:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        return FakeTensorMode(allow_non_fake_inputs=True)
+    except (ImportError, TypeError):
+        warn(
+            f"{_differs('torch', '2.15.0', 'torch._subclasses.fake_tensor.FakeTensorMode')}: "
+            "a configuration with which the model cannot run is not found before a stage runs it"
+        )
+        return None
+
+
+def require(package: str, version: str, owner: Any, *names: str) -> None:
+    """Check names of a library that are about to be replaced: a new name in their place would be called by nobody.
+
+    Args:
+        package: The library's distribution.
+        version: The version that the replacements are written for.
+        owner: The module or class that has the names.
+        names: The names.
+
+    Raises:
+        UserError: The owner lacks one of the names.
+    """
+    for name in names:
+        if not hasattr(owner, name):
+            where = f"{owner.__name__}.{name}"
+            raise UserError(f"{_differs(package, version, where)}: install {package}=={version}")
+
+
+def _differs(package: str, version: str, name: str) -> str:
+    return f"{package} {importlib.metadata.version(package)} has no {name} like that of {package} {version}"
+
+
+def warn(message: str) -> None:
+    """Warn in this process's log and, from a stage's own process, in that of the run."""
+    # Here, because every command line imports this module.
+    from quantize_gemma.tasks.runtime.parent_process import log
+
+    logger.warning(message)
+    log(message)

@@ -1,0 +1,37 @@
+"""Patches to transformers, written for 5.0.0rc1: loading a torchao checkpoint takes time in proportion to its size."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from quantize_gemma.tasks.runtime.patches import replaced, written_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def own_metadata() -> Iterator[None]:
+    """Puts each quantized weight together with its own metadata instead of all weights' metadata.
+
+    transformers calls torchao for one weight at a time, but with the metadata of all of them, in which torchao looks
+    for every weight that the tensors may belong to: cubic in the number of weights. torchao returns the weights whose
+    tensors it gets, and these belong to one.
+
+    Unnecessary once transformers' `TorchAoDeserialize.convert` passes on only the metadata of the weight at hand.
+    """
+    from torchao.prototype.safetensors import safetensors_support
+    from transformers.integrations import torchao
+
+    stock = safetensors_support.unflatten_tensor_state_dict
+    written_for(stock, "0f9620cf89e8c76b")
+    written_for(torchao.TorchAoDeserialize, "539a3d244cc09a99")
+
+    def unflatten(tensors: dict[str, "Tensor"], metadata: dict[str, str]) -> object:
+        modules = {name.rsplit(".", 1)[0] for name in tensors}
+        own = {name: value for name, value in metadata.items() if name.rsplit(".", 1)[0] in modules}
+        return stock(tensors, {**own, "tensor_names": json.dumps(list(own))})
+
+    with replaced(torchao, "unflatten_tensor_state_dict", unflatten):
+        yield

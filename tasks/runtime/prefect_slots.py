@@ -1,0 +1,63 @@
+"""Runs on one Prefect server share its machine: heavy stages take slots of the server's concurrency limits.
+
+`make deploy` sets the limits up: one accelerator, and memory in GiB.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.lifetime import workers
+
+ACCELERATOR = "quantize-gemma-accelerator"
+MEMORY = "quantize-gemma-memory"
+SECONDS_BETWEEN_REQUESTS = 10.0
+# A server that is away for some minutes is no reason to end a stage: the lease is longer than that.
+SECONDS_OF_LEASE = 1800.0
+
+
+@contextlib.contextmanager
+def take_slots(limit: str, count: int) -> Iterator[None]:
+    """Wait for slots of a concurrency limit, and hold them during the block.
+
+    A server that the command line started for one run has no other run: there is nothing to wait for, and a run that is
+    killed would leave its slots taken.
+
+    Args:
+        limit: The limit's name.
+        count: How many slots; all of them if the limit has fewer.
+
+    Raises:
+        UserError: The server has no such limit.
+        StageFailed: The run was interrupted while it waited.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.concurrency.sync import concurrency
+    from prefect.exceptions import ObjectNotFound
+
+    if not count or "QUANTIZE_GEMMA_LOCAL_SERVER" in os.environ:
+        yield
+        return
+    with get_client(sync_client=True) as client:
+        try:
+            slots = client.read_global_concurrency_limit_by_name(limit).limit
+        except ObjectNotFound:
+            raise UserError(f"the Prefect server has no limit {limit}: set it up with `make deploy`") from None
+    with contextlib.ExitStack() as stack:
+        while True:
+            request = concurrency(
+                limit,
+                occupy=max(1, min(count, slots)),
+                timeout_seconds=SECONDS_BETWEEN_REQUESTS,
+                strict=True,
+                lease_duration=SECONDS_OF_LEASE,
+                raise_on_lease_renewal_failure=False,
+            )
+            try:
+                stack.enter_context(request)
+                break
+            except TimeoutError:
+                if workers.stopping.is_set():
+                    raise StageFailed(f"the run was stopped while it waited for {limit}") from None
+        yield

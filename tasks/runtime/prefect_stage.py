@@ -1,0 +1,225 @@
+"""What Prefect does with a stage: cache key, persistence, retries.
+
+A stage's result is cached under its store key and kept as JSON inside its artifact, so that an artifact that is
+removed or damaged is a miss and runs again.
+"""
+
+import functools
+import logging
+import math
+import random
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TypedDict
+
+from prefect import Task, task
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.filesystems import LocalFileSystem
+from prefect.logging import get_run_logger
+from prefect.results import ResultStore
+
+from quantize_gemma.tasks.runtime import store, worker
+from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact, ref_of
+from quantize_gemma.tasks.runtime.fingerprint import fingerprint
+from quantize_gemma.tasks.runtime.lifetime import workers
+from quantize_gemma.tasks.runtime.prefect_progress import StageProgress
+from quantize_gemma.tasks.runtime.prefect_slots import ACCELERATOR, MEMORY, take_slots
+from quantize_gemma.tasks.runtime.prefect_spread import spread
+from quantize_gemma.tasks.runtime.retries import is_retryable
+from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.store import Artifact
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+from quantize_gemma.tasks.runtime.units import human_size
+
+terminal = logging.getLogger(__name__)
+
+# What takes longer hangs: gemma-3-27b's evaluation on a CPU is the longest that is known.
+SECONDS_ALLOWED = 24 * 3600.0
+
+# A stage's inputs by name: references of artifacts, and plain JSON values.
+Inputs = JsonObject
+AnyTask = Task[..., object]
+
+
+class RetryOptions(TypedDict, total=False):
+    """Options of a Prefect task."""
+
+    retries: int
+    retry_condition_fn: Callable[[AnyTask, TaskRun, State[object]], bool]
+
+
+def as_task(stage: Stage[...]) -> Task[..., ArtifactRef]:
+    """Return the Prefect task over a stage.
+
+    It takes the stage's inputs by keyword, references of artifacts and plain JSON values, and returns the reference of
+    the artifact that the stage makes.
+    """
+
+    def run(**inputs: object) -> ArtifactRef:
+        return _run(stage, inputs)
+
+    run.__name__ = stage.name
+    run.__doc__ = stage.work.__doc__
+    decorate = task(
+        name=stage.name,
+        tags=["quantize-gemma", stage.name],
+        cache_key_fn=lambda context, parameters: _cache_key(stage, context, parameters["inputs"]),
+        persist_result=True,
+        result_serializer="json",
+        on_failure=[_log_failure, _discard_failure],
+        **retried(stage.retries),
+    )
+    return decorate(run)
+
+
+def key_of(stage: Stage[...], inputs: Inputs) -> str:
+    """Return the key of what a stage makes of these references and plain values."""
+    ignored = stage.ignored + (stage.ignored_on_cpu if inputs.get("device") == "cpu" else ())
+    counted = {field: value for field, value in sorted(inputs.items()) if field not in ignored}
+    digests = [f"{field}={value.digest}" for field, value in counted.items() if isinstance(value, ArtifactRef)]
+    parameters = {field: value for field, value in counted.items() if not isinstance(value, ArtifactRef)}
+    return store.key(stage.name, digests, parameters, fingerprint(stage.function))
+
+
+def missing(chain: list[tuple[Stage[...], Inputs]], refresh: Collection[str]) -> list[str]:
+    """Return the stages of a chain that have to run, because the store does not have what they make.
+
+    Args:
+        chain: The stages with their inputs; each stage's `checkpoint` is what the stage before it makes.
+        refresh: The stages that run again although the store has what they make.
+    """
+    to_run: list[str] = []
+    checkpoint: Inputs = {}
+    for number, (stage, inputs) in enumerate(chain):
+        artifact = store.load(stage.name, key_of(stage, {**inputs, **checkpoint}))
+        if artifact is None:
+            return to_run + [stage.name for stage, _ in chain[number:]]
+        if stage.name in refresh:
+            to_run.append(stage.name)
+        checkpoint = {"checkpoint": ref_of(artifact)}
+    return to_run
+
+
+def retried(times: int) -> RetryOptions:
+    """Return the options of a task that is retried after transient failures, with back-off and jitter."""
+    return {"retries": times, "retry_condition_fn": _wait_for_retry} if times else {}
+
+
+def failure_of(state: State[object]) -> BaseException | None:
+    """Return the exception of a failed state."""
+    try:
+        state.result()
+    except BaseException as error:
+        return error
+    return None
+
+
+def _cache_key(stage: Stage[...], context: TaskRunContext, inputs: Inputs) -> str:
+    """Return where Prefect keeps the result, relative to the store; remove the result if its artifact is not there."""
+    key = key_of(stage, inputs)
+    name = f"{stage.name}/{key}/result.json"
+    # An artifact that is to be replaced is not pinned, so that it can be removed.
+    if not context.task.refresh_cache:
+        # Loading looks at every file: without an artifact its cached result is a miss.
+        artifact = store.pin(stage.name, key)
+        path = store.home() / name
+        if artifact is None or not _is_result_of(artifact, path):
+            path.unlink(missing_ok=True)
+    return name
+
+
+def _is_result_of(artifact: Artifact, path: Path) -> bool:
+    """Tell whether Prefect has cached the reference of this artifact: another run may have made it again."""
+    try:
+        results = ResultStore(result_storage=LocalFileSystem(basepath=str(path.parent)))
+        return bool(results.read(path.name).result == ref_of(artifact))
+    except Exception:
+        return False
+
+
+def _run(stage: Stage[...], inputs: Inputs) -> ArtifactRef:
+    """Make a stage's artifact unless the store has it, in a task run."""
+    context = TaskRunContext.get()
+    assert context is not None
+    label = _label(context.task_run)
+    refresh = bool(context.task.refresh_cache)
+
+    def work(target: Path) -> JsonObject:
+        return _run_in_worker(stage, inputs, target, label, refresh)
+
+    artifact = store.produce(stage.name, key_of(stage, inputs), work, refresh=refresh, pinned=True)
+    line = f"{label}: {_describe(artifact)}"
+    get_run_logger().info(line)
+    terminal.info(line)
+    return ref_of(artifact)
+
+
+def _run_in_worker(stage: Stage[...], inputs: Inputs, target: Path, label: str, refresh: bool) -> JsonObject:
+    """Call a stage's function in a worker process, when the server has room for it; return its output."""
+    refs = {field: value for field, value in inputs.items() if isinstance(value, ArtifactRef)}
+    # What a stage computes with is hashed first: a disk's own errors change no time of modification.
+    paths = {field: str(open_artifact(ref, whole=True).path) for field, ref in refs.items()}
+    values = {field: value for field, value in inputs.items() if field not in refs}
+    if stage.resumes:
+        values["refresh"] = refresh
+    bytes_read = sum(ref.size for ref in refs.values()) * inputs.get("workers", 1)
+    # The memory and the GPUs of a cluster's machines are not this server's to share out.
+    is_here = not inputs.get("cluster")
+    with (
+        take_slots(ACCELERATOR, int(stage.accelerated and inputs.get("device") != "cpu" and is_here)),
+        take_slots(MEMORY, math.ceil(1 + stage.memory * bytes_read * is_here / 2**30) if stage.memory else 0),
+        StageProgress(stage.name) as progress,
+    ):
+        return worker.run(
+            "quantize_gemma.tasks.runtime.worker_main:call",
+            {
+                "function": stage.function,
+                "target": str(target),
+                "paths": paths,
+                "values": values,
+                "made_by": fingerprint(stage.function),
+            },
+            progress,
+            get_run_logger(),
+            stage.environment(),
+            SECONDS_ALLOWED,
+            functools.partial(spread, label, progress),
+        )
+
+
+def _describe(artifact: Artifact) -> str:
+    """Return what a stage took and wrote, for people."""
+    measured = artifact.measured
+    return (
+        f"{measured['seconds']:.1f} s, {human_size(measured['peak_rss_bytes'])} of memory at most, "
+        f"{human_size(artifact.size)} written"
+    )
+
+
+def _label(run: TaskRun) -> str:
+    """Return the stage's name in a task run's name."""
+    return run.name.split(" · ")[0]
+
+
+def _wait_for_retry(_task: AnyTask, run: TaskRun, state: State[object]) -> bool:
+    """Tell Prefect whether to retry, after a back-off with jitter or as long as the server asked for.
+
+    It waits here, where an interrupt ends it; Prefect's own delay sleeps through one.
+    """
+    retryable, seconds = is_retryable(failure_of(state))
+    if retryable:
+        workers.stopping.wait(max(seconds, 2.0 ** max(run.run_count, 1) * random.uniform(0.5, 1.5)))
+    return retryable and not workers.stopping.is_set()
+
+
+def _log_failure(_task: AnyTask, run: TaskRun, state: State[object]) -> None:
+    """Log a failure at once: the stages that do not need this one finish first, and that may take hours."""
+    terminal.error(f"{_label(run)}: {failure_of(state)}")
+
+
+def _discard_failure(_task: AnyTask, _run: TaskRun, state: State[object]) -> None:
+    """Remove a failure's exception, which Prefect keeps as a file in the result storage: here, that is the store."""
+    name = getattr(getattr(state.data, "metadata", state.data), "storage_key", None)
+    if name is not None and Path(name).parent == store.home():
+        Path(name).unlink(missing_ok=True)

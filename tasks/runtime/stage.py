@@ -1,0 +1,76 @@
+"""What a stage is. prefect_stage.py makes it a Prefect task, which a worker process does not import.
+
+@stage(memory=1.5)
+def export(target: Path, checkpoint: Path, max_seq_len: int) -> Output:
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Concatenate, Generic, ParamSpec
+
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
+P = ParamSpec("P")
+# {"metadata": what the artifact's manifest says about it, "extra": further measurements}.
+Output = JsonObject
+
+
+@dataclass(frozen=True)
+class Stage(Generic[P]):
+    """A function `work(target, **inputs)` that fills the directory `target`, and its policy.
+
+    It runs in a worker process, with its artifacts as paths. Its code and its libraries are in the key of what it
+    writes; see fingerprint.py.
+
+    Attributes:
+        work: The function, whose name is the stage's in the store, in Prefect, and in every report.
+        retries: How often it is retried after a transient failure.
+        ignored: Inputs that do not shape its output, and are not in its key.
+        ignored_on_cpu: Inputs that do not shape it if `device` is "cpu": a GPU's sums depend on the batch size.
+        resumes: It stores finished shards; its input `refresh` says that they are made again.
+        environment: Returns environment variables that no other process gets: tokens.
+        memory: Its peak memory, in multiples of the artifacts that it reads. Such stages, and those that are
+            `accelerated` and use the GPU, wait for each other across runs.
+        accelerated: It may use a GPU.
+    """
+
+    work: Callable[Concatenate[Path, P], Output]
+    retries: int = 0
+    ignored: tuple[str, ...] = ()
+    ignored_on_cpu: tuple[str, ...] = ()
+    resumes: bool = False
+    environment: Callable[[], dict[str, str]] = dict
+    memory: float = 0
+    accelerated: bool = False
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.work.__name__
+
+    @property
+    def function(self) -> str:
+        """The function as "module:name", as import_function() takes it."""
+        return f"{self.work.__module__}:{self.work.__name__}"
+
+    def __call__(self, target: Path, *args: P.args, **kwargs: P.kwargs) -> Output:
+        """Do the work in this process."""
+        return self.work(target, *args, **kwargs)
+
+
+def stage(**policy: Any) -> Callable[[Callable[Concatenate[Path, P], Output]], Stage[P]]:
+    """Declare a function as a stage, with Stage's attributes as its policy."""
+
+    def declare(work: Callable[Concatenate[Path, P], Output]) -> Stage[P]:
+        return Stage(work, **policy)
+
+    return declare
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """Return the function of a name "module:function"."""
+    module, function = name.split(":")
+    imported: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return imported

@@ -1,0 +1,491 @@
+"""The artifact store: directories that are complete or do not exist, found by the digest of what made them.
+
+    <home>/.quantize-gemma-store         says that this is a store, whose artifacts may be removed
+    <home>/<stage>/<key>/                an artifact
+        <generation>/                    its directory, with a name that is never used again:
+            manifest.json                    what the artifact is; written last
+            data/                            its files
+        current                          a symbolic link to the generation that counts
+        manifest.json, data              links to what is in that
+        result.json                      Prefect's cached result, so that it goes when the artifact goes
+
+The key is the SHA-256 of the stage, its inputs' content digests, its parameters, and the fingerprint of the code and
+the libraries that shape its output; no path, clock or run id is in it, so equal inputs give equal keys anywhere.
+
+A generation never changes once it is complete: making an artifact again makes another one and points `current` there.
+Whoever reads a generation has a shared lock on its manifest, and nobody removes a generation whose lock is taken. So a
+reader sees one generation, whole, whatever is refreshed and pruned at the same time.
+
+Two modules share this: here artifacts are written and read, and pruning.py removes them.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from quantize_gemma.tasks.runtime.disk import translate_disk_errors
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.store_layout import (
+    CURRENT,
+    MANIFEST,
+    MARK,
+    PARTIAL,
+    artifact_places,
+    current_generation,
+    generations,
+    lock_for_reading,
+    locked,
+    remove,
+)
+from quantize_gemma.tasks.runtime.strict_json import JsonObject, JsonValue
+
+logger = logging.getLogger(__name__)
+
+# Linux's request for a copy-on-write clone of a file (linux/fs.h).
+FICLONE = 0x40049409
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of an artifact.
+
+    Attributes:
+        size: Its size in bytes.
+        sha256: The digest of its content.
+        mtime_ns: Its modification time when it was hashed.
+        shared: It is a hard link to a file of another artifact.
+    """
+
+    size: int
+    sha256: str
+    mtime_ns: int
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete directory in the store.
+
+    Attributes:
+        stage: The stage that made it.
+        key: Its key.
+        path: The directory of its files.
+        digest: The digest of its content: of the files' names and contents, and of the metadata.
+        files: Its files by their paths.
+        metadata: What the stage says about it.
+        measured: What making it took: seconds, memory.
+    """
+
+    stage: str
+    key: str
+    path: Path
+    digest: str
+    files: dict[str, File]
+    metadata: JsonObject = field(default_factory=dict)
+    measured: JsonObject = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+
+class _Pins:
+    """The manifests that this process has locked until it ends, when the system closes them."""
+
+    def __init__(self) -> None:
+        self._locks: dict[Path, int] = {}
+        self._hashed: set[Path] = set()
+        self._lock = threading.Lock()
+
+    def add(self, manifest: Path, lock: int, hashed: bool) -> None:
+        """Keep the descriptor of a manifest's lock; `hashed` says that all files of the artifact were hashed."""
+        with self._lock:
+            if manifest in self._locks:
+                os.close(lock)
+            else:
+                self._locks[manifest] = lock
+            if hashed:
+                self._hashed.add(manifest)
+
+    def were_hashed(self, manifest: Path) -> bool:
+        """Tell whether all files of a pinned artifact were hashed."""
+        return manifest in self._hashed
+
+
+# One for the process, as the kernel's locks are.
+_pins = _Pins()
+
+
+def home() -> Path:
+    """Return the store's directory: $QUANTIZE_GEMMA_HOME, or ~/.cache/quantize-gemma."""
+    setting = os.environ.get("QUANTIZE_GEMMA_HOME")
+    return Path(setting).expanduser().absolute() if setting else Path.home() / ".cache" / "quantize-gemma"
+
+
+def output_folders() -> list[Path]:
+    """Return where a run writes: the store, temporary files, and Prefect's home."""
+    prefect = os.environ.get("PREFECT_HOME") or "~/.prefect"
+    return [home(), Path(tempfile.gettempdir()), Path(prefect).expanduser()]
+
+
+def key(stage: str, inputs: list[str], parameters: JsonObject, made_by: Mapping[str, object]) -> str:
+    """Return an artifact's key, 64 hexadecimal digits.
+
+    Args:
+        stage: The stage's name.
+        inputs: Content digests.
+        parameters: JSON values.
+        made_by: The fingerprint of the code that makes the artifact, see fingerprint.py.
+    """
+    content = {"stage": stage, "inputs": inputs, "parameters": parameters, "made_by": made_by}
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def canonical_json(value: JsonValue) -> bytes:
+    """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def produce(
+    stage: str,
+    artifact_key: str,
+    work: Callable[[Path], JsonObject],
+    root: Path | None = None,
+    refresh: bool = False,
+    pinned: bool = False,
+) -> Artifact:
+    """Return an artifact; make it if the store does not have it.
+
+    Of two processes that want the same key one works, and the other waits for its result. If `work` raises, nothing is
+    left, and what was there before stays.
+
+    Args:
+        stage: The stage's name.
+        artifact_key: The artifact's key.
+        work: Fills the empty directory that it is called with, and returns {"metadata": …, "measured": …}. Metadata is
+            part of the artifact's content; what was measured (seconds, memory) is not.
+        root: The store. [default: home()]
+        refresh: Make the artifact even if the store has it, and replace it.
+        pinned: Pin the artifact; nothing can remove it before.
+
+    Raises:
+        StageFailed: The disk is full.
+    """
+    root = root or home()
+    place = root / stage / artifact_key
+    take = pin if pinned else load
+    with translate_disk_errors(root), locked(place):
+        artifact = None if refresh else take(stage, artifact_key, root)
+        if artifact is not None:
+            return artifact
+        partial = root / stage / f"{PARTIAL}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
+        try:
+            (partial / "data").mkdir(parents=True)
+            result = work(partial / "data")
+            _write_manifest(partial, stage, artifact_key, result)
+            _make_current(partial, place)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        artifact = take(stage, artifact_key, root)
+        assert artifact is not None, f"{stage}/{artifact_key} vanished right after it was written"
+        for generation in generations(place):
+            if generation != artifact.path.parent:
+                remove(generation, artifact_key)
+        return artifact
+
+
+def load(
+    stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, whole: bool = False
+) -> Artifact | None:
+    """Return an artifact if it is complete and unchanged, else None; a warning names the file that is not.
+
+    A file is trusted if its size and modification time are those of the manifest, and hashed again if the time differs.
+    A damaged file that is shared with another artifact is linked again from there.
+
+    Args:
+        stage: The stage's name.
+        artifact_key: The artifact's key.
+        root: The store. [default: home()]
+        digest: The digest of the content. An older generation with it is found, too, as long as a process reads it.
+        whole: Hash all files.
+    """
+    opened = _open(root or home(), stage, artifact_key, digest, whole)
+    if opened is None:
+        return None
+    artifact, lock = opened
+    os.close(lock)
+    return artifact
+
+
+def pin(
+    stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, whole: bool = False
+) -> Artifact | None:
+    """Load an artifact, and keep its directory as it is until this process ends.
+
+    It counts as used now. `whole` hashes all of its files, once in a process. The other arguments are load()'s.
+    """
+    opened = _open(root or home(), stage, artifact_key, digest, whole)
+    if opened is None:
+        return None
+    artifact, lock = opened
+    manifest = artifact.path.parent / MANIFEST
+    _pins.add(manifest, lock, whole)
+    os.utime(manifest.parent)
+    return artifact
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Return the artifact whose files are in this directory, as its manifest describes it.
+
+    Raises:
+        StageFailed: It is not there, or it is damaged.
+    """
+    artifact = _read(path.parent, root_of(path))
+    if artifact is None:
+        raise StageFailed(f"{path.parent} is no artifact, or has gone from the store: start the run again")
+    return artifact
+
+
+def root_of(path: Path) -> Path:
+    """Return the store that an artifact's directory of files is in."""
+    return path.parents[3]
+
+
+def path_of(stage: str, artifact_key: str, root: Path | None = None) -> Path:
+    """Return the path of an artifact's files, which stays the same when the artifact is made again."""
+    return (root or home()) / stage / artifact_key / "data"
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target`, in an artifact, the same file as `source` of another artifact.
+
+    It is a hard link, or a copy on another file system. Files from outside the store are copied instead: what happens
+    to them later must not reach into the store.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file into an artifact; the copy shares the disk's blocks if the file system can do that."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer, FICLONE, reader.fileno())
+        except OSError:
+            shutil.copyfile(source, target)
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_file(artifact: Artifact, name: str) -> bytes:
+    """Return the content of an artifact's file. Raises StageFailed if it is not what the manifest says."""
+    try:
+        content = (artifact.path / name).read_bytes()
+    except OSError:
+        raise file_changed(artifact, name) from None
+    if hashlib.sha256(content).hexdigest() != artifact.files[name].sha256:
+        raise file_changed(artifact, name)
+    return content
+
+
+def check_file(artifact: Artifact, name: str) -> None:
+    """Hash an artifact's file. Raises StageFailed if it is not what the manifest says."""
+    try:
+        digest = digest_file(artifact.path / name)
+    except OSError:
+        raise file_changed(artifact, name) from None
+    if digest != artifact.files[name].sha256:
+        raise file_changed(artifact, name)
+
+
+def file_changed(artifact: Artifact, name: str) -> StageFailed:
+    """Return the failure to raise for a damaged file, and have the next run hash it, so that it is made again."""
+    path = artifact.path / name
+    # A file is trusted as long as its time is the manifest's; hard links share it, so this reaches all of them.
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return StageFailed(
+        f"{path} was changed or damaged after it was written: start the run again to rebuild it, and check the disk"
+    )
+
+
+def _make_current(partial: Path, place: Path) -> None:
+    """Make a complete directory the artifact's current generation, at once: readers see the last one or this one."""
+    stage, name = place.parent, uuid.uuid4().hex[:8]
+    if place.exists() and not (place / CURRENT).is_symlink():
+        # An earlier version wrote it, or somebody has copied it without links.
+        remove(place, place.name)
+    place.mkdir(exist_ok=True)
+    link = place / f".{name}"
+    try:
+        if not (stage.parent / MARK).exists():
+            (stage.parent / MARK).touch()
+        for entry in (MANIFEST, "data"):
+            if not (place / entry).is_symlink():
+                os.symlink(f"{CURRENT}/{entry}", place / entry)
+        os.symlink(name, link)
+        partial.rename(place / name)
+        link.replace(place / CURRENT)
+    except BaseException:
+        link.unlink(missing_ok=True)
+        shutil.rmtree(place / name, ignore_errors=True)
+        raise
+    _fsync(place)
+    _fsync(stage)
+
+
+def _open(root: Path, stage: str, artifact_key: str, digest: str | None, whole: bool) -> tuple[Artifact, int] | None:
+    """Return an artifact that is complete and unchanged, with the descriptor of its shared lock."""
+    place = root / stage / artifact_key
+    while True:
+        folder = current_generation(place)
+        lock = lock_for_reading(folder / MANIFEST)
+        if current_generation(place) == folder:
+            break
+        # It was made again meanwhile.
+        if lock is not None:
+            os.close(lock)
+    if lock is not None and (place / MANIFEST).exists():
+        artifact = _read(folder, root, whole)
+        belongs_here = artifact is not None and (artifact.stage, artifact.key) == (stage, artifact_key)
+        if artifact is not None and belongs_here and digest in (None, artifact.digest):
+            return artifact, lock
+    elif (folder / "data").exists():
+        logger.warning("%s/%s has no manifest; the stage runs again", stage, artifact_key[:12])
+    if lock is not None:
+        os.close(lock)
+    for folder in generations(place) if digest is not None else []:
+        lock = lock_for_reading(folder / MANIFEST)
+        if lock is not None:
+            artifact = _read(folder, root, whole)
+            if artifact is not None and artifact.digest == digest:
+                return artifact, lock
+            os.close(lock)
+    return None
+
+
+def _read(folder: Path, root: Path, whole: bool = False) -> Artifact | None:
+    """Return the artifact in a generation's directory if it is unchanged, else None."""
+    whole = whole and not _pins.were_hashed(folder / MANIFEST)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        stage, artifact_key = manifest["stage"], manifest["key"]
+        artifact = Artifact(
+            stage=stage,
+            key=artifact_key,
+            path=folder / "data",
+            digest=manifest["digest"],
+            files={name: File(**file) for name, file in manifest["files"].items()},
+            metadata=manifest["metadata"],
+            measured=manifest["measured"],
+        )
+        if manifest["checksum"] != _checksum(manifest):
+            raise ValueError
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        logger.warning("%s has an unreadable manifest; the stage runs again", folder)
+        return None
+    for name, file in artifact.files.items():
+        path = artifact.path / name
+        fault = _fault(path, file, whole)
+        if fault and file.shared and path.exists() and _link_again(path, file, root):
+            fault = None
+        if fault:
+            logger.warning("%s/%s: %s %s; the stage runs again", stage, artifact_key[:12], name, fault)
+            return None
+    return artifact
+
+
+def _fault(path: Path, expected: File, whole: bool) -> str | None:
+    """Return what is wrong with a file, as the end of a sentence; None if it is unchanged."""
+    try:
+        status = path.stat()
+        if status.st_size != expected.size:
+            return f"has {status.st_size:,} bytes instead of {expected.size:,}"
+        if (whole or status.st_mtime_ns != expected.mtime_ns) and digest_file(path) != expected.sha256:
+            # Whoever looks next hashes it, too.
+            os.utime(path)
+            return "was changed"
+    except OSError as error:
+        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    return None
+
+
+def _link_again(path: Path, expected: File, root: Path) -> bool:
+    """Replace a damaged shared file by a link to an intact one with the same content, if there is one."""
+    for manifest in [path / MANIFEST for path in artifact_places(root)]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for name, fields in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
+                file, source = File(**fields), manifest.parent / "data" / name
+                if file.sha256 == expected.sha256 and not file.shared and digest_file(source) == expected.sha256:
+                    fresh = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}")
+                    os.link(source, fresh)
+                    fresh.replace(path)
+                    return True
+    return False
+
+
+def _write_manifest(partial: Path, stage: str, artifact_key: str, result: JsonObject) -> None:
+    """Write the manifest of the files in a directory, all of it durably."""
+    data = partial / "data"
+    files = {}
+    for path in sorted(path for path in data.rglob("*") if path.is_file()):
+        _fsync(path)
+        files[path.relative_to(data).as_posix()] = File(
+            size=path.stat().st_size,
+            sha256=digest_file(path),
+            mtime_ns=path.stat().st_mtime_ns,
+            shared=path.stat().st_nlink > 1,
+        )
+    metadata = result.get("metadata", {})
+    contents = {name: [file.size, file.sha256] for name, file in files.items()}
+    manifest = {
+        "stage": stage,
+        "key": artifact_key,
+        "digest": hashlib.sha256(canonical_json({"files": contents, "metadata": metadata})).hexdigest(),
+        "files": {name: asdict(file) for name, file in files.items()},
+        "metadata": metadata,
+        "measured": result.get("measured", {}),
+    }
+    # As it is read back: JSON makes strings of numbers that are keys.
+    manifest = json.loads(json.dumps(manifest))
+    manifest["checksum"] = _checksum(manifest)
+    with (partial / MANIFEST).open("w", encoding="utf-8") as stream:
+        json.dump(manifest, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _fsync(partial)
+
+
+def _checksum(manifest: JsonObject) -> str:
+    """Return the SHA-256 of what a manifest says, except for the checksum itself."""
+    content = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,169 @@
+"""Where things are in the store, and the locks that keep one process from removing what another one uses.
+
+store.py describes the layout. Its functions take directories of the store, wherever it is.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.lifetime import workers
+
+logger = logging.getLogger(__name__)
+
+# The file that says that a directory is a store.
+MARK = ".quantize-gemma-store"
+MANIFEST = "manifest.json"
+CURRENT = "current"
+# Names of unfinished work start with this, and names of unfinished downloads, which are continued, with that.
+PARTIAL = ".partial-"
+INCOMING = ".incoming-"
+LOCK = ".lock-"
+
+
+def current_generation(place: Path) -> Path:
+    """Return the generation of an artifact that counts; in a copy without links it has no name of its own."""
+    try:
+        return place / os.readlink(place / CURRENT)
+    except OSError:
+        return place / CURRENT
+
+
+def generations(place: Path) -> list[Path]:
+    """Return all generations of an artifact."""
+    try:
+        return [path for path in place.iterdir() if re.fullmatch("[0-9a-f]{8}", path.name)]
+    except OSError:
+        return []
+
+
+def artifact_places(root: Path) -> list[Path]:
+    """Return the directories of a store's artifacts: those whose manifest says that it belongs where it is."""
+    places = []
+    for manifest in root.glob(f"*/*/{MANIFEST}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            content = json.loads(manifest.read_text(encoding="utf-8"))
+            if (content["stage"], content["key"]) == (manifest.parent.parent.name, manifest.parent.name):
+                places.append(manifest.parent)
+    return places
+
+
+def lock_path(place: Path) -> Path:
+    """Return the file that is locked while an artifact is made or removed."""
+    return place.parent / f"{LOCK}{place.name[:16]}"
+
+
+@contextlib.contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Hold the lock of an artifact. The kernel releases it when the process dies, however it dies.
+
+    Raises:
+        StageFailed: The run was interrupted while it waited for another one.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with lock_path(place).open("w") as stream:
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if workers.stopping.is_set():
+                    raise StageFailed("the run was stopped while it waited for another one") from None
+                if not waiting:
+                    logger.info("%s: another run is computing the same result; waiting for it", place.parent.name)
+                waiting = True
+                time.sleep(0.1)
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Tell whether a process holds the lock on a file; no process does if there is no such file."""
+    if not path.exists():
+        return False
+    with path.open("r+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def lock_for_reading(manifest: Path) -> int | None:
+    """Return the descriptor of a shared lock on a manifest, or None if it is not there, or no longer."""
+    try:
+        lock = os.open(manifest, os.O_RDONLY)
+    except OSError:
+        return None
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    # Whoever removes a directory renames it while holding the lock.
+    if manifest.exists():
+        return lock
+    os.close(lock)
+    return None
+
+
+def remove(folder: Path, artifact_key: str) -> int | None:
+    """Remove an artifact or one generation of it, at once for readers, unless a process reads it.
+
+    Returns:
+        The bytes of the disk that this frees; None if a process reads it.
+    """
+    stage = folder.parent if folder.name == artifact_key else folder.parent.parent
+    aside = stage / f"{PARTIAL}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
+    with contextlib.ExitStack() as locks:
+        for manifest in {path.resolve() for path in (folder / MANIFEST, *folder.glob(f"*/{MANIFEST}"))}:
+            try:
+                stream = locks.enter_context(manifest.open("r+"))
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                return None
+        folder.rename(aside)
+    return delete(aside)
+
+
+def delete(folder: Path) -> int:
+    """Delete a directory; return the bytes that this frees: those of files that have no other name elsewhere."""
+    before = disk_usage(folder, only_here=True)
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    return before - disk_usage(folder, only_here=True)
+
+
+def disk_usage(folder: Path, only_here: bool = False) -> int:
+    """Return the bytes of the disk's blocks that a directory takes, each inode once, as `du` counts them.
+
+    What vanishes meanwhile counts as nothing.
+
+    Args:
+        folder: The directory.
+        only_here: Leave out files that also have names elsewhere.
+    """
+    names: dict[tuple[int, int], int] = {}
+    total = 0
+    pending = [folder]
+    while pending:
+        path = pending.pop()
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            inode = (status.st_dev, status.st_ino)
+            names[inode] = names.get(inode, 0) + 1
+            directory = stat.S_ISDIR(status.st_mode)
+            if names[inode] == (1 if directory or not only_here else status.st_nlink):
+                total += status.st_blocks * 512
+            if directory:
+                pending.extend(path.iterdir())
+    return total

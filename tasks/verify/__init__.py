@@ -1,0 +1,39 @@
+"""Verify: generate from model.pte in the C++ runner, and compare the program with its checkpoint.
+
+runner.py generates, long_prompts.py feeds prompts of every length, compare.py compares method by method.
+(Card sections: Mobile Inference, Exporting to ExecuTorch.)
+"""
+
+import json
+from pathlib import Path
+
+from quantize_gemma.tasks.models.checkpoint import is_multimodal
+from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.stage import Output, stage
+from quantize_gemma.tasks.verify.compare import compare
+from quantize_gemma.tasks.verify.runner import generate_from_image, generate_from_text
+
+
+@stage(memory=1.7)
+def verify(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_new_tokens: int) -> Output:
+    """Write verify.json: what the program generates from a text and an image, and how far it is from the checkpoint.
+
+    Raises:
+        StageFailed: The program generates nothing, fails at a prompt, or returns logits that are not finite.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    multimodal = is_multimodal(config.to_dict())
+    report_progress(0, 3, "runner")
+    generations = {"text": generate_from_text(program, checkpoint, multimodal, max_new_tokens)}
+    if multimodal:
+        generations["image"] = generate_from_image(program, checkpoint, max_new_tokens)
+    report_progress(1, 3, "comparing with the checkpoint")
+    agreement = compare(program, checkpoint, config, max_seq_len)
+    result = {
+        **{name: {"prompt": each.prompt, "response": each.response} for name, each in generations.items()},
+        "agreement": agreement.to_json(),
+    }
+    (target / "verify.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return {"metadata": result, "extra": {"speed": {name: each.speed for name, each in generations.items()}}}

@@ -1,0 +1,330 @@
+"""Compare a program with the checkpoint that it was exported from, method by method, by running both.
+
+They do not agree to the bit, and need not: int8 activations round differently, and one that falls on the other side of
+a rounding boundary moves all that follow. So every difference stands beside the activation-quantization baseline: the
+checkpoint with and without quantized activations. A wrong scale, cache or mask is further away than that.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
+from quantize_gemma.tasks.models.pte import PteProgram
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.verify.distances import (
+    absolute_difference,
+    kl_by_position,
+    mean_kl,
+    mean_nll,
+    same_argmax,
+    squared_error,
+)
+from quantize_gemma.tasks.verify.image_inputs import ImageInput, insert_image_features, make_image_input
+from quantize_gemma.tasks.verify.long_prompts import TEXT, AnsweredPrompt, answer_prompts, prompt_lengths
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# The distributions of so many first tokens are compared, and of so many at the end of the longest sequence.
+COMPARED_TOKENS = 128
+LAST_TOKENS = 8
+# So many are decoded one at a time, after as many at once.
+STEPS = 16
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Mean KL divergences from the checkpoint, in nats per token.
+
+    Attributes:
+        tokens: How many tokens the comparison is about.
+        kl_program: The program's.
+        kl_act_quant: The activation-quantization baseline: that of the checkpoint without quantized activations.
+    """
+
+    tokens: int
+    kl_program: float
+    kl_act_quant: float
+
+
+@dataclass(frozen=True)
+class ImageDivergence(Divergence):
+    """That of the text after an image.
+
+    Attributes:
+        kl_causal_image: What the program's causal mask makes of it: the model lets an image's tokens attend to each
+            other in both directions.
+    """
+
+    kl_causal_image: float
+
+
+@dataclass(frozen=True)
+class PromptDivergence(Divergence):
+    """That of the answers to prompts around the sliding window and to the longest prompt, each read in one chunk.
+
+    Attributes:
+        lengths: The prompts' lengths in tokens.
+        positions: The KL divergences at each position, by name: there are few, and how much they differ tells what
+            chance explains.
+        same_argmax: Share of positions with the same most likely token.
+    """
+
+    lengths: list[int]
+    positions: dict[str, list[float]]
+    same_argmax: float
+
+
+@dataclass(frozen=True)
+class VisionError:
+    """The vision encoder's distance from the checkpoint's.
+
+    Attributes:
+        images: How many images were encoded.
+        max: Largest absolute difference.
+        mean: Mean absolute difference.
+        error: Mean squared error over the mean square.
+        error_act_quant: The activation-quantization baseline's.
+    """
+
+    images: int
+    max: float
+    mean: float
+    error: float
+    error_act_quant: float
+
+
+@dataclass(frozen=True)
+class Agreement(Divergence):
+    """How far model.pte is from its checkpoint. What a text-only program does not have is None.
+
+    The first fields are those of the first COMPARED_TOKENS tokens of a text; `text_decoder` and `token_embedding` are
+    absolute differences, {"max", "mean"}, of logits and of embeddings; `nll_…` are nats per token.
+    """
+
+    same_argmax: float
+    nll_checkpoint: float
+    nll_program: float
+    text_decoder: dict[str, float]
+    last: Divergence
+    step_by_step: Divergence
+    prompts: PromptDivergence
+    token_embedding: dict[str, float] | None = None
+    vision_encoder: VisionError | None = None
+    image: ImageDivergence | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the agreement as metrics.json has it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _TextInput:
+    """A text of `max_seq_len` tokens, which begins with the longest prompt and its answer.
+
+    Attributes:
+        ids: Token ids, [1, tokens].
+        positions: The positions whose logits are compared.
+        in_answer: Which of `positions` choose the tokens of the longest prompt's answer, bool.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    in_answer: Tensor
+
+
+@dataclass(frozen=True)
+class _CheckpointOutputs:
+    """Logits, [positions, vocabulary], and the features of each image."""
+
+    text: Tensor
+    prompts: Tensor
+    features: list[Tensor]
+    image: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The checkpoint's outputs, those without quantized activations, and what only the former is asked for.
+
+    Attributes:
+        act_quant: Outputs with quantized activations, what the program is compared with.
+        no_act_quant: Outputs without.
+        embeddings: The text's token embeddings, [1, tokens, width].
+        bidirectional_image: Logits of the text after an image whose tokens attend in both directions.
+    """
+
+    act_quant: _CheckpointOutputs
+    no_act_quant: _CheckpointOutputs
+    embeddings: Tensor
+    bidirectional_image: Tensor | None
+
+
+def compare(program: Path, checkpoint: Path, config: PreTrainedConfig, max_seq_len: int) -> Agreement:
+    """Return how far `program`/model.pte is from the checkpoint.
+
+    Raises:
+        StageFailed: The C++ runner fails at a prompt, or logits are not finite.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    prompts = answer_prompts(program, checkpoint, prompt_lengths(config.get_text_config().sliding_window, max_seq_len))
+    text = _make_text_input(tokenizer, prompts[-1], max_seq_len)
+    image = make_image_input(checkpoint, config.image_token_id) if hasattr(config, "vision_config") else None
+    reference = _run_checkpoint(checkpoint, text, prompts[:-1], image)
+    gc.collect()  # The model's modules refer to themselves, and the program takes as much again.
+    agreement = _compare_outputs(PteProgram(program / "model.pte"), reference, text, prompts, image)
+    report = json.dumps(agreement.to_json())
+    if "NaN" in report or "Infinity" in report:
+        raise StageFailed(f"the logits of the checkpoint or of the program are not finite: {report}")
+    return agreement
+
+
+def _make_text_input(tokenizer: PreTrainedTokenizerBase, longest: AnsweredPrompt, max_seq_len: int) -> _TextInput:
+    import torch
+
+    words = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    # The longest prompt and its answer are part of the text, whose logits then do for both.
+    ids = torch.tensor([[*longest.ids, *longest.answer, *words][:max_seq_len]])
+    first, last = range(min(COMPARED_TOKENS, max_seq_len)), range(max_seq_len - LAST_TOKENS, max_seq_len)
+    positions = torch.tensor(sorted({*first, *last, *longest.answer_positions}))
+    return _TextInput(ids, positions, torch.isin(positions, torch.tensor(longest.answer_positions)))
+
+
+def _run_checkpoint(
+    checkpoint: Path, text: _TextInput, shorter: list[AnsweredPrompt], image: ImageInput | None
+) -> _Reference:
+    """Run the checkpoint in float32 with and without quantized activations."""
+    import torch
+
+    model = load_model(checkpoint, torch.float32)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(text.ids)
+        act_quant = _checkpoint_outputs(model, text, shorter, image)
+        bidirectional = None
+        if image is not None:
+            types = {"token_type_ids": image.is_image[None].long()}
+            bidirectional = _image_logits(model, image, act_quant.features[0], **types)
+        disable_activation_quantization(model)
+        no_act_quant = _checkpoint_outputs(model, text, shorter, image)
+    return _Reference(act_quant, no_act_quant, embeddings, bidirectional)
+
+
+def _checkpoint_outputs(
+    model: PreTrainedModel, text: _TextInput, shorter: list[AnsweredPrompt], image: ImageInput | None
+) -> _CheckpointOutputs:
+    import torch
+
+    logits = model(input_ids=text.ids, logits_to_keep=text.positions).logits[0].float()
+    prompts = torch.cat([*(_answer_logits(model, prompt) for prompt in shorter), logits[text.in_answer]])
+    if image is None:
+        return _CheckpointOutputs(logits, prompts, [])
+    features = [model.get_image_features(pixels) for pixels in image.pixel_values]
+    return _CheckpointOutputs(logits, prompts, features, _image_logits(model, image, features[0]))
+
+
+def _answer_logits(model: PreTrainedModel, prompt: AnsweredPrompt) -> Tensor:
+    """Return the checkpoint's logits for each token of the answer, [tokens, vocabulary]."""
+    import torch
+
+    ids = torch.tensor([prompt.ids + prompt.answer[:-1]])
+    logits: Tensor = model(input_ids=ids, logits_to_keep=torch.tensor(prompt.answer_positions)).logits[0].float()
+    return logits
+
+
+def _image_logits(model: PreTrainedModel, image: ImageInput, features: Tensor, **inputs: Tensor) -> Tensor:
+    """Return the logits at the positions of text. The features are passed in, for encoding takes most of the time."""
+    embeddings = model.get_input_embeddings()(image.ids.masked_fill(image.is_image, 0))
+    merged = insert_image_features(features, embeddings, image.is_image)
+    logits: Tensor = model(inputs_embeds=merged, logits_to_keep=image.text_positions, **inputs).logits[0].float()
+    return logits
+
+
+def _compare_outputs(
+    program: PteProgram,
+    reference: _Reference,
+    text: _TextInput,
+    prompts: list[AnsweredPrompt],
+    image: ImageInput | None,
+) -> Agreement:
+    """Run the program on what the checkpoint was run on."""
+    eager, baseline = reference.act_quant, reference.no_act_quant
+    ids = text.ids
+    first, length = min(COMPARED_TOKENS, ids.shape[1]), ids.shape[1]
+    logits = program.decode(program.embed_tokens(ids), {int(position) for position in text.positions})
+    steps = program.decode(program.embed_tokens(ids[:, : 2 * STEPS]), set(range(STEPS, 2 * STEPS)))
+    stepped, last = slice(STEPS, 2 * STEPS), slice(-LAST_TOKENS, None)
+    vision_encoder, after_image = _compare_image(program, reference, image) if image else (None, None)
+    return Agreement(
+        tokens=first,
+        kl_program=mean_kl(eager.text[:first], logits[:first]),
+        kl_act_quant=mean_kl(eager.text[:first], baseline.text[:first]),
+        same_argmax=same_argmax(eager.text, logits),
+        nll_checkpoint=mean_nll(eager.text[:first], ids[0, :first]),
+        nll_program=mean_nll(logits[:first], ids[0, :first]),
+        text_decoder=absolute_difference(eager.text, logits),
+        last=_diverge(length, eager.text[last], logits[last], baseline.text[last]),
+        step_by_step=_diverge(STEPS, eager.text[stepped], steps, baseline.text[stepped]),
+        prompts=_compare_prompts(reference, prompts),
+        token_embedding=absolute_difference(reference.embeddings, program.embed_tokens(ids)) if image else None,
+        vision_encoder=vision_encoder,
+        image=after_image,
+    )
+
+
+def _diverge(tokens: int, eager: Tensor, logits: Tensor, baseline: Tensor) -> Divergence:
+    return Divergence(tokens, mean_kl(eager, logits), mean_kl(eager, baseline))
+
+
+def _compare_prompts(reference: _Reference, prompts: list[AnsweredPrompt]) -> PromptDivergence:
+    import torch
+
+    eager, baseline = reference.act_quant.prompts, reference.no_act_quant.prompts
+    logits = torch.cat([prompt.logits for prompt in prompts])
+    return PromptDivergence(
+        tokens=len(logits),
+        kl_program=mean_kl(eager, logits),
+        kl_act_quant=mean_kl(eager, baseline),
+        lengths=[len(prompt.ids) for prompt in prompts],
+        positions={"kl_program": kl_by_position(eager, logits), "kl_act_quant": kl_by_position(eager, baseline)},
+        same_argmax=same_argmax(eager, logits),
+    )
+
+
+def _compare_image(
+    program: PteProgram, reference: _Reference, image: ImageInput
+) -> tuple[VisionError, ImageDivergence]:
+    eager, baseline = reference.act_quant, reference.no_act_quant
+    assert eager.image is not None
+    assert baseline.image is not None
+    assert reference.bidirectional_image is not None
+    features = [program.encode_image(pixels) for pixels in image.pixel_values]
+    embeddings = insert_image_features(features[0], program.embed_tokens(image.ids), image.is_image)
+    logits = program.decode(embeddings, set(image.text_positions.tolist()))
+    flat = [_flatten(each) for each in (eager.features, features, baseline.features)]
+    vision_encoder = VisionError(
+        images=len(features),
+        **absolute_difference(flat[0], flat[1]),
+        error=squared_error(flat[0], flat[1]),
+        error_act_quant=squared_error(flat[0], flat[2]),
+    )
+    after_image = ImageDivergence(
+        tokens=len(image.is_image),
+        kl_program=mean_kl(eager.image, logits),
+        kl_act_quant=mean_kl(eager.image, baseline.image),
+        kl_causal_image=mean_kl(reference.bidirectional_image, eager.image),
+    )
+    return vision_encoder, after_image
+
+
+def _flatten(features: list[Tensor]) -> Tensor:
+    import torch
+
+    return torch.cat([each.float().flatten() for each in features])

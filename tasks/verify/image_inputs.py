@@ -1,0 +1,67 @@
+"""A prompt about an image, as tokens, pixels and embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import ProcessorMixin
+
+IMAGE_PROMPT = "What colour is this?"
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """A prompt about an image.
+
+    Attributes:
+        ids: Token ids, [1, tokens].
+        is_image: Which of the tokens stand for the image, bool, [tokens].
+        pixel_values: Three images, [1, channels, height, width] each: the prompt's, one of one color, and random
+            pixels. The prompt uses the first only.
+    """
+
+    ids: Tensor
+    is_image: Tensor
+    pixel_values: list[Tensor]
+
+    @property
+    def text_positions(self) -> Tensor:
+        """The positions of the tokens that are text."""
+        return (~self.is_image).nonzero()[:, 0]
+
+
+def make_image_input(checkpoint: Path, image_token_id: int) -> ImageInput:
+    """Return the checkpoint's inputs for IMAGE_PROMPT and a picture of the Mandelbrot set."""
+    import torch
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    prompt = format_image_prompt(processor)
+    image = Image.effect_mandelbrot((256, 192), (-2, -1.2, 1, 1.2), 40).convert("RGB")
+    # The template may have written the BOS token already.
+    has_bos = prompt.startswith(processor.tokenizer.bos_token)
+    inputs = processor(text=prompt, images=image, add_special_tokens=not has_bos, return_tensors="pt")
+    pixels: Tensor = inputs["pixel_values"]
+    random = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids: Tensor = inputs["input_ids"]
+    return ImageInput(ids, ids[0] == image_token_id, [pixels, torch.full_like(pixels, 0.25), random])
+
+
+def format_image_prompt(processor: ProcessorMixin) -> str:
+    """Return IMAGE_PROMPT after an image, in the chat template if there is one."""
+    if not (processor.chat_template or processor.tokenizer.chat_template):
+        return f"{processor.boi_token}{IMAGE_PROMPT}"
+    content = [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]
+    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+
+
+def insert_image_features(features: Tensor, embeddings: Tensor, is_image: Tensor) -> Tensor:
+    """Return a copy of `embeddings`, [1, tokens, width], with an image's features where `is_image` is true."""
+    merged = embeddings.clone()
+    merged[0, is_image] = features.reshape(-1, embeddings.shape[-1])
+    return merged

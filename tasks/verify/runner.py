@@ -1,0 +1,151 @@
+"""Generate from a program in ExecuTorch's C++ runner, which phone apps use, and measure its speed and memory."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize_gemma.tasks.models.chat import TEXT_PROMPT, has_chat_template
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.verify.image_inputs import IMAGE_PROMPT, format_image_prompt
+
+if TYPE_CHECKING:
+    from executorch.extension.llm.runner import Stats
+    from torch import Tensor
+
+# RGB; IMAGE_PROMPT asks for it.
+IMAGE_COLOR = (30, 50, 220)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A greedy response, and the runner's tokens per second and peak memory in bytes."""
+
+    prompt: str
+    response: str
+    speed: dict[str, float]
+
+
+def generate_from_text(program: Path, checkpoint: Path, multimodal: bool, max_new_tokens: int) -> Generation:
+    """Generate from the card's prompt, in the chat template if the checkpoint has one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = TEXT_PROMPT
+    if has_chat_template(tokenizer):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": TEXT_PROMPT}], add_generation_prompt=True, tokenize=False
+        )
+    return _generate(program, checkpoint, TEXT_PROMPT, [text], multimodal, max_new_tokens)
+
+
+def generate_from_image(program: Path, checkpoint: Path, max_new_tokens: int) -> Generation:
+    """Generate from an image of one color and the question for its color."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    image = Image.new("RGB", (256, 192), IMAGE_COLOR)
+    before, after = format_image_prompt(processor).split(processor.boi_token)
+    pixel_values: Tensor = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    segments: list[str | Tensor] = [
+        f"{before}\n\n{processor.boi_token}",
+        pixel_values,
+        f"{processor.tokenizer.eoi_token}\n\n{after}",
+    ]
+    return _generate(program, checkpoint, IMAGE_PROMPT, segments, True, max_new_tokens)
+
+
+def _generate(
+    program: Path, checkpoint: Path, prompt: str, segments: list[str | Tensor], multimodal: bool, max_new_tokens: int
+) -> Generation:
+    """Run run_program() in its own process, whose memory is the program's and nothing else's.
+
+    `segments` are the prompt as the model reads it: text, and images as pixels.
+    """
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        serialized = []
+        for number, segment in enumerate(segments):
+            if isinstance(segment, str):
+                serialized.append({"text": segment})
+            else:
+                path = f"{folder}/{number}.safetensors"
+                save_file({"pixels": segment.contiguous()}, path)
+                serialized.append({"pixels": path})
+        arguments = {
+            "program": str(program / "model.pte"),
+            "tokenizer": str(checkpoint / "tokenizer.json"),
+            "segments": serialized,
+            "multimodal": multimodal,
+            "max_new_tokens": max_new_tokens,
+        }
+        result = worker.run("quantize_gemma.tasks.verify.runner:run_program", arguments, lambda *_: None, None)
+    if not result["response"]:
+        raise StageFailed(f"the program generates nothing from {prompt!r}")
+    speed = {**result["speed"], "peak_rss_bytes": result["measured"]["peak_rss_bytes"]}
+    return Generation(prompt, result["response"], speed)
+
+
+def run_program(
+    program: str, tokenizer: str, segments: list[dict[str, str]], multimodal: bool, max_new_tokens: int
+) -> dict[str, Any]:
+    """Generate with the C++ runner, in this process.
+
+    Args:
+        program: Path of the .pte file.
+        tokenizer: Path of tokenizer.json.
+        segments: The prompt, each segment {"text": …} or {"pixels": path of a safetensors file}. No BOS token is added
+            to a text that starts with one.
+        multimodal: Whether the program takes images.
+        max_new_tokens: The most tokens to generate.
+
+    Returns:
+        {"response": text without stop tokens, "speed": see _speed()}.
+    """
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
+    import executorch.kernels.quantized  # noqa: F401 (registers operators)
+    from executorch.extension.llm.runner import (
+        GenerationConfig,
+        MultimodalRunner,
+        TextLLMRunner,
+        make_image_input,
+        make_text_input,
+    )
+    from safetensors.torch import load_file
+
+    num_bos = 0 if segments[0]["text"].startswith(GEMMA3.bos_token) else 1
+    config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0, echo=False, num_bos=num_bos)
+    tokens: list[str] = []
+    stats: list[Stats] = []
+    if multimodal:
+        inputs = [
+            make_text_input(segment["text"])
+            if "text" in segment
+            else make_image_input(load_file(segment["pixels"])["pixels"])
+            for segment in segments
+        ]
+        MultimodalRunner(program, tokenizer).generate(inputs, config, tokens.append, stats.append)
+    else:
+        TextLLMRunner(program, tokenizer).generate(segments[0]["text"], config, tokens.append, stats.append)
+    response = "".join(tokens)
+    for token in GEMMA3.stop_tokens:
+        response = response.replace(token, "")
+    response = response.strip()
+    return {"response": response, "speed": _speed(stats[-1])}
+
+
+def _speed(stats: Stats) -> dict[str, float]:
+    prefill = max(stats.prompt_eval_end_ms - stats.inference_start_ms, 1) / 1000
+    decode = max(stats.inference_end_ms - stats.prompt_eval_end_ms, 1) / 1000
+    return {
+        "prompt_tokens": stats.num_prompt_tokens,
+        "generated_tokens": stats.num_generated_tokens,
+        "prefill_tokens_per_second": round(stats.num_prompt_tokens / prefill, 1),
+        "decode_tokens_per_second": round(stats.num_generated_tokens / decode, 1),
+    }

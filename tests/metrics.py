@@ -1,0 +1,85 @@
+"""The metrics of a made-up run, for tests that need no release."""
+
+import copy
+from typing import Any
+
+from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics
+
+SCORE = {"accuracy": 0.9, "stderr": 0.01}
+MMLU = {
+    **SCORE,
+    "task": "mmlu",
+    "task_version": "2",
+    "num_fewshot": 0,
+    "questions": 14042,
+    "categories": {"stem": SCORE},
+    "subjects": {"anatomy": {**SCORE, "questions": 4}},
+    "device": "cpu",
+    "limit": None,
+}
+RESPONSE = {"prompt": "Hey?", "response": "Hello."}
+SAMPLE = {
+    **SCORE,
+    "questions": 100,
+    "checkpoint": SCORE,
+    "no_act_quant": SCORE,
+    "agreement": 1.0,
+    "agreement_act_quant": 1.0,
+    "differing": {"both": 0, "first": 0, "second": 0, "neither": 100},
+    "disagreements": [],
+}
+METRICS: dict[str, Any] = {
+    "schema_version": 1,
+    "base_model": "team/tiny",
+    "base_revision": "a" * 40,
+    "license": {"license": "gemma"},
+    "fixture_model": False,
+    "benchmark": "cais/mmlu",
+    "benchmark_revision": "c" * 40,
+    "fixture_benchmark": False,
+    "chartqa": None,
+    "recipe": "HQQ-INT8-INT4",
+    "recipe_hash": "b" * 64,
+    "max_seq_len": 1024,
+    "run_id": "c0ffee",
+    "commands": {"run": "quantize-gemma run", "mmlu": "lm_eval --tasks mmlu"},
+    "versions": {"lm-eval": "0.4.13", "torch": "2", "torchao": "0", "transformers": "5", "optimum-executorch": "1"},
+    "loads_in": [],
+    "pairs": {"mmlu": {"both": 90, "first": 0, "second": 0, "neither": 10}},
+    "base": {"bytes": 1000, "mmlu": MMLU, "chartqa": None},
+    "quantized": {
+        "bytes": 500,
+        "weight_error": {"linear": 0.01},
+        "smoke": {**RESPONSE, "chat_template": True, "new_tokens": 2, "max_new_tokens": 64},
+        "mmlu": MMLU,
+        "chartqa": None,
+    },
+    "program": {
+        "bytes": 400,
+        "task": "text-generation",
+        "backend": "xnnpack",
+        "dtype": "float32",
+        "custom_sdpa": True,
+        "custom_kv_cache": True,
+        "last_logits_only": True,
+        "delegation": {"forward": {"xnnpack": {"linear": 22}, "custom": {}, "portable": {}}},
+        "text": RESPONSE,
+        "image": None,
+        "agreement": {"kl_program": 0.0, "kl_act_quant": 0.03, "tokens": 128},
+        "speed": {},
+        "mmlu": SAMPLE,
+        "chartqa": None,
+    },
+    "stages": {"quantize": {"seconds": 1.5, "peak_rss_bytes": 10, "bytes": 500}},
+    "gate": {"passed": True, "low_confidence": False, "limits": {}, "checks": []},
+}
+
+
+def example_json() -> dict[str, Any]:
+    """Return a metrics.json that a test may change."""
+    return copy.deepcopy(METRICS)
+
+
+def example_metrics() -> Metrics:
+    """Return the same as dataclasses."""
+    return parse_metrics(METRICS)

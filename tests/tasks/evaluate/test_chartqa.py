@@ -1,0 +1,262 @@
+"""Our ChartQA evaluation gives the texts of lm-eval's own multimodal model, and the scores of the card's protocol."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.evaluate.chartqa import is_normalized_correct, is_relaxed_correct
+from quantize_gemma.tasks.models.recipe import load_recipe
+from quantize_gemma.tasks.quantize import quantize
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.untie import untie
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
+CHARTS = BUILTIN_BENCHMARKS["chartqa-mini"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    untied, quantized = tmp_path_factory.mktemp("untied"), tmp_path_factory.mktemp("quantized")
+    untie(untied, BUILTIN["tiny-gemma3"])
+    quantize(quantized, untied, load_recipe("HQQ-INT8-INT4").to_json(), "cpu")
+    return {"base": BUILTIN["tiny-gemma3"], "quantized": quantized}
+
+
+def in_its_process(function: str, monkeypatch: pytest.MonkeyPatch, /, **arguments: Any) -> dict[str, Any]:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return worker.run(function, arguments, lambda *_: None, None)
+
+
+def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None) -> dict[str, Any]:
+    """Evaluates as the stage does, on the built-in ChartQA."""
+    target.mkdir(exist_ok=True)
+    paths = {"checkpoint": str(checkpoint), "dataset": str(CHARTS)}
+    values = {"device": "cpu", "limit": limit}
+    call = {"function": "quantize_gemma.tasks.evaluate.chartqa:evaluate_chartqa", "target": str(target), "paths": paths}
+    return in_its_process("quantize_gemma.tasks.runtime.worker_main:call", monkeypatch, **call, values=values)
+
+
+def evaluate_with_lm_eval(checkpoint: str, dataset: str, limit: int) -> dict[str, Any]:
+    """Runs lm-eval's own multimodal model, with its own prompts, batches and `generate`, on our task."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+
+    from quantize_gemma.tasks.evaluate.chartqa import SYSTEM_PROMPT, make_chartqa_task
+
+    class Library(HFMultimodalLM):
+        def apply_chat_template(self, *arguments: Any, **keywords: Any) -> str:
+            # It would get a second one from the tokenizer; lmms-eval's model gets one.
+            return super().apply_chat_template(*arguments, **keywords).removeprefix("<bos>")
+
+    model = Library(checkpoint, device="cpu", dtype="bfloat16", batch_size=1)
+    output = simple_evaluate(
+        model,
+        tasks=[make_chartqa_task(Path(dataset), limit)],
+        apply_chat_template=True,
+        system_instruction=SYSTEM_PROMPT,
+        log_samples=True,
+    )
+    assert output is not None
+    samples = {sample["doc"]["number"]: sample for sample in output["samples"]["chartqa"]}
+    return {
+        "prompt": samples[0]["arguments"][0][0],
+        "answers": [samples[number]["filtered_resps"][0] for number in sorted(samples)],
+        "results": {name: value for name, value in output["results"]["chartqa"].items() if "," in name},
+    }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["base", "quantized"])
+def test_answers_and_scores_are_those_of_lm_evals_own_model(
+    name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = f"{evaluate_with_lm_eval.__module__}:{evaluate_with_lm_eval.__name__}"
+    paths = {"checkpoint": str(checkpoints[name]), "dataset": str(CHARTS)}
+    theirs = in_its_process(reference, monkeypatch, **paths, limit=12)
+    evaluated(checkpoints[name], tmp_path / "ours", monkeypatch, 12)
+    samples = [json.loads(line) for line in (tmp_path / "ours" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["answer"] for sample in samples] == theirs["answers"]
+    results = json.loads((tmp_path / "ours" / "results.json").read_text())
+    for part, score in results["relaxed_accuracy"].items():
+        assert score["accuracy"] == theirs["results"][f"relaxed_{part},none"]
+        assert score["stderr"] == theirs["results"][f"relaxed_{part}_stderr,none"]
+    assert theirs["prompt"] == (
+        "<start_of_turn>user\nYou are a helpful assistant.\n\n<start_of_image>What is the colour of the highest bar?\n"
+        "Answer the question with a single word.<end_of_turn>\n<start_of_turn>model\n"
+    )
+    # Neither nothing nor everything: the row can rise and fall.
+    assert 0.5 < results["relaxed_accuracy"]["overall"]["accuracy"] < 1
+
+
+def test_results_are_those_of_the_samples_with_standard_errors(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = evaluated(checkpoints["base"], tmp_path, monkeypatch, 6)
+    results = json.loads((tmp_path / "results.json").read_text())
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["kind"] for sample in samples] == ["human"] * 6 + ["augmented"] * 6
+    assert {name: results[name] for name in ("task", "questions", "device", "limit")} == {
+        "task": "chartqa",
+        "questions": 12,
+        "device": "cpu",
+        "limit": 6,
+    }
+    for name, field in (("relaxed_accuracy", "relaxed"), ("normalized", "normalized")):
+        assert list(results[name]) == ["overall", "human", "augmented"]
+        for part, score in results[name].items():
+            right = [sample[field] for sample in samples if part in ("overall", sample["kind"])]
+            share = sum(right) / len(right)
+            assert score["questions"] == len(right)
+            assert score["accuracy"] == pytest.approx(share)
+            assert score["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (len(right) - 1)))
+    accuracy = results["relaxed_accuracy"]["overall"]["accuracy"]
+    assert made["metadata"] == {"accuracy": accuracy, "questions": 12}
+
+
+def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_standard_error(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    from quantize_gemma.tasks.evaluate.chartqa import score_responses
+
+    rows = pyarrow.parquet.read_table(CHARTS / "data" / "test-00000-of-00001.parquet")
+    (tmp_path / "data").mkdir()
+    for number, part in enumerate((rows.slice(0, 3), rows.slice(3, 2))):
+        pyarrow.parquet.write_table(part, tmp_path / "data" / f"test-0000{number}-of-00002.parquet")
+    labels = [label[0] for label in rows["label"].to_pylist()]
+
+    def answer(numbers: list[int]) -> list[str]:
+        return [labels[number] if number % 2 else f"{labels[number]}." for number in numbers]
+
+    results, samples = score_responses(answer, tmp_path, None)
+    # "red." and "blue." are wrong, "No" and "Wed" right, and "4." is the number 4.
+    right = {"accuracy": 0.6, "stderr": pytest.approx(math.sqrt(0.6 * 0.4 / 4)), "questions": 5}
+    assert results["relaxed_accuracy"] == {"overall": right, "human": right}
+    assert results["normalized"]["overall"] == {"accuracy": 1.0, "stderr": 0.0, "questions": 5}
+    assert [sample["query"] for sample in samples] == rows["query"].to_pylist()[:5]
+    results, _ = score_responses(answer, tmp_path, 1)
+    assert results["relaxed_accuracy"]["human"] == {"accuracy": 0.0, "stderr": None, "questions": 1}
+
+
+def generate_alone_and_in_a_row(checkpoint: str, dataset: str, numbers: list[int]) -> dict[str, Any]:
+    """Answers the questions backwards, one by one, then as they come, and counts how often an image is encoded."""
+    from transformers import SiglipVisionModel
+
+    from quantize_gemma.tasks.evaluate.chartqa import load_chartqa_scorer
+
+    answer = load_chartqa_scorer(checkpoint, dataset, "cpu")
+    alone = [answer([number])[0] for number in reversed(numbers)][::-1]
+    encodings = []
+    forward = SiglipVisionModel.forward
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        encodings.append(1)
+        return forward(*arguments, **keywords)
+
+    SiglipVisionModel.forward = counted
+    return {"alone": alone, "in a row": answer(numbers), "encodings": len(encodings)}
+
+
+def test_a_response_depends_on_no_other_request_and_an_image_is_encoded_once(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 5 is the last one of those before; 0, 1 and 44 are about one image, 3 is about another.
+    paths = {"checkpoint": str(checkpoints["quantized"]), "dataset": str(CHARTS), "numbers": [5, 0, 1, 44, 3]}
+    made = in_its_process(f"{__name__}:generate_alone_and_in_a_row", monkeypatch, **paths)
+    assert made["alone"] == made["in a row"]
+    assert len(set(made["alone"])) > 1
+    assert made["encodings"] == 2
+
+
+def test_a_base_model_without_chat_template_gets_image_and_question(
+    tiny_copy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tiny_copy()
+    (checkpoint / "chat_template.jinja").unlink()
+    prompt = in_its_process(f"{__name__}:prompt_of", monkeypatch, checkpoint=str(checkpoint))["prompt"]
+    assert prompt == "<start_of_image>How many?\nAnswer the question with a single word."
+
+
+def prompt_of(checkpoint: str) -> dict[str, Any]:
+    from quantize_gemma.tasks.evaluate.chartqa import make_messages
+    from quantize_gemma.tasks.evaluate.chartqa_model import ChartQALM
+
+    return {"prompt": ChartQALM(Path(checkpoint), "cpu").prompt(make_messages("How many?"))}
+
+
+def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((BUILTIN["tiny-gemma3"] / "config.json").read_text())["text_config"]
+    config["architectures"] = ["Gemma3ForCausalLM"]
+    checkpoint = tmp_path / "text-only"
+    shutil.copytree(BUILTIN["tiny-gemma3"], checkpoint)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="text-only checkpoint: it cannot be evaluated on ChartQA"):
+        evaluated(checkpoint, tmp_path / "target", monkeypatch, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "official", "normalized"),
+    [
+        ("red", "red", True, True),
+        ("Red", "red", True, True),
+        ("green", "red", False, False),
+        ("", "red", False, False),
+        # Five per cent of the label, the ends included, on both sides of it.
+        ("42", "40", True, True),
+        ("38", "40", True, True),
+        ("42.1", "40", False, False),
+        ("37.9", "40", False, False),
+        ("-40", "40", False, False),
+        ("-41", "-40", True, True),
+        (" 40 ", "40", True, True),
+        ("4e1", "40", True, True),
+        # What ends in % is a fraction.
+        ("25%", "25%", True, True),
+        ("0.25", "25%", True, True),
+        ("25%", "0.25", True, True),
+        ("25", "25%", False, True),
+        ("25%", "25", False, True),
+        ("25 %", "25%", True, True),
+        ("0.25%", "25%", False, False),
+        ("%", "25%", False, False),
+        # A label that is 0 is text.
+        ("0", "0", True, True),
+        ("0.0", "0", False, True),
+        ("0.01", "0", False, False),
+        ("0%", "0", False, True),
+        ("nan", "nan", False, True),
+        # Form alone.
+        ("Yes.", "Yes", False, True),
+        ("**Yes**", "yes", False, True),
+        ('"Tea"', "Tea", False, True),
+        ("Yes, it is", "Yes", False, False),
+        ("red\n", "red", False, True),
+        ("40.", "40", True, True),
+        ("two", "2", False, True),
+        ("Twelve.", "12", False, True),
+        ("2", "two", False, True),
+        ("two", "3", False, False),
+        ("1,000", "1000", False, True),
+        ("1,234,567.5", "1234567.5", False, True),
+        ("1,00", "100", False, False),
+        ("$4.5", "4.5", False, True),
+        ("-$4.5", "-4.5", False, True),
+        ("€ 1,000.", "1000", False, True),
+        (".5", "0.5", True, True),
+        ("(62%)", "62%", False, True),
+        ("−3", "-3", False, True),
+        ("Q1 - Q2", "Q1 - Q2", True, True),
+        ("9", "$9", False, True),
+        ("", "?", False, False),
+    ],
+)
+def test_a_score_is_the_one_by_hand(answer: str, label: str, official: bool, normalized: bool) -> None:
+    assert is_relaxed_correct(answer, label) is official
+    assert is_normalized_correct(answer, label) is normalized

@@ -1,0 +1,250 @@
+"""The program answers lm-eval as the checkpoint that it was made from, and another one's does not."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize_gemma.tasks.builtin import BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.evaluate.program import draw_sample, summarize
+from quantize_gemma.tasks.runtime import worker
+from tests.conftest import CommandLine, Outcome
+from tests.flows.test_run import artifact, metrics_of, swap_rows_of_release
+
+# lm-eval hands transformers the configuration that it has just read from the same checkpoint.
+pytestmark = pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def release(released: Outcome) -> Path:
+    return Path(released.summary["release"])
+
+
+@pytest.fixture(scope="module")
+def model(release: Path) -> Any:
+    from quantize_gemma.tasks.evaluate.program_lm import ProgramLM
+
+    return ProgramLM(release, release)
+
+
+def requests(lengths: list[int], continuations: list[int]) -> list[Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(10, 2048, (count,), generator=generator).tolist()
+
+    contexts = [tokens(length) for length in lengths]
+    return [(None, context, tokens(n)) for context in contexts for n in continuations]
+
+
+def alone(release: Path, asked: list[Any]) -> list[Any]:
+    """Answers each request with a program that was just loaded."""
+    import torch
+
+    from quantize_gemma.tasks.models.pte import PteProgram
+
+    answers = []
+    for _, context, continuation in asked:
+        program = PteProgram(release / "model.pte")
+        ids = torch.tensor([context + continuation])
+        positions = set(range(len(context) - 1, ids.shape[1] - 1))
+        logs = torch.log_softmax(program.decode(program.embed_tokens(ids[:, :-1]), positions), -1)
+        scores = [float(logs[place, token]) for place, token in enumerate(continuation)]
+        answers.append((sum(scores), bool((logs.argmax(-1) == torch.tensor(continuation)).all())))
+    return answers
+
+
+def test_a_request_does_not_affect_the_next_ones(model: Any, release: Path) -> None:
+    """Long and short in turn, on both sides of the sliding window (64)."""
+    asked = requests([300, 5, 130, 63, 64, 1, 200, 127, 31], [1, 3])
+    answers = model._loglikelihood_tokens(asked)
+    for (score, greedy), (expected, as_greedy) in zip(answers, alone(release, asked), strict=True):
+        assert score == pytest.approx(expected, abs=1e-4)
+        assert greedy == as_greedy
+    assert model._loglikelihood_tokens(asked) == answers
+    assert model._loglikelihood_tokens(asked[::-1]) == answers[::-1]
+
+
+def test_choices_of_the_same_question_share_one_prefill(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = requests([40, 50], [1, 1, 1, 1])
+    read: list[int] = []
+    decode = model.program.decode
+
+    def counted(inputs: Any, positions: set[int]) -> Any:
+        read.append(inputs.shape[1])
+        return decode(inputs, positions)
+
+    monkeypatch.setattr(model.program, "decode", counted)
+    answers = model._loglikelihood_tokens(asked)
+    assert read == [40, 50]
+    assert answers == [model._loglikelihood_tokens([one])[0] for one in asked]
+
+
+def test_too_long_a_request_is_truncated_on_the_left_as_in_lm_eval(model: Any) -> None:
+    (long,) = requests([1100], [2])
+    assert model.program.max_seq_len == 1024
+    cut = (None, long[1][-1023:], long[2])
+    assert model._loglikelihood_tokens([long]) == model._loglikelihood_tokens([cut])
+
+
+def test_text_becomes_the_tokens_that_the_checkpoint_gets(model: Any, release: Path) -> None:
+    from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
+
+    packed = PackedLM(release, "cpu", "auto")
+    pairs = [("The answer is", " A"), ("A space goes to the answer: ", "A"), ("<bos>There already", " yes")]
+    for pair in pairs:
+        assert model._encode_pair(*pair) == packed._encode_pair(*pair)
+        assert model._encode_pair(*pair)[0][0] == model.tokenizer.bos_token_id
+    assert model.prefix_token_id == packed.prefix_token_id
+    assert model.eot_token_id == packed.eot_token_id
+
+
+def test_the_reference_is_the_checkpoint_in_float32_with_activations_that_are_not_quantized(release: Path) -> None:
+    import torch
+
+    from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
+    from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
+
+    asked = requests([40, 90], [1, 2])
+    eager = load_model(release, torch.float32)
+    disable_activation_quantization(eager)
+    answers = PackedLM(release, "cpu", "auto", no_act_quant=True)._loglikelihood_tokens(asked)
+    for (_, context, continuation), (score, _) in zip(asked, answers, strict=True):
+        with torch.no_grad():
+            logs = torch.log_softmax(eager(torch.tensor([context + continuation])).logits[0], -1)
+        scores = [float(logs[len(context) - 1 + place, token]) for place, token in enumerate(continuation)]
+        assert score == pytest.approx(sum(scores), abs=1e-4)
+
+
+def test_a_scorer_returns_what_the_model_returns(release: Path, model: Any) -> None:
+    from quantize_gemma.tasks.evaluate.program_lm import load_program_scorer
+
+    answer = load_program_scorer(str(release), str(release))
+    found = answer([["The answer is", " A"], ["The answer is", " B"], ["", "A river"]])
+    tokens = [(None, *model._encode_pair("The answer is", f" {letter}")) for letter in "AB"]
+    assert json.loads(json.dumps(found)) == found
+    assert found[:2] == [list(one) for one in model._loglikelihood_tokens(tokens)]
+    assert found[2][0] < 0
+
+
+def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_the_sample(
+    released: Outcome, command_line: CommandLine
+) -> None:
+    measured = metrics_of(released)["program"]["mmlu"]
+    assert measured["questions"] == 100
+    assert measured["agreement"] == measured["agreement_act_quant"] == 1.0
+    assert measured["accuracy"] == measured["checkpoint"]["accuracy"] == measured["no_act_quant"]["accuracy"] == 1.0
+    assert measured["disagreements"] == []
+    folder = artifact(command_line, released, "evaluate_program") / "data"
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    whole = artifact(command_line, released, "evaluate_mmlu_quantized") / "data" / "samples.jsonl"
+    known = {(row["subject"], row["doc_id"]): row for row in map(json.loads, whole.read_text().splitlines())}
+    assert len({(row["subject"], row["doc_id"]) for row in rows}) == 100
+    for row in rows:
+        assert row["checkpoint"] == known[row["subject"], row["doc_id"]]["loglikelihoods"]
+        # Float32 beside bfloat16, and other kernels: close, not equal.
+        assert row["program"] == pytest.approx(row["checkpoint"], abs=2.0)
+        assert row["program"] != row["checkpoint"]
+        assert row["no_act_quant"] != row["checkpoint"]
+
+
+@pytest.mark.long
+def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
+    released: Outcome, command_line: CommandLine, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantize_gemma.tasks.gate.checks import GateRefused, judge, require_pass
+    from quantize_gemma.tasks.models.metrics import parse_metrics
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    damaged = swap_rows_of_release(release, tmp_path / "damaged", "language_model.model.layers.1.mlp.up_proj")
+    target, results = tmp_path / "program", tmp_path / "results"
+
+    def work(function: str, target: Path, paths: dict[str, Path], **values: Any) -> None:
+        target.mkdir()
+        given = {name: str(path) for name, path in paths.items()}
+        call = {"function": function, "target": str(target), "paths": given, "values": values}
+        worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None)
+
+    shape = {"max_seq_len": 128, "last_logits_only": True}
+    work("quantize_gemma.tasks.export:export", target, {"checkpoint": damaged}, **shape)
+    evaluation = artifact(command_line, released, "evaluate_mmlu_quantized") / "data"
+    paths = {"checkpoint": release, "program": target, "dataset": BUILTIN_BENCHMARKS["mmlu-mini"]}
+    work(
+        "quantize_gemma.tasks.evaluate.program:evaluate_program",
+        results,
+        {**paths, "evaluation": evaluation},
+        sample_size=40,
+    )
+    measured = json.loads((results / "results.json").read_text())
+    assert measured["questions"] == 40
+    assert measured["checkpoint"]["accuracy"] == measured["agreement_act_quant"] == 1.0
+    assert measured["accuracy"] == measured["agreement"] <= 0.7
+    assert len(measured["disagreements"]) == round(40 * (1 - measured["agreement"]))
+    shown = measured["disagreements"][0]
+    assert shown["program"]["answer"] != shown["checkpoint"]["answer"] == shown["target"]
+    assert shown["program"]["margin"] > 0
+    metrics = metrics_of(released)
+    metrics["program"]["mmlu"] = measured
+    parsed = parse_metrics(metrics)
+    assert parsed.program.mmlu is not None
+    verdict = judge(parsed.pairs, parsed.program.mmlu.differing, parsed.program.agreement, parsed.gate.limits)
+    with pytest.raises(GateRefused, match="the program") as refused:
+        require_pass(replace(parsed, gate=verdict), [])
+    failed = [check.name for check in refused.value.verdict.checks if check.status == "fail"]
+    assert failed == ["program_disagreement"]
+    assert shown["question"] in str(refused.value)
+
+
+def test_the_sample_is_the_same_whatever_order_the_answers_come_in() -> None:
+    rows = [{"subject": subject, "doc_id": number} for subject in "cab" for number in range(50)]
+    sample = draw_sample(rows, 20)
+    assert sample == draw_sample(rows[::-1], 20)
+    assert len({(row["subject"], row["doc_id"]) for row in sample}) == 20
+    assert {row["subject"] for row in sample} == {"a", "b", "c"}
+    assert sample == sorted(sample, key=lambda row: (row["subject"], row["doc_id"]))
+    assert (
+        draw_sample(rows, 150)
+        == draw_sample(rows, 1000)
+        == sorted(rows, key=lambda row: (row["subject"], row["doc_id"]))
+    )
+
+
+def test_agreement_counts_who_differs_from_whom() -> None:
+    a, b = [-1.0, -2.0, -3.0, -4.0], [-2.0, -1.5, -3.0, -4.0]
+    rows = [
+        {
+            "subject": "s",
+            "doc_id": number,
+            "target": 0,
+            "checkpoint": checkpoint,
+            "no_act_quant": no_act_quant,
+            "program": ran,
+        }
+        for number, (checkpoint, no_act_quant, ran) in enumerate(
+            [(a, a, a), (a, a, b), (b, a, a), (b, a, b), (b, b, b)]
+        )
+    ]
+    asked = [{"question": f"Question {number}?", "choices": list("wxyz")} for number in range(5)]
+    found = summarize(rows, asked)
+    assert found["accuracy"] == 0.4
+    assert found["checkpoint"]["accuracy"] == 0.4
+    assert found["no_act_quant"] == {"accuracy": 0.8, "stderr": pytest.approx(0.2)}
+    assert found["agreement"] == 0.6
+    assert found["agreement_act_quant"] == 0.6
+    assert found["differing"] == {"both": 1, "first": 1, "second": 1, "neither": 2}
+    assert [one["doc_id"] for one in found["disagreements"]] == [1, 2]
+    assert found["disagreements"][0] == {
+        "subject": "s",
+        "doc_id": 1,
+        "question": "Question 1?",
+        "choices": ["w", "x", "y", "z"],
+        "target": "A",
+        "checkpoint": {"answer": "A", "margin": 1.0},
+        "no_act_quant": {"answer": "A", "margin": 1.0},
+        "program": {"answer": "B", "margin": 0.5},
+    }

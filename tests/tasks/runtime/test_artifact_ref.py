@@ -1,0 +1,80 @@
+"""A reference opens the artifact that it was made for, or fails."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize_gemma.tasks.runtime import pruning, store
+from quantize_gemma.tasks.runtime.artifact_ref import open_artifact, ref_of
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from tests.tasks.runtime.test_pruning import PIN
+from tests.tasks.runtime.test_store import KEY
+
+
+def write(text: str) -> Callable[[Path], dict[str, Any]]:
+    def work(target: Path) -> dict[str, Any]:
+        for name in ("a", "b"):
+            (target / name).write_text(text)
+        return {}
+
+    return work
+
+
+def test_an_opened_artifact_stays_when_another_run_makes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
+    store.produce("stage", KEY, write("old"))
+    with subprocess.Popen(
+        [sys.executable, "-c", PIN, str(tmp_path), KEY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdout is not None
+        assert reader.stdin is not None
+        assert reader.stdout.readline() == "pinned\n"
+        old = store.load("stage", KEY)
+        assert old is not None
+        new = store.produce("stage", KEY, write("new"), refresh=True)
+        pruning.remove_unfinished()
+        assert [(old.path / name).read_text() for name in ("a", "b")] == ["old", "old"]
+        assert [(new.path / name).read_text() for name in ("a", "b")] == ["new", "new"]
+        # Its reference finds it, though another one is current.
+        assert open_artifact(ref_of(old)).path == old.path
+        assert store.load("stage", KEY) == new
+        # This process has it open now.
+        reader.stdin.close()
+    pruning.remove_unfinished()
+    assert old.path.exists()
+
+
+def test_a_replaced_artifact_that_nobody_reads_is_removed_and_its_reference_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
+    old = store.produce("stage", KEY, write("old"))
+    store.produce("stage", KEY, write("new"), refresh=True)
+    assert not old.path.exists()
+    with pytest.raises(StageFailed, match="was made again by another run, with another content: start this run again"):
+        open_artifact(ref_of(old))
+    shutil.rmtree(tmp_path)
+    with pytest.raises(StageFailed, match="has gone from it: start the run again"):
+        open_artifact(ref_of(old))
+
+
+def test_an_artifact_that_the_disk_has_changed_fails_and_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
+    made = store.produce("stage", KEY, write("good"))
+    times = (made.path / "a").stat()
+    (made.path / "a").write_text("gooe")
+    os.utime(made.path / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(StageFailed, match="was damaged in the store"):
+        open_artifact(ref_of(made), whole=True)
+    assert "a was changed" in caplog.text
+    assert (store.produce("stage", KEY, write("good")).path / "a").read_text() == "good"

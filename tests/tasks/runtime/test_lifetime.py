@@ -1,0 +1,49 @@
+"""An interrupt ends a run's workers at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt, workers
+
+ROOT = Path(__file__).parents[3]
+# Starts a worker that never finishes, and prints how the block around it was left.
+RUN = """
+import json, signal, sys
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt, workers
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+try:
+    with stop_on_interrupt():
+        process = worker.Worker("signal:pause", {})
+        print(process.process.pid, flush=True)
+        signal.pause()
+except BaseException as error:
+    print(json.dumps([type(error).__name__, process.process.wait(), workers.stopping.is_set()]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "raised"),
+    [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "SystemExit"), (signal.SIGHUP, "SystemExit")],
+)
+def test_an_interrupt_kills_the_workers(sent: signal.Signals, raised: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", RUN], env=environment, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        worker = psutil.Process(int(run.stdout.readline()))
+        run.send_signal(sent)
+        assert json.loads(run.stdout.readline()) == [raised, -signal.SIGKILL, True]
+    assert not worker.is_running()
+
+
+def test_a_failure_does_not_stop_other_runs() -> None:
+    with pytest.raises(ValueError, match="a stage failed"), stop_on_interrupt():
+        raise ValueError("a stage failed")
+    assert not workers.stopping.is_set()

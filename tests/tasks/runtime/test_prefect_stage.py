@@ -1,0 +1,106 @@
+"""A stage is a Prefect task whose cached result is the reference of an artifact that is still in the store."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
+from quantize_gemma.tasks.runtime.prefect_stage import as_task, key_of
+from quantize_gemma.tasks.runtime.stage import Output, stage
+
+ROOT = Path(__file__).parents[3]
+
+
+@stage()
+def write(target: Path, text: str) -> Output:
+    """Write a file."""
+    (target / "file").write_text(text)
+    return {}
+
+
+@stage()
+def double(target: Path, source: Path) -> Output:
+    """Write what another stage wrote, twice."""
+    (target / "file").write_text((source / "file").read_text() * 2)
+    return {}
+
+
+@pytest.mark.slow
+def test_a_stage_is_cached_as_long_as_its_cached_result_is_the_reference_of_its_artifact(tmp_path: Path) -> None:
+    environment = {**os.environ, "QUANTIZE_GEMMA_HOME": str(tmp_path), "QUANTIZE_GEMMA_LOCAL_SERVER": "1"}
+    command = [sys.executable, "-m", "tests.tasks.runtime.test_prefect_stage"]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    outcomes = json.loads(result.stdout.splitlines()[-1])
+    assert outcomes.pop("first") == ["Completed", "Completed", "texttext"]
+    assert outcomes.pop("second") == ["Cached", "Cached", "texttext"]
+    # The artifact is still there, so what is made of it is cached.
+    assert set(map(tuple, outcomes.values())) == {("Completed", "Cached", "texttext")}
+    assert len(outcomes) == 4
+
+
+def test_a_key_depends_on_the_content_of_an_input_and_not_on_where_it_comes_from() -> None:
+    ref = ArtifactRef("write", "a" * 64, "b" * 64, 1)
+    same = [ref, replace(ref, stage="download", key="c" * 64, size=2)]
+    assert len({key_of(double, {"source": one}) for one in same}) == 1
+    assert key_of(double, {"source": replace(ref, digest="c" * 64)}) != key_of(double, {"source": ref})
+
+
+def main() -> None:
+    """Run the stages with each kind of cached result; print their states' names and what they made, as JSON."""
+    from prefect import flow
+    from prefect.filesystems import LocalFileSystem
+    from prefect.results import ResultStore
+    from prefect.serializers import JSONSerializer
+    from prefect.testing.utilities import prefect_test_harness
+
+    @flow
+    def run_stages() -> list[str]:
+        options = {"task_run_name": "stage · test", "result_storage": store.home()}
+        first = as_task(write).with_options(**options).submit(text="text")
+        second = as_task(double).with_options(**options).submit(source=first)
+        text = (open_artifact(second.result()).path / "file").read_text()
+        return [first.state.name, second.state.name, text]
+
+    place = store.home() / "write" / key_of(write, {"text": "text"})
+    path = place / "result.json"
+
+    def results() -> ResultStore:
+        """Return a new one, which has nothing in its memory."""
+        return ResultStore(result_storage=LocalFileSystem(basepath=str(place)), serializer=JSONSerializer())
+
+    def damaged(damage: Callable[[ArtifactRef], object]) -> list[str]:
+        ref = results().read(path.name).result
+        assert isinstance(ref, ArtifactRef)
+        damage(ref)
+        outcome = run_stages()
+        assert results().read(path.name).result == ref
+        return outcome
+
+    with prefect_test_harness(server_startup_timeout=120):
+        outcomes = {
+            "first": run_stages(),
+            "second": run_stages(),
+            # Earlier versions cached references like this.
+            "a dictionary": damaged(lambda ref: results().write(asdict(ref), path.name)),
+            "another artifact": damaged(lambda ref: results().write(replace(ref, digest="0" * 64), path.name)),
+            "half a file": damaged(lambda _: os.truncate(path, path.stat().st_size // 2)),
+            "no file": damaged(lambda _: path.unlink()),
+        }
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    # As the imported module, where a worker finds the stages.
+    from tests.tasks.runtime import test_prefect_stage
+
+    test_prefect_stage.main()

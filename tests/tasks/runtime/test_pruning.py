@@ -1,0 +1,168 @@
+"""Pruning removes what nobody reads, and counts what that frees."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize_gemma.tasks.evaluate import shards
+from quantize_gemma.tasks.runtime import pruning, store, store_layout
+from quantize_gemma.tasks.runtime.errors import UserError
+from tests.tasks.runtime.test_store import KEY, write_file
+
+PIN = """
+import sys
+from pathlib import Path
+from quantize_gemma.tasks.runtime import store
+store.pin("stage", sys.argv[2], Path(sys.argv[1]))
+print("pinned", flush=True)
+sys.stdin.read()
+"""
+
+
+def disk_usage(path: Path) -> int:
+    return int(subprocess.run(["du", "-s", "-B1", path], capture_output=True, check=True).stdout.split()[0])
+
+
+def test_pruning_removes_work_that_died_and_leaves_work_in_progress(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from quantize_gemma.tasks.runtime import store\n"
+        "def work(target):\n"
+        "    (target / 'half').write_text('x'); print('working', flush=True); time.sleep(60)\n"
+        f"store.produce('stage', {KEY!r}, work, Path({str(tmp_path)!r}))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        assert pruning.remove_unfinished(tmp_path).paths == []
+        process.kill()
+    assert store.load("stage", KEY, tmp_path) is None
+    assert len(pruning.remove_unfinished(tmp_path).paths) == 1
+    assert not list(tmp_path.glob("*/.partial-*"))
+
+
+def test_eviction_starts_with_the_longest_unused_and_leaves_what_a_process_reads(tmp_path: Path) -> None:
+    keys = ["a" * 64, "b" * 64, "c" * 64, "d" * 64]
+    for days, key in zip((40, 30, 20, 10), keys, strict=True):
+        made = store.produce("stage", key, write_file, tmp_path)
+        old = time.time() - days * 86_400
+        for path in (made.path.parent / store_layout.MANIFEST, made.path.parent):
+            os.utime(path, (old, old))
+    each = disk_usage(made.path.parents[1])
+    reader = subprocess.Popen(
+        [sys.executable, "-c", PIN, str(tmp_path), keys[0]], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == b"pinned\n"
+    try:
+        # Four are there; two may stay. The first is the oldest, but in use.
+        before = pruning.store_size(tmp_path)
+        evicted = pruning.evict(before - 2 * each, 1000 * 86_400, tmp_path)
+        assert [path.name for path in evicted.paths] == keys[1:3]
+        assert evicted.bytes == 2 * each
+        assert [path.name for path in pruning.evict(1e9, 5 * 86_400, tmp_path).paths] == keys[3:]
+    finally:
+        reader.communicate()
+    assert store.load("stage", keys[0], tmp_path) is not None
+    assert [path.name for path in pruning.evict(0, 1e9, tmp_path).paths] == keys[:1]
+    assert not list(tmp_path.glob("stage/*/*")), "nothing but locks"
+
+
+def scorer(root: str, removed: str) -> Callable[[list[Any]], list[Any]]:
+    def score(requests: list[Any]) -> list[Any]:
+        # Prunes during the evaluation, once, when some shards are complete.
+        stages = {path.parent.name for path in store_layout.artifact_places(Path(root))}
+        if shards.STAGE in stages and not os.path.exists(removed):
+            Path(removed).write_text("\n".join(map(str, pruning.evict(0, 0, Path(root)).paths)))
+        return [f"answer to {request}" for request in requests]
+
+    return score
+
+
+@pytest.mark.parametrize("cluster", [None, "tcp://elsewhere:1"])
+def test_shards_that_are_pruned_during_an_evaluation_are_pinned_or_computed_again(
+    tmp_path: Path, cluster: str | None
+) -> None:
+    requests = {name: [f"{name}{number}" for number in range(150)] for name in ("x", "y", "z")}
+    settings = {"root": str(tmp_path / "store"), "removed": str(tmp_path / "removed")}
+    responses = shards.respond(
+        requests, "tests.tasks.runtime.test_pruning:scorer", settings, {}, {}, tmp_path / "store", cluster=cluster
+    )
+    assert responses == {name: [f"answer to {one}" for one in shard] for name, shard in requests.items()}
+    removed = (tmp_path / "removed").read_text()
+    assert ("responses" in removed) == (cluster is not None)
+
+
+def test_sizes_are_those_of_du(tmp_path: Path) -> None:
+    def large(target: Path) -> dict[str, Any]:
+        (target / "weights").write_bytes(os.urandom(1 << 20))
+        (target / "config").write_text("{}")
+        return {}
+
+    base = store.produce("download", "a" * 64, large, tmp_path)
+
+    def borrow(target: Path) -> dict[str, Any]:
+        store.link(base.path / "weights", target / "weights")
+        return {}
+
+    store.produce("untie", "b" * 64, borrow, tmp_path)
+    assert pruning.store_size(tmp_path) == disk_usage(tmp_path)
+    for path in (base.path.parent, base.path.parent / store_layout.MANIFEST):
+        os.utime(path, (0, 0))
+    evicted = pruning.evict(1e18, 86_400, tmp_path)
+    assert [path.parent.name for path in evicted.paths] == ["download"]
+    assert evicted.bytes < 1 << 20, "its weights are the untied checkpoint's, too"
+    assert pruning.store_size(tmp_path) == disk_usage(tmp_path)
+    before = disk_usage(tmp_path)
+    assert pruning.evict(0, 0, tmp_path).bytes == before - disk_usage(tmp_path) > 1 << 20
+
+
+def test_eviction_reads_each_manifest_a_few_times_at_most(tmp_path: Path) -> None:
+    for number in range(40):
+        store.produce("stage", f"{number:064x}"[::-1], write_file, tmp_path)
+    script = (
+        "import sys; from pathlib import Path; from quantize_gemma.tasks.runtime import pruning, store_layout\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
+        f"assert len(pruning.evict(0, 0, Path({str(tmp_path)!r})).paths) == 40\n"
+        "print(sum(path.endswith(store_layout.MANIFEST) for path in opened))\n"
+    )
+    opened = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert int(opened) <= 3 * 40
+
+
+def test_a_directory_that_is_not_a_store_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / "project" / "app"
+    theirs.mkdir(parents=True)
+    (theirs / "manifest.json").write_text('{"name": "app", "stage": "beta", "key": 1}')
+    (tmp_path / "project" / ".partial-upload").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for remove in (pruning.remove_unfinished, lambda root: pruning.evict(0, 0, root)):
+        with pytest.raises(UserError, match=f"{tmp_path} is not a quantize-gemma store, and nothing was removed"):
+            remove(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    # A run was started here by mistake: what it wrote is ours, and nothing else.
+    store.produce("stage", KEY, write_file, tmp_path)
+    pruning.remove_unfinished(tmp_path)
+    assert [path.name for path in pruning.evict(0, 0, tmp_path).paths] == [KEY]
+    assert set(before) <= set(tmp_path.rglob("*"))
+
+
+def test_an_artifact_of_an_earlier_version_is_a_miss_and_is_evicted(tmp_path: Path) -> None:
+    made = store.produce("stage", KEY, write_file, tmp_path)
+    manifest = json.loads((made.path.parent / store_layout.MANIFEST).read_text())
+    del manifest["checksum"]
+    old = tmp_path / "before" / "stage" / KEY
+    shutil.copytree(made.path.parent, old)
+    (old.parent / f".lock-{KEY[:16]}").touch()
+    (old / store_layout.MANIFEST).write_text(json.dumps(manifest))
+    assert store.load("stage", KEY, tmp_path / "before") is None
+    assert [path.name for path in pruning.evict(0, 0, tmp_path / "before").paths] == [KEY]
+    assert not old.exists()

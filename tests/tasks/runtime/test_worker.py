@@ -1,0 +1,200 @@
+"""A worker process reports its result or its failure, and ends with its parent."""
+
+import ctypes
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from quantize_gemma.tasks.runtime import parent_process, worker
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.fingerprint import fingerprint
+
+ROOT = Path(__file__).parents[3]
+
+
+def fail(expected: bool) -> dict[str, Any]:
+    """Print what libraries print, and fail."""
+    print("a library's output", file=sys.stderr)
+    raise StageFailed("the answer is empty") if expected else ValueError("unexpected")
+
+
+def write(target: Path) -> dict[str, Any]:
+    """Write a file."""
+    (target / "file").touch()
+    return {}
+
+
+def failure_message(expected: bool) -> str:
+    with pytest.raises(StageFailed) as caught:
+        worker.run(
+            "tests.tasks.runtime.test_worker:fail",
+            {"expected": expected},
+            lambda *_: None,
+            None,
+            {"PYTHONPATH": str(ROOT)},
+        )
+    return str(caught.value)
+
+
+def test_a_worker_whose_code_differs_from_the_runs_fails_and_writes_nothing(tmp_path: Path) -> None:
+    function = "tests.tasks.runtime.test_worker:write"
+    arguments = {"function": function, "target": str(tmp_path), "paths": {}, "values": {}}
+    here = fingerprint(function)
+    there = {"PYTHONPATH": str(ROOT)}
+    worker.run(
+        "quantize_gemma.tasks.runtime.worker_main:call", {**arguments, "made_by": here}, lambda *_: None, None, there
+    )
+    assert (tmp_path / "file").exists()
+    (tmp_path / "file").unlink()
+    with pytest.raises(StageFailed, match="other code of this program: it was changed during the run, start the run"):
+        worker.run(
+            "quantize_gemma.tasks.runtime.worker_main:call",
+            {**arguments, "made_by": {**here, "code": "0"}},
+            lambda *_: None,
+            None,
+            there,
+        )
+    assert not (tmp_path / "file").exists()
+
+
+def test_an_expected_failure_is_reported_as_its_message() -> None:
+    assert failure_message(expected=True) == "the answer is empty"
+
+
+def test_an_unexpected_error_is_reported_with_the_last_lines_of_output() -> None:
+    message = failure_message(expected=False)
+    assert message.startswith("ValueError: unexpected\n")
+    assert "a library's output" in message
+    assert Path(__file__).name in message
+
+
+def hold_the_interpreter(descendants: int) -> dict[str, Any]:
+    """Start a chain of so many workers, and have native code hold the interpreter for an hour."""
+    if descendants:
+        arguments = {"descendants": descendants - 1}
+        worker.Worker("tests.tasks.runtime.test_worker:hold_the_interpreter", arguments, {"PYTHONPATH": str(ROOT)})
+    Path(os.environ["STARTED"], str(os.getpid())).touch()
+    ctypes.PyDLL(None).sleep(3600)
+    return {}
+
+
+def test_workers_in_native_code_die_with_their_parent(tmp_path: Path) -> None:
+    script = (
+        "import threading; from quantize_gemma.tasks.runtime import worker\n"
+        "start = lambda: worker.Worker('tests.tasks.runtime.test_worker:hold_the_interpreter', {'descendants': 1})\n"
+        "threading.Thread(target=start).start(); threading.Event().wait()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "STARTED": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as parent:
+        while len(list(tmp_path.iterdir())) < 2:
+            assert parent.poll() is None
+        workers = psutil.Process(parent.pid).children(recursive=True)
+        assert {str(process.pid) for process in workers} == {path.name for path in tmp_path.iterdir()}
+        parent.kill()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
+
+
+def receive() -> dict[str, Any]:
+    """Return what the parent sends."""
+    return {"received": parent_process.receive()}
+
+
+def test_a_worker_outlives_the_thread_that_started_it() -> None:
+    started: list[worker.Worker] = []
+
+    def start() -> None:
+        started.append(worker.Worker("tests.tasks.runtime.test_worker:receive", {}, {"PYTHONPATH": str(ROOT)}))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    (process,) = started
+    process.send(42)
+    assert process.receive(lambda *_: None, None)["value"] == {"received": 42}
+    process.close()
+
+
+def write_too_much(library: str, folder: str) -> dict[str, Any]:
+    """Write a file that is larger than this process may write."""
+    if library == "safetensors":
+        import torch
+        from safetensors.torch import save_file
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        save_file({"weight": torch.zeros(1000)}, Path(folder, "file"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    Path(folder, "file").write_bytes(bytes(2000))
+    return {}
+
+
+@pytest.mark.parametrize("library", ["python", "safetensors"])
+def test_a_file_too_large_for_the_disk_is_one_sentence_whichever_library_writes_it(
+    library: str, tmp_path: Path
+) -> None:
+    with pytest.raises(StageFailed) as caught:
+        worker.run(
+            "tests.tasks.runtime.test_worker:write_too_much",
+            {"library": library, "folder": str(tmp_path)},
+            lambda *_: None,
+            None,
+            {"PYTHONPATH": str(ROOT), "QUANTIZE_GEMMA_HOME": str(tmp_path)},
+        )
+    assert str(caught.value).startswith("a file was too large for the disk of ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed) as caught:
+        worker.run(
+            "tests.tasks.runtime.test_worker:fill_the_disk",
+            {},
+            lambda *_: None,
+            None,
+            {"PYTHONPATH": str(ROOT), "QUANTIZE_GEMMA_HOME": str(tmp_path)},
+        )
+    assert re.fullmatch(r"the disk of \S+ is full: make room .*: it continues from here", str(caught.value))
+    assert not caught.value.transient
+
+
+def fill_the_disk() -> dict[str, Any]:
+    """Write to the kernel's own full device."""
+    with Path("/dev/full").open("wb", buffering=0) as stream:
+        stream.write(b"x")
+    return {}
+
+
+def test_a_worker_imports_nothing_from_where_the_run_was_started_and_has_no_password(tmp_path: Path) -> None:
+    """Nor does a process that the worker starts."""
+    script = """
+import json, sys
+from quantize_gemma.tasks.runtime import worker
+print(json.dumps(worker.run("tests.tasks.runtime.test_worker:surroundings", {}, lambda *_: None, None)))
+"""
+    (tmp_path / "pip.py").write_text("print('theirs')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_AUTH_STRING": "a:b"}
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    facts = json.loads(result.stdout)
+    assert facts["directory"] != str(tmp_path)
+    assert facts["pip"].startswith("pip ")
+    assert facts["password"] is None
+
+
+def surroundings() -> dict[str, Any]:
+    """Return what a worker finds around it."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "pip.py").write_text("print('theirs')")
+        pip = subprocess.run([sys.executable, "-mpip", "--version"], cwd=folder, capture_output=True, text=True)
+    return {"directory": os.getcwd(), "pip": pip.stdout, "password": os.environ.get("PREFECT_API_AUTH_STRING")}

@@ -1,0 +1,227 @@
+"""A program takes a prompt of any length in the stock runners, and one that does not is not released."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.shapes import ALONE, TEXT, quantized_checkpoint, write_checkpoint
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.gate.checks import judge
+from quantize_gemma.tasks.models.metrics import parse_metrics
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.patches import patched_export
+from quantize_gemma.tasks.verify.long_prompts import answer_prompts, make_prompt, prompt_lengths
+from tests.conftest import Outcome
+from tests.flows.test_run import metrics_of
+
+WINDOW = 32
+# Six windows: the ring is written over again and again.
+MAX_SEQ_LEN = 200
+LENGTHS = [31, 32, 33, 64, 192]
+SMALL = {
+    **TEXT,
+    **ALONE,
+    "vocab_size": 2048,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": WINDOW,
+}
+
+
+@pytest.mark.parametrize(
+    ("window", "max_seq_len", "lengths"),
+    [
+        (512, 1024, [511, 512, 513, 1016]),
+        (512, 1032, [511, 512, 513, 1024]),
+        (1024, 4096, [1023, 1024, 1025, 2048, 4088]),
+        (1024, 1024, [1016]),
+        (1024, 1033, [1023, 1024, 1025]),
+        (1024, 320, [312]),
+    ],
+)
+def test_prompt_lengths_are_around_the_window_and_leave_room_for_an_answer(
+    window: int, max_seq_len: int, lengths: list[int]
+) -> None:
+    assert prompt_lengths(window, max_seq_len) == lengths
+
+
+def test_a_prompt_has_exactly_the_requested_tokens() -> None:
+    from pytorch_tokenizers import CppHFTokenizer
+    from transformers import AutoTokenizer
+
+    tokenizer = CppHFTokenizer()
+    tokenizer.load(str(BUILTIN["tiny-gemma3"] / "tokenizer.json"))
+    library = AutoTokenizer.from_pretrained(BUILTIN["tiny-gemma3"])
+    for length in (31, 32, 33, 63, 64, 65, 127, 128, 129, 511, 1016, 4088):
+        text = make_prompt(tokenizer, length)
+        assert len(tokenizer.encode(text, 1, 0)) == length
+        assert library(text)["input_ids"] == tokenizer.encode(text, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized text-only checkpoint with random weights."""
+    folder = tmp_path_factory.mktemp("small")
+    write_checkpoint(folder / "base", SMALL)
+    (folder / "quantized").mkdir()
+    quantized_checkpoint(folder / "base", folder / "quantized")
+    return folder / "quantized"
+
+
+@pytest.fixture(scope="module")
+def program(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export("quantize_gemma.tasks.export:export", small, tmp_path_factory.mktemp("program"))
+
+
+def export(function: str, checkpoint: Path, target: Path) -> Path:
+    """Exports in a process of its own, as the flow does."""
+    call = {"function": function, "target": str(target), "paths": {"checkpoint": str(checkpoint)}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+        worker.run(
+            "quantize_gemma.tasks.runtime.worker_main:call",
+            {**call, "values": {"max_seq_len": MAX_SEQ_LEN}},
+            lambda *_: None,
+            None,
+        )
+    return target
+
+
+def export_as_the_library(target: Path, checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
+    """Exports with optimum-executorch's own cache, a ring of twice the sliding window."""
+    import torch
+    from optimum.exporters.executorch.convert import export_to_executorch
+    from optimum.exporters.executorch.tasks.causal_lm import load_causal_lm_model
+
+    from quantize_gemma.tasks.export import expected_metadata
+
+    settings = {"dtype": "float32", "use_custom_sdpa": True, "use_custom_kv_cache": True, "max_seq_len": max_seq_len}
+    module = load_causal_lm_model(str(checkpoint), **settings)
+    module.model.to(torch.float32)
+    module.metadata.update(expected_metadata(checkpoint, max_seq_len))
+    with patched_export():
+        export_to_executorch(module, "text-generation", "xnnpack", str(target))
+    return {"metadata": {}}
+
+
+def agreement(program: Path, checkpoint: Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    from quantize_gemma.tasks.verify.compare import compare
+
+    return compare(program, checkpoint, AutoConfig.from_pretrained(checkpoint), MAX_SEQ_LEN).to_json()
+
+
+def failed_checks(released: Outcome, measured: dict[str, Any]) -> set[str]:
+    metrics = metrics_of(released)
+    metrics["program"]["agreement"] = measured
+    parsed = parse_metrics(metrics)
+    differing = parsed.program.mmlu.differing if parsed.program.mmlu else None
+    verdict = judge(parsed.pairs, differing, parsed.program.agreement, parsed.gate.limits)
+    return {check.name for check in verdict.checks if check.status == "fail"}
+
+
+def test_a_text_only_program_answers_prompts_of_any_length_in_the_stock_runner(
+    program: Path, small: Path, released: Outcome
+) -> None:
+    measured = agreement(program, small)
+    assert measured["prompts"]["lengths"] == LENGTHS
+    assert measured["prompts"]["tokens"] > len(LENGTHS)
+    assert failed_checks(released, measured) == set()
+
+
+def test_a_multimodal_program_answers_prompts_of_any_length_in_the_stock_runner(released: Outcome) -> None:
+    release = Path(released.summary["release"])
+    # After a long one a short one again: nothing of the long one is left.
+    lengths = [40, 63, 64, 65, 128, 300, 1016, 40]
+    answers = answer_prompts(release, release, lengths)
+    assert [len(answer.ids) for answer in answers] == lengths
+    assert answers[0].answer == answers[-1].answer
+    assert answers[0].logits.equal(answers[-1].logits)
+
+
+@pytest.mark.slow
+def test_a_program_with_the_librarys_cache_fails_at_the_window_and_is_not_released(small: Path, tmp_path: Path) -> None:
+    program = export("tests.tasks.verify.test_long_prompts:export_as_the_library", small, tmp_path)
+    with pytest.raises(StageFailed, match="fails in TextLLMRunner at a prompt of 32 tokens: Generation failed"):
+        agreement(program, small)
+
+
+def test_a_program_with_half_the_window_fails_the_gate(small: Path, released: Outcome, tmp_path: Path) -> None:
+    """Its cache keeps half of what the model's sliding layers look back at."""
+    forgetful = shutil.copytree(small, tmp_path / "forgetful")
+    config = json.loads((forgetful / "config.json").read_text())
+    (forgetful / "config.json").write_text(json.dumps({**config, "sliding_window": WINDOW // 2}))
+    (tmp_path / "program").mkdir()
+    program = export("quantize_gemma.tasks.export:export", forgetful, tmp_path / "program")
+    assert "program_kl_prompts" in failed_checks(released, agreement(program, small))
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [[1] * 300, [63, 1, 64, 1, 65, 1, 128, 1, 700], [1023, 1], [200] * 5, [10, 64, 5, 128, 7], [64] * 15, [1, 1000]],
+)
+def test_a_sequence_may_be_read_in_chunks_of_any_length(
+    chunks: list[int], released: Outcome, checkpoint_logits: tuple[Any, Any, Any]
+) -> None:
+    """After another sequence, in chunks that start anywhere in the ring, and as long as the rest of the sequence."""
+    import torch
+
+    from quantize_gemma.tasks.models.pte import PteProgram
+    from quantize_gemma.tasks.verify.distances import mean_kl
+
+    ids, eager, plain = checkpoint_logits
+    pte = PteProgram(Path(released.summary["release"]) / "model.pte")
+    pte.decode(pte.embed_tokens(ids.flip(1)[:, :500]), {499})
+    embedded = pte.embed_tokens(ids)
+    ends = torch.tensor(chunks).cumsum(0)
+    ran = pte.decode(embedded[:, : int(ends[-1])], set((ends - 1).tolist()))
+    kl, baseline = (mean_kl(eager[ends - 1], other) for other in (ran, plain[ends - 1]))
+    assert kl < baseline, f"{kl} nats, and the activation-quantization baseline is {baseline}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint_logits(released: Outcome) -> tuple[Any, Any, Any]:
+    """Token ids, [1, 1024], the checkpoint's logits, and those without quantized activations."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
+    from quantize_gemma.tasks.verify.long_prompts import TEXT as WORDS
+
+    release = Path(released.summary["release"])
+    ids = AutoTokenizer.from_pretrained(release)(WORDS * 30, return_tensors="pt")["input_ids"][:, :1024]
+    model = load_model(release, torch.float32)
+    with torch.no_grad():
+        eager = model(input_ids=ids).logits[0]
+        disable_activation_quantization(model)
+        return ids, eager, model(input_ids=ids).logits[0]
+
+
+def test_the_mask_shows_a_window_and_nothing_of_an_earlier_sequence() -> None:
+    import torch
+
+    from quantize_gemma.tasks.models.kv_cache import sliding_mask
+
+    window = 5
+    for start in range(17):
+        for count in (1, 2, 4, 5, 6, 12):
+            # Where the last position of each slot is before the chunk, or none.
+            cached = [max((p for p in range(start) if p % window == slot), default=None) for slot in range(window)]
+            keys = [*cached, *range(start, start + count)]
+            found = sliding_mask(torch.arange(start, start + count), window)
+            expected = [
+                [0.0 if k is not None and q - window < k <= q else float("-inf") for k in keys]
+                for q in range(start, start + count)
+            ]
+            assert found.tolist() == expected, (start, count)

@@ -1,0 +1,66 @@
+"""What the program is compared with is what transformers itself makes of the checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.export import expected_metadata
+from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.verify.image_inputs import insert_image_features, make_image_input
+from tests.conftest import Outcome
+from tests.flows.test_run import metrics_of
+
+TINY = BUILTIN["tiny-gemma3"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    import torch
+    from transformers import Gemma3ForConditionalGeneration
+
+    return Gemma3ForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_inserted_image_features_give_the_logits_of_transformers(both_ways: bool, model: Any) -> None:
+    import torch
+
+    image = make_image_input(TINY, model.config.image_token_id)
+    pixels = image.pixel_values[0]
+    assert (image.ids == model.config.get_text_config().bos_token_id).sum() == 1
+    assert image.is_image.sum() == model.config.mm_tokens_per_image
+    types = {"token_type_ids": image.is_image[None].long()} if both_ways else {}
+    with torch.no_grad():
+        expected = model(input_ids=image.ids, pixel_values=pixels, **types).logits
+        empty = model.get_input_embeddings()(image.ids.masked_fill(image.is_image, 0))
+        merged = insert_image_features(model.get_image_features(pixels), empty, image.is_image)
+        logits = model(inputs_embeds=merged, **types).logits
+    assert torch.equal(logits, expected)
+
+
+def test_the_causal_mask_moves_the_text_after_an_image(released: Outcome) -> None:
+    image = metrics_of(released)["program"]["agreement"]["image"]
+    assert image["kl_causal_image"] > 10 * image["kl_program"]
+
+
+def test_the_programs_metadata_is_the_models(released: Outcome) -> None:
+    # As tiny-gemma3's config.json and generation_config.json have it.
+    expected = {
+        "get_max_seq_len": 1024,
+        "get_max_context_len": 1024,
+        "get_head_dim": 32,
+        "get_n_layers": 3,
+        "get_n_kv_heads": 2,
+        "get_vocab_size": 2048,
+        "get_bos_id": 2,
+        "get_eos_ids": [1, 6],
+        "modality": "vision",
+        "vision_token_id": 9,
+    }
+    release = Path(released.summary["release"])
+    assert expected_metadata(release, 1024) == expected
+    arguments = {"program": str(release / "model.pte"), "names": list(expected)}
+    metadata = worker.run("quantize_gemma.tasks.export:read_metadata", arguments, lambda *_: None, None)["metadata"]
+    assert metadata == expected
