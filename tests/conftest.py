@@ -6,8 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,14 @@ class CommandLine:
 
     home: Path
     prefect: Path
+    processes: "list[subprocess.Popen[str]]" = field(default_factory=list)
 
     def environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         return {**inherited, "QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect)}
 
     def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "quantize_gemma.flows.cli", *arguments],
             env={**self.environment(), **environment},
             stdin=subprocess.DEVNULL,
@@ -80,6 +82,14 @@ class CommandLine:
             text=True,
             start_new_session=True,
         )
+        self.processes.append(process)
+        return process
+
+    def close(self) -> None:
+        """Ends what a test that failed has left, which would fail another one with a warning."""
+        for process in self.processes:
+            process.kill()
+            process.communicate()
 
     def __call__(self, *arguments: str, **environment: str) -> Outcome:
         process = self.start(*arguments, **environment)
@@ -120,10 +130,11 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 
 @pytest.fixture(scope="module")
-def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+def command_line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     """`quantize-gemma` with a store for the tests of one module."""
     folder = tmp_path_factory.mktemp("module")
-    return CommandLine(folder / "store", folder / "prefect")
+    with closing(CommandLine(folder / "store", folder / "prefect")) as line:
+        yield line
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,10 @@ ALL = set(get_args(StageName))
 
 
 @pytest.fixture
-def command_line(tmp_path: Path) -> CommandLine:
+def command_line(tmp_path: Path) -> Iterator[CommandLine]:
     """A store of the test's own: what it damages, no other test sees."""
-    return CommandLine(tmp_path / "run" / "store", tmp_path / "run" / "prefect")
+    with contextlib.closing(CommandLine(tmp_path / "run" / "store", tmp_path / "run" / "prefect")) as line:
+        yield line
 
 
 @pytest.fixture
@@ -70,6 +71,20 @@ def start_run_into(
 
 def has_started(_run: int, _partial: Path) -> bool:
     return True
+
+
+def stage_processes(run: int) -> list[psutil.Process]:
+    """Returns the processes of the stages that a run is in."""
+    processes = []
+    for child in psutil.Process(run).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "quantize_gemma.tasks.runtime.worker_main" in child.cmdline():
+                processes.append(child)
+    return processes
+
+
+def has_a_process(run: int, _partial: Path) -> bool:
+    return stage_processes(run) != []
 
 
 def writes_weights(_run: int, partial: Path) -> bool:
@@ -488,9 +503,9 @@ def test_a_stage_that_dies_is_named_and_the_next_run_goes_on_from_there(
     released: Outcome, command_line: CommandLine
 ) -> None:
     shutil.rmtree(artifact(command_line, released, "smoke"))
-    process = start_run_into("smoke", command_line, until=has_started)
-    children = psutil.Process(process.pid).children(recursive=True)
-    next(child for child in children if "quantize_gemma.tasks.runtime.worker_main" in child.cmdline()).kill()
+    process = start_run_into("smoke", command_line, until=has_a_process)
+    (smoke,) = stage_processes(process.pid)
+    smoke.kill()
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "quantize-gemma: smoke: its process ended with SIGKILL" in stderr
