@@ -57,6 +57,7 @@ def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, *
     return in_its_process("quantize_gemma.tasks.runtime.worker_main:call", monkeypatch, **call)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["base", "quantized"])
 def test_questions_and_scores_are_those_of_the_command_line(
     name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
