@@ -94,15 +94,16 @@ def work(server: LocalServer) -> int:
         with profile(server) as prefect:
             print(f"\nThe dashboard: {server.sign_in(sys.stdout)}")
             print(f"Try: {prefect} deployment run quantize-gemma/tiny --watch\n", flush=True)
-            while worker.poll() is None:
-                if server.process.poll() is not None:
-                    print(f"serve: {server.how_it_ended()}", file=sys.stderr)
-                    return 1
+            while worker.poll() is None and server.process.poll() is None:
                 time.sleep(0.5)
-        return worker.returncode
     finally:
         worker.terminate()
         worker.wait()
+    if server.process.poll() is not None:
+        # After the worker's last words, so that the reason is the last line.
+        print(f"serve: {server.how_it_ended()}", file=sys.stderr)
+        return 1
+    return worker.returncode
 
 
 @contextlib.contextmanager
