@@ -28,7 +28,7 @@ Turn a Gemma 3 checkpoint into a quantized, evaluated, on-device release.
 
 For example:
   quantize-gemma run                                 try it on the tiny model
-  quantize-gemma run --model google/gemma-3-4b-it --mmlu cais/mmlu
+  quantize-gemma run --model google/gemma-3-4b-it --tasks mmlu,gsm8k
   quantize-gemma check --model DIR --recipe NAME     find errors before a run
   quantize-gemma prune                               clean up the store
 
@@ -42,10 +42,16 @@ interrupted.
 """
 # Flags that earlier versions had, and what to use instead.
 REPLACED_FLAGS = {
-    "--benchmark": "use --mmlu",
-    "--benchmark-revision": "use --mmlu-revision",
-    "--charts": "use --chartqa",
-    "--charts-revision": "use --chartqa-revision",
+    "--benchmark": "use --dataset mmlu=NAME",
+    "--benchmark-revision": "use --dataset mmlu=NAME@REVISION",
+    "--mmlu": "use --dataset mmlu=NAME",
+    "--mmlu-revision": "use --dataset mmlu=NAME@REVISION",
+    "--charts": "use --dataset chartqa=NAME, or --tasks without chartqa",
+    "--charts-revision": "use --dataset chartqa=NAME@REVISION",
+    "--chartqa": "use --dataset chartqa=NAME, or --tasks without chartqa",
+    "--chartqa-revision": "use --dataset chartqa=NAME@REVISION",
+    "--max-mmlu-drop": "use --limit-drop mmlu=POINTS",
+    "--max-chartqa-drop": "use --limit-drop chartqa=POINTS",
     "--program-questions": "use --program-samples",
     "--backend": "programs are always lowered to XNNPACK",
     "--dtype": "programs always compute in float32",

@@ -4,41 +4,25 @@ Each group is a pydantic model. Prefect shows it as a section of the form and va
 the command line turns its fields into flags and lists them under the same heading in `--help`.
 """
 
+import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from quantize_gemma.tasks.models.benchmarks import ALL_COLUMNS, BENCHMARKS
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
-
-StageName = Literal[
-    "download",
-    "download_mmlu",
-    "untie",
-    "quantize",
-    "smoke",
-    "export",
-    "download_chartqa",
-    "evaluate_mmlu_base",
-    "evaluate_mmlu_quantized",
-    "evaluate_program",
-    "evaluate_chartqa_base",
-    "evaluate_chartqa_quantized",
-    "verify",
-    "gate",
-    "card",
-]
 
 # The upper limit of every count.
 LARGEST = 1_000_000
 # Shown on the card even if they have their default values, which may change in a later version.
-ALWAYS_SHOWN = {"model", "recipe", "mmlu", "chartqa", "max_seq_len", "program_samples", "max_new_tokens"}
+ALWAYS_SHOWN = {"model", "recipe", "tasks", "max_seq_len", "program_samples", "max_new_tokens"}
 # Options that do not affect what is in a release.
 NOT_IN_RELEASE = {"target", "offline", "refresh", "batch_size", "workers", "cluster", "max_regression"}
-MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER = "MODEL", "RECIPE.json"
+MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER, DATASET_PLACEHOLDER = "MODEL", "RECIPE.json", "DATASET"
 
 
 def _require_printable(value: str) -> str:
@@ -46,6 +30,16 @@ def _require_printable(value: str) -> str:
     if not value.isprintable():
         raise ValueError("must be printable text without line breaks or control characters")
     return value
+
+
+def _split_revision(source: str) -> tuple[str, str | None]:
+    """Return the two parts of NAME@REVISION; a path has no revision."""
+    name, sign, revision = source.partition("@")
+    return (name, revision) if sign and not source.startswith((".", "/", "~")) else (source, None)
+
+
+def _default_drops() -> list[str]:
+    return [f"{row.name}={row.max_drop:g}" for row in BENCHMARKS.values() if row.max_drop is not None]
 
 
 def _empty_to_none(value: object) -> object:
@@ -58,13 +52,10 @@ Text = Annotated[str, Field(max_length=1000), AfterValidator(_require_printable)
 OptionalText = Annotated[Text | None, BeforeValidator(_empty_to_none)]
 ModelName = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_require_printable)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
-Refresh = Annotated[tuple[StageName, ...], Parameter(consume_multiple=True, negative=(), show_default=False)]
+# Several words after one flag, or one word after each of several.
+Texts = Annotated[tuple[Text, ...], Parameter(consume_multiple=True, negative=(), show_default=False)]
 # Off unless the flag is passed.
 Flag = Annotated[bool, Parameter(negative=())]
-MmluSource = Literal["mmlu-mini", "cais/mmlu"]
-ChartqaSource = Annotated[
-    Literal["auto", "chartqa-mini", "HuggingFaceM4/ChartQA", "none"], BeforeValidator(lambda value: value or "auto")
-]
 
 
 class Options(BaseModel):
@@ -77,33 +68,30 @@ class Options(BaseModel):
 class EvaluationOptions(Options):
     """What the model is evaluated on, and where."""
 
-    mmlu: MmluSource = Field(
-        default="mmlu-mini", description="MMLU dataset: the built-in fixture mmlu-mini, or cais/mmlu from the Hub."
-    )
-    mmlu_revision: OptionalText = Field(
-        default=None, description="Branch, tag, or commit of the MMLU dataset. [default: the default branch]"
-    )
-    chartqa: ChartqaSource = Field(
-        default="auto",
+    tasks: Text = Field(
+        default="mmlu,chartqa",
         description=(
-            "ChartQA dataset; auto: chartqa-mini with mmlu-mini, HuggingFaceM4/ChartQA with cais/mmlu; none: skip "
-            "ChartQA."
+            f"Benchmarks, separated by commas: {', '.join(BENCHMARKS)}, or any other task or group of lm-eval. Those "
+            "with images are left out for a text-only model."
         ),
     )
-    chartqa_revision: OptionalText = Field(
-        default=None, description="Branch, tag, or commit of the ChartQA dataset. [default: the default branch]"
+    dataset: Texts = Field(
+        default=(),
+        description=(
+            "Other source of a benchmark's dataset, of the same layout, as in mmlu=./mirror or "
+            "mmlu=org/mirror@revision. [default: the benchmark's own; of the built-in model, the built-in fixtures]"
+        ),
     )
     limit: Count | None = Field(
-        default=None, description="Number of samples per MMLU subject and per ChartQA split. [default: all]"
+        default=None, description="Number of documents per task, such as an MMLU subject. [default: all]"
     )
     batch_size: Count | Literal["auto"] = Field(
         default="auto",
-        description=(
-            "Maximum number of MMLU requests per batch; auto: as many as fit into 4,096 tokens (32,768 on a GPU)."
-        ),
+        description=("Maximum number of requests per batch; auto: as many as fit into 4,096 tokens (32,768 on a GPU)."),
     )
     program_samples: Count = Field(
-        default=100, description="Size of the fixed MMLU sample that the exported program is evaluated on."
+        default=100,
+        description="Size of the fixed sample of each benchmark that the exported program is evaluated on, at most.",
     )
     max_new_tokens: Count = Field(default=64, description="Maximum number of tokens generated in each smoke test.")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -114,7 +102,7 @@ class EvaluationOptions(Options):
         default=1,
         ge=1,
         le=1000,
-        description="Number of worker processes for the evaluation; each loads its own model.",
+        description="Number of parts in which requests are answered; each is a process that loads its own model.",
     )
     cluster: OptionalText = Field(
         default=None,
@@ -124,11 +112,25 @@ class EvaluationOptions(Options):
         ),
     )
 
-    def chartqa_source(self) -> str | None:
-        """Return the name of the ChartQA dataset, or None to skip ChartQA."""
-        if self.chartqa == "auto":
-            return "chartqa-mini" if self.mmlu == "mmlu-mini" else "HuggingFaceM4/ChartQA"
-        return None if self.chartqa == "none" else self.chartqa
+    def benchmark_names(self) -> list[str]:
+        """Return the names of the benchmarks, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+
+    def dataset_sources(self) -> dict[str, tuple[str, str | None]]:
+        """Return {benchmark: (directory, fixture, or repository; revision)} for those with another source."""
+        pairs = [text.partition("=") for text in self.dataset]
+        return {name: _split_revision(source) for name, _, source in pairs}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = self.benchmark_names()
+        if not names:
+            raise ValueError(f"tasks names no benchmark: use {', '.join(BENCHMARKS)}, or a task of lm-eval")
+        for text in self.dataset:
+            name, sign, source = text.partition("=")
+            if not sign or not source or name not in names:
+                raise ValueError(f"dataset {text!r}: must be BENCHMARK=SOURCE, for one of the tasks {', '.join(names)}")
+        return self
 
 
 @Parameter(name="*", group=Group.create_ordered("Export"))
@@ -160,9 +162,12 @@ class ExportOptions(Options):
 class GateOptions(Options):
     """The limits that a release must meet before it is published."""
 
-    max_mmlu_drop: float = Field(default=5.0, ge=0, description="Maximum drop in MMLU accuracy, in points.")
-    max_chartqa_drop: float = Field(
-        default=10.0, ge=0, description="Maximum drop in ChartQA relaxed accuracy, in points."
+    limit_drop: Text = Field(
+        default="",
+        description=(
+            "Maximum drop of benchmarks' scores from the base model's, in points (of a perplexity: rise in percent), "
+            f"as in mmlu=2,gsm8k=5. [default: {', '.join(_default_drops())}]"
+        ),
     )
     min_recovery: float = Field(
         default=80.0, ge=0, description="Minimum recovery on each benchmark, in percent of the base model's score."
@@ -184,8 +189,25 @@ class GateOptions(Options):
         ),
     )
     max_regression: float = Field(
-        default=1.0, ge=0, description="Maximum drop in MMLU accuracy from the previously published release, in points."
+        default=1.0, ge=0, description="Maximum drop of a score from the published release, in points."
     )
+
+    def drops(self) -> dict[str, float]:
+        """Return {benchmark: maximum drop} as far as limit_drop says."""
+        pairs = [text.partition("=") for text in self.limit_drop.split(",") if text.strip()]
+        return {name.strip(): float(value) for name, _, value in pairs}
+
+    @model_validator(mode="after")
+    def _check_drops(self) -> Self:
+        try:
+            valid = all(math.isfinite(value) and value >= 0 for value in self.drops().values())
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError(
+                f"limit_drop {self.limit_drop!r}: must be BENCHMARK=POINTS, separated by commas, at least 0"
+            )
+        return self
 
 
 @Parameter(name="*", group=Group.create_ordered("Publishing"))
@@ -226,7 +248,7 @@ class RunOptions(Options):
     revision: OptionalText = Field(
         default=None, description="Branch, tag, or commit of the model repository. [default: the default branch]"
     )
-    refresh: Refresh = Field(
+    refresh: Texts = Field(
         default=(), description="Stages to run again even if their results are cached. [default: none]"
     )
     offline: Flag = Field(
@@ -254,6 +276,16 @@ class RunOptions(Options):
         return self.evaluation.workers if self.evaluation.cluster is None else 1
 
     @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = self.evaluation.benchmark_names()
+        if unknown := sorted(set(self.gate.drops()) - set(names)):
+            raise ValueError(f"limit_drop names {unknown[0]!r}, which is not one of the tasks {', '.join(names)}")
+        stages = stage_names(names)
+        if unknown := [name for name in self.refresh if name not in stages]:
+            raise ValueError(f"refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
+        return self
+
+    @model_validator(mode="after")
     def _check_target(self) -> Self:
         if self.target and self.offline:
             raise ValueError("a release cannot be published offline: leave out target or offline")
@@ -264,27 +296,30 @@ class RunOptions(Options):
         return self
 
 
+def stage_names(benchmarks: list[str]) -> list[str]:
+    """Return the names of all stages of a run, in order."""
+    names = ["download", "untie", "quantize", "smoke", "export"]
+    for benchmark in benchmarks:
+        names += [f"download_{benchmark}", f"record_{benchmark}"]
+        names += [f"{stage}_{benchmark}_{column}" for column in ALL_COLUMNS for stage in ("answer", "evaluate")]
+    return [*names, "verify", "gate", "card"]
+
+
 def command_line(
-    options: RunOptions,
-    model: ResolvedModel,
-    mmlu: ResolvedDataset,
-    chartqa: ResolvedDataset | None,
-    recipe_hash: str,
+    options: RunOptions, model: ResolvedModel, datasets: Mapping[str, ResolvedDataset], recipe_hash: str
 ) -> str:
     """Return the command that reproduces the release, with every revision pinned.
 
-    A local model or recipe becomes a placeholder, with its digest in a comment.
+    What is local becomes a placeholder, with its digest in a comment.
 
     Args:
         options: The run's options.
         model: The resolved model.
-        mmlu: The resolved MMLU dataset.
-        chartqa: The resolved ChartQA dataset, or None if ChartQA is skipped.
+        datasets: The resolved datasets by benchmark.
         recipe_hash: The hash of the recipe.
     """
-    pinned: dict[str, object] = {"model": model.name, "chartqa": chartqa.name if chartqa else "none"}
-    for name, source in (("revision", model), ("mmlu_revision", mmlu), ("chartqa_revision", chartqa)):
-        pinned[name] = source.revision if source and source.on_hub else None
+    pinned: dict[str, object] = {"model": model.name, "tasks": ",".join(datasets)}
+    pinned["revision"] = model.revision if model.on_hub else None
     comment = ""
     if not model.on_hub and not model.fixture:
         pinned["model"] = MODEL_PLACEHOLDER
@@ -292,13 +327,24 @@ def command_line(
     if options.recipe.endswith(".json"):
         pinned["recipe"] = RECIPE_PLACEHOLDER
         comment += f"  # {RECIPE_PLACEHOLDER}: the recipe with the hash {recipe_hash}"
+    sources = []
+    for benchmark, dataset in datasets.items():
+        source = f"{dataset.name}@{dataset.revision}" if dataset.on_hub else dataset.name
+        if not dataset.on_hub and not dataset.fixture:
+            source = f"{DATASET_PLACEHOLDER}_{benchmark.upper()}"
+            comment += f"  # {source}: the directory whose files have the digest {dataset.revision}"
+        sources.append(f"{benchmark}={source}")
+    pinned["dataset"] = tuple(sources)
     words = ["quantize-gemma", "run"]
     for name, field, value in _release_options(options):
         value = pinned.get(name, value)
         if value is None or (value == field.default and name not in ALWAYS_SHOWN):
             continue
         flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(value if isinstance(value, tuple) else [str(value)])]
     return shlex.join(words) + comment
 
 

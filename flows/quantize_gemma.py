@@ -17,12 +17,13 @@ from quantize_gemma.flows.options import (
     ModelName,
     OptionalText,
     PublishingOptions,
-    Refresh,
     RunOptions,
     Text,
+    Texts,
 )
 from quantize_gemma.flows.plan import (
     Plan,
+    PlannedBenchmark,
     check_download,
     download_inputs,
     export_inputs,
@@ -31,12 +32,12 @@ from quantize_gemma.flows.plan import (
     quantize_inputs,
 )
 from quantize_gemma.flows.report import create_artifacts
-from quantize_gemma.flows.run import Run, start_run
+from quantize_gemma.flows.run import Future, Run, start_run
 from quantize_gemma.tasks.card import card
-from quantize_gemma.tasks.download import download, download_chartqa, download_mmlu
-from quantize_gemma.tasks.evaluate import evaluate_mmlu
-from quantize_gemma.tasks.evaluate.chartqa import evaluate_chartqa
-from quantize_gemma.tasks.evaluate.program import evaluate_program
+from quantize_gemma.tasks.download import download, download_dataset
+from quantize_gemma.tasks.evaluate import evaluate
+from quantize_gemma.tasks.evaluate.answer import answer
+from quantize_gemma.tasks.evaluate.record import record
 from quantize_gemma.tasks.export import export as export_program
 from quantize_gemma.tasks.gate import gate as judge_release
 from quantize_gemma.tasks.gate.checks import compare_with_published, require_pass
@@ -57,7 +58,7 @@ def quantize_gemma(
     recipe: Text = "HQQ-INT8-INT4",
     target: OptionalText = None,
     revision: OptionalText = None,
-    refresh: Refresh = (),
+    refresh: Texts = (),
     offline: Flag = False,
     evaluation: EvaluationOptions = EvaluationOptions(),
     export: ExportOptions = ExportOptions(),
@@ -97,24 +98,13 @@ def quantize_gemma(
         plan = make_plan(run, options)
         base = run.submit(download, **download_inputs(plan.model, offline))
         plan = check_download(plan, base)
-        mmlu = run.submit(download_mmlu, **download_inputs(plan.mmlu, offline))
         untied = run.submit(untie, checkpoint=base)
         quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe))
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
-        scores = evaluate_mmlu_columns(run, plan, mmlu, {"base": base, "quantized": quantized})
-        if plan.chartqa:
-            chartqa = run.submit(download_chartqa, **download_inputs(plan.chartqa, offline))
-            evaluate_chartqa_columns(run, plan, chartqa, {"base": base, "quantized": quantized})
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
+        for benchmark in plan.benchmarks:
+            evaluate_columns(run, plan, benchmark, base, quantized, program)
         run.submit(verify, exclusive=True, checkpoint=quantized, program=program, **plan.verify_inputs())
-        run.submit(
-            evaluate_program,
-            checkpoint=quantized,
-            program=program,
-            dataset=mmlu,
-            evaluation=scores["quantized"],
-            sample_size=evaluation.program_samples,
-        )
         verdict = run.submit(judge_release, run_id=str(runtime.flow_run.id), **(plan.gate_inputs() | run.futures))
         release = run.submit(card, recipe=plan.recipe.to_json(), checkpoint=quantized, program=program, gate=verdict)
         metrics = report_release(run, plan, release)
@@ -123,35 +113,45 @@ def quantize_gemma(
     return run.summary.to_json()
 
 
-Futures = dict[str, PrefectFuture[ArtifactRef]]
-
-
-def evaluate_mmlu_columns(run: Run, plan: Plan, dataset: PrefectFuture[ArtifactRef], columns: Futures) -> Futures:
-    """Submit the evaluation on MMLU of each column's checkpoint."""
-    return {
-        column: run.submit(
-            evaluate_mmlu,
-            name=f"evaluate_mmlu_{column}",
-            exclusive=True,
-            checkpoint=checkpoint,
-            dataset=dataset,
-            batch_size=plan.options.evaluation.batch_size,
-            **plan.evaluation_inputs(),
-        )
-        for column, checkpoint in columns.items()
+def evaluate_columns(
+    run: Run, plan: Plan, benchmark: PlannedBenchmark, base: Future, quantized: Future, program: Future
+) -> None:
+    """Submit one row of the evaluation: a benchmark's requests are answered, and scored, for each column."""
+    row, evaluation = benchmark.row, plan.options.evaluation
+    dataset = run.submit(
+        download_dataset,
+        name=f"download_{row.name}",
+        **download_inputs(benchmark.dataset, plan.options.offline),
+        **row.file_inputs(),
+    )
+    limited: dict[str, Any] = {"dataset": dataset, "limit": evaluation.limit}
+    requests = run.submit(record, name=f"record_{row.name}", checkpoint=base, benchmark=row.request_inputs(), **limited)
+    models: dict[str, dict[str, Future]] = {
+        "base": {"checkpoint": base},
+        "quantized": {"checkpoint": quantized},
+        "program": {"checkpoint": quantized, "program": program},
+        "no_act_quant": {"checkpoint": quantized},
     }
-
-
-def evaluate_chartqa_columns(run: Run, plan: Plan, dataset: PrefectFuture[ArtifactRef], columns: Futures) -> None:
-    """Submit the evaluation on ChartQA of each column's checkpoint."""
-    for column, checkpoint in columns.items():
-        run.submit(
-            evaluate_chartqa,
-            name=f"evaluate_chartqa_{column}",
-            exclusive=True,
-            checkpoint=checkpoint,
+    for column in row.columns():
+        inputs = plan.column_inputs(row, column)
+        answers = run.map(
+            answer,
+            f"answer_{row.name}_{column}",
+            evaluation.workers,
+            evaluation.cluster,
+            requests=requests,
             dataset=dataset,
-            **plan.evaluation_inputs(),
+            **models[column],
+            **inputs,
+        )
+        run.submit(
+            evaluate,
+            name=f"evaluate_{row.name}_{column}",
+            requests=requests,
+            answers=answers,
+            benchmark=row.score_inputs(),
+            device=inputs["device"],
+            **limited,
         )
 
 
@@ -172,12 +172,12 @@ def report_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) ->
 
 def check_release(run: Run, plan: Plan, metrics: Metrics) -> None:
     """Put the gate's verdict into the summary. Raises GateRefused if the release does not pass."""
-    required, regression = plan.required_checks(), None
+    required, regressions = plan.required_checks(), []
     if (target := publishing_target(plan.options)) is not None:
         published = run.call("read_published", published_metrics, target.repository, target.branch)
-        regression = compare_with_published(metrics, published, plan.options.gate.max_regression)
-        required = [*required, regression.name]
-    run.summary.gate = to_json(run.call("check_gate", require_pass, metrics, required, regression))
+        regressions = compare_with_published(metrics, published, plan.options.gate.max_regression)
+        required = [*required, *(check.name for check in regressions)]
+    run.summary.gate = to_json(run.call("check_gate", require_pass, metrics, required, regressions))
 
 
 def publish_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) -> None:

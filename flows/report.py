@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.card import CHART
+from quantize_gemma.tasks.card.chart import charts
 from quantize_gemma.tasks.models.metrics import Metrics, parse_columns, parse_verdict
 from quantize_gemma.tasks.models.tables import quality_rows, verdict_rows
 from quantize_gemma.tasks.runtime.units import human_size
@@ -33,10 +33,11 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
     create_table_artifact(key="gate", table=verdict_rows(metrics.gate.checks), description="The gate's checks")
     # Without its YAML front matter, and with the chart embedded.
     text = (release / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
-    if (release / CHART).exists():
-        chart = "data:image/png;base64," + base64.b64encode((release / CHART).read_bytes()).decode()
-        create_image_artifact(chart, key="mmlu-by-subject", description="MMLU accuracy per subject")
-        text = text.replace(f"({CHART})", f"({chart})")
+    for benchmark, name in charts(metrics).items():
+        chart = "data:image/png;base64," + base64.b64encode((release / name).read_bytes()).decode()
+        description = f"{metrics.benchmarks[benchmark].title} per subject"
+        create_image_artifact(chart, key=name.removesuffix(".png").replace("_", "-"), description=description)
+        text = text.replace(f"({name})", f"({chart})")
     create_markdown_artifact(text, key="card")
     create_link_artifact(release.as_uri(), link_text="the release's files", key="release")
 

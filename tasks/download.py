@@ -1,18 +1,18 @@
 """Resolve and download: pin a name and a revision to a commit, and bring its files into the store."""
 
 import contextlib
-import fnmatch
 import hashlib
 import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.models.benchmarks import Benchmark, is_data_file
 from quantize_gemma.tasks.models.checkpoint import (
     check_finite,
     check_weights,
@@ -23,7 +23,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     source_files,
     weight_files,
 )
-from quantize_gemma.tasks.models.datasets import check_chartqa, check_mmlu
+from quantize_gemma.tasks.models.datasets import check_dataset
 from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.load_check import check_loads
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
@@ -37,12 +37,6 @@ from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import canonical_json
 
 logger = logging.getLogger(__name__)
-
-# MMLU's layout without the configurations that hold all subjects a second time.
-MMLU_FILES = ("README.md", "*/test-*.parquet", "*/validation-*.parquet", "*/dev-*.parquet")
-MMLU_SKIPPED_FILES = ("all/*", "auxiliary_train/*")
-# ChartQA's test split; the others are ten times as large.
-CHARTQA_FILES = ("README.md", "data/test-*.parquet")
 
 
 def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedModel:
@@ -70,21 +64,38 @@ def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedMo
     )
 
 
-def resolve_benchmark(benchmark: str, revision: str | None, offline: bool) -> ResolvedDataset:
-    """Return what a built-in benchmark's name or a dataset on the Hub stands for at this revision.
+def resolve_dataset(row: Benchmark, source: str, revision: str | None, offline: bool) -> ResolvedDataset:
+    """Return what a fixture's name, a directory (./, ../, / or ~/), or a dataset on the Hub stands for.
+
+    Args:
+        row: The benchmark, whose layout the dataset has.
+        source: The name or the path.
+        revision: Branch, tag, or commit on the Hub; None for the default branch.
+        offline: Do not contact the Hub.
 
     Raises:
         UserError: There is no such dataset.
     """
-    path = BUILTIN_BENCHMARKS.get(benchmark)
-    if path is not None:
-        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-        return ResolvedDataset(benchmark, _digest_of(path, names), str(path), fixture=True, on_hub=False)
+    fixture = BUILTIN_BENCHMARKS.get(source)
+    # Any other name is one on the Hub, whatever there is in the working directory.
+    if fixture is not None or source.startswith((".", "/", "~")):
+        path = fixture or Path(source).expanduser().resolve()
+        names = _data_files(path, row.files, row.skipped_files)
+        if not names:
+            raise UserError(f"{source} has no file of a dataset in the layout of {row.dataset}")
+        name = source if fixture else path.name
+        return ResolvedDataset(name, _digest_of(path, names), str(path), fixture=fixture is not None, on_hub=False)
     if offline:
-        fields = _read_memory("dataset", benchmark, revision)
-        return ResolvedDataset(benchmark, fields["revision"], fields["source"], fixture=False, on_hub=True)
-    info = hub.repo_info("dataset", benchmark, revision, find_token())
-    return ResolvedDataset(benchmark, str(info.sha), benchmark, fixture=False, on_hub=True)
+        fields = _read_memory("dataset", source, revision)
+        return ResolvedDataset(source, fields["revision"], fields["source"], fixture=False, on_hub=True)
+    info = hub.repo_info("dataset", source, revision, find_token())
+    return ResolvedDataset(source, str(info.sha), source, fixture=False, on_hub=True)
+
+
+def _data_files(folder: Path, files: Sequence[str], skipped_files: Sequence[str]) -> list[str]:
+    """Return the names of the files of a dataset in a directory that are needed."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return [name for name in names if is_data_file(name, files, skipped_files)]
 
 
 def _model_on_hub(name: str, revision: str | None) -> ResolvedModel:
@@ -212,38 +223,42 @@ def _fetch_checkpoint(target: Path, repository: str, revision: str, offline: boo
 
 
 @stage(ignored=("source", "offline"), retries=5, environment=read_environment)
-def download_mmlu(target: Path, source: str, revision: str, offline: bool) -> Output:
-    """Fill `target` with a benchmark in the layout of cais/mmlu: a directory of parquet files per subject.
+def download_dataset(
+    target: Path,
+    source: str,
+    revision: str,
+    offline: bool,
+    benchmark: str,
+    files: Sequence[str],
+    skipped_files: Sequence[str],
+) -> Output:
+    """Fill `target` with the files of a benchmark's dataset.
+
+    Args:
+        target: The directory to write to.
+        source: A directory, or a repository on the Hub.
+        revision: The digest of the directory's files, or a commit.
+        offline: Do not contact the Hub.
+        benchmark: The benchmark's name.
+        files: Patterns of the files.
+        skipped_files: Patterns of those that are not needed.
 
     Raises:
         UserError: The dataset has another layout; the message says where it differs.
     """
-    _download_dataset(target, source, revision, offline, _is_mmlu_file)
-    check_mmlu(target, source)
-    return {}
 
+    def is_needed(name: str) -> bool:
+        return is_data_file(name, files, skipped_files)
 
-@stage(ignored=("source", "offline"), retries=5, environment=read_environment)
-def download_chartqa(target: Path, source: str, revision: str, offline: bool) -> Output:
-    """Fill `target` with the test split of a benchmark in the layout of HuggingFaceM4/ChartQA, in data/.
-
-    Raises:
-        UserError: The dataset has another layout; the message says where it differs.
-    """
-    _download_dataset(target, source, revision, offline, lambda name: _matches(name, CHARTQA_FILES))
-    check_chartqa(target, source)
-    return {}
-
-
-def _download_dataset(
-    target: Path, source: str, revision: str, offline: bool, is_needed: Callable[[str], bool]
-) -> None:
-    """Copy a built-in dataset, or fetch the files that are needed of one on the Hub."""
     if Path(source).is_dir():
         with _unchanged(target, source, revision):
-            shutil.copytree(source, target, dirs_exist_ok=True, copy_function=lambda a, b: store.copy(Path(a), Path(b)))
+            for name in _data_files(Path(source), files, skipped_files):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                store.copy(Path(source) / name, target / name)
     else:
         _move(_fetch(target, "dataset", source, revision, offline, is_needed), target, is_needed)
+    check_dataset(benchmark, target, source)
+    return {}
 
 
 @contextlib.contextmanager
@@ -290,15 +305,6 @@ def _move(incoming: Path, target: Path, is_needed: Callable[[str], bool]) -> Non
         place.parent.mkdir(parents=True, exist_ok=True)
         path.rename(place)
     shutil.rmtree(incoming)
-
-
-def _is_mmlu_file(name: str) -> bool:
-    return _matches(name, MMLU_FILES) and not _matches(name, MMLU_SKIPPED_FILES)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    # In fnmatch, a star matches slashes, too.
-    return ".." not in name.split("/") and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _is_weight_file(name: str) -> bool:

@@ -3,24 +3,34 @@
 import copy
 from typing import Any
 
+from quantize_gemma.tasks.models.benchmarks import describe
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics
 
-SCORE = {"accuracy": 0.9, "stderr": 0.01}
+SCORE = {"value": 0.9, "stderr": 0.01, "samples": None}
 MMLU = {
     **SCORE,
     "task": "mmlu",
     "task_version": "2",
     "num_fewshot": 0,
-    "questions": 14042,
-    "categories": {"stem": SCORE},
-    "subjects": {"anatomy": {**SCORE, "questions": 4}},
+    "chat_template": False,
+    "metric": "acc",
+    "metrics": {},
+    "samples": 14042,
+    "groups": {"stem": SCORE},
+    "tasks": {"anatomy": {**SCORE, "samples": 4}},
+    "left_out": 0,
     "device": "cpu",
     "limit": None,
 }
+INFO = {**describe("mmlu").card_inputs(), "dataset": {"name": "cais/mmlu", "revision": "c" * 40, "fixture": False}}
+CHARTQA_INFO = {
+    **describe("chartqa").card_inputs(),
+    "dataset": {"name": "HuggingFaceM4/ChartQA", "revision": "d" * 40, "fixture": False},
+}
 RESPONSE = {"prompt": "Hey?", "response": "Hello."}
 SAMPLE = {
-    **SCORE,
-    "questions": 100,
+    **MMLU,
+    "samples": 100,
     "checkpoint": SCORE,
     "no_act_quant": SCORE,
     "agreement": 1.0,
@@ -29,15 +39,12 @@ SAMPLE = {
     "disagreements": [],
 }
 METRICS: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": 2,
     "base_model": "team/tiny",
     "base_revision": "a" * 40,
     "license": {"license": "gemma"},
     "fixture_model": False,
-    "benchmark": "cais/mmlu",
-    "benchmark_revision": "c" * 40,
-    "fixture_benchmark": False,
-    "chartqa": None,
+    "benchmarks": {"mmlu": INFO},
     "recipe": "HQQ-INT8-INT4",
     "recipe_hash": "b" * 64,
     "max_seq_len": 1024,
@@ -46,13 +53,12 @@ METRICS: dict[str, Any] = {
     "versions": {"lm-eval": "0.4.13", "torch": "2", "torchao": "0", "transformers": "5", "optimum-executorch": "1"},
     "loads_in": [],
     "pairs": {"mmlu": {"both": 90, "first": 0, "second": 0, "neither": 10}},
-    "base": {"bytes": 1000, "mmlu": MMLU, "chartqa": None},
+    "base": {"bytes": 1000, "mmlu": MMLU},
     "quantized": {
         "bytes": 500,
         "weight_error": {"linear": 0.01},
         "smoke": {**RESPONSE, "chat_template": True, "new_tokens": 2, "max_new_tokens": 64},
         "mmlu": MMLU,
-        "chartqa": None,
     },
     "program": {
         "bytes": 400,
@@ -68,7 +74,6 @@ METRICS: dict[str, Any] = {
         "agreement": {"kl_program": 0.0, "kl_act_quant": 0.03, "tokens": 128},
         "speed": {},
         "mmlu": SAMPLE,
-        "chartqa": None,
     },
     "stages": {"quantize": {"seconds": 1.5, "peak_rss_bytes": 10, "bytes": 500}},
     "gate": {"passed": True, "low_confidence": False, "limits": {}, "checks": []},

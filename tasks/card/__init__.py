@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from quantize_gemma.tasks.card import markdown
-from quantize_gemma.tasks.card.chart import draw_subjects
+from quantize_gemma.tasks.card.chart import charts, draw_subjects
 from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, write_metrics
 from quantize_gemma.tasks.models.recipe import Recipe, Rule
-from quantize_gemma.tasks.models.tables import NOT_MEASURED, chartqa_rows, format_score, verdict_rows
+from quantize_gemma.tasks.models.tables import NOT_MEASURED, benchmark_rows, verdict_rows
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.units import human_size
 
 HERE = Path(__file__).parent
-CHART = "mmlu-by-subject.png"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ def card(target: Path, /, recipe: dict[str, Any], checkpoint: Path, program: Pat
             store.check_file(artifact, name)
             store.link(artifact.path / name, target / name)
             hashes[name] = file.sha256
-    draw_subjects(metrics, target / CHART)
+    for benchmark, name in charts(metrics).items():
+        draw_subjects(metrics, benchmark, target / name)
     write_metrics(metrics, target / "metrics.json")
     sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
     (target / "README.md").write_text(render(metrics, parsed, sizes), encoding="utf-8")
@@ -97,7 +97,6 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
     environment.filters["size"] = human_size
     environment.filters["percent"] = lambda value: NOT_MEASURED if value is None else f"{100 * value:.2f}%"
     environment.filters["small"] = lambda value: NOT_MEASURED if value is None else f"{value:.2g}"
-    environment.filters["score"] = format_score
     loading = environment.get_template("loading.py.j2").render(
         multimodal=metrics.program.task == "multimodal-text-to-text", smoke=metrics.quantized.smoke
     )
@@ -106,8 +105,8 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
         loading=loading,
         front_matter=markdown.Markdown(as_yaml(front_matter(metrics))),
         license=clean_license(metrics.license) or GEMMA_TERMS,
-        sample=metrics.program.mmlu,
-        chartqa=chartqa_rows(metrics),
+        benchmarks={name: benchmark_rows(metrics, name) for name in metrics.benchmarks},
+        charts={metrics.benchmarks[name].title: chart for name, chart in charts(metrics).items()},
         checks=verdict_rows(metrics.gate.checks),
         recipe=recipe,
         sizes=sizes,

@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
-from quantize_gemma.tasks.models.metrics import Dataset, Metrics
+from quantize_gemma.tasks.models.metrics import BenchmarkInfo, BenchmarkScore, Metrics
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
@@ -47,31 +47,16 @@ def as_yaml(metadata: dict[str, Any]) -> str:
 
 
 def _results(metrics: Metrics) -> list[dict[str, Any]]:
-    mmlu, chartqa = metrics.quantized.mmlu, metrics.quantized.chartqa
-    results = []
-    if mmlu is not None:
-        dataset = Dataset(
-            name=metrics.benchmark, revision=metrics.benchmark_revision, fixture=metrics.fixture_benchmark
-        )
-        task, metric = ("multiple-choice", "Multiple choice"), ("accuracy", "accuracy")
-        results.append(_result(task, dataset, ("MMLU", "mmlu-mini"), metric, mmlu.accuracy))
-    if chartqa is not None and metrics.chartqa is not None:
-        task, metric = (
-            ("visual-question-answering", "Visual question answering"),
-            ("relaxed_accuracy", "relaxed accuracy"),
-        )
-        accuracy = chartqa.relaxed_accuracy["overall"].accuracy
-        results.append(_result(task, metrics.chartqa, ("ChartQA", "chartqa-mini"), metric, accuracy))
-    return results
+    """Return the results of the model index: the quantized checkpoint's headline metrics."""
+    scores = {name: metrics.quantized.scores.get(name) for name in metrics.benchmarks}
+    return [_result(metrics.benchmarks[name], score) for name, score in scores.items() if score is not None]
 
 
-def _result(
-    task: tuple[str, str], dataset: Dataset, titles: tuple[str, str], metric: tuple[str, str], value: float
-) -> dict[str, Any]:
-    """Return one result of the model index; `titles` are the dataset's and its fixture's."""
-    title = f"{titles[1]} (fixture)" if dataset.fixture else titles[0]
+def _result(info: BenchmarkInfo, score: BenchmarkScore) -> dict[str, Any]:
+    title = f"{info.dataset.name} (fixture)" if info.dataset.fixture else info.title
+    value = 100 * score.value if info.higher_is_better else score.value
     return {
-        "task": {"type": task[0], "name": task[1]},
-        "dataset": {"type": dataset.name, "name": title, "revision": dataset.revision},
-        "metrics": [{"type": metric[0], "name": metric[1], "value": round(100 * value, 2)}],
+        "task": {"type": info.task_type, "name": info.task_type.replace("-", " ").capitalize()},
+        "dataset": {"type": info.dataset.name, "name": title, "revision": info.dataset.revision},
+        "metrics": [{"type": info.metric, "name": info.metric.replace("_", " "), "value": round(value, 2)}],
     }

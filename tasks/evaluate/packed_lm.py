@@ -21,12 +21,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_tower
 from quantize_gemma.tasks.models.dequantize import dequantize_once
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime.machine import trim_memory
 from quantize_gemma.tasks.runtime.parent_process import report_progress
 from quantize_gemma.tasks.runtime.patches import patched_loading
+from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,22 +40,23 @@ TOKENS = {"cpu": 4096, "cuda": 32_768}
 POSITIONS = 256
 
 # lm-eval's: (strings or None, context, continuation), the last two as tokens.
-Request = tuple[tuple[str, str] | None, list[int], list[int]]
-# [[context, continuation]] -> [[log-likelihood, is greedy]], JSON values.
-Scorer = Callable[[list[list[str]]], list[list[float | bool]]]
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+# Returns the answers to requests, JSON values.
+Score = Callable[[list[Request]], list[JsonValue]]
 
 
-def load_checkpoint_scorer(checkpoint: str, device: str, batch_size: int | str) -> Scorer:
-    """Load a checkpoint as a scorer of [context, continuation]."""
-    return make_scorer(PackedLM(Path(checkpoint), device, batch_size))
+def load_checkpoint_scorer(checkpoint: str, device: str, batch_size: int | str, no_act_quant: bool) -> Score:
+    """Load a checkpoint as what answers requests."""
+    return make_scorer(PackedLM(Path(checkpoint), device, batch_size, no_act_quant))
 
 
-def make_scorer(model: LM) -> Scorer:
-    """Return an lm-eval model as a scorer."""
+def make_scorer(model: LM) -> Score:
+    """Return an lm-eval model as what answers requests, all of one kind."""
 
-    def score(requests: list[list[str]]) -> list[list[float | bool]]:
-        instances = [Instance("loglikelihood", {}, (context, continuation), 0) for context, continuation in requests]
-        return [[score, greedy] for score, greedy in model.loglikelihood(instances, disable_tqdm=True)]
+    def score(requests: list[Request]) -> list[JsonValue]:
+        instances = [Instance(request.kind, {}, tuple(request.arguments), 0) for request in requests]
+        answers = getattr(model, requests[0].kind)(instances, disable_tqdm=True)
+        return [list(value) if isinstance(value, tuple) else value for value in answers]
 
     return score
 
@@ -92,7 +95,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         trim_memory()
 
     def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Return (sum of the continuation's log-probabilities, whether each of its tokens is the most likely)."""
         sharing = share_rows(requests, self.max_length)
@@ -154,7 +157,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         return list(logits.split(counts))
 
 
-def share_rows(requests: list[Request], max_length: int) -> dict[tuple[int, ...], list[int]]:
+def share_rows(requests: list[TokenRequest], max_length: int) -> dict[tuple[int, ...], list[int]]:
     """Return {a row of input tokens: the numbers of the requests that its logits score}.
 
     Continuations of one token after the same context, as the letters of a question, share a row. What is longer than

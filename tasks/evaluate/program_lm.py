@@ -1,5 +1,6 @@
 """model.pte as an lm-eval model: log-likelihoods through the ExecuTorch runtime."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -8,9 +9,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from quantize_gemma.tasks.evaluate.packed_lm import Request, Scorer, make_scorer, score_continuation, share_rows
+from quantize_gemma.tasks.evaluate.packed_lm import Score, TokenRequest, make_scorer, score_continuation, share_rows
+from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.pte import PteProgram
 from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 
 class ProgramLM(TemplateLM):  # type: ignore[misc]
@@ -27,11 +30,14 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self.program = PteProgram(program / "model.pte")
 
-    def fits(self, context: str, continuation: str) -> bool:
-        """Return whether the program takes a request without truncation."""
-        return len(self.tok_encode(context + continuation)) - 1 <= self.program.max_seq_len
+    def fits(self, request: Request) -> bool:
+        """Tell whether the program takes a request [context, continuation] without truncation."""
+        context, continuation = request.arguments
+        return len(self.tok_encode(f"{context}{continuation}")) - 1 <= self.program.max_seq_len
 
-    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """Return (sum of the continuation's log-probabilities, whether each of its tokens is the most likely)."""
         sharing = share_rows(requests, self.program.max_seq_len)
         responses: dict[int, tuple[float, bool]] = {}
@@ -54,6 +60,15 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def load_program_scorer(checkpoint: str, program: str) -> Scorer:
-    """Load a program as a scorer of [context, continuation]."""
-    return make_scorer(ProgramLM(Path(checkpoint), Path(program)))
+def load_program_scorer(checkpoint: str, program: str) -> Score:
+    """Load a program as what answers requests: None to those that are longer than its sequences."""
+    model = ProgramLM(Path(checkpoint), Path(program))
+    score_all = make_scorer(model)
+
+    def score(requests: list[Request]) -> list[JsonValue]:
+        fits = [model.fits(request) for request in requests]
+        fitting = list(itertools.compress(requests, fits))
+        answers = iter(score_all(fitting) if fitting else [])
+        return [next(answers) if one else None for one in fits]
+
+    return score

@@ -19,6 +19,20 @@ CHARTQA_COLUMNS = {"image": IMAGE, "query": TEXT, "label": TEXTS, "human_or_mach
 CHARTQA_SPLITS = ("human", "augmented")
 
 
+def check_dataset(benchmark: str, folder: Path, source: str) -> None:
+    """Raise UserError unless the files of `source` can be read, and have the benchmark's layout where it is known."""
+    checks = {"mmlu": check_mmlu, "chartqa": check_chartqa}
+    if benchmark in checks:
+        checks[benchmark](folder, source)
+        return
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
+    if not files:
+        raise UserError(f"{source} has no data files: use a dataset in the layout of the benchmark's own")
+    for path in files:
+        if path.suffix == ".parquet":
+            _check(path, f"{path.relative_to(folder)} of {source}", source, {}, lambda _row: None)
+
+
 def check_mmlu(folder: Path, source: str) -> None:
     """Raise UserError if the files of `source` are not like those of cais/mmlu; it names the file and the row."""
     files = sorted(folder.glob("*/*.parquet"))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from quantize_gemma.tasks.runtime.paired_stats import Pairs
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = Path(__file__).parent / "metrics.schema.json"
 # A field that this version does not know is an error, not something to drop silently.
 STRICT = {"extra": "forbid"}
@@ -23,75 +23,69 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """An accuracy, a fraction, with its standard error and the number of questions, where they are known."""
+    """A metric with its standard error and the number of documents, where they are known. Accuracies are fractions."""
 
-    accuracy: float
+    value: float
     stderr: float | None
-    questions: int | None = None
+    samples: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class MmluScore(Score):
-    """lm-evaluation-harness's score on MMLU, by category and by subject."""
+class BenchmarkScore(Score):
+    """lm-evaluation-harness's score on a benchmark: the headline metric, by group and by task where there are several.
+
+    `metrics` are further metrics; `left_out` counts the documents that are longer than the program's sequences.
+    """
 
     task: str
     task_version: str | None
     num_fewshot: int
-    categories: dict[str, Score]
-    subjects: dict[str, Score]
-    device: str
-    limit: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChartqaScore:
-    """ChartQA's relaxed and normalized accuracy, each {"overall" | "human" | "augmented": score}."""
-
-    task: str
-    questions: int
-    relaxed_accuracy: dict[str, Score]
-    normalized: dict[str, Score]
+    chat_template: bool
+    metric: str
+    metrics: dict[str, Score]
+    groups: dict[str, Score]
+    tasks: dict[str, Score]
+    left_out: int
     device: str
     limit: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A choice, and its log-likelihood's margin over the next best choice's, in nats."""
+    """A choice or a text, and the choice's margin of log-likelihood over the next best choice's, in nats."""
 
     answer: str
-    margin: float
+    margin: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Disagreement:
-    """A question that program and checkpoint answer differently."""
+    """A document that program and checkpoint answer differently."""
 
-    subject: str
+    task: str
     doc_id: int
-    question: str
-    choices: list[str]
+    prompt: str
     target: str
     checkpoint: Answer
-    no_act_quant: Answer
+    no_act_quant: Answer | None
     program: Answer
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleScore(Score):
-    """The program's score on a sample of the MMLU questions, and the checkpoint's on the same questions.
+class SampleScore(BenchmarkScore):
+    """The program's score on a sample of a benchmark's documents, and the checkpoint's on the same documents.
 
-    `no_act_quant` is the checkpoint without activation quantization. `agreement` and `agreement_act_quant` are the
-    shares of the questions that the checkpoint answers like the program and like `no_act_quant`. `differing` counts the
-    answers that differ from those of `no_act_quant`: both, only the program's (first), only the checkpoint's (second),
-    neither.
+    `no_act_quant` is the checkpoint without activation quantization, where it was measured. `agreement` and
+    `agreement_act_quant` are the shares of the documents that the checkpoint answers like the program and like
+    `no_act_quant`: with the same choice; a text is correct or incorrect in both. `differing` counts the answers that
+    differ from those of `no_act_quant`: both, only the program's (first), only the checkpoint's (second), neither.
     """
 
-    checkpoint: Score
-    no_act_quant: Score
-    agreement: float
-    agreement_act_quant: float
-    differing: Pairs
+    checkpoint: Score | None
+    no_act_quant: Score | None
+    agreement: float | None
+    agreement_act_quant: float | None
+    differing: Pairs | None
     disagreements: list[Disagreement]
 
 
@@ -196,11 +190,10 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The column of the base model."""
+    """The column of the base model. In JSON, `scores` are fields of the column, under the benchmarks' names."""
 
     bytes: int
-    mmlu: MmluScore | None
-    chartqa: ChartqaScore | None
+    scores: dict[str, BenchmarkScore | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +220,7 @@ class Program:
     image: Response | None
     agreement: Agreement
     speed: dict[str, Speed]
-    mmlu: SampleScore | None
-    chartqa: ChartqaScore | None
+    scores: dict[str, SampleScore | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,11 +233,6 @@ class Columns:
     quantized: Quantized
     program: Program
 
-    def mmlu_columns(self) -> tuple[MmluScore, MmluScore] | None:
-        """Return MMLU's scores of the base model and of the checkpoint, None if either was not measured."""
-        base, quantized = self.base.mmlu, self.quantized.mmlu
-        return None if base is None or quantized is None else (base, quantized)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
@@ -254,6 +241,21 @@ class Dataset:
     name: str
     revision: str
     fixture: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkInfo:
+    """What a benchmark is: its title and those of its further metrics, and its dataset; see benchmarks.py."""
+
+    title: str
+    metric: str
+    metrics: dict[str, str]
+    higher_is_better: bool
+    chance: float | None
+    task_type: str
+    is_own_task: bool
+    words: str
+    dataset: Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,17 +306,14 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Columns):
-    """The content of metrics.json. `pairs` counts the questions that base and checkpoint each answer correctly."""
+    """The content of metrics.json. `pairs` counts the documents that base and checkpoint each answer correctly."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     base_model: str
     base_revision: str
     license: dict[str, str]
     fixture_model: bool
-    benchmark: str
-    benchmark_revision: str
-    fixture_benchmark: bool
-    chartqa: Dataset | None
+    benchmarks: dict[str, BenchmarkInfo]
     recipe: str
     recipe_hash: str
     max_seq_len: int
@@ -327,18 +326,22 @@ class Metrics(Columns):
     gate: Verdict
 
 
+# The columns of the quality table.
+COLUMNS: dict[str, type] = {"base": Base, "quantized": Quantized, "program": Program}
+
+
 def parse_metrics(content: Mapping[str, Any]) -> Metrics:
     """Return the metrics in a JSON object of this schema version. Raises pydantic.ValidationError."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(Metrics).validate_python(content)
+    return TypeAdapter(Metrics).validate_python(_nest_scores(content))
 
 
 def parse_columns(content: Mapping[str, Any]) -> Columns:
     """Return the columns of a JSON object. Raises pydantic.ValidationError."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(Columns).validate_python(content)
+    return TypeAdapter(Columns).validate_python(_nest_scores(content))
 
 
 def parse_verdict(content: Mapping[str, Any]) -> Verdict:
@@ -348,9 +351,28 @@ def parse_verdict(content: Mapping[str, Any]) -> Verdict:
     return TypeAdapter(Verdict).validate_python(content)
 
 
-def to_json(value: Metrics | Columns | Base | Program | Verdict | Check) -> Json:
+def to_json(value: Metrics | Columns | Verdict | Check) -> Json:
     """Return the JSON object of one of these dataclasses."""
-    return dataclasses.asdict(value)
+    content = dataclasses.asdict(value)
+    columns = {name: content[name] for name in COLUMNS if name in content}
+    return {**content, **{name: {**column, **column.pop("scores")} for name, column in columns.items()}}
+
+
+def column_fields(column: str) -> set[str]:
+    """Return the names of a column's fields, which are no benchmark's."""
+    return {field.name for field in dataclasses.fields(COLUMNS[column])} - {"scores"}
+
+
+def _nest_scores(content: Mapping[str, Any]) -> Json:
+    """Return a JSON object whose columns have the benchmarks' scores in a field of their own."""
+    nested = dict(content)
+    for name in COLUMNS:
+        fields = column_fields(name)
+        column = content.get(name)
+        if isinstance(column, Mapping):
+            scores = {key: value for key, value in column.items() if key not in fields}
+            nested[name] = {**{key: value for key, value in column.items() if key in fields}, "scores": scores}
+    return nested
 
 
 def write_metrics(metrics: Metrics, path: Path) -> None:
@@ -363,6 +385,10 @@ def json_schema() -> str:
     from pydantic import TypeAdapter
 
     schema = TypeAdapter(Metrics).json_schema(mode="serialization")
+    for kind in COLUMNS.values():
+        column = schema["$defs"][kind.__name__]
+        column["additionalProperties"] = column["properties"].pop("scores")["additionalProperties"]
+        column["required"].remove("scores")
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "metrics.json", **schema}
     return json.dumps(schema, indent=1) + "\n"
 

@@ -75,24 +75,6 @@ def log(message: str) -> None:
     _parent.send({"event": "log", "message": message})
 
 
-def spread_parts(function: str, parts: list[JsonObject], workers: int, cluster: str | None) -> bool:
-    """Have the parent call a function with each of the parts, in worker processes or on a cluster.
-
-    If a part fails, the parent ends this process.
-
-    Args:
-        function: "module:name".
-        parts: JSON values.
-        workers: How many processes work at a time.
-        cluster: Address of a Dask or Ray cluster that works instead.
-
-    Returns:
-        Whether the parts are done; False where the parent does no such thing, and where there is none.
-    """
-    _parent.send({"event": "spread", "function": function, "parts": parts, "workers": workers, "cluster": cluster})
-    return _parent.events is not None and bool(receive())
-
-
 def receive() -> JsonValue:
     """Wait for the next value from the parent, and return it."""
     return json.loads(_parent.lines.get())

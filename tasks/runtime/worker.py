@@ -34,8 +34,6 @@ from quantize_gemma.tasks.runtime.strict_json import JsonObject, JsonValue
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 # Called with what is done, the total, and the unit.
 Progress = Callable[[int, int, str], None]
-# Called with a function "module:name", its parts, the number of workers, and a cluster's address; see spread_parts().
-Spread = Callable[[str, list[JsonObject], int, str | None], int]
 
 # Environment variables that no worker inherits.
 SECRETS = (
@@ -62,7 +60,6 @@ def run(
     logger: Logger | None,
     environment: dict[str, str] | None = None,
     seconds_allowed: float | None = None,
-    spread: Spread | None = None,
 ) -> JsonObject:
     """Call a function in a process of its own.
 
@@ -74,7 +71,6 @@ def run(
         environment: Further environment variables; tokens reach the process only here, and leave it in nothing that
             it prints or raises.
         seconds_allowed: The process is killed if it takes longer.
-        spread: Does what the function hands out with spread_parts(), and returns the peak memory of one process in it.
 
     Returns:
         What the function returned, with "measured" added: seconds and peak_rss_bytes.
@@ -84,16 +80,12 @@ def run(
         StageFailed: The function raised anything else, or the process died.
     """
     started = time.monotonic()
-    peak = 0
     with contextlib.closing(Worker(function, arguments, environment)) as process:
-        while (event := process.receive(progress, logger, seconds_allowed))["event"] == "spread":
-            if spread is not None:
-                peak = max(peak, spread(event["function"], event["parts"], event["workers"], event["cluster"]))
-            process.send(spread is not None)
+        event = process.receive(progress, logger, seconds_allowed)
     value: JsonObject = event["value"]
     value["measured"] = {
         "seconds": round(time.monotonic() - started, 2),
-        "peak_rss_bytes": max(peak, event["peak_rss_bytes"]),
+        "peak_rss_bytes": event["peak_rss_bytes"],
         **value.pop("extra", {}),
     }
     return value
@@ -149,7 +141,7 @@ class Worker:
             self.process.stdin.flush()
 
     def receive(self, progress: Progress, logger: Logger | None, seconds_allowed: float | None = None) -> JsonObject:
-        """Return the next result, or the next request to spread parts, and pass on what is reported before it.
+        """Return the result, and pass on what is reported before it.
 
         Raises:
             UserError: The function raised it.
@@ -164,7 +156,7 @@ class Worker:
         finally:
             if timer:
                 timer.cancel()
-        if event["event"] in ("result", "spread"):
+        if event["event"] == "result":
             return event
         if event["event"] == "user_error":
             raise UserError(redact(event["message"]))

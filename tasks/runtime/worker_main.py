@@ -46,14 +46,18 @@ def main() -> None:
 
 
 def call(
-    function: str, target: str, paths: dict[str, str], values: JsonObject, made_by: Fingerprint | None = None
+    function: str,
+    target: str,
+    paths: dict[str, str | list[str]],
+    values: JsonObject,
+    made_by: Fingerprint | None = None,
 ) -> JsonObject:
     """Call a stage's function.
 
     Args:
         function: "module:name".
         target: The directory that it fills.
-        paths: Its inputs that are artifacts: their directories.
+        paths: Its inputs that are artifacts, or lists of artifacts: their directories.
         values: Its other inputs.
         made_by: The fingerprint in the artifact's key, if it has a key.
 
@@ -67,7 +71,10 @@ def call(
     if changed:
         raise StageFailed(f"{changed}: it was changed during the run, start the run again")
     work = import_function(function)
-    result: JsonObject = work(Path(target), **{field: Path(path) for field, path in paths.items()}, **values)
+    inputs = {
+        field: [Path(one) for one in path] if isinstance(path, list) else Path(path) for field, path in paths.items()
+    }
+    result: JsonObject = work(Path(target), **inputs, **values)
     return result
 
 
