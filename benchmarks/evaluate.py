@@ -37,14 +37,24 @@ def command_line(
 
 
 def our_evaluation(target: str, checkpoint: str, questions: str, limit: int | None, device: str) -> dict[str, Any]:
-    """Evaluates as the flow does."""
-    from quantize_gemma.tasks.evaluate import evaluate_mmlu
+    """Evaluates as the flow does, in one process."""
+    from quantize_gemma.tasks.evaluate import evaluate
+    from quantize_gemma.tasks.evaluate.answer import answer
     from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
+    from quantize_gemma.tasks.evaluate.record import record
+    from quantize_gemma.tasks.models.benchmarks import describe
 
-    def evaluate() -> None:
-        evaluate_mmlu(Path(target), Path(checkpoint), Path(questions), limit, "auto", device, refresh=True)
+    row, model, dataset, results = describe("mmlu"), Path(checkpoint), Path(questions), Path(target)
+    requests, answers = results / "requests", results / "answers"
+    for folder in (requests, answers):
+        folder.mkdir()
 
-    return {"evaluation_seconds": _timed(PackedLM, evaluate)}
+    def run_stages() -> None:
+        record(requests, model, dataset, row.request_inputs(), limit)
+        answer(answers, requests, model, dataset, device, refresh=True)
+        evaluate(results, requests, [answers], dataset, row.score_inputs(), limit, device)
+
+    return {"evaluation_seconds": _timed(PackedLM, run_stages)}
 
 
 def _timed(model: Any, evaluate: Any) -> float:
@@ -78,9 +88,9 @@ def read_ours(target: Path) -> tuple[dict[str, Any], dict[tuple[str, int], list[
     """Returns our results, by lm-eval's names of the tasks, and log-likelihoods by subject and question."""
     results = json.loads((target / "results.json").read_text(encoding="utf-8"))
     lines = (target / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    samples = {(row["subject"], row["doc_id"]): row["loglikelihoods"] for row in map(json.loads, lines)}
+    samples = {(row["task"], row["doc_id"]): row["responses"] for row in map(json.loads, lines)}
     scores = {"mmlu": results}
-    scores |= {f"mmlu_{name}": score for name, score in {**results["categories"], **results["subjects"]}.items()}
+    scores |= {f"mmlu_{name}": score for name, score in {**results["groups"], **results["tasks"]}.items()}
     return scores, samples
 
 
@@ -94,7 +104,7 @@ def compare(reference: Path, ours: Path) -> dict[str, Any]:
     for task, score in their_scores.items():
         stderr = score["acc_stderr,none"]
         expected = score["acc,none"], stderr if isinstance(stderr, float) else None
-        if expected != (our_scores[task]["accuracy"], our_scores[task]["stderr"]):
+        if expected != (our_scores[task]["value"], our_scores[task]["stderr"]):
             wrong.append(task)
     return {
         "questions": len(theirs),

@@ -147,6 +147,7 @@ def evaluate_columns(
         run.submit(
             evaluate,
             name=f"evaluate_{row.name}_{column}",
+            exclusive=True,
             requests=requests,
             answers=answers,
             benchmark=row.score_inputs(),

@@ -53,7 +53,7 @@ def evaluate(
     with run_lm_eval(dataset, benchmark) as evaluate_with_lm_eval:
         from quantize_gemma.tasks.evaluate.replay_lm import ReplayLM
 
-        output = evaluate_with_lm_eval(ReplayLM(stored), limit, doc_ids)
+        output = evaluate_with_lm_eval(ReplayLM(stored, doc_ids), limit, doc_ids)
     results = summarize(output, name, benchmark["task"], metric, benchmark["metrics"])
     results |= {"chat_template": benchmark["chat_template"], "left_out": left_out, "device": device, "limit": limit}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

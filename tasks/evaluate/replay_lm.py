@@ -69,10 +69,13 @@ class ReplayLM(LM):  # type: ignore[misc]
 
     MULTIMODAL = True
 
-    def __init__(self, answers: Mapping[tuple[str, int, int], Any]) -> None:
-        """`answers` are by (task, doc_id, index)."""
+    def __init__(
+        self, answers: Mapping[tuple[str, int, int], Any], doc_ids: Mapping[str, list[int]] | None = None
+    ) -> None:
+        """Take the answers by (task, doc_id, index), and the documents of a sample, by task, that lm-eval asks for."""
         super().__init__()
         self.answers = answers
+        self.doc_ids = doc_ids
 
     def uses_chat_template(self, _wanted: bool) -> bool:
         """The scores do not depend on the prompts: they are not made again."""
@@ -82,9 +85,11 @@ class ReplayLM(LM):  # type: ignore[misc]
         return [self._answer(_request_of(instance)) for instance in instances]
 
     def _answer(self, request: Request) -> Any:
-        key = request.task, request.doc_id, request.index
+        # Of a sample, lm-eval's requests have the numbers of the documents in the sample.
+        doc_id = request.doc_id if self.doc_ids is None else self.doc_ids[request.task][request.doc_id]
+        key = request.task, doc_id, request.index
         if key not in self.answers:
-            raise StageFailed(f"lm-eval asks what was not recorded: document {request.doc_id} of {request.task}")
+            raise StageFailed(f"lm-eval asks what was not recorded: document {doc_id} of {request.task}")
         answer = self.answers[key]
         return tuple(answer) if isinstance(answer, list) else answer
 

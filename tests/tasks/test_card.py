@@ -28,7 +28,6 @@ from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
 from tests.metrics import MMLU, example_json, example_metrics
 
-
 CHART = "mmlu-by-subject.png"
 
 
@@ -337,5 +336,7 @@ def test_a_card_whose_metadata_do_not_read_back_fails(measured: dict[str, Any], 
 
 
 def test_a_name_with_dollar_signs_is_drawn_as_text(tmp_path: Path) -> None:
-    draw_subjects(replace(example_metrics(), base_model="team/$x^$_{", recipe="$\\frac$"), "mmlu", tmp_path / "chart.png")
+    draw_subjects(
+        replace(example_metrics(), base_model="team/$x^$_{", recipe="$\\frac$"), "mmlu", tmp_path / "chart.png"
+    )
     assert (tmp_path / "chart.png").stat().st_size > 1000

@@ -15,6 +15,7 @@ from quantize_gemma.tasks.gate.checks import (
     require_pass,
     required_checks,
 )
+from quantize_gemma.tasks.gate.program_sample import compare_answers
 from quantize_gemma.tasks.models.benchmarks import describe
 from quantize_gemma.tasks.models.metrics import Check, Metrics, Verdict, parse_metrics, to_json
 from quantize_gemma.tasks.models.tables import verdict_rows
@@ -204,15 +205,14 @@ def test_a_program_fails_when_its_answers_differ_beyond_sampling_error_and_activ
 
 
 def test_a_disagreement_within_sampling_error_passes_with_low_confidence() -> None:
-    check = check_named(
-        verdict_on(metrics(pairs(90, 0, 0, 10), differing=pairs(2, 14, 10, 74))), "mmlu_disagreement"
-    )
+    check = check_named(verdict_on(metrics(pairs(90, 0, 0, 10), differing=pairs(2, 14, 10, 74))), "mmlu_disagreement")
     assert check.status == "pass"
     assert check.low_confidence
     assert check.value == 4.0
     assert check.margin == -2.0
     assert check.message.startswith(
-        "of 100 answers to MMLU without activation quantization, the program changes 16 and activation quantization alone 12: "
+        "of 100 answers to MMLU without activation quantization, the program changes 16 and activation "
+        "quantization alone 12: "
         "4.00 ± 4.89 points more (limit ≤ 2): pass, 2 over the limit but within sampling error, "
         "confidence 34.1%"
     )
@@ -411,3 +411,49 @@ def test_answers_to_long_prompts_fail_beyond_sampling_error(kl: list[float], pas
     }
     verdict = verdict_on(measured, {**LIMITS, "max_kl_ratio": 2.0})
     assert failed_checks(verdict) == ([] if passed else ["program_kl_prompts"])
+
+
+def test_agreement_counts_who_differs_from_whom() -> None:
+    a, b = [-1.0, -2.0, -3.0, -4.0], [-2.0, -1.5, -3.0, -4.0]
+
+    def row(doc_id: int, responses: list[float]) -> dict[str, Any]:
+        prediction = responses.index(max(responses))
+        shared = {"task": "s", "doc_id": doc_id, "target": "0", "prompt": f"Question {doc_id}?"}
+        answers = {"choices": list("wxyz"), "responses": responses, "prediction": prediction}
+        return {**shared, **answers, "score": float(prediction == 0)}
+
+    combinations = [(a, a, a), (a, a, b), (b, a, a), (b, a, b), (b, b, b)]
+    checkpoint, no_act_quant, program = (
+        [row(number, one[place]) for number, one in enumerate(combinations)] for place in range(3)
+    )
+    # The checkpoint answered more than the sample, in whatever order.
+    found = compare_answers(program, [row(9, a), *checkpoint[::-1]], no_act_quant)
+    assert found["checkpoint"]["value"] == 0.4
+    assert found["no_act_quant"] == {"value": 0.8, "stderr": pytest.approx(0.2), "samples": 5}
+    assert found["agreement"] == 0.6
+    assert found["agreement_act_quant"] == 0.6
+    assert found["differing"] == {"both": 1, "first": 1, "second": 1, "neither": 2}
+    assert [one["doc_id"] for one in found["disagreements"]] == [1, 2]
+    assert found["disagreements"][0] == {
+        "task": "s",
+        "doc_id": 1,
+        "prompt": "Question 1?",
+        "target": "A",
+        "checkpoint": {"answer": "A", "margin": 1.0},
+        "no_act_quant": {"answer": "A", "margin": 1.0},
+        "program": {"answer": "B", "margin": 0.5},
+    }
+
+
+def test_texts_disagree_where_only_one_of_them_is_correct() -> None:
+    def rows(*answers: tuple[str, float]) -> list[dict[str, Any]]:
+        return [
+            {"task": "t", "doc_id": place, "target": "7", "prompt": "3 + 4?", "prediction": text, "score": score}
+            for place, (text, score) in enumerate(answers)
+        ]
+
+    program = rows(("7", 1.0), ("8", 0.0), ("9", 0.0))
+    found = compare_answers(program, rows(("7 ", 1.0), ("7", 1.0), ("6", 0.0)), None)
+    assert found["agreement"] == pytest.approx(2 / 3)
+    assert found["no_act_quant"] is found["differing"] is found["agreement_act_quant"] is None
+    assert [one["program"] for one in found["disagreements"]] == [{"answer": "8", "margin": None}]
