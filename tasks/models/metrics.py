@@ -354,8 +354,10 @@ def parse_verdict(content: Mapping[str, Any]) -> Verdict:
 def to_json(value: Metrics | Columns | Verdict | Check) -> Json:
     """Return the JSON object of one of these dataclasses."""
     content = dataclasses.asdict(value)
-    columns = {name: content[name] for name in COLUMNS if name in content}
-    return {**content, **{name: {**column, **column.pop("scores")} for name, column in columns.items()}}
+    for name in COLUMNS:
+        if name in content:
+            content[name] |= content[name].pop("scores")
+    return content
 
 
 def column_fields(column: str) -> set[str]:

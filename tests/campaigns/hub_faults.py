@@ -358,8 +358,6 @@ class CommandStore:
             "run",
             "--model",
             MODEL,
-            "--mmlu",
-            BENCHMARK,
             "--json",
         ]
         done = subprocess.run([*command, *arguments], env={**kept, **own}, capture_output=True, text=True)

@@ -37,19 +37,28 @@ MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/Chart
 WRITER = "hf_MARKEDwriter00"
 # What is made of each stage's result.
 USED_BY = {
-    "download": ("untie", "evaluate_mmlu_base", "evaluate_chartqa_base"),
-    "download_mmlu": ("evaluate_mmlu_base", "evaluate_mmlu_quantized", "evaluate_program"),
-    "download_chartqa": ("evaluate_chartqa_base", "evaluate_chartqa_quantized"),
+    "download": ("untie", "record_mmlu", "record_chartqa"),
+    "download_mmlu": ("record_mmlu",),
+    "download_chartqa": ("record_chartqa",),
+    "record_mmlu": ("answer_mmlu_base", "answer_mmlu_quantized", "answer_mmlu_program", "answer_mmlu_no_act_quant"),
+    "record_chartqa": ("answer_chartqa_base", "answer_chartqa_quantized"),
     "untie": ("quantize",),
-    "quantize": ("smoke", "evaluate_mmlu_quantized", "evaluate_chartqa_quantized", "export"),
+    "quantize": ("smoke", "answer_mmlu_quantized", "answer_mmlu_no_act_quant", "answer_chartqa_quantized", "export"),
+    "answer_mmlu_base": ("evaluate_mmlu_base",),
+    "answer_mmlu_quantized": ("evaluate_mmlu_quantized",),
+    "answer_mmlu_program": ("evaluate_mmlu_program",),
+    "answer_mmlu_no_act_quant": ("evaluate_mmlu_no_act_quant",),
+    "answer_chartqa_base": ("evaluate_chartqa_base",),
+    "answer_chartqa_quantized": ("evaluate_chartqa_quantized",),
     "evaluate_mmlu_base": ("gate",),
-    "evaluate_mmlu_quantized": ("evaluate_program", "gate"),
+    "evaluate_mmlu_quantized": ("gate",),
+    "evaluate_mmlu_program": ("gate",),
+    "evaluate_mmlu_no_act_quant": ("gate",),
     "evaluate_chartqa_base": ("gate",),
     "evaluate_chartqa_quantized": ("gate",),
     "smoke": ("gate",),
-    "export": ("verify", "evaluate_program"),
+    "export": ("verify", "answer_mmlu_program"),
     "verify": ("gate",),
-    "evaluate_program": ("gate",),
     "gate": ("card",),
     "card": (),
     "publish": (),
@@ -98,7 +107,7 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
     """Makes an undisturbed run, and yields for each case what went wrong, or None."""
     with tempfile.TemporaryDirectory() as folder, hub_of(Path(folder) / "hub") as hub:
         command_line = CommandLine(Path(folder) / "store", Path(folder) / "prefect")
-        options = {"model": MODEL, "mmlu": BENCHMARK, "target": "team/undisturbed"}
+        options = {"model": MODEL, "target": "team/undisturbed"}
         outcome = command_line("run", "--json", *_flags(options), **environment_of(hub))
         assert outcome.code == 0, outcome.stderr
         with contextlib.closing(Accidents(hub, command_line, outcome, options, Path(folder))) as accidents:
@@ -173,7 +182,7 @@ class Accidents:
     def remove(self, case: Case, home: Path, rng: random.Random) -> None:
         """Takes away what the run has to make: artifacts, and some of the answers that evaluations keep."""
         places = [home / self.folders[name] / self.keys[name] for name in case.removed]
-        if any(name.startswith(("evaluate", "charts")) for name in case.removed):
+        if any(name.startswith(("answer", "evaluate")) for name in case.removed):
             shards = sorted(home.glob("responses/[0-9a-f]*"))
             places += rng.sample(shards, round(case.shards * len(shards)))
         for place in places:
@@ -435,7 +444,6 @@ class Attempt:
         parameters = {
             "model": options["model"],
             "target": self.target,
-            "evaluation": json.dumps({"mmlu": options["mmlu"]}),
         }
         self.over = False
         return self.accidents.operate().submit(

@@ -22,7 +22,7 @@ def main() -> int:
         hub.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
         hub.add("dataset", "HuggingFaceM4/ChartQA", BUILTIN_BENCHMARKS["chartqa-mini"])
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        run = ["run", "--model", MODEL, "--mmlu", BENCHMARK, "--target", TARGET, "--tag"]
+        run = ["run", "--model", MODEL, "--target", TARGET, "--tag"]
         code = subprocess.run(
             [sys.executable, "-m", "quantize_gemma.flows.cli", *run], env={**os.environ, **environment}
         ).returncode

@@ -29,7 +29,7 @@ from tests.operate import wait_for
 PREFECT = [sys.executable, "-m", "prefect"]
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), None)
 CHROMIUM = shutil.which("chromium")
-TINY = ("model=tiny-gemma3", 'evaluation={"mmlu": "mmlu-mini", "batch_size": 16}')
+TINY = ("model=tiny-gemma3", 'evaluation={"batch_size": 16}')
 
 
 @dataclass
@@ -215,7 +215,7 @@ def run_twice(operation: Operation, command_line: CommandLine) -> str:
     assert {name for name, state in states.items() if state == "Cached"} >= {
         "quantize",
         "export",
-        "evaluate base",
+        "evaluate mmlu base",
         "card",
     }
     shown = operation.read("artifacts/filter", {"flow_runs": {"id": {"any_": [first]}}})

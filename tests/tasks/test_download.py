@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.download import _digest_of, download, remember, resolve_model
+from quantize_gemma.tasks.download import (
+    _data_files,
+    _digest_of,
+    download,
+    remember,
+    resolve_dataset,
+    resolve_model,
+)
+from quantize_gemma.tasks.models.benchmarks import describe
 from quantize_gemma.tasks.models.checkpoint import check_finite
 from quantize_gemma.tasks.models.datasets import check_chartqa, check_mmlu
 from quantize_gemma.tasks.models.resolved import ResolvedModel
@@ -52,16 +60,16 @@ def download_from(
     return target
 
 
-def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "", **environment: str) -> Path:
-    """Runs download_mmlu or download_chartqa as the flow does; returns the directory that it filled."""
-    target = tmp_path / "store" / stage / ".partial-x" / "data"
+def bring(benchmark: str, source: Path | str, tmp_path: Path, revision: str = "", **environment: str) -> Path:
+    """Runs download_dataset as the flow does; returns the directory that it filled."""
+    row = describe(benchmark)
+    target = tmp_path / "store" / benchmark / ".partial-x" / "data"
     target.mkdir(parents=True)
     if isinstance(source, Path):
-        names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
-        revision = _digest_of(source, names)
-    values = {"source": str(source), "revision": revision, "offline": False}
+        revision = _digest_of(source, _data_files(source, row.files, row.skipped_files))
+    values = {"source": str(source), "revision": revision, "offline": False, **row.file_inputs()}
     call = {
-        "function": f"quantize_gemma.tasks.download:download_{stage}",
+        "function": "quantize_gemma.tasks.download:download_dataset",
         "target": str(target),
         "paths": {},
         "values": values,
@@ -275,6 +283,42 @@ def digests(folder: Path) -> set[str]:
     return {store.digest_file(path) for path in folder.rglob("*") if path.is_file()}
 
 
+def write_rows(folder: Path) -> Path:
+    """Writes a dataset in the layout of no built-in one."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (folder / "main").mkdir(parents=True)
+    rows = [{"question": "3 + 4?", "answer": "#### 7"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "main" / "test-0.parquet")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "main" / "run.py").write_text("raise SystemExit")
+    return folder
+
+
+def test_a_directory_takes_the_place_of_a_benchmarks_dataset(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "mirror")
+    row = describe("gsm8k")
+    found = resolve_dataset(row, str(source), None, True)
+    assert (found.name, found.fixture, found.on_hub) == ("mirror", False, False)
+    target = bring("gsm8k", source, tmp_path)
+    # Of code nothing is taken.
+    assert names_of(target) == {"README.md", "test-0.parquet"}
+    (source / "main" / "test-0.parquet").write_bytes(b"changed")
+    assert resolve_dataset(row, str(source), None, True).revision != found.revision
+    with pytest.raises(UserError, match=r"\./nowhere has no file of a dataset in the layout of openai/gsm8k"):
+        resolve_dataset(row, "./nowhere", None, True)
+
+
+def test_a_name_is_one_on_the_hub_whatever_the_working_directory_has(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "openai" / "gsm8k")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="was never resolved for this store"):
+        resolve_dataset(describe("gsm8k"), "openai/gsm8k", None, True)
+
+
 def test_a_benchmark_of_another_layout_is_refused(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("dataset", "team/other", BUILTIN["tiny-gemma3"])
     with pytest.raises(UserError, match=r"team/other has no <subject>/test-\*.parquet: .* the layout of cais/mmlu"):
@@ -370,15 +414,15 @@ def test_an_error_names_the_file_and_row_that_do_not_fit_chartqas_layout(
     assert f"{name} of team/chartqa" in str(mistake.value)
 
 
-@pytest.mark.parametrize(("stage", "benchmark"), [("mmlu", "mmlu-mini"), ("chartqa", "chartqa-mini")])
-def test_a_damaged_benchmark_ends_the_download(stage: str, benchmark: str, tmp_path: Path) -> None:
-    path = next(BUILTIN_BENCHMARKS[benchmark].glob("*/test-*.parquet"))
-    source = shutil.copytree(BUILTIN_BENCHMARKS[benchmark], tmp_path / "source")
-    assert digests(bring(stage, source, tmp_path)) == digests(source)
+@pytest.mark.parametrize(("benchmark", "fixture"), [("mmlu", "mmlu-mini"), ("chartqa", "chartqa-mini")])
+def test_a_damaged_benchmark_ends_the_download(benchmark: str, fixture: str, tmp_path: Path) -> None:
+    path = next(BUILTIN_BENCHMARKS[fixture].glob("*/test-*.parquet"))
+    source = shutil.copytree(BUILTIN_BENCHMARKS[fixture], tmp_path / "source")
+    assert digests(bring(benchmark, source, tmp_path)) == digests(source)
     copy = source / path.parent.name / path.name
     copy.write_bytes(copy.read_bytes()[:-100])
     with pytest.raises(UserError, match=rf"{path.name} of {source} is truncated or corrupt .*: download it again"):
-        bring(stage, source, tmp_path / "again")
+        bring(benchmark, source, tmp_path / "again")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -21,32 +21,33 @@ ROOT = Path(__file__).parents[3]
 PACKAGE = Path(fingerprint.__file__).parents[2]
 STAGES = {
     "download": "quantize_gemma.tasks.download:download",
-    "download_mmlu": "quantize_gemma.tasks.download:download_mmlu",
-    "download_chartqa": "quantize_gemma.tasks.download:download_chartqa",
+    "download_dataset": "quantize_gemma.tasks.download:download_dataset",
     "untie": "quantize_gemma.tasks.untie:untie",
     "quantize": "quantize_gemma.tasks.quantize:quantize",
     "smoke": "quantize_gemma.tasks.smoke:smoke",
-    "evaluate_mmlu": "quantize_gemma.tasks.evaluate:evaluate_mmlu",
-    "evaluate_chartqa": "quantize_gemma.tasks.evaluate.chartqa:evaluate_chartqa",
+    "record": "quantize_gemma.tasks.evaluate.record:record",
+    "answer": "quantize_gemma.tasks.evaluate.answer:answer",
+    "evaluate": "quantize_gemma.tasks.evaluate:evaluate",
     "export": "quantize_gemma.tasks.export:export",
     "verify": "quantize_gemma.tasks.verify:verify",
-    "evaluate_program": "quantize_gemma.tasks.evaluate.program:evaluate_program",
     "gate": "quantize_gemma.tasks.gate:gate",
     "card": "quantize_gemma.tasks.card:card",
     # Whose answers are kept on their own.
     "responses": "quantize_gemma.tasks.evaluate.packed_lm:load_checkpoint_scorer",
     "ChartQA responses": "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_scorer",
+    "program responses": "quantize_gemma.tasks.evaluate.program_lm:load_program_scorer",
 }
 # Definitions, and what runs again when they are changed.
-MODEL = {"smoke", "evaluate_mmlu", "evaluate_chartqa", "responses", "ChartQA responses", "evaluate_program"}
+MODEL = {"smoke", "answer", "responses", "ChartQA responses"}
 CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.card.chart:draw_subjects": {"card"},
     "quantize_gemma.tasks.check:check_disk": set(),
     "quantize_gemma.tasks.models.checkpoint:check_finite": {"download"},
     "quantize_gemma.tasks.models.checkpoint:read_headers": {"download", "untie"},
-    "quantize_gemma.tasks.evaluate.program:SEED": {"evaluate_program"},
-    "quantize_gemma.tasks.evaluate.chartqa:TOLERANCE": {"evaluate_chartqa"},
-    "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"evaluate_mmlu", "responses", "evaluate_program"},
+    "quantize_gemma.tasks.evaluate.answer:SEED": {"answer"},
+    "quantize_gemma.tasks.evaluate.chartqa:TOLERANCE": {"record", "evaluate"},
+    "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"answer", "responses", "program responses"},
+    "quantize_gemma.tasks.models.benchmarks:describe": set(),
     "quantize_gemma.tasks.models.activation_quantization:_round": MODEL,
     "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
     "quantize_gemma.tasks.gate.checks:require_pass": set(),
@@ -191,19 +192,17 @@ def test_a_module_used_as_a_value_counts_whole(copy: Copy) -> None:
     assert copy.codes()["untie"] != printed
 
 
-def test_the_batch_size_is_in_the_key_on_a_gpu_only_and_workers_and_cluster_never() -> None:
-    from quantize_gemma.tasks.evaluate import evaluate_mmlu
+def test_the_batch_size_is_in_the_key_on_a_gpu_only() -> None:
+    from quantize_gemma.tasks.evaluate.answer import answer
     from quantize_gemma.tasks.runtime.prefect_stage import key_of
 
-    def keys(**inputs: Any) -> int:
-        """Return how many keys these inputs give, each in turn instead of the first."""
-        same = {name: values[0] for name, values in inputs.items()}
-        asked = [{**same, name: value} for name, values in inputs.items() for value in values]
-        return len({key_of(evaluate_mmlu, one) for one in asked})
+    def keys(device: str, *batch_sizes: int | str) -> int:
+        """Return how many keys these inputs give."""
+        return len({key_of(answer, {"device": device, "batch_size": one}) for one in batch_sizes})
 
-    assert keys(device=["cpu", "cuda"]) == 2
-    assert keys(device=["cpu"], batch_size=["auto", 1, 8], workers=[1, 2], cluster=[None, "tcp://here:1"]) == 1
-    assert keys(device=["cuda"], batch_size=["auto", 1, 8], workers=[1, 2], cluster=[None, "tcp://here:1"]) == 3
+    assert keys("cpu", "auto", 1, 8) == 1
+    assert keys("cuda", "auto", 1, 8) == 3
+    assert key_of(answer, {"device": "cpu"}) != key_of(answer, {"device": "cuda"})
 
 
 def test_a_stage_that_does_not_exist_has_no_fingerprint() -> None:
