@@ -96,8 +96,9 @@ def answer(
     sample = draw_sample(recorded, sample_size)
     names = choose_part({name: count_documents(shard) for name, shard in sample.items()}, part, parts)
     shards = {name: sample[name] for name in names}
-    images = dataset if _have_images(recorded) else None
-    scorer = choose_scorer(checkpoint, images, program, no_act_quant, device, batch_size)
+    first = next(iter(recorded.values()))[0]
+    images = dataset if _has_image(first) else None
+    scorer = choose_scorer(checkpoint, images, program, no_act_quant, device, batch_size, first.kind)
     answers = respond(shards, scorer, part, refresh)
     left_out = 0
     for name in names:
@@ -140,15 +141,27 @@ def choose_scorer(
     no_act_quant: bool,
     device: str,
     batch_size: int | str,
+    kind: str,
 ) -> Scorer:
-    """Return what answers: a program, or a checkpoint, which sees a dataset's images if there are any."""
+    """Return what answers: a program, or a checkpoint, which sees a dataset's images if there are any.
+
+    `kind` is the requests'; the other parameters are those of the stage.
+    """
     if program is not None:
         return Scorer(PROGRAM, {"checkpoint": checkpoint, "program": program})
     if images is not None:
         return Scorer(IMAGES, {"checkpoint": checkpoint, "dataset": images}, {"device": device})
-    settings: JsonObject = {"device": device, "batch_size": batch_size, "no_act_quant": no_act_quant}
-    # A GPU's sums depend on the batch: it must not depend on who answers, or on what was interrupted.
-    return Scorer(CHECKPOINT, {"checkpoint": checkpoint}, settings, together=QUESTIONS if device == "cpu" else 1)
+    generates = kind == "generate_until"
+    settings: JsonObject = {
+        "device": device,
+        "batch_size": batch_size,
+        "no_act_quant": no_act_quant,
+        "generates": generates,
+    }
+    # A GPU's sums depend on the batch, and so does generated text: the batch must not depend on who answers, or on what
+    # was interrupted.
+    together = QUESTIONS if device == "cpu" and not generates else 1
+    return Scorer(CHECKPOINT, {"checkpoint": checkpoint}, settings, together)
 
 
 def respond(shards: Shards, scorer: Scorer, part: int = 0, refresh: bool = False) -> dict[str, list[JsonValue]]:
@@ -223,10 +236,9 @@ def _arrange(recorded: list[Request], asked: list[Request], answers: list[JsonVa
     }
 
 
-def _have_images(shards: Shards) -> bool:
-    """Tell whether the requests have images, which are rows of the dataset."""
-    first = next(iter(shards.values()))[0]
-    return any(isinstance(value, dict) and "row" in value for value in first.arguments)
+def _has_image(request: Request) -> bool:
+    """Tell whether a request has an image, which is a row of the dataset."""
+    return any(isinstance(value, dict) and "row" in value for value in request.arguments)
 
 
 def _load_arguments(scorer: Scorer, part: int) -> JsonObject:

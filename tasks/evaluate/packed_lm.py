@@ -39,15 +39,20 @@ TOKENS = {"cpu": 4096, "cuda": 32_768}
 # The most positions of a batch; each is a row of logits over the vocabulary.
 POSITIONS = 256
 
+# Texts that are generated together. Their prompts are padded to the longest.
+GENERATED_ROWS = 8
+
 # lm-eval's: (strings or None, context, continuation), the last two as tokens.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 # Returns the answers to requests, JSON values.
 Score = Callable[[list[Request]], list[JsonValue]]
 
 
-def load_checkpoint_scorer(checkpoint: str, device: str, batch_size: int | str, no_act_quant: bool) -> Score:
+def load_checkpoint_scorer(
+    checkpoint: str, device: str, batch_size: int | str, no_act_quant: bool, generates: bool
+) -> Score:
     """Load a checkpoint as what answers requests."""
-    return make_scorer(PackedLM(Path(checkpoint), device, batch_size, no_act_quant))
+    return make_scorer(PackedLM(Path(checkpoint), device, batch_size, no_act_quant, generates))
 
 
 def make_scorer(model: LM) -> Score:
@@ -64,7 +69,14 @@ def make_scorer(model: LM) -> Score:
 class PackedLM(HFLM):  # type: ignore[misc]
     """HFLM, for checkpoints of Gemma 3, plain or quantized, read as text alone."""
 
-    def __init__(self, checkpoint: Path, device: str, batch_size: int | str, no_act_quant: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        device: str,
+        batch_size: int | str,
+        no_act_quant: bool = False,
+        generates: bool = False,
+    ) -> None:
         """Load a checkpoint.
 
         Args:
@@ -72,6 +84,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
             device: "cpu" or "cuda", or "cuda:0" and so on.
             batch_size: The most sequences of a batch; "auto" limits the tokens only.
             no_act_quant: For reference: in float32 and without quantized activations. Slow, in the same memory.
+            generates: It generates text, for which lm_head is dequantized, too.
         """
         ALL_ATTENTION_FUNCTIONS.register("packed", _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register("packed", sdpa_mask)
@@ -85,12 +98,14 @@ class PackedLM(HFLM):  # type: ignore[misc]
             )
         self.tokens = TOKENS[torch.device(device).type]
         self.rows = None if batch_size == "auto" else int(batch_size)
+        # On a CPU `batch_size` is in no key, and padding may change a word: there it is always the same.
+        self.batch_size_per_gpu = GENERATED_ROWS if self.rows is None or self.device.type == "cpu" else self.rows
         drop_vision_tower(self.model)
         if no_act_quant:
             disable_activation_quantization(self.model)
             self.model.to(torch.float32)
         else:
-            dequantize_once(self.model)
+            dequantize_once(self.model, head=generates)
         gc.collect()
         trim_memory()
 
@@ -105,6 +120,13 @@ class PackedLM(HFLM):  # type: ignore[misc]
         done = 0
         while done < len(rows):
             batch = self._next_batch(rows[done:], counts)
+            if counts[batch[0]] > POSITIONS:
+                # Alone: all of its logits would not fit.
+                for number in sharing[batch[0]]:
+                    responses[number] = self._score_long(batch[0], requests[number][2])
+                done += 1
+                report_progress(done, len(rows), "questions")
+                continue
             try:
                 logits = self._logits(batch, [counts[row] for row in batch])
             except (RuntimeError, MemoryError) as error:
@@ -134,10 +156,34 @@ class PackedLM(HFLM):  # type: ignore[misc]
         for row in rows[: self.rows]:
             tokens += len(row)
             positions += counts[row]
-            if count and (tokens > self.tokens or positions > POSITIONS):
+            if count and (tokens > self.tokens or positions > POSITIONS or counts[rows[0]] > POSITIONS):
                 break
             count += 1
         return rows[:count]
+
+    def _score_long(self, row: tuple[int, ...], continuation: list[int]) -> tuple[float, bool]:
+        """Return the score of a continuation of many tokens, whose logits are computed POSITIONS at a time."""
+        with torch.no_grad():
+            states = self.model.model(input_ids=torch.tensor([row], device=self.device), use_cache=False)
+            scores, greedy = [], True
+            positions = states.last_hidden_state[0, -len(continuation) :]
+            for start in range(0, len(continuation), POSITIONS):
+                logs = torch.log_softmax(self.model.lm_head(positions[start : start + POSITIONS]), dim=-1)
+                tokens = torch.tensor(continuation[start : start + POSITIONS], device=logs.device)
+                scores.append(logs.gather(1, tokens[:, None])[:, 0])
+                greedy = greedy and bool((logs.argmax(-1) == tokens).all())
+        return float(torch.cat(scores).sum()), greedy
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the texts: lm-eval's own generation with a key-value cache, of prompts of similar length together."""
+        order = sorted(range(len(requests)), key=lambda number: (-len(requests[number].args[0]), number))
+        texts: dict[int, str] = {}
+        for start in range(0, len(order), self.batch_size_per_gpu):
+            numbers = order[start : start + self.batch_size_per_gpu]
+            batch = super().generate_until([requests[number] for number in numbers], disable_tqdm=True)
+            texts |= dict(zip(numbers, batch, strict=True))
+            report_progress(len(texts), len(requests), "questions")
+        return [texts[number] for number in range(len(requests))]
 
     def _logits(self, batch: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
         """Return the logits of each row's last `counts` positions, [positions, vocabulary]."""

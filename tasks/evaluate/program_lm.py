@@ -1,12 +1,14 @@
-"""model.pte as an lm-eval model: log-likelihoods through the ExecuTorch runtime."""
+"""model.pte as an lm-eval model: log-likelihoods and generated text through the ExecuTorch runtime."""
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import AutoTokenizer
 
 from quantize_gemma.tasks.evaluate.packed_lm import Score, TokenRequest, make_scorer, score_continuation, share_rows
@@ -15,9 +17,12 @@ from quantize_gemma.tasks.models.pte import PteProgram
 from quantize_gemma.tasks.runtime.parent_process import report_progress
 from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
+# The last tokens of a text in which a stop sequence is looked for.
+STOP_TOKENS = 32
+
 
 class ProgramLM(TemplateLM):  # type: ignore[misc]
-    """A program, with the tokenizer of the checkpoint that it was exported from. It returns log-likelihoods only."""
+    """A program, with the tokenizer of the checkpoint that it was exported from."""
 
     # The same tokens as for the checkpoint, BOS first.
     tok_encode = HFLM.tok_encode
@@ -31,8 +36,10 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         self.program = PteProgram(program / "model.pte")
 
     def fits(self, request: Request) -> bool:
-        """Tell whether the program takes a request [context, continuation] without truncation."""
+        """Tell whether the program takes a request without truncation; of a prompt, with room for an answer."""
         context, continuation = request.arguments
+        if request.kind == "generate_until":
+            return len(self.tok_encode(context)) < self.program.max_seq_len
         return len(self.tok_encode(f"{context}{continuation}")) - 1 <= self.program.max_seq_len
 
     def _loglikelihood_tokens(
@@ -51,13 +58,32 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
             report_progress(done, len(sharing), "questions")
         return [responses[number] for number in range(len(requests))]
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Not needed for multiple choice."""
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Not measured: its windows would be shorter than the checkpoint's."""
         raise NotImplementedError
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Not needed for multiple choice."""
-        raise NotImplementedError
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str | None]:
+        """Return the greedy texts; None where the program's longest sequence ends before the text does."""
+        texts = []
+        for request in requests:
+            texts.append(self._generate(*request.args))
+            report_progress(len(texts), len(requests), "questions")
+        return texts
+
+    def _generate(self, context: str, generation: dict[str, Any]) -> str | None:
+        settings = normalize_gen_kwargs(generation)
+        eos = self.tokenizer.decode([self.eot_token_id])
+        stop = handle_stop_sequences(settings["until"], eos=eos)
+        context_ids = self.tok_encode(context)
+
+        def is_finished(tokens: list[int]) -> bool:
+            # A stop sequence is found where it ends, in the last few tokens.
+            tail = self.tokenizer.decode(tokens[-STOP_TOKENS:])
+            return len(tokens) >= settings["max_gen_toks"] or any(text in tail for text in stop if text)
+
+        tokens, is_complete = self.program.generate_until(context_ids, is_finished)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return postprocess_generated_text(text, stop, None) if is_complete else None
 
 
 def load_program_scorer(checkpoint: str, program: str) -> Score:

@@ -1,0 +1,114 @@
+"""Text is generated as by lm-eval's own model, by the checkpoint and by the program; so are rolling log-likelihoods."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.evaluate.requests import Request
+from tests.conftest import Outcome
+
+# lm-eval hands transformers the configuration that it has just read from the same checkpoint.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*generation flags are not valid.*:UserWarning"),
+]
+PROMPTS = [
+    "<bos><start_of_turn>user\nHey, are you conscious? Can you talk to me?<end_of_turn>\n<start_of_turn>model\n",
+    "The capital of",
+    "Answer: A\n\nQuestion: which one? " * 9,
+    "One two three four",
+]
+GENERATION = {"until": ["test model"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 40}
+
+
+@pytest.fixture(scope="module")
+def release(released: Outcome) -> Path:
+    return Path(released.summary["release"])
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, one, 0) for one in arguments]
+
+
+def reference(checkpoint: Path) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(checkpoint), device="cpu", dtype="bfloat16", batch_size=1)
+
+
+@pytest.mark.parametrize("column", ["base", "quantized"])
+def test_alone_a_prompt_is_continued_as_by_lm_evals_own_model(column: str, release: Path) -> None:
+    from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
+
+    checkpoint = BUILTIN["tiny-gemma3"] if column == "base" else release
+    requests = instances("generate_until", [(prompt, dict(GENERATION)) for prompt in PROMPTS])
+    expected = reference(checkpoint).generate_until(requests, disable_tqdm=True)
+    model = PackedLM(checkpoint, "cpu", "auto", generates=True)
+    model.batch_size_per_gpu = 1
+    assert model.generate_until(requests) == expected
+    # A stop sequence ends the text, and is not part of it.
+    assert expected[0] == "I can talk to you, but I am not conscious. I am a tiny "
+    model.batch_size_per_gpu = 3
+    together = model.generate_until(requests)
+    assert together[0] == expected[0]
+    assert len(together) == 4
+
+
+def test_a_text_depends_on_no_request_of_another_shard(release: Path) -> None:
+    from quantize_gemma.tasks.evaluate.packed_lm import load_checkpoint_scorer
+
+    score = load_checkpoint_scorer(str(release), "cpu", 1, False, True)
+    requests = [
+        Request("task", place, 0, "generate_until", [prompt, dict(GENERATION)]) for place, prompt in enumerate(PROMPTS)
+    ]
+    # On a CPU the option batch_size is in no key: the batches are the same.
+    assert load_checkpoint_scorer(str(release), "cpu", 2, False, True)(requests) == score(requests)
+
+
+@pytest.mark.parametrize("words", [30, 900])
+def test_rolling_log_likelihoods_are_those_of_lm_evals_own_model(words: int) -> None:
+    """A text of fewer and of more tokens than the positions whose logits are computed together."""
+    from quantize_gemma.tasks.evaluate.packed_lm import POSITIONS, PackedLM
+
+    text = " ".join(f"word{number % 7} and {number}" for number in range(words))
+    requests = instances("loglikelihood_rolling", [(text,), ("A short one.",)])
+    model = PackedLM(BUILTIN["tiny-gemma3"], "cpu", "auto")
+    assert (len(model.tok_encode(text)) > POSITIONS) == (words == 900)
+    expected = reference(BUILTIN["tiny-gemma3"]).loglikelihood_rolling(requests, disable_tqdm=True)
+    assert model.loglikelihood_rolling(requests, disable_tqdm=True) == expected
+
+
+def test_the_program_writes_what_its_checkpoint_writes_and_a_cut_text_is_left_out(release: Path) -> None:
+    from quantize_gemma.tasks.evaluate.program_lm import load_program_scorer
+
+    score = load_program_scorer(str(release), str(release))
+
+    def answer(prompt: str, **generation: Any) -> Any:
+        arguments: list[Any] = [prompt, {**GENERATION, **generation}]
+        return score([Request("task", 0, 0, "generate_until", arguments)])[0]
+
+    assert answer(PROMPTS[0]) == "I can talk to you, but I am not conscious. I am a tiny "
+    whole = answer(PROMPTS[0], until=[], max_gen_toks=400)
+    assert whole.startswith("I can talk to you, but I am not conscious. I am a tiny test model")
+    # The turn ends, the text with it; few tokens end it earlier.
+    assert whole.endswith(".")
+    assert whole.startswith(answer(PROMPTS[0], until=[], max_gen_toks=4))
+    # A prompt that leaves no room for an answer, and one whose answer the longest sequence cuts.
+    assert answer("a " * 2000) is None
+    assert answer("word " * 510, until=[], max_gen_toks=2000) is None
+
+
+def test_the_scorer_of_a_checkpoint_returns_json_values(release: Path) -> None:
+    from quantize_gemma.tasks.evaluate.packed_lm import load_checkpoint_scorer
+
+    score = load_checkpoint_scorer(str(release), "cpu", "auto", False, False)
+    pairs = [
+        Request("task", 0, place, "loglikelihood", ["The answer is", f" {letter}"]) for place, letter in enumerate("AB")
+    ]
+    assert all(isinstance(value, list) and isinstance(value[1], bool) for value in score(pairs))
+    rolling = score([Request("task", 0, 0, "loglikelihood_rolling", ["A short text."])])
+    assert isinstance(rolling[0], float)
