@@ -2,17 +2,19 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import shutil
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.models.benchmarks import Benchmark, is_data_file
+from quantize_gemma.tasks.models.benchmarks import Benchmark, Resource, is_data_file
 from quantize_gemma.tasks.models.checkpoint import (
     check_finite,
     check_weights,
@@ -30,13 +32,17 @@ from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.models.source_files import INDEX, SINGLE, is_release_file, open_source
 from quantize_gemma.tasks.runtime import hub, store, store_layout
 from quantize_gemma.tasks.runtime.disk import disk_failure
-from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.hub_client import find_token, read_environment
 from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.retries import is_retryable
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import canonical_json
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 logger = logging.getLogger(__name__)
+
+SECONDS_TO_ANSWER = 60.0
 
 
 def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedModel:
@@ -231,6 +237,7 @@ def download_dataset(
     benchmark: str,
     files: Sequence[str],
     skipped_files: Sequence[str],
+    resources: Sequence[JsonObject] = (),
 ) -> Output:
     """Fill `target` with the files of a benchmark's dataset.
 
@@ -242,6 +249,7 @@ def download_dataset(
         benchmark: The benchmark's name.
         files: Patterns of the files.
         skipped_files: Patterns of those that are not needed.
+        resources: What the benchmark's task needs besides, see Resource; fetched here, never when it is imported.
 
     Raises:
         UserError: The dataset has another layout; the message says where it differs.
@@ -258,7 +266,34 @@ def download_dataset(
     else:
         _move(_fetch(target, "dataset", source, revision, offline, is_needed), target, is_needed)
     check_dataset(benchmark, target, source)
+    for resource in resources:
+        if offline:
+            raise UserError(f"offline: {resource['url']} is not in the store: run once without --offline")
+        _fetch_resource(target, Resource(**resource))
     return {}
+
+
+def _fetch_resource(target: Path, resource: Resource) -> None:
+    """Fetch an archive, check its hash, and write the files of the folder in it that is needed.
+
+    Raises:
+        StageFailed: It cannot be fetched, or is not the archive that is pinned.
+    """
+    import httpx
+
+    try:
+        response = httpx.get(resource.url, follow_redirects=True, timeout=SECONDS_TO_ANSWER).raise_for_status()
+    except httpx.HTTPError as error:
+        raise StageFailed(f"{resource.url} cannot be fetched: {error}", *is_retryable(error)) from None
+    content = response.content
+    if hashlib.sha256(content).hexdigest() != resource.sha256:
+        raise StageFailed(f"{resource.url} has another SHA-256 than {resource.sha256}: it is not used")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for info in archive.infolist():
+            name = info.filename.removeprefix(resource.member)
+            if info.filename.startswith(resource.member) and name and "/" not in name:
+                (target / resource.folder).mkdir(parents=True, exist_ok=True)
+                (target / resource.folder / name).write_bytes(archive.read(info))
 
 
 @contextlib.contextmanager

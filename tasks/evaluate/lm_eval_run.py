@@ -36,6 +36,8 @@ def run_lm_eval(dataset: Path, benchmark: JsonObject) -> Iterator[Evaluate]:
         place.symlink_to(dataset.resolve())
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
+        # What a task needs besides; without it, its import would download it.
+        os.environ["NLTK_DATA"] = str(dataset.resolve() / "nltk_data")
         os.chdir(folder)
 
         def evaluate(model: Any, limit: int | None, doc_ids: dict[str, list[int]] | None = None) -> dict[str, Any]:

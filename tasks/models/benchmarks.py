@@ -5,7 +5,7 @@ Any other task or group of lm-eval with one dataset can be named, too: describe(
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -26,6 +26,35 @@ KINDS = {
 ALL_COLUMNS = ("base", "quantized", "program", "no_act_quant")
 # What a dataset's repository may consist of.
 DATA_FILES = ("README.md", "*.parquet", "*.json", "*.jsonl", "*.csv", "*.txt")
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A ZIP archive that a task needs besides its dataset.
+
+    Attributes:
+        url: Where it is.
+        sha256: Its hash.
+        member: The folder in it that is needed.
+        folder: Where that folder's files are, in the dataset's directory.
+    """
+
+    url: str
+    sha256: str
+    member: str
+    folder: str
+
+
+# The tokenizer that IFEval counts words with.
+PUNKT = Resource(
+    url=(
+        "https://raw.githubusercontent.com/nltk/nltk_data/550b6625bcef1f2abff2ff770a5a0d272c9c6b2a/packages/tokenizers/"
+        "punkt_tab.zip"
+    ),
+    sha256="e57f64187974277726a3417ca6f181ec5403676c717672eef6a748a7b20e0106",
+    member="punkt_tab/english/",
+    folder="nltk_data/tokenizers/punkt_tab/english",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +78,7 @@ class Benchmark:
         needs_images: Whether its prompts have images, which a text-only model does not see.
         files: Patterns of the dataset's files.
         skipped_files: Patterns of those that are not needed.
+        resources: What its task needs besides the dataset.
         fixture: The built-in dataset of the same layout, if there is one.
         task_type: The type of task, as the Hub's model index names it.
         is_own_task: The task is one of ours, which the lm_eval command line does not have.
@@ -71,6 +101,7 @@ class Benchmark:
     needs_images: bool = False
     files: tuple[str, ...] = DATA_FILES
     skipped_files: tuple[str, ...] = ()
+    resources: tuple[Resource, ...] = ()
     fixture: str | None = None
     task_type: str = "text-generation"
     is_own_task: bool = False
@@ -96,8 +127,13 @@ class Benchmark:
         }
 
     def file_inputs(self) -> JsonObject:
-        """Return which files of a dataset's repository are needed."""
-        return {"benchmark": self.name, "files": list(self.files), "skipped_files": list(self.skipped_files)}
+        """Return which files of a dataset's repository are needed, and what else."""
+        return {
+            "benchmark": self.name,
+            "files": list(self.files),
+            "skipped_files": list(self.skipped_files),
+            "resources": [asdict(resource) for resource in self.resources],
+        }
 
     def card_inputs(self) -> JsonObject:
         """Return what metrics.json, and with it the card, says of the benchmark."""
@@ -216,6 +252,7 @@ BENCHMARKS = {
             chat_template=True,
             max_drop=10.0,
             program_samples=50,
+            resources=(PUNKT,),
         ),
         Benchmark(
             name="wikitext",

@@ -1,11 +1,15 @@
 """Downloads are what the Hub says they are, go on where they stopped, and name what is wrong."""
 
+import functools
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,14 @@ from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.download import (
     _data_files,
     _digest_of,
+    _fetch_resource,
     download,
+    download_dataset,
     remember,
     resolve_dataset,
     resolve_model,
 )
-from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.benchmarks import Resource, describe
 from quantize_gemma.tasks.models.checkpoint import check_finite
 from quantize_gemma.tasks.models.datasets import check_chartqa, check_mmlu
 from quantize_gemma.tasks.models.resolved import ResolvedModel
@@ -277,6 +283,46 @@ def test_of_chartqa_only_the_test_split_is_fetched(hub: Hub, tmp_path: Path) -> 
     assert names_of(target) == {"README.md", "test-00000-of-00001-e2cd0b7a0f9eb20d.parquet"}
     assert not hub.served("GET", "train-|val-")
     assert digests(target) <= digests(source)
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Iterator[Resource]:
+    """An archive on a server, with a folder that is needed, and others."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "words.zip", "w") as written:
+        for name in ("words/english/list.txt", "words/english/../../out.txt", "words/german/list.txt", "README"):
+            written.writestr(name, name)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        digest = store.digest_file(folder / "words.zip")
+        yield Resource(f"http://127.0.0.1:{server.server_port}/words.zip", digest, "words/english/", "data/english")
+        server.shutdown()
+
+
+def test_of_an_archive_that_a_task_needs_the_pinned_folder_is_unpacked_and_nothing_else(
+    archive: Resource, tmp_path: Path
+) -> None:
+    _fetch_resource(tmp_path / "target", archive)
+    files = [path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*.*")]
+    assert files == ["data/english/list.txt"]
+    with pytest.raises(StageFailed, match="has another SHA-256 than 000: it is not used"):
+        _fetch_resource(tmp_path / "other", replace(archive, sha256="000"))
+    with pytest.raises(StageFailed, match=r"nothing\.zip cannot be fetched: .*404"):
+        _fetch_resource(tmp_path / "other", replace(archive, url=archive.url.replace("words", "nothing")))
+    assert not (tmp_path / "other").exists()
+
+
+def test_offline_an_archive_is_not_fetched(tmp_path: Path, archive: Resource) -> None:
+    source = write_rows(tmp_path / "mirror")
+    row = describe("gsm8k")
+    revision = _digest_of(source, _data_files(source, row.files, row.skipped_files))
+    inputs = {**row.file_inputs(), "resources": [asdict(archive)]}
+    with pytest.raises(UserError, match=r"offline: .*words\.zip is not in the store: run once without --offline"):
+        download_dataset(tmp_path / "target", str(source), revision, True, **inputs)
+    download_dataset(tmp_path / "online", str(source), revision, False, **inputs)
+    assert (tmp_path / "online" / "data" / "english" / "list.txt").is_file()
 
 
 def digests(folder: Path) -> set[str]:
