@@ -82,7 +82,7 @@ def test_rolling_log_likelihoods_are_those_of_lm_evals_own_model(words: int) -> 
     assert model.loglikelihood_rolling(requests, disable_tqdm=True) == expected
 
 
-def test_the_program_writes_what_its_checkpoint_writes_and_a_cut_text_is_left_out(release: Path) -> None:
+def test_the_program_writes_what_its_checkpoint_writes(release: Path) -> None:
     from quantize_gemma.tasks.evaluate.program_lm import load_program_scorer
 
     score = load_program_scorer(str(release), str(release))
@@ -97,9 +97,24 @@ def test_the_program_writes_what_its_checkpoint_writes_and_a_cut_text_is_left_ou
     # The turn ends, the text with it; few tokens end it earlier.
     assert whole.endswith(".")
     assert whole.startswith(answer(PROMPTS[0], until=[], max_gen_toks=4))
-    # A prompt that leaves no room for an answer, and one whose answer the longest sequence cuts.
+    # A prompt that leaves no room for an answer.
     assert answer("a " * 2000) is None
-    assert answer("word " * 510, until=[], max_gen_toks=2000) is None
+
+
+def test_a_text_that_the_longest_sequence_cuts_is_none(release: Path) -> None:
+    from quantize_gemma.tasks.evaluate.program_lm import ProgramLM
+
+    model = ProgramLM(release, release)
+    # It never ends by itself.
+    model.program.eos_ids = set()
+    room = model.program.max_seq_len - len(model.tok_encode(PROMPTS[0]))
+
+    def generate(count: int) -> str | None:
+        generation = {"until": [], "max_gen_toks": count}
+        return model.generate_until(instances("generate_until", [(PROMPTS[0], generation)]))[0]
+
+    assert generate(room) is not None
+    assert generate(room + 2) is None
 
 
 def test_the_scorer_of_a_checkpoint_returns_json_values(release: Path) -> None:
