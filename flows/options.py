@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from quantize_gemma.tasks.models.benchmarks import ALL_COLUMNS, BENCHMARKS
+from quantize_gemma.tasks.models.benchmarks import ALL_COLUMNS, BENCHMARKS, DEFAULT_TASKS
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 
 # The upper limit of every count.
@@ -69,7 +69,7 @@ class EvaluationOptions(Options):
     """What the model is evaluated on, and where."""
 
     tasks: Text = Field(
-        default="mmlu,chartqa",
+        default=DEFAULT_TASKS,
         description=(
             f"Benchmarks, separated by commas: {', '.join(BENCHMARKS)}, or any other task or group of lm-eval. Those "
             "with images are left out for a text-only model."

@@ -36,6 +36,7 @@ SAMPLE = {
     "agreement": 1.0,
     "agreement_act_quant": 1.0,
     "differing": {"both": 0, "first": 0, "second": 0, "neither": 100},
+    "pairs": {"both": 90, "first": 0, "second": 0, "neither": 10},
     "disagreements": [],
 }
 METRICS: dict[str, Any] = {

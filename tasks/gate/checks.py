@@ -64,6 +64,7 @@ def required_checks(multimodal: bool, benchmarks: Sequence[Benchmark]) -> list[s
         *(f"{row.name}_drop" for row in benchmarks),
         *(f"{row.name}_recovery" for row in benchmarks if row.higher_is_better),
         *(f"{row.name}_disagreement" for row in benchmarks if "no_act_quant" in row.columns()),
+        *(f"{row.name}_program_drop" for row in benchmarks if row.columns()[-1] == "program"),
         *(f"program_kl{part}" for part in parts),
         *["vision_encoder"] * multimodal,
     ]
@@ -206,9 +207,9 @@ def judge(
     """Return the verdict on what was measured.
 
     The value decides, whatever its confidence: a run on few questions passes if its value is within the limit, and
-    `low_confidence` marks it. The exceptions are the disagreement and the answers to long prompts. Their samples are
-    small, and activations quantize differently even in a correct program, so they fail only beyond sampling error, when
-    the confidence is below 5%.
+    `low_confidence` marks it. The exceptions are what is measured on the program's sample, and the answers to long
+    prompts. Their samples are small, and activations quantize differently even in a correct program, so they fail only
+    beyond sampling error, when the confidence is below 5%.
 
     Args:
         benchmarks: What was measured.
@@ -231,8 +232,11 @@ def judge(
             checks += [_unpaired_drop(name, info, base, quantized, limit)]
     for name, info in benchmarks.items():
         sample = columns.program.scores.get(name)
+        limit = limits.get(f"max_{name}_drop")
         if sample is not None and sample.differing is not None:
             checks += [_disagreement(name, info.title, sample.differing, limits["max_disagreement"])]
+        elif sample is not None and sample.pairs is not None and limit is not None:
+            checks += [_program_drop(name, info.title, sample.pairs, limit)]
     checks += _distances(columns.program.agreement, limits["max_kl_ratio"])
     return _verdict(checks, limits)
 
@@ -273,6 +277,17 @@ def _disagreement(name: str, title: str, differing: Pairs, limit: float) -> Chec
     margin = round(limit - value, 4)
     passed = confidence(margin, stderr) >= 1 - CONFIDENT
     return _check(f"{name}_disagreement", what, value, limit, passed, margin, stderr)
+
+
+def _program_drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
+    """Return the check on the program's texts, for which there is no baseline: it fails only beyond sampling error."""
+    value, stderr = (round(100 * number, 4) for number in share_difference(pairs))
+    change = f"{'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points"
+    what = f"{title} {change} from the checkpoint to the program on {sum(pairs.values())} samples"
+    margin = round(limit - value, 4)
+    passed = confidence(margin, stderr) >= 1 - CONFIDENT
+    name = f"{name}_program_drop"
+    return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, passed, margin, stderr)
 
 
 def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:

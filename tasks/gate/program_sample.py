@@ -29,16 +29,19 @@ def compare_answers(
     checkpoint = [by_document[row["task"], row["doc_id"]] for row in program]
     by_document = {(row["task"], row["doc_id"]): row for row in no_act_quant or []}
     baseline = [by_document[row["task"], row["doc_id"]] for row in program] if no_act_quant is not None else None
-    pairs = None
+    differing = pairs = None
     if baseline is not None:
         rows = zip(program, checkpoint, baseline, strict=True)
-        pairs = count_pairs((_differ(p, b), _differ(c, b)) for p, c, b in rows)
+        differing = count_pairs((_differ(p, b), _differ(c, b)) for p, c, b in rows)
+    if all(row["score"] in (0, 1) for row in [*program, *checkpoint]):
+        pairs = count_pairs((c["score"] == 1, p["score"] == 1) for c, p in zip(checkpoint, program, strict=True))
     return {
         "checkpoint": mean_score(checkpoint),
         "no_act_quant": None if baseline is None else mean_score(baseline),
         "agreement": _agreement(program, checkpoint),
         "agreement_act_quant": None if baseline is None else _agreement(checkpoint, baseline),
-        "differing": pairs,
+        "differing": differing,
+        "pairs": pairs,
         "disagreements": [
             {
                 **{name: row[name] for name in ("task", "doc_id", "prompt")},

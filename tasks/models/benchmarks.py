@@ -272,6 +272,10 @@ BENCHMARKS = {
 }
 
 
+# Those that can be tried without a network.
+DEFAULT_TASKS = ",".join(row.name for row in BENCHMARKS.values() if row.fixture)
+
+
 def title_of(name: str) -> str:
     """Return a benchmark's name on cards and in tables."""
     return BENCHMARKS[name].title if name in BENCHMARKS else name

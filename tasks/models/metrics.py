@@ -79,6 +79,7 @@ class SampleScore(BenchmarkScore):
     `agreement_act_quant` are the shares of the documents that the checkpoint answers like the program and like
     `no_act_quant`: with the same choice; a text is correct or incorrect in both. `differing` counts the answers that
     differ from those of `no_act_quant`: both, only the program's (first), only the checkpoint's (second), neither.
+    `pairs` counts the documents that the checkpoint (first) and the program (second) answer correctly.
     """
 
     checkpoint: Score | None
@@ -86,6 +87,7 @@ class SampleScore(BenchmarkScore):
     agreement: float | None
     agreement_act_quant: float | None
     differing: Pairs | None
+    pairs: Pairs | None
     disagreements: list[Disagreement]
 
 

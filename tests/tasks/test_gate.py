@@ -218,6 +218,22 @@ def test_a_disagreement_within_sampling_error_passes_with_low_confidence() -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("counts", "failed"),
+    [(pairs(30, 5, 2, 13), []), (pairs(20, 20, 0, 10), ["gsm8k_program_drop"]), (pairs(0, 0, 5, 45), [])],
+)
+def test_texts_of_the_program_fail_when_they_are_worse_beyond_sampling_error(
+    counts: dict[str, int], failed: list[str]
+) -> None:
+    measured = metrics(pairs(90, 0, 0, 10))
+    measured["benchmarks"]["gsm8k"] = {**describe("gsm8k").card_inputs(), "dataset": INFO["dataset"]}
+    measured["program"]["gsm8k"] = {**measured["program"]["mmlu"], "differing": None, "pairs": counts}
+    verdict = verdict_on(measured, {**LIMITS, "max_gsm8k_drop": 2.0})
+    assert failed_checks(verdict) == failed
+    lost = 100 * (counts["first"] - counts["second"]) / 50
+    assert check_named(verdict, "gsm8k_program_drop").value == pytest.approx(lost)
+
+
 def with_accuracy(accuracy: float) -> dict[str, Any]:
     """Return the metrics.json of a release with this accuracy on MMLU."""
     measured = example_json()
@@ -294,7 +310,7 @@ def test_the_verdict_says_that_there_is_nothing_to_compare_with(published: dict[
         (False, ["mmlu"], {"mmlu_drop", "mmlu_recovery", "mmlu_disagreement"}),
         (True, ["mmlu"], {"mmlu_drop", "mmlu_recovery", "mmlu_disagreement", "program_kl_image", "vision_encoder"}),
         (True, ["chartqa"], {"chartqa_drop", "chartqa_recovery", "program_kl_image", "vision_encoder"}),
-        (False, ["gsm8k", "wikitext"], {"gsm8k_drop", "gsm8k_recovery", "wikitext_drop"}),
+        (False, ["gsm8k", "wikitext"], {"gsm8k_drop", "gsm8k_recovery", "gsm8k_program_drop", "wikitext_drop"}),
     ],
 )
 def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[str], more: set[str]) -> None:
@@ -432,6 +448,7 @@ def test_agreement_counts_who_differs_from_whom() -> None:
     assert found["no_act_quant"] == {"value": 0.8, "stderr": pytest.approx(0.2), "samples": 5}
     assert found["agreement"] == 0.6
     assert found["agreement_act_quant"] == 0.6
+    assert found["pairs"] == pairs(1, 1, 1, 2)
     assert found["differing"] == {"both": 1, "first": 1, "second": 1, "neither": 2}
     assert [one["doc_id"] for one in found["disagreements"]] == [1, 2]
     assert found["disagreements"][0] == {
