@@ -10,6 +10,8 @@ import pytest
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
 
+pytestmark = pytest.mark.slow
+
 WORDS = (
     "the",
     "cook",

@@ -23,7 +23,7 @@ from quantize_gemma.tasks.check import resolve_device
 from quantize_gemma.tasks.models.benchmarks import describe
 from tests.campaigns.starting_place import hostile_directory
 from tests.compatibility.loading import read_section
-from tests.conftest import CommandLine, Outcome, copy_release
+from tests.conftest import CommandLine, FinishedRun, Outcome
 from tests.evaluation import record, run_stage
 from tests.operate import another_program
 from tests.text_only import write_text_only
@@ -38,16 +38,16 @@ ALL = {
 
 
 @pytest.fixture
-def command_line(tmp_path: Path) -> CommandLine:
+def command_line(tmp_path: Path) -> Iterator[CommandLine]:
     """A store of the test's own: what it damages, no other test sees."""
-    return CommandLine(tmp_path / "run" / "store", tmp_path / "run" / "prefect")
+    with contextlib.closing(CommandLine(tmp_path / "run" / "store", tmp_path / "run" / "prefect")) as line:
+        yield line
 
 
 @pytest.fixture
-def released(released: Outcome, command_line: CommandLine) -> Outcome:
-    """The built-in model's release in that store."""
-    home = Path(released.summary["release"]).parents[2]
-    return copy_release(home.parent, home, released, command_line)
+def released(finished_run: FinishedRun, command_line: CommandLine) -> Outcome:
+    """The release of the built-in model, in that store."""
+    return finished_run.copy_to(command_line)
 
 
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:
@@ -80,6 +80,20 @@ def start_run_into(
 
 def has_started(_run: int, _partial: Path) -> bool:
     return True
+
+
+def stage_processes(run: int) -> list[psutil.Process]:
+    """Returns the processes of the stages that a run is in."""
+    processes = []
+    for child in psutil.Process(run).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "quantize_gemma.tasks.runtime.worker_main" in child.cmdline():
+                processes.append(child)
+    return processes
+
+
+def has_a_process(run: int, _partial: Path) -> bool:
+    return stage_processes(run) != []
 
 
 def writes_weights(_run: int, partial: Path) -> bool:
@@ -499,13 +513,14 @@ def test_a_damaged_artifact_runs_its_stage_again_and_no_other(
     assert os.path.getsize(BUILTIN["tiny-gemma3"] / "model.safetensors") > 100_000
 
 
+@pytest.mark.long
 def test_a_stage_that_dies_is_named_and_the_next_run_goes_on_from_there(
     released: Outcome, command_line: CommandLine
 ) -> None:
     shutil.rmtree(artifact(command_line, released, "smoke"))
-    process = start_run_into("smoke", command_line, until=has_started)
-    children = psutil.Process(process.pid).children(recursive=True)
-    next(child for child in children if "quantize_gemma.tasks.runtime.worker_main" in child.cmdline()).kill()
+    process = start_run_into("smoke", command_line, until=has_a_process)
+    (smoke,) = stage_processes(process.pid)
+    smoke.kill()
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "quantize-gemma: smoke: its process ended with SIGKILL" in stderr
@@ -539,6 +554,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_no_process(
     assert not list(command_line.home.glob("*/.partial-*"))
 
 
+@pytest.mark.long
 def test_another_recipe_killed_in_the_export_is_finished_by_two_runs_together_from_where_it_was(
     released: Outcome, command_line: CommandLine
 ) -> None:
@@ -575,6 +591,7 @@ def test_a_run_killed_in_quantize_is_finished_by_the_next(released: Outcome, com
     assert json.loads((folder / "manifest.json").read_text())["digest"] == before
 
 
+@pytest.mark.long
 def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects_that_were_answered(
     released: Outcome, command_line: CommandLine
 ) -> None:
@@ -602,6 +619,7 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
     assert {path: finished for path, finished in shards().items() if path in kept} == kept
 
 
+@pytest.mark.long
 def test_a_text_only_checkpoint_goes_through_the_same_flow(
     command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ from quantize_gemma.tasks.evaluate.requests import Request, Shards, read_request
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ECHO = "tests.tasks.evaluate.test_answer:load_echo"
 
 

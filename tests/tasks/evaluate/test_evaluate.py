@@ -18,7 +18,10 @@ from tests.evaluation import PACKAGE, evaluate, record, run_stage
 
 ROOT = Path(__file__).parents[3]
 # lm-eval hands transformers the configuration that it has just read from the same checkpoint.
-pytestmark = pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from tests.conftest import Outcome
 
 # lm-eval hands transformers the configuration that it has just read from the same checkpoint.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*generation flags are not valid.*:UserWarning"),
 ]

@@ -22,6 +22,8 @@ from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.runtime.prefect_cluster import run_part
 from tests.parts import LOADED, SECONDS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
 
