@@ -5,12 +5,16 @@ import contextlib
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.card import CHART
 from quantize_gemma.tasks.models.metrics import Metrics, parse_columns, parse_verdict
 from quantize_gemma.tasks.models.tables import quality_rows, verdict_rows
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
 from quantize_gemma.tasks.runtime.units import human_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Row = dict[str, str]
 
@@ -41,7 +45,7 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
     create_link_artifact(release.as_uri(), link_text="the release's files", key="release")
 
 
-def print_summary(summary: dict[str, Any]) -> None:
+def print_summary(summary: JsonObject) -> None:
     """Print the tables of a run that has a release: stages, quality, and gate, then where the release is."""
     from rich.console import Console
     from rich.table import Table
@@ -70,7 +74,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(f"release: {summary['release']}", soft_wrap=True)
 
 
-def _table(title: str, rows: list[Row]) -> Any:
+def _table(title: str, rows: list[Row]) -> "Table":
     from rich.table import Table
 
     table = Table(*rows[0], title=title)
@@ -79,7 +83,7 @@ def _table(title: str, rows: list[Row]) -> Any:
     return table
 
 
-def _publish_line(summary: dict[str, Any]) -> str:
+def _publish_line(summary: JsonObject) -> str:
     if summary["published"]:
         return str(summary["published"])
     if any(stage["name"] == "publish" for stage in summary["stages"]):

@@ -4,7 +4,8 @@ A module of its own, so that the command line can print it without importing Pre
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class Summary:
     """What a run did. Every field keeps its initial value until the run gets there."""
 
     release: str | None = None
-    gate: dict[str, Any] | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    gate: JsonObject | None = None
+    metrics: JsonObject = field(default_factory=dict)
     stages: list[StageSummary] = field(default_factory=list)
     published: str | None = None
-    publication: dict[str, Any] | None = None
+    publication: JsonObject | None = None
     error: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the object that `quantize-gemma run --json` prints."""
         return asdict(self)
 
@@ -44,6 +45,6 @@ class Interrupted(KeyboardInterrupt):
         summary: What the run had done by then, as JSON.
     """
 
-    def __init__(self, summary: dict[str, Any]) -> None:
+    def __init__(self, summary: JsonObject) -> None:
         super().__init__("interrupted")
         self.summary = summary

@@ -17,7 +17,6 @@ from quantize_gemma.tasks.models.checkpoint import load_model, read_headers
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import RECIPES, load_recipe
 from quantize_gemma.tasks.quantize import hqq, quantize
-from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.untie import untie
 
@@ -303,39 +302,31 @@ def test_an_error_names_a_weight_that_does_not_fit_the_model(
         quantize(tmp_path / "quantized", broken, load_recipe("HQQ-INT8-INT4").to_json(), "cpu")
 
 
-def quantize_matrix(_target: Path, file: Path, rows: int, columns: int) -> dict[str, Any]:
-    """Quantize a checkpoint of one matrix; runs in a process of its own."""
+def test_a_matrix_is_read_in_chunks_so_that_memory_does_not_depend_on_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
-    from quantize_gemma.tasks.quantize.writer import CheckpointWriter, SourceTensor
+    from quantize_gemma.tasks.quantize.writer import CHUNK, CheckpointWriter, SourceTensor
 
-    with (file / "matrix").open("rb") as stream:
-        sources = {"lm_head.weight": SourceTensor(stream.fileno(), 0, torch.bfloat16, (rows, columns))}
+    sizes: list[int] = []
+    frombuffer = torch.frombuffer
+
+    def record_size(buffer: bytearray, **options: Any) -> torch.Tensor:
+        sizes.append(len(buffer))
+        return frombuffer(buffer, **options)
+
+    monkeypatch.setattr(torch, "frombuffer", record_size)
+    rows, columns = 4096, 640
+    with (tmp_path / "matrix").open("wb") as stream:
+        os.truncate(stream.fileno(), 2 * rows * columns)
+    with (tmp_path / "matrix").open("rb") as file:
+        sources = {"lm_head.weight": SourceTensor(file.fileno(), 0, torch.bfloat16, (rows, columns))}
         (rule,) = (rule for rule in load_recipe("HQQ-INT8-INT4").rules if rule.match == "lm_head")
-        with CheckpointWriter(file / "quantized", sources, {"lm_head": rule}, False, "cpu") as writer:
+        with CheckpointWriter(tmp_path / "quantized", sources, {"lm_head": rule}, False, "cpu") as writer:
             writer.finish()
-    return {}
-
-
-def test_memory_does_not_depend_on_the_largest_matrix(tmp_path: Path) -> None:
-    peaks = []
-    for rows, columns in ((4096, 640), (65_552, 5376)):  # The second is a quarter of gemma-3-27b's head.
-        with (tmp_path / "matrix").open("wb") as stream:
-            os.truncate(stream.fileno(), 2 * rows * columns)
-        call = {
-            "function": "tests.tasks.test_quantize:quantize_matrix",
-            "target": "/",
-            "paths": {"file": str(tmp_path)},
-        }
-        values = {"values": {"rows": rows, "columns": columns}}
-        root = {"PYTHONPATH": str(Path(__file__).parents[2])}
-        result = worker.run(
-            "quantize_gemma.tasks.runtime.worker_main:call", {**call, **values}, lambda *_: None, None, root
-        )
-        peaks.append(result["measured"]["peak_rss_bytes"])
-        (tmp_path / "quantized").unlink()
-    assert max(peaks) < 1.5e9
-    assert peaks[1] - peaks[0] < 100e6
+    assert sum(sizes) == 2 * rows * columns
+    assert max(sizes) <= 2 * CHUNK
 
 
 def test_roles_decide_the_4b_models_modules_once_each() -> None:
