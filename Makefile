@@ -2,14 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test campaign update compatibility check install hub-demo deploy worker serve
+.PHONY: run test test-fast test-all campaign update compatibility check install hub-demo deploy worker serve
 
 run: .venv/installed
 	$(BIN)/quantize-gemma run
 
 # Two files of tests at a time: half of it is waiting, for servers above all.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
+
 test: check
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not long"
+
+# For the inner loop, for example `make test-fast TESTS=tests/tasks`.
+test-fast: .venv/installed
+	$(PYTEST) -m "not slow" $(TESTS)
+
+# Everything that CI tests.
+test-all: check
+	$(PYTEST)
 
 # Attacks and accidents at random, each at its full size: hours. Each prints its cases, its failures and its seed.
 campaign: .venv/installed

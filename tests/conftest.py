@@ -34,6 +34,14 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, lambda *_: None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test-fast` leaves out: tests of whole runs, besides those that say it themselves."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        if "finished_run" in names or "command_line" in names or item.get_closest_marker("long"):
+            item.add_marker("slow")
+
+
 @dataclass
 class Outcome:
     """The result of a run of the command line: exit code, streams, and the JSON object that it printed last."""
@@ -79,47 +87,49 @@ class CommandLine:
         return Outcome(process.returncode, stdout, stderr)
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run: the directory with its store and its Prefect home, and its outcome there."""
+
+    folder: Path
+    outcome: Outcome
+
+    def copy_to(self, target: CommandLine) -> Outcome:
+        """Copies the run, and returns its outcome in the copy."""
+        shutil.copytree(self.folder, target.home.parent, symlinks=True, dirs_exist_ok=True)
+        home = str(Path(self.outcome.summary["release"]).parents[2])
+        streams = (text.replace(home, str(target.home)) for text in (self.outcome.stdout, self.outcome.stderr))
+        return Outcome(self.outcome.code, *streams)
+
+
 @pytest.fixture(scope="session")
-def shared_store(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
-    """The store of the release below. Tests that change it take a copy, see tests/flows/test_run.py."""
-    folder = tmp_path_factory.mktemp("session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The built-in model through every stage, once for all processes of pytest-xdist. Tests work on copies."""
+    # Each process has a folder of its own in one that they share.
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent / "finished" if "PYTEST_XDIST_WORKER" in os.environ else folder / "finished"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            partial = shared.with_suffix(".partial")
+            run = CommandLine(partial / "store", partial / "prefect")
+            outcome = run("run", "--json")
+            assert outcome.code == 0, outcome.stderr[-5000:]
+            (partial / "outcome.json").write_text(json.dumps({"stdout": outcome.stdout, "stderr": outcome.stderr}))
+            partial.rename(shared)
+    return FinishedRun(shared, Outcome(0, **json.loads((shared / "outcome.json").read_text())))
+
+
+@pytest.fixture(scope="module")
+def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+    """`quantize-gemma` with a store for the tests of one module."""
+    folder = tmp_path_factory.mktemp("module")
     return CommandLine(folder / "store", folder / "prefect")
 
 
-@pytest.fixture(scope="session")
-def command_line(shared_store: CommandLine) -> CommandLine:
-    return shared_store
-
-
-@pytest.fixture(scope="session")
-def released(shared_store: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """The built-in model, through every stage. Each process of pytest-xdist has its own copy of one run's store."""
-    # Each process has a folder of its own in one that they share.
-    folder = tmp_path_factory.getbasetemp()
-    shared = folder.parent / "released" if "PYTEST_XDIST_WORKER" in os.environ else folder / "released"
-    with FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            outcome = shared_store("run", "--json")
-            assert outcome.code == 0, outcome.stderr[-5000:]
-            partial = shared.with_suffix(".partial")
-            shutil.copytree(shared_store.home.parent, partial, symlinks=True)
-            streams = {"home": str(shared_store.home), "stdout": outcome.stdout, "stderr": outcome.stderr}
-            (partial / "outcome.json").write_text(json.dumps(streams))
-            partial.rename(shared)
-            return outcome
-    streams = json.loads((shared / "outcome.json").read_text())
-    outcome = Outcome(0, streams["stdout"], streams["stderr"])
-    return copy_release(shared, Path(streams["home"]), outcome, shared_store)
-
-
-def copy_release(source: Path, home: Path, outcome: Outcome, target: CommandLine) -> Outcome:
-    """Copies a finished run, the directory of its store and its Prefect home, and returns its outcome there."""
-    shutil.copytree(source, target.home.parent, symlinks=True, dirs_exist_ok=True)
-    return Outcome(
-        outcome.code,
-        outcome.stdout.replace(str(home), str(target.home)),
-        outcome.stderr.replace(str(home), str(target.home)),
-    )
+@pytest.fixture(scope="module")
+def released(finished_run: FinishedRun, command_line: CommandLine) -> Outcome:
+    """The release of the built-in model, in the module's store."""
+    return finished_run.copy_to(command_line)
 
 
 @pytest.fixture

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.long
 def test_no_fault_of_a_hub_passes_a_wrong_file_or_a_part_of_a_release() -> None:
     command = [sys.executable, "-m", "tests.campaigns.hub_faults", "--cases", "16", "--seed", "3"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -4,10 +4,13 @@ import random
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from tests.campaigns.kill_points import Accidents, Case, hub_of
 from tests.conftest import CommandLine, Outcome
 
 
+@pytest.mark.long
 def test_a_killed_run_is_finished_by_the_next_as_if_nothing_had_happened(
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:

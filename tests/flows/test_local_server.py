@@ -8,7 +8,7 @@ import sys
 SCRIPT = """
 import http.server, sys, threading, time
 from prefect.client.orchestration import get_client
-from quantize_gemma.tasks.internals import retry_refused_connections
+from quantize_gemma.tasks.runtime.patches.private_api import retry_refused_connections
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):

@@ -22,7 +22,7 @@ from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.check import resolve_device
 from tests.campaigns.starting_place import hostile_directory
 from tests.compatibility.loading import read_section
-from tests.conftest import CommandLine, Outcome, copy_release
+from tests.conftest import CommandLine, FinishedRun, Outcome
 from tests.operate import another_program
 from tests.text_only import write_text_only
 
@@ -36,10 +36,9 @@ def command_line(tmp_path: Path) -> CommandLine:
 
 
 @pytest.fixture
-def released(released: Outcome, command_line: CommandLine) -> Outcome:
-    """The built-in model's release in that store."""
-    home = Path(released.summary["release"]).parents[2]
-    return copy_release(home.parent, home, released, command_line)
+def released(finished_run: FinishedRun, command_line: CommandLine) -> Outcome:
+    """The release of the built-in model, in that store."""
+    return finished_run.copy_to(command_line)
 
 
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:
@@ -484,6 +483,7 @@ def test_a_damaged_artifact_runs_its_stage_again_and_no_other(
     assert os.path.getsize(BUILTIN["tiny-gemma3"] / "model.safetensors") > 100_000
 
 
+@pytest.mark.long
 def test_a_stage_that_dies_is_named_and_the_next_run_goes_on_from_there(
     released: Outcome, command_line: CommandLine
 ) -> None:
@@ -524,6 +524,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_no_process(
     assert not list(command_line.home.glob("*/.partial-*"))
 
 
+@pytest.mark.long
 def test_another_recipe_killed_in_the_export_is_finished_by_two_runs_together_from_where_it_was(
     released: Outcome, command_line: CommandLine
 ) -> None:
@@ -560,6 +561,7 @@ def test_a_run_killed_in_quantize_is_finished_by_the_next(released: Outcome, com
     assert json.loads((folder / "manifest.json").read_text())["digest"] == before
 
 
+@pytest.mark.long
 def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects_that_were_answered(
     released: Outcome, command_line: CommandLine
 ) -> None:
@@ -587,6 +589,7 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
     assert {path: finished for path, finished in shards().items() if path in kept} == kept
 
 
+@pytest.mark.long
 def test_a_text_only_checkpoint_goes_through_the_same_flow(
     command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

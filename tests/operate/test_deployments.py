@@ -215,7 +215,7 @@ def run_twice(operation: Operation, command_line: CommandLine) -> str:
     assert {name for name, state in states.items() if state == "Cached"} >= {
         "quantize",
         "export",
-        "evaluate base",
+        "evaluate mmlu base",
         "card",
     }
     shown = operation.read("artifacts/filter", {"flow_runs": {"id": {"any_": [first]}}})
@@ -251,6 +251,7 @@ def dead_run(sqlite: Operation, command_line: CommandLine) -> str:
     return run
 
 
+@pytest.mark.long
 def test_after_a_machine_died_the_next_run_goes_on_from_the_finished_stages(
     sqlite: Operation, dead_run: str, command_line: CommandLine
 ) -> None:
@@ -262,6 +263,7 @@ def test_after_a_machine_died_the_next_run_goes_on_from_the_finished_stages(
     assert states["untie"] == states["export"] == "Cached"
 
 
+@pytest.mark.long
 def test_a_run_outlives_its_servers_restart(sqlite: Operation, command_line: CommandLine) -> None:
     forget(command_line, "quantize")
     with sqlite.worker():
@@ -275,6 +277,7 @@ def test_a_run_outlives_its_servers_restart(sqlite: Operation, command_line: Com
     assert sqlite.read("v2/concurrency_limits/quantize-gemma-accelerator")["active_slots"] == 0
 
 
+@pytest.mark.long
 def test_two_runs_never_hold_the_same_slot(sqlite: Operation, command_line: CommandLine) -> None:
     """With one slot of memory, the heavy stages of two runs follow each other, and both runs come to their end."""
     limit = "v2/concurrency_limits/quantize-gemma-memory"
@@ -303,6 +306,7 @@ def test_the_deployment_runs_and_does_nothing_twice(sqlite: Operation, command_l
     run_twice(sqlite, command_line)
 
 
+@pytest.mark.long
 def test_the_deployment_runs_on_postgresql_too(postgres: Operation, command_line: CommandLine) -> None:
     run_twice(postgres, command_line)
 

@@ -21,6 +21,8 @@ from tests.campaigns.starting_place import hostile_directory
 from tests.conftest import CommandLine, Outcome
 from tests.operate import another_program
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium")
 PREFECT = [sys.executable, "-m", "prefect"]
 SECRET = "hf_thetokenofsomebody"
@@ -199,6 +201,7 @@ def wait_until_served(process: "subprocess.Popen[bytes]", log: Path) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.long
 def test_serve_runs_everything_on_one_machine_and_ends_with_it(
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:

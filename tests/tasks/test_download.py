@@ -22,6 +22,8 @@ from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.hub_errors import translate_hub_errors
 from tests.hub.server import Hub, serve
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "hf_reader000000"
 WEIGHTS = "model.safetensors"
 NAME = "team/tiny"

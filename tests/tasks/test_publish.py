@@ -19,6 +19,8 @@ from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.store import Artifact
 from tests.hub.server import Hub, serve
 
+pytestmark = pytest.mark.slow
+
 WRITER, READER, SCOPED = "hf_writer000000", "hf_reader000000", "hf_scoped000000"
 TARGET = "me/tiny-HQQ"
 METRICS = {

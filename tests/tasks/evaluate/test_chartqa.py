@@ -16,6 +16,8 @@ from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.untie import untie
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 CHARTS = BUILTIN_BENCHMARKS["chartqa-mini"]
 
@@ -71,6 +73,7 @@ def evaluate_with_lm_eval(checkpoint: str, dataset: str, limit: int) -> dict[str
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["base", "quantized"])
 def test_answers_and_scores_are_those_of_lm_evals_own_model(
     name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

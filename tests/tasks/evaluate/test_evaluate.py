@@ -20,7 +20,10 @@ from quantize_gemma.tasks.untie import untie
 
 ROOT = Path(__file__).parents[3]
 # lm-eval hands transformers the configuration that it has just read from the same checkpoint.
-pytestmark = pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,7 @@ def in_a_store(checkpoint: Path, home: Path) -> Path:
     return store.produce("quantize", "0" * 64, copy, home).path
 
 
+@pytest.mark.long
 def test_responses_are_stored_and_a_lost_shard_is_computed_again(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,6 +153,7 @@ def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_th
         assert row["no_act_quant"] != row["checkpoint"]
 
 
+@pytest.mark.long
 def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
     released: Outcome, command_line: CommandLine, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

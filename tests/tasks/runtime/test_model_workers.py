@@ -17,6 +17,8 @@ import httpx
 import psutil
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
 
@@ -140,6 +142,7 @@ def cluster(spreading: Spreading) -> Iterator[str]:
         one.wait()
 
 
+@pytest.mark.long
 def test_a_dask_cluster_shares_the_shards_with_the_same_results(
     alone: dict[str, Any], spreading: Spreading, cluster: str
 ) -> None:

@@ -100,6 +100,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_program_is_the_stock_libraries_program_byte_for_byte(
     name: str, checkpoints: dict[str, Path], tmp_path: Path
@@ -219,6 +220,7 @@ def test_a_patch_does_not_touch_another_source_than_its_own(patch: Any, monkeypa
     assert snapshot() == before
 
 
+@pytest.mark.long
 def test_an_export_goes_on_with_the_stock_library_after_one_warning_per_patch_that_does_not_fit(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

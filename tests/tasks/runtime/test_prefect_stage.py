@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
+
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
 from quantize_gemma.tasks.runtime.prefect_stage import as_task, key_of
@@ -30,6 +32,7 @@ def double(target: Path, source: Path) -> Output:
     return {}
 
 
+@pytest.mark.slow
 def test_a_stage_is_cached_as_long_as_its_cached_result_is_the_reference_of_its_artifact(tmp_path: Path) -> None:
     environment = {**os.environ, "QUANTIZE_GEMMA_HOME": str(tmp_path), "QUANTIZE_GEMMA_LOCAL_SERVER": "1"}
     command = [sys.executable, "-m", "tests.tasks.runtime.test_prefect_stage"]
