@@ -126,8 +126,8 @@ def _gptq(remaining: Tensor, curvature: Curvature, pool: ThreadPoolExecutor) -> 
     columns, rows = remaining.shape
     size = curvature.group_size
     integers = torch.empty(columns, rows, dtype=torch.int8)
-    scales = torch.empty(columns // size, rows)
-    errors = torch.empty(size, rows)
+    scales = torch.empty(columns // size, rows, dtype=torch.float32)
+    errors = torch.empty(size, rows, dtype=torch.float32)
     factors = np.linspace(SMALLEST, LARGEST, CANDIDATES, dtype=np.float32)
     for first in range(0, columns, size):
         last = first + size
@@ -152,7 +152,7 @@ def _descend(
     error = weight[:, curvature.order].T - integers * scales.repeat_interleave(size, 0)
     gradient = curvature.hessian @ error
     del error
-    changes = torch.empty(size, rows)
+    changes = torch.empty(size, rows, dtype=torch.float32)
     for _ in range(passes):
         for first in range(0, columns, size):
             last = first + size
