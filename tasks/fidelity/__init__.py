@@ -142,9 +142,7 @@ def fidelity_quantized(
 
 
 @stage(memory=1.6)
-def fidelity_program(
-    target: Path, base: Path, states: Path, quantized: Path, program: Path, windows: int
-) -> Output:
+def fidelity_program(target: Path, base: Path, states: Path, quantized: Path, program: Path, windows: int) -> Output:
     """Write results.json: the program's metrics, and as `checkpoint` those of the checkpoint on the same tokens.
 
     Args:
@@ -229,7 +227,9 @@ def _compare_groups(
     for number, (base_file, other_file) in enumerate(files):
         group = rows[number * GROUP : (number + 1) * GROUP]
 
-        def compute(group: list[Sequence] = group, base: Path = base_file, other: Path = other_file) -> dict[str, Tensor]:
+        def compute(
+            group: list[Sequence] = group, base: Path = base_file, other: Path = other_file
+        ) -> dict[str, Tensor]:
             targets = torch.tensor([token for row in group for token in row.targets])
             base_head, other_head = heads.get()
             return compare_states(

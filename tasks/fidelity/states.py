@@ -31,7 +31,7 @@ Variant = Literal["as_shipped", "weights_only"]
 # Sequences that are read at once, and lost at most if the stage is killed.
 GROUP = 4
 # Tokens of the longest answer to a prompt.
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 32
 
 
 def load_layers(checkpoint: Path, variant: Variant, device: str) -> PreTrainedModel:
@@ -146,6 +146,12 @@ def generate(model: PreTrainedModel, ids: list[int]) -> Tensor:
 def _compute_in_float32(model: PreTrainedModel) -> None:
     """Make the model compute in float32 without quantized activations; matrices stay in memory as they are stored."""
     disable_activation_quantization(model)
+    # The model that is loaded in bfloat16 has rounded the square root of its width.
+    setattr(
+        model.get_input_embeddings(),
+        GEMMA3.embedding_scale,
+        torch.tensor(model.config.get_text_config().hidden_size ** 0.5, device=model.device),
+    )
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if type(getattr(module, "weight", None)) is not torch.nn.Parameter:
