@@ -37,8 +37,6 @@ from quantize_gemma.tasks.runtime.store import link
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor

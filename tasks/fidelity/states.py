@@ -6,6 +6,7 @@ are kept instead of the two models, and lm_head makes the same logits of them la
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,7 @@ def group_states(
             "device": device,
             "sequences": digest([[list(row.ids), row.first] for row in group]),
         }
-        yield parts.file("quantize_gemma.tasks.fidelity.states:load_layers", key, lambda group=group: compute(group))
+        yield parts.file("quantize_gemma.tasks.fidelity.states:load_layers", key, functools.partial(compute, group))
         report_progress(start + len(group), len(rows), "windows")
 
 
@@ -120,7 +121,7 @@ def answer_prompts(checkpoint: Path, identity: str, parts: Parts, device: str) -
         group = prompts[start : start + GROUP]
         key = {"checkpoint": identity, "device": device, "prompts": group, "max_new_tokens": ANSWER_TOKENS}
         function = "quantize_gemma.tasks.fidelity.states:generate"
-        answers = load_file(parts.file(function, key, lambda group=group: compute(group)))
+        answers = load_file(parts.file(function, key, functools.partial(compute, group)))
         for number, ids in enumerate(group):
             chats.append(sequences.Sequence((*ids, *answers[str(number)].tolist()), first=len(ids) - 1))
         report_progress(start + len(group), len(prompts), "prompts")
@@ -167,6 +168,8 @@ def _compute_in_float32(model: PreTrainedModel) -> None:
 
 
 class _StoredLinear(torch.nn.Module):
+    stored: tuple[Tensor]
+
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         assert linear.bias is None, "Gemma 3's linears have no bias"
@@ -178,6 +181,9 @@ class _StoredLinear(torch.nn.Module):
 
 
 class _StoredEmbedding(torch.nn.Module):
+    stored: tuple[Tensor]
+    scale: Tensor
+
     def __init__(self, embedding: torch.nn.Embedding) -> None:
         super().__init__()
         self.stored = (embedding.weight,)
