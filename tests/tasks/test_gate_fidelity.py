@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from quantize_gemma.tasks.gate.checks import judge_fidelity
-from quantize_gemma.tasks.models.fidelity import Distances, Histogram
+from quantize_gemma.tasks.models.text_fidelity import Distances, Histogram
 
 
 def distances(**values: Any) -> Distances:

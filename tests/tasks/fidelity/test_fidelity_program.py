@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
 from quantize_gemma.tasks.fidelity import PROGRAM_STEP, fidelity_base, fidelity_program, fidelity_quantized
 from quantize_gemma.tasks.fidelity.sequences import read_sequences
-from quantize_gemma.tasks.models.fidelity import Fidelity, ProgramFidelity, fidelity_rows
+from quantize_gemma.tasks.models.text_fidelity import Fidelity, ProgramFidelity, fidelity_rows
 from tests.conftest import Outcome
 
 TINY = BUILTIN["tiny-gemma3"]

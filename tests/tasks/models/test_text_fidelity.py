@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantize_gemma.tasks.models.fidelity import is_informative
+from quantize_gemma.tasks.models.text_fidelity import is_informative
 
 
 @pytest.mark.parametrize(
