@@ -12,12 +12,14 @@ from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from quantize_gemma.tasks.calibrate import digest_text
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 
 StageName = Literal[
     "download",
     "download_mmlu",
     "untie",
+    "calibrate",
     "quantize",
     "smoke",
     "export",
@@ -38,7 +40,7 @@ LARGEST = 1_000_000
 ALWAYS_SHOWN = {"model", "recipe", "mmlu", "chartqa", "max_seq_len", "program_samples", "max_new_tokens"}
 # Options that do not affect what is in a release.
 NOT_IN_RELEASE = {"target", "offline", "refresh", "batch_size", "workers", "cluster", "max_regression"}
-MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER = "MODEL", "RECIPE.json"
+MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER, TEXT_PLACEHOLDER = "MODEL", "RECIPE.json", "CALIBRATION.txt"
 
 
 def _require_printable(value: str) -> str:
@@ -220,6 +222,9 @@ class RunOptions(Options):
     recipe: Text = Field(
         default="HQQ-INT8-INT4", description="Name of a built-in recipe, or path to a JSON recipe file."
     )
+    calibration: OptionalText = Field(
+        default=None, description="Text file that a calibrated recipe is calibrated on. [default: none]"
+    )
     target: OptionalText = Field(
         default=None, description="Hub repository to publish the release to. [default: none, not published]"
     )
@@ -292,6 +297,9 @@ def command_line(
     if options.recipe.endswith(".json"):
         pinned["recipe"] = RECIPE_PLACEHOLDER
         comment += f"  # {RECIPE_PLACEHOLDER}: the recipe with the hash {recipe_hash}"
+    if options.calibration:
+        pinned["calibration"] = TEXT_PLACEHOLDER
+        comment += f"  # {TEXT_PLACEHOLDER}: the text with the SHA-256 {digest_text(options.calibration)}"
     words = ["quantize-gemma", "run"]
     for name, field, value in _release_options(options):
         value = pinned.get(name, value)
