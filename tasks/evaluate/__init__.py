@@ -33,6 +33,8 @@ def evaluate_mmlu(
 ) -> Output:
     """Write results.json (accuracy and standard error overall, per category, per subject) and samples.jsonl.
 
+    It has more than seven parameters because each is a value of the stage's key, or says who answers.
+
     Accuracies are fractions; the standard error of a single question is None. If the checkpoint is in the store, each
     subject's responses are stored as soon as they are complete, and read from there unless `refresh`.
 

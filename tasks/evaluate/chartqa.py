@@ -64,6 +64,8 @@ def evaluate_chartqa(
 ) -> Output:
     """Write results.json (relaxed accuracy and its standard error, overall and per kind) and samples.jsonl.
 
+    It has more than seven parameters because each is a value of the stage's key, or says who answers.
+
     Accuracies are fractions; the standard error of a single question is None. Responses are stored as those of MMLU.
 
     Args:
