@@ -111,7 +111,7 @@ class Pool:
             self._end(model_worker)
 
     def close(self) -> None:
-        """End all workers; whoever waits for one is told that it was stopped."""
+        """End all workers. A caller that waits for one gets StageFailed("stopped")."""
         with self.lock:
             self.closed = True
             for model_worker in self.workers:

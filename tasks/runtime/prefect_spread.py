@@ -55,8 +55,8 @@ def spread(
     pool = model_workers.Pool(machine.threads(workers), done.__setitem__)
     peak = 0
     try:
-        # At the first failure the pool is closed before the runner is, which waits for what it has started; and it is
-        # known until then, so that what starts late is told that it was stopped.
+        # At the first failure the pool closes before the runner does, which waits for the tasks it has started. Until
+        # then the pool stays registered, so that a task that starts late fails with "stopped".
         with (
             model_workers.use_pool(evaluation, pool),
             _runner(workers, cluster) as runner,

@@ -208,9 +208,10 @@ def test_a_failed_part_fails_the_stage_and_finished_shards_are_kept(
 
 def test_a_stages_peak_memory_is_that_of_its_largest_process(spreading: Spreading, tmp_path: Path) -> None:
     settings = {"loaded": str(tmp_path / "loaded"), "seconds": 0}
-    small = spreading("lengths", words={"a": ["small"]}, **settings)["measured"]["peak_rss_bytes"]
-    large = spreading("lengths", words={"a": ["large"]}, **settings)["measured"]["peak_rss_bytes"]
-    assert 400e6 < large - small < 600e6
+    reported = spreading("lengths", words={"a": ["large"]}, **settings)["measured"]["peak_rss_bytes"]
+    # What the scorer, which takes the most, has read of itself.
+    scorer = int((tmp_path / "loaded.peak").read_text())
+    assert reported >= scorer
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
