@@ -66,7 +66,9 @@ OUTPUT = Group.create_ordered("Output")
 def main() -> None:
     """Run the command line and exit with its code."""
     from quantize_gemma.flows.settings import ignore_working_directory, require_working_directory
+    from quantize_gemma.tasks.runtime.redact import keep_secrets
 
+    keep_secrets()
     try:
         command, bound = parse(sys.argv[1:])
         if command in (run, check, prune):

@@ -21,7 +21,7 @@ from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt
 from quantize_gemma.tasks.runtime.patches.private_api import retry_refused_connections
 from quantize_gemma.tasks.runtime.prefect_cluster import run_on_cluster
 from quantize_gemma.tasks.runtime.prefect_stage import as_task, failure_of, retried
-from quantize_gemma.tasks.runtime.redact import redact, redact_logs
+from quantize_gemma.tasks.runtime.redact import keep_secrets, redact, redact_logs
 from quantize_gemma.tasks.runtime.stage import Stage
 from quantize_gemma.tasks.runtime.store import Artifact
 
@@ -53,24 +53,26 @@ def start_run(label: str, refresh: Collection[str]) -> Iterator["Run"]:
         Interrupted: The run was interrupted.
     """
     redact_logs()
+    keep_secrets()
     retry_refused_connections()
     run = Run(label, refresh)
-    try:
-        with stop_on_interrupt():
-            yield run
-    except Exception as error:
-        cause = run.first_failure(error)
-        if isinstance(cause, GateRefused):
-            run.summary.gate = to_json(cause.verdict)
-        run.summary.error = redact(str(cause))
+    with store.keep_pinned():
+        try:
+            with stop_on_interrupt():
+                yield run
+        except Exception as error:
+            cause = run.first_failure(error)
+            if isinstance(cause, GateRefused):
+                run.summary.gate = to_json(cause.verdict)
+            run.summary.error = redact(str(cause))
+            run.collect_stages()
+            cause.summary = run.summary.to_json()
+            raise cause from error
+        except KeyboardInterrupt:
+            run.summary.error = "interrupted"
+            run.collect_stages()
+            raise Interrupted(run.summary.to_json()) from None
         run.collect_stages()
-        cause.summary = run.summary.to_json()
-        raise cause from error
-    except KeyboardInterrupt:
-        run.summary.error = "interrupted"
-        run.collect_stages()
-        raise Interrupted(run.summary.to_json()) from None
-    run.collect_stages()
 
 
 class Run:

@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from quantize_gemma.tasks.evaluate.requests import Request, Shards, count_documents, read_requests
-from quantize_gemma.tasks.runtime import parent_process, store
+from quantize_gemma.tasks.runtime import reporting, store
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.runtime.stage import Output, import_function, stage
@@ -179,7 +179,7 @@ def respond(shards: Shards, scorer: Scorer, part: int = 0, refresh: bool = False
         keys = {name: _key(name, shard, scorer, digests) for name, shard in shards.items()}
         answers = {} if refresh else _load_answers(keys, root)
         if answers:
-            parent_process.log(f"{len(answers)} of {len(shards)} shards are in the store")
+            reporting.log(f"{len(answers)} of {len(shards)} shards are in the store")
         missing = {name: count_documents(shard) for name, shard in shards.items() if name not in answers}
         if not missing:
             return answers
@@ -187,7 +187,7 @@ def respond(shards: Shards, scorer: Scorer, part: int = 0, refresh: bool = False
         done, total = 0, sum(missing.values())
         for group in group_shards(missing, scorer.together):
             size = sum(missing[name] for name in group)
-            with parent_process.as_part(done, size, total):
+            with reporting.as_part(done, size, total):
                 answers |= _respond(score, {name: shards[name] for name in group}, keys, root, refresh)
             done += size
     return answers

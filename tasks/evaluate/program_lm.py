@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from quantize_gemma.tasks.evaluate.packed_lm import Score, TokenRequest, make_scorer, score_continuation, share_rows
 from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.pte import PteProgram
-from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 # The last tokens of a text in which a stop sequence is looked for.

@@ -20,7 +20,7 @@ from quantize_gemma.tasks.quantize.algorithms import (
 )
 from quantize_gemma.tasks.runtime import machine
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.reporting import report_progress
 
 if TYPE_CHECKING:
     import numpy as np

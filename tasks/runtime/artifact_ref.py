@@ -35,7 +35,7 @@ def ref_of(artifact: Artifact) -> ArtifactRef:
 
 
 def open_artifact(ref: ArtifactRef, whole: bool = False) -> Artifact:
-    """Return the artifact, pinned: it stays as it is until this process ends.
+    """Return the artifact, pinned: it stays as it is until the run ends.
 
     Args:
         ref: Its reference.

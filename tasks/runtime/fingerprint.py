@@ -39,7 +39,7 @@ MACHINERY = frozenset(
         "hub_errors",
         "lifetime",
         "machine",
-        "parent_process",
+        "reporting",
         "prefect_cluster",
         "prefect_progress",
         "prefect_slots",

@@ -11,7 +11,7 @@ from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import Fingerprint, difference, fingerprint
-from quantize_gemma.tasks.runtime.lifetime import workers
+from quantize_gemma.tasks.runtime.lifetime import run_workers
 from quantize_gemma.tasks.runtime.prefect_stage import run_stage
 from quantize_gemma.tasks.runtime.stage import Stage, import_function
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
@@ -72,7 +72,7 @@ def _wait(future: PrefectFuture[ArtifactRef]) -> ArtifactRef:
     """Return the future's result. Raises StageFailed if the run is interrupted before."""
     while not future.state.is_final():
         future.wait(SECONDS_BETWEEN_LOOKS)
-        if workers.stopping.is_set():
+        if run_workers().stopping.is_set():
             raise StageFailed("stopped")
     return future.result()
 

@@ -27,7 +27,7 @@ from quantize_gemma.tasks.runtime.artifact_ref import (
     ref_of,
 )
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
-from quantize_gemma.tasks.runtime.lifetime import workers
+from quantize_gemma.tasks.runtime.lifetime import run_workers
 from quantize_gemma.tasks.runtime.prefect_progress import StageProgress
 from quantize_gemma.tasks.runtime.prefect_slots import ACCELERATOR, MEMORY, take_slots
 from quantize_gemma.tasks.runtime.retries import is_retryable
@@ -235,9 +235,10 @@ def _wait_for_retry(_task: AnyTask, run: TaskRun, state: State[object]) -> bool:
     It waits here, where an interrupt ends it; Prefect's own delay sleeps through one.
     """
     retryable, seconds = is_retryable(failure_of(state))
+    stopping = run_workers().stopping
     if retryable:
-        workers.stopping.wait(max(seconds, 2.0 ** max(run.run_count, 1) * random.uniform(0.5, 1.5)))
-    return retryable and not workers.stopping.is_set()
+        stopping.wait(max(seconds, 2.0 ** max(run.run_count, 1) * random.uniform(0.5, 1.5)))
+    return retryable and not stopping.is_set()
 
 
 def _log_failure(_task: AnyTask, run: TaskRun, state: State[object]) -> None:

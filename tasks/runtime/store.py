@@ -29,7 +29,8 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -101,7 +102,7 @@ class Artifact:
 
 
 class _Pins:
-    """The manifests that this process has locked until it ends, when the system closes them."""
+    """The locked manifests of the artifacts that a run reads."""
 
     def __init__(self) -> None:
         self._locks: dict[Path, int] = {}
@@ -122,9 +123,16 @@ class _Pins:
         """Tell whether all files of a pinned artifact were hashed."""
         return manifest in self._hashed
 
+    def release(self) -> None:
+        """Release all locks."""
+        with self._lock:
+            for lock in self._locks.values():
+                os.close(lock)
+            self._locks.clear()
 
-# One for the process, as the kernel's locks are.
-_pins = _Pins()
+
+# Prefect copies the context of the flow into the threads of its tasks.
+_run_pins: ContextVar[_Pins] = ContextVar("run_pins")
 
 
 def home() -> Path:
@@ -229,19 +237,31 @@ def load(
     return artifact
 
 
+@contextlib.contextmanager
+def keep_pinned() -> Iterator[None]:
+    """Keep the artifacts that are pinned in the block as they are until it ends, or the process does."""
+    pins = _Pins()
+    token = _run_pins.set(pins)
+    try:
+        yield
+    finally:
+        _run_pins.reset(token)
+        pins.release()
+
+
 def pin(
     stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, whole: bool = False
 ) -> Artifact | None:
-    """Load an artifact, and keep its directory as it is until this process ends.
+    """Load an artifact, and keep its directory as it is until the block of keep_pinned() ends.
 
-    It counts as used now. `whole` hashes all of its files, once in a process. The other arguments are load()'s.
+    It counts as used now. `whole` hashes all of its files, once in the block. The other arguments are load()'s.
     """
     opened = _open(root or home(), stage, artifact_key, digest, whole)
     if opened is None:
         return None
     artifact, lock = opened
     manifest = artifact.path.parent / MANIFEST
-    _pins.add(manifest, lock, whole)
+    _run_pins.get().add(manifest, lock, whole)
     os.utime(manifest.parent)
     return artifact
 
@@ -385,7 +405,8 @@ def _open(root: Path, stage: str, artifact_key: str, digest: str | None, whole: 
 
 def _read(folder: Path, root: Path, whole: bool = False) -> Artifact | None:
     """Return the artifact in a generation's directory if it is unchanged, else None."""
-    whole = whole and not _pins.were_hashed(folder / MANIFEST)
+    pins = _run_pins.get(None)
+    whole = whole and not (pins and pins.were_hashed(folder / MANIFEST))
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         stage, artifact_key = manifest["stage"], manifest["key"]

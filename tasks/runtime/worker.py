@@ -1,7 +1,7 @@
 """Runs a stage's work in a process of its own: its memory comes back, and its death is the stage's failure.
 
-Three modules share this: here is the parent's side, worker_main.py is what the process runs, and parent_process.py is
-what code in it says to the parent.
+Three modules share this: here is the parent's side, worker_main.py is what the process runs, and reporting.py is how
+code in it reports.
 
 multiprocessing's "spawn" starts a new interpreter as well, but passes on what a stage must not have: it gives the
 process the parent's whole environment, with its tokens, and its sys.path, changes into its working directory, and
@@ -26,10 +26,10 @@ from pathlib import Path
 
 from quantize_gemma.tasks.runtime import machine
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.lifetime import workers
+from quantize_gemma.tasks.runtime.lifetime import run_workers, start_process
 from quantize_gemma.tasks.runtime.redact import redact
 from quantize_gemma.tasks.runtime.store import home
-from quantize_gemma.tasks.runtime.strict_json import JsonObject, JsonValue
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 # Called with what is done, the total, and the unit.
@@ -81,7 +81,7 @@ def run(
     """
     started = time.monotonic()
     with contextlib.closing(Worker(function, arguments, environment)) as process:
-        event = process.receive(progress, logger, seconds_allowed)
+        event = process.wait(progress, logger, seconds_allowed)
     value: JsonObject = event["value"]
     value["measured"] = {
         "seconds": round(time.monotonic() - started, 2),
@@ -122,25 +122,22 @@ class Worker:
             text=True,
             errors="replace",
         )
-        self.process = workers.start(start)
+        self.process = start_process(start)
         os.close(send)
         self.events = os.fdopen(receive, encoding="utf-8")
         self.printed: list[str] = []
         self.reader = threading.Thread(target=_keep_tail, args=(self.process.stdout, self.printed), daemon=True)
         self.reader.start()
         self.killed = False
-        workers.add(self)
-        self.send(arguments)
-
-    def send(self, value: JsonValue) -> None:
-        """Send the process a line. Its input stays open for more: the end tells it that this process is gone."""
+        self.workers = run_workers()
+        self.workers.add(self)
         assert self.process.stdin is not None
-        # If it is dead, receive() says why.
+        # Its input stays open: the end tells the process that this one is gone. If it is dead, wait() says why.
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(value) + "\n")
+            self.process.stdin.write(json.dumps(arguments) + "\n")
             self.process.stdin.flush()
 
-    def receive(self, progress: Progress, logger: Logger | None, seconds_allowed: float | None = None) -> JsonObject:
+    def wait(self, progress: Progress, logger: Logger | None, seconds_allowed: float | None = None) -> JsonObject:
         """Return the result, and pass on what is reported before it.
 
         Raises:
@@ -162,7 +159,7 @@ class Worker:
             raise UserError(redact(event["message"]))
         self.process.wait()
         self.reader.join(timeout=5)
-        if self.killed or workers.stopping.is_set():
+        if self.killed or self.workers.stopping.is_set():
             raise StageFailed("stopped")
         tail = redact("".join(self.printed[-30:]))
         if event["event"] in ("failed", "error"):
@@ -187,13 +184,13 @@ class Worker:
         return {"event": "died"}
 
     def kill(self) -> None:
-        """End the process at once; whoever waits for it is told that it was stopped."""
+        """End the process at once. A caller that waits for it gets StageFailed("stopped")."""
         self.killed = True
         self.process.kill()
 
     def close(self) -> None:
         """End the process and free its resources."""
-        workers.remove(self)
+        self.workers.remove(self)
         self.process.kill()
         self.process.wait()
         self.reader.join(timeout=5)

@@ -129,18 +129,19 @@ def read(root: Path, rng: random.Random, failures: Path) -> None:
 
 def read_twice(root: Path, stage: str, key: str, failures: Path) -> None:
     """Opens an artifact and reads it now and a little later: it has to be what its manifest says, both times."""
-    artifact = store.pin(stage, key, root)
-    fault = "is missing" if artifact is None and stage == "kept" else None
-    for _ in range(2 if artifact is not None else 0):
-        assert artifact is not None
-        content = bytes.fromhex(artifact.metadata["content"])
-        for name in artifact.files:
-            try:
-                if (artifact.path / name).read_bytes() != content * (1 + content[0]):
-                    fault = f"{name} is of another generation"
-            except OSError as error:
-                fault = f"{name}: {error}"
-        time.sleep(0.01)
+    with store.keep_pinned():
+        artifact = store.pin(stage, key, root)
+        fault = "is missing" if artifact is None and stage == "kept" else None
+        for _ in range(2 if artifact is not None else 0):
+            assert artifact is not None
+            content = bytes.fromhex(artifact.metadata["content"])
+            for name in artifact.files:
+                try:
+                    if (artifact.path / name).read_bytes() != content * (1 + content[0]):
+                        fault = f"{name} is of another generation"
+                except OSError as error:
+                    fault = f"{name}: {error}"
+            time.sleep(0.01)
     if fault:
         with failures.open("a") as stream:
             stream.write(f"{stage}/{key[:4]} {fault}; ")

@@ -121,7 +121,7 @@ def _differs(package: str, version: str, name: str) -> str:
 def warn(message: str) -> None:
     """Warn in this process's log and, from a stage's own process, in that of the run."""
     # Here, because every command line imports this module.
-    from quantize_gemma.tasks.runtime.parent_process import log
+    from quantize_gemma.tasks.runtime.reporting import log
 
     logger.warning(message)
     log(message)

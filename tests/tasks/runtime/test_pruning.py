@@ -22,9 +22,10 @@ PIN = """
 import sys
 from pathlib import Path
 from quantize_gemma.tasks.runtime import store
-store.pin("stage", sys.argv[2], Path(sys.argv[1]))
-print("pinned", flush=True)
-sys.stdin.read()
+with store.keep_pinned():
+    store.pin("stage", sys.argv[2], Path(sys.argv[1]))
+    print("pinned", flush=True)
+    sys.stdin.read()
 """
 
 
