@@ -150,6 +150,7 @@ def test_a_misbehaving_hub_is_tried_again(
     assert [entry["range"] for entry in hub.served("GET", "/lfs/") if entry["range"]]
 
 
+@pytest.mark.long
 def test_offline_a_run_goes_on_with_what_it_has_and_says_so(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
 ) -> None:

@@ -580,6 +580,7 @@ def test_another_recipe_killed_in_the_export_is_finished_by_two_runs_together_fr
         assert outcome.summary["metrics"]["program"]["text"]["response"]
 
 
+@pytest.mark.long
 def test_a_run_killed_in_quantize_is_finished_by_the_next(released: Outcome, command_line: CommandLine) -> None:
     folder = artifact(command_line, released, "quantize")
     before = json.loads((folder / "manifest.json").read_text())["digest"]
