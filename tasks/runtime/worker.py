@@ -187,7 +187,7 @@ class Worker:
         return {"event": "died"}
 
     def kill(self) -> None:
-        """End the process at once; whoever waits for it is told that it was stopped."""
+        """End the process at once. A caller that waits for it gets StageFailed("stopped")."""
         self.killed = True
         self.process.kill()
 
