@@ -52,7 +52,8 @@ def released(finished_run: FinishedRun, command_line: CommandLine) -> Outcome:
 
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:
     key = next(stage["key"] for stage in outcome.summary["stages"] if stage["name"] == name)
-    place = name.partition("_")[0] if name.startswith(("record", "answer", "evaluate")) else name
+    stage = name.partition("_")[0]
+    place = "download_dataset" if name.startswith("download_") else stage
     return command_line.home / place / key
 
 
