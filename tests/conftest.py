@@ -86,7 +86,7 @@ class CommandLine:
         return process
 
     def close(self) -> None:
-        """Ends what a test that failed has left, which would fail another one with a warning."""
+        """Ends the processes that a failed test left running, so that no other test fails because of them."""
         for process in self.processes:
             process.kill()
             process.communicate()

@@ -7,11 +7,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.stage import import_function
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 # Called with an lm-eval model, a limit, and, instead of a limit, documents by task; returns lm-eval's output.
 Evaluate = Callable[..., dict[str, Any]]
@@ -29,28 +32,25 @@ def run_lm_eval(dataset: Path, benchmark: JsonObject) -> Iterator[Evaluate]:
         dataset: The dataset's directory.
         benchmark: See Benchmark.request_inputs().
     """
+    dataset = dataset.resolve()
     with tempfile.TemporaryDirectory() as folder:
-        # `datasets` reads a directory of that name instead of the repository: lm-eval's tasks stay as they are.
-        place = Path(folder) / benchmark["dataset"]
-        place.parent.mkdir(parents=True)
-        place.symlink_to(dataset.resolve())
-        os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
+        os.environ["HF_DATASETS_CACHE"] = folder
         os.environ["HF_DATASETS_OFFLINE"] = "1"
         # What a task needs besides; without it, its import would download it.
-        os.environ["NLTK_DATA"] = str(dataset.resolve() / "nltk_data")
-        os.chdir(folder)
+        os.environ["NLTK_DATA"] = str(dataset / "nltk_data")
 
         def evaluate(model: Any, limit: int | None, doc_ids: dict[str, list[int]] | None = None) -> dict[str, Any]:
             from lm_eval import simple_evaluate
 
-            task: Any = benchmark["task"]
-            manager = task_manager(task)
+            name: str = benchmark["task"]
+            manager = task_manager(name)
             use_template = model.uses_chat_template(benchmark["chat_template"])
-            if task in OWN_TASKS:
+            if name in OWN_TASKS:
                 # Its limit is one per kind of question, and its model makes the prompts.
-                task, limit, use_template = import_function(OWN_TASKS[task])(dataset, limit), None, False
-            # Of a group, only the tasks with documents: lm-eval would ask all questions of the others.
-            tasks = [task] if doc_ids is None or isinstance(task, dict) else list(doc_ids)
+                tasks, limit, use_template = [import_function(OWN_TASKS[name])(dataset, limit)], None, False
+            else:
+                # Of a group, only the tasks with documents: lm-eval would ask all questions of the others.
+                tasks = load_tasks(manager, [name] if doc_ids is None else list(doc_ids), dataset)
             output = simple_evaluate(
                 model,
                 tasks=tasks,
@@ -66,10 +66,16 @@ def run_lm_eval(dataset: Path, benchmark: JsonObject) -> Iterator[Evaluate]:
             return dict(output)
 
         yield evaluate
-        os.chdir("/")
 
 
-def task_manager(task: str) -> Any:
+def load_tasks(manager: TaskManager, names: list[str], dataset: Path) -> list[Any]:
+    """Return lm-eval's tasks and groups, which read the dataset's directory instead of its repository on the Hub."""
+    # What a group's configuration says besides its members replaces what theirs say, at every depth.
+    group = {"group": "dataset", "task": names, "dataset_path": str(dataset)}
+    return list(manager.load([group])["groups"]["dataset"])
+
+
+def task_manager(task: str) -> TaskManager:
     """Return lm-eval's task manager with the task; reading all of its thousands of YAML files takes seconds."""
     import lm_eval.tasks
 

@@ -121,7 +121,6 @@ class Benchmark:
         """Return what its requests depend on, besides the dataset and the chat template."""
         return {
             "task": self.task,
-            "dataset": self.dataset,
             "num_fewshot": self.num_fewshot,
             "chat_template": self.chat_template,
         }

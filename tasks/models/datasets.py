@@ -10,7 +10,8 @@ from quantize_gemma.tasks.runtime.errors import UserError
 if TYPE_CHECKING:
     import pyarrow
 
-MMLU, CHARTQA = "cais/mmlu", "HuggingFaceM4/ChartQA"
+MMLU = "cais/mmlu"
+CHARTQA = "HuggingFaceM4/ChartQA"
 # The types of columns, as messages call them.
 TEXT, TEXTS, INTEGER, IMAGE = "text", "a list of text", "an integer", "a struct with the image's bytes"
 MMLU_COLUMNS = {"question": TEXT, "subject": TEXT, "choices": TEXTS, "answer": INTEGER}

@@ -51,7 +51,8 @@ class StageProgress:
         """Update the artifact; an API that is away for a moment is no reason to end a stage."""
         try:
             if self._artifact is None:
-                key = f"progress-{self.stage}"
+                # Prefect takes no underscores there.
+                key = f"progress-{self.stage.replace('_', '-')}"
                 self._artifact = create_progress_artifact(percent, key=key, description=description)  # type: ignore[assignment]
             else:
                 update_progress_artifact(self._artifact, progress=percent)

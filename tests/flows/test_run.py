@@ -52,7 +52,8 @@ def released(finished_run: FinishedRun, command_line: CommandLine) -> Outcome:
 
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:
     key = next(stage["key"] for stage in outcome.summary["stages"] if stage["name"] == name)
-    place = name.partition("_")[0] if name.startswith(("record", "answer", "evaluate")) else name
+    stage = name.partition("_")[0]
+    place = "download_dataset" if name.startswith("download_") else stage
     return command_line.home / place / key
 
 
@@ -580,6 +581,7 @@ def test_another_recipe_killed_in_the_export_is_finished_by_two_runs_together_fr
         assert outcome.summary["metrics"]["program"]["text"]["response"]
 
 
+@pytest.mark.long
 def test_a_run_killed_in_quantize_is_finished_by_the_next(released: Outcome, command_line: CommandLine) -> None:
     folder = artifact(command_line, released, "quantize")
     before = json.loads((folder / "manifest.json").read_text())["digest"]

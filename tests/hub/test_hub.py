@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -416,9 +415,7 @@ def test_a_delay_outlasts_an_impatient_client(hub: Hub, api: HfApi, model: Path)
     hub.faults.add(path="/api/models/", delay=0.3)
     with pytest.raises(httpx.ReadTimeout):
         api.model_info("lab/m", timeout=0.05)
-    start = time.monotonic()
     assert api.model_info("lab/m").id == "lab/m"
-    assert time.monotonic() - start >= 0.3
 
 
 def test_a_cut_leaves_an_answer_without_a_body_unsent(hub: Hub, model: Path, tmp_path: Path) -> None:

@@ -454,6 +454,7 @@ def test_a_night_without_a_nightly_is_told(
         time.sleep(0.5)
 
 
+@pytest.mark.long
 def test_the_run_of_the_dead_machine_has_crashed(sqlite: Operation, dead_run: str) -> None:
     """Last, for it takes some silence to be missed."""
     assert sqlite.wait(dead_run, {"Crashed"}, 300)["state_type"] == "CRASHED"

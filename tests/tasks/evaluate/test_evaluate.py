@@ -41,6 +41,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 MMLU = BUILTIN_BENCHMARKS["mmlu-mini"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["base", "quantized"])
 def test_questions_and_scores_are_those_of_the_command_line(
     name: str, checkpoints: dict[str, Path], tmp_path: Path

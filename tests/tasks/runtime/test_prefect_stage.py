@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime import parent_process, store
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
 from quantize_gemma.tasks.runtime.prefect_stage import as_task, key_of
 from quantize_gemma.tasks.runtime.stage import Output, stage
@@ -32,6 +32,14 @@ def double(target: Path, source: Path) -> Output:
     return {}
 
 
+@stage()
+def count_up(target: Path) -> Output:
+    """Report progress, in a stage whose name has an underscore."""
+    parent_process.report_progress(1, 4, "steps")
+    (target / "file").write_text("done")
+    return {}
+
+
 @pytest.mark.slow
 def test_a_stage_is_cached_as_long_as_its_cached_result_is_the_reference_of_its_artifact(tmp_path: Path) -> None:
     environment = {**os.environ, "QUANTIZE_GEMMA_HOME": str(tmp_path), "QUANTIZE_GEMMA_LOCAL_SERVER": "1"}
@@ -41,6 +49,7 @@ def test_a_stage_is_cached_as_long_as_its_cached_result_is_the_reference_of_its_
     )
     assert result.returncode == 0, result.stderr[-3000:]
     outcomes = json.loads(result.stdout.splitlines()[-1])
+    assert outcomes.pop("progress") == [100.0]
     assert outcomes.pop("first") == ["Completed", "Completed", "texttext"]
     assert outcomes.pop("second") == ["Cached", "Cached", "texttext"]
     # The artifact is still there, so what is made of it is cached.
@@ -58,6 +67,8 @@ def test_a_key_depends_on_the_content_of_an_input_and_not_on_where_it_comes_from
 def main() -> None:
     """Run the stages with each kind of cached result; print their states' names and what they made, as JSON."""
     from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
     from prefect.filesystems import LocalFileSystem
     from prefect.results import ResultStore
     from prefect.serializers import JSONSerializer
@@ -86,8 +97,18 @@ def main() -> None:
         assert results().read(path.name).result == ref
         return outcome
 
+    @flow
+    def show_progress() -> list[float | None]:
+        as_task(count_up).with_options(task_run_name="stage · test", result_storage=store.home()).submit().result()
+        with get_client(sync_client=True) as client:
+            artifacts = client.read_artifacts(
+                artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["progress-count-up"]))
+            )
+        return [artifact.data for artifact in artifacts]
+
     with prefect_test_harness(server_startup_timeout=120):
         outcomes = {
+            "progress": show_progress(),
             "first": run_stages(),
             "second": run_stages(),
             # Earlier versions cached references like this.
