@@ -5,12 +5,11 @@ import contextlib
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantize_gemma.tasks.card.chart import charts
 from quantize_gemma.tasks.models.metrics import Metrics, parse_columns, parse_verdict
 from quantize_gemma.tasks.models.tables import quality_rows, verdict_rows
-from quantize_gemma.tasks.runtime.strict_json import JsonObject
 from quantize_gemma.tasks.runtime.units import human_size
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
     create_link_artifact(release.as_uri(), link_text="the release's files", key="release")
 
 
-def print_summary(summary: JsonObject) -> None:
+def print_summary(summary: dict[str, Any]) -> None:
     """Print the tables of a run that has a release: stages, quality, and gate, then where the release is."""
     from rich.console import Console
     from rich.table import Table
@@ -84,7 +83,7 @@ def _table(title: str, rows: list[Row]) -> "Table":
     return table
 
 
-def _publish_line(summary: JsonObject) -> str:
+def _publish_line(summary: dict[str, Any]) -> str:
     if summary["published"]:
         return str(summary["published"])
     if any(stage["name"] == "publish" for stage in summary["stages"]):

@@ -38,7 +38,6 @@ from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.retries import is_retryable
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import canonical_json
-from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +236,7 @@ def download_dataset(
     benchmark: str,
     files: Sequence[str],
     skipped_files: Sequence[str],
-    resources: Sequence[JsonObject] = (),
+    resources: Sequence[dict[str, str]] = (),
 ) -> Output:
     """Fill `target` with the files of a benchmark's dataset.
 

@@ -73,7 +73,7 @@ def run_parts(stage: str, workers: int, cluster: str | None, words: dict[str, li
             run.map(lengths, stage, workers, cluster, words=words)
             results = [future.result() for future in run.all_futures(stage)]
             artifacts = results[0] if cluster else results
-    paths = [path for ref in artifacts for path in open_artifact(ref).path.iterdir()]
+        paths = [path for ref in artifacts for path in open_artifact(ref).path.iterdir()]
     manifests = store.home().glob("responses/[0-9a-f]*/manifest.json")
     by = [json.loads(path.read_text(encoding="utf-8"))["measured"]["process"] for path in manifests]
     lines = {line["name"]: line for line in run.summary.to_json()["stages"]}

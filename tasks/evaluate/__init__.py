@@ -7,14 +7,17 @@ the answers and computes its scores.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize_gemma.tasks.evaluate.lm_eval_run import run_lm_eval
 from quantize_gemma.tasks.evaluate.requests import Request, Shards, read_requests
 from quantize_gemma.tasks.evaluate.scores import make_samples, summarize
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.stage import Output, stage
-from quantize_gemma.tasks.runtime.strict_json import JsonObject
+from quantize_gemma.tasks.runtime.strict_json import JsonObject as JsonObject
+
+if TYPE_CHECKING:
+    from quantize_gemma.tasks.models.benchmarks import ScoreInputs
 
 
 @stage()
@@ -23,7 +26,7 @@ def evaluate(
     requests: Path,
     answers: list[Path],
     dataset: Path,
-    benchmark: JsonObject,
+    benchmark: "ScoreInputs",
     limit: int | None,
     device: str,
 ) -> Output:

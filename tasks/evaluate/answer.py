@@ -102,9 +102,12 @@ def answer(
     answers = respond(shards, scorer, part, refresh)
     left_out = 0
     for name in names:
-        content = _arrange(recorded[name], shards[name], answers[name])
-        (target / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-        left_out += len(content["left_out"])
+        values = {(one.doc_id, one.index): value for one, value in zip(shards[name], answers[name], strict=True)}
+        too_long = sorted({doc_id for (doc_id, _), value in values.items() if value is None})
+        known = [None if one.doc_id in too_long else values.get((one.doc_id, one.index)) for one in recorded[name]]
+        content = json.dumps({"answers": known, "left_out": too_long})
+        (target / f"{name}.json").write_text(content, encoding="utf-8")
+        left_out += len(too_long)
     return {"metadata": {"questions": sum(map(count_documents, shards.values())) - left_out, "left_out": left_out}}
 
 
@@ -224,16 +227,6 @@ def _respond(
 
         store.produce(STAGE, keys[name], write, root, refresh)
     return answers
-
-
-def _arrange(recorded: list[Request], asked: list[Request], answers: list[JsonValue]) -> JsonObject:
-    """Return the content of a shard's file."""
-    left_out = sorted({request.doc_id for request, value in zip(asked, answers, strict=True) if value is None})
-    values = {(one.doc_id, one.index): value for one, value in zip(asked, answers, strict=True)}
-    return {
-        "answers": [None if one.doc_id in left_out else values.get((one.doc_id, one.index)) for one in recorded],
-        "left_out": left_out,
-    }
 
 
 def _has_image(request: Request) -> bool:

@@ -61,6 +61,7 @@ def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Callable[
         texts: list[JsonValue] = []
         for request in requests:
             *_, image = request.arguments
+            assert isinstance(image, dict)
             row = table.slice(image["row"], 1).to_pylist()[0]
             texts.append(model.generate_from_image(open_image(row), make_messages(row["query"]), GENERATION))
             report_progress(len(texts), len(requests), "questions")

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.stage import import_function
-from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+
+    from quantize_gemma.tasks.models.benchmarks import RequestInputs
 
 # Called with an lm-eval model, a limit, and, instead of a limit, documents by task; returns lm-eval's output.
 Evaluate = Callable[..., dict[str, Any]]
@@ -23,7 +24,7 @@ OWN_TASKS = {"chartqa": "quantize_gemma.tasks.evaluate.chartqa:make_chartqa_task
 
 
 @contextlib.contextmanager
-def run_lm_eval(dataset: Path, benchmark: JsonObject) -> Iterator[Evaluate]:
+def run_lm_eval(dataset: Path, benchmark: RequestInputs) -> Iterator[Evaluate]:
     """Yield a function that runs lm-eval on a dataset, offline.
 
     Use it before lm-eval is imported, and once in a process: the libraries remember where they looked first.
@@ -42,7 +43,7 @@ def run_lm_eval(dataset: Path, benchmark: JsonObject) -> Iterator[Evaluate]:
         def evaluate(model: Any, limit: int | None, doc_ids: dict[str, list[int]] | None = None) -> dict[str, Any]:
             from lm_eval import simple_evaluate
 
-            name: str = benchmark["task"]
+            name = benchmark["task"]
             manager = task_manager(name)
             use_template = model.uses_chat_template(benchmark["chat_template"])
             if name in OWN_TASKS:

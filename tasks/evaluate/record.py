@@ -5,15 +5,18 @@ once for all columns. They are divided into shards, which are answered and store
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.evaluate.lm_eval_run import run_lm_eval
 from quantize_gemma.tasks.evaluate.requests import count_documents, shard_requests, write_requests
 from quantize_gemma.tasks.runtime.stage import Output, stage
-from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
+if TYPE_CHECKING:
+    from quantize_gemma.tasks.models.benchmarks import RequestInputs
 
 
 @stage()
-def record(target: Path, checkpoint: Path, dataset: Path, benchmark: JsonObject, limit: int | None) -> Output:
+def record(target: Path, checkpoint: Path, dataset: Path, benchmark: "RequestInputs", limit: int | None) -> Output:
     """Write the requests of a benchmark, one file for each shard.
 
     Args:

@@ -6,7 +6,7 @@ Any other task or group of lm-eval with one dataset can be named, too: describe(
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
@@ -55,6 +55,31 @@ PUNKT = Resource(
     member="punkt_tab/english/",
     folder="nltk_data/tokenizers/punkt_tab/english",
 )
+
+
+class RequestInputs(TypedDict):
+    """What the requests of a benchmark depend on; see Benchmark."""
+
+    task: str
+    num_fewshot: int | None
+    chat_template: bool
+
+
+class ScoreInputs(RequestInputs):
+    """What the scores of a benchmark depend on; see Benchmark."""
+
+    name: str
+    metric: str
+    metrics: list[str]
+
+
+class FileInputs(TypedDict):
+    """Which files a benchmark needs; see Benchmark."""
+
+    benchmark: str
+    files: list[str]
+    skipped_files: list[str]
+    resources: list[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +142,7 @@ class Benchmark:
             return ALL_COLUMNS[:2]
         return ALL_COLUMNS if self.kind == "loglikelihood" else ALL_COLUMNS[:3]
 
-    def request_inputs(self) -> JsonObject:
+    def request_inputs(self) -> RequestInputs:
         """Return what its requests depend on, besides the dataset and the chat template."""
         return {
             "task": self.task,
@@ -125,7 +150,7 @@ class Benchmark:
             "chat_template": self.chat_template,
         }
 
-    def file_inputs(self) -> JsonObject:
+    def file_inputs(self) -> FileInputs:
         """Return which files of a dataset's repository are needed, and what else."""
         return {
             "benchmark": self.name,
@@ -147,7 +172,7 @@ class Benchmark:
             "words": self.words,
         }
 
-    def score_inputs(self) -> JsonObject:
+    def score_inputs(self) -> ScoreInputs:
         """Return what its scores depend on, besides the answers."""
         return {**self.request_inputs(), "name": self.name, "metric": self.metric, "metrics": list(self.metrics)}
 
@@ -324,7 +349,7 @@ def _describe_task(name: str) -> Benchmark:
     )
 
 
-def _leaf_tasks(manager: "TaskManager", name: str) -> list[JsonObject]:
+def _leaf_tasks(manager: "TaskManager", name: str) -> list[dict[str, Any]]:
     """Return the configurations of the tasks that a task, a group, or a tag stands for."""
     entry = manager.task_index[name]
     members = (entry.cfg or {}).get("task") if entry.cfg and "group" in entry.cfg else None
@@ -332,7 +357,7 @@ def _leaf_tasks(manager: "TaskManager", name: str) -> list[JsonObject]:
         members = sorted(entry.tags)
     if members is None:
         return [dict(entry.cfg or {})]
-    leaves: list[JsonObject] = []
+    leaves: list[dict[str, Any]] = []
     for member in [members] if isinstance(members, str) else members:
         if isinstance(member, str) and member in manager.task_index:
             leaves += _leaf_tasks(manager, member)
@@ -344,7 +369,7 @@ def _leaf_tasks(manager: "TaskManager", name: str) -> list[JsonObject]:
     return leaves
 
 
-def _first_metric(config: JsonObject) -> tuple[str, bool]:
+def _first_metric(config: dict[str, Any]) -> tuple[str, bool]:
     """Return the name of a task's first metric, with its filter, and whether a larger value is better."""
     listed = config.get("metric_list") or [{"metric": "acc", "higher_is_better": True}]
     filters = config.get("filter_list") or [{"name": "none"}]

@@ -193,7 +193,9 @@ def _run_in_worker(stage: Stage[...], inputs: Inputs, target: Path, refresh: boo
         values["refresh"] = refresh
     # The memory and the GPUs of a cluster's machines are not this server's to share out, and neither are their cores.
     bytes_read = sum(ref.size for listed in refs.values() for ref in listed)
-    threads = {} if on_cluster else machine.threads(inputs.get("parts", 1))
+    parts = inputs.get("parts", 1)
+    assert isinstance(parts, int)
+    threads = {} if on_cluster else machine.threads(parts)
     with (
         take_slots(ACCELERATOR, int(stage.accelerated and inputs.get("device") != "cpu" and not on_cluster)),
         take_slots(MEMORY, math.ceil(1 + stage.memory * bytes_read / 2**30) if stage.memory and not on_cluster else 0),

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from quantize_gemma.tasks.runtime.disk import translate_disk_errors
 from quantize_gemma.tasks.runtime.errors import StageFailed
@@ -92,8 +93,8 @@ class Artifact:
     path: Path
     digest: str
     files: dict[str, File]
-    metadata: JsonObject = field(default_factory=dict)
-    measured: JsonObject = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

@@ -21,19 +21,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from quantize_gemma.tasks.runtime import machine
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.lifetime import run_workers, start_process
 from quantize_gemma.tasks.runtime.redact import redact
 from quantize_gemma.tasks.runtime.store import home
-from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 # Called with what is done, the total, and the unit.
 Progress = Callable[[int, int, str], None]
+
+# What worker_main.py sends: an "event", and what belongs to it.
+Event = dict[str, Any]
 
 # Environment variables that no worker inherits.
 SECRETS = (
@@ -55,12 +58,12 @@ QUIET = {
 
 def run(
     function: str,
-    arguments: JsonObject,
+    arguments: Mapping[str, object],
     progress: Progress,
     logger: Logger | None,
     environment: dict[str, str] | None = None,
     seconds_allowed: float | None = None,
-) -> JsonObject:
+) -> dict[str, Any]:
     """Call a function in a process of its own.
 
     Args:
@@ -82,7 +85,7 @@ def run(
     started = time.monotonic()
     with contextlib.closing(Worker(function, arguments, environment)) as process:
         event = process.wait(progress, logger, seconds_allowed)
-    value: JsonObject = event["value"]
+    value: dict[str, Any] = event["value"]
     value["measured"] = {
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_bytes": event["peak_rss_bytes"],
@@ -94,7 +97,9 @@ def run(
 class Worker:
     """A process that works for this one. Whoever starts it ends it with close()."""
 
-    def __init__(self, function: str, arguments: JsonObject, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, function: str, arguments: Mapping[str, object], environment: dict[str, str] | None = None
+    ) -> None:
         """Start the process, which calls `function` ("module:name") with the arguments."""
         receive, send = os.pipe()
         inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
@@ -137,7 +142,7 @@ class Worker:
             self.process.stdin.write(json.dumps(arguments) + "\n")
             self.process.stdin.flush()
 
-    def wait(self, progress: Progress, logger: Logger | None, seconds_allowed: float | None = None) -> JsonObject:
+    def wait(self, progress: Progress, logger: Logger | None, seconds_allowed: float | None = None) -> Event:
         """Return the result, and pass on what is reported before it.
 
         Raises:
@@ -170,11 +175,11 @@ class Worker:
             raise StageFailed(f"it was ended after {seconds_allowed:,.0f} s, the longest that it may take")
         raise StageFailed(f"its process ended with {_describe_exit(self.process.returncode)}\n{tail}".strip())
 
-    def _next_event(self, progress: Progress, logger: Logger | None) -> JsonObject:
+    def _next_event(self, progress: Progress, logger: Logger | None) -> Event:
         """Return the next event that is neither progress nor a line for the log; "died" if there is none."""
         # The last line of a process that was killed may be half of one.
         while (line := self.events.readline()).endswith("\n"):
-            event: JsonObject = json.loads(line)
+            event: Event = json.loads(line)
             if event["event"] == "progress":
                 progress(event["done"], event["total"], event["what"])
             elif event["event"] != "log":
