@@ -159,7 +159,7 @@ def evaluate_columns(
 def report_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) -> Metrics:
     """Wait for the release, show it in Prefect, and return its metrics."""
     ref = release.result()
-    content: dict[str, Any] = json.loads(store.read_file(open_artifact(ref), "metrics.json"))
+    content: dict[str, object] = json.loads(store.read_file(open_artifact(ref), "metrics.json"))
     metrics = parse_metrics(content)
     plan.remember_revisions()
     # This path stays the same when the card is made again.

@@ -29,7 +29,7 @@ class RuleCode:
 
 
 @stage()
-def card(target: Path, /, recipe: dict[str, Any], checkpoint: Path, program: Path, gate: Path) -> Output:
+def card(target: Path, /, recipe: dict[str, object], checkpoint: Path, program: Path, gate: Path) -> Output:
     """Fill `target` with a release that can be pushed to the Hub as it is.
 
     Args:

@@ -1,7 +1,5 @@
 """The card's front matter: the metadata of a model card that the Hub reads, as YAML."""
 
-from typing import Any
-
 import yaml
 
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
@@ -21,7 +19,7 @@ def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
-def front_matter(metrics: Metrics) -> dict[str, Any]:
+def front_matter(metrics: Metrics) -> dict[str, object]:
     """Return the card's metadata: license, base model, and the results that were measured."""
     multimodal = metrics.program.task == "multimodal-text-to-text"
     base: dict[str, str] = {}
@@ -40,19 +38,19 @@ def front_matter(metrics: Metrics) -> dict[str, Any]:
     }
 
 
-def as_yaml(metadata: dict[str, Any]) -> str:
+def as_yaml(metadata: dict[str, object]) -> str:
     """Return the metadata as the YAML between a card's two lines of dashes."""
     text: str = yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     return text
 
 
-def _results(metrics: Metrics) -> list[dict[str, Any]]:
+def _results(metrics: Metrics) -> list[dict[str, object]]:
     """Return the results of the model index: the quantized checkpoint's headline metrics."""
     scores = {name: metrics.quantized.scores.get(name) for name in metrics.benchmarks}
     return [_result(metrics.benchmarks[name], score) for name, score in scores.items() if score is not None]
 
 
-def _result(info: BenchmarkInfo, score: BenchmarkScore) -> dict[str, Any]:
+def _result(info: BenchmarkInfo, score: BenchmarkScore) -> dict[str, object]:
     title = f"{info.dataset.name} (fixture)" if info.dataset.fixture else info.title
     value = 100 * score.value if info.higher_is_better else score.value
     return {

@@ -75,9 +75,9 @@ def _documents_of_a_sample(stored: Iterable[tuple[str, int, int]], count: int) -
     return doc_ids if len(answered) < count else None
 
 
-def _read_answers(recorded: Shards, parts: list[Path]) -> tuple[dict[tuple[str, int, int], Any], int]:
+def _read_answers(recorded: Shards, parts: list[Path]) -> tuple[dict[tuple[str, int, int], object], int]:
     """Return the answers by (task, doc_id, index), and how many documents were left out."""
-    stored: dict[tuple[str, int, int], Any] = {}
+    stored: dict[tuple[str, int, int], object] = {}
     left_out = 0
     for part in parts:
         for path in sorted(part.glob("*.json")):

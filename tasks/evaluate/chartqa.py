@@ -77,7 +77,7 @@ def open_image(row: dict[str, Any]) -> Image:
     return Image.open(io.BytesIO(row["image"]["bytes"]))
 
 
-def make_messages(query: str) -> list[dict[str, Any]]:
+def make_messages(query: str) -> list[dict[str, object]]:
     """Return the chat with an image and a question, as the processor's chat template takes it."""
     return [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]},
@@ -85,14 +85,14 @@ def make_messages(query: str) -> list[dict[str, Any]]:
     ]
 
 
-def make_chartqa_task(dataset: Path, limit: int | None) -> dict[str, Any]:
+def make_chartqa_task(dataset: Path, limit: int | None) -> dict[str, object]:
     """Return the lm-eval task over the first `limit` questions of each kind."""
     table = read_chartqa(dataset)
     kinds = table["human_or_machine"].to_pylist()
     each = [[number for number, kind in enumerate(kinds) if kind == one] for one in range(len(CHARTQA_SPLITS))]
     numbers = sorted(number for numbers in each for number in numbers[:limit])
 
-    def read(**_metadata: Any) -> dict[str, Any]:
+    def read(**_metadata: object) -> dict[str, object]:
         from datasets import Dataset
 
         columns = {name: table[name].to_pylist() for name in ("query", "label")}
@@ -108,7 +108,7 @@ def make_chartqa_task(dataset: Path, limit: int | None) -> dict[str, Any]:
         ]
         return {"test": Dataset.from_list(docs)}
 
-    def read_images(doc: dict[str, Any]) -> list[Image]:
+    def read_images(doc: dict[str, object]) -> list[Image]:
         return [open_image(table.slice(doc["number"], 1).to_pylist()[0])]
 
     scores = [f"{score}_{part}" for score in ("relaxed", "normalized") for part in ("overall", *CHARTQA_SPLITS)]

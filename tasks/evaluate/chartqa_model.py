@@ -36,7 +36,9 @@ class ChartQALM(HFMultimodalLM):  # type: ignore[misc]
         gc.collect()
         gc.freeze()
 
-    def generate_from_image(self, image: Image, messages: list[dict[str, Any]], generation: dict[str, Any]) -> str:
+    def generate_from_image(
+        self, image: Image, messages: list[dict[str, object]], generation: dict[str, object]
+    ) -> str:
         """Return the response to a chat with one image; `generation` are lm-eval's generation_kwargs."""
         arguments = (self.prompt(messages), generation, {"visual": [image]})
         request = Instance(request_type="generate_until", doc={}, arguments=arguments, idx=0)
@@ -52,7 +54,7 @@ class ChartQALM(HFMultimodalLM):  # type: ignore[misc]
         # The tokenizer adds one to every text.
         return str(text).removeprefix(self.tokenizer.bos_token)
 
-    def _encode_image_once(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _encode_image_once(self, pixel_values: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """Return the features of an image, computed unless it is the last one again."""
         if self.last_image is None or not torch.equal(self.last_image[0], pixel_values):
             self.last_image = pixel_values, self.encode_image(pixel_values, *args, **kwargs)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from quantize_gemma.tasks.models.benchmarks import RequestInputs
 
 # Called with an lm-eval model, a limit, and, instead of a limit, documents by task; returns lm-eval's output.
-Evaluate = Callable[..., dict[str, Any]]
+Evaluate = Callable[..., dict[str, object]]
 # Our own tasks: a function that returns lm-eval's configuration of a dataset and a limit.
 OWN_TASKS = {"chartqa": "quantize_gemma.tasks.evaluate.chartqa:make_chartqa_task"}
 
@@ -69,7 +69,7 @@ def run_lm_eval(dataset: Path, benchmark: RequestInputs) -> Iterator[Evaluate]:
         yield evaluate
 
 
-def load_tasks(manager: TaskManager, names: list[str], dataset: Path) -> list[Any]:
+def load_tasks(manager: TaskManager, names: list[str], dataset: Path) -> list[object]:
     """Return lm-eval's tasks and groups, which read the dataset's directory instead of its repository on the Hub."""
     # What a group's configuration says besides its members replaces what theirs say, at every depth.
     group = {"group": "dataset", "task": names, "dataset_path": str(dataset)}

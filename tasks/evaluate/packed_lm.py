@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lm_eval.api.instance import Instance
@@ -253,7 +253,7 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     sequences: _Sequences | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence of a row. Tensors are [1, heads, tokens, width], the result [1, tokens, …]."""
     if sequences is None:

@@ -2,7 +2,6 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -70,7 +69,7 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
             report_progress(len(texts), len(requests), "questions")
         return texts
 
-    def _generate(self, context: str, generation: dict[str, Any]) -> str | None:
+    def _generate(self, context: str, generation: dict[str, object]) -> str | None:
         settings = normalize_gen_kwargs(generation)
         eos = self.tokenizer.decode([self.eot_token_id])
         stop = handle_stop_sequences(settings["until"], eos=eos)

@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
@@ -74,7 +73,9 @@ def read_requests(folder: Path) -> Shards:
     }
 
 
-def to_request(task: str, doc_id: int, index: int, kind: str, arguments: tuple[Any, ...], row: int | None) -> Request:
+def to_request(
+    task: str, doc_id: int, index: int, kind: str, arguments: tuple[object, ...], row: int | None
+) -> Request:
     """Return a request of lm-eval's as JSON values; images become the number of their row in the dataset."""
     values = [{"row": row} if isinstance(one, dict) and "visual" in one else one for one in arguments]
     return Request(task, doc_id, index, kind, json.loads(json.dumps(values)))

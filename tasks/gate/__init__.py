@@ -17,9 +17,9 @@ from quantize_gemma.tasks.runtime.stage import Output, stage
 def gate(
     target: Path,
     /,
-    resolved: dict[str, Any],
-    benchmarks: dict[str, Any],
-    recipe: dict[str, Any],
+    resolved: dict[str, object],
+    benchmarks: dict[str, object],
+    recipe: dict[str, object],
     limits: dict[str, float],
     required: list[str],
     command: str,

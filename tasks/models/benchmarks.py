@@ -1,6 +1,6 @@
 """What a model can be evaluated on: a row per benchmark. To add one, add a row.
 
-Any other task or group of lm-eval with one dataset can be named, too: describe() reads its YAML file.
+object other task or group of lm-eval with one dataset can be named, too: describe() reads its YAML file.
 """
 
 import fnmatch
@@ -349,7 +349,7 @@ def _describe_task(name: str) -> Benchmark:
     )
 
 
-def _leaf_tasks(manager: "TaskManager", name: str) -> list[dict[str, Any]]:
+def _leaf_tasks(manager: "TaskManager", name: str) -> list[dict[str, object]]:
     """Return the configurations of the tasks that a task, a group, or a tag stands for."""
     entry = manager.task_index[name]
     members = (entry.cfg or {}).get("task") if entry.cfg and "group" in entry.cfg else None
@@ -357,7 +357,7 @@ def _leaf_tasks(manager: "TaskManager", name: str) -> list[dict[str, Any]]:
         members = sorted(entry.tags)
     if members is None:
         return [dict(entry.cfg or {})]
-    leaves: list[dict[str, Any]] = []
+    leaves: list[dict[str, object]] = []
     for member in [members] if isinstance(members, str) else members:
         if isinstance(member, str) and member in manager.task_index:
             leaves += _leaf_tasks(manager, member)

@@ -68,7 +68,7 @@ def chartqa_files(folder: Path) -> list[Path]:
 
 
 def _check(
-    path: Path, name: str, layout: str, columns: dict[str, str], find_mistake: Callable[[dict[str, Any]], str | None]
+    path: Path, name: str, layout: str, columns: dict[str, str], find_mistake: Callable[[dict[str, object]], str | None]
 ) -> None:
     """Raise UserError unless the file has these columns and `find_mistake` returns None for every row."""
     import pyarrow

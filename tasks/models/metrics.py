@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from quantize_gemma.tasks.runtime.paired_stats import Pairs
 
@@ -18,7 +18,7 @@ SCHEMA = Path(__file__).parent / "metrics.schema.json"
 # A field that this version does not know is an error, not something to drop silently.
 STRICT = {"extra": "forbid"}
 
-Json = dict[str, Any]
+Json = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,21 +332,21 @@ class Metrics(Columns):
 COLUMNS: dict[str, type] = {"base": Base, "quantized": Quantized, "program": Program}
 
 
-def parse_metrics(content: Mapping[str, Any]) -> Metrics:
+def parse_metrics(content: Mapping[str, object]) -> Metrics:
     """Return the metrics in a JSON object of this schema version. Raises pydantic.ValidationError."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Metrics).validate_python(_nest_scores(content))
 
 
-def parse_columns(content: Mapping[str, Any]) -> Columns:
+def parse_columns(content: Mapping[str, object]) -> Columns:
     """Return the columns of a JSON object. Raises pydantic.ValidationError."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Columns).validate_python(_nest_scores(content))
 
 
-def parse_verdict(content: Mapping[str, Any]) -> Verdict:
+def parse_verdict(content: Mapping[str, object]) -> Verdict:
     """Return the verdict in a JSON object. Raises pydantic.ValidationError."""
     from pydantic import TypeAdapter
 
@@ -367,7 +367,7 @@ def column_fields(column: str) -> set[str]:
     return {field.name for field in dataclasses.fields(COLUMNS[column])} - {"scores"}
 
 
-def _nest_scores(content: Mapping[str, Any]) -> Json:
+def _nest_scores(content: Mapping[str, object]) -> Json:
     """Return a JSON object whose columns have the benchmarks' scores in a field of their own."""
     nested = dict(content)
     for name in COLUMNS:

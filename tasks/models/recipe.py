@@ -184,7 +184,7 @@ def torchao_config(rule: Rule) -> "AOBaseConfig":
     )
 
 
-def _check_rule(path: Path, content: Mapping[str, Any], number: int, rule: Rule) -> None:
+def _check_rule(path: Path, content: Mapping[str, object], number: int, rule: Rule) -> None:
     """Raise UserError for what a rule's types do not say."""
     where = ("rules", number)
     if not rule.match.isprintable():

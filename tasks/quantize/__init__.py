@@ -30,7 +30,7 @@ from quantize_gemma.tasks.runtime.store import link
 
 
 @stage(accelerated=True)
-def quantize(target: Path, checkpoint: Path, recipe: dict[str, Any], device: str) -> Output:
+def quantize(target: Path, checkpoint: Path, recipe: dict[str, object], device: str) -> Output:
     """Fill `target` with the quantized checkpoint: model.safetensors, config with `quantization_config`, tokenizer.
 
     Args:
