@@ -240,6 +240,8 @@ def download_dataset(
 ) -> Output:
     """Fill `target` with the files of a benchmark's dataset.
 
+    It takes more than seven parameters because each is a value of the stage's key.
+
     Args:
         target: The directory to write to.
         source: A directory, or a repository on the Hub.

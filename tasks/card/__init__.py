@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from quantize_gemma.tasks.card import markdown
 from quantize_gemma.tasks.card.chart import charts, draw_subjects

@@ -7,7 +7,7 @@ the answers and computes its scores.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.evaluate.lm_eval_run import run_lm_eval
 from quantize_gemma.tasks.evaluate.requests import Request, Shards, read_requests

@@ -5,7 +5,6 @@ The stage gives a verdict and does not fail on a bad one, so that a release that
 """
 
 from pathlib import Path
-from typing import Any
 
 from quantize_gemma.tasks.gate.metrics import add_up, collect_metrics
 from quantize_gemma.tasks.models.metrics import write_metrics

@@ -1,6 +1,6 @@
 """What a model can be evaluated on: a row per benchmark. To add one, add a row.
 
-object other task or group of lm-eval with one dataset can be named, too: describe() reads its YAML file.
+Any other task or group of lm-eval with one dataset can be named, too: describe() reads its YAML file.
 """
 
 import fnmatch

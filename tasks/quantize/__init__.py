@@ -11,7 +11,6 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from quantize_gemma.tasks.models.checkpoint import (
     is_multimodal,
