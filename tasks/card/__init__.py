@@ -7,6 +7,7 @@ from typing import Any
 
 from quantize_gemma.tasks.card import markdown
 from quantize_gemma.tasks.card.chart import charts, draw_subjects
+from quantize_gemma.tasks.card.eval_results import eval_results
 from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, write_metrics
@@ -51,8 +52,11 @@ def card(target: Path, /, recipe: dict[str, Any], checkpoint: Path, program: Pat
             hashes[name] = file.sha256
     for benchmark, name in charts(metrics).items():
         draw_subjects(metrics, benchmark, target / name)
+    for name, results in eval_results(metrics).items():
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text(as_yaml(results), encoding="utf-8")
     write_metrics(metrics, target / "metrics.json")
-    sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+    sizes = {name: path.stat().st_size for name, path in files_of(target).items()}
     (target / "README.md").write_text(render(metrics, parsed, sizes), encoding="utf-8")
     check_front_matter(target / "README.md", metrics)
     write_file_list(target, hashes)
@@ -70,11 +74,16 @@ def read_loading_environments() -> list[dict[str, str]]:
     return environments
 
 
+def files_of(release: Path) -> dict[str, Path]:
+    """Return the files of a release by their paths in it, sorted."""
+    return {path.relative_to(release).as_posix(): path for path in sorted(release.rglob("*")) if path.is_file()}
+
+
 def write_file_list(release: Path, hashes: dict[str, str]) -> None:
     """Write release.json, {"files": {name: {"size", "sha256"}}}, with the SHA-256 `hashes` that are already known."""
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": hashes.get(path.name) or store.digest_file(path)}
-        for path in sorted(release.iterdir())
+        name: {"size": path.stat().st_size, "sha256": hashes.get(name) or store.digest_file(path)}
+        for name, path in files_of(release).items()
     }
     (release / "release.json").write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 

@@ -40,9 +40,9 @@ def front_matter(metrics: Metrics) -> dict[str, Any]:
     }
 
 
-def as_yaml(metadata: dict[str, Any]) -> str:
-    """Return the metadata as the YAML between a card's two lines of dashes."""
-    text: str = yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+def as_yaml(content: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """Return YAML, such as what is between a card's two lines of dashes."""
+    text: str = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     return text
 
 
