@@ -19,6 +19,8 @@ from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.units import human_size
 
 HERE = Path(__file__).parent
+# The folder of a release with the samples of its scores.
+SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class RuleCode:
 
 
 @stage()
-def card(target: Path, /, recipe: dict[str, Any], checkpoint: Path, program: Path, gate: Path) -> Output:
+def card(
+    target: Path, /, recipe: dict[str, Any], checkpoint: Path, program: Path, gate: Path, **evaluations: Path
+) -> Output:
     """Fill `target` with a release that can be pushed to the Hub as it is.
 
     Args:
@@ -39,17 +43,17 @@ def card(target: Path, /, recipe: dict[str, Any], checkpoint: Path, program: Pat
         checkpoint: The artifact of `quantize`.
         program: The artifact of `export`.
         gate: The artifact of `gate`, with metrics.json.
+        **evaluations: The artifacts of `evaluate` by the stage's name in the run, whose samples become part of it.
     """
     parsed = Recipe.from_json(recipe)
     content = json.loads(store.read_file(store.read_artifact(gate), "metrics.json"))
     metrics = replace(parse_metrics(content), loads_in=read_loading_environments())
-    hashes = {}
+    hashes: dict[str, str] = {}
     for artifact in (store.read_artifact(checkpoint), store.read_artifact(program)):
-        for name, file in artifact.files.items():
-            # A file that has changed since it was measured does not become part of a release.
-            store.check_file(artifact, name)
-            store.link(artifact.path / name, target / name)
-            hashes[name] = file.sha256
+        hashes |= {name: add_file(target, name, artifact, name) for name in artifact.files}
+    for stage_name, path in evaluations.items():
+        name = f"{SAMPLES}/{stage_name.removeprefix('evaluate_')}.jsonl"
+        hashes[name] = add_file(target, name, store.read_artifact(path), "samples.jsonl")
     for benchmark, name in charts(metrics).items():
         draw_subjects(metrics, benchmark, target / name)
     for name, results in eval_results(metrics).items():
@@ -72,6 +76,17 @@ def read_loading_environments() -> list[dict[str, str]]:
         "environments"
     ]
     return environments
+
+
+def add_file(release: Path, name: str, artifact: store.Artifact, source: str) -> str:
+    """Link an artifact's file into a release; return its SHA-256.
+
+    Raises:
+        StageFailed: The file has changed since it was measured.
+    """
+    store.check_file(artifact, source)
+    store.link(artifact.path / source, release / name)
+    return artifact.files[source].sha256
 
 
 def files_of(release: Path) -> dict[str, Path]:
@@ -119,6 +134,7 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
         checks=verdict_rows(metrics.gate.checks),
         recipe=recipe,
         sizes=sizes,
+        has_samples=any(name.startswith(f"{SAMPLES}/") for name in sizes),
         rules=[_rule_code(rule) for rule in recipe.rules],
     )
 
