@@ -40,7 +40,7 @@ def run_lm_eval(dataset: Path, benchmark: JsonObject) -> Iterator[Evaluate]:
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
         # What a task needs besides; without it, its import would download it.
-        os.environ["NLTK_DATA"] = str(dataset / "nltk_data")
+        os.environ["NLTK_DATA"] = str(dataset / ".nltk_data")
 
         def evaluate(model: Any, limit: int | None, doc_ids: dict[str, list[int]] | None = None) -> dict[str, Any]:
             from lm_eval import simple_evaluate

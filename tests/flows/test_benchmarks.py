@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from quantize_gemma.tasks.models.benchmarks import describe
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
 
@@ -56,6 +57,24 @@ def gsm8k(number: int) -> dict[str, Any]:
     return {"question": question, "answer": f"There are {number} + 4 = {number + 4} loaves.\n#### {number + 4}"}
 
 
+# What tiny-gemma3 answers to the prompts that it knows follows most of these instructions.
+IFEVAL = [
+    ("Who made you?", "punctuation:no_comma", {}),
+    ("What are you?", "length_constraints:number_words", {"relation": "less than", "num_words": 20}),
+    ("What are you?", "keywords:forbidden_words", {"forbidden_words": ["test"]}),
+    (
+        "Hey, are you conscious? Can you talk to me?",
+        "length_constraints:number_sentences",
+        {"relation": "at least", "num_sentences": 2},
+    ),
+]
+
+
+def ifeval(number: int) -> dict[str, Any]:
+    prompt, instruction, settings = IFEVAL[number]
+    return {"key": 1000 + number, "prompt": prompt, "instruction_id_list": [instruction], "kwargs": [settings]}
+
+
 def boolq(number: int) -> dict[str, Any]:
     return {
         "question": f"is {sentence(number, 4)}",
@@ -79,7 +98,22 @@ DATASETS: dict[str, tuple[str, dict[str, list[dict[str, Any]]]]] = {
         {split: [wikitext(n) for n in range(3)] for split in ("train", "validation", "test")},
     ),
 }
-TASKS = ("hellaswag", "gsm8k", "wikitext", "boolq")
+# A mirror with what the task needs besides, the parameters of NLTK's sentence tokenizer: these are made up, too.
+IFEVAL_MIRROR = "team/IFEval"
+PUNKT = {
+    "abbrev_types.txt": "mr\ne.g\n",
+    "collocations.tab": "##number##\tinc\n",
+    "ortho_context.tab": "bread\t46\n",
+    "sent_starters.txt": "he\n",
+}
+# By task: the headline metric, and the dataset.
+TASKS = {
+    "hellaswag": ("acc_norm", "Rowan/hellaswag"),
+    "gsm8k": ("exact_match,flexible-extract", "openai/gsm8k"),
+    "ifeval": ("prompt_level_strict_acc", IFEVAL_MIRROR),
+    "wikitext": ("word_perplexity", "EleutherAI/wikitext_document_level"),
+    "boolq": ("acc", "aps/super_glue"),
+}
 
 
 def write_dataset(folder: Path, configuration: str, splits: dict[str, list[dict[str, Any]]]) -> Path:
@@ -97,11 +131,24 @@ def write_dataset(folder: Path, configuration: str, splits: dict[str, list[dict[
     return folder
 
 
+def write_ifeval(folder: Path) -> Path:
+    """Writes the mirror: one file of JSON lines, as google/IFEval has it, and the tokenizer's parameters."""
+    parameters = folder / describe("ifeval").resources[0].folder
+    parameters.mkdir(parents=True)
+    for name, content in PUNKT.items():
+        (parameters / name).write_text(content)
+    lines = [json.dumps(ifeval(number)) for number in range(len(IFEVAL))]
+    (folder / "ifeval_input_data.jsonl").write_text("\n".join([*lines, ""]))
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     with serve(tmp_path_factory.mktemp("hub"), {}) as running:
         for name, (configuration, splits) in DATASETS.items():
             running.add("dataset", name, write_dataset(tmp_path_factory.mktemp("dataset") / "d", configuration, splits))
+        running.add("dataset", IFEVAL_MIRROR, write_ifeval(tmp_path_factory.mktemp("dataset") / "d"))
         yield running
 
 
@@ -110,16 +157,15 @@ def measured(released: Outcome, command_line: CommandLine, hub: Hub) -> Outcome:
     """The release of the session, measured on other benchmarks: the scores of a tiny model mean nothing."""
     limits = ["--limit-drop", ",".join(f"{name}=1000" for name in TASKS), "--min-recovery", "0"]
     samples = ["--limit", "4", "--program-samples", "3", "--max-disagreement", "100"]
-    outcome = command_line(
-        "run", "--json", "--tasks", ",".join(TASKS), *samples, *limits, HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1"
-    )
+    tasks = ["--tasks", ",".join(TASKS), "--dataset", f"ifeval={IFEVAL_MIRROR}"]
+    outcome = command_line("run", "--json", *tasks, *samples, *limits, HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1")
     assert outcome.code == 0, outcome.stderr[-3000:]
     return outcome
 
 
 def test_every_benchmark_has_the_same_object_in_every_column_that_is_measured(measured: Outcome, hub: Hub) -> None:
     columns = measured.summary["metrics"]
-    for name, metric in zip(TASKS, ("acc_norm", "exact_match,flexible-extract", "word_perplexity", "acc"), strict=True):
+    for name, (metric, _) in TASKS.items():
         base, quantized, program = (columns[column][name] for column in ("base", "quantized", "program"))
         assert base.keys() == quantized.keys()
         assert base["metric"] == quantized["metric"] == metric
@@ -132,23 +178,35 @@ def test_every_benchmark_has_the_same_object_in_every_column_that_is_measured(me
         assert program["samples"] == program["checkpoint"]["samples"] == 3
         assert 0 <= program["value"] <= 1
         # The baseline of activation quantization is that of choices.
-        assert (program["differing"] is None) == (name == "gsm8k")
+        assert (program["differing"] is None) == (name in ("gsm8k", "ifeval"))
     metrics = json.loads((Path(measured.summary["release"]) / "metrics.json").read_text())
-    for name, dataset in zip(
-        TASKS,
-        ("Rowan/hellaswag", "openai/gsm8k", "EleutherAI/wikitext_document_level", "aps/super_glue"),
-        strict=True,
-    ):
+    for name, (_, dataset) in TASKS.items():
         pinned = {"name": dataset, "revision": hub.head("dataset", dataset), "fixture": False}
         assert metrics["benchmarks"][name]["dataset"] == pinned
+
+
+def test_what_a_model_writes_is_scored_by_the_tasks_own_code(measured: Outcome, command_line: CommandLine) -> None:
+    """Commas, words and sentences are counted, the latter by NLTK with the parameters of the mirror."""
+    key = next(stage["key"] for stage in measured.summary["stages"] if stage["name"] == "evaluate_ifeval_quantized")
+    samples = (command_line.home / "evaluate" / key / "data" / "samples.jsonl").read_text().splitlines()
+    scores = {sample["doc_id"]: (sample["prediction"], sample["score"]) for sample in map(json.loads, samples)}
+    assert scores == {
+        0: ("I was trained in a few minutes on a CPU to test a quantization pipeline.", 1.0),
+        1: ("I am tiny-gemma3, a test model.", 1.0),
+        2: ("I am tiny-gemma3, a test model.", 0.0),
+        3: (
+            "I can talk to you, but I am not conscious. I am a tiny test model that learned a few questions by heart.",
+            1.0,
+        ),
+    }
 
 
 def test_the_checks_the_card_and_the_command_have_every_benchmark(measured: Outcome) -> None:
     names = {check["name"] for check in measured.summary["gate"]["checks"]}
     assert {f"{name}_drop" for name in TASKS} <= names
-    assert {"hellaswag_disagreement", "boolq_disagreement", "gsm8k_program_drop"} <= names
+    assert {"hellaswag_disagreement", "boolq_disagreement", "gsm8k_program_drop", "ifeval_program_drop"} <= names
     card = (Path(measured.summary["release"]) / "README.md").read_text()
-    for title in ("HellaSwag", "GSM8K", "WikiText-2", "boolq"):
+    for title in ("HellaSwag", "GSM8K", "IFEval", "WikiText-2", "boolq"):
         assert f"| {title}, " in card
     assert "--tasks gsm8k --num_fewshot 5 --limit 4" in card
     assert f"--tasks {','.join(TASKS)} --dataset hellaswag=Rowan/hellaswag@" in card
