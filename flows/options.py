@@ -21,7 +21,10 @@ LARGEST = 1_000_000
 # Shown on the card even if they have their default values, which may change in a later version.
 ALWAYS_SHOWN = {"model", "recipe", "tasks", "max_seq_len", "program_samples", "max_new_tokens"}
 # Options that do not affect what is in a release.
-NOT_IN_RELEASE = {"target", "offline", "refresh", "batch_size", "workers", "cluster", "max_regression"}
+NOT_IN_RELEASE = {
+    *("target", "offline", "refresh", "batch_size", "workers", "cluster", "max_regression"),
+    *("branch", "create_pr", "private", "tag", "adopt"),
+}
 MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER, DATASET_PLACEHOLDER = "MODEL", "RECIPE.json", "DATASET"
 
 
@@ -220,6 +223,13 @@ class PublishingOptions(Options):
     create_pr: Flag = Field(default=False, description="Open a pull request instead of committing to the branch.")
     private: Flag = Field(default=False, description="If the target does not exist, create it as a private repository.")
     tag: Flag = Field(default=False, description="Tag the commit as v<date>-<recipe hash>.")
+    publish_samples: Flag = Field(
+        default=False,
+        description=(
+            "Put the prompts and responses of every score into the release, with the questions of the benchmarks' "
+            "datasets in them."
+        ),
+    )
     adopt: Flag = Field(
         default=False, description="Publish even if the target contains files that quantize-gemma did not write."
     )
@@ -350,7 +360,7 @@ def command_line(
 
 def _release_options(options: RunOptions) -> Iterator[tuple[str, FieldInfo, object]]:
     """Yield the name, field, and value of each option that affects what is in a release."""
-    for group in (options, options.evaluation, options.export, options.gate):
+    for group in (options, options.evaluation, options.export, options.gate, options.publishing):
         for name, field in type(group).model_fields.items():
             value = getattr(group, name)
             if name not in NOT_IN_RELEASE and not isinstance(value, Options):

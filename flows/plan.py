@@ -26,7 +26,7 @@ from quantize_gemma.tasks.untie import untie
 if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
 
-    from quantize_gemma.flows.run import Run
+    from quantize_gemma.flows.run import Futures, Run
     from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef
 
 Inputs = dict[str, Any]
@@ -103,6 +103,12 @@ class Plan:
             "limits": {**self.drop_limits(), **{name: getattr(options.gate, name) for name in LIMITS}},
             "versions": versions(LIBRARIES),
         }
+
+    def card_inputs(self, futures: "Futures") -> Inputs:
+        """Return the recipe, and the evaluations whose samples are published: all of the run's, or none."""
+        published = self.options.publishing.publish_samples
+        samples = {name: future for name, future in futures.items() if published and name.startswith("evaluate_")}
+        return {"recipe": self.recipe.to_json(), **samples}
 
     def drop_limits(self) -> dict[str, float]:
         """Return the limits on the drop of each benchmark that has one, by the limit's name."""

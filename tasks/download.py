@@ -85,7 +85,7 @@ def resolve_dataset(row: Benchmark, source: str, revision: str | None, offline: 
     # Any other name is one on the Hub, whatever there is in the working directory.
     if fixture is not None or source.startswith((".", "/", "~")):
         path = fixture or Path(source).expanduser().resolve()
-        names = _data_files(path, row.files, row.skipped_files)
+        names = _data_files(path, row.patterns(), row.skipped_files)
         if not names:
             raise UserError(f"{source} has no file of a dataset in the layout of {row.dataset}")
         name = source if fixture else path.name
@@ -267,10 +267,12 @@ def download_dataset(
     else:
         _move(_fetch(target, "dataset", source, revision, offline, is_needed), target, is_needed)
     check_dataset(benchmark, target, source)
-    for resource in resources:
+    for resource in [Resource(**one) for one in resources]:
+        if (target / resource.folder).is_dir():
+            continue
         if offline:
-            raise UserError(f"offline: {resource['url']} is not in the store: run once without --offline")
-        _fetch_resource(target, Resource(**resource))
+            raise UserError(f"offline: {resource.url} is not in the store: run once without --offline")
+        _fetch_resource(target, resource)
     return {}
 
 

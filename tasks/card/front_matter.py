@@ -1,5 +1,7 @@
 """The card's front matter: the metadata of a model card that the Hub reads, as YAML."""
 
+from collections.abc import Mapping, Sequence
+
 import yaml
 
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
@@ -38,9 +40,9 @@ def front_matter(metrics: Metrics) -> dict[str, object]:
     }
 
 
-def as_yaml(metadata: dict[str, object]) -> str:
-    """Return the metadata as the YAML between a card's two lines of dashes."""
-    text: str = yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+def as_yaml(content: Mapping[str, object] | Sequence[Mapping[str, object]]) -> str:
+    """Return YAML, such as what is between a card's two lines of dashes."""
+    text: str = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     return text
 
 

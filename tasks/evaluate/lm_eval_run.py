@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 Evaluate = Callable[..., dict[str, object]]
 # Our own tasks: a function that returns lm-eval's configuration of a dataset and a limit.
 OWN_TASKS = {"chartqa": "quantize_gemma.tasks.evaluate.chartqa:make_chartqa_task"}
+# The name of a group with the tasks that are run.
+GROUP = "quantize-gemma"
 
 
 @contextlib.contextmanager
@@ -35,23 +38,26 @@ def run_lm_eval(dataset: Path, benchmark: RequestInputs) -> Iterator[Evaluate]:
     """
     dataset = dataset.resolve()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_DATASETS_CACHE"] = folder
+        os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
         # What a task needs besides; without it, its import would download it.
-        os.environ["NLTK_DATA"] = str(dataset / "nltk_data")
+        os.environ["NLTK_DATA"] = str(dataset / ".nltk_data")
 
         def evaluate(model: Any, limit: int | None, doc_ids: dict[str, list[int]] | None = None) -> dict[str, Any]:
             from lm_eval import simple_evaluate
+            from lm_eval.tasks import TaskManager
 
             name = benchmark["task"]
-            manager = task_manager(name)
             use_template = model.uses_chat_template(benchmark["chat_template"])
             if name in OWN_TASKS:
                 # Its limit is one per kind of question, and its model makes the prompts.
                 tasks, limit, use_template = [import_function(OWN_TASKS[name])(dataset, limit)], None, False
+                manager = TaskManager(include_defaults=False)
             else:
                 # Of a group, only the tasks with documents: lm-eval would ask all questions of the others.
-                tasks = load_tasks(manager, [name] if doc_ids is None else list(doc_ids), dataset)
+                names = [name] if doc_ids is None else list(doc_ids)
+                manager = make_task_manager(name, write_group(Path(folder) / "tasks", names, dataset))
+                tasks = list(manager.load([GROUP])["groups"][GROUP])
             output = simple_evaluate(
                 model,
                 tasks=tasks,
@@ -69,20 +75,25 @@ def run_lm_eval(dataset: Path, benchmark: RequestInputs) -> Iterator[Evaluate]:
         yield evaluate
 
 
-def load_tasks(manager: TaskManager, names: list[str], dataset: Path) -> list[object]:
-    """Return lm-eval's tasks and groups, which read the dataset's directory instead of its repository on the Hub."""
-    # What a group's configuration says besides its members replaces what theirs say, at every depth.
-    group = {"group": "dataset", "task": names, "dataset_path": str(dataset)}
-    return list(manager.load([group])["groups"]["dataset"])
+def write_group(folder: Path, names: list[str], dataset: Path) -> Path:
+    """Write lm-eval's YAML file of a group of tasks and groups which read the dataset's directory; return its path.
+
+    What a group says besides its members takes the place of what theirs say, at every depth: here, the directory stands
+    for the repository on the Hub.
+    """
+    folder.mkdir()
+    path = folder / f"{GROUP}.yaml"
+    path.write_text(json.dumps({"group": GROUP, "task": names, "dataset_path": str(dataset)}), encoding="utf-8")
+    return path
 
 
-def task_manager(task: str) -> TaskManager:
-    """Return lm-eval's task manager with the task; reading all of its thousands of YAML files takes seconds."""
+def make_task_manager(task: str, group: Path) -> TaskManager:
+    """Return lm-eval's task manager with a task and a group; reading all of its YAML files would take seconds."""
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent / task.split("_")[0]
     if folder.is_dir():
-        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder))
-        if task in OWN_TASKS or task in manager.all_tasks:
+        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[folder, group.parent])
+        if task in manager.all_tasks:
             return manager
-    return lm_eval.tasks.TaskManager()
+    return lm_eval.tasks.TaskManager(include_path=group.parent)

@@ -30,13 +30,13 @@ DATA_FILES = ("README.md", "*.parquet", "*.json", "*.jsonl", "*.csv", "*.txt")
 
 @dataclass(frozen=True)
 class Resource:
-    """A ZIP archive that a task needs besides its dataset.
+    """A ZIP archive that a task needs besides its dataset. It is not fetched if the dataset's source has its files.
 
     Attributes:
         url: Where it is.
         sha256: Its hash.
         member: The folder in it that is needed.
-        folder: Where that folder's files are, in the dataset's directory.
+        folder: Where that folder's files are, in the dataset's directory; hidden, since all other files are data.
     """
 
     url: str
@@ -53,7 +53,7 @@ PUNKT = Resource(
     ),
     sha256="e57f64187974277726a3417ca6f181ec5403676c717672eef6a748a7b20e0106",
     member="punkt_tab/english/",
-    folder="nltk_data/tokenizers/punkt_tab/english",
+    folder=".nltk_data/tokenizers/punkt_tab/english",
 )
 
 
@@ -150,11 +150,15 @@ class Benchmark:
             "chat_template": self.chat_template,
         }
 
+    def patterns(self) -> tuple[str, ...]:
+        """Return the patterns of the files that a source of the dataset may have: its data, and its resources'."""
+        return (*self.files, *(f"{resource.folder}/*" for resource in self.resources))
+
     def file_inputs(self) -> FileInputs:
         """Return which files of a dataset's repository are needed, and what else."""
         return {
             "benchmark": self.name,
-            "files": list(self.files),
+            "files": list(self.patterns()),
             "skipped_files": list(self.skipped_files),
             "resources": [asdict(resource) for resource in self.resources],
         }

@@ -286,7 +286,7 @@ class Tried:
         assert sum(ref.startswith("refs/pr/") for ref in repo["refs"]) <= 1, "two pull requests"
         main = self.contents(target, "main")
         if create_pr or not ours:
-            expected = {path.name for path in self.old.path.iterdir()} if over else set()
+            expected = set(self.old.files) if over else set()
             assert set(main) == expected, f"main holds {sorted(main)}"
         else:
             assert self.is_release(main, self.new), f"a part of a release: {sorted(main)}"

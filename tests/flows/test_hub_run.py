@@ -87,10 +87,11 @@ def test_a_model_that_is_too_large_is_refused_before_it_is_downloaded(
 
 def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome, hub: Hub) -> None:
     release = Path(published.summary["release"])
-    there = hub.files("model", TARGET)
-    assert set(there) == {path.name for path in release.iterdir()} | {".gitattributes"}
-    for path in release.iterdir():
-        assert hub.read("model", TARGET, path.name) == path.read_bytes()
+    files = {path.relative_to(release).as_posix(): path for path in release.rglob("*") if path.is_file()}
+    assert {".eval_results/mmlu.yaml", ".eval_results/chartqa.yaml"} <= set(files)
+    assert set(hub.files("model", TARGET)) == {*files, ".gitattributes"}
+    for name, path in files.items():
+        assert hub.read("model", TARGET, name) == path.read_bytes()
     assert published.summary["published"] == f"{hub.url}/{TARGET}/commit/{hub.head('model', TARGET)}"
     metrics, card = metrics_of(published), (release / "README.md").read_text()
     measured = [metrics["benchmarks"][name]["dataset"]["revision"] for name in ("mmlu", "chartqa")]

@@ -158,6 +158,29 @@ def test_a_second_run_is_all_cache_hits(released: Outcome, command_line: Command
     assert again.summary["release"] == released.summary["release"]
 
 
+def test_the_samples_of_every_score_become_part_of_the_release_if_asked_for(
+    released: Outcome, command_line: CommandLine
+) -> None:
+    assert not (Path(released.summary["release"]) / "samples").exists()
+    outcome = command_line("run", "--publish-samples", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert {name for name, cached in outcome.cached.items() if not cached} == {"gate", "card"}
+    release = Path(outcome.summary["release"])
+    evaluations = {name for name in ALL if name.startswith("evaluate_")}
+    assert {path.name for path in (release / "samples").iterdir()} == {
+        f"{name.removeprefix('evaluate_')}.jsonl" for name in evaluations
+    }
+    listed = json.loads((release / "release.json").read_text())["files"]
+    for name in evaluations:
+        samples = artifact(command_line, outcome, name) / "data" / "samples.jsonl"
+        published = release / "samples" / f"{name.removeprefix('evaluate_')}.jsonl"
+        assert published.read_bytes() == samples.read_bytes()
+        assert published.relative_to(release).as_posix() in listed
+    card = (release / "README.md").read_text()
+    assert "are in `samples`" in card
+    assert "--publish-samples" in card
+
+
 def test_a_run_believes_nothing_of_the_directory_where_it_starts(
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:

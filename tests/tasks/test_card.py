@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from quantize_gemma.tasks.card import check_front_matter, read_loading_environments, render
 from quantize_gemma.tasks.card.chart import charts, draw_subjects
+from quantize_gemma.tasks.card.eval_results import eval_results
+from quantize_gemma.tasks.card.front_matter import as_yaml
 from quantize_gemma.tasks.gate.checks import judge
 from quantize_gemma.tasks.gate.metrics import check_devices, collect_pairs, pair_outcomes, read_outcomes
 from quantize_gemma.tasks.models.license import clean_license
@@ -121,6 +124,34 @@ def test_any_score_may_be_missing_and_is_a_dash(missing: tuple[str, ...], tmp_pa
     assert charts(parse_metrics(measured)) == ({} if set(missing) & {"base", "quantized"} else {"mmlu": CHART})
     if "base" not in missing:
         assert quality(measured)["MMLU, 14,042 samples"]["base"] == "90.00 ± 1.00"
+
+
+def test_the_hubs_client_reads_a_result_of_every_benchmark_that_has_a_dataset_on_the_hub() -> None:
+    from huggingface_hub import parse_eval_result_entries
+
+    measured = example_json()
+    # As a float or a date, a commit would be another one.
+    measured["benchmarks"]["mmlu"]["dataset"]["revision"] = "12e34"
+    files = eval_results(parse_metrics(measured))
+    assert list(files) == [".eval_results/mmlu.yaml"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(as_yaml(files[".eval_results/mmlu.yaml"])))
+    assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == ("cais/mmlu", "mmlu", "12e34")
+    assert entry.value == 90.0
+    assert entry.notes == "acc of HQQ-INT8-INT4, zero-shot, lm-eval 0.4.13, standard error 1.00"
+    measured["benchmarks"]["mmlu"]["dataset"]["name"] = "mirror"
+    assert eval_results(parse_metrics(measured)) == {}
+
+
+@pytest.mark.parametrize("part", ["fixture", "limit", "quantized"])
+def test_a_fixture_a_part_of_a_dataset_and_what_was_not_measured_are_no_evaluation_result(part: str) -> None:
+    measured = example_json()
+    if part == "fixture":
+        measured["benchmarks"]["mmlu"]["dataset"]["fixture"] = True
+    elif part == "limit":
+        measured["quantized"]["mmlu"]["limit"] = 50
+    else:
+        measured["quantized"]["mmlu"] = None
+    assert eval_results(parse_metrics(measured)) == {}
 
 
 def test_a_card_without_chartqa_does_not_mention_it(measured: dict[str, Any]) -> None:

@@ -327,6 +327,19 @@ def test_offline_an_archive_is_not_fetched(tmp_path: Path, archive: Resource) ->
     assert (tmp_path / "online" / "data" / "english" / "list.txt").is_file()
 
 
+def test_of_a_mirror_that_has_what_a_task_needs_no_archive_is_fetched(tmp_path: Path, archive: Resource) -> None:
+    row = replace(describe("gsm8k"), resources=(archive,))
+    source = write_rows(tmp_path / "mirror")
+    without = resolve_dataset(row, str(source), None, True).revision
+    (source / archive.folder).mkdir(parents=True)
+    (source / archive.folder / "list.txt").write_text("of the mirror")
+    resolved = resolve_dataset(row, str(source), None, True)
+    assert resolved.revision != without
+    target = tmp_path / "target"
+    download_dataset(target, str(source), resolved.revision, True, **row.file_inputs())
+    assert (target / archive.folder / "list.txt").read_text() == "of the mirror"
+
+
 def digests(folder: Path) -> set[str]:
     return {store.digest_file(path) for path in folder.rglob("*") if path.is_file()}
 

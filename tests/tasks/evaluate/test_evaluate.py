@@ -48,15 +48,16 @@ def test_questions_and_scores_are_those_of_the_command_line(
 ) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir()
-    paths = {"checkpoint": str(checkpoints[name]), "questions": str(MMLU)}
-    arguments = {"target": str(theirs), **paths, "limit": 2, "batch_size": "1", "device": "cpu"}
+    paths = {"checkpoint": str(checkpoints[name]), "dataset": str(MMLU)}
+    arguments = {"target": str(theirs), **paths, "task": "mmlu", "limit": 2, "batch_size": "1", "device": "cpu"}
     worker.run(f"{command_line.__module__}:{command_line.__name__}", arguments, lambda *_: None, None)
     answered = evaluate(ours, checkpoints[name], MMLU, "mmlu", 2)
     assert compare(theirs, ours / "results") == {
         "questions": 114,
         "different_predictions": 0,
-        "different_loglikelihoods": 0,
+        "different_responses": 0,
         "different_scores": [],
+        "scores_out_of_error": [],
     }
     assert answered["progress"][-1] == (114, 114, "questions")
     results = json.loads((ours / "results" / "results.json").read_text())
