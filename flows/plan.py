@@ -12,7 +12,7 @@ from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
 from quantize_gemma.tasks.gate.metrics import LIBRARIES
 from quantize_gemma.tasks.models.benchmarks import Benchmark, describe
-from quantize_gemma.tasks.models.checkpoint import local_checkpoint, read_config
+from quantize_gemma.tasks.models.checkpoint import read_config
 from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.publish import Target, check_target
@@ -153,13 +153,12 @@ def make_plan(run: "Run", options: RunOptions) -> Plan:
 
 
 def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tuple[PlannedBenchmark, ...]:
-    """Resolve the benchmarks' datasets, except for those of benchmarks that a local model cannot see.
+    """Resolve the benchmarks' datasets, except for those of benchmarks that the model cannot see.
 
     The built-in model is evaluated on the built-in fixtures, as far as there are any.
     """
     rows = [describe(name) for name in options.evaluation.benchmark_names()]
-    path = local_checkpoint(options.model)
-    if path is not None and "vision_config" not in read_config(path):
+    if not model.multimodal:
         rows = _without_images(rows)
     sources = options.evaluation.dataset_sources()
     benchmarks = []

@@ -19,6 +19,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     check_finite,
     check_weights,
     local_checkpoint,
+    read_config,
     read_headers,
     read_index,
     read_model_config,
@@ -26,6 +27,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     weight_files,
 )
 from quantize_gemma.tasks.models.datasets import check_dataset
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.load_check import check_loads
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
@@ -66,6 +68,7 @@ def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedMo
         license=clean_license(_read_card_metadata(path)),
         weight_bytes=size,
         weights=_fewest_weights(size),
+        multimodal="vision_config" in read_config(path),
     )
 
 
@@ -120,6 +123,7 @@ def _model_on_hub(name: str, revision: str | None) -> ResolvedModel:
         weight_bytes=weight_bytes,
         # The Hub counts the weights; where a Hub does not, their size says how many there are at least.
         weights=counts.total if counts else _fewest_weights(weight_bytes),
+        multimodal=(getattr(info, "config", None) or {}).get("model_type") != GEMMA3.text_only.model_type,
     )
 
 
@@ -134,6 +138,8 @@ def _remembered_model(name: str, revision: str | None) -> ResolvedModel:
         license=clean_license(fields["license"]),
         weight_bytes=fields["weight_bytes"],
         weights=fields["weights"],
+        # A name that an earlier version has remembered may stand for either.
+        multimodal=fields.get("multimodal", True),
     )
 
 

@@ -123,7 +123,7 @@ def test_every_stage_of_a_run_can_be_refreshed() -> None:
 
 
 def resolved(name: str, on_hub: bool = True, fixture: bool = False) -> ResolvedModel:
-    return ResolvedModel(name, "a" * 40, name, fixture, on_hub, license={}, weight_bytes=0, weights=0)
+    return ResolvedModel(name, "a" * 40, name, fixture, on_hub, license={}, weight_bytes=0, weights=0, multimodal=True)
 
 
 DATASETS = {"mmlu": resolved("cais/mmlu"), "chartqa": resolved("HuggingFaceM4/ChartQA")}

@@ -35,6 +35,7 @@ from quantize_gemma.tasks.runtime import store, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.hub_errors import translate_hub_errors
 from tests.hub.server import Hub, serve
+from tests.text_only import write_text_only
 
 pytestmark = pytest.mark.slow
 
@@ -217,13 +218,37 @@ def test_what_a_name_stood_for_last_is_remembered_for_that_name_and_that_revisio
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
-    model = ResolvedModel("a/b--c", "0" * 40, "a/b--c", False, True, license={}, weight_bytes=8, weights=4)
+    model = ResolvedModel(
+        "a/b--c", "0" * 40, "a/b--c", False, True, license={}, weight_bytes=8, weights=4, multimodal=True
+    )
     remember(model, "default")
     remember(replace(model, revision="1" * 40), "x--y")
     assert resolve_model("a/b--c", "default", offline=True) == model
     for name, revision in (("a/b--c", None), ("a--b/c", "default"), ("a/b--c", "x/y")):
         with pytest.raises(UserError, match="never resolved"):
             resolve_model(name, revision, offline=True)
+
+
+def resolve_in_process(_target: Path, /, name: str) -> dict[str, Any]:
+    return {"metadata": asdict(resolve_model(name, None, offline=False))}
+
+
+def test_whether_a_model_on_the_hub_reads_images_is_known_before_its_files_are_there(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "silent" / "README.md").write_text("It has no config.json.")
+    models = {
+        "team/images": (BUILTIN["tiny-gemma3"], True),
+        "team/text": (write_text_only(BUILTIN["tiny-gemma3"], tmp_path / "text"), False),
+        "team/silent": (tmp_path / "silent", True),
+    }
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for name, (folder, reads_images) in models.items():
+        hub.add("model", name, folder)
+        call = {"target": "/", "paths": {}, "values": {"name": name}}
+        call["function"] = "tests.tasks.test_download:resolve_in_process"
+        output = worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
+        assert output["metadata"]["multimodal"] == reads_images, name
+    assert not hub.served("GET", "resolve/")
 
 
 @pytest.mark.parametrize(
