@@ -46,7 +46,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.models.checkpoint:read_headers": {"download", "untie"},
     "quantize_gemma.tasks.evaluate.answer:SEED": {"answer"},
     "quantize_gemma.tasks.evaluate.chartqa:TOLERANCE": {"record", "evaluate"},
-    "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"answer", "responses", "program responses"},
+    "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"answer", "responses"},
     "quantize_gemma.tasks.models.benchmarks:describe": set(),
     "quantize_gemma.tasks.models.activation_quantization:_round": MODEL,
     "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
