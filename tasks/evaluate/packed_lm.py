@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantize_gemma.tasks.evaluate.requests import Request
-from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_tower
+from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_encoder
 from quantize_gemma.tasks.models.dequantize import dequantize_once
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime.machine import trim_memory
@@ -100,7 +100,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         self.rows = None if batch_size == "auto" else int(batch_size)
         # On a CPU `batch_size` is in no key, and padding may change a word: there it is always the same.
         self.batch_size_per_gpu = GENERATED_ROWS if self.rows is None or self.device.type == "cpu" else self.rows
-        drop_vision_tower(self.model)
+        drop_vision_encoder(self.model)
         if no_act_quant:
             disable_activation_quantization(self.model)
             self.model.to(torch.float32)

@@ -390,7 +390,7 @@ def load_model(checkpoint: Path, dtype: "torch.dtype") -> "PreTrainedModel":
     return model
 
 
-def drop_vision_tower(model: "PreTrainedModel") -> None:
+def drop_vision_encoder(model: "PreTrainedModel") -> None:
     """Free the vision tower of a loaded model that will only read text."""
     if hasattr(model.model, GEMMA3.vision_module):
         setattr(model.model, GEMMA3.vision_module, None)
