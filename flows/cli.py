@@ -182,6 +182,7 @@ def check(*, options: AllOptions = RunOptions()) -> int:
 
     try:
         plan = check_run(**options.check_inputs())
+        _check_benchmarks(options)
         local = local_checkpoint(options.model)
         if local is not None:
             function = "quantize_gemma.tasks.models.load_check:check_directory"
@@ -231,6 +232,19 @@ def prune(
 
 def _limit(value: float | None) -> float:
     return math.inf if value is None else value
+
+
+def _check_benchmarks(options: RunOptions) -> None:
+    """Raise UserError if there is no such task, or no such directory of a dataset; a run resolves those on the Hub."""
+    from quantize_gemma.tasks.download import is_path, resolve_dataset
+    from quantize_gemma.tasks.models.benchmarks import describe
+
+    rows = [describe(name) for name in options.evaluation.benchmark_names()]
+    sources = options.evaluation.dataset_sources()
+    for row in rows:
+        source, revision = sources.get(row.name, (row.dataset, None))
+        if is_path(source):
+            resolve_dataset(row, source, revision, offline=True)
 
 
 def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:

@@ -13,6 +13,7 @@ from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from quantize_gemma.tasks.download import is_path
 from quantize_gemma.tasks.models.benchmarks import ALL_COLUMNS, BENCHMARKS, DEFAULT_TASKS
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 
@@ -38,7 +39,7 @@ def _require_printable(value: str) -> str:
 def _split_revision(source: str) -> tuple[str, str | None]:
     """Return the two parts of NAME@REVISION; a path has no revision."""
     name, sign, revision = source.partition("@")
-    return (name, revision) if sign and not source.startswith((".", "/", "~")) else (source, None)
+    return (name, revision) if sign and not is_path(source) else (source, None)
 
 
 def _default_drops() -> list[str]:

@@ -86,8 +86,10 @@ def resolve_dataset(row: Benchmark, source: str, revision: str | None, offline: 
     """
     fixture = BUILTIN_BENCHMARKS.get(source)
     # Any other name is one on the Hub, whatever there is in the working directory.
-    if fixture is not None or source.startswith((".", "/", "~")):
+    if fixture is not None or is_path(source):
         path = fixture or Path(source).expanduser().resolve()
+        if not path.is_dir():
+            raise UserError(f"there is no directory {source}, the dataset of {row.title}")
         names = _data_files(path, row.patterns(), row.skipped_files)
         if not names:
             raise UserError(f"{source} has no file of a dataset in the layout of {row.dataset}")
@@ -98,6 +100,11 @@ def resolve_dataset(row: Benchmark, source: str, revision: str | None, offline: 
         return ResolvedDataset(source, fields["revision"], fields["source"], fixture=False, on_hub=True)
     info = hub.repo_info("dataset", source, revision, find_token())
     return ResolvedDataset(source, str(info.sha), source, fixture=False, on_hub=True)
+
+
+def is_path(source: str) -> bool:
+    """Tell whether the source of a dataset is a directory."""
+    return source.startswith((".", "/", "~"))
 
 
 def _data_files(folder: Path, files: Sequence[str], skipped_files: Sequence[str]) -> list[str]:

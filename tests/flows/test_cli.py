@@ -282,6 +282,19 @@ def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_c
     assert not fresh.prefect.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--tasks", "mmlu,foo"), "no benchmark or lm-eval task 'foo'"),
+        (("--dataset", "mmlu=./nowhere"), "no directory ./nowhere, the dataset of MMLU"),
+    ],
+)
+def test_check_names_a_benchmark_that_is_not_there(arguments: tuple[str, ...], words: str, fresh: CommandLine) -> None:
+    outcome = fresh("check", *arguments)
+    assert outcome.code == 2
+    assert words in outcome.stderr
+
+
 def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_needs(
     fresh: CommandLine, tiny_copy: Callable[[], Path]
 ) -> None:
