@@ -24,6 +24,7 @@ from quantize_gemma.tasks.models.metrics import (
     to_json,
 )
 from quantize_gemma.tasks.models.tables import format_percent, verdict_text
+from quantize_gemma.tasks.models.text_fidelity import Distances
 from quantize_gemma.tasks.runtime.errors import RunError
 from quantize_gemma.tasks.runtime.paired_stats import Pairs, confidence, share_difference, share_ratio
 
@@ -334,6 +335,54 @@ def _unless_chance(name: str, what: str, value: float, limit: float, stderr: flo
 def _at_most(name: str, what: str, value: float, limit: float, stderr: float | None = None) -> Check:
     margin = round(limit - value, 12)
     return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, value <= limit, margin, stderr)
+
+
+def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: float | None) -> list[Check]:
+    """Return the checks of the distance from the base model on text, the first of a gate.
+
+    Args:
+        fidelity: The quantized checkpoint's, as shipped.
+        max_kl: The largest mean KL divergence in nats; None records it without judging.
+        min_same_top: The smallest share of tokens with the same most likely token, in percent; None likewise.
+    """
+    kl, kl_stderr = _or_nan(fidelity.kl_mean), fidelity.kl_mean_stderr
+    top, top_stderr = 100 * _or_nan(fidelity.same_top), fidelity.same_top_stderr
+    top_stderr = None if top_stderr is None else 100 * top_stderr
+    text = f"on {fidelity.tokens:,} tokens of text, the KL divergence from the base model is {kl:.4f}"
+    tops = f"{top:.1f}% of its most likely tokens are those of the base model"
+    return [
+        _recorded("max_kl", f"{text} nats", kl, kl_stderr)
+        if max_kl is None
+        else _at_most("max_kl", f"{text} nats", kl, max_kl, kl_stderr or None),
+        _recorded("min_same_top", tops, top, top_stderr)
+        if min_same_top is None
+        else _check(
+            "min_same_top",
+            f"{tops} (limit ≥ {min_same_top:.4g})",
+            top,
+            min_same_top,
+            top >= min_same_top,
+            round(top - min_same_top, 12),
+            top_stderr or None,
+        ),
+    ]
+
+
+def _recorded(name: str, what: str, value: float, stderr: float | None) -> Check:
+    """Return a check that records a value without judging it; one that is not a finite number fails all the same."""
+    if not math.isfinite(value):
+        return _check(name, what, value, math.nan, False, math.nan, None)
+    return Check(
+        name=name,
+        status="uninformative",
+        low_confidence=False,
+        value=value,
+        limit=None,
+        margin=None,
+        stderr=stderr,
+        confidence=None,
+        message=f"{what}: recorded, no limit was set",
+    )
 
 
 def _check(

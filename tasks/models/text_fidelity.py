@@ -1,0 +1,111 @@
+"""How far a model is from its base model on text, as frozen dataclasses: the `fidelity` of a column of metrics.json."""
+
+from dataclasses import dataclass
+
+# A score so many standard errors above chance is chance with a probability of 5 %.
+ABOVE_CHANCE = 1.645
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How many tokens have a KL divergence between neighboring edges, in nats."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """Distances from the base model, token by token, each with its standard error, None for a single window.
+
+    Attributes:
+        tokens, windows: How many were compared.
+        kl_mean, kl_median, kl_90, kl_99, kl_max: The KL divergence from the base model, in nats.
+        same_top: The share of tokens whose most likely token is the same.
+        dp_mean, dp_rms: The change of the true token's probability, and its root mean square.
+        ppl, ppl_base: The model's perplexity and the base model's.
+        ppl_log_ratio: The logarithm of their ratio.
+        kl_histogram: The histogram of KL divergences.
+    """
+
+    tokens: int
+    windows: int
+    kl_mean: float
+    kl_mean_stderr: float | None
+    kl_median: float
+    kl_median_stderr: float | None
+    kl_90: float
+    kl_90_stderr: float | None
+    kl_99: float
+    kl_99_stderr: float | None
+    kl_max: float
+    same_top: float
+    same_top_stderr: float | None
+    dp_mean: float
+    dp_mean_stderr: float | None
+    dp_rms: float
+    dp_rms_stderr: float | None
+    ppl: float
+    ppl_stderr: float | None
+    ppl_base: float
+    ppl_base_stderr: float | None
+    ppl_log_ratio: float
+    ppl_log_ratio_stderr: float | None
+    kl_histogram: Histogram
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Distances):
+    """The quantized checkpoint's distances, as shipped.
+
+    Attributes:
+        weights_only: Those of both models in float32, without quantized activations.
+        second_half: Those of the second half of each window alone, as llama.cpp scores it.
+        chat: Those of the base model's answers to fixed prompts; None without a chat template.
+    """
+
+    weights_only: Distances
+    second_half: Distances
+    chat: Distances | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramFidelity(Distances):
+    """The program's distances on a sample of tokens; `checkpoint` are the checkpoint's on the same tokens."""
+
+    checkpoint: Distances
+
+
+def fidelity_rows(quantized: Fidelity, program: ProgramFidelity | None) -> list[dict[str, str]]:
+    """Return the rows of the table of fidelity, the most important first."""
+    columns: dict[str, Distances] = {
+        "as shipped": quantized,
+        **({} if program is None else {"program": program}),
+        "weights only": quantized.weights_only,
+        **({} if quantized.chat is None else {"chat": quantized.chat}),
+    }
+    return [
+        {
+            "": title,
+            "mean KL, nats": _with_stderr(one.kl_mean, one.kl_mean_stderr, 4),
+            "median": f"{one.kl_median:.4f}",
+            "99 %": f"{one.kl_99:.3f}",
+            "same top token": _with_stderr(100 * one.same_top, _percent(one.same_top_stderr), 1) + " %",
+            "perplexity": f"{one.ppl:.2f} (base {one.ppl_base:.2f})",
+            "tokens": f"{one.tokens:,}",
+        }
+        for title, one in columns.items()
+    ]
+
+
+def is_informative(accuracy: float, stderr: float | None, chance: float) -> bool:
+    """Tell whether a base model's score is above chance by more than chance explains; one question never is."""
+    return stderr is not None and accuracy - chance >= ABOVE_CHANCE * stderr and accuracy > chance
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _with_stderr(value: float, stderr: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
