@@ -9,17 +9,25 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from quantize_gemma.tasks.fidelity.shards import digest
 from quantize_gemma.tasks.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WINDOW = 512
-# The test split of Salesforce/wikitext, wikitext-2-raw-v1.
-PARQUET = "wikitext-2-raw-v1/test-*.parquet"
-TEXT_FILE = "text.txt"
+# Sequences that are read at once, and lost at most if a stage is killed.
+GROUP = 4
+# How models compute: in bfloat16 with quantized activations, or in float32 without.
+Variant = Literal["as_shipped", "weights_only"]
+# What is measured: how the models compute, and on which kind of sequences.
+MEASURED: dict[str, tuple[Variant, str]] = {
+    "text": ("as_shipped", "text"),
+    "weights_only": ("weights_only", "text"),
+    "chat": ("as_shipped", "chat"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,29 +46,6 @@ class Sequence:
     def targets(self) -> tuple[int, ...]:
         """The tokens that the scored positions predict."""
         return self.ids[self.first + 1 :]
-
-
-def read_text(folder: Path) -> str:
-    """Return the text in an artifact: WikiText's parquet files, or one file of text.
-
-    WikiText's rows are joined by two line breaks, as in Hugging Face's guide to perplexity and in the published figures
-    of quantization methods.
-
-    Raises:
-        UserError: There is no text.
-    """
-    files = sorted(folder.glob(PARQUET))
-    if files:
-        import pyarrow.parquet
-
-        rows = [row for file in files for row in pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()]
-        return "\n\n".join(rows)
-    try:
-        return (folder / TEXT_FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{folder} has neither {PARQUET} nor {TEXT_FILE}: use a text file or WikiText") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the text is not UTF-8 ({error}): convert it") from None
 
 
 def make_windows(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Sequence]:
@@ -92,12 +77,41 @@ def format_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
-def write_sequences(sequences: dict[str, list[Sequence]], path: Path) -> None:
-    """Write the sequences of each kind."""
-    path.write_text(json.dumps({kind: [asdict(one) for one in rows] for kind, rows in sequences.items()}), "utf-8")
+def split_groups(rows: list[Sequence], part: int, parts: int) -> dict[int, list[Sequence]]:
+    """Return a part's groups of sequences by their numbers: every group belongs to one of the parts."""
+    groups = {start // GROUP: rows[start : start + GROUP] for start in range(0, len(rows), GROUP)}
+    return {number: group for number, group in groups.items() if number % parts == part}
 
 
-def read_sequences(path: Path) -> dict[str, list[Sequence]]:
-    """Return the sequences of each kind, "text" and "chat"."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {kind: [Sequence(tuple(one["ids"]), one["first"]) for one in rows] for kind, rows in content.items()}
+def group_file(name: str, number: int, suffix: str = "safetensors") -> str:
+    """Return the name of a group's file, the same whichever part writes it."""
+    return f"{name}-{number:04}.{suffix}"
+
+
+def write_group(group: list[Sequence], kind: str, number: int, folder: Path) -> None:
+    """Write the sequences of a group."""
+    path = folder / group_file(kind, number, "json")
+    path.write_text(json.dumps([asdict(one) for one in group]), encoding="utf-8")
+
+
+def read_sequences(folders: list[Path], kind: str) -> list[Sequence]:
+    """Return all sequences of a kind, "text" or "chat", from the directories of the parts that wrote them."""
+    files = sorted((file for folder in folders for file in folder.glob(f"{kind}-*.json")), key=lambda file: file.name)
+    rows = [one for file in files for one in json.loads(file.read_text(encoding="utf-8"))]
+    return [Sequence(tuple(one["ids"]), one["first"]) for one in rows]
+
+
+def find_group(folders: list[Path], name: str, number: int) -> Path:
+    """Return a group's safetensors file in one of these directories."""
+    return next(path for folder in folders if (path := folder / group_file(name, number)).exists())
+
+
+def digest_sequences(group: list[Sequence]) -> str:
+    """Return the SHA-256 that identifies sequences in a key."""
+    return digest([[list(row.ids), row.first] for row in group])
+
+
+def sample(count: int, size: int) -> list[int]:
+    """Return `size` of `count` numbers, evenly spread; all if there are fewer. Always the same."""
+    size = min(size, count)
+    return [number * count // size for number in range(size)]

@@ -9,30 +9,38 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
-from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
-from quantize_gemma.tasks.fidelity import sequences
-from quantize_gemma.tasks.fidelity.parts import Parts, digest
+from quantize_gemma.tasks.fidelity.sequences import (
+    Sequence,
+    Variant,
+    chat_prompts,
+    digest_sequences,
+    format_prompt,
+    split_groups,
+)
+from quantize_gemma.tasks.fidelity.shards import ShardStore
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_tower, load_model
 from quantize_gemma.tasks.models.dequantize import dequantize_once
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime.machine import trim_memory
 from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-# How a checkpoint computes: in bfloat16 with quantized activations, or in float32 without.
-Variant = Literal["as_shipped", "weights_only"]
-# Sequences that are read at once, and lost at most if the stage is killed.
-GROUP = 4
 # Tokens of the longest answer to a prompt.
 ANSWER_TOKENS = 32
+# What computes a shard; its code is in the shard's key.
+HERE = "quantize_gemma.tasks.fidelity.states"
+STATES = (f"{HERE}:load_layers", f"{HERE}:hidden_states")
+ANSWERS = (f"{HERE}:load_layers", f"{HERE}:generate")
 
 
 def load_layers(checkpoint: Path, variant: Variant, device: str) -> PreTrainedModel:
@@ -49,41 +57,54 @@ def load_layers(checkpoint: Path, variant: Variant, device: str) -> PreTrainedMo
     return model
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A checkpoint that reads sequences.
+
+    Attributes:
+        checkpoint: A plain or quantized checkpoint.
+        identity: The digest of its content, None outside a store.
+        device: "cpu" or "cuda".
+        loaded_on: The device as torch names it, which is in no key.
+    """
+
+    checkpoint: Path
+    identity: str | None
+    device: str
+    loaded_on: str
+
+    def key(self, variant: Variant) -> JsonObject:
+        """Return what the hidden states depend on, besides the sequences."""
+        return {"checkpoint": self.identity, "variant": variant, "device": self.device}
+
+    def load(self, variant: Variant) -> PreTrainedModel:
+        """Load the layers."""
+        return load_layers(self.checkpoint, variant, self.loaded_on)
+
+
 def group_states(
-    checkpoint: Path, identity: str, variant: Variant, rows: Sequence[sequences.Sequence], parts: Parts, device: str
-) -> Iterator[Path]:
-    """Yield a safetensors file with the `hidden` states, [positions, width], of each group of sequences.
+    reader: Reader, variant: Variant, groups: dict[int, list[Sequence]], shards: ShardStore
+) -> dict[int, Path]:
+    """Return a safetensors file with the `hidden` states, [positions, width], of each group of sequences.
 
     The checkpoint is loaded once, and only if the store does not have all groups.
-
-    Args:
-        checkpoint: A plain or quantized checkpoint.
-        identity: What identifies its content.
-        variant: How it computes.
-        rows: The sequences.
-        parts: Where finished groups are.
-        device: "cpu" or "cuda".
     """
     models: list[PreTrainedModel] = []
 
-    def compute(group: Sequence[sequences.Sequence]) -> dict[str, Tensor]:
+    def compute(group: list[Sequence]) -> dict[str, Tensor]:
         if not models:
-            models.append(load_layers(checkpoint, variant, device))
+            models.append(reader.load(variant))
         return {"hidden": hidden_states(models[0], group)}
 
-    for start in range(0, len(rows), GROUP):
-        group = rows[start : start + GROUP]
-        key = {
-            "checkpoint": identity,
-            "variant": variant,
-            "device": device,
-            "sequences": digest([[list(row.ids), row.first] for row in group]),
-        }
-        yield parts.file("quantize_gemma.tasks.fidelity.states:load_layers", key, functools.partial(compute, group))
-        report_progress(start + len(group), len(rows), "windows")
+    files = {}
+    for done, (number, group) in enumerate(groups.items()):
+        key = {**reader.key(variant), "sequences": digest_sequences(group)}
+        files[number] = shards.file(STATES, key, functools.partial(compute, group))
+        report_progress(done + 1, len(groups), "groups")
+    return files
 
 
-def hidden_states(model: PreTrainedModel, rows: Sequence[sequences.Sequence]) -> Tensor:
+def hidden_states(model: PreTrainedModel, rows: list[Sequence]) -> Tensor:
     """Return the hidden states at the scored positions, [positions, width], on the CPU.
 
     Sequences of the same length are read at once, without padding: what it adds would change the last bits.
@@ -98,37 +119,39 @@ def hidden_states(model: PreTrainedModel, rows: Sequence[sequences.Sequence]) ->
     return torch.cat(states)
 
 
-def answer_prompts(checkpoint: Path, identity: str, parts: Parts, device: str) -> list[sequences.Sequence]:
-    """Return chats with the base model's own greedy answers; none if its tokenizer has no chat template."""
+def answer_prompts(reader: Reader, shards: ShardStore, part: int, parts: int) -> dict[int, list[Sequence]]:
+    """Return a part's groups of chats with the base model's own greedy answers; none without a chat template."""
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
     from quantize_gemma.tasks.models.chat import has_chat_template
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(reader.checkpoint)
     if not has_chat_template(tokenizer):
-        return []
-    prompts = [sequences.format_prompt(prompt, tokenizer) for prompt in sequences.chat_prompts()]
+        return {}
+    # Their answers are not known yet.
+    prompts = [Sequence(tuple(format_prompt(prompt, tokenizer))) for prompt in chat_prompts()]
     models: list[PreTrainedModel] = []
 
-    def compute(group: list[list[int]]) -> dict[str, Tensor]:
+    def compute(group: list[Sequence]) -> dict[str, Tensor]:
         if not models:
-            models.append(load_layers(checkpoint, "as_shipped", device))
-        return {str(number): generate(models[0], ids) for number, ids in enumerate(group)}
+            models.append(reader.load("as_shipped"))
+        return {str(number): generate(models[0], prompt.ids) for number, prompt in enumerate(group)}
 
-    chats = []
-    for start in range(0, len(prompts), GROUP):
-        group = prompts[start : start + GROUP]
-        key = {"checkpoint": identity, "device": device, "prompts": group, "max_new_tokens": ANSWER_TOKENS}
-        function = "quantize_gemma.tasks.fidelity.states:generate"
-        answers = load_file(parts.file(function, key, functools.partial(compute, group)))
-        for number, ids in enumerate(group):
-            chats.append(sequences.Sequence((*ids, *answers[str(number)].tolist()), first=len(ids) - 1))
-        report_progress(start + len(group), len(prompts), "prompts")
+    chats = {}
+    groups = split_groups(prompts, part, parts)
+    for done, (number, group) in enumerate(groups.items()):
+        key = {**reader.key("as_shipped"), "prompts": digest_sequences(group), "max_new_tokens": ANSWER_TOKENS}
+        answers = load_file(shards.file(ANSWERS, key, functools.partial(compute, group)))
+        chats[number] = [
+            Sequence((*prompt.ids, *answers[str(place)].tolist()), first=len(prompt.ids) - 1)
+            for place, prompt in enumerate(group)
+        ]
+        report_progress(done + 1, len(groups), "groups of prompts")
     return chats
 
 
-def generate(model: PreTrainedModel, ids: list[int]) -> Tensor:
+def generate(model: PreTrainedModel, ids: tuple[int, ...]) -> Tensor:
     """Return the greedy answer to a prompt, token ids, with the token that ends it."""
     prompt = torch.tensor([ids], device=model.device)
     with torch.no_grad():

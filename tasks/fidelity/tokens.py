@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantize_gemma.tasks.fidelity.states import Variant
+from quantize_gemma.tasks.fidelity.sequences import Variant
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
 from quantize_gemma.tasks.models.dequantize import dequantize_once
 from quantize_gemma.tasks.runtime.machine import trim_memory

@@ -1,4 +1,4 @@
-"""The benchmarks' parquet files: read them, and check that they have the layout of their benchmark."""
+"""The files of benchmarks, and of the text: read them, and check that they have the layout that they should have."""
 
 import io
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from quantize_gemma.tasks.runtime.errors import UserError
 if TYPE_CHECKING:
     import pyarrow
 
-MMLU, CHARTQA = "cais/mmlu", "HuggingFaceM4/ChartQA"
+MMLU, CHARTQA, WIKITEXT = "cais/mmlu", "HuggingFaceM4/ChartQA", "Salesforce/wikitext"
+# The test split of WikiText-2, and what any other text is called in the store.
+WIKITEXT_FILES, TEXT_FILE = "wikitext-2-raw-v1/test-*.parquet", "text.txt"
 # The types of columns, as messages call them.
 TEXT, TEXTS, INTEGER, IMAGE = "text", "a list of text", "an integer", "a struct with the image's bytes"
 MMLU_COLUMNS = {"question": TEXT, "subject": TEXT, "choices": TEXTS, "answer": INTEGER}
@@ -64,6 +66,34 @@ def read_chartqa(folder: Path) -> "pyarrow.Table":
 def chartqa_files(folder: Path) -> list[Path]:
     """Return the parquet files of the test split, in order."""
     return sorted(folder.glob("data/test-*.parquet"))
+
+
+def read_text(folder: Path) -> str:
+    """Return the text that fidelity is measured on: the rows of WikiText's parquet files, or one file of text.
+
+    WikiText's rows are joined by two line breaks, as in Hugging Face's guide to perplexity and in the published figures
+    of quantization methods.
+
+    Raises:
+        UserError: There is no text, or it cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    files = sorted(folder.glob(WIKITEXT_FILES))
+    if files:
+        for file in files:
+            _check(file, f"{file.relative_to(folder)} of the text", WIKITEXT, {"text": TEXT}, lambda _row: None)
+        table = pyarrow.concat_tables(pyarrow.parquet.read_table(file, columns=["text"]) for file in files)
+        return "\n\n".join(row or "" for row in table["text"].to_pylist())
+    try:
+        return (folder / TEXT_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"the text has neither {WIKITEXT_FILES} nor {TEXT_FILE}: use a text file, or WikiText"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the text is not UTF-8 ({error}): convert it") from None
 
 
 def _check(
