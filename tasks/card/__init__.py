@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from quantize_gemma.tasks.card import markdown
-from quantize_gemma.tasks.card.chart import charts, draw_subjects
+from quantize_gemma.tasks.card.chart import KL_CHART, charts, draw_kl_histogram, draw_subjects
 from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, write_metrics
 from quantize_gemma.tasks.models.recipe import Recipe, Rule
-from quantize_gemma.tasks.models.tables import NOT_MEASURED, benchmark_rows, verdict_rows
+from quantize_gemma.tasks.models.tables import NOT_MEASURED, benchmark_rows, distance_rows, verdict_rows
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.stage import Output, stage
@@ -49,6 +49,7 @@ def card(target: Path, /, recipe: dict[str, Any], checkpoint: Path, program: Pat
             store.check_file(artifact, name)
             store.link(artifact.path / name, target / name)
             hashes[name] = file.sha256
+    draw_kl_histogram(metrics, target / KL_CHART)
     for benchmark, name in charts(metrics).items():
         draw_subjects(metrics, benchmark, target / name)
     write_metrics(metrics, target / "metrics.json")
@@ -107,7 +108,10 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
         license=clean_license(metrics.license) or GEMMA_TERMS,
         benchmarks={name: benchmark_rows(metrics, name) for name in metrics.benchmarks},
         charts={metrics.benchmarks[name].title: chart for name, chart in charts(metrics).items()},
+        distances=distance_rows(metrics, metrics.gate.checks),
+        kl_chart=KL_CHART,
         checks=verdict_rows(metrics.gate.checks),
+        failed=[check.message for check in metrics.gate.checks if check.status == "fail"],
         recipe=recipe,
         sizes=sizes,
         rules=[_rule_code(rule) for rule in recipe.rules],

@@ -20,7 +20,7 @@ def gate(
     resolved: dict[str, Any],
     benchmarks: dict[str, Any],
     recipe: dict[str, Any],
-    limits: dict[str, float],
+    limits: dict[str, float | None],
     required: list[str],
     command: str,
     versions: dict[str, str],
@@ -34,7 +34,7 @@ def gate(
     Args:
         target: The artifact's directory.
         resolved: {"model": {"name", "revision", "fixture", "license"}, "datasets": {benchmark: {"name", "revision",
-            "fixture"}}}.
+            "fixture"}}, "text": the same of the text}.
         benchmarks: {benchmark: what metrics.json says of it}; see Benchmark.card_inputs().
         recipe: The recipe, as JSON.
         limits: The flow's parameters of these names: see `checks.LIMITS`.

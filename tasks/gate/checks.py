@@ -32,7 +32,10 @@ from quantize_gemma.tasks.runtime.paired_stats import Pairs, confidence, share_d
 FLOOR = 1e-6
 # A check that passes with less has low confidence; a disagreement fails if it is too large with this confidence.
 CONFIDENT = 0.95
-LIMITS = ("min_recovery", "max_disagreement", "max_kl_ratio")
+LIMITS = ("max_kl", "min_same_top", "min_recovery", "max_disagreement", "max_kl_ratio")
+Limits = dict[str, float | None]
+# The checks of the distance from the base model on text.
+FIDELITY = ("max_kl", "min_same_top")
 # The number of disagreements that the message of a failure lists.
 MAX_SHOWN = 5
 # How many characters of a prompt it shows.
@@ -62,6 +65,7 @@ def required_checks(multimodal: bool, benchmarks: Sequence[Benchmark]) -> list[s
     """
     parts = ["", "_last", "_step_by_step", "_prompts", *["_image"] * multimodal]
     return [
+        *FIDELITY,
         *(f"{row.name}_drop" for row in benchmarks),
         *(f"{row.name}_recovery" for row in benchmarks if row.higher_is_better),
         *(f"{row.name}_disagreement" for row in benchmarks if "no_act_quant" in row.columns()),
@@ -203,7 +207,7 @@ def _shorten(value: object) -> str:
 
 
 def judge(
-    benchmarks: Mapping[str, BenchmarkInfo], columns: Columns, pairs: Mapping[str, Pairs], limits: dict[str, float]
+    benchmarks: Mapping[str, BenchmarkInfo], columns: Columns, pairs: Mapping[str, Pairs], limits: Limits
 ) -> Verdict:
     """Return the verdict on what was measured.
 
@@ -212,34 +216,75 @@ def judge(
     prompts. Their samples are small, and activations quantize differently even in a correct program, so they fail only
     beyond sampling error, when the confidence is below 5%.
 
+    The distance from the base model comes first. A benchmark that the base model answers by chance says nothing of the
+    loss: its drop and its recovery are uninformative. Where nothing else says how much is lost, the verdict fails.
+
     Args:
         benchmarks: What was measured.
         columns: The scores, and the program's distances from the checkpoint.
         pairs: By benchmark, the documents that base (first) and checkpoint (second) answer correctly.
         limits: Values by the names in LIMITS, and `max_<benchmark>_drop`, in points, for each benchmark that has a
-            limit. `min_recovery` is in percent of the base model's score; `max_disagreement`, in points, is the share
+            limit. `max_kl`, in nats, and `min_same_top`, in percent, may be None: they are recorded and not judged.
+            `min_recovery` is in percent of the base model's score; `max_disagreement`, in points, is the share
             of answers that the program changes more than the checkpoint; `max_kl_ratio` bounds the KL divergence
             between checkpoint and program, and the vision encoder's squared error, as a multiple of what activation
             quantization alone causes.
     """
-    checks = []
+    checks = judge_fidelity(columns.quantized.fidelity, limits["max_kl"], limits["min_same_top"])
     for name, info in benchmarks.items():
-        base, quantized = columns.base.scores.get(name), columns.quantized.scores.get(name)
         limit = limits.get(f"max_{name}_drop")
-        if limit is not None and name in pairs:
-            checks += [_drop(name, info.title, pairs[name], limit)]
-            checks += [_recovery(name, info.title, pairs[name], limits["min_recovery"])]
-        elif limit is not None and base is not None and quantized is not None:
-            checks += [_unpaired_drop(name, info, base, quantized, limit)]
+        if limit is not None:
+            checks += _losses(name, info, columns, pairs.get(name), limit, _set(limits, "min_recovery"))
+    if all(check.status == "uninformative" for check in checks):
+        checks.append(_nothing_is_known())
     for name, info in benchmarks.items():
         sample = columns.program.scores.get(name)
         limit = limits.get(f"max_{name}_drop")
         if sample is not None and sample.differing is not None:
-            checks += [_disagreement(name, info.title, sample.differing, limits["max_disagreement"])]
+            checks += [_disagreement(name, info.title, sample.differing, _set(limits, "max_disagreement"))]
         elif sample is not None and sample.pairs is not None and limit is not None:
             checks += [_program_drop(name, info.title, sample.pairs, limit)]
-    checks += _distances(columns.program.agreement, limits["max_kl_ratio"])
+    checks += _distances(columns.program.agreement, _set(limits, "max_kl_ratio"))
     return _verdict(checks, limits)
+
+
+def _set(limits: Limits, name: str) -> float:
+    """Return a limit that is always set."""
+    limit = limits[name]
+    assert limit is not None, name
+    return limit
+
+
+def _losses(
+    name: str, info: BenchmarkInfo, columns: Columns, pairs: Pairs | None, limit: float, min_recovery: float
+) -> list[Check]:
+    """Return the checks of how much a benchmark's score falls from base to checkpoint; none if it was not measured."""
+    base, quantized = columns.base.scores.get(name), columns.quantized.scores.get(name)
+    if pairs is not None:
+        checks = [_drop(name, info.title, pairs, limit), _recovery(name, info.title, pairs, min_recovery)]
+    elif base is not None and quantized is not None:
+        checks = [_unpaired_drop(name, info, base, quantized, limit)]
+    else:
+        return []
+    if base is None or not info.higher_is_better or not base.is_at_chance(info.chance):
+        return checks
+    score = f"{100 * base.value:.1f}" + ("" if base.stderr is None else f" ± {100 * base.stderr:.1f}")
+    why = f"the base model's {score}% on {info.title} is within chance ({100 * (info.chance or 0):.0f}%)"
+    return [_uninformative(check, f"{check.name.replace('_', ' ')} says nothing: {why}") for check in checks]
+
+
+def _uninformative(check: Check, message: str) -> Check:
+    return replace(check, status="uninformative", low_confidence=False, margin=None, confidence=None, message=message)
+
+
+def _nothing_is_known() -> Check:
+    """Return the failed check of a release of which nothing says how much it has lost."""
+    check = _check("informative", "", math.nan, math.nan, False, math.nan, None)
+    message = (
+        "nothing says how much the release has lost: its distance from the base model has no limit, and the base model "
+        "answers the benchmarks by chance: set max_kl"
+    )
+    return replace(check, message=message)
 
 
 def _drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
@@ -410,7 +455,7 @@ def _check(
     )
 
 
-def _verdict(checks: list[Check], limits: dict[str, float]) -> Verdict:
+def _verdict(checks: list[Check], limits: Limits) -> Verdict:
     return Verdict(
         passed=all(check.status != "fail" for check in checks),
         low_confidence=any(check.low_confidence for check in checks),

@@ -1,9 +1,7 @@
 """How far a model is from its base model on text, as frozen dataclasses: the `fidelity` of a column of metrics.json."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-# A score so many standard errors above chance is chance with a probability of 5 %.
-ABOVE_CHANCE = 1.645
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +74,17 @@ class ProgramFidelity(Distances):
     checkpoint: Distances
 
 
-def fidelity_rows(quantized: Fidelity, program: ProgramFidelity | None) -> list[dict[str, str]]:
-    """Return the rows of the table of fidelity, the most important first."""
+def fidelity_rows(quantized: Fidelity, program: ProgramFidelity, checks: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the rows of the table of fidelity, the most important first.
+
+    Args:
+        quantized: The quantized checkpoint's.
+        program: The program's.
+        checks: The results of the gate's checks of the quantized checkpoint as shipped, with their limits.
+    """
     columns: dict[str, Distances] = {
         "as shipped": quantized,
-        **({} if program is None else {"program": program}),
+        "program": program,
         "weights only": quantized.weights_only,
         **({} if quantized.chat is None else {"chat": quantized.chat}),
     }
@@ -93,14 +97,10 @@ def fidelity_rows(quantized: Fidelity, program: ProgramFidelity | None) -> list[
             "same top token": _with_stderr(100 * one.same_top, _percent(one.same_top_stderr), 1) + " %",
             "perplexity": f"{one.ppl:.2f} (base {one.ppl_base:.2f})",
             "tokens": f"{one.tokens:,}",
+            "gate": "; ".join(f"{name}: {result}" for name, result in checks.items()) if one is quantized else "",
         }
         for title, one in columns.items()
     ]
-
-
-def is_informative(accuracy: float, stderr: float | None, chance: float) -> bool:
-    """Tell whether a base model's score is above chance by more than chance explains; one question never is."""
-    return stderr is not None and accuracy - chance >= ABOVE_CHANCE * stderr and accuracy > chance
 
 
 def _percent(share: float | None) -> float | None:
