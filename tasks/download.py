@@ -25,7 +25,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     source_files,
     weight_files,
 )
-from quantize_gemma.tasks.models.datasets import TEXT_FILE, WIKITEXT, WIKITEXT_FILES, check_dataset, read_text
+from quantize_gemma.tasks.models.datasets import TEXT_FILE, WIKITEXT, WIKITEXT_FILES, check_dataset, read_wikitext
 from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.load_check import check_loads
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
@@ -306,7 +306,7 @@ def download_dataset(
 
 @stage(ignored=("source", "offline"), retries=5, environment=read_environment)
 def download_text(target: Path, source: str, revision: str, offline: bool) -> Output:
-    """Fill `target` with the text that fidelity is measured on.
+    """Write text.txt, the text that fidelity is measured on.
 
     Args:
         target: The directory to write to.
@@ -326,8 +326,13 @@ def download_text(target: Path, source: str, revision: str, offline: bool) -> Ou
         def is_needed(name: str) -> bool:
             return is_data_file(name, (WIKITEXT_FILES,), ())
 
-        _move(_fetch(target, "dataset", source, revision, offline, is_needed), target, is_needed)
-    return {"metadata": {"characters": len(read_text(target))}}
+        incoming = _fetch(target, "dataset", source, revision, offline, is_needed)
+        (target / TEXT_FILE).write_text(read_wikitext(incoming, source), encoding="utf-8")
+        shutil.rmtree(incoming)
+    try:
+        return {"metadata": {"characters": len((target / TEXT_FILE).read_text(encoding="utf-8"))}}
+    except UnicodeDecodeError as error:
+        raise UserError(f"the text {source} is not UTF-8 ({error}): convert it") from None
 
 
 def _fetch_resource(target: Path, resource: Resource) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from quantize_gemma.tasks.fidelity.sequences import MEASURED, group_file, make_windows, split_groups, write_group
 from quantize_gemma.tasks.fidelity.shards import ShardStore
-from quantize_gemma.tasks.models.datasets import read_text
+from quantize_gemma.tasks.models.datasets import TEXT_FILE
 from quantize_gemma.tasks.runtime import machine, store
 from quantize_gemma.tasks.runtime.stage import Output, stage
 
@@ -28,7 +28,7 @@ def fidelity_base(
     Args:
         target: The directory to write to.
         checkpoint: The base model's checkpoint.
-        text: A directory with the text, see read_text().
+        text: The directory with the text, text.txt.
         windows: How many windows of the text to read; fewer if it is shorter.
         device: "cpu" or "cuda".
         part: The number of the part, from 0.
@@ -45,7 +45,8 @@ def fidelity_base(
     with store.open_store({"checkpoint": checkpoint}) as (root, digests):
         shards = ShardStore(root, refresh)
         reader = Reader(checkpoint, digests.get("checkpoint"), device, machine.device_of_part(device, part))
-        rows = make_windows(read_text(text), AutoTokenizer.from_pretrained(checkpoint), windows)
+        content = (text / TEXT_FILE).read_text(encoding="utf-8")
+        rows = make_windows(content, AutoTokenizer.from_pretrained(checkpoint), windows)
         groups = {
             "text": split_groups(rows, part, parts),
             "chat": answer_prompts(reader, shards, part, parts),

@@ -68,32 +68,25 @@ def chartqa_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("data/test-*.parquet"))
 
 
-def read_text(folder: Path) -> str:
-    """Return the text that fidelity is measured on: the rows of WikiText's parquet files, or one file of text.
+def read_wikitext(folder: Path, source: str) -> str:
+    """Return the text of WikiText's test split, in the parquet files of `source`.
 
-    WikiText's rows are joined by two line breaks, as in Hugging Face's guide to perplexity and in the published figures
-    of quantization methods.
+    Its rows are joined by two line breaks, as in Hugging Face's guide to perplexity and in the published figures of
+    quantization methods.
 
     Raises:
-        UserError: There is no text, or it cannot be read.
+        UserError: There is no such file, or it cannot be read.
     """
     import pyarrow
     import pyarrow.parquet
 
     files = sorted(folder.glob(WIKITEXT_FILES))
-    if files:
-        for file in files:
-            _check(file, f"{file.relative_to(folder)} of the text", WIKITEXT, {"text": TEXT}, lambda _row: None)
-        table = pyarrow.concat_tables(pyarrow.parquet.read_table(file, columns=["text"]) for file in files)
-        return "\n\n".join(row or "" for row in table["text"].to_pylist())
-    try:
-        return (folder / TEXT_FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(
-            f"the text has neither {WIKITEXT_FILES} nor {TEXT_FILE}: use a text file, or WikiText"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the text is not UTF-8 ({error}): convert it") from None
+    if not files:
+        raise UserError(f"{source} has no {WIKITEXT_FILES}: use a dataset in the layout of {WIKITEXT}, or a text file")
+    for file in files:
+        _check(file, f"{file.relative_to(folder)} of {source}", WIKITEXT, {"text": TEXT}, lambda _row: None)
+    table = pyarrow.concat_tables(pyarrow.parquet.read_table(file, columns=["text"]) for file in files)
+    return "\n\n".join(row or "" for row in table["text"].to_pylist())
 
 
 def _check(

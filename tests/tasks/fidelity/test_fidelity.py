@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
-from quantize_gemma.tasks.fidelity import fidelity_base, fidelity_quantized, sample
-from quantize_gemma.tasks.fidelity.sequences import WINDOW, Sequence, make_windows, read_sequences, read_text
+from quantize_gemma.tasks.fidelity import summarize_quantized
+from quantize_gemma.tasks.fidelity.fidelity_base import fidelity_base
+from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
+from quantize_gemma.tasks.fidelity.sequences import WINDOW, Sequence, make_windows, read_sequences, sample
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store
@@ -21,14 +23,21 @@ TINY, TEXT = BUILTIN["tiny-gemma3"], BUILTIN_TEXTS["tiny-text"]
 WINDOWS = 6
 
 
-def run(folder: Path, base: Path, checkpoint: Path, windows: int = WINDOWS) -> dict[str, Any]:
-    """Runs both stages outside a store; returns results.json. The artifacts are in `folder`."""
-    states, target = folder / "states", folder / "quantized"
-    states.mkdir()
-    target.mkdir()
-    fidelity_base(states, base, TEXT, windows, "cpu")
-    fidelity_quantized(target, base, states, checkpoint, "cpu")
-    return json.loads((target / "results.json").read_text())
+def read_text() -> str:
+    return (TEXT / "text.txt").read_text(encoding="utf-8")
+
+
+def run(folder: Path, base: Path, checkpoint: Path, parts: int = 1) -> dict[str, Any]:
+    """Runs both stages in parts, outside a store; returns the metrics. The artifacts are in `folder`."""
+    states = [folder / f"states-{part}" for part in range(parts)]
+    tokens = [folder / f"tokens-{part}" for part in range(parts)]
+    for part in range(parts):
+        states[part].mkdir()
+        fidelity_base(states[part], base, TEXT, WINDOWS, "cpu", part, parts)
+    for part in range(parts):
+        tokens[part].mkdir()
+        fidelity_quantized(tokens[part], base, states, checkpoint, "cpu", part, parts)
+    return summarize_quantized(tokens)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +87,8 @@ def test_two_plain_models_give_the_same_divergence(variant: str, measured: Any, 
 
 
 def test_a_checkpoint_is_no_distance_from_itself(measured: Any, tmp_path: Path) -> None:
-    fidelity_quantized(tmp_path, TINY, measured[0] / "states", TINY, "cpu")
-    results = json.loads((tmp_path / "results.json").read_text())
+    fidelity_quantized(tmp_path, TINY, [measured[0] / "states-0"], TINY, "cpu")
+    results = summarize_quantized([tmp_path])
     for part in (results, results["weights_only"], results["second_half"], results["chat"]):
         assert part["kl_max"] == pytest.approx(0, abs=1e-5)
         assert part["same_top"] == 1
@@ -87,10 +96,22 @@ def test_a_checkpoint_is_no_distance_from_itself(measured: Any, tmp_path: Path) 
     assert results["kl_histogram"]["counts"][0] == results["tokens"]
 
 
+def test_parts_write_together_what_one_part_writes(quantized: Path, measured: Any, tmp_path: Path) -> None:
+    """Two groups of the text, and four of chats, in three parts."""
+    assert run(tmp_path, TINY, quantized, parts=3) == measured[1]
+
+    def files(folder: Path, pattern: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for part in folder.glob(pattern) for path in part.iterdir()}
+
+    for pattern in ("states-*", "tokens-*"):
+        assert files(tmp_path, pattern) == files(measured[0], pattern)
+    assert [len(list((tmp_path / f"tokens-{part}").iterdir())) for part in range(3)] == [4, 3, 1]
+
+
 def test_second_half_and_chat_are_their_tokens_alone(measured: Any) -> None:
     folder, results = measured
     assert results["second_half"]["tokens"] == WINDOWS * 255
-    chats = read_sequences(folder / "states" / "sequences.json")["chat"]
+    chats = read_sequences([folder / "states-0"], "chat")
     assert results["chat"]["windows"] == len(chats) == 16
     assert results["chat"]["tokens"] == sum(len(chat.targets) for chat in chats)
     assert results["chat"]["tokens"] > 100
@@ -165,7 +186,12 @@ def test_what_is_in_the_store_is_not_computed_again(
         shutil.copytree(quantized, target, dirs_exist_ok=True)
         return {}
 
+    def copy_base(target: Path) -> dict[str, Any]:
+        shutil.copytree(TINY, target, dirs_exist_ok=True)
+        return {}
+
     checkpoint = store.produce("quantize", "0" * 64, copy, tmp_path / "store").path
+    base = store.produce("download", "0" * 64, copy_base, tmp_path / "store").path
     groups: list[str] = []
     real, load = states.hidden_states, states.load_layers
 
@@ -186,13 +212,13 @@ def test_what_is_in_the_store_is_not_computed_again(
         (tmp_path / name).mkdir()
     stop = 2
     with pytest.raises(KeyboardInterrupt):
-        fidelity_quantized(tmp_path / "first", TINY, measured[0] / "states", checkpoint, "cpu")
+        fidelity_quantized(tmp_path / "first", base, [measured[0] / "states-0"], checkpoint, "cpu")
     assert groups == ["as_shipped"] * 2 + ["weights_only"] * 2
     groups.clear()
     stop = 0
-    fidelity_quantized(tmp_path / "second", TINY, measured[0] / "states", checkpoint, "cpu")
+    fidelity_quantized(tmp_path / "second", base, [measured[0] / "states-0"], checkpoint, "cpu")
     assert groups == ["weights_only", *["as_shipped"] * 4]
-    assert json.loads((tmp_path / "second" / "results.json").read_text()) == measured[1]
+    assert summarize_quantized([tmp_path / "second"]) == measured[1]
 
 
 def test_a_text_shorter_than_a_window_is_refused() -> None:
@@ -201,37 +227,18 @@ def test_a_text_shorter_than_a_window_is_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     with pytest.raises(UserError, match="but one window takes 511: use a longer text"):
         make_windows("short", tokenizer, 1)
-    windows = make_windows(read_text(TEXT), tokenizer, 10_000)
+    windows = make_windows(read_text(), tokenizer, 10_000)
     assert len(windows) > 10
     assert {len(window.ids) for window in windows} == {WINDOW}
     assert all(window.ids[0] == tokenizer.bos_token_id for window in windows)
-    ids = tokenizer(read_text(TEXT), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(read_text(), add_special_tokens=False)["input_ids"]
     assert [token for window in windows for token in window.targets] == ids[: len(windows) * 511]
-
-
-def test_rows_of_wikitext_are_joined_by_two_line_breaks(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    folder = tmp_path / "wikitext-2-raw-v1"
-    folder.mkdir()
-    table = pyarrow.table({"text": ["", " = Title = \n", " Text . \n"]})
-    pyarrow.parquet.write_table(table, folder / "test-00000-of-00001.parquet")
-    assert read_text(tmp_path) == "\n\n = Title = \n\n\n Text . \n"
-
-
-def test_a_missing_text_and_one_that_is_not_utf8_are_the_users_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither"):
-        read_text(tmp_path)
-    (tmp_path / "text.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match="not UTF-8"):
-        read_text(tmp_path)
 
 
 def test_the_text_is_what_its_generator_writes() -> None:
     from tests.builtin.make_tiny_text import make_text
 
-    assert read_text(TEXT) == make_text()
+    assert read_text() == make_text()
 
 
 def test_a_sample_is_evenly_spread() -> None:
