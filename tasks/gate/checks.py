@@ -9,6 +9,7 @@ from typing import Literal
 
 from quantize_gemma.tasks.models.benchmarks import Benchmark
 from quantize_gemma.tasks.models.metrics import (
+    ABOVE_CHANCE,
     Agreement,
     Answer,
     BenchmarkInfo,
@@ -289,7 +290,8 @@ def _nothing_is_known() -> Check:
 
 def _drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
     value, stderr = (round(100 * number, 4) for number in share_difference(pairs))
-    what = f"{title} {'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points"
+    noise = ", within sampling error," if abs(value) < ABOVE_CHANCE * stderr else ""
+    what = f"{title} {'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points{noise}"
     return _at_most(f"{name}_drop", what, value, limit, stderr)
 
 

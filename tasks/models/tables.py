@@ -82,11 +82,11 @@ def quality_rows(columns: Columns) -> list[Row]:
 def distance_rows(columns: Columns, checks: Sequence[Check]) -> list[Row]:
     """Return the table of the distance from the base model on text, with the gate's checks of it."""
     names = {"max_kl": "KL", "min_same_top": "same top"}
-    results = {
-        names[check.name]: _result(check) + ("" if check.limit is None else f" (limit {_limit(check)})")
+    results = [
+        f"{names[check.name]}{'' if check.limit is None else ' ' + _limit(check)}: {_result(check)}"
         for check in checks
         if check.name in names
-    }
+    ]
     return fidelity_rows(columns.quantized.fidelity, columns.program.fidelity, results)
 
 

@@ -1,6 +1,6 @@
 """How far a model is from its base model on text, as frozen dataclasses: the `fidelity` of a column of metrics.json."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -74,13 +74,13 @@ class ProgramFidelity(Distances):
     checkpoint: Distances
 
 
-def fidelity_rows(quantized: Fidelity, program: ProgramFidelity, checks: Mapping[str, str]) -> list[dict[str, str]]:
+def fidelity_rows(quantized: Fidelity, program: ProgramFidelity, checks: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows of the table of fidelity, the most important first.
 
     Args:
         quantized: The quantized checkpoint's.
         program: The program's.
-        checks: The results of the gate's checks of the quantized checkpoint as shipped, with their limits.
+        checks: The limits of the quantized checkpoint as shipped, with the results of the gate's checks.
     """
     columns: dict[str, Distances] = {
         "as shipped": quantized,
@@ -91,16 +91,20 @@ def fidelity_rows(quantized: Fidelity, program: ProgramFidelity, checks: Mapping
     return [
         {
             "": title,
-            "mean KL, nats": _with_stderr(one.kl_mean, one.kl_mean_stderr, 4),
-            "median": f"{one.kl_median:.4f}",
+            "KL, nats": _with_stderr(one.kl_mean, one.kl_mean_stderr, 4),
             "99 %": f"{one.kl_99:.3f}",
-            "same top token": _with_stderr(100 * one.same_top, _percent(one.same_top_stderr), 1) + " %",
-            "perplexity": f"{one.ppl:.2f} (base {one.ppl_base:.2f})",
+            "same top, %": _with_stderr(100 * one.same_top, _percent(one.same_top_stderr), 1),
+            "perplexity": _perplexity(one.ppl),
+            "base": _perplexity(one.ppl_base),
             "tokens": f"{one.tokens:,}",
-            "gate": "; ".join(f"{name}: {result}" for name, result in checks.items()) if one is quantized else "",
+            "gate": ", ".join(checks) if one is quantized else "",
         }
         for title, one in columns.items()
     ]
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
 
 def _percent(share: float | None) -> float | None:

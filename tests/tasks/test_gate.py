@@ -88,7 +88,7 @@ def test_a_release_fails_beyond_the_largest_drop_or_kl_divergence(
 
 @pytest.mark.parametrize(("right", "failed"), [(240, []), (239, ["mmlu_recovery"])])
 def test_a_release_fails_when_it_recovers_too_little_of_a_low_score(right: int, failed: list[str]) -> None:
-    """Of 2,000 questions the base has 300: 60 fewer are 3 points, and a fifth of what it knew; guesses score nothing."""
+    """Of 2,000 questions the base has 300: 60 fewer are 3 points, and a fifth of what it knew. Guesses score 0."""
     measured = metrics(pairs(right, 300 - right, 0, 1700))
     measured["benchmarks"]["mmlu"] = {**INFO, "chance": None}
     verdict = verdict_on(measured)

@@ -56,6 +56,6 @@ def test_the_program_is_as_far_from_the_base_as_its_logits_say(released: Outcome
     assert results.checkpoint.kl_mean == pytest.approx(float(shipped.mean()), rel=1e-5)
     # The program is a release's, and no further away than its checkpoint.
     assert results.kl_mean == pytest.approx(results.checkpoint.kl_mean, rel=0.5)
-    rows = fidelity_rows(TypeAdapter(Fidelity).validate_python(content["quantized"]), results, {"KL": "pass"})
+    rows = fidelity_rows(TypeAdapter(Fidelity).validate_python(content["quantized"]), results, ["KL ≤ 1: pass"])
     assert [row[""] for row in rows] == ["as shipped", "program", "weights only", "chat"]
-    assert [row["gate"] for row in rows] == ["KL: pass", "", "", ""]
+    assert [row["gate"] for row in rows] == ["KL ≤ 1: pass", "", "", ""]
