@@ -74,6 +74,47 @@ class ProgramFidelity(Distances):
     checkpoint: Distances
 
 
+@dataclass(frozen=True)
+class Damage:
+    """The mean KL divergence, in nats, that quantizing one module alone brings.
+
+    Attributes:
+        block: The number of its decoder block; None for the embedding and lm_head.
+        role: Its name in the block, or "embed_tokens" or "lm_head".
+        parameters: The number of its weights.
+        weights, weights_stderr: That of quantized weights; the standard error is None for a single window.
+        activations, activations_stderr: That of quantized activations; None where the recipe quantizes none.
+    """
+
+    block: int | None
+    role: str
+    parameters: int
+    weights: float
+    weights_stderr: float | None
+    activations: float | None
+    activations_stderr: float | None
+
+
+def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
+    """Return the table of what quantizing each module alone brings: a row per block, a column per role.
+
+    Args:
+        damages: The modules.
+        kind: "weights" or "activations".
+    """
+    roles = list(dict.fromkeys(one.role for one in damages if one.block is not None))
+    cells: dict[str, dict[str, str]] = {}
+    for one in damages:
+        value = getattr(one, kind)
+        row = cells.setdefault(one.role if one.block is None else f"block {one.block}", {})
+        # What is in no block has one value: it stands in the first column.
+        row[roles[0] if one.block is None else one.role] = "" if value is None else f"{value:.4f}"
+    return [
+        {"KL, nats": name, **{role.rpartition(".")[2]: row.get(role, "") for role in roles}}
+        for name, row in cells.items()
+    ]
+
+
 def fidelity_rows(quantized: Fidelity, program: ProgramFidelity, checks: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows of the table of fidelity, the most important first.
 
