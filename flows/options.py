@@ -339,6 +339,47 @@ class RunOptions(Options):
         return self
 
 
+@Parameter(name="*", group=Group.create_ordered("Diagnosis"))
+class DiagnoseOptions(Options):
+    """What is diagnosed: the model and the recipe, and the text."""
+
+    model: ModelName = Field(
+        default="tiny-gemma3",
+        description="Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.",
+    )
+    recipe: Text = Field(
+        default="HQQ-INT8-INT4", description="Name of a built-in recipe, or path to a JSON recipe file."
+    )
+    revision: OptionalText = Field(
+        default=None, description="Branch, tag, or commit of the model repository. [default: the default branch]"
+    )
+    text: OptionalText = Field(
+        default=None,
+        description=f"Text: a file such as ./notes.txt, or a mirror of {WIKITEXT}. [default: that of a run]",
+    )
+    text_windows: Count = Field(default=2, description="Number of windows of that text, 511 tokens each.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Device; auto: a GPU if there is one.")
+    refresh: Texts = Field(
+        default=(), description="Stages to run again even if their results are cached. [default: none]"
+    )
+    offline: Flag = Field(
+        default=False, description="Use only what is already in the store, without contacting the Hub."
+    )
+
+    def run_options(self) -> RunOptions:
+        """Return the options of a run on the same model, recipe, and text."""
+        evaluation = EvaluationOptions(text=self.text, text_windows=self.text_windows, device=self.device)
+        shared = ("model", "recipe", "revision", "offline")
+        return RunOptions(evaluation=evaluation, **{name: getattr(self, name) for name in shared})
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        stages = ("download", "untie", "quantize", "download_text", "diagnose")
+        if unknown := [name for name in self.refresh if name not in stages]:
+            raise ValueError(f"refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
+        return self
+
+
 def stage_names(benchmarks: list[str]) -> list[str]:
     """Return the names of all stages of a run, in order."""
     names = ["download", "untie", "quantize", "smoke", "export"]

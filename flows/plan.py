@@ -131,8 +131,13 @@ class Plan:
         return f"{self.options.model} {self.options.recipe} {self.model.revision[:12]}"
 
 
-def make_plan(run: "Run", options: RunOptions) -> Plan:
+def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     """Resolve every name to a pinned revision, and check what can be checked before the download.
+
+    Args:
+        run: The run.
+        options: Its options.
+        benchmarks: Whether benchmarks are measured, too.
 
     Raises:
         UserError: Something cannot work; the message says what, and what to do.
@@ -144,7 +149,8 @@ def make_plan(run: "Run", options: RunOptions) -> Plan:
     model = run.call("resolve_model", resolve_model, options.model, options.revision, options.offline)
     source, revision = options.evaluation.text_source(model.fixture)
     text = run.call("resolve_text", resolve_text, source, revision, options.offline)
-    plan = Plan(options, model, text, plan_benchmarks(run, options, model), recipe, device)
+    planned = plan_benchmarks(run, options, model) if benchmarks else ()
+    plan = Plan(options, model, text, planned, recipe, device)
     run.rename(plan.run_name())
     memory = check_memory(model.weights, options.local_workers())
     missing_stages = missing(writing_stages(options, model, recipe), options.refresh)

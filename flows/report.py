@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from quantize_gemma.tasks.card.chart import KL_CHART, charts
 from quantize_gemma.tasks.models.metrics import Metrics, parse_columns, parse_verdict
 from quantize_gemma.tasks.models.tables import distance_rows, quality_rows, verdict_rows
+from quantize_gemma.tasks.models.text_fidelity import KINDS, damage_rows, parse_damages
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 from quantize_gemma.tasks.runtime.units import human_size
 
@@ -81,6 +82,17 @@ def print_summary(summary: JsonObject) -> None:
     console.print(f"gate: {'not reached' if gate is None else 'passed' if gate.passed else 'failed'}")
     console.print(f"publish: {_publish_line(summary)}", soft_wrap=True)
     console.print(f"release: {summary['release']}", soft_wrap=True)
+
+
+def print_damage(results: JsonObject) -> None:
+    """Print the tables of a diagnosis, and where its heat map is."""
+    from rich.console import Console
+
+    console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
+    damages = parse_damages(results["rows"])
+    for kind in KINDS:
+        console.print(_table(f"KL divergence of quantized {kind} alone, nats", damage_rows(damages, kind)))
+    console.print(f"heat map: {results['heat_map']}", soft_wrap=True)
 
 
 def _table(title: str, rows: list[Row]) -> "Table":

@@ -23,7 +23,7 @@ from quantize_gemma.tasks.models.checkpoint import quantizable_modules, read_hea
 from quantize_gemma.tasks.models.datasets import TEXT_FILE
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import Recipe, decide
-from quantize_gemma.tasks.models.text_fidelity import Damage
+from quantize_gemma.tasks.models.text_fidelity import KINDS, Damage
 from quantize_gemma.tasks.runtime import machine, store
 from quantize_gemma.tasks.runtime.parent_process import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
@@ -39,7 +39,13 @@ if TYPE_CHECKING:
 POSITIONS = slice(7, WINDOW - 1, 8)
 # Positions whose logits are in memory at once, beside those of the base model.
 CHUNK = 64
+HEAT_MAP = "heat-map.png"
 BLOCK = re.compile(r"\.layers\.(\d+)\.(.+)$")
+# The roles of a block, in the order of computation.
+ROLES = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 PROBE = ("quantize_gemma.tasks.fidelity.diagnose:Probe",)
 
 
@@ -73,7 +79,7 @@ def diagnose(
     device: str,
     refresh: bool = False,
 ) -> Output:
-    """Write results.json, {"tokens": how many were compared, "rows": [text_fidelity.Damage, …]}.
+    """Write results.json, {"tokens": how many were compared, "rows": [text_fidelity.Damage, …]}, and heat-map.png.
 
     It takes more than seven parameters because each is a value of the stage's key.
 
@@ -117,6 +123,7 @@ def diagnose(
             report_progress(done + 1, len(groups), "blocks")
     results = {"tokens": len(numbers), "rows": [vars(damage) for damage in damages]}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw_heat_map(damages, target / HEAT_MAP)
     return {"metadata": {"modules": len(damages)}}
 
 
@@ -132,8 +139,12 @@ def text_modules(base: Path, recipe: Recipe) -> list[Module]:
         rows, columns = modules[name]
         found.append(Module(name, block, role, rule.activation is not None, rows * columns))
     last = max(module.block for module in found if module.block is not None)
-    places = {GEMMA3.embedding_module: -1, GEMMA3.head_module: last + 1}
-    return sorted(found, key=lambda module: places[module.role] if module.block is None else module.block)
+    places = {GEMMA3.embedding_module: (-1, 0), GEMMA3.head_module: (last + 1, 0)}
+
+    def place(module: Module) -> tuple[int, int]:
+        return places[module.role] if module.block is None else (module.block, ROLES.index(module.role))
+
+    return sorted(found, key=place)
 
 
 def by_block(modules: list[Module]) -> list[list[Module]]:
@@ -270,6 +281,32 @@ class Probe:
                 for start in range(0, len(scored), CHUNK)
             ]
         )
+
+
+def draw_heat_map(damages: list[Damage], path: Path) -> None:
+    """Draw the divergence of each block and role, weights and activations side by side, on one logarithmic scale."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    inside = [one for one in damages if one.block is not None]
+    blocks = sorted({one.block for one in inside if one.block is not None})
+    values = {kind: np.full((len(blocks), len(ROLES)), np.nan) for kind in KINDS}
+    for one in inside:
+        for kind in KINDS:
+            values[kind][blocks.index(one.block or 0), ROLES.index(one.role)] = getattr(one, kind) or np.nan
+    known = np.concatenate([matrix[np.isfinite(matrix) & (matrix > 0)] for matrix in values.values()])
+    norm = LogNorm(max(known.min(), known.max() / 1e4), known.max())
+    figure = Figure(figsize=(6.5, 1.6 + 0.2 * len(blocks)), facecolor="white", layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), KINDS, strict=True):
+        image = axes.imshow(values[kind], norm=norm, cmap="viridis", aspect="auto")
+        names = [role.rpartition(".")[2].removesuffix("_proj") for role in ROLES]
+        axes.set_xticks(range(len(ROLES)), names, fontsize=8.5)
+        axes.set_yticks(range(len(blocks)), [str(block) for block in blocks], fontsize=8.5)
+        axes.set_title(f"{kind} quantized alone", fontsize=10.5)
+    figure.supylabel("block", fontsize=8.5)
+    figure.colorbar(image, ax=figure.axes, label="KL divergence from the base model, nats")
+    figure.savefig(path, dpi=200, metadata={"Software": None})
 
 
 def _language_model(model: PreTrainedModel) -> Any:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
@@ -95,12 +97,23 @@ class Damage:
     activations_stderr: float | None
 
 
+# What is quantized in a module.
+KINDS = ("weights", "activations")
+
+
+def parse_damages(rows: Sequence[JsonObject]) -> list[Damage]:
+    """Return the damages in the rows of a diagnosis. Raises pydantic.ValidationError."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(list[Damage]).validate_python(rows)
+
+
 def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
     """Return the table of what quantizing each module alone brings: a row per block, a column per role.
 
     Args:
         damages: The modules.
-        kind: "weights" or "activations".
+        kind: One of KINDS.
     """
     roles = list(dict.fromkeys(one.role for one in damages if one.block is not None))
     cells: dict[str, dict[str, str]] = {}
@@ -108,7 +121,7 @@ def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
         value = getattr(one, kind)
         row = cells.setdefault(one.role if one.block is None else f"block {one.block}", {})
         # What is in no block has one value: it stands in the first column.
-        row[roles[0] if one.block is None else one.role] = "" if value is None else f"{value:.4f}"
+        row[roles[0] if one.block is None else one.role] = "" if value is None else f"{value:.2g}"
     return [
         {"KL, nats": name, **{role.rpartition(".")[2]: row.get(role, "") for role in roles}}
         for name, row in cells.items()
