@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from quantize_gemma.tasks.download import is_path
 from quantize_gemma.tasks.models.benchmarks import ALL_COLUMNS, BENCHMARKS, DEFAULT_TASKS
+from quantize_gemma.tasks.models.datasets import WIKITEXT
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 
 # The upper limit of every count.
@@ -27,6 +28,9 @@ NOT_IN_RELEASE = {
     *("branch", "create_pr", "private", "tag", "adopt"),
 }
 MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER, DATASET_PLACEHOLDER = "MODEL", "RECIPE.json", "DATASET"
+TEXT_PLACEHOLDER = "./TEXT"
+# The text of the built-in model.
+FIXTURE_TEXT = "tiny-text"
 
 
 def _require_printable(value: str) -> str:
@@ -51,11 +55,18 @@ def _empty_to_none(value: object) -> object:
     return None if value == "" else value
 
 
+def _none_to_null(value: object) -> object:
+    """Return None for the word none."""
+    return None if value == "none" else value
+
+
 # A name or a path.
 Text = Annotated[str, Field(max_length=1000), AfterValidator(_require_printable)]
 OptionalText = Annotated[Text | None, BeforeValidator(_empty_to_none)]
 ModelName = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_require_printable)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
+# A limit of the gate; "none" is no limit.
+Limit = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_none_to_null)]
 # Several words after one flag, or one word after each of several.
 Texts = Annotated[tuple[Text, ...], Parameter(consume_multiple=True, negative=(), show_default=False)]
 # Off unless the flag is passed.
@@ -85,6 +96,16 @@ class EvaluationOptions(Options):
             "Other source of a benchmark's dataset, of the same layout, as in mmlu=./mirror or "
             "mmlu=org/mirror@revision. [default: the benchmark's own; of the built-in model, the built-in fixtures]"
         ),
+    )
+    text: OptionalText = Field(
+        default=None,
+        description=(
+            "Text on which the release is compared with its base model, token by token: a file such as ./notes.txt, or "
+            f"{WIKITEXT} or a mirror of it, @REVISION after it. [default: {WIKITEXT}; of the built-in model, tiny-text]"
+        ),
+    )
+    text_windows: Count = Field(
+        default=16, description="Number of windows of that text, 511 tokens each; the limit bounds it, too."
     )
     limit: Count | None = Field(
         default=None, description="Number of documents per task, such as an MMLU subject. [default: all]"
@@ -124,6 +145,14 @@ class EvaluationOptions(Options):
         """Return {benchmark: (directory, fixture, or repository; revision)} for those with another source."""
         pairs = [text.partition("=") for text in self.dataset]
         return {name: _split_revision(source) for name, _, source in pairs}
+
+    def text_source(self, fixture_model: bool) -> tuple[str, str | None]:
+        """Return the text (file, fixture, or repository) and its revision; `fixture_model`: of the built-in model."""
+        return _split_revision(self.text or (FIXTURE_TEXT if fixture_model else WIKITEXT))
+
+    def windows(self) -> int:
+        """Return the number of windows of the text."""
+        return min(self.text_windows, self.limit or self.text_windows)
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -166,6 +195,20 @@ class ExportOptions(Options):
 class GateOptions(Options):
     """The limits that a release must meet before it is published."""
 
+    max_kl: Limit = Field(
+        default=0.25,
+        description=(
+            "Maximum mean KL divergence of the quantized checkpoint from the base model on text, in nats; none: record "
+            "it without judging."
+        ),
+    )
+    min_same_top: Limit = Field(
+        default=70.0,
+        description=(
+            "Minimum share of that text's tokens whose most likely token is the base model's, in percent; none: record "
+            "it without judging."
+        ),
+    )
     limit_drop: Text = Field(
         default="",
         description=(
@@ -307,9 +350,51 @@ class RunOptions(Options):
         return self
 
 
+@Parameter(name="*", group=Group.create_ordered("Diagnosis"))
+class DiagnoseOptions(Options):
+    """What is diagnosed: the model and the recipe, and the text."""
+
+    model: ModelName = Field(
+        default="tiny-gemma3",
+        description="Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.",
+    )
+    recipe: Text = Field(
+        default="HQQ-INT8-INT4", description="Name of a built-in recipe, or path to a JSON recipe file."
+    )
+    revision: OptionalText = Field(
+        default=None, description="Branch, tag, or commit of the model repository. [default: the default branch]"
+    )
+    text: OptionalText = Field(
+        default=None,
+        description=f"Text: a file such as ./notes.txt, or a mirror of {WIKITEXT}. [default: that of a run]",
+    )
+    text_windows: Count = Field(default=2, description="Number of windows of that text, 511 tokens each.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Device; auto: a GPU if there is one.")
+    refresh: Texts = Field(
+        default=(), description="Stages to run again even if their results are cached. [default: none]"
+    )
+    offline: Flag = Field(
+        default=False, description="Use only what is already in the store, without contacting the Hub."
+    )
+
+    def run_options(self) -> RunOptions:
+        """Return the options of a run on the same model, recipe, and text."""
+        evaluation = EvaluationOptions(text=self.text, text_windows=self.text_windows, device=self.device)
+        shared = ("model", "recipe", "revision", "offline")
+        return RunOptions(evaluation=evaluation, **{name: getattr(self, name) for name in shared})
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        stages = ("download", "untie", "quantize", "download_text", "diagnose")
+        if unknown := [name for name in self.refresh if name not in stages]:
+            raise ValueError(f"refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
+        return self
+
+
 def stage_names(benchmarks: list[str]) -> list[str]:
     """Return the names of all stages of a run, in order."""
     names = ["download", "untie", "quantize", "smoke", "export"]
+    names += ["download_text", "fidelity_base", "fidelity_quantized", "fidelity_program", "fidelity"]
     for benchmark in benchmarks:
         names += [f"download_{benchmark}", f"record_{benchmark}"]
         names += [f"{stage}_{benchmark}_{column}" for column in ALL_COLUMNS for stage in ("answer", "evaluate")]
@@ -317,7 +402,11 @@ def stage_names(benchmarks: list[str]) -> list[str]:
 
 
 def command_line(
-    options: RunOptions, model: ResolvedModel, datasets: Mapping[str, ResolvedDataset], recipe_hash: str
+    options: RunOptions,
+    model: ResolvedModel,
+    datasets: Mapping[str, ResolvedDataset],
+    text: ResolvedDataset,
+    recipe_hash: str,
 ) -> str:
     """Return the command that reproduces the release, with every revision pinned.
 
@@ -327,6 +416,7 @@ def command_line(
         options: The run's options.
         model: The resolved model.
         datasets: The resolved datasets by benchmark.
+        text: The resolved text.
         recipe_hash: The hash of the recipe.
     """
     pinned: dict[str, object] = {"model": model.name, "tasks": ",".join(datasets)}
@@ -338,9 +428,13 @@ def command_line(
     if options.recipe.endswith(".json"):
         pinned["recipe"] = RECIPE_PLACEHOLDER
         comment += f"  # {RECIPE_PLACEHOLDER}: the recipe with the hash {recipe_hash}"
+    pinned["text"] = _pin(text)
+    if not text.on_hub and not text.fixture:
+        pinned["text"] = TEXT_PLACEHOLDER
+        comment += f"  # {TEXT_PLACEHOLDER}: the text file with the digest {text.revision}"
     sources = []
     for benchmark, dataset in datasets.items():
-        source = f"{dataset.name}@{dataset.revision}" if dataset.on_hub else dataset.name
+        source = _pin(dataset)
         if not dataset.on_hub and not dataset.fixture:
             source = f"{DATASET_PLACEHOLDER}_{benchmark.upper()}"
             comment += f"  # {source}: the directory whose files have the digest {dataset.revision}"
@@ -349,14 +443,19 @@ def command_line(
     words = ["quantize-gemma", "run"]
     for name, field, value in _release_options(options):
         value = pinned.get(name, value)
-        if value is None or (value == field.default and name not in ALWAYS_SHOWN):
+        if value == field.default and (value is None or name not in ALWAYS_SHOWN):
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", *(value if isinstance(value, tuple) else [str(value)])]
+            words += [f"--{flag}", *(value if isinstance(value, tuple) else ["none" if value is None else str(value)])]
     return shlex.join(words) + comment
+
+
+def _pin(dataset: ResolvedDataset) -> str:
+    """Return a dataset's name, on the Hub with its commit."""
+    return f"{dataset.name}@{dataset.revision}" if dataset.on_hub else dataset.name
 
 
 def _release_options(options: RunOptions) -> Iterator[tuple[str, FieldInfo, object]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize_gemma.flows.options import RunOptions, command_line
 from quantize_gemma.tasks.check import check_checkpoint, check_disk, check_memory, check_run
-from quantize_gemma.tasks.download import download, remember, resolve_dataset, resolve_model
+from quantize_gemma.tasks.download import download, remember, resolve_dataset, resolve_model, resolve_text
 from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
 from quantize_gemma.tasks.gate.metrics import LIBRARIES
@@ -57,6 +57,7 @@ class Plan:
     Attributes:
         options: The run's options.
         model: The resolved model.
+        text: The text that the release is compared with its base model on.
         benchmarks: What is measured.
         recipe: The recipe.
         device: Where the evaluation runs, "cpu" or "cuda".
@@ -65,6 +66,7 @@ class Plan:
 
     options: RunOptions
     model: ResolvedModel
+    text: ResolvedDataset
     benchmarks: tuple[PlannedBenchmark, ...]
     recipe: Recipe
     device: str
@@ -90,6 +92,7 @@ class Plan:
             "resolved": {
                 "model": {**_dataset(self.model), "license": dict(self.model.license)},
                 "datasets": {one.row.name: _dataset(one.dataset) for one in self.benchmarks},
+                "text": _dataset(self.text),
             },
             "benchmarks": {one.row.name: one.row.card_inputs() for one in self.benchmarks},
             "recipe": self.recipe.to_json(),
@@ -98,6 +101,7 @@ class Plan:
                 options,
                 self.model,
                 {one.row.name: one.dataset for one in self.benchmarks},
+                self.text,
                 recipe_hash(self.recipe),
             ),
             "limits": {**self.drop_limits(), **{name: getattr(options.gate, name) for name in LIMITS}},
@@ -124,6 +128,7 @@ class Plan:
     def remember_revisions(self) -> None:
         """Note which revisions the names stand for, so that `--offline` finds them."""
         remember(self.model, self.options.revision)
+        remember(self.text, self.options.evaluation.text_source(self.model.fixture)[1])
         for one in self.benchmarks:
             remember(one.dataset, one.requested_revision)
 
@@ -132,8 +137,13 @@ class Plan:
         return f"{self.options.model} {self.options.recipe} {self.model.revision[:12]}"
 
 
-def make_plan(run: "Run", options: RunOptions) -> Plan:
+def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     """Resolve every name to a pinned revision, and check what can be checked before the download.
+
+    Args:
+        run: The run.
+        options: Its options.
+        benchmarks: Whether benchmarks are measured, too.
 
     Raises:
         UserError: Something cannot work; the message says what, and what to do.
@@ -143,7 +153,10 @@ def make_plan(run: "Run", options: RunOptions) -> Plan:
     if (target := publishing_target(options)) is not None:
         run.call("check_target", check_target, target)
     model = run.call("resolve_model", resolve_model, options.model, options.revision, options.offline)
-    plan = Plan(options, model, plan_benchmarks(run, options, model), recipe, device)
+    source, revision = options.evaluation.text_source(model.fixture)
+    text = run.call("resolve_text", resolve_text, source, revision, options.offline)
+    planned = plan_benchmarks(run, options, model) if benchmarks else ()
+    plan = Plan(options, model, text, planned, recipe, device)
     run.rename(plan.run_name())
     memory = check_memory(model.weights, options.local_workers())
     missing_stages = missing(writing_stages(options, model, recipe), options.refresh)

@@ -34,11 +34,15 @@ from quantize_gemma.flows.plan import (
 from quantize_gemma.flows.report import create_artifacts
 from quantize_gemma.flows.run import Future, Run, start_run
 from quantize_gemma.tasks.card import card
-from quantize_gemma.tasks.download import download, download_dataset
+from quantize_gemma.tasks.download import download, download_dataset, download_text
 from quantize_gemma.tasks.evaluate import evaluate
 from quantize_gemma.tasks.evaluate.answer import answer
 from quantize_gemma.tasks.evaluate.record import record
 from quantize_gemma.tasks.export import export as export_program
+from quantize_gemma.tasks.fidelity import fidelity
+from quantize_gemma.tasks.fidelity.fidelity_base import fidelity_base
+from quantize_gemma.tasks.fidelity.fidelity_program import PROGRAM_WINDOWS, fidelity_program
+from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
 from quantize_gemma.tasks.gate import gate as judge_release
 from quantize_gemma.tasks.gate.checks import compare_with_published, require_pass
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, to_json
@@ -105,6 +109,7 @@ def quantize_gemma(
         quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe))
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
+        measure_fidelity(run, plan, base, quantized, program)
         for benchmark in plan.benchmarks:
             evaluate_columns(run, plan, benchmark, base, quantized, program)
         run.submit(verify, exclusive=True, checkpoint=quantized, program=program, **plan.verify_inputs())
@@ -115,6 +120,30 @@ def quantize_gemma(
         check_release(run, plan, metrics)
         publish_release(run, plan, release)
     return run.summary.to_json()
+
+
+def measure_fidelity(run: Run, plan: Plan, base: Future, quantized: Future, program: Future) -> None:
+    """Submit the comparison of checkpoint and program with the base model on text, token by token."""
+    evaluation = plan.options.evaluation
+    spread = evaluation.workers, evaluation.cluster
+    text = run.submit(download_text, **download_inputs(plan.text, plan.options.offline))
+    states = run.map(
+        fidelity_base,
+        "fidelity_base",
+        *spread,
+        checkpoint=base,
+        text=text,
+        windows=evaluation.windows(),
+        device=plan.device,
+    )
+    against: dict[str, Any] = {"base": base, "states": states}
+    tokens = run.map(
+        fidelity_quantized, "fidelity_quantized", *spread, checkpoint=quantized, device=plan.device, **against
+    )
+    program_tokens = run.map(
+        fidelity_program, "fidelity_program", *spread, program=program, windows=PROGRAM_WINDOWS, **against
+    )
+    run.submit(fidelity, quantized=tokens, program=program_tokens)
 
 
 def evaluate_columns(

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS, BUILTIN_TEXTS
 from quantize_gemma.tasks.models.benchmarks import Benchmark, Resource, is_data_file
 from quantize_gemma.tasks.models.checkpoint import (
     check_finite,
@@ -26,7 +26,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     source_files,
     weight_files,
 )
-from quantize_gemma.tasks.models.datasets import check_dataset
+from quantize_gemma.tasks.models.datasets import TEXT_FILE, WIKITEXT, WIKITEXT_FILES, check_dataset, read_wikitext
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.load_check import check_loads
@@ -95,15 +95,42 @@ def resolve_dataset(row: Benchmark, source: str, revision: str | None, offline: 
             raise UserError(f"{source} has no file of a dataset in the layout of {row.dataset}")
         name = source if fixture else path.name
         return ResolvedDataset(name, _digest_of(path, names), str(path), fixture=fixture is not None, on_hub=False)
+    return _dataset_on_hub(source, revision, offline)
+
+
+def resolve_text(source: str, revision: str | None, offline: bool) -> ResolvedDataset:
+    """Return what a built-in text's name, a text file (./, ../, / or ~/), or WikiText on the Hub stands for.
+
+    Args:
+        source: The name or the path.
+        revision: Branch, tag, or commit on the Hub; None for the default branch.
+        offline: Do not contact the Hub.
+
+    Raises:
+        UserError: There is no such text.
+    """
+    fixture = BUILTIN_TEXTS.get(source)
+    if fixture is None and not is_path(source):
+        return _dataset_on_hub(source, revision, offline)
+    path = fixture / TEXT_FILE if fixture else Path(source).expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"there is no text file {source}: use a file of text, or {WIKITEXT}")
+    name = source if fixture else path.name
+    if not name.isprintable():
+        raise UserError(f"the text file's name, {name!r}, is not one line of text: rename it")
+    return ResolvedDataset(name, _digest_of_text(path), str(path), fixture=fixture is not None, on_hub=False)
+
+
+def _dataset_on_hub(name: str, revision: str | None, offline: bool) -> ResolvedDataset:
     if offline:
-        fields = _read_memory("dataset", source, revision)
-        return ResolvedDataset(source, fields["revision"], fields["source"], fixture=False, on_hub=True)
-    info = hub.repo_info("dataset", source, revision, find_token())
-    return ResolvedDataset(source, str(info.sha), source, fixture=False, on_hub=True)
+        fields = _read_memory("dataset", name, revision)
+        return ResolvedDataset(name, fields["revision"], fields["source"], fixture=False, on_hub=True)
+    info = hub.repo_info("dataset", name, revision, find_token())
+    return ResolvedDataset(name, str(info.sha), name, fixture=False, on_hub=True)
 
 
 def is_path(source: str) -> bool:
-    """Tell whether the source of a dataset is a directory."""
+    """Tell whether a source is a path: any other name is one on the Hub, whatever the working directory has."""
     return source.startswith((".", "/", "~"))
 
 
@@ -289,6 +316,37 @@ def download_dataset(
     return {}
 
 
+@stage(ignored=("source", "offline"), retries=5, environment=read_environment)
+def download_text(target: Path, source: str, revision: str, offline: bool) -> Output:
+    """Write text.txt, the text that fidelity is measured on.
+
+    Args:
+        target: The directory to write to.
+        source: A text file, or a repository on the Hub in the layout of Salesforce/wikitext.
+        revision: The digest of the file, or a commit.
+        offline: Do not contact the Hub.
+
+    Raises:
+        UserError: It is not a text.
+    """
+    if Path(source).is_file():
+        store.copy(Path(source), target / TEXT_FILE)
+        if _digest_of_text(target / TEXT_FILE) != revision:
+            raise UserError(f"{source} is changing: start again when nothing writes to it, or use a copy")
+    else:
+
+        def is_needed(name: str) -> bool:
+            return is_data_file(name, (WIKITEXT_FILES,), ())
+
+        incoming = _fetch(target, "dataset", source, revision, offline, is_needed)
+        (target / TEXT_FILE).write_text(read_wikitext(incoming, source), encoding="utf-8")
+        shutil.rmtree(incoming)
+    try:
+        return {"metadata": {"characters": len((target / TEXT_FILE).read_text(encoding="utf-8"))}}
+    except UnicodeDecodeError as error:
+        raise UserError(f"the text {source} is not UTF-8 ({error}): convert it") from None
+
+
 def _fetch_resource(target: Path, resource: Resource) -> None:
     """Fetch an archive, check its hash, and write the files of the folder in it that is needed.
 
@@ -367,6 +425,13 @@ def _digest_of(folder: Path, names: list[str]) -> str:
     for name in names:
         with open_source(folder, name) as stream:
             digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.sha256(canonical_json(digests)).hexdigest()[:40]
+
+
+def _digest_of_text(path: Path) -> str:
+    """Return the digest of a text file's content; its name does not count."""
+    with open_source(path.parent, path.name) as stream:
+        digests = {TEXT_FILE: hashlib.file_digest(stream, "sha256").hexdigest()}
     return hashlib.sha256(canonical_json(digests)).hexdigest()[:40]
 
 

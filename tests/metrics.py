@@ -39,12 +39,33 @@ SAMPLE = {
     "pairs": {"both": 90, "first": 0, "second": 0, "neither": 10},
     "disagreements": [],
 }
+DISTANCES = {
+    "tokens": 5110,
+    "windows": 10,
+    "kl_max": 9.0,
+    "kl_histogram": {"edges": [0.0, 1e-5, 0.1, 100.0], "counts": [110, 4000, 1000]},
+}
+for name, value, stderr in (
+    ("kl_mean", 0.131, 0.005),
+    ("kl_median", 0.05, 0.002),
+    ("kl_90", 0.3, 0.01),
+    ("kl_99", 1.2, 0.05),
+    ("same_top", 0.779, 0.006),
+    ("dp_mean", -0.01, 0.001),
+    ("dp_rms", 0.09, 0.002),
+    ("ppl", 31.03, 1.1),
+    ("ppl_base", 27.58, 0.9),
+    ("ppl_log_ratio", 0.118, 0.004),
+):
+    DISTANCES |= {name: value, f"{name}_stderr": stderr}
+FIDELITY = {**DISTANCES, "weights_only": DISTANCES, "second_half": DISTANCES, "chat": None}
 METRICS: dict[str, Any] = {
     "schema_version": 2,
     "base_model": "team/tiny",
     "base_revision": "a" * 40,
     "license": {"license": "gemma"},
     "fixture_model": False,
+    "text": {"name": "Salesforce/wikitext", "revision": "e" * 40, "fixture": False},
     "benchmarks": {"mmlu": INFO},
     "recipe": "HQQ-INT8-INT4",
     "recipe_hash": "b" * 64,
@@ -57,12 +78,14 @@ METRICS: dict[str, Any] = {
     "base": {"bytes": 1000, "mmlu": MMLU},
     "quantized": {
         "bytes": 500,
+        "fidelity": FIDELITY,
         "weight_error": {"linear": 0.01},
         "smoke": {**RESPONSE, "chat_template": True, "new_tokens": 2, "max_new_tokens": 64},
         "mmlu": MMLU,
     },
     "program": {
         "bytes": 400,
+        "fidelity": {**DISTANCES, "checkpoint": DISTANCES},
         "task": "text-generation",
         "backend": "xnnpack",
         "dtype": "float32",

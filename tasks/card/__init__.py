@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantize_gemma.tasks.card import markdown
-from quantize_gemma.tasks.card.chart import charts, draw_subjects
+from quantize_gemma.tasks.card.chart import KL_CHART, charts, draw_kl_histogram, draw_subjects
 from quantize_gemma.tasks.card.eval_results import eval_results
 from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, write_metrics
 from quantize_gemma.tasks.models.recipe import Recipe, Rule
-from quantize_gemma.tasks.models.tables import NOT_MEASURED, benchmark_rows, verdict_rows
+from quantize_gemma.tasks.models.tables import NOT_MEASURED, benchmark_rows, distance_rows, verdict_rows
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.stage import Output, stage
@@ -53,6 +53,7 @@ def card(
     for stage_name, path in evaluations.items():
         name = f"{SAMPLES}/{stage_name.removeprefix('evaluate_')}.jsonl"
         hashes[name] = add_file(target, name, store.read_artifact(path), "samples.jsonl")
+    draw_kl_histogram(metrics, target / KL_CHART)
     for benchmark, name in charts(metrics).items():
         draw_subjects(metrics, benchmark, target / name)
     for name, results in eval_results(metrics).items():
@@ -130,7 +131,10 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
         license=clean_license(metrics.license) or GEMMA_TERMS,
         benchmarks={name: benchmark_rows(metrics, name) for name in metrics.benchmarks},
         charts={metrics.benchmarks[name].title: chart for name, chart in charts(metrics).items()},
+        distances=distance_rows(metrics, metrics.gate.checks),
+        kl_chart=KL_CHART,
         checks=verdict_rows(metrics.gate.checks),
+        failed=[check.message for check in metrics.gate.checks if check.status == "fail"],
         recipe=recipe,
         sizes=sizes,
         has_samples=any(name.startswith(f"{SAMPLES}/") for name in sizes),

@@ -1,4 +1,4 @@
-"""The card's chart: accuracy per subject."""
+"""The card's charts: the distance from the base model on text, and accuracy per subject."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FONT_SIZE = 8.5
+KL_CHART = "kl-histogram.png"
 # Of base and checkpoint.
 COLORS = ("#0072B2", "#E69F00")
 
@@ -48,6 +49,40 @@ def draw_subjects(metrics: Metrics, benchmark: str, path: Path) -> None:
         _draw_bars(axes, dict(zip(names, scores, strict=True)), info.chance)
         _draw_legend(figure, axes, height, f"Accuracy per subject of {info.dataset.name}")
         figure.savefig(path, dpi=200, metadata={"Software": None})
+
+
+def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
+    """Draw how many tokens have which KL divergence from the base model, as a PNG that is readable on a phone.
+
+    Bins are on a logarithmic scale; below its first edge, a divergence counts as 0. Of the program there are fewer
+    tokens, so the bars are shares.
+
+    Args:
+        metrics: The metrics.
+        path: The file.
+    """
+    from matplotlib.figure import Figure
+
+    fidelity = metrics.quantized.fidelity
+    shown = {"as shipped": fidelity, "weights only": fidelity.weights_only, "program": metrics.program.fidelity}
+    figure = Figure(figsize=(4, 3.1), facecolor="white")
+    axes = figure.add_axes((0.14, 0.16, 0.82, 0.56))
+    for (name, one), color in zip(shown.items(), (*COLORS, "#009E73"), strict=True):
+        # The first bin starts at 0, which a logarithmic scale has not.
+        edges = [one.kl_histogram.edges[1] / 10 ** (1 / 4), *one.kl_histogram.edges[1:]]
+        shares = [100 * count / one.tokens for count in one.kl_histogram.counts]
+        axes.stairs(shares, edges, color=color, linewidth=1.4, label=f"{name}, mean {one.kl_mean:.3f}")
+        axes.axvline(one.kl_mean, color=color, linestyle=":", linewidth=1.2)
+    axes.set(xscale="log", ylim=(0, None))
+    axes.set_xlabel("KL divergence from the base model, nats", fontsize=FONT_SIZE)
+    axes.set_ylabel("tokens, %", fontsize=FONT_SIZE)
+    axes.tick_params(labelsize=FONT_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.text(0.04, 0.93, "Distance from the base model, token by token", fontsize=10.5)
+    figure.legend(
+        loc="upper left", bbox_to_anchor=(0.02, 0.92), ncols=2, fontsize=FONT_SIZE, frameon=False, handlelength=1.2
+    )
+    figure.savefig(path, dpi=200, metadata={"Software": None})
 
 
 def _columns(metrics: Metrics, benchmark: str) -> tuple[BenchmarkScore, BenchmarkScore] | None:

@@ -4,20 +4,18 @@ Each shard is an artifact of its own in the store as soon as it is complete, so 
 shards in progress. Where the store has all of them, no model is loaded.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import random
 import socket
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from quantize_gemma.tasks.evaluate.requests import Request, Shards, count_documents, read_requests
-from quantize_gemma.tasks.runtime import reporting, store
-from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime import machine, reporting, store
+from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.runtime.stage import Output, import_function, stage
 from quantize_gemma.tasks.runtime.strict_json import JsonObject, JsonValue
@@ -178,7 +176,7 @@ def respond(shards: Shards, scorer: Scorer, part: int = 0, refresh: bool = False
         part: The number of the part: the parts share out the GPUs.
         refresh: Compute answers again that are in the store.
     """
-    with _open_store(scorer) as (root, digests):
+    with store.open_store(scorer.paths) as (root, digests):
         keys = {name: _key(name, shard, scorer, digests) for name, shard in shards.items()}
         answers = {} if refresh else _load_answers(keys, root)
         if answers:
@@ -237,25 +235,9 @@ def _has_image(request: Request) -> bool:
 def _load_arguments(scorer: Scorer, part: int) -> JsonObject:
     """Return the arguments of the function that loads the scorer. Raises UserError if there is no CUDA device."""
     arguments = {**{name: str(path) for name, path in scorer.paths.items()}, **scorer.settings}
-    if arguments.get("device") == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError(f"{socket.gethostname()} has no CUDA device: use device cpu, or give its workers GPUs")
-        arguments["device"] = f"cuda:{part % torch.cuda.device_count()}"
+    if "device" in arguments:
+        arguments["device"] = machine.device_of_part(str(arguments["device"]), part)
     return arguments
-
-
-@contextlib.contextmanager
-def _open_store(scorer: Scorer) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yield the store of the scorer's artifacts, and their digests; a temporary store if one of them is in none."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            digests = {name: store.read_artifact(path).digest for name, path in scorer.paths.items()}
-            root = next((store.root_of(path) for path in scorer.paths.values()), store.home())
-        except StageFailed:
-            digests, root = {}, Path(folder)
-        yield root, digests
 
 
 def _key(name: str, shard: list[Request], scorer: Scorer, digests: dict[str, str]) -> str:

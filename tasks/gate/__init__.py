@@ -19,7 +19,7 @@ def gate(
     resolved: dict[str, object],
     benchmarks: dict[str, object],
     recipe: dict[str, object],
-    limits: dict[str, float],
+    limits: dict[str, float | None],
     required: list[str],
     command: str,
     versions: dict[str, str],
@@ -33,7 +33,7 @@ def gate(
     Args:
         target: The artifact's directory.
         resolved: {"model": {"name", "revision", "fixture", "license"}, "datasets": {benchmark: {"name", "revision",
-            "fixture"}}}.
+            "fixture"}}, "text": the same of the text}.
         benchmarks: {benchmark: what metrics.json says of it}; see Benchmark.card_inputs().
         recipe: The recipe, as JSON.
         limits: The flow's parameters of these names: see `checks.LIMITS`.

@@ -9,6 +9,7 @@ from typing import Literal
 
 from quantize_gemma.tasks.models.benchmarks import Benchmark
 from quantize_gemma.tasks.models.metrics import (
+    ABOVE_CHANCE,
     Agreement,
     Answer,
     BenchmarkInfo,
@@ -24,6 +25,7 @@ from quantize_gemma.tasks.models.metrics import (
     to_json,
 )
 from quantize_gemma.tasks.models.tables import format_percent, verdict_text
+from quantize_gemma.tasks.models.text_fidelity import Distances
 from quantize_gemma.tasks.runtime.errors import RunError
 from quantize_gemma.tasks.runtime.paired_stats import Pairs, confidence, share_difference, share_ratio
 
@@ -31,7 +33,10 @@ from quantize_gemma.tasks.runtime.paired_stats import Pairs, confidence, share_d
 FLOOR = 1e-6
 # A check that passes with less has low confidence; a disagreement fails if it is too large with this confidence.
 CONFIDENT = 0.95
-LIMITS = ("min_recovery", "max_disagreement", "max_kl_ratio")
+LIMITS = ("max_kl", "min_same_top", "min_recovery", "max_disagreement", "max_kl_ratio")
+Limits = dict[str, float | None]
+# The checks of the distance from the base model on text.
+FIDELITY = ("max_kl", "min_same_top")
 # The number of disagreements that the message of a failure lists.
 MAX_SHOWN = 5
 # How many characters of a prompt it shows.
@@ -61,6 +66,7 @@ def required_checks(multimodal: bool, benchmarks: Sequence[Benchmark]) -> list[s
     """
     parts = ["", "_last", "_step_by_step", "_prompts", *["_image"] * multimodal]
     return [
+        *FIDELITY,
         *(f"{row.name}_drop" for row in benchmarks),
         *(f"{row.name}_recovery" for row in benchmarks if row.higher_is_better),
         *(f"{row.name}_disagreement" for row in benchmarks if "no_act_quant" in row.columns()),
@@ -202,7 +208,7 @@ def _shorten(value: object) -> str:
 
 
 def judge(
-    benchmarks: Mapping[str, BenchmarkInfo], columns: Columns, pairs: Mapping[str, Pairs], limits: dict[str, float]
+    benchmarks: Mapping[str, BenchmarkInfo], columns: Columns, pairs: Mapping[str, Pairs], limits: Limits
 ) -> Verdict:
     """Return the verdict on what was measured.
 
@@ -211,39 +217,81 @@ def judge(
     prompts. Their samples are small, and activations quantize differently even in a correct program, so they fail only
     beyond sampling error, when the confidence is below 5%.
 
+    The distance from the base model comes first. A benchmark that the base model answers by chance says nothing of the
+    loss: its drop and its recovery are uninformative. Where nothing else says how much is lost, the verdict fails.
+
     Args:
         benchmarks: What was measured.
         columns: The scores, and the program's distances from the checkpoint.
         pairs: By benchmark, the documents that base (first) and checkpoint (second) answer correctly.
         limits: Values by the names in LIMITS, and `max_<benchmark>_drop`, in points, for each benchmark that has a
-            limit. `min_recovery` is in percent of the base model's score; `max_disagreement`, in points, is the share
+            limit. `max_kl`, in nats, and `min_same_top`, in percent, may be None: they are recorded and not judged.
+            `min_recovery` is in percent of the base model's score; `max_disagreement`, in points, is the share
             of answers that the program changes more than the checkpoint; `max_kl_ratio` bounds the KL divergence
             between checkpoint and program, and the vision encoder's squared error, as a multiple of what activation
             quantization alone causes.
     """
-    checks = []
+    checks = judge_fidelity(columns.quantized.fidelity, limits["max_kl"], limits["min_same_top"])
     for name, info in benchmarks.items():
-        base, quantized = columns.base.scores.get(name), columns.quantized.scores.get(name)
         limit = limits.get(f"max_{name}_drop")
-        if limit is not None and name in pairs:
-            checks += [_drop(name, info.title, pairs[name], limit)]
-            checks += [_recovery(name, info.title, pairs[name], limits["min_recovery"])]
-        elif limit is not None and base is not None and quantized is not None:
-            checks += [_unpaired_drop(name, info, base, quantized, limit)]
+        if limit is not None:
+            checks += _losses(name, info, columns, pairs.get(name), limit, _set(limits, "min_recovery"))
+    if all(check.status == "uninformative" for check in checks):
+        checks.append(_nothing_is_known())
     for name, info in benchmarks.items():
         sample = columns.program.scores.get(name)
         limit = limits.get(f"max_{name}_drop")
         if sample is not None and sample.differing is not None:
-            checks += [_disagreement(name, info.title, sample.differing, limits["max_disagreement"])]
+            checks += [_disagreement(name, info.title, sample.differing, _set(limits, "max_disagreement"))]
         elif sample is not None and sample.pairs is not None and limit is not None:
             checks += [_program_drop(name, info.title, sample.pairs, limit)]
-    checks += _distances(columns.program.agreement, limits["max_kl_ratio"])
+    checks += _distances(columns.program.agreement, _set(limits, "max_kl_ratio"))
     return _verdict(checks, limits)
+
+
+def _set(limits: Limits, name: str) -> float:
+    """Return a limit that is always set."""
+    limit = limits[name]
+    assert limit is not None, name
+    return limit
+
+
+def _losses(
+    name: str, info: BenchmarkInfo, columns: Columns, pairs: Pairs | None, limit: float, min_recovery: float
+) -> list[Check]:
+    """Return the checks of how much a benchmark's score falls from base to checkpoint; none if it was not measured."""
+    base, quantized = columns.base.scores.get(name), columns.quantized.scores.get(name)
+    if pairs is not None:
+        checks = [_drop(name, info.title, pairs, limit), _recovery(name, info.title, pairs, min_recovery)]
+    elif base is not None and quantized is not None:
+        checks = [_unpaired_drop(name, info, base, quantized, limit)]
+    else:
+        return []
+    if base is None or not info.higher_is_better or not base.is_at_chance(info.chance):
+        return checks
+    score = f"{100 * base.value:.1f}" + ("" if base.stderr is None else f" ± {100 * base.stderr:.1f}")
+    why = f"the base model's {score}% on {info.title} is within chance ({100 * (info.chance or 0):.0f}%)"
+    return [_uninformative(check, f"{check.name.replace('_', ' ')} says nothing: {why}") for check in checks]
+
+
+def _uninformative(check: Check, message: str) -> Check:
+    return replace(check, status="uninformative", low_confidence=False, margin=None, confidence=None, message=message)
+
+
+def _nothing_is_known() -> Check:
+    """Return the failed check of a release of which nothing says how much it has lost."""
+    check = _check("informative", "", math.nan, math.nan, False, math.nan, None)
+    message = (
+        "nothing says how much the release has lost: its distance from the base model has no limit, and the base model "
+        "answers the benchmarks by chance: set max_kl"
+    )
+    return replace(check, message=message)
 
 
 def _drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
     value, stderr = (round(100 * number, 4) for number in share_difference(pairs))
-    what = f"{title} {'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points"
+    noise = ", within sampling error," if abs(value) < ABOVE_CHANCE * stderr else ""
+    what = f"{title} {'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points{noise}"
     return _at_most(f"{name}_drop", what, value, limit, stderr)
 
 
@@ -336,6 +384,54 @@ def _at_most(name: str, what: str, value: float, limit: float, stderr: float | N
     return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, value <= limit, margin, stderr)
 
 
+def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: float | None) -> list[Check]:
+    """Return the checks of the distance from the base model on text, the first of a gate.
+
+    Args:
+        fidelity: The quantized checkpoint's, as shipped.
+        max_kl: The largest mean KL divergence in nats; None records it without judging.
+        min_same_top: The smallest share of tokens with the same most likely token, in percent; None likewise.
+    """
+    kl, kl_stderr = _or_nan(fidelity.kl_mean), fidelity.kl_mean_stderr
+    top, top_stderr = 100 * _or_nan(fidelity.same_top), fidelity.same_top_stderr
+    top_stderr = None if top_stderr is None else 100 * top_stderr
+    text = f"on {fidelity.tokens:,} tokens of text, the KL divergence from the base model is {kl:.4f}"
+    tops = f"{top:.1f}% of its most likely tokens are those of the base model"
+    return [
+        _recorded("max_kl", f"{text} nats", kl, kl_stderr)
+        if max_kl is None
+        else _at_most("max_kl", f"{text} nats", kl, max_kl, kl_stderr or None),
+        _recorded("min_same_top", tops, top, top_stderr)
+        if min_same_top is None
+        else _check(
+            "min_same_top",
+            f"{tops} (limit ≥ {min_same_top:.4g})",
+            top,
+            min_same_top,
+            top >= min_same_top,
+            round(top - min_same_top, 12),
+            top_stderr or None,
+        ),
+    ]
+
+
+def _recorded(name: str, what: str, value: float, stderr: float | None) -> Check:
+    """Return a check that records a value without judging it; one that is not a finite number fails all the same."""
+    if not math.isfinite(value):
+        return _check(name, what, value, math.nan, False, math.nan, None)
+    return Check(
+        name=name,
+        status="uninformative",
+        low_confidence=False,
+        value=value,
+        limit=None,
+        margin=None,
+        stderr=stderr,
+        confidence=None,
+        message=f"{what}: recorded, no limit was set",
+    )
+
+
 def _check(
     name: str, what: str, value: float, limit: float, passed: bool, margin: float, stderr: float | None
 ) -> Check:
@@ -361,7 +457,7 @@ def _check(
     )
 
 
-def _verdict(checks: list[Check], limits: dict[str, float]) -> Verdict:
+def _verdict(checks: list[Check], limits: Limits) -> Verdict:
     return Verdict(
         passed=all(check.status != "fail" for check in checks),
         low_confidence=any(check.low_confidence for check in checks),

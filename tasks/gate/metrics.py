@@ -16,6 +16,7 @@ from quantize_gemma.tasks.models.metrics import (
     BenchmarkInfo,
     BenchmarkScore,
     Columns,
+    Dataset,
     Metrics,
     Program,
     Quantized,
@@ -26,6 +27,7 @@ from quantize_gemma.tasks.models.recipe import Recipe, recipe_hash
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.paired_stats import Pairs, count_pairs
 from quantize_gemma.tasks.runtime.store import Artifact
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 # Whose versions the card names.
 LIBRARIES = (
@@ -50,7 +52,7 @@ def collect_metrics(
     resolved: dict[str, Any],
     benchmarks: dict[str, Any],
     recipe: dict[str, Any],
-    limits: dict[str, float],
+    limits: dict[str, float | None],
     required: list[str],
     command: str,
     versions: dict[str, str],
@@ -65,10 +67,11 @@ def collect_metrics(
         name: TypeAdapter(BenchmarkInfo).validate_python({**info, "dataset": datasets[name]})
         for name, info in benchmarks.items()
     }
+    fidelity = json.loads((artifacts["fidelity"].path / "results.json").read_text(encoding="utf-8"))
     columns = Columns(
         base=collect_base(artifacts, infos),
-        quantized=collect_quantized(artifacts, infos),
-        program=collect_program(artifacts, infos),
+        quantized=collect_quantized(artifacts, infos, fidelity["quantized"]),
+        program=collect_program(artifacts, infos, fidelity["program"]),
     )
     check_devices(columns.base, columns.quantized)
     pairs = collect_pairs(artifacts, infos)
@@ -82,6 +85,7 @@ def collect_metrics(
         base_revision=model["revision"],
         license=model["license"] or GEMMA_TERMS,
         fixture_model=model["fixture"],
+        text=TypeAdapter(Dataset).validate_python(resolved["text"]),
         benchmarks=infos,
         recipe=recipe["name"],
         recipe_hash=recipe_hash(Recipe.from_json(recipe)),
@@ -124,11 +128,12 @@ def collect_base(artifacts: Artifacts, benchmarks: Iterable[str]) -> Base:
     )
 
 
-def collect_quantized(artifacts: Artifacts, benchmarks: Iterable[str]) -> Quantized:
-    """Return the quantized checkpoint's column."""
+def collect_quantized(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: JsonObject) -> Quantized:
+    """Return the quantized checkpoint's column; `fidelity` is as the stage of that name has written it."""
     return TypeAdapter(Quantized).validate_python(
         {
             "bytes": artifacts["quantize"].files["model.safetensors"].size,
+            "fidelity": fidelity,
             "weight_error": artifacts["quantize"].metadata["weight_error"],
             "smoke": artifacts["smoke"].metadata,
             "scores": collect_scores(artifacts, benchmarks, "quantized"),
@@ -136,12 +141,13 @@ def collect_quantized(artifacts: Artifacts, benchmarks: Iterable[str]) -> Quanti
     )
 
 
-def collect_program(artifacts: Artifacts, benchmarks: Iterable[str]) -> Program:
-    """Return the program's column."""
+def collect_program(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: JsonObject) -> Program:
+    """Return the program's column; `fidelity` is as the stage of that name has written it."""
     program, verified = artifacts["export"], artifacts["verify"]
     return TypeAdapter(Program).validate_python(
         {
             "bytes": program.files["model.pte"].size,
+            "fidelity": fidelity,
             **{name: program.metadata[name] for name in EXPORT_FIELDS},
             "image": None,
             **verified.metadata,

@@ -1,4 +1,4 @@
-"""The benchmarks' parquet files: read them, and check that they have the layout of their benchmark."""
+"""The files of benchmarks, and of the text: read them, and check that they have the layout that they should have."""
 
 import io
 from collections.abc import Callable
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 MMLU = "cais/mmlu"
 CHARTQA = "HuggingFaceM4/ChartQA"
+WIKITEXT = "Salesforce/wikitext"
+# The test split of WikiText-2, and what any other text is called in the store.
+WIKITEXT_FILES, TEXT_FILE = "wikitext-2-raw-v1/test-*.parquet", "text.txt"
 # The types of columns, as messages call them.
 TEXT, TEXTS, INTEGER, IMAGE = "text", "a list of text", "an integer", "a struct with the image's bytes"
 MMLU_COLUMNS = {"question": TEXT, "subject": TEXT, "choices": TEXTS, "answer": INTEGER}
@@ -65,6 +68,27 @@ def read_chartqa(folder: Path) -> "pyarrow.Table":
 def chartqa_files(folder: Path) -> list[Path]:
     """Return the parquet files of the test split, in order."""
     return sorted(folder.glob("data/test-*.parquet"))
+
+
+def read_wikitext(folder: Path, source: str) -> str:
+    """Return the text of WikiText's test split, in the parquet files of `source`.
+
+    Its rows are joined by two line breaks, as in Hugging Face's guide to perplexity and in the published figures of
+    quantization methods.
+
+    Raises:
+        UserError: There is no such file, or it cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    files = sorted(folder.glob(WIKITEXT_FILES))
+    if not files:
+        raise UserError(f"{source} has no {WIKITEXT_FILES}: use a dataset in the layout of {WIKITEXT}, or a text file")
+    for file in files:
+        _check(file, f"{file.relative_to(folder)} of {source}", WIKITEXT, {"text": TEXT}, lambda _row: None)
+    table = pyarrow.concat_tables(pyarrow.parquet.read_table(file, columns=["text"]) for file in files)
+    return "\n\n".join(row or "" for row in table["text"].to_pylist())
 
 
 def _check(

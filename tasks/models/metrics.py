@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from quantize_gemma.tasks.models.text_fidelity import Fidelity, ProgramFidelity
 from quantize_gemma.tasks.runtime.paired_stats import Pairs
 
 SCHEMA_VERSION = 2
 SCHEMA = Path(__file__).parent / "metrics.schema.json"
+# A score so many standard errors above chance is chance with a probability of 5 %.
+ABOVE_CHANCE = 1.645
 # A field that this version does not know is an error, not something to drop silently.
 STRICT = {"extra": "forbid"}
 
@@ -28,6 +31,19 @@ class Score:
     value: float
     stderr: float | None
     samples: int | None = None
+
+    def is_at_chance(self, chance: float | None) -> bool:
+        """Tell whether guesses explain an accuracy: it is no more than ABOVE_CHANCE standard errors above theirs.
+
+        A single document's may always be a guess; where no standard error is known, the value decides.
+
+        Args:
+            chance: The accuracy of guesses; None for 0.
+        """
+        above = self.value - (chance or 0.0)
+        if self.stderr is None:
+            return above <= 0 or self.samples == 1
+        return above <= 0 or above < ABOVE_CHANCE * self.stderr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,17 +216,26 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Base):
-    """The column of the quantized checkpoint; `weight_error` is a relative squared error by role."""
+    """The column of the quantized checkpoint.
 
+    `fidelity` is its distance from the base model on text; `weight_error` is a relative squared error by role.
+    """
+
+    fidelity: Fidelity
     weight_error: dict[str, float]
     smoke: Smoke
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """The column of the program. `delegation` is {method: {"xnnpack" | "custom" | "portable": {operator: calls}}}."""
+    """The column of the program.
+
+    `fidelity` is its distance from the base model on text; `delegation` is {method: {"xnnpack" | "custom" | "portable":
+    {operator: calls}}}.
+    """
 
     bytes: int
+    fidelity: ProgramFidelity
     task: str
     backend: str
     dtype: str
@@ -238,7 +263,7 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A benchmark's dataset: its name, its commit or digest, and whether it is the built-in fixture."""
+    """A benchmark's dataset, or a text: its name, its commit or digest, and whether it is a built-in fixture."""
 
     name: str
     revision: str
@@ -275,10 +300,11 @@ class Check:
 
     Attributes:
         name: For example "mmlu_drop".
-        status: "uninformative" where there was nothing to compare, which is no failure.
+        status: "uninformative", which is no failure, where there was nothing to compare, the base model answers by
+            chance, or no limit was set.
         low_confidence: It passes, with a confidence below 95 %.
         value: What was measured; None if it is not a finite number.
-        limit: What the value is compared with.
+        limit: What the value is compared with; None if it is recorded only.
         margin: The distance to the limit, negative beyond it.
         stderr: The value's standard error, where it can be estimated.
         confidence: The probability that the true value is within the limit, where there is a standard error.
@@ -302,7 +328,7 @@ class Verdict:
 
     passed: bool
     low_confidence: bool
-    limits: dict[str, float]
+    limits: dict[str, float | None]
     checks: list[Check]
 
 
@@ -315,6 +341,7 @@ class Metrics(Columns):
     base_revision: str
     license: dict[str, str]
     fixture_model: bool
+    text: Dataset
     benchmarks: dict[str, BenchmarkInfo]
     recipe: str
     recipe_hash: str

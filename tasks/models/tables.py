@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from quantize_gemma.tasks.models.benchmarks import BENCHMARKS, title_of
 from quantize_gemma.tasks.models.metrics import BenchmarkScore, Check, Columns, Score
+from quantize_gemma.tasks.models.text_fidelity import fidelity_rows
 from quantize_gemma.tasks.runtime.units import human_size
 
 NOT_MEASURED = "—"
@@ -36,7 +37,10 @@ def benchmark_rows(columns: Columns, name: str) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     if known:
         samples = max(score.samples or 0 for score in known)
-        rows[f"{title}, {samples:,} samples"] = cells(lambda score: score)
+        base = measured["base"]
+        chance = percent and base is not None and base.is_at_chance(row.chance if row else None)
+        note = " (base at chance: uninformative)" if chance else ""
+        rows[f"{title}, {samples:,} samples{note}"] = cells(lambda score: score)
     for group in dict.fromkeys(group for score in known for group in score.groups):
         rows[f"{title}, {group.replace('_', ' ')}"] = cells(lambda score, group=group: score.groups.get(group))  # type: ignore[misc]
     for metric in dict.fromkeys(metric for score in known for metric in score.metrics):
@@ -75,13 +79,24 @@ def quality_rows(columns: Columns) -> list[Row]:
     return [{"metric": "", **dict.fromkeys(COLUMNS, NOT_MEASURED), **row} for row in rows]
 
 
+def distance_rows(columns: Columns, checks: Sequence[Check]) -> list[Row]:
+    """Return the table of the distance from the base model on text, with the gate's checks of it."""
+    names = {"max_kl": "KL", "min_same_top": "same top"}
+    results = [
+        f"{names[check.name]}{'' if check.limit is None else ' ' + _limit(check)}: {_result(check)}"
+        for check in checks
+        if check.name in names
+    ]
+    return fidelity_rows(columns.quantized.fidelity, columns.program.fidelity, results)
+
+
 def verdict_rows(checks: Sequence[Check]) -> list[dict[str, str]]:
     """Return the gate's checks as rows of a table."""
     return [
         {
             "check": check.name.replace("_", " "),
             "value": _with_stderr(check.value, check.stderr),
-            "limit": ("≥ " if check.name.endswith("recovery") else "≤ ") + _with_stderr(check.limit, None),
+            "limit": _limit(check),
             "margin": _with_stderr(check.margin, None),
             "confidence": "" if check.confidence is None else format_percent(check.confidence),
             "result": _result(check),
@@ -109,9 +124,16 @@ def _two_digits(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:.2g}"
 
 
+def _limit(check: Check) -> str:
+    if check.limit is None:
+        return NOT_MEASURED
+    sign = "≥" if check.name.endswith("_recovery") or check.name.startswith("min_") else "≤"
+    return f"{sign} {_with_stderr(check.limit, None)}"
+
+
 def _result(check: Check) -> str:
     if check.status == "uninformative":
-        return "not compared"
+        return "not compared" if check.value is None else "recorded" if check.limit is None else check.status
     return "pass (low confidence)" if check.low_confidence else check.status
 
 

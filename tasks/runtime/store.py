@@ -289,6 +289,21 @@ def path_of(stage: str, artifact_key: str, root: Path | None = None) -> Path:
     return (root or home()) / stage / artifact_key / "data"
 
 
+@contextlib.contextmanager
+def open_store(artifacts: Mapping[str, Path]) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield the store that some artifacts are in, and their digests by name.
+
+    If one of them is in no store, it is a temporary store, and there are no digests: nothing outlives the context.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            digests = {name: read_artifact(path).digest for name, path in artifacts.items()}
+            root = next((root_of(path) for path in artifacts.values()), home())
+        except StageFailed:
+            digests, root = {}, Path(folder)
+        yield root, digests
+
+
 def link(source: Path, target: Path) -> None:
     """Make `target`, in an artifact, the same file as `source` of another artifact.
 

@@ -28,6 +28,7 @@ from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tests.campaigns import campaign
 from tests.hub.access import Tokens
 from tests.hub.server import Hub, serve
+from tests.texts import WIKITEXT, write_wikitext
 
 TOKEN = "hf_MARKED000000"
 MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/ChartQA"
@@ -87,6 +88,7 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
         hub.add("model", MODEL, BUILTIN["tiny-gemma3"])
         hub.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
         hub.add("dataset", CHARTS, BUILTIN_BENCHMARKS["chartqa-mini"])
+        hub.add("dataset", WIKITEXT, write_wikitext(Path(folder) / "wikitext"))
         tried = Tried(hub, Path(folder))
         chosen = all_cases(tried)
         rng.shuffle(chosen)

@@ -32,18 +32,31 @@ from tests.campaigns import campaign
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
 from tests.operate.test_deployments import Operation
+from tests.texts import WIKITEXT, write_wikitext
 
 MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/ChartQA"
 WRITER = "hf_MARKEDwriter00"
 # What is made of each stage's result.
 USED_BY = {
-    "download": ("untie", "record_mmlu", "record_chartqa"),
+    "download": ("untie", "fidelity_base", "record_mmlu", "record_chartqa"),
+    "download_text": ("fidelity_base",),
+    "fidelity_base": ("fidelity_quantized", "fidelity_program"),
+    "fidelity_quantized": ("fidelity",),
+    "fidelity_program": ("fidelity",),
+    "fidelity": ("gate",),
     "download_mmlu": ("record_mmlu",),
     "download_chartqa": ("record_chartqa",),
     "record_mmlu": ("answer_mmlu_base", "answer_mmlu_quantized", "answer_mmlu_program", "answer_mmlu_no_act_quant"),
     "record_chartqa": ("answer_chartqa_base", "answer_chartqa_quantized"),
     "untie": ("quantize",),
-    "quantize": ("smoke", "answer_mmlu_quantized", "answer_mmlu_no_act_quant", "answer_chartqa_quantized", "export"),
+    "quantize": (
+        "smoke",
+        "fidelity_quantized",
+        "answer_mmlu_quantized",
+        "answer_mmlu_no_act_quant",
+        "answer_chartqa_quantized",
+        "export",
+    ),
     "answer_mmlu_base": ("evaluate_mmlu_base",),
     "answer_mmlu_quantized": ("evaluate_mmlu_quantized",),
     "answer_mmlu_program": ("evaluate_mmlu_program",),
@@ -57,7 +70,7 @@ USED_BY = {
     "evaluate_chartqa_base": ("gate",),
     "evaluate_chartqa_quantized": ("gate",),
     "smoke": ("gate",),
-    "export": ("verify", "answer_mmlu_program"),
+    "export": ("verify", "fidelity_program", "answer_mmlu_program"),
     "verify": ("gate",),
     "gate": ("card",),
     "card": (),
@@ -125,6 +138,7 @@ def hub_of(root: Path) -> Iterator[Hub]:
         hub.add("model", MODEL, BUILTIN["tiny-gemma3"])
         hub.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
         hub.add("dataset", CHARTS, BUILTIN_BENCHMARKS["chartqa-mini"])
+        hub.add("dataset", WIKITEXT, write_wikitext(root.with_name("wikitext")))
         yield hub
 
 

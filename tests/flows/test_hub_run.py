@@ -14,6 +14,7 @@ import pytest
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
+from tests.texts import WIKITEXT, write_wikitext
 
 READER, WRITER = "hf_MARKEDreader00", "hf_MARKEDwriter00"
 MODEL, BENCHMARK, TARGET = "team/tiny-gemma3", "cais/mmlu", "team/tiny-gemma3-HQQ-INT8-INT4"
@@ -31,6 +32,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         running.add("model", MODEL, BUILTIN["tiny-gemma3"])
         running.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
         running.add("dataset", "HuggingFaceM4/ChartQA", BUILTIN_BENCHMARKS["chartqa-mini"])
+        running.add("dataset", WIKITEXT, write_wikitext(tmp_path_factory.mktemp("wikitext")))
         running.add("model", NOTES, BUILTIN["tiny-gemma3"])
         running.restrict("model", MODEL, gated=True)
         yield running
@@ -95,8 +97,8 @@ def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome
     assert published.summary["published"] == f"{hub.url}/{TARGET}/commit/{hub.head('model', TARGET)}"
     metrics, card = metrics_of(published), (release / "README.md").read_text()
     measured = [metrics["benchmarks"][name]["dataset"]["revision"] for name in ("mmlu", "chartqa")]
-    revisions = metrics["base_revision"], *measured
-    datasets = BENCHMARK, "HuggingFaceM4/ChartQA"
+    revisions = metrics["base_revision"], metrics["text"]["revision"], *measured
+    datasets = WIKITEXT, BENCHMARK, "HuggingFaceM4/ChartQA"
     assert revisions == (hub.head("model", MODEL), *(hub.head("dataset", name) for name in datasets))
     for sha in revisions:
         assert sha in card
@@ -104,10 +106,12 @@ def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome
     assert f"base_model: {MODEL}" in card
     assert f"quantize-gemma run --model {MODEL} " in card
     assert f" --revision {revisions[0]} " in card
+    assert f" --text {WIKITEXT}@{revisions[1]} " in card
     assert "license: cc0-1.0" in card
     # The checkpoint is the built-in one, so what follows from its content was not done again.
     assert {name for name, cached in published.cached.items() if not cached} == {
         "download",
+        "download_text",
         "download_mmlu",
         "download_chartqa",
         "gate",

@@ -26,7 +26,7 @@ def options(**values: Any) -> RunOptions:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in ("min_recovery", "max_kl_ratio") for value in ("inf", "nan")),
+        *((name, value) for name in ("max_kl", "min_recovery", "max_kl_ratio") for value in ("inf", "nan")),
         *(("limit_drop", value) for value in ("mmlu=inf", "mmlu=-1", "mmlu=", "mmlu=much", "5")),
         *(("dataset", [value]) for value in ("mmlu", "mmlu=", "gsm8k=org/mirror")),
         ("tasks", " , "),
@@ -130,10 +130,11 @@ DATASETS = {"mmlu": resolved("cais/mmlu"), "chartqa": resolved("HuggingFaceM4/Ch
 PINNED = (f"mmlu=cais/mmlu@{'a' * 40}", f"chartqa=HuggingFaceM4/ChartQA@{'a' * 40}")
 MINI = {"mmlu": resolved("mmlu-mini", False, True), "chartqa": resolved("chartqa-mini", False, True)}
 MINI_SOURCES = ("mmlu=mmlu-mini", "chartqa=chartqa-mini")
-HUB = resolved("google/gemma-3-4b-it"), DATASETS
-FIXTURES = resolved("tiny-gemma3", False, True), MINI
-LOCAL = resolved("my-finetune", on_hub=False), MINI
-REVISION = {"revision": "a" * 40, "dataset": PINNED}
+TEXT, TINY_TEXT = resolved("Salesforce/wikitext"), resolved("tiny-text", False, True)
+HUB = resolved("google/gemma-3-4b-it"), DATASETS, TEXT
+FIXTURES = resolved("tiny-gemma3", False, True), MINI, TINY_TEXT
+LOCAL = resolved("my-finetune", on_hub=False), MINI, resolved("notes.txt", on_hub=False)
+REVISION = {"revision": "a" * 40, "dataset": PINNED, "text": f"Salesforce/wikitext@{'a' * 40}"}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ REVISION = {"revision": "a" * 40, "dataset": PINNED}
         ({"model": HUB[0].name, "revision": "main"}, HUB, REVISION),
         (
             {"limit": 20, "device": "cuda", "max_seq_len": 512},
-            (FIXTURES[0], {"mmlu": MINI["mmlu"]}),
+            (FIXTURES[0], {"mmlu": MINI["mmlu"]}, TINY_TEXT),
             {"tasks": "mmlu", "dataset": MINI_SOURCES[:1]},
         ),
         ({"custom_sdpa": False, "custom_kv_cache": False, "last_logits_only": False}, FIXTURES, {}),
@@ -152,7 +153,8 @@ REVISION = {"revision": "a" * 40, "dataset": PINNED}
         ({"max_disagreement": 1e-7, "max_kl_ratio": 3.0, "max_new_tokens": 8, "program_samples": 7}, FIXTURES, {}),
         ({"recipe": "AFFINE-INT8-INT4"}, FIXTURES, {}),
         ({"recipe": "/home/me/it's mine; rm -rf $HOME.json"}, FIXTURES, {"recipe": "RECIPE.json"}),
-        ({"model": "./my finetune", "revision": None}, LOCAL, {"model": "MODEL"}),
+        ({"model": "./my finetune", "revision": None}, LOCAL, {"model": "MODEL", "text": "./TEXT"}),
+        ({"max_kl": None, "min_same_top": 75.5, "text_windows": 3}, FIXTURES, {}),
     ],
 )
 def test_the_command_on_the_card_gives_the_runs_parameters(
@@ -163,19 +165,21 @@ def test_the_command_on_the_card_gives_the_runs_parameters(
     words = shlex.split(command, comments=True)
     assert words[0] == "quantize-gemma"
     _, parsed = cli.parse(words[1:])
-    assert parsed.kwargs["options"] == options(**{**given, "dataset": MINI_SOURCES, **expected})
+    assert parsed.kwargs["options"] == options(**{**given, "dataset": MINI_SOURCES, "text": "tiny-text", **expected})
 
 
 def test_the_command_says_what_identifies_the_files_that_only_one_machine_has() -> None:
     datasets = {"mmlu": resolved("my-mirror", on_hub=False)}
     given = options(model="./secret/path", recipe="./mine.json", tasks="mmlu", dataset=["mmlu=./my-mirror"])
-    command = command_line(given, LOCAL[0], datasets, recipe_hash="b" * 64)
+    command = command_line(given, LOCAL[0], datasets, LOCAL[2], recipe_hash="b" * 64)
     assert "secret" not in command
     assert "my-finetune" not in command
     assert "mine.json" not in command
     assert "my-mirror" not in command
     assert "--dataset mmlu=DATASET_MMLU" in command
-    _, model, recipe, dataset = command.split("  # ")
+    assert "notes.txt" not in command
+    _, model, recipe, text, dataset = command.split("  # ")
+    assert text.startswith("./TEXT: the text file with the digest aaaa")
     assert dataset == f"DATASET_MMLU: the directory whose files have the digest {'a' * 40}"
     assert model == f"MODEL: the directory whose files have the digest {'a' * 40}"
     assert recipe == f"RECIPE.json: the recipe with the hash {'b' * 64}"

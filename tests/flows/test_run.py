@@ -28,7 +28,7 @@ from tests.evaluation import record, run_stage
 from tests.operate import another_program
 from tests.text_only import write_text_only
 
-FIXTURES = ("--dataset", "mmlu=mmlu-mini", "chartqa=chartqa-mini")
+FIXTURES = ("--text", "tiny-text", "--dataset", "mmlu=mmlu-mini", "chartqa=chartqa-mini")
 # Of ChartQA the program is not asked.
 ALL = {
     name
@@ -132,9 +132,20 @@ def test_one_command_leaves_a_release_that_passed_the_gate(released: Outcome) ->
     assert summary["gate"]["passed"]
     kl = {f"program_kl{part}" for part in ("", "_last", "_step_by_step", "_prompts", "_image")}
     answered = {"mmlu_drop", "mmlu_recovery", "chartqa_drop", "chartqa_recovery", "mmlu_disagreement"}
-    assert {check["name"] for check in summary["gate"]["checks"]} == {*answered, "vision_encoder", *kl}
+    assert {check["name"] for check in summary["gate"]["checks"]} == {
+        "max_kl",
+        "min_same_top",
+        *answered,
+        "vision_encoder",
+        *kl,
+    }
     assert summary["published"] is None
+    assert [check["name"] for check in summary["gate"]["checks"][:2]] == ["max_kl", "min_same_top"]
     base, quantized, program = (summary["metrics"][name] for name in ("base", "quantized", "program"))
+    assert 0.05 < quantized["fidelity"]["kl_mean"] < 0.2
+    assert quantized["fidelity"]["tokens"] == 14 * 511
+    assert quantized["fidelity"]["weights_only"]["same_top"] > 0.8
+    assert program["fidelity"]["kl_mean"] == pytest.approx(program["fidelity"]["checkpoint"]["kl_mean"], rel=0.3)
     assert base["mmlu"]["value"] >= 0.8
     assert quantized["mmlu"]["value"] >= 0.8
     assert base["mmlu"]["samples"] == 228
@@ -249,7 +260,7 @@ def test_a_configured_api_is_used_and_shows_the_runs_tasks_tables_chart_card_and
     release = Path(outcome.summary["release"])
     assert json.loads(data["quality"])[1]["base"].startswith("100.00")
     # Prefect's first interface leaves a column without a name out, and its second shows an error for the table.
-    assert all(all(row) for table in ("quality", "gate") for row in json.loads(data[table]))
+    assert all(all(row) for table in ("fidelity", "quality", "gate") for row in json.loads(data[table]))
     assert data["card"].startswith("\n# HQQ-INT8-INT4 tiny-gemma3 model")
     assert data["card"].endswith((release / "README.md").read_text()[-2000:])
     assert [row["result"] for row in json.loads(data["gate"])] == ["pass"] * 11

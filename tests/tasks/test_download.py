@@ -15,16 +15,18 @@ from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS, BUILTIN_TEXTS
 from quantize_gemma.tasks.download import (
     _data_files,
     _digest_of,
     _fetch_resource,
     download,
     download_dataset,
+    download_text,
     remember,
     resolve_dataset,
     resolve_model,
+    resolve_text,
 )
 from quantize_gemma.tasks.models.benchmarks import Resource, describe
 from quantize_gemma.tasks.models.checkpoint import check_finite
@@ -36,6 +38,7 @@ from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.hub_errors import translate_hub_errors
 from tests.hub.server import Hub, serve
 from tests.text_only import write_text_only
+from tests.texts import WIKITEXT, write_wikitext
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +85,20 @@ def bring(benchmark: str, source: Path | str, tmp_path: Path, revision: str = ""
         "target": str(target),
         "paths": {},
         "values": values,
+    }
+    worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
+    return target
+
+
+def bring_text(source: str, tmp_path: Path, revision: str, **environment: str) -> Path:
+    """Runs download_text as the flow does; returns the directory that it filled."""
+    target = tmp_path / "store" / "download_text" / ".partial-x" / "data"
+    target.mkdir(parents=True)
+    call = {
+        "function": "quantize_gemma.tasks.download:download_text",
+        "target": str(target),
+        "paths": {},
+        "values": {"source": source, "revision": revision, "offline": False},
     }
     worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
     return target
@@ -578,3 +595,37 @@ def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hu
     sha = hub.head("model", NAME)
     with pytest.raises(UserError, match="Prefect's Secret block hf-token, which goes before HF_TOKEN"):
         download_from(hub, tmp_path, sha, "hf_old000000", QUANTIZE_GEMMA_TOKEN_BLOCKS="hf-token")
+
+
+def test_of_wikitext_the_test_split_is_fetched_and_its_rows_are_joined_by_two_line_breaks(
+    hub: Hub, tmp_path: Path
+) -> None:
+    sha = hub.add("dataset", WIKITEXT, write_wikitext(tmp_path / "wikitext"))
+    target = bring_text(WIKITEXT, tmp_path, sha, HF_ENDPOINT=hub.url)
+    assert [path.name for path in target.iterdir()] == ["text.txt"]
+    assert (target / "text.txt").read_bytes() == (BUILTIN_TEXTS["tiny-text"] / "text.txt").read_bytes()
+    assert not hub.served("GET", "train-|103")
+
+
+def test_a_text_file_is_pinned_by_its_content_and_must_be_one(tmp_path: Path) -> None:
+    file, target = tmp_path / "notes.txt", tmp_path / "target"
+    target.mkdir()
+    file.write_text("one")
+    resolved = resolve_text(str(file), None, offline=True)
+    assert (resolved.name, resolved.on_hub, resolved.fixture) == ("notes.txt", False, False)
+    download_text(target, resolved.source, resolved.revision, True)
+    assert (target / "text.txt").read_text() == "one"
+    file.write_text("two")
+    with pytest.raises(UserError, match="is changing"):
+        download_text(target, resolved.source, resolved.revision, True)
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        download_text(target, str(file), resolve_text(str(file), None, True).revision, True)
+    with pytest.raises(UserError, match="there is no text file"):
+        resolve_text(str(tmp_path / "nothing.txt"), None, False)
+
+
+def test_a_dataset_without_wikitext_is_refused(hub: Hub, tmp_path: Path) -> None:
+    sha = hub.add("dataset", "cais/mmlu", BUILTIN_BENCHMARKS["mmlu-mini"])
+    with pytest.raises(UserError, match="cais/mmlu has no wikitext-2-raw-v1/test"):
+        bring_text("cais/mmlu", tmp_path, sha, HF_ENDPOINT=hub.url)

@@ -22,7 +22,9 @@ from quantize_gemma.tasks.models.tables import verdict_rows
 from quantize_gemma.tasks.runtime.paired_stats import confidence, count_pairs, share_difference, share_ratio
 from tests.metrics import CHARTQA_INFO, INFO, MMLU, example_json
 
-LIMITS = {
+LIMITS: dict[str, float | None] = {
+    "max_kl": 0.25,
+    "min_same_top": 70.0,
     "max_mmlu_drop": 5.0,
     "max_chartqa_drop": 10.0,
     "min_recovery": 80.0,
@@ -39,13 +41,14 @@ def metrics(mmlu: dict[str, int], kl_program: float = 0.0, differing: dict[str, 
     """Return a metrics.json with these counts of correct answers, and of answers that the program changes."""
     measured = example_json()
     measured["pairs"]["mmlu"] = mmlu
-    measured["quantized"]["mmlu"]["value"] = (mmlu["both"] + mmlu["second"]) / sum(mmlu.values())
+    for column, right in (("base", "first"), ("quantized", "second")):
+        measured[column]["mmlu"] = {**MMLU, "value": (mmlu["both"] + mmlu[right]) / sum(mmlu.values())}
     measured["program"]["agreement"] = {"kl_program": kl_program, "kl_act_quant": 0.03}
     measured["program"]["mmlu"]["differing"] = differing or pairs(0, 0, 0, 100)
     return measured
 
 
-def verdict_on(measured: dict[str, Any], limits: dict[str, float] = LIMITS) -> Verdict:
+def verdict_on(measured: dict[str, Any], limits: dict[str, float | None] = LIMITS) -> Verdict:
     parsed = parse_metrics(measured)
     return judge(parsed.benchmarks, parsed, parsed.pairs, limits)
 
@@ -85,8 +88,10 @@ def test_a_release_fails_beyond_the_largest_drop_or_kl_divergence(
 
 @pytest.mark.parametrize(("right", "failed"), [(240, []), (239, ["mmlu_recovery"])])
 def test_a_release_fails_when_it_recovers_too_little_of_a_low_score(right: int, failed: list[str]) -> None:
-    """Of 2,000 questions the base has 300: 60 fewer are 3 points, and a fifth of what it knew."""
-    verdict = verdict_on(metrics(pairs(right, 300 - right, 0, 1700)))
+    """Of 2,000 questions the base has 300: 60 fewer are 3 points, and a fifth of what it knew. Guesses score 0."""
+    measured = metrics(pairs(right, 300 - right, 0, 1700))
+    measured["benchmarks"]["mmlu"] = {**INFO, "chance": None}
+    verdict = verdict_on(measured)
     assert failed_checks(verdict) == failed
     check = check_named(verdict, "mmlu_recovery")
     assert check.value == pytest.approx(100 * right / 300, abs=1e-4)
@@ -316,7 +321,8 @@ def test_the_verdict_says_that_there_is_nothing_to_compare_with(published: dict[
 def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[str], more: set[str]) -> None:
     required = required_checks(multimodal, [describe(name) for name in names])
     kl = {"program_kl", "program_kl_last", "program_kl_step_by_step", "program_kl_prompts"}
-    assert set(required) == {*kl, *more}
+    assert required[:2] == ["max_kl", "min_same_top"]
+    assert set(required) == {*required[:2], *kl, *more}
     measured = parse_metrics(example_json())
     verdict = verdict_on(example_json())
     every = [replace(verdict.checks[0], name=name) for name in required]
@@ -367,12 +373,16 @@ def test_a_failure_shows_all_checks_and_the_questions_that_the_program_answers_d
     )
     assert [line.split("  ")[0] for line in table.splitlines()] == [
         "check",
+        "max kl",
+        "min same top",
         "mmlu drop",
         "mmlu recovery",
         "mmlu disagreement",
         "program kl",
     ]
     assert [line.rsplit("  ")[-1] for line in table.splitlines()[1:]] == [
+        "pass",
+        "pass",
         "fail",
         "pass (low confidence)",
         "fail",

@@ -29,6 +29,11 @@ STAGES = {
     "answer": "quantize_gemma.tasks.evaluate.answer:answer",
     "evaluate": "quantize_gemma.tasks.evaluate:evaluate",
     "export": "quantize_gemma.tasks.export:export",
+    "download_text": "quantize_gemma.tasks.download:download_text",
+    "fidelity_base": "quantize_gemma.tasks.fidelity.fidelity_base:fidelity_base",
+    "fidelity_quantized": "quantize_gemma.tasks.fidelity.fidelity_quantized:fidelity_quantized",
+    "fidelity_program": "quantize_gemma.tasks.fidelity.fidelity_program:fidelity_program",
+    "fidelity": "quantize_gemma.tasks.fidelity:fidelity",
     "verify": "quantize_gemma.tasks.verify:verify",
     "gate": "quantize_gemma.tasks.gate:gate",
     "card": "quantize_gemma.tasks.card:card",
@@ -311,9 +316,15 @@ def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, s
     if stage == "card":
         return {"checkpoint": data("quantize"), "program": data("export"), "gate": data("gate")}, {"recipe": recipe}
     fixture = {"name": "tiny-gemma3", "revision": "0", "fixture": True}
-    resolved = {"model": {**fixture, "license": {}}, "benchmark": fixture, "chartqa": fixture}
+    resolved = {"model": {**fixture, "license": {}}, "benchmark": fixture, "chartqa": fixture, "text": fixture}
     values: dict[str, Any] = {"resolved": resolved, "recipe": recipe, "required": ["mmlu_drop"]}
-    limits = {"max_mmlu_drop": 5.0, "max_chartqa_drop": 10.0, "min_recovery": 80.0}
+    limits = {
+        "max_kl": 0.25,
+        "min_same_top": 70.0,
+        "max_mmlu_drop": 5.0,
+        "max_chartqa_drop": 10.0,
+        "min_recovery": 80.0,
+    }
     limits |= {"max_disagreement": 2.0, "max_kl_ratio": 2.0}
     values |= {"limits": limits, "versions": fingerprint.versions(LIBRARIES)}
     values |= {"command": "quantize-gemma run", "run_id": "0"}
