@@ -20,7 +20,7 @@ from quantize_gemma.tasks.runtime.lifetime import die_with_parent
 from quantize_gemma.tasks.runtime.reporting import Events
 from quantize_gemma.tasks.runtime.retries import is_retryable
 from quantize_gemma.tasks.runtime.stage import import_function
-from quantize_gemma.tasks.runtime.store import output_folders
+from quantize_gemma.tasks.runtime.store import keep_pinned, output_folders
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 
@@ -42,7 +42,8 @@ def main() -> None:
 def _call(function: str, arguments: JsonObject) -> JsonObject:
     """Call the function; return the event of its result, or of its failure."""
     try:
-        value = import_function(function)(**arguments)
+        with keep_pinned():
+            value = import_function(function)(**arguments)
     except UserError as error:
         return {"event": "user_error", "message": str(error)}
     except MemoryError:
