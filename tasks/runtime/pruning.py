@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 import time
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ def remove_unfinished(root: Path | None = None) -> Removed:
     removed = Removed()
     for incoming in sorted(root.glob(f"*/{INCOMING}*")):
         # A download releases its lock between two tries.
-        touched = max((path.stat().st_mtime for path in incoming.rglob("*")), default=0.0)
+        touched = _last_touched(incoming)
         busy = any(is_locked(path) for path in incoming.parent.glob(f"{LOCK}*"))
         if time.time() - touched > SECONDS_TO_RESUME and not busy:
             removed.add(incoming, delete(incoming))
@@ -119,6 +120,16 @@ def store_size(root: Path | None = None) -> int:
 def incoming_size(stage: str, revision: str, root: Path | None = None) -> int:
     """Return the bytes of a download that was interrupted and will be continued."""
     return disk_usage((root or home()) / stage / f"{INCOMING}{revision[:16]}")
+
+
+def _last_touched(folder: Path) -> float:
+    """Return the latest modification time of what is in a directory; what vanishes meanwhile does not count."""
+    latest = 0.0
+    for parent, _, names in os.walk(folder):
+        for path in (parent, *(os.path.join(parent, name) for name in names)):
+            with contextlib.suppress(FileNotFoundError):
+                latest = max(latest, os.stat(path).st_mtime)
+    return latest
 
 
 def _check_store(root: Path) -> None:

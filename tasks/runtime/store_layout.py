@@ -117,12 +117,14 @@ def remove(folder: Path, artifact_key: str) -> int | None:
     """Remove an artifact or one generation of it, at once for readers, unless a process reads it.
 
     Returns:
-        The bytes of the disk that this frees; None if a process reads it.
+        The bytes of the disk that this frees; None if a process reads it, or another one has removed it.
     """
     stage = folder.parent if folder.name == artifact_key else folder.parent.parent
     aside = stage / f"{PARTIAL}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
     with contextlib.ExitStack() as locks:
-        for manifest in {path.resolve() for path in (folder / MANIFEST, *folder.glob(f"*/{MANIFEST}"))}:
+        for manifest in {
+            (path / MANIFEST).resolve() for path in (folder, current_generation(folder), *generations(folder))
+        }:
             try:
                 stream = locks.enter_context(manifest.open("r+"))
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +132,10 @@ def remove(folder: Path, artifact_key: str) -> int | None:
                 continue
             except BlockingIOError:
                 return None
-        folder.rename(aside)
+        try:
+            folder.rename(aside)
+        except FileNotFoundError:
+            return None
     return delete(aside)
 
 

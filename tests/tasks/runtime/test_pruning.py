@@ -170,3 +170,12 @@ def test_an_artifact_of_an_earlier_version_is_a_miss_and_is_evicted(tmp_path: Pa
     assert store.load("stage", KEY, tmp_path / "before") is None
     assert [path.name for path in pruning.evict(0, 0, tmp_path / "before").paths] == [KEY]
     assert not old.exists()
+
+
+def test_what_another_process_removes_at_the_same_time_is_not_counted(tmp_path: Path) -> None:
+    made = store.produce("stage", KEY, write_file, tmp_path)
+    generation = made.path.parent
+    assert store_layout.remove(generation, KEY) is not None
+    assert store_layout.remove(generation, KEY) is None
+    assert store_layout.remove(generation.parent, KEY) is not None
+    assert store_layout.remove(generation.parent, KEY) is None
