@@ -52,6 +52,10 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.evaluate.answer:SEED": {"answer"},
     "quantize_gemma.tasks.evaluate.chartqa:TOLERANCE": {"record", "evaluate"},
     "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"answer", "responses"},
+<<<<<<< HEAD
+=======
+    "quantize_gemma.tasks.evaluate.packed_lm:share_rows": {"answer", "responses", "program responses"},
+>>>>>>> e15
     "quantize_gemma.tasks.models.benchmarks:describe": set(),
     "quantize_gemma.tasks.models.activation_quantization:_round": MODEL,
     "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
@@ -302,6 +306,7 @@ def test_a_fingerprint_covers_all_that_a_stage_calls_and_loads(
 def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the artifacts' directories and the values that a stage gets."""
     from quantize_gemma.tasks.gate.metrics import LIBRARIES
+    from quantize_gemma.tasks.models.benchmarks import describe
     from quantize_gemma.tasks.models.recipe import load_recipe
 
     def data(name: str) -> str:
@@ -316,6 +321,7 @@ def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, s
     if stage == "card":
         return {"checkpoint": data("quantize"), "program": data("export"), "gate": data("gate")}, {"recipe": recipe}
     fixture = {"name": "tiny-gemma3", "revision": "0", "fixture": True}
+<<<<<<< HEAD
     resolved = {"model": {**fixture, "license": {}}, "benchmark": fixture, "chartqa": fixture, "text": fixture}
     values: dict[str, Any] = {"resolved": resolved, "recipe": recipe, "required": ["mmlu_drop"]}
     limits = {
@@ -325,6 +331,13 @@ def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, s
         "max_chartqa_drop": 10.0,
         "min_recovery": 80.0,
     }
+=======
+    benchmarks = {name: describe(name).card_inputs() for name in ("mmlu", "chartqa")}
+    resolved = {"model": {**fixture, "license": {}}, "datasets": dict.fromkeys(benchmarks, fixture)}
+    values: dict[str, Any] = {"resolved": resolved, "recipe": recipe, "required": ["mmlu_drop"]}
+    values["benchmarks"] = benchmarks
+    limits = {"max_mmlu_drop": 5.0, "max_chartqa_drop": 10.0, "min_recovery": 80.0}
+>>>>>>> e15
     limits |= {"max_disagreement": 2.0, "max_kl_ratio": 2.0}
     values |= {"limits": limits, "versions": fingerprint.versions(LIBRARIES)}
     values |= {"command": "quantize-gemma run", "run_id": "0"}
