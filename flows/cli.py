@@ -1,4 +1,4 @@
-"""The command line: quantize-gemma run, diagnose, check, prune. Its flags are the fields of the models in options.py."""
+"""The command line: run, diagnose, check, and prune. Its flags are the fields of the models in options.py."""
 
 import json
 import logging
