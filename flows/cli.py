@@ -81,8 +81,9 @@ def main() -> None:
     except UserError as error:
         code = _print_error(error)
         # The arguments are invalid, but the command and --json are known.
-        if sys.argv[1:2] == ["run"] and "--json" in sys.argv:
-            print(json.dumps(Summary(error=str(error)).to_json()))
+        summaries = {"run": Summary().to_json(), "diagnose": no_diagnosis()}
+        if "--json" in sys.argv and sys.argv[1] in summaries:
+            print(json.dumps({**summaries[sys.argv[1]], "error": str(error)}))
     sys.stdout.flush()
     sys.exit(code)
 
@@ -167,8 +168,7 @@ def diagnose(
     """
     from quantize_gemma.flows.report import print_damage
 
-    empty: dict[str, Any] = {"rows": [], "heat_map": None, "error": None}
-    results, code = _run_flow(options.run_options(), _load_diagnose, dict(options), empty)
+    results, code = _run_flow(options.run_options(), _load_diagnose, dict(options), no_diagnosis())
     if results["rows"]:
         print_damage(results)
     if json_:
@@ -251,6 +251,11 @@ def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
     from quantize_gemma.tasks.runtime.prefect_stage import missing
 
     return missing(writing_stages(options, model, load_recipe(options.recipe)), [])
+
+
+def no_diagnosis() -> dict[str, Any]:
+    """Return what `quantize-gemma diagnose --json` prints of a diagnosis that has not begun."""
+    return {"rows": [], "heat_map": None, "stages": [], "error": None}
 
 
 def _run_flow(
