@@ -1,4 +1,4 @@
-"""The command line: quantize-gemma run, diagnose, check, prune. Its flags are the fields of the options' models."""
+"""The command line: run, diagnose, check, and prune. Its flags are the fields of the models in options.py."""
 
 import json
 import logging
@@ -83,8 +83,9 @@ def main() -> None:
     except UserError as error:
         code = _print_error(error)
         # The arguments are invalid, but the command and --json are known.
-        if sys.argv[1:2] == ["run"] and "--json" in sys.argv:
-            print(json.dumps(Summary(error=str(error)).to_json()))
+        summaries = {"run": Summary().to_json(), "diagnose": no_diagnosis()}
+        if "--json" in sys.argv and sys.argv[1] in summaries:
+            print(json.dumps({**summaries[sys.argv[1]], "error": str(error)}))
     sys.stdout.flush()
     sys.exit(code)
 
@@ -169,8 +170,7 @@ def diagnose(
     """
     from quantize_gemma.flows.report import print_damage
 
-    empty: dict[str, Any] = {"rows": [], "heat_map": None, "error": None}
-    results, code = _run_flow(options.run_options(), _load_diagnose, dict(options), empty)
+    results, code = _run_flow(options.run_options(), _load_diagnose, dict(options), no_diagnosis())
     if results["rows"]:
         print_damage(results)
     if json_:
@@ -190,7 +190,7 @@ def check(*, options: AllOptions = RunOptions()) -> int:
 
     try:
         plan = check_run(**options.check_inputs())
-        _check_benchmarks(options)
+        _check_data(options)
         local = local_checkpoint(options.model)
         if local is not None:
             function = "quantize_gemma.tasks.models.load_check:check_directory"
@@ -242,9 +242,12 @@ def _limit(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def _check_benchmarks(options: RunOptions) -> None:
-    """Raise UserError if there is no such task, or no such directory of a dataset; a run resolves those on the Hub."""
-    from quantize_gemma.tasks.download import is_path, resolve_dataset
+def _check_data(options: RunOptions) -> None:
+    """Raise UserError if there is no such task, or no such dataset or text on this machine.
+
+    What is on the Hub is resolved when a run starts.
+    """
+    from quantize_gemma.tasks.download import is_path, resolve_dataset, resolve_text
     from quantize_gemma.tasks.models.benchmarks import describe
 
     rows = [describe(name) for name in options.evaluation.benchmark_names()]
@@ -253,6 +256,9 @@ def _check_benchmarks(options: RunOptions) -> None:
         source, revision = sources.get(row.name, (row.dataset, None))
         if is_path(source):
             resolve_dataset(row, source, revision, offline=True)
+    source, revision = options.evaluation.text_source(fixture_model=False)
+    if is_path(source):
+        resolve_text(source, revision, offline=True)
 
 
 def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
@@ -267,6 +273,11 @@ def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
     from quantize_gemma.tasks.runtime.prefect_stage import missing
 
     return missing(writing_stages(options, model, load_recipe(options.recipe)), [])
+
+
+def no_diagnosis() -> dict[str, Any]:
+    """Return what `quantize-gemma diagnose --json` prints of a diagnosis that has not begun."""
+    return {"rows": [], "heat_map": None, "stages": [], "error": None}
 
 
 def _run_flow(

@@ -23,6 +23,8 @@ PLACES = (
     "base_revision",
     "dataset",
     "dataset_revision",
+    "text",
+    "text_revision",
     "recipe",
     "recipe_hash",
     "run_id",
@@ -107,6 +109,7 @@ def card_with(metrics: Metrics, texts: dict[str, str]) -> tuple[str, Metrics]:
     m = replace(
         metrics,
         **{name: texts[name] for name in ("base_model", "base_revision")},
+        text=replace(metrics.text, name=texts["text"], revision=texts["text_revision"]),
         benchmarks={**metrics.benchmarks, "mmlu": replace(info, dataset=dataset)},
         **{name: texts[name] for name in ("recipe", "recipe_hash", "run_id")},
         commands={**metrics.commands, "run": texts["run"]},

@@ -305,7 +305,7 @@ def draw_heat_map(damages: list[Damage], path: Path) -> None:
         axes.set_yticks(range(len(blocks)), [str(block) for block in blocks], fontsize=8.5)
         axes.set_title(f"{kind} quantized alone", fontsize=10.5)
     figure.supylabel("block", fontsize=8.5)
-    figure.colorbar(image, ax=figure.axes, label="KL divergence from the base model, nats")
+    figure.colorbar(image, ax=figure.axes, label="KL divergence, nats")
     figure.savefig(path, dpi=200, metadata={"Software": None})
 
 

@@ -287,9 +287,12 @@ def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_c
     [
         (("--tasks", "mmlu,foo"), "no benchmark or lm-eval task 'foo'"),
         (("--dataset", "mmlu=./nowhere"), "no directory ./nowhere, the dataset of MMLU"),
+        (("--text", "./nowhere"), "no text file ./nowhere"),
     ],
 )
-def test_check_names_a_benchmark_that_is_not_there(arguments: tuple[str, ...], words: str, fresh: CommandLine) -> None:
+def test_check_names_what_an_evaluation_needs_and_is_not_there(
+    arguments: tuple[str, ...], words: str, fresh: CommandLine
+) -> None:
     outcome = fresh("check", *arguments)
     assert outcome.code == 2
     assert words in outcome.stderr

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.models.recipe import load_recipe
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
 from tests.texts import WIKITEXT, write_wikitext
@@ -209,6 +210,37 @@ def test_a_refusal_costs_seconds_and_says_what_to_do(
     assert refused.code == 2, refused.stderr
     for word in words:
         assert word in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.long
+def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_its_card_says_so(
+    published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Everything is int4, with one scale per row; MMLU alone would let it pass."""
+    recipe = load_recipe("HQQ-INT8-INT4").to_json()
+    for rule in recipe["rules"]:
+        if not rule["match"].startswith("vision."):
+            rule |= {"weight": "int4", "group_size": None, "algorithm": "affine"}
+    (tmp_path / "bad.json").write_text(json.dumps(recipe))
+    target = f"{TARGET}-bad"
+    few = ("--tasks", "mmlu", "--limit", "4", "--program-samples", "5", "--target", target)
+    refused = command_line(*RUN, "--recipe", str(tmp_path / "bad.json"), *few, **environment)
+    assert refused.code == 1
+    summary = refused.summary
+    assert summary["published"] is None
+    assert hub.storage.find("model", target) is None
+    checks = {check["name"]: check for check in summary["gate"]["checks"]}
+    assert [name for name, check in checks.items() if check["status"] == "fail"] == ["max_kl"]
+    assert checks["max_kl"]["limit"] == 0.25 < checks["max_kl"]["value"]
+    assert summary["metrics"]["quantized"]["fidelity"]["kl_mean"] == checks["max_kl"]["value"]
+    reason = "on 2,044 tokens of text, the KL divergence from the base model is 0."
+    assert summary["error"].startswith(f"the release fails the gate: {reason}")
+    card = (Path(summary["release"]) / "README.md").read_text()
+    first = card[card.index("\n|") :].split("\n\n")[0].strip().splitlines()
+    assert first[0].startswith("|  | KL, nats |")
+    assert first[2].startswith(f"| as shipped | {checks['max_kl']['value']:.4f} ± ")
+    assert "KL ≤ 0.25: fail" in first[2]
+    assert f"- {reason}" in card
 
 
 def test_what_the_hub_refuses_when_all_is_made_is_a_failure_not_a_mistake(

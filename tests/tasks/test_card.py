@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from quantize_gemma.tasks.card import check_front_matter, read_loading_environments, render
-from quantize_gemma.tasks.card.chart import charts, draw_subjects
+from quantize_gemma.tasks.card.chart import charts, draw_kl_histogram, draw_subjects
 from quantize_gemma.tasks.card.eval_results import eval_results
 from quantize_gemma.tasks.card.front_matter import as_yaml
 from quantize_gemma.tasks.gate.checks import judge
@@ -80,6 +80,47 @@ def test_every_score_has_its_column_its_standard_error_and_its_number_of_questio
     rows = quality(measured)
     assert rows["MMLU, the program's 100 samples"]["program"] == "75.00 ± 4.35"
     assert rows["MMLU, the program's 100 samples"]["base"] == "—"
+
+
+def test_the_first_table_is_the_distance_from_the_base_model_and_says_why_a_release_fails(
+    measured: dict[str, Any],
+) -> None:
+    text = card(measured)
+    first = text[text.index("\n| ") :].split("\n\n")[0].strip().splitlines()
+    assert first[0] == "|  | KL, nats | 99 % | same top, % | perplexity | base | tokens | gate |"
+    assert [line.split("|")[1].strip() for line in first[2:]] == ["as shipped", "program", "weights only", "chat"]
+    assert first[2].endswith("| 7,154 | KL ≤ 0.25: pass, same top ≥ 70: pass |")
+    assert "fails the gate" not in text
+    measured["quantized"]["fidelity"] |= {"kl_mean": 0.464, "kl_mean_stderr": 0.013}
+    judge_again(measured)
+    text = card(measured)
+    assert "| as shipped | 0.4640 ± 0.0130 |" in text
+    assert "KL ≤ 0.25: fail" in text
+    reason = "- on 7,154 tokens of text, the KL divergence from the base model is 0.4640 nats (limit ≤ 0.25): fail"
+    assert text.index("**This release fails the gate, and is not published:**") < text.index(reason)
+
+
+def test_the_histogram_is_as_high_as_the_share_of_the_tokens(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    def height(counts: list[int]) -> int:
+        measured = example_json()
+        measured["quantized"]["fidelity"] |= {
+            "tokens": sum(counts),
+            "kl_histogram": {"edges": [0.0, 1e-5, 1e-3, 1e-1, 100.0], "counts": counts},
+        }
+        for one in (measured["quantized"]["fidelity"]["weights_only"], measured["program"]["fidelity"]):
+            one |= {"tokens": 10, "kl_histogram": {"edges": [0.0, 1e-5, 1e-3, 1e-1, 100.0], "counts": [0, 0, 0, 10]}}
+        draw_kl_histogram(parse_metrics(measured), tmp_path / "kl.png")
+        with Image.open(tmp_path / "kl.png") as image:
+            blue = (np.asarray(image.convert("RGB")) == (0x00, 0x72, 0xB2)).all(-1)
+        # Without the legend, and the line of the mean.
+        rows = np.flatnonzero(blue[150:, :300].sum(1) > 20)
+        return int(rows.max() - rows.min())
+
+    half, whole = height([0, 50, 50, 0]), height([0, 100, 0, 0])
+    assert half == pytest.approx(whole / 2, abs=4)
 
 
 def test_scores_of_different_devices_are_not_compared() -> None:

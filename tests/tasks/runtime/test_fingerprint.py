@@ -52,10 +52,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.evaluate.answer:SEED": {"answer"},
     "quantize_gemma.tasks.evaluate.chartqa:TOLERANCE": {"record", "evaluate"},
     "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"answer", "responses"},
-<<<<<<< HEAD
-=======
     "quantize_gemma.tasks.evaluate.packed_lm:share_rows": {"answer", "responses", "program responses"},
->>>>>>> e15
     "quantize_gemma.tasks.models.benchmarks:describe": set(),
     "quantize_gemma.tasks.models.activation_quantization:_round": MODEL,
     "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
@@ -321,9 +318,10 @@ def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, s
     if stage == "card":
         return {"checkpoint": data("quantize"), "program": data("export"), "gate": data("gate")}, {"recipe": recipe}
     fixture = {"name": "tiny-gemma3", "revision": "0", "fixture": True}
-<<<<<<< HEAD
-    resolved = {"model": {**fixture, "license": {}}, "benchmark": fixture, "chartqa": fixture, "text": fixture}
+    benchmarks = {name: describe(name).card_inputs() for name in ("mmlu", "chartqa")}
+    resolved = {"model": {**fixture, "license": {}}, "datasets": dict.fromkeys(benchmarks, fixture), "text": fixture}
     values: dict[str, Any] = {"resolved": resolved, "recipe": recipe, "required": ["mmlu_drop"]}
+    values["benchmarks"] = benchmarks
     limits = {
         "max_kl": 0.25,
         "min_same_top": 70.0,
@@ -331,13 +329,6 @@ def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, s
         "max_chartqa_drop": 10.0,
         "min_recovery": 80.0,
     }
-=======
-    benchmarks = {name: describe(name).card_inputs() for name in ("mmlu", "chartqa")}
-    resolved = {"model": {**fixture, "license": {}}, "datasets": dict.fromkeys(benchmarks, fixture)}
-    values: dict[str, Any] = {"resolved": resolved, "recipe": recipe, "required": ["mmlu_drop"]}
-    values["benchmarks"] = benchmarks
-    limits = {"max_mmlu_drop": 5.0, "max_chartqa_drop": 10.0, "min_recovery": 80.0}
->>>>>>> e15
     limits |= {"max_disagreement": 2.0, "max_kl_ratio": 2.0}
     values |= {"limits": limits, "versions": fingerprint.versions(LIBRARIES)}
     values |= {"command": "quantize-gemma run", "run_id": "0"}
