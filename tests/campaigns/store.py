@@ -303,7 +303,7 @@ class Runs:
     def fill_the_disk(self, rng: random.Random) -> str | None:
         """Runs some last stages on a disk that may be too small for them: one sentence, and a larger one is enough."""
         self.prepare()
-        stages = rng.sample(["card", "smoke", "untie", "download_chartqa", "download_mmlu", "quantize"], 2)
+        stages = rng.sample(["card", "smoke", "untie", "download_dataset", "evaluate", "quantize"], 2)
         size = disk_usage(self.finished.home)
         with tmpfs(self.folder / "disk", 2 * size) as disk:
             shutil.copytree(self.finished.home, disk / "home", symlinks=True)
