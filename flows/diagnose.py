@@ -10,7 +10,7 @@ from prefect.artifacts import create_image_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
 from quantize_gemma.flows.options import Count, DiagnoseOptions, Flag, ModelName, OptionalText, Text, Texts
-from quantize_gemma.flows.plan import check_download, download_inputs, make_plan, quantize_inputs
+from quantize_gemma.flows.plan import Plan, check_download, download_inputs, make_plan, quantize_inputs
 from quantize_gemma.flows.run import start_run
 from quantize_gemma.tasks.download import download, download_text
 from quantize_gemma.tasks.fidelity.diagnose import HEAT_MAP
@@ -79,15 +79,18 @@ def diagnose(
         plan.remember_revisions()
         results = json.loads(store.read_file(artifact, "results.json"))
         show_damage(artifact.path, results)
+    return {**summarize(plan, artifact), **results, "stages": run.summary.to_json()["stages"], "error": None}
+
+
+def summarize(plan: Plan, artifact: store.Artifact) -> dict[str, Any]:
+    """Return what was diagnosed, and where the heat map is."""
     return {
         "model": plan.model.name,
         "revision": plan.model.revision,
         "recipe": plan.recipe.name,
         "text": plan.text.name,
+        # This path stays the same when the diagnosis is made again.
         "heat_map": str(Path(store.path_of("diagnose", artifact.key)) / HEAT_MAP),
-        **results,
-        "stages": run.summary.to_json()["stages"],
-        "error": None,
     }
 
 
