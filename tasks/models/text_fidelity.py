@@ -142,7 +142,7 @@ def fidelity_rows(quantized: Fidelity, program: ProgramFidelity, checks: Sequenc
     }
     return [
         {
-            "": title,
+            "measurement": title,
             "KL, nats": _with_stderr(one.kl_mean, one.kl_mean_stderr, 4),
             "99 %": f"{one.kl_99:.3f}",
             "same top, %": _with_stderr(100 * one.same_top, _percent(one.same_top_stderr), 1),

@@ -79,7 +79,8 @@ def test_a_bad_checkpoint_is_named_and_nothing_is_left(
     model = tiny_copy()
     work, words = DAMAGES[damage]
     work(model)
-    refused(fresh, words, "--model", str(model))
+    data = ("--text", "tiny-text", "--dataset", "mmlu=mmlu-mini", "chartqa=chartqa-mini")
+    refused(fresh, words, "--model", str(model), *data)
 
 
 def test_too_little_disk_is_said_with_both_sizes(tiny_copy: Callable[[], Path], tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_too_little_disk_is_said_with_both_sizes(tiny_copy: Callable[[], Path], 
         (["--no-custom-sdpa"], ["custom_kv_cache"]),
         (["--no-custom-kv-cache"], ["custom_kv_cache", "sliding window", "64 tokens"]),
         (["--tasks", "mmul"], ["no benchmark or lm-eval task 'mmul'", "mmlu, chartqa, hellaswag"]),
-        (["--dataset", "mmlu=./nowhere"], ["./nowhere", "the layout of cais/mmlu"]),
+        (["--dataset", "mmlu=./nowhere"], ["no directory ./nowhere", "the dataset of MMLU"]),
         (["--dataset", "gsm8k=org/mirror"], ["gsm8k=org/mirror", "one of the tasks mmlu, chartqa"]),
         (["--model", "me/gemma", "--target", "Me/gemma"], ["target is the model itself"]),
         (["--limit"], ["--limit", "requires an argument"]),

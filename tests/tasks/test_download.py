@@ -409,7 +409,7 @@ def test_a_directory_takes_the_place_of_a_benchmarks_dataset(tmp_path: Path) -> 
     assert names_of(target) == {"README.md", "test-0.parquet"}
     (source / "main" / "test-0.parquet").write_bytes(b"changed")
     assert resolve_dataset(row, str(source), None, True).revision != found.revision
-    with pytest.raises(UserError, match=r"\./nowhere has no file of a dataset in the layout of openai/gsm8k"):
+    with pytest.raises(UserError, match=r"there is no directory \./nowhere, the dataset of GSM8K"):
         resolve_dataset(row, "./nowhere", None, True)
 
 
@@ -578,6 +578,8 @@ def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hu
         "    from quantize_gemma.tasks.runtime import hub_client\n"
         "    from quantize_gemma.tasks.download import resolve_model\n"
         "    from quantize_gemma.tasks.runtime.errors import UserError\n"
+        "    from quantize_gemma.tasks.runtime.redact import keep_secrets\n"
+        "    keep_secrets()\n"
         "    print(hub_client.read_environment())\n"
         "    try:\n"
         f"        resolve_model({NAME!r}, None, False)\n"
