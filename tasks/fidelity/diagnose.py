@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
     from quantize_gemma.tasks.fidelity.tokens import Head
 
-# Of a window, every eighth token is scored: lm_head costs as much as the layers.
-POSITIONS = slice(7, WINDOW - 1, 8)
+# Of a window, the first half is read, and every fourth token is scored: the model is read some hundred times, and
+# lm_head costs as much as the layers.
+LENGTH = WINDOW // 2
+POSITIONS = slice(3, LENGTH, 4)
 # Positions whose logits are in memory at once, beside those of the base model.
 CHUNK = 64
 HEAT_MAP = "heat-map.png"
@@ -113,7 +115,7 @@ def diagnose(
             names = {module.name: module.activations for module in group}
             key = {**digests, "sequences": digest_sequences(rows), "modules": names, "device": device}
             columns = load_file(shards.file(PROBE, key, functools.partial(probe.measure, group)))
-            numbers = np.repeat(np.arange(len(rows)), len(range(*POSITIONS.indices(WINDOW))))
+            numbers = np.repeat(np.arange(len(rows)), len(range(LENGTH)[POSITIONS]))
             for module in group:
                 weights, activations = (
                     mean_and_stderr(columns[name].astype(np.float64), numbers) if name in columns else (None, None)
@@ -253,7 +255,7 @@ class Probe:
         """The windows' tokens, [windows, positions]."""
         import torch
 
-        return torch.tensor([row.ids for row in self.rows], device=self.device)
+        return torch.tensor([row.ids[:LENGTH] for row in self.rows], device=self.device)
 
     @functools.cached_property
     def states(self) -> list[Tensor]:
