@@ -76,7 +76,7 @@ def test_eviction_starts_with_the_longest_unused_and_leaves_what_a_process_reads
     assert not list(tmp_path.glob("stage/*/*")), "nothing but locks"
 
 
-def scorer(root: str, removed: str) -> Callable[[list[Any]], list[Any]]:
+def scorer(artifact: str, root: str, removed: str) -> Callable[[list[Any]], list[Any]]:
     def score(requests: list[Any]) -> list[Any]:
         # Prunes during the evaluation, once, when some shards are complete.
         stages = {path.parent.name for path in store_layout.artifact_places(Path(root))}
