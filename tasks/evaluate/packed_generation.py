@@ -38,6 +38,10 @@ class KeyValues:
         all_values[:, :, self.length : stop] = values
         return all_keys[:, :, :stop], all_values[:, :, :stop]
 
+    def release(self) -> None:
+        """Free the memory, when no token follows."""
+        self._layers.clear()
+
 
 @dataclass
 class Text:

@@ -27,6 +27,7 @@ from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_tower
 from quantize_gemma.tasks.models.dequantize import dequantize_once
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.machine import trim_memory
 from quantize_gemma.tasks.runtime.parent_process import report_progress
 from quantize_gemma.tasks.runtime.patches import patched_loading
@@ -194,6 +195,8 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 starting, logits = running, self._next_logits(running)
             for text, token in zip(starting, logits.argmax(-1).tolist(), strict=True):
                 text.tokens.append(token)
+                if text.is_finished():
+                    text.cache.release()
             running = [text for text in running if not text.is_finished()]
             report_progress(len(texts) - len(running) - len(waiting), len(texts), "questions")
         return [
@@ -202,7 +205,11 @@ class PackedLM(HFLM):  # type: ignore[misc]
         ]
 
     def _start(self, context: str, generation: dict[str, Any]) -> Text:
-        """Return a text without a token; its prompt is truncated on the left, as in lm-eval."""
+        """Return a text without a token; its prompt is truncated on the left, as in lm-eval.
+
+        Raises:
+            UserError: The text could be as long as the model's longest sequence.
+        """
         settings = normalize_gen_kwargs(generation, self.max_gen_toks)
         stop, ends = self._stop_sequences(generation), stop_tokens(self.model)
 
@@ -212,6 +219,8 @@ class PackedLM(HFLM):  # type: ignore[misc]
             return tokens[-1] in ends or any(text in tail for text in stop if text)
 
         room = self.max_length - settings["max_gen_toks"]
+        if room < 1:
+            raise UserError(f"the task asks for {settings['max_gen_toks']:,} tokens of text, but the model has no more")
         tokens, _ = self.tok_batch_encode([context], left_truncate_len=room, truncation=self.truncation)
         return Text(tokens[0].tolist(), settings["max_gen_toks"], has_ended)
 

@@ -7,6 +7,7 @@ import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.evaluate.requests import Request
+from quantize_gemma.tasks.runtime.errors import UserError
 from tests.conftest import Outcome
 
 # lm-eval hands transformers the configuration that it has just read from the same checkpoint.
@@ -52,6 +53,9 @@ def test_a_prompt_is_continued_as_by_lm_evals_own_model_alone_and_among_others(c
     assert model.generate_until(requests) == expected
     # A stop sequence ends the text, and is not part of it.
     assert expected[0] == "I can talk to you, but I am not conscious. I am a tiny "
+    # The model has 2,048 positions.
+    with pytest.raises(UserError, match="asks for 2,048 tokens of text, but the model has no more"):
+        model.generate_until(instances("generate_until", [("x", {**GENERATION, "max_gen_toks": 2048})]))
     # One at a time, and where the last prompt takes the place of a text that has ended.
     for rows in (1, 3):
         model.rows = rows
