@@ -51,23 +51,23 @@ def command_line(
 def our_evaluation(
     target: str, checkpoint: str, dataset: str, task: str, limit: int | None, rows: int | None, device: str
 ) -> dict[str, Any]:
-    """Evaluates as the flow does, in one process; `rows` is how many texts are generated together."""
-    from quantize_gemma.tasks.evaluate import evaluate, packed_lm
+    """Evaluates as the flow does, in one process; `rows` is how many sequences run together, at most."""
+    from quantize_gemma.tasks.evaluate import evaluate
     from quantize_gemma.tasks.evaluate.answer import answer
+    from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
     from quantize_gemma.tasks.evaluate.record import record
 
     row, model, data, results = describe(task), Path(checkpoint), Path(dataset), Path(target)
     requests, answers = results / "requests", results / "answers"
     for folder in (requests, answers):
         folder.mkdir()
-    packed_lm.GENERATED_ROWS = rows or packed_lm.GENERATED_ROWS
 
     def run_stages() -> None:
         record(requests, model, data, row.request_inputs(), limit)
-        answer(answers, requests, model, data, device, refresh=True)
+        answer(answers, requests, model, data, device, batch_size=rows or "auto", refresh=True)
         evaluate(results, requests, [answers], data, row.score_inputs(), limit, device)
 
-    return {"evaluation_seconds": _timed(packed_lm.PackedLM, row.kind, run_stages)}
+    return {"evaluation_seconds": _timed(PackedLM, row.kind, run_stages)}
 
 
 def _timed(model: Any, kind: str, evaluate: Any) -> float:
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, default=BUILTIN_BENCHMARKS["mmlu-mini"], help="the task's dataset")
     parser.add_argument("--limit", type=int, help="questions per task, such as an MMLU subject")
     parser.add_argument("--batch-size", default="1", help="the command line's, or several, separated by commas")
-    parser.add_argument("--rows", type=int, help="texts that ours generates together [default: as in a run]")
+    parser.add_argument("--rows", type=int, help="sequences that ours runs together, at most [default: as in a run]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()

@@ -1,9 +1,9 @@
-"""lm-eval's own `hf` model, with log-likelihoods that cost less and are the same to the bit on a CPU.
+"""lm-eval's own `hf` model, with log-likelihoods and texts that cost less; the former are the same to the bit on a CPU.
 
 The command line's default is one request per forward, without padding. Padding changes the last bits of the results,
 through the attention's blocks; the number of rows of a matrix product does not. So several sequences are packed into
 one row without padding: what works on single tokens runs on all of them at once, attention runs on each sequence
-alone. Only the positions whose logits are needed reach lm_head.
+alone. Only the positions whose logits are needed reach lm_head. Generation works likewise; see packed_generation.py.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from quantize_gemma.tasks.evaluate.packed_generation import KeyValues, LastTokens, Text, take_next
 from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_encoder
 from quantize_gemma.tasks.models.dequantize import dequantize_once
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.machine import trim_memory
 from quantize_gemma.tasks.runtime.patches import patched_loading
 from quantize_gemma.tasks.runtime.reporting import report_progress
@@ -32,15 +35,18 @@ from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 # More tokens per batch make no matrix product faster, only the memory larger.
 TOKENS = {"cpu": 4096, "cuda": 32_768}
 # The most positions of a batch; each is a row of logits over the vocabulary.
 POSITIONS = 256
+# The last tokens of a text in which a stop sequence is looked for.
+STOP_TOKENS = 32
 
-# Texts that are generated together. Their prompts are padded to the longest.
-GENERATED_ROWS = 8
+# The most tokens of texts that are generated together, prompts included. For gemma-3-4b, 16,384 take 2.3 GB.
+CACHED_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 
 # lm-eval's: (strings or None, context, continuation), the last two as tokens.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -97,9 +103,8 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 attn_implementation="packed",
             )
         self.tokens = TOKENS[torch.device(device).type]
+        self.cached_tokens = CACHED_TOKENS[torch.device(device).type]
         self.rows = None if batch_size == "auto" else int(batch_size)
-        # On a CPU `batch_size` is in no key, and padding may change a word: there it is always the same.
-        self.batch_size_per_gpu = GENERATED_ROWS if self.rows is None or self.device.type == "cpu" else self.rows
         drop_vision_encoder(self.model)
         if no_act_quant:
             disable_activation_quantization(self.model)
@@ -175,18 +180,72 @@ class PackedLM(HFLM):  # type: ignore[misc]
         return float(torch.cat(scores).sum()), greedy
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the texts: lm-eval's own generation with a key-value cache, of prompts of similar length together."""
-        order = sorted(range(len(requests)), key=lambda number: (-len(requests[number].args[0]), number))
-        texts: dict[int, str] = {}
-        for start in range(0, len(order), self.batch_size_per_gpu):
-            numbers = order[start : start + self.batch_size_per_gpu]
-            batch = super().generate_until([requests[number] for number in numbers], disable_tqdm=True)
-            texts |= dict(zip(numbers, batch, strict=True))
-            report_progress(len(texts), len(requests), "questions")
-        return [texts[number] for number in range(len(requests))]
+        """Return the texts: greedy, or lm-eval's own, one at a time, if a task samples."""
+        if any(request.args[1].get("do_sample") for request in requests):
+            return list(super().generate_until(requests, disable_tqdm=True))
+        texts = [self._start(*request.args) for request in requests]
+        waiting = sorted(texts, key=lambda text: -len(text.prompt))
+        running: list[Text] = []
+        while waiting or running:
+            if starting := take_next(waiting, running, self.rows, self.cached_tokens, self.tokens):
+                rows = [tuple(text.prompt) for text in starting]
+                logits = torch.cat(self._logits(rows, [1] * len(rows), [text.cache for text in starting]))
+                running += starting
+            else:
+                starting, logits = running, self._next_logits(running)
+            for text, token in zip(starting, logits.argmax(-1).tolist(), strict=True):
+                text.tokens.append(token)
+                if text.is_finished():
+                    text.cache.release()
+            running = [text for text in running if not text.is_finished()]
+            report_progress(len(texts) - len(running) - len(waiting), len(texts), "questions")
+        return [
+            postprocess_generated_text(self.tok_decode(text.tokens), self._stop_sequences(request.args[1]), None)
+            for text, request in zip(texts, requests, strict=True)
+        ]
 
-    def _logits(self, batch: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
-        """Return the logits of each row's last `counts` positions, [positions, vocabulary]."""
+    def _start(self, context: str, generation: dict[str, object]) -> Text:
+        """Return a text without a token; its prompt is truncated on the left, as in lm-eval.
+
+        Raises:
+            UserError: The text could be as long as the model's longest sequence.
+        """
+        settings = normalize_gen_kwargs(generation, self.max_gen_toks)
+        stop, ends = self._stop_sequences(generation), stop_tokens(self.model)
+
+        def has_ended(tokens: list[int]) -> bool:
+            # A stop sequence is found where it ends, in the last few tokens.
+            tail = self.tok_decode(tokens[-STOP_TOKENS:], skip_special_tokens=False)
+            return tokens[-1] in ends or any(text in tail for text in stop if text)
+
+        room = self.max_length - settings["max_gen_toks"]
+        if room < 1:
+            raise UserError(f"the task asks for {settings['max_gen_toks']:,} tokens of text, but the model has no more")
+        tokens, _ = self.tok_batch_encode([context], left_truncate_len=room, truncation=self.truncation)
+        return Text(tokens[0].tolist(), settings["max_gen_toks"], has_ended)
+
+    def _stop_sequences(self, generation: dict[str, object]) -> list[str]:
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        return list(handle_stop_sequences(normalize_gen_kwargs(generation)["until"], eos=eos))
+
+    def _next_logits(self, texts: list[Text]) -> Tensor:
+        """Return the logits after the last token of each text, [texts, vocabulary]."""
+        with torch.no_grad():
+            logits: Tensor = self.model(
+                input_ids=torch.tensor([[text.tokens[-1] for text in texts]], device=self.device),
+                position_ids=torch.tensor([[text.cache.length for text in texts]], device=self.device),
+                attention_mask=dict.fromkeys(GEMMA3.layer_types),
+                sequences=LastTokens([text.cache for text in texts]),
+                use_cache=False,
+            ).logits[0]
+        for text in texts:
+            text.cache.length += 1
+        return logits
+
+    def _logits(
+        self, batch: list[tuple[int, ...]], counts: list[int], caches: list[KeyValues] | None = None
+    ) -> list[Tensor]:
+        """Return the logits of each row's last `counts` positions, [positions, vocabulary]; fill its cache, if any."""
         lengths = [len(row) for row in batch]
         ends = torch.tensor(lengths).cumsum(0).tolist()
         positions = [position for end, count in zip(ends, counts, strict=True) for position in range(end - count, end)]
@@ -196,10 +255,12 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 position_ids=torch.cat([torch.arange(length, device=self.device) for length in lengths])[None],
                 # Passed, so that the model makes none of its own over the whole row.
                 attention_mask=dict.fromkeys(GEMMA3.layer_types),
-                sequences=_Sequences(self.model.config, lengths, self.device),
+                sequences=_Sequences(self.model.config, lengths, self.device, caches),
                 use_cache=False,
                 logits_to_keep=torch.tensor(positions, device=self.device),
             ).logits[0]
+        for cache, length in zip(caches or [], lengths, strict=caches is not None):
+            cache.length += length
         return list(logits.split(counts))
 
 
@@ -223,10 +284,24 @@ def score_continuation(logs: Tensor, continuation: list[int]) -> tuple[float, bo
     return float(logs.gather(1, tokens[:, None]).sum()), bool((logs.argmax(-1) == tokens).all())
 
 
+def stop_tokens(model: PreTrainedModel) -> set[int]:
+    """Return the tokens after which a model generates nothing."""
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, list) else {ids} - {None}
+
+
 class _Sequences:
     """The sequences packed in a row, and the masks that the model itself makes for a sequence of each length."""
 
-    def __init__(self, config: PreTrainedConfig, lengths: list[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        lengths: list[int],
+        device: torch.device,
+        caches: list[KeyValues] | None = None,
+    ) -> None:
+        """Take the sequences' lengths, and caches to write their keys and values to."""
+        self.lengths, self.caches = lengths, caches
         # Neighbors of the same length share one call: (length, how many).
         self.runs: list[tuple[int, int]] = []
         for length in lengths:
@@ -245,31 +320,42 @@ class _Sequences:
             for length, _ in self.runs
         }
 
+    def attend(self, module: Gemma3Attention, query: Tensor, key: Tensor, value: Tensor, **kwargs: object) -> Tensor:
+        """Attend within each sequence; see _attend()."""
+        self._fill_caches(module.layer_idx, key, value)
+        outputs = []
+        start = 0
+        for length, count in self.runs:
+            stop = start + length * count
+            tokens = [whole[0, :, start:stop] for whole in (query, key, value)]
+            parts = [torch.unflatten(each, 1, (count, length)).transpose(0, 1) for each in tokens]
+            mask = self.masks[length][module.layer_type]
+            attended, _ = sdpa_attention_forward(module, *parts, mask, **kwargs)
+            outputs.append(attended.flatten(0, 1))
+            start = stop
+        return torch.cat(outputs)[None]
+
+    def _fill_caches(self, layer: int, key: Tensor, value: Tensor) -> None:
+        start = 0
+        for cache, length in zip(self.caches or [], self.lengths, strict=self.caches is not None):
+            cache.extend(layer, key[:, :, start : start + length], value[:, :, start : start + length])
+            start += length
+
 
 def _attend(
-    module: torch.nn.Module,
+    module: Gemma3Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    sequences: _Sequences | None = None,
+    sequences: _Sequences | LastTokens | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence of a row. Tensors are [1, heads, tokens, width], the result [1, tokens, …]."""
     if sequences is None:
         output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output
-    outputs = []
-    start = 0
-    for length, count in sequences.runs:
-        stop = start + length * count
-        tokens = [whole[0, :, start:stop] for whole in (query, key, value)]
-        parts = [torch.unflatten(each, 1, (count, length)).transpose(0, 1) for each in tokens]
-        mask = sequences.masks[length][module.layer_type]
-        attended, _ = sdpa_attention_forward(module, *parts, mask, **kwargs)
-        outputs.append(attended.flatten(0, 1))
-        start = stop
-    return torch.cat(outputs)[None], None
+    return sequences.attend(module, query, key, value, **kwargs), None
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -10,14 +10,18 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import AutoTokenizer
 
-from quantize_gemma.tasks.evaluate.packed_lm import Score, TokenRequest, make_scorer, score_continuation, share_rows
+from quantize_gemma.tasks.evaluate.packed_lm import (
+    STOP_TOKENS,
+    Score,
+    TokenRequest,
+    make_scorer,
+    score_continuation,
+    share_rows,
+)
 from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.pte import PteProgram
 from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.strict_json import JsonValue
-
-# The last tokens of a text in which a stop sequence is looked for.
-STOP_TOKENS = 32
 
 
 class ProgramLM(TemplateLM):  # type: ignore[misc]

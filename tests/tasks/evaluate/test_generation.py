@@ -7,6 +7,7 @@ import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.evaluate.requests import Request
+from quantize_gemma.tasks.runtime.errors import UserError
 from tests.conftest import Outcome
 
 # lm-eval hands transformers the configuration that it has just read from the same checkpoint.
@@ -42,21 +43,23 @@ def reference(checkpoint: Path) -> Any:
 
 
 @pytest.mark.parametrize("column", ["base", "quantized"])
-def test_alone_a_prompt_is_continued_as_by_lm_evals_own_model(column: str, release: Path) -> None:
+def test_a_prompt_is_continued_as_by_lm_evals_own_model_alone_and_among_others(column: str, release: Path) -> None:
     from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
 
     checkpoint = BUILTIN["tiny-gemma3"] if column == "base" else release
     requests = instances("generate_until", [(prompt, dict(GENERATION)) for prompt in PROMPTS])
     expected = reference(checkpoint).generate_until(requests, disable_tqdm=True)
     model = PackedLM(checkpoint, "cpu", "auto", generates=True)
-    model.batch_size_per_gpu = 1
     assert model.generate_until(requests) == expected
     # A stop sequence ends the text, and is not part of it.
     assert expected[0] == "I can talk to you, but I am not conscious. I am a tiny "
-    model.batch_size_per_gpu = 3
-    together = model.generate_until(requests)
-    assert together[0] == expected[0]
-    assert len(together) == 4
+    # The model has 2,048 positions.
+    with pytest.raises(UserError, match="asks for 2,048 tokens of text, but the model has no more"):
+        model.generate_until(instances("generate_until", [("x", {**GENERATION, "max_gen_toks": 2048})]))
+    # One at a time, and where the last prompt takes the place of a text that has ended.
+    for rows in (1, 3):
+        model.rows = rows
+        assert model.generate_until(requests) == expected
 
 
 def test_a_text_depends_on_no_request_of_another_shard(release: Path) -> None:
@@ -66,7 +69,7 @@ def test_a_text_depends_on_no_request_of_another_shard(release: Path) -> None:
     requests = [
         Request("task", place, 0, "generate_until", [prompt, dict(GENERATION)]) for place, prompt in enumerate(PROMPTS)
     ]
-    # On a CPU the option batch_size is in no key: the batches are the same.
+    # On a CPU the option batch_size is in no key.
     assert load_checkpoint_scorer(str(release), "cpu", 2, False, True)(requests) == score(requests)
 
 
@@ -128,3 +131,23 @@ def test_the_scorer_of_a_checkpoint_returns_json_values(release: Path) -> None:
     assert all(isinstance(value, list) and isinstance(value[1], bool) for value in score(pairs))
     rolling = score([Request("task", 0, 0, "loglikelihood_rolling", ["A short text."])])
     assert isinstance(rolling[0], float)
+
+
+def test_texts_start_as_long_as_their_tokens_fit_and_one_in_any_case() -> None:
+    from quantize_gemma.tasks.evaluate.packed_generation import Text, take_next
+
+    def texts(*lengths: int) -> list[Text]:
+        return [Text([0] * length, 10, lambda _tokens: False) for length in lengths]
+
+    def taken(waiting: list[Text], running: list[Text], texts_at_most: int | None = None) -> list[int]:
+        return [len(text.prompt) for text in take_next(waiting, running, texts_at_most, 100, 50)]
+
+    waiting = texts(200, 40, 30, 5, 5)
+    assert taken(waiting, []) == [200]
+    # 40 + 10 and 30 + 10 would fit, but not the prompts together.
+    assert taken(waiting, []) == [40]
+    assert taken(waiting, texts(40)) == [30]
+    assert taken(waiting, texts(40, 30)) == []
+    assert taken(waiting, texts(40), texts_at_most=2) == [5]
+    assert taken(waiting, texts(40)) == [5]
+    assert taken(waiting, []) == waiting == []
