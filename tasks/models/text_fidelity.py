@@ -123,8 +123,7 @@ def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
         # What is in no block has one value: it stands in the first column.
         row[roles[0] if one.block is None else one.role] = "" if value is None else f"{value:.2g}"
     return [
-        {"KL, nats": name, **{role.rpartition(".")[2]: row.get(role, "") for role in roles}}
-        for name, row in cells.items()
+        {"block": name, **{role.rpartition(".")[2]: row.get(role, "") for role in roles}} for name, row in cells.items()
     ]
 
 
@@ -144,7 +143,7 @@ def fidelity_rows(quantized: Fidelity, program: ProgramFidelity, checks: Sequenc
     }
     return [
         {
-            "": title,
+            "measured": title,
             "KL, nats": _with_stderr(one.kl_mean, one.kl_mean_stderr, 4),
             "99 %": f"{one.kl_99:.3f}",
             "same top, %": _with_stderr(100 * one.same_top, _percent(one.same_top_stderr), 1),

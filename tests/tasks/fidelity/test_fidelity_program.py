@@ -57,5 +57,5 @@ def test_the_program_is_as_far_from_the_base_as_its_logits_say(released: Outcome
     # The program is a release's, and no further away than its checkpoint.
     assert results.kl_mean == pytest.approx(results.checkpoint.kl_mean, rel=0.5)
     rows = fidelity_rows(TypeAdapter(Fidelity).validate_python(content["quantized"]), results, ["KL ≤ 1: pass"])
-    assert [row[""] for row in rows] == ["as shipped", "program", "weights only", "chat"]
+    assert [row["measured"] for row in rows] == ["as shipped", "program", "weights only", "chat"]
     assert [row["gate"] for row in rows] == ["KL ≤ 1: pass", "", "", ""]
