@@ -121,8 +121,7 @@ def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
         # What is in no block has one value: it stands in the first column.
         row[roles[0] if one.block is None else one.role] = "" if value is None else f"{value:.2g}"
     return [
-        {"KL, nats": name, **{role.rpartition(".")[2]: row.get(role, "") for role in roles}}
-        for name, row in cells.items()
+        {"block": name, **{role.rpartition(".")[2]: row.get(role, "") for role in roles}} for name, row in cells.items()
     ]
 
 

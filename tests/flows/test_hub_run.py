@@ -237,7 +237,7 @@ def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_it
     assert summary["error"].startswith(f"the release fails the gate: {reason}")
     card = (Path(summary["release"]) / "README.md").read_text()
     first = card[card.index("\n|") :].split("\n\n")[0].strip().splitlines()
-    assert first[0].startswith("|  | KL, nats |")
+    assert first[0].startswith("| measurement | KL, nats |")
     assert first[2].startswith(f"| as shipped | {checks['max_kl']['value']:.4f} ± ")
     assert "KL ≤ 0.25: fail" in first[2]
     assert f"- {reason}" in card

@@ -94,7 +94,7 @@ def test_every_quantized_module_of_the_language_model_has_a_row_a_cell_and_a_pla
     assert (damages[0].role, damages[0].parameters, damages[0].activations) == ("embed_tokens", 2048 * 64, None)
     assert damages[-1].role == "lm_head"
     table = damage_rows(damages, "weights")
-    assert [row["KL, nats"] for row in table] == ["embed_tokens", "block 0", "block 1", "block 2", "lm_head"]
+    assert [row["block"] for row in table] == ["embed_tokens", "block 0", "block 1", "block 2", "lm_head"]
     assert list(table[1])[1:] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert all(table[1].values())
     assert (tmp_path / "out" / HEAT_MAP).read_bytes().startswith(b"\x89PNG")
