@@ -126,17 +126,28 @@ def _gptq(remaining: Tensor, curvature: Curvature, pool: ThreadPoolExecutor) -> 
     columns, rows = remaining.shape
     size = curvature.group_size
     integers = torch.empty(columns, rows, dtype=torch.int8)
-    scales = torch.empty(columns // size, rows)
-    errors = torch.empty(size, rows)
+    scales = torch.empty(columns // size, rows, dtype=torch.float32)
+    errors = torch.empty(size, rows, dtype=torch.float32)
     factors = np.linspace(SMALLEST, LARGEST, CANDIDATES, dtype=np.float32)
     for first in range(0, columns, size):
         last = first + size
         block = curvature.factor[first:last, first:last].contiguous().numpy()
         group, chosen = remaining[first:last].numpy(), integers[first:last].numpy()
         scale = scales[first // size].numpy()
-        _tiles(pool, rows, lambda start, end: _round_group(  # noqa: B023
-            group, block, factors, chosen, scale, errors.numpy(), start, end  # noqa: B023
-        ))
+        _tiles(
+            pool,
+            rows,
+            lambda start, end: _round_group(
+                group,
+                block,
+                factors,
+                chosen,
+                scale,
+                errors.numpy(),
+                start,
+                end,  # noqa: B023
+            ),
+        )
         remaining[last:].addmm_(curvature.factor[first:last, last:].T, errors, alpha=-1)
     return integers, scales
 
@@ -152,16 +163,26 @@ def _descend(
     error = weight[:, curvature.order].T - integers * scales.repeat_interleave(size, 0)
     gradient = curvature.hessian @ error
     del error
-    changes = torch.empty(size, rows)
+    changes = torch.empty(size, rows, dtype=torch.float32)
     for _ in range(passes):
         for first in range(0, columns, size):
             last = first + size
             block = curvature.hessian[first:last, first:last].contiguous().numpy()
             group, chosen = gradient[first:last].numpy(), integers[first:last].numpy()
             scale = scales[first // size].numpy()
-            _tiles(pool, rows, lambda start, end: _improve_group(  # noqa: B023
-                group, block, chosen, scale, changes.numpy(), start, end  # noqa: B023
-            ))
+            _tiles(
+                pool,
+                rows,
+                lambda start, end: _improve_group(
+                    group,
+                    block,
+                    chosen,
+                    scale,
+                    changes.numpy(),
+                    start,
+                    end,  # noqa: B023
+                ),
+            )
             gradient.addmm_(curvature.hessian[:, first:last], changes)
 
 

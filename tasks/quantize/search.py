@@ -47,7 +47,7 @@ def search_scales(rows: Tensor, group_size: int, dtype: str) -> tuple[Tensor, Te
 
     groups = rows.float().reshape(-1, group_size).T.contiguous()
     integers = torch.empty(groups.shape, dtype=torch.int8)
-    scales = torch.empty(groups.shape[1])
+    scales = torch.empty(groups.shape[1], dtype=torch.float32)
     low, high = BOUNDS[dtype]
     # A longer group's scale is all but given by its largest weight: fewer integers are beyond it.
     shares = np.linspace(SMALLEST if dtype == "int4" else 0.95, LARGEST if dtype == "int4" else 1.02, CANDIDATES)
