@@ -74,6 +74,7 @@ class Calibration:
         length: Tokens of a sequence, <bos> included.
         damping: What is added to a Hessian's diagonal, as a share of its mean.
         passes: Passes of coordinate descent after GPTQ.
+        compensation: How much of the error of earlier blocks a linear corrects, from 0 to 1.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -82,6 +83,7 @@ class Calibration:
     length: int = 512
     damping: float = 0.01
     passes: int = 2
+    compensation: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,10 @@ def load_recipe(name: str) -> Recipe:
     if (settings := recipe.calibration) is not None:
         if not any(rule.algorithm == "gptq" for rule in recipe.rules):
             _refuse(path, content, ("calibration",), "is set, but no rule's algorithm is gptq: remove it")
-        if min(settings.sequences, settings.passes + 1) < 1 or settings.length < 2 or not 0 < settings.damping < 1:
-            _refuse(
-                path, content, ("calibration",), "needs sequences >= 1, length >= 2, passes >= 0 and 0 < damping < 1"
-            )
+        whole = min(settings.sequences, settings.length - 1, settings.passes + 1) >= 1
+        if not (whole and 0 < settings.damping < 1 and 0 <= settings.compensation <= 1):
+            ranges = "sequences >= 1, length >= 2, passes >= 0, 0 < damping < 1 and 0 <= compensation <= 1"
+            _refuse(path, content, ("calibration",), f"needs {ranges}")
     return recipe
 
 

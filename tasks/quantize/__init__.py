@@ -132,10 +132,9 @@ def _quantize_decoder(
 
     from quantize_gemma.tasks.quantize.calibrated import Blocks, digest_tokens, quantize_decoder
 
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, attn_implementation="sdpa")
     check_shapes(checkpoint, config, {name: source.shape for name, source in sources.items()})
     config = config.get_text_config()
-    config._attn_implementation = "sdpa"
     tokens = torch.tensor(read_calibration(calibration))
     identity: dict[str, object] = {"recipe": recipe_hash(recipe), "tokens": digest_tokens(tokens)}
     try:

@@ -1,16 +1,16 @@
 """Calibration, one decoder block at a time: what goes into each linear, and its weights by GPTQ.
 
-The inputs of a block are what the quantized blocks before it make of the calibration tokens. Within a block the linears
-are quantized in the order of the data: q, k and v, which share one input and one Hessian; o_proj on the attention of
-the quantized q, k and v; gate_proj and up_proj; down_proj. Each part of the model is run once for it.
+Two models run side by side: the full-precision one, and the one whose blocks are quantized one after the other. Within
+a block the linears are quantized in the order of the data: q, k and v, which share one input and one Hessian; o_proj on
+the attention of the quantized q, k and v; gate_proj and up_proj; down_proj. Each part of a model runs once.
 
-Memory is that of one block in float32, of the tokens' hidden states, and of one Hessian with its factor; that of
-down_proj's inputs, which are kept in bfloat16, is a few times the hidden states'.
+Memory is that of a block in float32 and of the tokens' hidden states, both twice, of one Hessian with its factor, and of
+down_proj's inputs, which are kept in bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,25 +51,35 @@ class QuantizedMatrix:
         return self.integers * self.scales.float().repeat_interleave(size, 1)
 
 
-class Hessian:
-    """The sum of x x^T over inputs x, [tokens, columns], each weighted."""
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the calibration tokens.
 
-    def __init__(self, columns: int) -> None:
-        self.sum = torch.zeros(columns, columns)
+    Attributes:
+        hessian: Of x x^T, where x is a linear's input in the quantized model, [columns, columns].
+        cross: Of (t - x) x^T, where t is the same input in the full-precision model, [columns, columns].
+    """
 
-    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
-        """Add inputs, [tokens, columns], with a weight per token, [tokens]."""
-        inputs = inputs.float()
-        left = inputs if weights is None else inputs * weights[:, None]
-        for first in range(0, len(self.sum), PANEL):
-            self.sum[first : first + PANEL, first:].addmm_(left[:, first : first + PANEL].T, inputs[:, first:])
+    hessian: Tensor
+    cross: Tensor
 
-    def matrix(self) -> Tensor:
-        """Return the whole matrix; nothing can be added any more."""
-        for first in range(0, len(self.sum), PANEL):
+    @classmethod
+    def of(cls, inputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Moments:
+        """Return the moments of pieces of inputs and targets, [..., columns]."""
+        moments: Moments | None = None
+        for piece, target in zip(inputs, targets, strict=True):
+            x, difference = piece.flatten(0, -2), (target - piece).flatten(0, -2)
+            columns = x.shape[1]
+            moments = moments or cls(torch.zeros(columns, columns), torch.zeros(columns, columns))
+            # On and over the diagonal only: it is symmetric.
+            for first in range(0, columns, PANEL):
+                moments.hessian[first : first + PANEL, first:].addmm_(x[:, first : first + PANEL].T, x[:, first:])
+            moments.cross.addmm_(difference.T, x)
+        assert moments is not None, "there are no calibration tokens"
+        for first in range(0, columns, PANEL):
             last = first + PANEL
-            self.sum[last:, first:last] = self.sum[first:last, last:].T
-        return self.sum
+            moments.hessian[last:, first:last] = moments.hessian[first:last, last:].T
+        return moments
 
 
 class Block:
@@ -117,75 +127,116 @@ class Block:
         return added
 
 
-# Called with linears that share an input, and the pieces of that input, [sequences, length, width].
-Visit = Callable[[tuple[str, ...], "Iterable[Tensor]"], None]
+# Linears that share an input, and the pieces of that input, [sequences, length, width].
+Step = tuple[tuple[str, ...], "Iterable[Tensor]"]
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
-@torch.no_grad()
-def run_block(block: Block, hidden: Tensor, visit: Visit = lambda names, inputs: None) -> None:
-    """Replace a block's input, [sequences, length, width], by its output, with `visit` on the way.
+def run_block(block: Block, hidden: Tensor) -> Iterator[Step]:
+    """Yield the inputs of a block's linears, and replace its input, [sequences, length, width], by its output.
 
-    What `visit` changes in the linears that it is called with counts for what follows.
+    How the linears of a step are changed before the next step is asked for counts for what follows.
     """
-    pieces = [slice(first, first + SEQUENCES) for first in range(0, len(hidden), SEQUENCES)]
-    visit(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        (block.layer.input_layernorm(hidden[piece]) for piece in pieces),
-    )
+    pieces = _pieces(hidden)
+    yield QKV, (block.layer.input_layernorm(hidden[piece]) for piece in pieces)
     attended = torch.cat([block.attention(hidden[piece]) for piece in pieces])
-    visit(("self_attn.o_proj",), (attended[piece] for piece in pieces))
+    yield ("self_attn.o_proj",), (attended[piece] for piece in pieces)
     for piece in pieces:
         hidden[piece] = block.add_attention(hidden[piece], attended[piece])
     del attended
-    visit(("mlp.gate_proj", "mlp.up_proj"), (block.layer.pre_feedforward_layernorm(hidden[piece]) for piece in pieces))
+    yield GATE_UP, (block.layer.pre_feedforward_layernorm(hidden[piece]) for piece in pieces)
     activated = torch.cat([block.mlp(hidden[piece]).bfloat16() for piece in pieces])
-    visit(("mlp.down_proj",), (activated[piece].float() for piece in pieces))
+    yield ("mlp.down_proj",), (activated[piece].float() for piece in pieces)
     for piece in pieces:
         hidden[piece] = block.add_mlp(hidden[piece], activated[piece].float())
 
 
+def run_full_block(block: Block, hidden: Tensor) -> Iterator[Step]:
+    """Do what run_block does for a block that does not change: an input is not kept beyond its piece.
+
+    All pieces of a step have to be taken before the next step.
+    """
+    pieces = _pieces(hidden)
+
+    def attended() -> Iterator[Tensor]:
+        for piece in pieces:
+            inputs = block.attention(hidden[piece])
+            hidden[piece] = block.add_attention(hidden[piece], inputs)
+            yield inputs
+
+    def activated() -> Iterator[Tensor]:
+        for piece in pieces:
+            inputs = block.mlp(hidden[piece])
+            hidden[piece] = block.add_mlp(hidden[piece], inputs)
+            yield inputs
+
+    yield QKV, (block.layer.input_layernorm(hidden[piece]) for piece in pieces)
+    yield ("self_attn.o_proj",), attended()
+    yield GATE_UP, (block.layer.pre_feedforward_layernorm(hidden[piece]) for piece in pieces)
+    yield ("mlp.down_proj",), activated()
+
+
 def quantize_block(
-    block: Block, hidden: Tensor, rules: dict[str, Rule], settings: Calibration
+    blocks: tuple[Block, Block], hidden: tuple[Tensor, Tensor], rules: dict[str, Rule], settings: Calibration
 ) -> dict[str, QuantizedMatrix]:
-    """Quantize a block's linears, and replace its input, [sequences, length, width], by its output.
+    """Quantize a block's linears, and replace its inputs, [sequences, length, width], by its outputs.
 
     Args:
-        block: The block, whose linears become the quantized ones.
-        hidden: What the quantized blocks before it make of the calibration tokens.
+        blocks: The block twice: the first one's linears become the quantized ones, the second's stay.
+        hidden: What the quantized blocks, and what the full-precision blocks make of the calibration tokens.
         rules: The rule of each linear with GPTQ, by its name in the block; the others are left alone.
         settings: The recipe's.
     """
     matrices: dict[str, QuantizedMatrix] = {}
-
-    def visit(names: tuple[str, ...], inputs: Iterable[Tensor]) -> None:
+    block, full = blocks
+    steps = zip(run_block(block, hidden[0]), run_full_block(full, hidden[1]), strict=True)
+    for (names, inputs), (_, targets) in steps:
+        moments = Moments.of(inputs, targets)
         chosen = [name for name in names if name in rules]
-        if chosen:
-            hessian = sum_hessian(inputs)
-            sizes = {rules[name].group_size or hessian.shape[1] for name in chosen}
-            assert len(sizes) == 1, f"{chosen} share one order of columns, not group sizes {sizes}"
-            curvature = gptq.prepare(hessian, sizes.pop(), settings.damping)
-            for name in chosen:
-                linear = block.linears[name]
-                matrices[name] = quantize_matrix(linear.weight, curvature, settings.passes)
-                linear.weight.data = matrices[name].dequantize()
-
-    run_block(block, hidden, visit)
+        if not chosen:
+            continue
+        sizes = {rules[name].group_size or len(moments.hessian) for name in chosen}
+        assert len(sizes) == 1, f"{chosen} share one order of columns, not group sizes {sizes}"
+        shifts = {name: block.linears[name].weight @ moments.cross for name in chosen}
+        hessian = moments.hessian
+        del moments  # The cross products of down_proj are as large as its Hessian.
+        curvature = gptq.prepare(hessian, sizes.pop(), settings.damping)
+        del hessian
+        for name in chosen:
+            linear = block.linears[name]
+            matrices[name] = quantize_matrix(linear.weight, shifts.pop(name), curvature, settings)
+            linear.weight.data = matrices[name].dequantize()
     return matrices
 
 
-def sum_hessian(inputs: Iterable[Tensor]) -> Tensor:
-    """Return the Hessian of a linear's squared output error from its inputs, [..., columns]."""
-    hessian: Hessian | None = None
-    for piece in inputs:
-        hessian = hessian or Hessian(piece.shape[-1])
-        hessian.add(piece.flatten(0, -2))
-    assert hessian is not None, "there are no calibration tokens"
-    return hessian.matrix()
+def replay_block(blocks: tuple[Block, Block], hidden: tuple[Tensor, Tensor]) -> None:
+    """Replace a block's inputs by its outputs, as quantize_block does, when its linears are quantized already."""
+    for run, block, states in zip((run_block, run_full_block), blocks, hidden, strict=True):
+        for _, inputs in run(block, states):
+            for _piece in inputs:
+                pass
 
 
-def quantize_matrix(weight: Tensor, curvature: gptq.Curvature, passes: int) -> QuantizedMatrix:
-    """Quantize a linear's weight, float32, [rows, columns], and measure what that does to its outputs."""
-    matrix = QuantizedMatrix(*gptq.quantize_matrix(weight, curvature, passes))
+def _pieces(hidden: Tensor) -> list[slice]:
+    return [slice(first, first + SEQUENCES) for first in range(0, len(hidden), SEQUENCES)]
+
+
+def quantize_matrix(weight: Tensor, shift: Tensor, curvature: gptq.Curvature, settings: Calibration) -> QuantizedMatrix:
+    """Quantize a linear's weight, and measure what that does to its outputs.
+
+    The weights that GPTQ rounds are first moved towards those that make the full-precision model's outputs of the
+    quantized model's inputs, by least squares: so a block corrects some of the error of those before it. All the way
+    fits the calibration text too closely.
+
+    Args:
+        weight: float32, [rows, columns].
+        shift: The weight times the moments' cross products, [rows, columns].
+        curvature: That of the linear's inputs.
+        settings: The recipe's.
+    """
+    moved = weight + settings.compensation * curvature.solve(shift)
+    matrix = QuantizedMatrix(*gptq.quantize_matrix(moved, curvature, settings.passes))
     hessian, order = curvature.hessian, curvature.order
     difference = (matrix.dequantize() - weight)[:, order]
     ordered = weight[:, order]

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
-from quantize_gemma.tasks.models.recipe import Recipe, Rule
+from quantize_gemma.tasks.models.recipe import Calibration, Recipe, Rule
 from quantize_gemma.tasks.quantize.algorithms import quantize_rows
 from quantize_gemma.tasks.quantize.source import SourceTensor, read_rows
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
-from quantize_gemma.tasks.runtime.reporting import log, report_progress
+from quantize_gemma.tasks.runtime.parent_process import log, report_progress
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from quantize_gemma.tasks.quantize.blocks import QuantizedMatrix
 
+# Of the quantized and of the full-precision model.
+Pair = tuple["Tensor", "Tensor"]
 STAGE = "quantize-blocks"
 FILE = "block.safetensors"
 
@@ -86,7 +88,7 @@ def quantize_decoder(
     """
     from safetensors.torch import load_file
 
-    from quantize_gemma.tasks.quantize.blocks import Block, QuantizedMatrix, quantize_block, run_block
+    from quantize_gemma.tasks.quantize.blocks import Block, QuantizedMatrix, quantize_block, replay_block
 
     assert recipe.calibration is not None, f"{recipe.name} has no calibration"
     settings = recipe.calibration
@@ -102,13 +104,14 @@ def quantize_decoder(
             for name, source in sources.items()
             if name.startswith(start)
         }
-        block = Block(config, number, weights)
+        pair = Block(config, number, weights), Block(config, number, weights)
+        block = pair[0]
         of_block = {name: rules[start + name] for name in block.linears if rules[start + name].algorithm == "gptq"}
 
         def compute(
-            block: Block = block, rules: dict[str, Rule] = of_block, start: str = start
+            pair: tuple[Block, Block] = pair, rules: dict[str, Rule] = of_block, start: str = start
         ) -> dict[str, QuantizedMatrix]:
-            matrices = quantize_block(block, hidden, rules, settings)
+            matrices = quantize_block(pair, hidden, rules, settings)
             return {start + name: matrix for name, matrix in matrices.items()}
 
         file, made = blocks.file(str(number), compute)
@@ -117,14 +120,18 @@ def quantize_decoder(
             for name in of_block:
                 matrix = QuantizedMatrix(stored[f"{start}{name}.qdata"], stored[f"{start}{name}.scale"])
                 block.linears[name].weight.data = matrix.dequantize()
-            run_block(block, hidden)
+            replay_block(pair, hidden)
             log(f"block {number} is in the store")
         files.append(file)
         report_progress(number + 1, total, "blocks")
     head = GEMMA3.head_module
     if head in rules and rules[head].algorithm == "gptq":
         norm = read_rows(sources[f"{prefix}norm.weight"]).flatten()
-        files.append(blocks.file(head, lambda: _quantize_head(config, sources, rules[head], recipe, norm, hidden))[0])
+        files.append(
+            blocks.file(
+                head, lambda: _quantize_head(config, sources[f"{head}.weight"], rules[head], settings, norm, hidden)
+            )[0]
+        )
     report_progress(total, total, "blocks")
     return files
 
@@ -134,27 +141,22 @@ def digest_tokens(tokens: Tensor) -> str:
     return hashlib.sha256(store.canonical_json(tokens.tolist())).hexdigest()
 
 
-def _embed(source: SourceTensor, rule: Rule, tokens: Tensor) -> Tensor:
-    """Return the quantized embeddings of tokens, [sequences, length, width], as the decoder reads them."""
+def _embed(source: SourceTensor, rule: Rule, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the embeddings of tokens, quantized and not, [sequences, length, width], as the decoder reads them."""
     import torch
 
-    ids, places = tokens.unique(return_inverse=True)
+    ids, places = torch.unique(tokens, return_inverse=True)
     rows = torch.cat([read_rows(source, int(token), 1) for token in ids]).to(torch.bfloat16)
-    quantized = quantize_rows(rows, rule, "cpu").tensors
-    size = rows.shape[1] // quantized["scale"].shape[1]
-    embeddings = quantized["qdata"] * quantized["scale"].float().repeat_interleave(size, 1)
+    stored = quantize_rows(rows, rule, "cpu").tensors
+    size = rows.shape[1] // stored["scale"].shape[1]
+    quantized = stored["qdata"] * stored["scale"].float().repeat_interleave(size, 1)
     # The model keeps the factor in the checkpoint's dtype.
     factor = torch.tensor(rows.shape[1] ** 0.5, dtype=torch.bfloat16).float()
-    return (embeddings * factor)[places]
+    return (quantized * factor)[places], (rows.float() * factor)[places]
 
 
 def _quantize_head(
-    config: Gemma3TextConfig,
-    sources: Mapping[str, SourceTensor],
-    rule: Rule,
-    recipe: Recipe,
-    norm: Tensor,
-    hidden: Tensor,
+    config: Gemma3TextConfig, source: SourceTensor, rule: Rule, settings: Calibration, norm: Tensor, hidden: Pair
 ) -> dict[str, QuantizedMatrix]:
     """Quantize the head, some rows at a time, on what the last norm makes of the blocks' output."""
     import torch
@@ -162,17 +164,16 @@ def _quantize_head(
 
     from quantize_gemma.tasks.quantize import blocks, gptq
 
-    assert recipe.calibration is not None, f"{recipe.name} has no calibration"
     module = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     module.weight.data = norm.float()
-    source = sources[f"{GEMMA3.head_module}.weight"]
     with torch.no_grad():
-        hessian = blocks.sum_hessian(module(piece) for piece in hidden.split(blocks.SEQUENCES))
-    curvature = gptq.prepare(hessian, rule.group_size or source.shape[1], recipe.calibration.damping)
+        inputs, targets = ((module(piece) for piece in torch.split(states, blocks.SEQUENCES)) for states in hidden)
+        moments = blocks.Moments.of(inputs, targets)
+    curvature = gptq.prepare(moments.hessian, rule.group_size or source.shape[1], settings.damping)
     pieces = []
     for first in range(0, source.shape[0], blocks.HEAD_ROWS):
         rows = read_rows(source, first, min(blocks.HEAD_ROWS, source.shape[0] - first)).float()
-        pieces.append(blocks.quantize_matrix(rows, curvature, recipe.calibration.passes))
+        pieces.append(blocks.quantize_matrix(rows, rows @ moments.cross, curvature, settings))
     return {
         GEMMA3.head_module: blocks.QuantizedMatrix(
             torch.cat([piece.integers for piece in pieces]),

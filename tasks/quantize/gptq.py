@@ -14,6 +14,7 @@ number of threads, so that the bytes do not depend on it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,13 +51,20 @@ class Curvature:
         order: The order in which columns are rounded, [columns].
         hessian: The damped Hessian in that order, float32, [columns, columns].
         factor: The upper Cholesky factor of its inverse, float32, [columns, columns].
+        mean: The mean of the Hessian's diagonal, by which it is divided.
         group_size: How many columns share a scale.
     """
 
     order: Tensor
     hessian: Tensor
     factor: Tensor
+    mean: float
     group_size: int
+
+    def solve(self, products: Tensor) -> Tensor:
+        """Return `products`, [rows, columns], times the inverse of the damped Hessian, in the columns' own order."""
+        solved = products[:, self.order] @ self.factor.T @ self.factor
+        return solved[:, self.order.argsort()] / self.mean
 
 
 def prepare(hessian: Tensor, group_size: int, damping: float) -> Curvature:
@@ -70,8 +78,9 @@ def prepare(hessian: Tensor, group_size: int, damping: float) -> Curvature:
     import torch
 
     diagonal = hessian.diagonal()
-    hessian /= diagonal.mean().clamp_min(1e-30)
-    sizes = diagonal.unflatten(0, (-1, group_size))
+    mean = max(float(diagonal.mean()), 1e-30)
+    hessian /= mean
+    sizes = diagonal.reshape(-1, group_size)
     groups = sizes.sum(1).argsort(descending=True, stable=True)
     inside = sizes.argsort(dim=1, descending=True, stable=True)
     order = (groups[:, None] * group_size + inside[groups]).flatten()
@@ -85,7 +94,7 @@ def prepare(hessian: Tensor, group_size: int, damping: float) -> Curvature:
         damping *= 10
     inverse = torch.linalg.solve_triangular(lower, torch.eye(len(order), device=lower.device), upper=False)
     del lower
-    return Curvature(order, hessian, inverse.flip(0, 1).contiguous(), group_size)
+    return Curvature(order, hessian, inverse.flip(0, 1).contiguous(), mean, group_size)
 
 
 def quantize_matrix(weight: Tensor, curvature: Curvature, passes: int) -> tuple[Tensor, Tensor]:
@@ -134,20 +143,8 @@ def _gptq(remaining: Tensor, curvature: Curvature, pool: ThreadPoolExecutor) -> 
         block = curvature.factor[first:last, first:last].contiguous().numpy()
         group, chosen = remaining[first:last].numpy(), integers[first:last].numpy()
         scale = scales[first // size].numpy()
-        _tiles(
-            pool,
-            rows,
-            lambda start, end: _round_group(
-                group,
-                block,
-                factors,
-                chosen,
-                scale,
-                errors.numpy(),
-                start,
-                end,  # noqa: B023
-            ),
-        )
+        arrays = group, block, factors, chosen, scale, errors.numpy()
+        _tiles(pool, rows, functools.partial(_round_group, *arrays))
         remaining[last:].addmm_(curvature.factor[first:last, last:].T, errors, alpha=-1)
     return integers, scales
 
@@ -170,19 +167,8 @@ def _descend(
             block = curvature.hessian[first:last, first:last].contiguous().numpy()
             group, chosen = gradient[first:last].numpy(), integers[first:last].numpy()
             scale = scales[first // size].numpy()
-            _tiles(
-                pool,
-                rows,
-                lambda start, end: _improve_group(
-                    group,
-                    block,
-                    chosen,
-                    scale,
-                    changes.numpy(),
-                    start,
-                    end,  # noqa: B023
-                ),
-            )
+            arrays = group, block, chosen, scale, changes.numpy()
+            _tiles(pool, rows, functools.partial(_improve_group, *arrays))
             gradient.addmm_(curvature.hessian[:, first:last], changes)
 
 

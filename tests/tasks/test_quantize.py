@@ -307,7 +307,8 @@ def test_a_matrix_is_read_in_chunks_so_that_memory_does_not_depend_on_its_size(
 ) -> None:
     import torch
 
-    from quantize_gemma.tasks.quantize.writer import CHUNK, CheckpointWriter, SourceTensor
+    from quantize_gemma.tasks.quantize.source import SourceTensor
+    from quantize_gemma.tasks.quantize.writer import CHUNK, CheckpointWriter
 
     sizes: list[int] = []
     frombuffer = torch.frombuffer
