@@ -4,7 +4,7 @@ Two models run side by side: the full-precision one, and the one whose blocks ar
 a block the linears are quantized in the order of the data: q, k and v, which share one input and one Hessian; o_proj on
 the attention of the quantized q, k and v; gate_proj and up_proj; down_proj. Each part of a model runs once.
 
-Memory is that of a block in float32 and of the tokens' hidden states, both twice, of one Hessian with its factor, and of
+Memory is that of a block in float32 and of the tokens' hidden states, both twice, of a Hessian with its factor, and of
 down_proj's inputs, which are kept in bfloat16.
 """
 
