@@ -42,12 +42,18 @@ def our_quantize(target: str, checkpoint: str, recipe: str, calibration: str | N
 
 def our_calibrate(target: str, checkpoint: str, text: str, recipe: str, fidelity_text: str) -> dict[str, Any]:
     """Prepare the calibration tokens as the flow does."""
-    from quantize_gemma.tasks.calibrate import calibrate
+    from quantize_gemma.tasks.calibrate import calibrate, digest_text
 
     settings = load_recipe(recipe).calibration
     assert settings is not None, f"{recipe} needs no calibration"
     return calibrate(
-        Path(target), Path(checkpoint), Path(text), settings.sequences, settings.length, Path(fidelity_text)
+        Path(target),
+        Path(checkpoint),
+        text,
+        digest_text(text),
+        settings.sequences,
+        settings.length,
+        Path(fidelity_text),
     )
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantize_gemma.flows.options import RunOptions, command_line
-from quantize_gemma.tasks.check import check_checkpoint, check_disk, check_memory, check_run
+from quantize_gemma.tasks.calibrate import digest_text
+from quantize_gemma.tasks.check import check_calibration, check_checkpoint, check_disk, check_memory, check_run
 from quantize_gemma.tasks.download import download, remember, resolve_dataset, resolve_model
 from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
@@ -78,6 +79,18 @@ class Plan:
         size = min(evaluation.program_samples, row.program_samples or evaluation.program_samples)
         return {"device": "cpu", "sample_size": size, "no_act_quant": column == "no_act_quant"}
 
+    def calibrate_inputs(self) -> Inputs:
+        """Return what the recipe is calibrated on; empty for one that needs no calibration."""
+        settings, text = self.recipe.calibration, self.options.calibration
+        if settings is None or text is None:
+            return {}
+        return {
+            "text": text,
+            "digest": digest_text(text),
+            "sequences": settings.sequences,
+            "length": settings.length,
+        }
+
     def verify_inputs(self) -> Inputs:
         """Return how long the prompts and responses of the program may get."""
         options = self.options
@@ -139,6 +152,7 @@ def make_plan(run: "Run", options: RunOptions) -> Plan:
         UserError: Something cannot work; the message says what, and what to do.
     """
     recipe = load_recipe(options.recipe)
+    check_calibration(recipe, options.calibration)
     device: str = run.call("check", check_run, **options.check_inputs())["device"]
     if (target := publishing_target(options)) is not None:
         run.call("check_target", check_target, target)

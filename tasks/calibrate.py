@@ -1,5 +1,6 @@
 """Calibrate: the token sequences of a text that a calibrated recipe sends through the model."""
 
+import hashlib
 from pathlib import Path
 
 from quantize_gemma.tasks.models.calibration import write_calibration
@@ -10,27 +11,37 @@ from quantize_gemma.tasks.runtime.stage import Output, stage
 OVERLAP = 32
 
 
-@stage()
+@stage(ignored=("text",))
 def calibrate(
-    target: Path, checkpoint: Path, text: Path, sequences: int, length: int, fidelity_text: Path | None = None
+    target: Path,
+    checkpoint: Path,
+    text: str,
+    digest: str,
+    sequences: int,
+    length: int,
+    fidelity_text: Path | None = None,
 ) -> Output:
     """Fill `target` with calibration.json: sequences of token ids, each <bos> and consecutive tokens of the text.
 
     Args:
         target: An empty directory.
         checkpoint: A checkpoint with its tokenizer.
-        text: A text file, or a directory with one.
+        text: The path of a text file.
+        digest: The SHA-256 that the file had when the run started.
         sequences: How many sequences to take, evenly spread over the text; fewer if it is shorter.
         length: Tokens of a sequence, <bos> included.
         fidelity_text: What the result is measured on, if anything: a text file, or a directory with one.
 
     Raises:
-        UserError: The text is too short, is not UTF-8, or shares OVERLAP tokens in a row with the fidelity text.
+        UserError: The text is too short, is not UTF-8, has changed, or shares OVERLAP tokens in a row with the
+            fidelity text.
     """
     from transformers import AutoTokenizer
 
+    if digest_text(text) != digest:
+        raise UserError(f"the calibration text {text} changed while the run was going on: start it again")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    tokens: list[int] = tokenizer(_read(text), add_special_tokens=False)["input_ids"]
+    tokens: list[int] = tokenizer(_read(Path(text)), add_special_tokens=False)["input_ids"]
     if fidelity_text is not None:
         measured: list[int] = tokenizer(_read(fidelity_text), add_special_tokens=False)["input_ids"]
         shared = find_overlap(tokens, measured)
@@ -46,7 +57,13 @@ def calibrate(
             "use a longer one"
         )
     write_calibration(target, chosen)
-    return {"metadata": {"sequences": len(chosen), "length": length, "tokens": len(chosen) * length}}
+    counts = {"sequences": len(chosen), "length": length, "tokens": len(chosen) * length}
+    return {"metadata": {"text": digest, **counts}}
+
+
+def digest_text(text: str) -> str:
+    """Return the SHA-256 of a text file. Raises UserError if it cannot be read as UTF-8."""
+    return hashlib.sha256(_read(Path(text)).encode()).hexdigest()
 
 
 def spread_windows(tokens: list[int], bos: int, count: int, length: int) -> list[list[int]]:

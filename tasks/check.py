@@ -78,6 +78,16 @@ def check_run(
     return plan
 
 
+def check_calibration(recipe: Recipe, text: str | None) -> None:
+    """Raise UserError unless a calibrated recipe comes with a text file, and any other recipe without one."""
+    if recipe.calibration is not None and text is None:
+        raise UserError(f"the recipe {recipe.name} is calibrated: set --calibration to a text file")
+    if recipe.calibration is None and text is not None:
+        raise UserError(f"the recipe {recipe.name} needs no calibration: leave out --calibration")
+    if text is not None and not Path(text).is_file():
+        raise UserError(f"there is no calibration text at {text}: use the path of a text file")
+
+
 def resolve_device(device: str) -> str:
     """Return where the evaluation runs: "auto" is the GPU of this machine, if it has one.
 

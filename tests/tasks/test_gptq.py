@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantize_gemma.tasks.builtin import BUILTIN
-from quantize_gemma.tasks.calibrate import OVERLAP, calibrate, find_overlap, spread_windows
+from quantize_gemma.tasks.calibrate import OVERLAP, calibrate, digest_text, find_overlap, spread_windows
 from quantize_gemma.tasks.models.calibration import read_calibration
 from quantize_gemma.tasks.models.checkpoint import load_model
 from quantize_gemma.tasks.models.recipe import load_recipe
@@ -126,7 +126,7 @@ def calibration(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("calibration")
     text = target.with_suffix(".txt")
     text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md"))), encoding="utf-8")
-    calibrate(target, untied, text, 4, 96)
+    calibrate(target, untied, str(text), digest_text(str(text)), 4, 96)
     return target
 
 
@@ -212,10 +212,13 @@ def test_a_calibration_text_that_shares_a_run_of_tokens_with_the_fidelity_text_i
     (tmp_path / "theirs.txt").write_text("Nothing of it. " * 50 + "\n".join(lines[:20]), encoding="utf-8")
     target = tmp_path / "target"
     target.mkdir()
+    text = str(tmp_path / "mine.txt")
     with pytest.raises(UserError, match="shares 32 tokens in a row"):
-        calibrate(target, untied, tmp_path / "mine.txt", 2, 32, tmp_path / "theirs.txt")
+        calibrate(target, untied, text, digest_text(text), 2, 32, tmp_path / "theirs.txt")
     with pytest.raises(UserError, match="use a longer one"):
-        calibrate(target, untied, tmp_path / "mine.txt", 2, 100_000)
+        calibrate(target, untied, text, digest_text(text), 2, 100_000)
+    with pytest.raises(UserError, match="changed while"):
+        calibrate(target, untied, text, "0" * 64, 2, 32)
 
 
 def test_overlap_counts_from_a_full_run_on() -> None:
