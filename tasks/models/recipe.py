@@ -242,7 +242,7 @@ def _check_gptq(path: Path, content: Mapping[str, Any], number: int, recipe: Rec
     """Raise UserError for a rule with `gptq` that has no calibration, or is not what it is written for."""
     rule, where = recipe.rules[number], ("rules", number)
     if recipe.calibration is None:
-        _refuse(path, content, (*where, "algorithm"), "needs the recipe's field calibration: {} for the defaults")
+        _refuse(path, content, (*where, "algorithm"), 'is gptq: add "calibration": {} to the recipe, or its settings')
     if rule.match not in ("linear", "lm_head"):
         _refuse(path, content, (*where, "match"), "must be linear or lm_head with gptq: no text reaches other modules")
     if rule.weight != "int4" or rule.group_size is None:
