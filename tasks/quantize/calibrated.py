@@ -19,7 +19,7 @@ from quantize_gemma.tasks.quantize.algorithms import quantize_rows
 from quantize_gemma.tasks.quantize.source import SourceTensor, read_rows
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
-from quantize_gemma.tasks.runtime.parent_process import log, report_progress
+from quantize_gemma.tasks.runtime.reporting import log, report_progress
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 if TYPE_CHECKING:
