@@ -67,7 +67,7 @@ def quantize(
         raise UserError(f"the recipe {parsed.name} needs {'a' if parsed.calibration else 'no'} calibration text")
     threads = torch.get_num_threads()
     try:
-        with _open_tensors(checkpoint) as sources, contextlib.ExitStack() as stack:
+        with _open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
             rules = decide(parsed, linear_shapes({name: source.shape for name, source in sources.items()}))
             quantized = {}
             if calibration is not None:

@@ -49,23 +49,23 @@ class Blocks:
     refresh: bool = False
 
     def file(self, name: str, compute: Callable[[], Mapping[str, QuantizedMatrix]]) -> tuple[Path, bool]:
-        """Return the file of a block's quantized matrices, and whether `compute` has made it now."""
+        """Return the file of a block's quantized matrices, and whether it was computed now."""
         from safetensors.torch import save_file
 
-        made: list[bool] = []
+        computed: list[bool] = []
 
         def write(target: Path) -> JsonObject:
             matrices = compute()
             tensors = {f"{module}.qdata": matrix.integers for module, matrix in matrices.items()}
             tensors |= {f"{module}.scale": matrix.scales for module, matrix in matrices.items()}
             save_file(tensors, target / FILE)
-            made.append(True)
+            computed.append(True)
             return {"metadata": {"error": {module: round(matrix.error, 8) for module, matrix in matrices.items()}}}
 
         code = fingerprint("quantize_gemma.tasks.quantize.blocks:quantize_block")
         key = store.key(STAGE, [], {**self.identity, "block": name}, code)
         artifact = store.produce(STAGE, key, write, self.root, self.refresh, pinned=True)
-        return artifact.path / FILE, bool(made)
+        return artifact.path / FILE, bool(computed)
 
 
 def quantize_decoder(
@@ -114,8 +114,8 @@ def quantize_decoder(
             matrices = quantize_block(pair, hidden, rules, settings)
             return {start + name: matrix for name, matrix in matrices.items()}
 
-        file, made = blocks.file(str(number), compute)
-        if not made:
+        file, computed = blocks.file(str(number), compute)
+        if not computed:
             stored = load_file(file)
             for name in of_block:
                 matrix = QuantizedMatrix(stored[f"{start}{name}.qdata"], stored[f"{start}{name}.scale"])
