@@ -47,8 +47,7 @@ def quantize(
         target: An empty directory.
         checkpoint: The untied checkpoint.
         recipe: The recipe as JSON values; see Recipe.to_json.
-        device: cpu, or cuda, which adds up in another order: a scale may differ in its last bit. Calibrated
-            matrices are computed on the CPU.
+        device: cpu, or cuda, which adds up in another order: a scale may differ in its last bit.
         calibration: What calibrate() wrote; None for a recipe that needs none.
         refresh: Quantize decoder blocks again that are in the store.
 
@@ -71,7 +70,7 @@ def quantize(
             rules = decide(parsed, linear_shapes({name: source.shape for name, source in sources.items()}))
             quantized = {}
             if calibration is not None:
-                files = _quantize_decoder(checkpoint, sources, rules, parsed, calibration, refresh, stack)
+                files = _quantize_decoder(checkpoint, sources, rules, parsed, calibration, device, refresh, stack)
                 quantized = stack.enter_context(_open_blocks(files))
             torch.set_num_threads(1)  # The writer has its own threads, with which torch's would compete for the cores.
             with CheckpointWriter(
@@ -123,10 +122,14 @@ def _quantize_decoder(
     rules: Mapping[str, Rule],
     recipe: Recipe,
     calibration: Path,
+    device: str,
     refresh: bool,
     stack: contextlib.ExitStack,
 ) -> list[Path]:
-    """Return the files of the calibrated blocks, in the checkpoint's store, or in one that ends with `stack`."""
+    """Return the files of the calibrated blocks, in the checkpoint's store, or in one that ends with `stack`.
+
+    Its parameters are the stage's, and what quantize() has opened.
+    """
     import torch
     from transformers import AutoConfig
 
@@ -136,13 +139,13 @@ def _quantize_decoder(
     check_shapes(checkpoint, config, {name: source.shape for name, source in sources.items()})
     config = config.get_text_config()
     tokens = torch.tensor(read_calibration(calibration))
-    identity: dict[str, object] = {"recipe": recipe_hash(recipe), "tokens": digest_tokens(tokens)}
+    identity: dict[str, object] = {"recipe": recipe_hash(recipe), "tokens": digest_tokens(tokens), "device": device}
     try:
         identity["checkpoint"], root = store.read_artifact(checkpoint).digest, store.root_of(checkpoint)
     except StageFailed:  # A benchmark's or a test's checkpoint is in no store.
         identity["checkpoint"] = str(checkpoint)
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    return quantize_decoder(config, sources, rules, recipe, tokens, Blocks(root, identity, refresh))
+    return quantize_decoder(config, sources, rules, recipe, tokens, Blocks(root, identity, refresh), device)
 
 
 @contextlib.contextmanager

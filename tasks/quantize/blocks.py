@@ -6,6 +6,9 @@ the attention of the quantized q, k and v; gate_proj and up_proj; down_proj. Eac
 
 Memory is that of a block in float32 and of the tokens' hidden states, both twice, of a Hessian with its factor, and of
 down_proj's inputs, which are kept in bfloat16.
+
+The blocks run, and Hessians are added up and inverted, on the device that the weights and the hidden states are on; the
+rounding is gptq.py's, on the CPU.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ class Moments:
         for piece, target in zip(inputs, targets, strict=True):
             x, difference = piece.flatten(0, -2), (target - piece).flatten(0, -2)
             columns = x.shape[1]
-            moments = moments or cls(torch.zeros(columns, columns), torch.zeros(columns, columns))
+            moments = moments or cls(x.new_zeros(columns, columns), x.new_zeros(columns, columns))
             # On and over the diagonal only: it is symmetric.
             for first in range(0, columns, PANEL):
                 moments.hessian[first : first + PANEL, first:].addmm_(x[:, first : first + PANEL].T, x[:, first:])
@@ -97,7 +100,7 @@ class Block:
         layer.self_attn.o_proj = layer.mlp.down_proj = torch.nn.Identity()
         self.kind = config.layer_types[number]
         self.window = config.sliding_window if self.kind == "sliding_attention" else None
-        self.rotary = Gemma3RotaryEmbedding(config)
+        self.rotary = Gemma3RotaryEmbedding(config).to(self.o_proj.weight.device)
 
     def attention(self, hidden: Tensor) -> Tensor:
         """Return o_proj's input, [sequences, length, width], from the block's."""
@@ -198,15 +201,15 @@ def quantize_block(
             continue
         sizes = {rules[name].group_size or len(moments.hessian) for name in chosen}
         assert len(sizes) == 1, f"{chosen} share one order of columns, not group sizes {sizes}"
-        shifts = {name: block.linears[name].weight @ moments.cross for name in chosen}
+        shifts = {name: (block.linears[name].weight @ moments.cross).cpu() for name in chosen}
         hessian = moments.hessian
         del moments  # The cross products of down_proj are as large as its Hessian.
-        curvature = gptq.prepare(hessian, sizes.pop(), settings.damping)
+        curvature = gptq.prepare(hessian, sizes.pop(), settings.damping).cpu()
         del hessian
         for name in chosen:
             linear = block.linears[name]
-            matrices[name] = quantize_matrix(linear.weight, shifts.pop(name), curvature, settings)
-            linear.weight.data = matrices[name].dequantize()
+            matrices[name] = quantize_matrix(linear.weight.cpu(), shifts.pop(name), curvature, settings)
+            linear.weight.data = matrices[name].dequantize().to(linear.weight.device)
     return matrices
 
 

@@ -75,6 +75,7 @@ def quantize_decoder(
     recipe: Recipe,
     tokens: Tensor,
     blocks: Blocks,
+    device: str = "cpu",
 ) -> list[Path]:
     """Return the files of all quantized blocks and of the head.
 
@@ -85,6 +86,7 @@ def quantize_decoder(
         recipe: The recipe, which has a calibration.
         tokens: Token ids, [sequences, length].
         blocks: Where finished blocks are.
+        device: Where the blocks run.
     """
     from safetensors.torch import load_file
 
@@ -94,13 +96,14 @@ def quantize_decoder(
     settings = recipe.calibration
     embedding = next(name for name in sources if name.endswith(f"{GEMMA3.embedding_module}.weight"))
     prefix = embedding.removesuffix(f"{GEMMA3.embedding_module}.weight")
-    hidden = _embed(sources[embedding], rules[embedding.removesuffix(".weight")], tokens)
+    embedded = _embed(sources[embedding], rules[embedding.removesuffix(".weight")], tokens)
+    hidden = embedded[0].to(device), embedded[1].to(device)
     files = []
     total = config.num_hidden_layers + 1
     for number in range(config.num_hidden_layers):
         start = f"{prefix}layers.{number}."
         weights = {
-            name.removeprefix(start): read_rows(source).view(source.shape)
+            name.removeprefix(start): read_rows(source).view(source.shape).to(device)
             for name, source in sources.items()
             if name.startswith(start)
         }
@@ -119,14 +122,14 @@ def quantize_decoder(
             stored = load_file(file)
             for name in of_block:
                 matrix = QuantizedMatrix(stored[f"{start}{name}.qdata"], stored[f"{start}{name}.scale"])
-                block.linears[name].weight.data = matrix.dequantize()
+                block.linears[name].weight.data = matrix.dequantize().to(device)
             replay_block(pair, hidden)
             log(f"block {number} is in the store")
         files.append(file)
         report_progress(number + 1, total, "blocks")
     head = GEMMA3.head_module
     if head in rules and rules[head].algorithm == "gptq":
-        norm = read_rows(sources[f"{prefix}norm.weight"]).flatten()
+        norm = read_rows(sources[f"{prefix}norm.weight"]).flatten().to(device)
         files.append(
             blocks.file(
                 head, lambda: _quantize_head(config, sources[f"{head}.weight"], rules[head], settings, norm, hidden)
@@ -169,11 +172,12 @@ def _quantize_head(
     with torch.no_grad():
         inputs, targets = ((module(piece) for piece in torch.split(states, blocks.SEQUENCES)) for states in hidden)
         moments = blocks.Moments.of(inputs, targets)
-    curvature = gptq.prepare(moments.hessian, rule.group_size or source.shape[1], settings.damping)
+    curvature = gptq.prepare(moments.hessian, rule.group_size or source.shape[1], settings.damping).cpu()
+    cross = moments.cross.cpu()
     pieces = []
     for first in range(0, source.shape[0], blocks.HEAD_ROWS):
         rows = read_rows(source, first, min(blocks.HEAD_ROWS, source.shape[0] - first)).float()
-        pieces.append(blocks.quantize_matrix(rows, rows @ moments.cross, curvature, settings))
+        pieces.append(blocks.quantize_matrix(rows, rows @ cross, curvature, settings))
     return {
         GEMMA3.head_module: blocks.QuantizedMatrix(
             torch.cat([piece.integers for piece in pieces]),

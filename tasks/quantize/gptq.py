@@ -61,6 +61,11 @@ class Curvature:
     mean: float
     group_size: int
 
+    def cpu(self) -> Curvature:
+        """Return it on the CPU, where matrices are rounded."""
+        order, hessian, factor = self.order.cpu(), self.hessian.cpu(), self.factor.cpu()
+        return Curvature(order, hessian, factor, self.mean, self.group_size)
+
     def solve(self, products: Tensor) -> Tensor:
         """Return `products`, [rows, columns], times the inverse of the damped Hessian, in the columns' own order."""
         solved = products[:, self.order] @ self.factor.T @ self.factor
