@@ -2,13 +2,12 @@
 
 Every recipe goes through the flow's own stages, each in a process of its own. Quality is fidelity's, of the weights
 alone: both models in float32 without quantized activations, on the first windows of the text. On disk an int4 weight
-takes a byte, so sizes are compared by the program (with --export) and by `packed_bytes`: the bits of integers and
-scales, and what is not quantized.
+takes a byte, so sizes are compared by the program and by `packed_bytes`: the bits of integers and scales, and what is
+not quantized.
 """
 
 import argparse
 import json
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from benchmarks.side_by_side import machine, run
 from quantize_gemma.tasks.models.checkpoint import linear_shapes, read_headers
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
-from quantize_gemma.tasks.models.recipe import Recipe, decide, load_recipe
+from quantize_gemma.tasks.models.recipe import Recipe, decide, load_recipe, packed_bytes
 
 RECIPES = ("HQQ-INT8-INT4", "SEARCH-INT8-INT4", "GPTQ-INT8-INT4", "GPTQ-INT8-INT4-HEAD8")
 # What export() takes besides the checkpoint.
@@ -59,16 +58,20 @@ def our_calibrate(target: str, checkpoint: str, text: str, recipe: str, fidelity
 
 def our_fidelity_base(target: str, checkpoint: str, text: str, windows: int) -> dict[str, Any]:
     """Compute the base model's hidden states as the flow does."""
-    from quantize_gemma.tasks.fidelity import fidelity_base
+    from quantize_gemma.tasks.fidelity.fidelity_base import fidelity_base
 
     return fidelity_base(Path(target), Path(checkpoint), Path(text), windows, "cpu")
 
 
 def our_fidelity(target: str, base: str, states: str, checkpoint: str) -> dict[str, Any]:
     """Compare a checkpoint with the base model as the flow does."""
-    from quantize_gemma.tasks.fidelity import fidelity_quantized
+    from quantize_gemma.tasks.fidelity import summarize_quantized
+    from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
 
-    return fidelity_quantized(Path(target), Path(base), Path(states), Path(checkpoint), "cpu")
+    output = fidelity_quantized(Path(target), Path(base), [Path(states)], Path(checkpoint), "cpu")
+    results = summarize_quantized([Path(target)])
+    (Path(target) / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    return output
 
 
 def our_export(target: str, checkpoint: str, **options: Any) -> dict[str, Any]:
@@ -78,19 +81,10 @@ def our_export(target: str, checkpoint: str, **options: Any) -> dict[str, Any]:
     return export(Path(target), Path(checkpoint), **options)
 
 
-def packed_bytes(checkpoint: Path, recipe: Recipe | None) -> int:
-    """Return the bytes of an untied checkpoint's weights: integers at their width, scales and the rest in bfloat16."""
+def count_packed_bytes(checkpoint: Path, recipe: Recipe | None) -> int:
+    """Return packed_bytes() of an untied checkpoint, or of a base checkpoint without a recipe."""
     shapes = {GEMMA3.runtime_name(name): tensor.shape for name, tensor in read_headers(checkpoint).items()}
-    rules = decide(recipe, linear_shapes(shapes)) if recipe else {}
-    bits = 0
-    for name, shape in shapes.items():
-        rule = rules.get(name.removesuffix(".weight"))
-        if rule is None:
-            bits += 16 * math.prod(shape)
-        else:
-            scales = shape[0] * (shape[1] // rule.group_size if rule.group_size else 1)
-            bits += int(rule.weight.removeprefix("int")) * math.prod(shape) + 16 * scales
-    return bits // 8
+    return packed_bytes(shapes, decide(recipe, linear_shapes(shapes)) if recipe else {})
 
 
 def measure(
@@ -107,7 +101,7 @@ def measure(
     shutil.copyfile(text, corpus / "text.txt")
     run("benchmarks.quality:our_untie", target=untied, checkpoint=model)
     done = run("benchmarks.quality:our_fidelity_base", target=states, checkpoint=untied, text=corpus, windows=windows)
-    base = {"name": "base", "packed_bytes": packed_bytes(model, None), "kl_mean": 0.0, "same_top": 1.0}
+    base = {"name": "base", "packed_bytes": count_packed_bytes(model, None), "kl_mean": 0.0, "same_top": 1.0}
     rows: list[dict[str, Any]] = [{**base, "seconds": done["seconds"], "peak_rss_bytes": done["peak_rss_bytes"]}]
     for name in recipes:
         recipe, tokens = load_recipe(name), None
@@ -129,11 +123,13 @@ def measure(
         run("benchmarks.quality:our_fidelity", target=results, base=untied, states=states, checkpoint=quantized)
         metrics = json.loads((results / "results.json").read_text(encoding="utf-8"))["weights_only"]
         rows[0]["ppl"] = metrics["ppl_base"]
-        row = {"name": recipe.name, "packed_bytes": packed_bytes(untied, recipe)}
+        row = {"name": recipe.name, "packed_bytes": count_packed_bytes(untied, recipe)}
         if export:
             run("benchmarks.quality:our_export", target=fresh("program"), checkpoint=quantized, **EXPORT)
             row["program_bytes"] = (folder / "program" / "model.pte").stat().st_size
         row |= {key: metrics[key] for key in ("ppl", "kl_mean", "same_top")}
+        if len(rows) == 1:  # Its perplexity is known by now.
+            print(format_row(rows[0]))
         rows.append({**row, "seconds": step["seconds"], "peak_rss_bytes": step["peak_rss_bytes"]})
         print(format_row(rows[-1]), flush=True)
     return [{column: row.get(column) for column in COLUMNS} for row in rows]
@@ -167,7 +163,12 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="the text to calibrate on")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="names, or paths that end in .json")
     parser.add_argument("--windows", type=int, default=10, help="windows of 512 tokens of the text [default: 10]")
-    parser.add_argument("--export", action="store_true", help="export each recipe's program, for its size")
+    parser.add_argument(
+        "--export",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="export each recipe's program, for its size [default: export]",
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     print("| recipe | program, bytes | packed, bytes | PPL | KL | same top token, % | seconds | peak memory, GB |")
@@ -182,7 +183,6 @@ def main() -> None:
             options.windows,
             options.export,
         )
-    print(format_row(rows[0]))
     if options.json:
         result = {"model": str(options.model), "machine": machine(), "text": options.text.name, "recipes": rows}
         print(json.dumps(result))

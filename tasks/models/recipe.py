@@ -7,6 +7,7 @@ algorithm that chooses the scales.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -71,6 +72,7 @@ class Calibration:
 
     Attributes:
         sequences: How many sequences of the calibration text, evenly spread; fewer if it is shorter.
+        answers: How many more sequences of the base model's own answers, if it has a chat template.
         length: Tokens of a sequence, <bos> included.
         damping: What is added to a Hessian's diagonal, as a share of its mean.
         passes: Passes of coordinate descent after GPTQ.
@@ -80,6 +82,7 @@ class Calibration:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     sequences: int = 64
+    answers: int = 16
     length: int = 512
     damping: float = 0.01
     passes: int = 2
@@ -144,9 +147,11 @@ def load_recipe(name: str) -> Recipe:
     if (settings := recipe.calibration) is not None:
         if not any(rule.algorithm == "gptq" for rule in recipe.rules):
             _refuse(path, content, ("calibration",), "is set, but no rule's algorithm is gptq: remove it")
-        whole = min(settings.sequences, settings.length - 1, settings.passes + 1) >= 1
+        whole = min(settings.sequences, settings.answers + 1, settings.length - 1, settings.passes + 1) >= 1
         if not (whole and 0 < settings.damping < 1 and 0 <= settings.compensation <= 1):
-            ranges = "sequences >= 1, length >= 2, passes >= 0, 0 < damping < 1 and 0 <= compensation <= 1"
+            ranges = (
+                "sequences >= 1, answers >= 0, length >= 2, passes >= 0, 0 < damping < 1 and 0 <= compensation <= 1"
+            )
             _refuse(path, content, ("calibration",), f"needs {ranges}")
     return recipe
 
@@ -201,6 +206,24 @@ def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Ru
             + ": add one"
         )
     return rules
+
+
+def packed_bytes(shapes: Mapping[str, Sequence[int]], rules: Mapping[str, Rule]) -> int:
+    """Return the bytes of weights, packed: integers at their width, a bfloat16 scale for each group, the rest bfloat16.
+
+    Args:
+        shapes: The shapes of all weights by name.
+        rules: The rules of the quantized modules.
+    """
+    bits = 0
+    for name, shape in shapes.items():
+        rule = rules.get(name.removesuffix(".weight"))
+        if rule is None:
+            bits += 16 * math.prod(shape)
+        else:
+            scales = shape[0] * (shape[1] // rule.group_size if rule.group_size else 1)
+            bits += int(rule.weight.removeprefix("int")) * math.prod(shape) + 16 * scales
+    return bits // 8
 
 
 def torchao_config(rule: Rule) -> "AOBaseConfig":

@@ -23,7 +23,7 @@ from quantize_gemma.tasks.models.checkpoint import (
 )
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.load_check import check_shapes
-from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide, recipe_hash, torchao_config
+from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide, packed_bytes, recipe_hash, torchao_config
 from quantize_gemma.tasks.quantize.source import SourceTensor
 from quantize_gemma.tasks.quantize.writer import CheckpointWriter
 from quantize_gemma.tasks.runtime import store
@@ -67,7 +67,8 @@ def quantize(
     threads = torch.get_num_threads()
     try:
         with _open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
-            rules = decide(parsed, linear_shapes({name: source.shape for name, source in sources.items()}))
+            shapes = {name: source.shape for name, source in sources.items()}
+            rules = decide(parsed, linear_shapes(shapes))
             quantized = {}
             if calibration is not None:
                 files = _quantize_decoder(checkpoint, sources, rules, parsed, calibration, device, refresh, stack)
@@ -89,6 +90,7 @@ def quantize(
             "recipe": parsed.name,
             "recipe_hash": recipe_hash(parsed),
             "quantized_modules": len(rules),
+            "packed_bytes": packed_bytes(shapes, rules),
             "weight_error": {
                 role: round(sums.error / sums.square, 8) if sums.square else 0.0
                 for role, sums in sorted(errors.items())
