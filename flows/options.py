@@ -13,6 +13,7 @@ from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from quantize_gemma.tasks.calibrate import digest_text
 from quantize_gemma.tasks.download import is_path
 from quantize_gemma.tasks.models.benchmarks import ALL_COLUMNS, BENCHMARKS, DEFAULT_TASKS
 from quantize_gemma.tasks.models.datasets import WIKITEXT
@@ -28,7 +29,7 @@ NOT_IN_RELEASE = {
     *("branch", "create_pr", "private", "tag", "adopt"),
 }
 MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER, DATASET_PLACEHOLDER = "MODEL", "RECIPE.json", "DATASET"
-TEXT_PLACEHOLDER = "./TEXT"
+TEXT_PLACEHOLDER, CALIBRATION_PLACEHOLDER = "./TEXT", "CALIBRATION.txt"
 # The text of the built-in model.
 FIXTURE_TEXT = "tiny-text"
 
@@ -296,6 +297,9 @@ class RunOptions(Options):
     recipe: Text = Field(
         default="HQQ-INT8-INT4", description="Name of a built-in recipe, or path to a JSON recipe file."
     )
+    calibration: OptionalText = Field(
+        default=None, description="Text file that a calibrated recipe is calibrated on. [default: none]"
+    )
     target: OptionalText = Field(
         default=None, description="Hub repository to publish the release to. [default: none, not published]"
     )
@@ -440,6 +444,9 @@ def command_line(
             comment += f"  # {source}: the directory whose files have the digest {dataset.revision}"
         sources.append(f"{benchmark}={source}")
     pinned["dataset"] = tuple(sources)
+    if options.calibration:
+        pinned["calibration"] = CALIBRATION_PLACEHOLDER
+        comment += f"  # {CALIBRATION_PLACEHOLDER}: the text with the SHA-256 {digest_text(options.calibration)}"
     words = ["quantize-gemma", "run"]
     for name, field, value in _release_options(options):
         value = pinned.get(name, value)

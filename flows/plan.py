@@ -5,14 +5,25 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from prefect.logging import get_run_logger
+
 from quantize_gemma.flows.options import RunOptions, command_line
-from quantize_gemma.tasks.check import check_checkpoint, check_disk, check_memory, check_run
+from quantize_gemma.tasks.calibrate import digest_text
+from quantize_gemma.tasks.check import (
+    check_calibration,
+    check_checkpoint,
+    check_disk,
+    check_memory,
+    check_run,
+    estimate_calibration,
+    measure_speed,
+)
 from quantize_gemma.tasks.download import download, remember, resolve_dataset, resolve_model, resolve_text
 from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
 from quantize_gemma.tasks.gate.metrics import LIBRARIES
 from quantize_gemma.tasks.models.benchmarks import Benchmark, describe
-from quantize_gemma.tasks.models.checkpoint import read_config
+from quantize_gemma.tasks.models.checkpoint import read_config, read_model_config
 from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.publish import Target, check_target
@@ -79,6 +90,18 @@ class Plan:
             return {"device": self.device, "batch_size": evaluation.batch_size}
         size = min(evaluation.program_samples, row.program_samples or evaluation.program_samples)
         return {"device": "cpu", "sample_size": size, "no_act_quant": column == "no_act_quant"}
+
+    def calibrate_inputs(self) -> Inputs:
+        """Return what the recipe is calibrated on; empty for one that needs no calibration."""
+        settings, text = self.recipe.calibration, self.options.calibration
+        if settings is None or text is None:
+            return {}
+        return {
+            "text": text,
+            "digest": digest_text(text),
+            "sequences": settings.sequences,
+            "length": settings.length,
+        }
 
     def verify_inputs(self) -> Inputs:
         """Return how long the prompts and responses of the program may get."""
@@ -149,6 +172,7 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
         UserError: Something cannot work; the message says what, and what to do.
     """
     recipe = load_recipe(options.recipe)
+    check_calibration(recipe, options.calibration)
     device: str = run.call("check", check_run, **options.check_inputs())["device"]
     if (target := publishing_target(options)) is not None:
         run.call("check_target", check_target, target)
@@ -206,6 +230,11 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     export_options = plan.options.export
     workers = plan.options.local_workers()
     check_checkpoint(path, plan.recipe, export_options.max_seq_len, export_options.custom_kv_cache, workers)
+    if (settings := plan.recipe.calibration) is not None:
+        seconds, memory = estimate_calibration(read_model_config(path).text, settings, measure_speed())
+        get_run_logger().info(
+            "calibration: about %.0f minutes and %.1f GB of memory on this machine", max(seconds / 60, 1), memory / 1e9
+        )
     if "vision_config" in read_config(path):
         return plan
     rows = _without_images([one.row for one in plan.benchmarks])

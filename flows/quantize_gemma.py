@@ -33,6 +33,7 @@ from quantize_gemma.flows.plan import (
 )
 from quantize_gemma.flows.report import create_artifacts
 from quantize_gemma.flows.run import Future, Run, start_run
+from quantize_gemma.tasks.calibrate import calibrate
 from quantize_gemma.tasks.card import card
 from quantize_gemma.tasks.download import download, download_dataset, download_text
 from quantize_gemma.tasks.evaluate import evaluate
@@ -60,6 +61,7 @@ from quantize_gemma.tasks.verify import verify
 def quantize_gemma(
     model: ModelName = "tiny-gemma3",
     recipe: Text = "HQQ-INT8-INT4",
+    calibration: OptionalText = None,
     target: OptionalText = None,
     revision: OptionalText = None,
     refresh: Texts = (),
@@ -77,6 +79,7 @@ def quantize_gemma(
     Args:
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.
         recipe: Name of a built-in recipe, or path to a JSON recipe file.
+        calibration: Text file that a calibrated recipe is calibrated on. [default: none]
         target: Hub repository to publish the release to. [default: none, not published]
         revision: Branch, tag, or commit of the model repository. [default: the default branch]
         refresh: Stages to run again even if their results are cached. [default: none]
@@ -92,6 +95,7 @@ def quantize_gemma(
     options = RunOptions(
         model=model,
         recipe=recipe,
+        calibration=calibration,
         target=target,
         revision=revision,
         refresh=refresh,
@@ -106,7 +110,10 @@ def quantize_gemma(
         base = run.submit(download, **download_inputs(plan.model, offline))
         plan = check_download(plan, base)
         untied = run.submit(untie, checkpoint=base)
-        quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe))
+        tokens: dict[str, Any] = {}
+        if plan.recipe.calibration is not None:
+            tokens["calibration"] = run.submit(calibrate, checkpoint=base, **plan.calibrate_inputs())
+        quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe), **tokens)
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
         measure_fidelity(run, plan, base, quantized, program)
