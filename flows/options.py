@@ -313,7 +313,7 @@ class RunOptions(Options):
 
 def stage_names(benchmarks: list[str]) -> list[str]:
     """Return the names of all stages of a run, in order."""
-    names = ["download", "untie", "quantize", "smoke", "export"]
+    names = ["download", "untie", "download_calibration", "calibrate", "quantize", "smoke", "export"]
     for benchmark in benchmarks:
         names += [f"download_{benchmark}", f"record_{benchmark}"]
         names += [f"{stage}_{benchmark}_{column}" for column in ALL_COLUMNS for stage in ("answer", "evaluate")]
