@@ -13,8 +13,8 @@ from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from quantize_gemma.tasks.calibrate import digest_text
 from quantize_gemma.tasks.models.benchmarks import ALL_COLUMNS, BENCHMARKS, DEFAULT_TASKS
+from quantize_gemma.tasks.models.calibration import parse_source
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 
 # The upper limit of every count.
@@ -255,7 +255,11 @@ class RunOptions(Options):
         default="HQQ-INT8-INT4", description="Name of a built-in recipe, or path to a JSON recipe file."
     )
     calibration: OptionalText = Field(
-        default=None, description="Text file that a calibrated recipe is calibrated on. [default: none]"
+        default=None,
+        description=(
+            "What a calibrated recipe is calibrated on: a text file, or a dataset of texts on the Hub as in "
+            "org/name@revision:files. [default: none]"
+        ),
     )
     target: OptionalText = Field(
         default=None, description="Hub repository to publish the release to. [default: none, not published]"
@@ -321,7 +325,11 @@ def stage_names(benchmarks: list[str]) -> list[str]:
 
 
 def command_line(
-    options: RunOptions, model: ResolvedModel, datasets: Mapping[str, ResolvedDataset], recipe_hash: str
+    options: RunOptions,
+    model: ResolvedModel,
+    datasets: Mapping[str, ResolvedDataset],
+    recipe_hash: str,
+    calibration: ResolvedDataset | None = None,
 ) -> str:
     """Return the command that reproduces the release, with every revision pinned.
 
@@ -332,6 +340,7 @@ def command_line(
         model: The resolved model.
         datasets: The resolved datasets by benchmark.
         recipe_hash: The hash of the recipe.
+        calibration: The resolved calibration text or dataset.
     """
     pinned: dict[str, object] = {"model": model.name, "tasks": ",".join(datasets)}
     pinned["revision"] = model.revision if model.on_hub else None
@@ -350,9 +359,12 @@ def command_line(
             comment += f"  # {source}: the directory whose files have the digest {dataset.revision}"
         sources.append(f"{benchmark}={source}")
     pinned["dataset"] = tuple(sources)
-    if options.calibration:
+    if calibration is not None and calibration.on_hub:
+        files = parse_source(options.calibration or "").files
+        pinned["calibration"] = f"{calibration.name}@{calibration.revision}" + (f":{files}" if files else "")
+    elif calibration is not None:
         pinned["calibration"] = TEXT_PLACEHOLDER
-        comment += f"  # {TEXT_PLACEHOLDER}: the text with the SHA-256 {digest_text(options.calibration)}"
+        comment += f"  # {TEXT_PLACEHOLDER}: the text with the SHA-256 {calibration.revision}"
     words = ["quantize-gemma", "run"]
     for name, field, value in _release_options(options):
         value = pinned.get(name, value)

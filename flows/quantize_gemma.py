@@ -24,6 +24,7 @@ from quantize_gemma.flows.options import (
 from quantize_gemma.flows.plan import (
     Plan,
     PlannedBenchmark,
+    calibration_dataset,
     check_download,
     download_inputs,
     export_inputs,
@@ -75,7 +76,8 @@ def quantize_gemma(
     Args:
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.
         recipe: Name of a built-in recipe, or path to a JSON recipe file.
-        calibration: Text file that a calibrated recipe is calibrated on. [default: none]
+        calibration: What a calibrated recipe is calibrated on: a text file, or a dataset of texts on the Hub as in
+            org/name@revision:files. [default: none]
         target: Hub repository to publish the release to. [default: none, not published]
         revision: Branch, tag, or commit of the model repository. [default: the default branch]
         refresh: Stages to run again even if their results are cached. [default: none]
@@ -108,7 +110,7 @@ def quantize_gemma(
         untied = run.submit(untie, checkpoint=base)
         tokens: dict[str, Any] = {}
         if plan.recipe.calibration is not None:
-            tokens["calibration"] = run.submit(calibrate, checkpoint=base, **plan.calibrate_inputs())
+            tokens["calibration"] = submit_calibration(run, plan, base)
         quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe), **tokens)
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
@@ -122,6 +124,19 @@ def quantize_gemma(
         check_release(run, plan, metrics)
         publish_release(run, plan, release)
     return run.summary.to_json()
+
+
+def submit_calibration(run: Run, plan: Plan, base: Future) -> Future:
+    """Submit the preparation of the calibration tokens; return their future."""
+    inputs = plan.calibrate_inputs()
+    if plan.calibration is not None and plan.calibration.on_hub:
+        inputs["dataset"] = run.submit(
+            download_dataset,
+            name="download_calibration",
+            **download_inputs(plan.calibration, plan.options.offline),
+            **calibration_dataset(plan.options).file_inputs(),
+        )
+    return run.submit(calibrate, checkpoint=base, **inputs)
 
 
 def evaluate_columns(

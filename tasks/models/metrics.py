@@ -200,10 +200,14 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Base):
-    """The column of the quantized checkpoint; `weight_error` is a relative squared error by role."""
+    """The column of the quantized checkpoint; `weight_error` is a relative squared error by role.
+
+    `packed_bytes` is the size of its integers at their width, its scales, and what is not quantized.
+    """
 
     weight_error: dict[str, float]
     smoke: Smoke
+    packed_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +247,17 @@ class Dataset:
     name: str
     revision: str
     fixture: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationData:
+    """What the recipe was calibrated on: sequences of the dataset or text, and of the base model's own answers."""
+
+    dataset: Dataset
+    sequences: int
+    answers: int
+    length: int
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +341,7 @@ class Metrics(Columns):
     pairs: dict[str, Pairs]
     stages: dict[str, StageCost]
     gate: Verdict
+    calibration: CalibrationData | None = None
 
 
 # The columns of the quality table.
