@@ -214,7 +214,9 @@ def resolve_calibration(run: "Run", options: RunOptions) -> ResolvedDataset | No
 def calibration_dataset(options: RunOptions) -> Benchmark:
     """Return which files of a calibration dataset are downloaded, as a benchmark says it."""
     source = parse_source(options.calibration or "")
-    return Benchmark("calibration", "calibration", "", source.name, "", files=source.patterns())
+    return Benchmark(
+        name="calibration", title="calibration", task="", dataset=source.name, metric="", files=source.patterns()
+    )
 
 
 def _without_images(rows: list[Benchmark]) -> list[Benchmark]:
