@@ -255,8 +255,9 @@ def test_the_file_of_our_algorithms_is_one_that_torchao_loads_and_a_program_take
         assert not weight.zero_point.any(), name
         expected = weight.qdata.float() * weight.scale.float().repeat_interleave(size, 1)
         assert torch.equal(weight.dequantize(), expected.bfloat16()), name
-        difference = expected - originals[name].float()
-        assert difference.square().sum() < 0.05 * originals[name].float().square().sum(), name
+        # GPTQ moves weights to keep outputs: on this little text far, but rows in a wrong order would give about 2.
+        difference, limit = expected - originals[name].float(), 0.5 if calibrated else 0.05
+        assert difference.square().sum() < limit * originals[name].float().square().sum(), name
         if weight.target_dtype == torch.int4:
             int4 += 1
             assert size == 32, name
