@@ -48,11 +48,11 @@ def our_calibrate(target: str, checkpoint: str, text: str, recipe: str, fidelity
     return calibrate(
         Path(target),
         Path(checkpoint),
-        text,
-        digest_text(text),
         settings.sequences,
         settings.length,
-        Path(fidelity_text),
+        text=text,
+        digest=digest_text(text),
+        fidelity_text=Path(fidelity_text),
     )
 
 

@@ -13,9 +13,9 @@ from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from quantize_gemma.tasks.calibrate import digest_text
 from quantize_gemma.tasks.download import is_path
 from quantize_gemma.tasks.models.benchmarks import ALL_COLUMNS, BENCHMARKS, DEFAULT_TASKS
+from quantize_gemma.tasks.models.calibration import parse_source
 from quantize_gemma.tasks.models.datasets import WIKITEXT
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 
@@ -298,7 +298,11 @@ class RunOptions(Options):
         default="HQQ-INT8-INT4", description="Name of a built-in recipe, or path to a JSON recipe file."
     )
     calibration: OptionalText = Field(
-        default=None, description="Text file that a calibrated recipe is calibrated on. [default: none]"
+        default=None,
+        description=(
+            "What a calibrated recipe is calibrated on: a text file, or a dataset of texts on the Hub as in "
+            "org/name@revision:files. [default: none]"
+        ),
     )
     target: OptionalText = Field(
         default=None, description="Hub repository to publish the release to. [default: none, not published]"
@@ -397,8 +401,8 @@ class DiagnoseOptions(Options):
 
 def stage_names(benchmarks: list[str]) -> list[str]:
     """Return the names of all stages of a run, in order."""
-    names = ["download", "untie", "quantize", "smoke", "export"]
-    names += ["download_text", "fidelity_base", "fidelity_quantized", "fidelity_program", "fidelity"]
+    names = ["download", "untie", "download_text", "download_calibration", "calibrate", "quantize", "smoke", "export"]
+    names += ["fidelity_base", "fidelity_quantized", "fidelity_program", "fidelity"]
     for benchmark in benchmarks:
         names += [f"download_{benchmark}", f"record_{benchmark}"]
         names += [f"{stage}_{benchmark}_{column}" for column in ALL_COLUMNS for stage in ("answer", "evaluate")]
@@ -411,6 +415,7 @@ def command_line(
     datasets: Mapping[str, ResolvedDataset],
     text: ResolvedDataset,
     recipe_hash: str,
+    calibration: ResolvedDataset | None = None,
 ) -> str:
     """Return the command that reproduces the release, with every revision pinned.
 
@@ -422,6 +427,7 @@ def command_line(
         datasets: The resolved datasets by benchmark.
         text: The resolved text.
         recipe_hash: The hash of the recipe.
+        calibration: The resolved calibration text or dataset.
     """
     pinned: dict[str, object] = {"model": model.name, "tasks": ",".join(datasets)}
     pinned["revision"] = model.revision if model.on_hub else None
@@ -444,9 +450,12 @@ def command_line(
             comment += f"  # {source}: the directory whose files have the digest {dataset.revision}"
         sources.append(f"{benchmark}={source}")
     pinned["dataset"] = tuple(sources)
-    if options.calibration:
+    if calibration is not None and calibration.on_hub:
+        files = parse_source(options.calibration or "").files
+        pinned["calibration"] = f"{calibration.name}@{calibration.revision}" + (f":{files}" if files else "")
+    elif calibration is not None:
         pinned["calibration"] = CALIBRATION_PLACEHOLDER
-        comment += f"  # {CALIBRATION_PLACEHOLDER}: the text with the SHA-256 {digest_text(options.calibration)}"
+        comment += f"  # {CALIBRATION_PLACEHOLDER}: the text with the SHA-256 {calibration.revision}"
     words = ["quantize-gemma", "run"]
     for name, field, value in _release_options(options):
         value = pinned.get(name, value)

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect.logging import get_run_logger
@@ -23,6 +24,7 @@ from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
 from quantize_gemma.tasks.gate.metrics import LIBRARIES
 from quantize_gemma.tasks.models.benchmarks import Benchmark, describe
+from quantize_gemma.tasks.models.calibration import parse_source
 from quantize_gemma.tasks.models.checkpoint import read_config, read_model_config
 from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
@@ -72,6 +74,7 @@ class Plan:
         benchmarks: What is measured.
         recipe: The recipe.
         device: Where the evaluation runs, "cpu" or "cuda".
+        calibration: The resolved text or dataset that the recipe is calibrated on; None if it needs none.
         multimodal: Whether the model reads images; known once the checkpoint is there.
     """
 
@@ -81,6 +84,7 @@ class Plan:
     benchmarks: tuple[PlannedBenchmark, ...]
     recipe: Recipe
     device: str
+    calibration: ResolvedDataset | None = None
     multimodal: bool = True
 
     def column_inputs(self, row: Benchmark, column: str) -> Inputs:
@@ -92,16 +96,12 @@ class Plan:
         return {"device": "cpu", "sample_size": size, "no_act_quant": column == "no_act_quant"}
 
     def calibrate_inputs(self) -> Inputs:
-        """Return what the recipe is calibrated on; empty for one that needs no calibration."""
-        settings, text = self.recipe.calibration, self.options.calibration
-        if settings is None or text is None:
-            return {}
-        return {
-            "text": text,
-            "digest": digest_text(text),
-            "sequences": settings.sequences,
-            "length": settings.length,
-        }
+        """Return how the recipe is calibrated, and the text file; a dataset is a stage's output."""
+        settings, source = self.recipe.calibration, self.calibration
+        assert settings is not None, f"{self.recipe.name} has no calibration"
+        assert source is not None, f"{self.recipe.name} has no calibration text"
+        counts = {"sequences": settings.sequences, "length": settings.length, "answers": settings.answers}
+        return counts if source.on_hub else {**counts, "text": source.source, "digest": source.revision}
 
     def verify_inputs(self) -> Inputs:
         """Return how long the prompts and responses of the program may get."""
@@ -116,6 +116,7 @@ class Plan:
                 "model": {**_dataset(self.model), "license": dict(self.model.license)},
                 "datasets": {one.row.name: _dataset(one.dataset) for one in self.benchmarks},
                 "text": _dataset(self.text),
+                "calibration": _dataset(self.calibration) if self.calibration else None,
             },
             "benchmarks": {one.row.name: one.row.card_inputs() for one in self.benchmarks},
             "recipe": self.recipe.to_json(),
@@ -126,6 +127,7 @@ class Plan:
                 {one.row.name: one.dataset for one in self.benchmarks},
                 self.text,
                 recipe_hash(self.recipe),
+                self.calibration,
             ),
             "limits": {**self.drop_limits(), **{name: getattr(options.gate, name) for name in LIMITS}},
             "versions": versions(LIBRARIES),
@@ -154,6 +156,8 @@ class Plan:
         remember(self.text, self.options.evaluation.text_source(self.model.fixture)[1])
         for one in self.benchmarks:
             remember(one.dataset, one.requested_revision)
+        if self.calibration is not None:
+            remember(self.calibration, parse_source(self.options.calibration or "").revision)
 
     def run_name(self) -> str:
         """Return the name of the flow run."""
@@ -179,8 +183,9 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     model = run.call("resolve_model", resolve_model, options.model, options.revision, options.offline)
     source, revision = options.evaluation.text_source(model.fixture)
     text = run.call("resolve_text", resolve_text, source, revision, options.offline)
+    calibration = resolve_calibration(run, options)
     planned = plan_benchmarks(run, options, model) if benchmarks else ()
-    plan = Plan(options, model, text, planned, recipe, device)
+    plan = Plan(options, model, text, planned, recipe, device, calibration)
     run.rename(plan.run_name())
     memory = check_memory(model.weights, options.local_workers())
     missing_stages = missing(writing_stages(options, model, recipe), options.refresh)
@@ -205,6 +210,26 @@ def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tu
         dataset = run.call(f"resolve_{row.name}", resolve_dataset, row, source, revision, options.offline)
         benchmarks.append(PlannedBenchmark(row, dataset, revision))
     return tuple(benchmarks)
+
+
+def resolve_calibration(run: "Run", options: RunOptions) -> ResolvedDataset | None:
+    """Return the text file, or the dataset at its commit, that the options name; None if they name none."""
+    if options.calibration is None:
+        return None
+    source = parse_source(options.calibration)
+    if source.on_hub:
+        row = calibration_dataset(options)
+        return run.call("resolve_calibration", resolve_dataset, row, source.name, source.revision, options.offline)
+    path = Path(source.name)
+    return ResolvedDataset(path.name, digest_text(source.name), str(path.resolve()), fixture=False, on_hub=False)
+
+
+def calibration_dataset(options: RunOptions) -> Benchmark:
+    """Return which files of a calibration dataset are downloaded, as a benchmark says it."""
+    source = parse_source(options.calibration or "")
+    return Benchmark(
+        name="calibration", title="calibration", task="", dataset=source.name, metric="", files=source.patterns()
+    )
 
 
 def _without_images(rows: list[Benchmark]) -> list[Benchmark]:

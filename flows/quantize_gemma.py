@@ -24,6 +24,7 @@ from quantize_gemma.flows.options import (
 from quantize_gemma.flows.plan import (
     Plan,
     PlannedBenchmark,
+    calibration_dataset,
     check_download,
     download_inputs,
     export_inputs,
@@ -79,7 +80,8 @@ def quantize_gemma(
     Args:
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.
         recipe: Name of a built-in recipe, or path to a JSON recipe file.
-        calibration: Text file that a calibrated recipe is calibrated on. [default: none]
+        calibration: What a calibrated recipe is calibrated on: a text file, or a dataset of texts on the Hub as in
+            org/name@revision:files. [default: none]
         target: Hub repository to publish the release to. [default: none, not published]
         revision: Branch, tag, or commit of the model repository. [default: the default branch]
         refresh: Stages to run again even if their results are cached. [default: none]
@@ -110,13 +112,14 @@ def quantize_gemma(
         base = run.submit(download, **download_inputs(plan.model, offline))
         plan = check_download(plan, base)
         untied = run.submit(untie, checkpoint=base)
+        text = run.submit(download_text, **download_inputs(plan.text, offline))
         tokens: dict[str, Any] = {}
         if plan.recipe.calibration is not None:
-            tokens["calibration"] = run.submit(calibrate, checkpoint=base, **plan.calibrate_inputs())
+            tokens["calibration"] = submit_calibration(run, plan, base, text)
         quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe), **tokens)
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
-        measure_fidelity(run, plan, base, quantized, program)
+        measure_fidelity(run, plan, text, base, quantized, program)
         for benchmark in plan.benchmarks:
             evaluate_columns(run, plan, benchmark, base, quantized, program)
         run.submit(verify, exclusive=True, checkpoint=quantized, program=program, **plan.verify_inputs())
@@ -129,11 +132,23 @@ def quantize_gemma(
     return run.summary.to_json()
 
 
-def measure_fidelity(run: Run, plan: Plan, base: Future, quantized: Future, program: Future) -> None:
+def submit_calibration(run: Run, plan: Plan, base: Future, text: Future) -> Future:
+    """Submit the preparation of the calibration tokens, none of them of the fidelity text; return their future."""
+    inputs = plan.calibrate_inputs()
+    if plan.calibration is not None and plan.calibration.on_hub:
+        inputs["dataset"] = run.submit(
+            download_dataset,
+            name="download_calibration",
+            **download_inputs(plan.calibration, plan.options.offline),
+            **calibration_dataset(plan.options).file_inputs(),
+        )
+    return run.submit(calibrate, checkpoint=base, fidelity_text=text, **inputs)
+
+
+def measure_fidelity(run: Run, plan: Plan, text: Future, base: Future, quantized: Future, program: Future) -> None:
     """Submit the comparison of checkpoint and program with the base model on text, token by token."""
     evaluation = plan.options.evaluation
     spread = evaluation.workers, evaluation.cluster
-    text = run.submit(download_text, **download_inputs(plan.text, plan.options.offline))
     states = run.map(
         fidelity_base,
         "fidelity_base",

@@ -14,6 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from quantize_gemma.tasks.models.calibration import parse_source
 from quantize_gemma.tasks.models.checkpoint import (
     check_weights,
     local_checkpoint,
@@ -81,13 +82,15 @@ def check_run(
 
 
 def check_calibration(recipe: Recipe, text: str | None) -> None:
-    """Raise UserError unless a calibrated recipe comes with a text file, and any other recipe without one."""
+    """Raise UserError unless a calibrated recipe comes with a text or a dataset, and any other recipe without."""
     if recipe.calibration is not None and text is None:
-        raise UserError(f"the recipe {recipe.name} is calibrated: set --calibration to a text file")
+        raise UserError(f"the recipe {recipe.name} is calibrated: set --calibration to a text file or a dataset")
     if recipe.calibration is None and text is not None:
         raise UserError(f"the recipe {recipe.name} needs no calibration: leave out --calibration")
-    if text is not None and not Path(text).is_file():
-        raise UserError(f"there is no calibration text at {text}: use the path of a text file")
+    if text is not None and not parse_source(text).on_hub and not Path(text).is_file():
+        raise UserError(
+            f"there is no calibration text at {text}: use the path of a text file, or ORG/NAME of a dataset on the Hub"
+        )
 
 
 def estimate_calibration(text: TextConfig, settings: Calibration, operations_per_second: float) -> tuple[float, int]:
@@ -100,7 +103,7 @@ def estimate_calibration(text: TextConfig, settings: Calibration, operations_per
     """
     hidden, mlp = text.hidden_size, text.intermediate_size
     queries, keys = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
-    tokens = settings.sequences * settings.length
+    tokens = (settings.sequences + settings.answers) * settings.length
     weights = hidden * (2 * queries + 2 * keys + 3 * mlp)
     inputs = (hidden, queries, hidden, mlp)
     # Two models run; of each input the products with itself (on and over the diagonal) and with the other model's.

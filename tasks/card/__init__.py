@@ -139,6 +139,7 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
         sizes=sizes,
         has_samples=any(name.startswith(f"{SAMPLES}/") for name in sizes),
         rules=[_rule_code(rule) for rule in recipe.rules],
+        own_algorithms=sorted({rule.algorithm for rule in recipe.rules if rule.algorithm != rule.torchao_algorithm}),
     )
 
 
@@ -158,6 +159,6 @@ def _rule_code(rule: Rule) -> RuleCode:
         config=markdown.Markdown(
             f"{'Int8DynamicActivationIntxWeightConfig' if dynamic else 'IntxWeightOnlyConfig'}("
             f"weight_dtype=torch.{rule.weight}, {'weight_granularity' if dynamic else 'granularity'}={granularity}, "
-            f'intx_choose_qparams_algorithm="{rule.algorithm}")'
+            f'intx_choose_qparams_algorithm="{rule.torchao_algorithm}")'
         ),
     )

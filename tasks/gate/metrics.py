@@ -15,6 +15,7 @@ from quantize_gemma.tasks.models.metrics import (
     Base,
     BenchmarkInfo,
     BenchmarkScore,
+    CalibrationData,
     Columns,
     Dataset,
     Metrics,
@@ -100,6 +101,16 @@ def collect_metrics(
         program=columns.program,
         stages=costs,
         gate=add_missing(judge(infos, columns, pairs, limits), required),
+        calibration=collect_calibration(artifacts, resolved),
+    )
+
+
+def collect_calibration(artifacts: Artifacts, resolved: dict[str, Any]) -> CalibrationData | None:
+    """Return what the recipe was calibrated on; None if it needs no calibration."""
+    if "calibrate" not in artifacts:
+        return None
+    return TypeAdapter(CalibrationData).validate_python(
+        {"dataset": resolved["calibration"], **artifacts["calibrate"].metadata}
     )
 
 
@@ -134,7 +145,7 @@ def collect_quantized(artifacts: Artifacts, benchmarks: Iterable[str], fidelity:
         {
             "bytes": artifacts["quantize"].files["model.safetensors"].size,
             "fidelity": fidelity,
-            "weight_error": artifacts["quantize"].metadata["weight_error"],
+            **{name: artifacts["quantize"].metadata[name] for name in ("weight_error", "packed_bytes")},
             "smoke": artifacts["smoke"].metadata,
             "scores": collect_scores(artifacts, benchmarks, "quantized"),
         }

@@ -218,12 +218,16 @@ class Base:
 class Quantized(Base):
     """The column of the quantized checkpoint.
 
-    `fidelity` is its distance from the base model on text; `weight_error` is a relative squared error by role.
+    Attributes:
+        fidelity: Its distance from the base model on text.
+        weight_error: A relative squared error by role.
+        packed_bytes: The size of its integers at their width, its scales, and what is not quantized.
     """
 
     fidelity: Fidelity
     weight_error: dict[str, float]
     smoke: Smoke
+    packed_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +272,17 @@ class Dataset:
     name: str
     revision: str
     fixture: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationData:
+    """What the recipe was calibrated on: sequences of the dataset or text, and of the base model's own answers."""
+
+    dataset: Dataset
+    sequences: int
+    answers: int
+    length: int
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +368,7 @@ class Metrics(Columns):
     pairs: dict[str, Pairs]
     stages: dict[str, StageCost]
     gate: Verdict
+    calibration: CalibrationData | None = None
 
 
 # The columns of the quality table.

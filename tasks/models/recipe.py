@@ -65,6 +65,11 @@ class Rule:
         """The regular expression on module names."""
         return self.match.removeprefix(REGEX) if self.match.startswith(REGEX) else GEMMA3.roles[self.match]
 
+    @property
+    def torchao_algorithm(self) -> str:
+        """The algorithm in torchao's config, which only stores and loads what one of our own chose."""
+        return self.algorithm if self.algorithm in TORCHAO_ALGORITHMS else "affine"
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -233,8 +238,7 @@ def torchao_config(rule: Rule) -> "AOBaseConfig":
     from torchao.quantization.granularity import PerAxis, PerGroup
 
     granularity = PerGroup(rule.group_size) if rule.group_size else PerAxis(0)
-    # torchao does not quantize with our own algorithms: it only stores and loads what they chose.
-    algorithm = rule.algorithm if rule.algorithm in TORCHAO_ALGORITHMS else "affine"
+    algorithm = rule.torchao_algorithm
     dtype: torch.dtype = getattr(torch, rule.weight)
     if rule.activation == "int8":
         return Int8DynamicActivationIntxWeightConfig(

@@ -1,6 +1,7 @@
 """The whole flow on the built-in model: every stage real, cached, and safe to kill."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from quantize_gemma.flows.options import stage_names
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.check import resolve_device
 from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.recipe import RECIPES
 from tests.campaigns.starting_place import hostile_directory
 from tests.compatibility.loading import read_section
 from tests.conftest import CommandLine, FinishedRun, Outcome
@@ -29,11 +31,11 @@ from tests.operate import another_program
 from tests.text_only import write_text_only
 
 FIXTURES = ("--text", "tiny-text", "--dataset", "mmlu=mmlu-mini", "chartqa=chartqa-mini")
-# Of ChartQA the program is not asked.
+# Of ChartQA the program is not asked, and the card's recipe needs no calibration.
 ALL = {
     name
     for name in stage_names(["mmlu", "chartqa"])
-    if not ("chartqa" in name and name.endswith(("_program", "_no_act_quant")))
+    if not ("chartqa" in name and name.endswith(("_program", "_no_act_quant"))) and "calibrat" not in name
 }
 
 
@@ -615,6 +617,30 @@ def test_another_recipe_killed_in_the_export_is_finished_by_two_runs_together_fr
     for outcome in outcomes:
         assert outcome.summary["release"] != released.summary["release"]
         assert outcome.summary["metrics"]["program"]["text"]["response"]
+
+
+@pytest.mark.long
+def test_a_calibrated_recipe_goes_from_a_text_to_a_gated_program(
+    released: Outcome, command_line: CommandLine, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md"))), encoding="utf-8")
+    recipe = json.loads((RECIPES / "GPTQ-INT8-INT4.json").read_text(encoding="utf-8"))
+    recipe["calibration"] = {"sequences": 4, "length": 96, "answers": 1}
+    (tmp_path / "mine.json").write_text(json.dumps(recipe), encoding="utf-8")
+    arguments = ("--recipe", str(tmp_path / "mine.json"), "--calibration", str(text), "--max-seq-len", "128")
+    outcome = command_line("run", *arguments, "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.summary["gate"]["passed"]
+    assert outcome.summary["metrics"]["program"]["text"]["response"]
+    assert {name for name, cached in outcome.cached.items() if not cached} >= {"calibrate", "quantize", "export"}
+    calibration = metrics_of(outcome)["calibration"]
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert calibration["dataset"] == {"name": "text.txt", "revision": digest, "fixture": False}
+    assert calibration["tokens"] == 96 * (calibration["sequences"] + calibration["answers"])
+    assert metrics_of(outcome)["quantized"]["packed_bytes"] == metrics_of(released)["quantized"]["packed_bytes"]
+    card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
+    assert f"4 sequences of 96 tokens of text.txt at revision `{digest}`" in card
 
 
 @pytest.mark.long

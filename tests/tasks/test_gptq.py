@@ -3,12 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from quantize_gemma.tasks.builtin import BUILTIN
-from quantize_gemma.tasks.calibrate import OVERLAP, calibrate, digest_text, find_overlap, spread_windows
-from quantize_gemma.tasks.models.calibration import read_calibration
+from quantize_gemma.tasks.calibrate import (
+    OVERLAP,
+    calibrate,
+    digest_text,
+    find_overlap,
+    read_dataset,
+    spread_windows,
+)
+from quantize_gemma.tasks.models.calibration import CalibrationSource, parse_source, read_calibration
 from quantize_gemma.tasks.models.checkpoint import load_model
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import blocks, gptq, quantize
@@ -126,7 +136,7 @@ def calibration(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("calibration")
     text = target.with_suffix(".txt")
     text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md"))), encoding="utf-8")
-    calibrate(target, untied, str(text), digest_text(str(text)), 4, 96)
+    calibrate(target, untied, 4, 96, text=str(text), digest=digest_text(str(text)))
     return target
 
 
@@ -214,11 +224,11 @@ def test_a_calibration_text_that_shares_a_run_of_tokens_with_the_fidelity_text_i
     target.mkdir()
     text = str(tmp_path / "mine.txt")
     with pytest.raises(UserError, match="shares 32 tokens in a row"):
-        calibrate(target, untied, text, digest_text(text), 2, 32, tmp_path / "theirs.txt")
+        calibrate(target, untied, 2, 32, text=text, digest=digest_text(text), fidelity_text=tmp_path / "theirs.txt")
     with pytest.raises(UserError, match="use a longer one"):
-        calibrate(target, untied, text, digest_text(text), 2, 100_000)
+        calibrate(target, untied, 2, 100_000, text=text, digest=digest_text(text))
     with pytest.raises(UserError, match="changed while"):
-        calibrate(target, untied, text, "0" * 64, 2, 32)
+        calibrate(target, untied, 2, 32, text=text, digest="0" * 64)
 
 
 def test_overlap_counts_from_a_full_run_on() -> None:
@@ -230,3 +240,30 @@ def test_overlap_counts_from_a_full_run_on() -> None:
 def test_windows_are_spread_over_the_text_and_start_with_bos() -> None:
     assert spread_windows(list(range(100)), 777, 3, 11) == [[777, *range(start, start + 10)] for start in (0, 30, 60)]
     assert len(spread_windows(list(range(100)), 777, 50, 11)) == 10
+
+
+def test_the_base_models_own_answers_are_added_in_the_chat_template(untied: Path, tmp_path: Path) -> None:
+    text = str(Path("docs/operate.md"))
+    output = calibrate(tmp_path, untied, 2, 16, 2, text, digest_text(text))
+    tokenizer = AutoTokenizer.from_pretrained(untied)
+    rows = read_calibration(tmp_path)
+    assert output["metadata"] == {"sequences": 2, "answers": 2, "length": 16, "tokens": 64}
+    assert {len(row) for row in rows} == {16}
+    assert tokenizer.decode(rows[2]).startswith("<bos><start_of_turn>user")
+
+
+def test_a_dataset_is_read_from_text_and_parquet_files_in_order(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one\n", "", None, "two"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("three", encoding="utf-8")
+    assert read_dataset(tmp_path) == "one\ntwo\nthree"
+    pyarrow.parquet.write_table(pyarrow.table({"words": ["one"]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c\.parquet of the calibration dataset has no readable column 'text'"):
+        read_dataset(tmp_path)
+
+
+def test_a_calibration_is_a_file_or_files_of_a_dataset_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("words", encoding="utf-8")
+    assert not parse_source(str(tmp_path / "text")).on_hub
+    assert not parse_source("text.txt").on_hub
+    assert parse_source("org/name") == CalibrationSource("org/name", True)
+    assert parse_source("org/name@v1:raw/train-*") == CalibrationSource("org/name", True, "v1", "raw/train-*")

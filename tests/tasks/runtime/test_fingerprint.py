@@ -23,6 +23,7 @@ STAGES = {
     "download": "quantize_gemma.tasks.download:download",
     "download_dataset": "quantize_gemma.tasks.download:download_dataset",
     "untie": "quantize_gemma.tasks.untie:untie",
+    "calibrate": "quantize_gemma.tasks.calibrate:calibrate",
     "quantize": "quantize_gemma.tasks.quantize:quantize",
     "smoke": "quantize_gemma.tasks.smoke:smoke",
     "record": "quantize_gemma.tasks.evaluate.record:record",
@@ -38,6 +39,8 @@ STAGES = {
     "verify": "quantize_gemma.tasks.verify:verify",
     "gate": "quantize_gemma.tasks.gate:gate",
     "card": "quantize_gemma.tasks.card:card",
+    # Whose blocks are kept on their own.
+    "blocks": "quantize_gemma.tasks.quantize.blocks:quantize_block",
     # Whose answers are kept on their own.
     "responses": "quantize_gemma.tasks.evaluate.packed_lm:load_checkpoint_scorer",
     "ChartQA responses": "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_scorer",
@@ -65,6 +68,8 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.runtime.paired_stats:share_ratio": {"gate"},
     "quantize_gemma.tasks.runtime.prefect_stage:as_task": set(),
     "quantize_gemma.tasks.runtime.worker_main:call": set(),
+    "quantize_gemma.tasks.calibrate:OVERLAP": {"calibrate"},
+    "quantize_gemma.tasks.quantize.gptq:CANDIDATES": {"quantize", "blocks"},
     "quantize_gemma.tasks.quantize.hqq:BOUNDS": {"quantize"},
     "quantize_gemma.tasks.models.recipe:decide": {"quantize", "diagnose"},
     "quantize_gemma.tasks.fidelity.states:generate": {"fidelity_base"},
