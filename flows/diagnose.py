@@ -9,6 +9,7 @@ from prefect import flow
 from prefect.artifacts import create_image_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
+from quantize_gemma.flows.calibration import submit_calibration
 from quantize_gemma.flows.options import Count, DiagnoseOptions, Flag, ModelName, OptionalText, Text, Texts
 from quantize_gemma.flows.plan import Plan, check_download, download_inputs, make_plan, quantize_inputs
 from quantize_gemma.flows.run import start_run
@@ -28,6 +29,7 @@ def diagnose(
     model: ModelName = "tiny-gemma3",
     recipe: Text = "HQQ-INT8-INT4",
     revision: OptionalText = None,
+    calibration: OptionalText = None,
     text: OptionalText = None,
     text_windows: Count = 2,
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -40,6 +42,7 @@ def diagnose(
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.
         recipe: Name of a built-in recipe, or path to a JSON recipe file.
         revision: Branch, tag, or commit of the model repository. [default: the default branch]
+        calibration: What a calibrated recipe is calibrated on, as in a run. [default: none]
         text: A text file, or a mirror of WikiText-2. [default: that of a run]
         text_windows: Number of windows of the text, 511 tokens each.
         device: Device; auto: a GPU if there is one.
@@ -53,6 +56,7 @@ def diagnose(
         model=model,
         recipe=recipe,
         revision=revision,
+        calibration=calibration,
         text=text,
         text_windows=text_windows,
         device=device,
@@ -64,13 +68,14 @@ def diagnose(
         base = run.submit(download, **download_inputs(plan.model, offline))
         plan = check_download(plan, base)
         untied = run.submit(untie, checkpoint=base)
-        quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe))
-        words = run.submit(download_text, **download_inputs(plan.text, offline))
+        passages = run.submit(download_text, **download_inputs(plan.text, offline))
+        tokens = submit_calibration(run, plan, base, passages)
+        quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe), **tokens)
         damage = run.submit(
             diagnose_modules,
             base=base,
             checkpoint=quantized,
-            text=words,
+            text=passages,
             recipe=plan.recipe.to_json(),
             windows=text_windows,
             device=plan.device,

@@ -360,7 +360,7 @@ class RunOptions(Options):
 
 @Parameter(name="*", group=Group.create_ordered("Diagnosis"))
 class DiagnoseOptions(Options):
-    """What is diagnosed: the model and the recipe, and the text."""
+    """What is diagnosed: the model and the recipe, and the texts."""
 
     model: ModelName = Field(
         default="tiny-gemma3",
@@ -371,6 +371,9 @@ class DiagnoseOptions(Options):
     )
     revision: OptionalText = Field(
         default=None, description="Branch, tag, or commit of the model repository. [default: the default branch]"
+    )
+    calibration: OptionalText = Field(
+        default=None, description="What a calibrated recipe is calibrated on, as in a run. [default: none]"
     )
     text: OptionalText = Field(
         default=None,
@@ -388,12 +391,12 @@ class DiagnoseOptions(Options):
     def run_options(self) -> RunOptions:
         """Return the options of a run on the same model, recipe, and text."""
         evaluation = EvaluationOptions(text=self.text, text_windows=self.text_windows, device=self.device)
-        shared = ("model", "recipe", "revision", "offline")
+        shared = ("model", "recipe", "revision", "calibration", "offline")
         return RunOptions(evaluation=evaluation, **{name: getattr(self, name) for name in shared})
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
-        stages = ("download", "untie", "quantize", "download_text", "diagnose")
+        stages = ("download", "untie", "download_text", "download_calibration", "calibrate", "quantize", "diagnose")
         if unknown := [name for name in self.refresh if name not in stages]:
             raise ValueError(f"refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
         return self

@@ -3,13 +3,12 @@
 import dataclasses
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect.logging import get_run_logger
 
+from quantize_gemma.flows.calibration import resolve_calibration
 from quantize_gemma.flows.options import RunOptions, command_line
-from quantize_gemma.tasks.calibrate import digest_text
 from quantize_gemma.tasks.check import (
     check_calibration,
     check_checkpoint,
@@ -94,14 +93,6 @@ class Plan:
             return {"device": self.device, "batch_size": evaluation.batch_size}
         size = min(evaluation.program_samples, row.program_samples or evaluation.program_samples)
         return {"device": "cpu", "sample_size": size, "no_act_quant": column == "no_act_quant"}
-
-    def calibrate_inputs(self) -> Inputs:
-        """Return how the recipe is calibrated, and the text file; a dataset is a stage's output."""
-        settings, source = self.recipe.calibration, self.calibration
-        assert settings is not None, f"{self.recipe.name} has no calibration"
-        assert source is not None, f"{self.recipe.name} has no calibration text"
-        counts = {"sequences": settings.sequences, "length": settings.length, "answers": settings.answers}
-        return counts if source.on_hub else {**counts, "text": source.source, "digest": source.revision}
 
     def verify_inputs(self) -> Inputs:
         """Return how long the prompts and responses of the program may get."""
@@ -210,26 +201,6 @@ def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tu
         dataset = run.call(f"resolve_{row.name}", resolve_dataset, row, source, revision, options.offline)
         benchmarks.append(PlannedBenchmark(row, dataset, revision))
     return tuple(benchmarks)
-
-
-def resolve_calibration(run: "Run", options: RunOptions) -> ResolvedDataset | None:
-    """Return the text file, or the dataset at its commit, that the options name; None if they name none."""
-    if options.calibration is None:
-        return None
-    source = parse_source(options.calibration)
-    if source.on_hub:
-        row = calibration_dataset(options)
-        return run.call("resolve_calibration", resolve_dataset, row, source.name, source.revision, options.offline)
-    path = Path(source.name)
-    return ResolvedDataset(path.name, digest_text(source.name), str(path.resolve()), fixture=False, on_hub=False)
-
-
-def calibration_dataset(options: RunOptions) -> Benchmark:
-    """Return which files of a calibration dataset are downloaded, as a benchmark says it."""
-    source = parse_source(options.calibration or "")
-    return Benchmark(
-        name="calibration", title="calibration", task="", dataset=source.name, metric="", files=source.patterns()
-    )
 
 
 def _without_images(rows: list[Benchmark]) -> list[Benchmark]:

@@ -9,6 +9,7 @@ from prefect import flow, runtime
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
+from quantize_gemma.flows.calibration import submit_calibration
 from quantize_gemma.flows.options import (
     EvaluationOptions,
     ExportOptions,
@@ -24,7 +25,6 @@ from quantize_gemma.flows.options import (
 from quantize_gemma.flows.plan import (
     Plan,
     PlannedBenchmark,
-    calibration_dataset,
     check_download,
     download_inputs,
     export_inputs,
@@ -34,7 +34,6 @@ from quantize_gemma.flows.plan import (
 )
 from quantize_gemma.flows.report import create_artifacts
 from quantize_gemma.flows.run import Future, Run, start_run
-from quantize_gemma.tasks.calibrate import calibrate
 from quantize_gemma.tasks.card import card
 from quantize_gemma.tasks.download import download, download_dataset, download_text
 from quantize_gemma.tasks.evaluate import evaluate
@@ -113,9 +112,7 @@ def quantize_gemma(
         plan = check_download(plan, base)
         untied = run.submit(untie, checkpoint=base)
         text = run.submit(download_text, **download_inputs(plan.text, offline))
-        tokens: dict[str, Any] = {}
-        if plan.recipe.calibration is not None:
-            tokens["calibration"] = submit_calibration(run, plan, base, text)
+        tokens = submit_calibration(run, plan, base, text)
         quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe), **tokens)
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
@@ -130,19 +127,6 @@ def quantize_gemma(
         check_release(run, plan, metrics)
         publish_release(run, plan, release)
     return run.summary.to_json()
-
-
-def submit_calibration(run: Run, plan: Plan, base: Future, text: Future) -> Future:
-    """Submit the preparation of the calibration tokens, none of them of the fidelity text; return their future."""
-    inputs = plan.calibrate_inputs()
-    if plan.calibration is not None and plan.calibration.on_hub:
-        inputs["dataset"] = run.submit(
-            download_dataset,
-            name="download_calibration",
-            **download_inputs(plan.calibration, plan.options.offline),
-            **calibration_dataset(plan.options).file_inputs(),
-        )
-    return run.submit(calibrate, checkpoint=base, fidelity_text=text, **inputs)
 
 
 def measure_fidelity(run: Run, plan: Plan, text: Future, base: Future, quantized: Future, program: Future) -> None:

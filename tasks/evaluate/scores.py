@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from quantize_gemma.tasks.evaluate.requests import Request
+from quantize_gemma.tasks.models.benchmarks import PERCENT_METRICS
 
 Json = dict[str, Any]
 
@@ -58,7 +59,7 @@ def make_samples(output: Json, name: str, metric: str, requests: dict[tuple[str,
                 "doc_id": doc_id,
                 "target": sample["target"],
                 "prompt": asked[0].arguments[0],
-                "score": float(score) if isinstance(score, int | float) else None,
+                "score": _as_share(column, float(score)) if isinstance(score, int | float) else None,
             }
             rows.append({**row, **_answers(sample, asked)})
     return rows
@@ -88,8 +89,17 @@ def _score(results: Json, metric: str, samples: int | None) -> Json:
     """Return a metric with its standard error, None if there is none."""
     name, _, filter_name = _key(metric).partition(",")
     stderr = results.get(f"{name}_stderr,{filter_name}")
-    finite = isinstance(stderr, float) and math.isfinite(stderr)
-    return {"value": results[_key(metric)], "stderr": stderr if finite else None, "samples": samples}
+    known = isinstance(stderr, float) and math.isfinite(stderr)
+    return {
+        "value": _as_share(name, results[_key(metric)]),
+        "stderr": _as_share(name, stderr) if known else None,
+        "samples": samples,
+    }
+
+
+def _as_share(metric: str, value: Any) -> Any:
+    """Return a metric's value, a percentage as a share of 1."""
+    return value / 100 if metric in PERCENT_METRICS else value
 
 
 def _average(parts: list[tuple[Json, int]], metric: str) -> Json:

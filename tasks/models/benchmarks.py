@@ -24,6 +24,11 @@ KINDS = {
 # The columns of the evaluation. The last one is no release: the quantized checkpoint in float32 without quantized
 # activations, which says how many of the program's differences activation quantization explains.
 ALL_COLUMNS = ("base", "quantized", "program", "no_act_quant")
+# The metrics that lm-eval gives in percent, unlike all others.
+PERCENT_METRICS = {
+    *("bleu", "chrf", "chrf++", "ter", "exact"),
+    *(f"{name}_{what}" for name in ("bleu", "rouge1", "rouge2", "rougeL") for what in ("max", "diff")),
+}
 # What a dataset's repository may consist of.
 DATA_FILES = ("README.md", "*.parquet", "*.json", "*.jsonl", "*.csv", "*.txt")
 
