@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from quantize_gemma.flows import cli
 from quantize_gemma.flows.options import Options, RunOptions, command_line, stage_names
 from quantize_gemma.tasks.models.resolved import ResolvedModel
+from tests.parameters import PAGE, page
 
 GROUPS = {name: type(value) for name, value in RunOptions() if isinstance(value, Options)}
 
@@ -183,3 +184,7 @@ def test_the_command_says_what_identifies_the_files_that_only_one_machine_has() 
     assert dataset == f"DATASET_MMLU: the directory whose files have the digest {'a' * 40}"
     assert model == f"MODEL: the directory whose files have the digest {'a' * 40}"
     assert recipe == f"RECIPE.json: the recipe with the hash {'b' * 64}"
+
+
+def test_the_documentation_lists_every_parameter_with_its_default() -> None:
+    assert PAGE.read_text() == page(), "run `python -m tests.parameters`"
