@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.card.chart import KL_CHART, charts
+from quantize_gemma.tasks.card.chart import ERROR_CHART, KL_CHART, charts
 from quantize_gemma.tasks.models.metrics import Metrics, parse_columns, parse_verdict
 from quantize_gemma.tasks.models.tables import distance_rows, quality_rows, verdict_rows
 from quantize_gemma.tasks.models.text_fidelity import KINDS, damage_rows, parse_damages
@@ -41,6 +41,8 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
     # Without its YAML front matter, and with the charts embedded.
     text = (release / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
     described = {KL_CHART: "KL divergence from the base model"}
+    if metrics.quantized.output_error:
+        described[ERROR_CHART] = "What calibration left of the outputs' error, by block"
     described |= {
         name: f"{metrics.benchmarks[benchmark].title} per subject" for benchmark, name in charts(metrics).items()
     }

@@ -5,7 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantize_gemma.tasks.card import markdown
-from quantize_gemma.tasks.card.chart import KL_CHART, charts, draw_kl_histogram, draw_subjects
+from quantize_gemma.tasks.card.chart import (
+    ERROR_CHART,
+    KL_CHART,
+    charts,
+    draw_kl_histogram,
+    draw_output_error,
+    draw_subjects,
+)
 from quantize_gemma.tasks.card.eval_results import eval_results
 from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
@@ -54,6 +61,8 @@ def card(
         name = f"{SAMPLES}/{stage_name.removeprefix('evaluate_')}.jsonl"
         hashes[name] = add_file(target, name, store.read_artifact(path), "samples.jsonl")
     draw_kl_histogram(metrics, target / KL_CHART)
+    if metrics.quantized.output_error:
+        draw_output_error(metrics, target / ERROR_CHART)
     for benchmark, name in charts(metrics).items():
         draw_subjects(metrics, benchmark, target / name)
     for name, results in eval_results(metrics).items():
@@ -133,6 +142,7 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
         charts={metrics.benchmarks[name].title: chart for name, chart in charts(metrics).items()},
         distances=distance_rows(metrics, metrics.gate.checks),
         kl_chart=KL_CHART,
+        error_chart=ERROR_CHART,
         checks=verdict_rows(metrics.gate.checks),
         failed=[check.message for check in metrics.gate.checks if check.status == "fail"],
         recipe=recipe,

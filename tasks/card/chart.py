@@ -1,4 +1,4 @@
-"""The card's charts: the distance from the base model on text, and accuracy per subject."""
+"""The card's charts: the distance from the base model on text, accuracy per subject, and calibration's error."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 FONT_SIZE = 8.5
 KL_CHART = "kl-histogram.png"
+ERROR_CHART = "output-error.png"
 # Of base and checkpoint.
 COLORS = ("#0072B2", "#E69F00")
 
@@ -81,6 +82,41 @@ def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
     figure.text(0.04, 0.93, "Distance from the base model, token by token", fontsize=10.5)
     figure.legend(
         loc="upper left", bbox_to_anchor=(0.02, 0.92), ncols=2, fontsize=FONT_SIZE, frameon=False, handlelength=1.2
+    )
+    figure.savefig(path, dpi=200, metadata={"Software": None})
+
+
+def draw_output_error(metrics: Metrics, path: Path) -> None:
+    """Draw what a calibrated recipe left of the outputs' error, by role over the blocks, readable on a phone.
+
+    Args:
+        metrics: The metrics, of a calibrated recipe.
+        path: The file.
+    """
+    from matplotlib import color_sequences
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    assert metrics.quantized.output_error is not None, metrics.recipe
+    roles: dict[str, dict[int, float]] = {}
+    for module, error in metrics.quantized.output_error.items():
+        _, _, place = module.rpartition(".layers.")
+        block, _, role = place.partition(".")
+        if block.isdecimal():
+            roles.setdefault(role.rpartition(".")[2], {})[int(block)] = 100 * error
+    figure = Figure(figsize=(4, 3.3), facecolor="white")
+    axes = figure.add_axes((0.15, 0.15, 0.81, 0.53))
+    for (role, errors), color in zip(roles.items(), color_sequences["petroff10"], strict=False):
+        axes.plot(list(errors), list(errors.values()), ".-", color=color, linewidth=1.2, markersize=4, label=role)
+    axes.set(yscale="log")
+    axes.set_xlabel("decoder block", fontsize=FONT_SIZE)
+    axes.set_ylabel("squared error of the outputs, %", fontsize=FONT_SIZE)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(labelsize=FONT_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.text(0.04, 0.94, "What calibration left of the error, by block", fontsize=10.5)
+    figure.legend(
+        loc="upper left", bbox_to_anchor=(0.02, 0.93), ncols=4, fontsize=FONT_SIZE, frameon=False, handlelength=1.2
     )
     figure.savefig(path, dpi=200, metadata={"Software": None})
 

@@ -141,11 +141,15 @@ def collect_base(artifacts: Artifacts, benchmarks: Iterable[str]) -> Base:
 
 def collect_quantized(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: JsonObject) -> Quantized:
     """Return the quantized checkpoint's column; `fidelity` is as the stage of that name has written it."""
+    made = artifacts["quantize"]
     return TypeAdapter(Quantized).validate_python(
         {
-            "bytes": artifacts["quantize"].files["model.safetensors"].size,
+            "bytes": made.files["model.safetensors"].size,
             "fidelity": fidelity,
-            **{name: artifacts["quantize"].metadata[name] for name in ("weight_error", "packed_bytes")},
+            **{
+                name: artifacts["quantize"].metadata.get(name)
+                for name in ("weight_error", "packed_bytes", "output_error")
+            },
             "smoke": artifacts["smoke"].metadata,
             "scores": collect_scores(artifacts, benchmarks, "quantized"),
         }

@@ -222,12 +222,15 @@ class Quantized(Base):
         fidelity: Its distance from the base model on text.
         weight_error: A relative squared error by role.
         packed_bytes: The size of its integers at their width, its scales, and what is not quantized.
+        output_error: Of a calibrated recipe, the relative squared error of each module's outputs, on the calibration
+            tokens.
     """
 
     fidelity: Fidelity
     weight_error: dict[str, float]
     smoke: Smoke
     packed_bytes: int | None = None
+    output_error: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.models.calibration import read_calibration
 from quantize_gemma.tasks.models.checkpoint import (
@@ -30,6 +31,9 @@ from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import link
+
+if TYPE_CHECKING:
+    from quantize_gemma.tasks.quantize.calibrated import Blocks
 
 
 @stage(accelerated=True, resumes=True)
@@ -52,7 +56,8 @@ def quantize(
         refresh: Quantize decoder blocks again that are in the store.
 
     Returns:
-        The recipe's name and hash, and the weight error per role: mean squared error over mean square.
+        The recipe's name and hash, and the weight error per role: mean squared error over mean square. Of a calibrated
+        recipe also the error per module of its outputs, on the calibration tokens.
 
     Raises:
         UserError: The checkpoint does not fit its configuration, the recipe does not fit the model or has no
@@ -69,10 +74,11 @@ def quantize(
         with _open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
             shapes = {name: source.shape for name, source in sources.items()}
             rules = decide(parsed, linear_shapes(shapes))
-            quantized = {}
+            quantized, calibrated = {}, {}
             if calibration is not None:
-                files = _quantize_decoder(checkpoint, sources, rules, parsed, calibration, device, refresh, stack)
-                quantized = stack.enter_context(_open_blocks(files))
+                blocks = _quantize_decoder(checkpoint, sources, rules, parsed, calibration, device, refresh, stack)
+                quantized = stack.enter_context(_open_blocks(blocks.files))
+                calibrated = {"output_error": blocks.errors}
             torch.set_num_threads(1)  # The writer has its own threads, with which torch's would compete for the cores.
             with CheckpointWriter(
                 target / "model.safetensors", sources, rules, multimodal, device, quantized
@@ -95,6 +101,7 @@ def quantize(
                 role: round(sums.error / sums.square, 8) if sums.square else 0.0
                 for role, sums in sorted(errors.items())
             },
+            **calibrated,
         }
     }
 
@@ -127,8 +134,8 @@ def _quantize_decoder(
     device: str,
     refresh: bool,
     stack: contextlib.ExitStack,
-) -> list[Path]:
-    """Return the files of the calibrated blocks, in the checkpoint's store, or in one that ends with `stack`.
+) -> "Blocks":
+    """Return the calibrated blocks, in the checkpoint's store, or in one that ends with `stack`.
 
     Its parameters are the stage's, and what quantize() has opened.
     """
@@ -147,7 +154,9 @@ def _quantize_decoder(
     except StageFailed:  # A benchmark's or a test's checkpoint is in no store.
         identity["checkpoint"] = str(checkpoint)
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    return quantize_decoder(config, sources, rules, recipe, tokens, Blocks(root, identity, refresh), device)
+    blocks = Blocks(root, identity, refresh)
+    quantize_decoder(config, sources, rules, recipe, tokens, blocks, device)
+    return blocks
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,14 +42,18 @@ class Blocks:
         root: The store.
         identity: What they depend on besides their number, and the code.
         refresh: Quantize blocks again that are in the store.
+        files: Those of the finished blocks, in order.
+        errors: The squared error of each module's outputs over their squares, on the calibration tokens.
     """
 
     root: Path
     identity: JsonObject
     refresh: bool = False
+    files: list[Path] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
 
-    def file(self, name: str, compute: Callable[[], Mapping[str, QuantizedMatrix]]) -> tuple[Path, bool]:
-        """Return the file of a block's quantized matrices, and whether it was computed now."""
+    def finish(self, name: str, compute: Callable[[], Mapping[str, QuantizedMatrix]]) -> bool:
+        """Add a block's quantized matrices; return whether they were computed now."""
         from safetensors.torch import save_file
 
         computed: list[bool] = []
@@ -65,7 +69,9 @@ class Blocks:
         code = fingerprint("quantize_gemma.tasks.quantize.blocks:quantize_block")
         key = store.key(STAGE, [], {**self.identity, "block": name}, code)
         artifact = store.produce(STAGE, key, write, self.root, self.refresh, pinned=True)
-        return artifact.path / FILE, bool(computed)
+        self.files.append(artifact.path / FILE)
+        self.errors.update(artifact.metadata["error"])
+        return bool(computed)
 
 
 def quantize_decoder(
@@ -76,8 +82,8 @@ def quantize_decoder(
     tokens: Tensor,
     blocks: Blocks,
     device: str = "cpu",
-) -> list[Path]:
-    """Return the files of all quantized blocks and of the head.
+) -> None:
+    """Quantize all decoder blocks, and the head if the recipe calibrates it.
 
     Args:
         config: The decoder's configuration.
@@ -85,7 +91,7 @@ def quantize_decoder(
         rules: The rule of each quantized module.
         recipe: The recipe, which has a calibration.
         tokens: Token ids, [sequences, length].
-        blocks: Where finished blocks are.
+        blocks: Where they go.
         device: Where the blocks run.
     """
     from safetensors.torch import load_file
@@ -98,7 +104,6 @@ def quantize_decoder(
     prefix = embedding.removesuffix(f"{GEMMA3.embedding_module}.weight")
     embedded = _embed(sources[embedding], rules[embedding.removesuffix(".weight")], tokens)
     hidden = embedded[0].to(device), embedded[1].to(device)
-    files = []
     total = config.num_hidden_layers + 1
     for number in range(config.num_hidden_layers):
         start = f"{prefix}layers.{number}."
@@ -117,26 +122,21 @@ def quantize_decoder(
             matrices = quantize_block(pair, hidden, rules, settings)
             return {start + name: matrix for name, matrix in matrices.items()}
 
-        file, computed = blocks.file(str(number), compute)
-        if not computed:
-            stored = load_file(file)
+        if not blocks.finish(str(number), compute):
+            stored = load_file(blocks.files[-1])
             for name in of_block:
                 matrix = QuantizedMatrix(stored[f"{start}{name}.qdata"], stored[f"{start}{name}.scale"])
                 block.linears[name].weight.data = matrix.dequantize().to(device)
             replay_block(pair, hidden)
             log(f"block {number} is in the store")
-        files.append(file)
         report_progress(number + 1, total, "blocks")
     head = GEMMA3.head_module
     if head in rules and rules[head].algorithm == "gptq":
         norm = read_rows(sources[f"{prefix}norm.weight"]).flatten().to(device)
-        files.append(
-            blocks.file(
-                head, lambda: _quantize_head(config, sources[f"{head}.weight"], rules[head], settings, norm, hidden)
-            )[0]
+        blocks.finish(
+            head, lambda: _quantize_head(config, sources[f"{head}.weight"], rules[head], settings, norm, hidden)
         )
     report_progress(total, total, "blocks")
-    return files
 
 
 def digest_tokens(tokens: Tensor) -> str:

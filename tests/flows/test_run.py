@@ -641,6 +641,12 @@ def test_a_calibrated_recipe_goes_from_a_text_to_a_gated_program(
     assert metrics_of(outcome)["quantized"]["packed_bytes"] == metrics_of(released)["quantized"]["packed_bytes"]
     card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
     assert f"4 sequences of 96 tokens of text.txt at revision `{digest}`" in card
+    assert "(output-error.png)" in card
+    assert (Path(outcome.summary["release"]) / "output-error.png").read_bytes().startswith(b"\x89PNG")
+    errors = metrics_of(outcome)["quantized"]["output_error"]
+    assert len(errors) == 3 * 7 + 1
+    assert all(0 < error < 1 for error in errors.values())
+    assert metrics_of(released)["quantized"]["output_error"] is None
 
 
 @pytest.mark.long
