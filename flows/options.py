@@ -299,10 +299,7 @@ class RunOptions(Options):
     )
     calibration: OptionalText = Field(
         default=None,
-        description=(
-            "What a calibrated recipe is calibrated on: a text file, or a dataset of texts on the Hub as in "
-            "org/name@revision:files. [default: none]"
-        ),
+        description="Text file, or Hub dataset as in org/name@revision:files, for a calibrated recipe. [default: none]",
     )
     target: OptionalText = Field(
         default=None, description="Hub repository to publish the release to. [default: none, not published]"

@@ -80,6 +80,8 @@ METRICS: dict[str, Any] = {
         "bytes": 500,
         "fidelity": FIDELITY,
         "weight_error": {"linear": 0.01},
+        "packed_bytes": 300_000,
+        "output_error": None,
         "smoke": {**RESPONSE, "chat_template": True, "new_tokens": 2, "max_new_tokens": 64},
         "mmlu": MMLU,
     },
@@ -100,6 +102,7 @@ METRICS: dict[str, Any] = {
         "mmlu": SAMPLE,
     },
     "stages": {"quantize": {"seconds": 1.5, "peak_rss_bytes": 10, "bytes": 500}},
+    "calibration": None,
     "gate": {"passed": True, "low_confidence": False, "limits": {}, "checks": []},
 }
 

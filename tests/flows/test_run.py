@@ -54,8 +54,10 @@ def released(finished_run: FinishedRun, command_line: CommandLine) -> Outcome:
 
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:
     key = next(stage["key"] for stage in outcome.summary["stages"] if stage["name"] == name)
-    stage = name.partition("_")[0]
-    place = "download_dataset" if name.startswith("download_") else stage
+    # Stages that a run has once for each benchmark are named after it.
+    place = next((stage for stage in ("record", "answer", "evaluate") if name.startswith(f"{stage}_")), name)
+    if name.startswith("download_") and name != "download_text":
+        place = "download_dataset"
     return command_line.home / place / key
 
 
@@ -236,10 +238,9 @@ def test_the_device_is_resolved_before_keys_are_made_and_on_a_cpu_batches_are_in
 ) -> None:
     again = command_line("run", "--json", "--device", "cpu", "--batch-size", "8")
     assert again.code == 0, again.stderr[-3000:]
+    ran = {name for name, cached in again.cached.items() if not cached}
     # The card has the command; and a machine with a GPU has measured on it.
-    assert all(cached for name, cached in again.cached.items() if name not in ("gate", "card")) == (
-        resolve_device("auto") == "cpu"
-    )
+    assert ran == {"gate", "card"} if resolve_device("auto") == "cpu" else ran > {"gate", "card"}, again.stderr
 
 
 def test_a_configured_api_is_used_and_shows_the_runs_tasks_tables_chart_card_and_files(
@@ -620,36 +621,6 @@ def test_another_recipe_killed_in_the_export_is_finished_by_two_runs_together_fr
 
 
 @pytest.mark.long
-def test_a_calibrated_recipe_goes_from_a_text_to_a_gated_program(
-    released: Outcome, command_line: CommandLine, tmp_path: Path
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md"))), encoding="utf-8")
-    recipe = json.loads((RECIPES / "GPTQ-INT8-INT4.json").read_text(encoding="utf-8"))
-    recipe["calibration"] = {"sequences": 4, "length": 96, "answers": 1}
-    (tmp_path / "mine.json").write_text(json.dumps(recipe), encoding="utf-8")
-    arguments = ("--recipe", str(tmp_path / "mine.json"), "--calibration", str(text), "--max-seq-len", "128")
-    outcome = command_line("run", *arguments, "--json")
-    assert outcome.code == 0, outcome.stderr
-    assert outcome.summary["gate"]["passed"]
-    assert outcome.summary["metrics"]["program"]["text"]["response"]
-    assert {name for name, cached in outcome.cached.items() if not cached} >= {"calibrate", "quantize", "export"}
-    calibration = metrics_of(outcome)["calibration"]
-    digest = hashlib.sha256(text.read_bytes()).hexdigest()
-    assert calibration["dataset"] == {"name": "text.txt", "revision": digest, "fixture": False}
-    assert calibration["tokens"] == 96 * (calibration["sequences"] + calibration["answers"])
-    assert metrics_of(outcome)["quantized"]["packed_bytes"] == metrics_of(released)["quantized"]["packed_bytes"]
-    card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
-    assert f"4 sequences of 96 tokens of text.txt at revision `{digest}`" in card
-    assert "(output-error.png)" in card
-    assert (Path(outcome.summary["release"]) / "output-error.png").read_bytes().startswith(b"\x89PNG")
-    errors = metrics_of(outcome)["quantized"]["output_error"]
-    assert len(errors) == 3 * 7 + 1
-    assert all(0 < error < 1 for error in errors.values())
-    assert metrics_of(released)["quantized"]["output_error"] is None
-
-
-@pytest.mark.long
 def test_a_run_killed_in_quantize_is_finished_by_the_next(released: Outcome, command_line: CommandLine) -> None:
     folder = artifact(command_line, released, "quantize")
     before = json.loads((folder / "manifest.json").read_text())["digest"]
@@ -689,13 +660,34 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
     assert {path: finished for path, finished in shards().items() if path in kept} == kept
 
 
+def check_calibration(outcome: Outcome, digest: str) -> None:
+    """Checks what a release says of its calibration, and the chart of what that left of the error."""
+    calibration = metrics_of(outcome)["calibration"]
+    assert calibration["dataset"] == {"name": "text.txt", "revision": digest, "fixture": False}
+    assert calibration["tokens"] == 96 * (calibration["sequences"] + calibration["answers"])
+    card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
+    assert f"4 sequences of 96 tokens of text.txt at revision `{digest}`" in card
+    assert "(output-error.png)" in card
+    assert (Path(outcome.summary["release"]) / "output-error.png").read_bytes().startswith(b"\x89PNG")
+    errors = metrics_of(outcome)["quantized"]["output_error"]
+    assert len(errors) == 3 * 7 + 1
+    assert all(0 < error < 1 for error in errors.values())
+
+
 @pytest.mark.long
-def test_a_text_only_checkpoint_goes_through_the_same_flow(
+def test_a_text_only_checkpoint_and_a_calibrated_recipe_go_through_the_same_flow(
     command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = write_text_only(BUILTIN["tiny-gemma3"], tmp_path / "tiny-text")
-    outcome = command_line("run", "--model", str(target), "--max-seq-len", "256", "--limit", "2", "--json", *FIXTURES)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md"))), encoding="utf-8")
+    recipe = json.loads((RECIPES / "GPTQ-INT8-INT4.json").read_text(encoding="utf-8"))
+    recipe["calibration"] = {"sequences": 4, "length": 96, "answers": 1}
+    (tmp_path / "mine.json").write_text(json.dumps(recipe), encoding="utf-8")
+    arguments = ("--recipe", str(tmp_path / "mine.json"), "--calibration", str(text), "--max-seq-len", "256")
+    outcome = command_line("run", "--model", str(target), *arguments, "--limit", "2", "--json", *FIXTURES)
     assert outcome.code == 0, outcome.stderr
+    check_calibration(outcome, hashlib.sha256(text.read_bytes()).hexdigest())
     program = outcome.summary["metrics"]["program"]
     assert program["task"] == "text-generation"
     assert program["text"]["response"].startswith("I can talk to you")

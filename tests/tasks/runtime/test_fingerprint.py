@@ -63,7 +63,9 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
     "quantize_gemma.tasks.gate.checks:require_pass": set(),
     "quantize_gemma.tasks.runtime.hub:download_files": set(),
-    "quantize_gemma.tasks.runtime.patches.transformers:own_metadata": MODEL | FIDELITY | {"verify", "export"},
+    "quantize_gemma.tasks.runtime.patches.transformers:own_metadata": MODEL
+    | FIDELITY
+    | {"calibrate", "verify", "export"},
     "quantize_gemma.tasks.runtime.patches.optimum_executorch:one_export": {"export"},
     "quantize_gemma.tasks.runtime.paired_stats:share_ratio": {"gate"},
     "quantize_gemma.tasks.runtime.prefect_stage:as_task": set(),
