@@ -72,7 +72,7 @@ def check_run(
         source_files(path)
         weight_bytes = sum(file.stat().st_size for file in weight_files(path))
         plan["disk_bytes_needed"] = disk_needed(weight_bytes)
-        # Before the disk, which a person can make room on.
+        # Memory first: a person can free disk space, but not add memory.
         local_workers = workers if cluster is None else 1
         plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len, custom_kv_cache, local_workers)
         # Whether an earlier run left its files in the store is known only when they are hashed.

@@ -59,7 +59,8 @@ def remove_unfinished(root: Path | None = None) -> Removed:
     removed = Removed()
     for incoming in sorted(root.glob(f"*/{INCOMING}*")):
         # A download releases its lock between two tries.
-        touched = _last_touched(incoming)
+        # It may just have been completed, and is gone then.
+        touched = _last_touched(incoming) or time.time()
         busy = any(is_locked(path) for path in incoming.parent.glob(f"{LOCK}*"))
         if time.time() - touched > SECONDS_TO_RESUME and not busy:
             removed.add(incoming, delete(incoming))

@@ -86,7 +86,7 @@ def test_a_bad_checkpoint_is_named_and_nothing_is_left(
 def test_too_little_disk_is_said_with_both_sizes(tiny_copy: Callable[[], Path], tmp_path: Path) -> None:
     from quantize_gemma.tasks.check import disk_needed
 
-    # A disk that is no larger than the memory: a model that fits into that can be too large for it.
+    # /dev/shm is no larger than memory, and a run writes several times the model's size: this one only fits in memory.
     with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
         model = tiny_copy()
         enlarge(model, 10**12 * shutil.disk_usage(disk).total // disk_needed(10**12))

@@ -172,7 +172,7 @@ def test_an_artifact_of_an_earlier_version_is_a_miss_and_is_evicted(tmp_path: Pa
     assert not old.exists()
 
 
-def test_what_another_process_removes_at_the_same_time_is_not_counted(tmp_path: Path) -> None:
+def test_removing_what_is_already_gone_frees_nothing_and_is_no_error(tmp_path: Path) -> None:
     made = store.produce("stage", KEY, write_file, tmp_path)
     generation = made.path.parent
     assert store_layout.remove(generation, KEY) is not None
