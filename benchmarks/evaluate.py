@@ -1,6 +1,8 @@
-"""MMLU by the `lm_eval` command line and by ours, in turn: `python -m benchmarks.evaluate --model DIR --limit 1`.
+"""A benchmark by the `lm_eval` command line and by ours, in turn: `python -m benchmarks.evaluate --task gsm8k …`.
 
-Both get the same directory, in fresh processes. They are equal if no prediction and no score differs.
+Both get the same directories, in fresh processes; of several batch sizes of the command line, the fastest counts. They
+are equal if no prediction and no score differs. Text that is generated in batches may differ in a word, because of
+padding: then the share of equal texts is shown, and they are equal if every score is within its standard error.
 """
 
 import argparse
@@ -13,43 +15,65 @@ from typing import Any
 from benchmarks.side_by_side import compared as result_of
 from benchmarks.side_by_side import line, machine, run, show, version
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.models.benchmarks import BENCHMARKS, Benchmark, describe
+
+# By (task, document): the choices' log-likelihoods, or the text.
+Responses = dict[tuple[str, int], list[Any]]
 
 
 def command_line(
-    target: str, checkpoint: str, questions: str, limit: int | None, batch_size: str, device: str
+    target: str, checkpoint: str, dataset: str, task: str, limit: int | None, batch_size: str, device: str
 ) -> dict[str, Any]:
     """Runs lm-eval's command line; leaves its files in `target`."""
     import os
     import sys
 
-    os.makedirs(f"{target}/here/cais")
-    os.symlink(Path(questions).resolve(), f"{target}/here/cais/mmlu")
+    row = describe(task)
+    place = Path(target) / "here" / row.dataset
+    place.parent.mkdir(parents=True)
+    place.symlink_to(Path(dataset).resolve())
     os.environ["HF_DATASETS_CACHE"] = f"{target}/cache"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
+    os.environ["NLTK_DATA"] = str(Path(dataset).resolve() / ".nltk_data")
+    # `datasets` reads a directory of that name instead of the repository.
     os.chdir(f"{target}/here")
-    sys.argv = ["lm_eval", "run", "--model", "hf", "--tasks", "mmlu", "--log_samples"]
+    sys.argv = ["lm_eval", "run", "--model", "hf", "--tasks", row.task, "--log_samples"]
     sys.argv += ["--model_args", f"pretrained={checkpoint},dtype=bfloat16", "--output_path", f"{target}/out"]
     sys.argv += ["--device", device, "--batch_size", batch_size, *(["--limit", str(limit)] if limit else [])]
+    sys.argv += [] if row.num_fewshot is None else ["--num_fewshot", str(row.num_fewshot)]
+    sys.argv += ["--apply_chat_template"] if row.chat_template else []
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    return {"evaluation_seconds": _timed(HFLM, cli_evaluate)}
+    return {"evaluation_seconds": _timed(HFLM, row.kind, cli_evaluate)}
 
 
-def our_evaluation(target: str, checkpoint: str, questions: str, limit: int | None, device: str) -> dict[str, Any]:
-    """Evaluates as the flow does."""
-    from quantize_gemma.tasks.evaluate import evaluate_mmlu
+def our_evaluation(
+    target: str, checkpoint: str, dataset: str, task: str, limit: int | None, rows: int | None, device: str
+) -> dict[str, Any]:
+    """Evaluates as the flow does, in one process; `rows` is how many sequences run together, at most."""
+    from quantize_gemma.tasks.evaluate import evaluate
+    from quantize_gemma.tasks.evaluate.answer import answer
     from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
+    from quantize_gemma.tasks.evaluate.record import record
 
-    def evaluate() -> None:
-        evaluate_mmlu(Path(target), Path(checkpoint), Path(questions), limit, "auto", device, refresh=True)
+    row, model, data, results = describe(task), Path(checkpoint), Path(dataset), Path(target)
+    requests, answers = results / "requests", results / "answers"
+    for folder in (requests, answers):
+        folder.mkdir()
 
-    return {"evaluation_seconds": _timed(PackedLM, evaluate)}
+    def run_stages() -> None:
+        record(requests, model, data, row.request_inputs(), limit)
+        answer(answers, requests, model, data, device, batch_size=rows or "auto", refresh=True)
+        evaluate(results, requests, [answers], data, row.score_inputs(), limit, device)
+
+    return {"evaluation_seconds": _timed(PackedLM, row.kind, run_stages)}
 
 
-def _timed(model: Any, evaluate: Any) -> float:
-    """Returns the seconds that the model spent on questions: without loading it, and without lm-eval's start."""
-    ask, spent = model._loglikelihood_tokens, []
+def _timed(model: Any, kind: str, evaluate: Any) -> float:
+    """Returns the seconds that the model spent on requests: without loading it, and without lm-eval's start."""
+    name = "generate_until" if kind == "generate_until" else "_loglikelihood_tokens"
+    ask, spent = getattr(model, name), []
 
     def timed(*arguments: Any, **keywords: Any) -> Any:
         started = time.monotonic()
@@ -57,87 +81,117 @@ def _timed(model: Any, evaluate: Any) -> float:
         spent.append(time.monotonic() - started)
         return answers
 
-    model._loglikelihood_tokens = timed
+    setattr(model, name, timed)
     evaluate()
     return sum(spent)
 
 
-def read_command_line(target: Path) -> tuple[dict[str, Any], dict[tuple[str, int], list[float]]]:
-    """Returns what lm-eval's command line found: results by task, and log-likelihoods by subject and question."""
-    found = {}
+def read_command_line(target: Path, row: Benchmark) -> tuple[dict[str, Any], Responses]:
+    """Returns what lm-eval's command line wrote: results by task, and the responses."""
+    responses = {}
     for path in target.glob("out/**/samples_*.jsonl"):
-        subject = path.name.removeprefix("samples_mmlu_").rsplit("_", 1)[0]
+        task = path.name.removeprefix("samples_").rsplit("_", 1)[0].removeprefix(f"{row.name}_")
         for text in path.read_text(encoding="utf-8").splitlines():
             sample = json.loads(text)
-            found[subject, sample["doc_id"]] = [float(response[0]) for response in sample["filtered_resps"]]
+            values = [response[0] for response in sample["resps"]]
+            one = [float(value[0]) for value in values] if row.kind == "loglikelihood" else values
+            responses[task, sample["doc_id"]] = one
     (results,) = target.glob("out/**/results_*.json")
-    return json.loads(results.read_text(encoding="utf-8"))["results"], found
+    return json.loads(results.read_text(encoding="utf-8"))["results"], responses
 
 
-def read_ours(target: Path) -> tuple[dict[str, Any], dict[tuple[str, int], list[float]]]:
-    """Returns our results, by lm-eval's names of the tasks, and log-likelihoods by subject and question."""
+def read_ours(target: Path, row: Benchmark) -> tuple[dict[str, Any], Responses]:
+    """Returns our results, by lm-eval's names of the tasks, and the responses."""
     results = json.loads((target / "results.json").read_text(encoding="utf-8"))
     lines = (target / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    samples = {(row["subject"], row["doc_id"]): row["loglikelihoods"] for row in map(json.loads, lines)}
-    scores = {"mmlu": results}
-    scores |= {f"mmlu_{name}": score for name, score in {**results["categories"], **results["subjects"]}.items()}
+    samples = {(sample["task"], sample["doc_id"]): sample["responses"] for sample in map(json.loads, lines)}
+    scores = {row.task: results}
+    scores |= {f"{row.name}_{name}": score for name, score in {**results["groups"], **results["tasks"]}.items()}
     return scores, samples
 
 
-def compare(reference: Path, ours: Path) -> dict[str, Any]:
-    """Returns how many questions and predictions differ, and the scores that do."""
-    their_scores, theirs = read_command_line(reference)
-    our_scores, found = read_ours(ours)
-    assert theirs.keys() == found.keys(), f"{len(theirs)} questions here, {len(found)} there"
-    best = {name: [max(range(4), key=scores.__getitem__) for scores in (theirs[name], found[name])] for name in theirs}
-    wrong = []
-    for task, score in their_scores.items():
-        stderr = score["acc_stderr,none"]
-        expected = score["acc,none"], stderr if isinstance(stderr, float) else None
-        if expected != (our_scores[task]["accuracy"], our_scores[task]["stderr"]):
-            wrong.append(task)
+def compare(reference: Path, ours: Path, task: str = "mmlu") -> dict[str, Any]:
+    """Returns how many documents' responses and predictions differ, and the scores that do.
+
+    A score differs if its value or standard error does; `scores_out_of_error` differ by more than a standard error.
+    """
+    row = describe(task)
+    their_scores, theirs = read_command_line(reference, row)
+    our_scores, found = read_ours(ours, row)
+    assert theirs.keys() == found.keys(), f"{len(theirs)} documents here, {len(found)} there"
+    different = [name for name in theirs if theirs[name] != found[name]]
+    metric, _, filter_name = (row.metric if "," in row.metric else f"{row.metric},none").partition(",")
+    unequal, out_of_error = [], []
+    for name, score in their_scores.items():
+        stderr = score.get(f"{metric}_stderr,{filter_name}")
+        expected = score[f"{metric},{filter_name}"], stderr if isinstance(stderr, float) else None
+        value = our_scores[name]["value"]
+        if expected != (value, our_scores[name]["stderr"]):
+            unequal.append(name)
+        if abs(expected[0] - value) > (expected[1] or 0):
+            out_of_error.append(name)
     return {
         "questions": len(theirs),
-        "different_predictions": sum(one != other for one, other in best.values()),
-        "different_loglikelihoods": sum(theirs[name] != found[name] for name in theirs),
-        "different_scores": sorted(wrong),
+        "different_predictions": sum(_prediction(theirs[name]) != _prediction(found[name]) for name in theirs),
+        "different_responses": len(different),
+        "different_scores": sorted(unequal),
+        "scores_out_of_error": sorted(out_of_error),
     }
+
+
+def _prediction(responses: list[Any]) -> Any:
+    """Returns the number of the best choice, or the text."""
+    numbers = all(isinstance(value, float) for value in responses)
+    return max(range(len(responses)), key=responses.__getitem__) if numbers else responses
 
 
 def measure(
-    checkpoint: Path, questions: Path, limit: int | None, batch_size: str, device: str, folder: Path
+    checkpoint: Path,
+    dataset: Path,
+    task: str,
+    limit: int | None,
+    batch_sizes: list[str],
+    rows: int | None,
+    device: str,
+    folder: Path,
 ) -> dict[str, Any]:
     """Runs both. Returns the figures, and the lines that say them."""
-    targets = {name: folder / name for name in ("reference", "ours")}
-    for target in targets.values():
+    row = describe(task)
+    common = {"dataset": str(dataset), "task": task, "limit": limit, "device": device}
+    references = {}
+    for batch_size in batch_sizes:
+        target = folder / f"reference-{batch_size}"
         target.mkdir()
-    common = {"questions": str(questions), "limit": limit, "device": device}
+        references[batch_size] = run(
+            "benchmarks.evaluate:command_line", checkpoint=checkpoint, target=target, batch_size=batch_size, **common
+        )
+    best = min(references, key=lambda batch_size: references[batch_size]["evaluation_seconds"])
+    ours = folder / "ours"
+    ours.mkdir()
     steps = {
-        "lm_eval": run(
-            "benchmarks.evaluate:command_line",
-            checkpoint=checkpoint,
-            target=targets["reference"],
-            batch_size=batch_size,
-            **common,
-        ),
-        "ours": run("benchmarks.evaluate:our_evaluation", checkpoint=checkpoint, target=targets["ours"], **common),
+        "lm_eval": references[best],
+        "ours": run("benchmarks.evaluate:our_evaluation", checkpoint=checkpoint, target=ours, rows=rows, **common),
     }
-    compared = compare(targets["reference"], targets["ours"])
+    compared = compare(folder / f"reference-{best}", ours, task)
     speeds = {name: compared["questions"] / step["evaluation_seconds"] for name, step in steps.items()}
     ratios = {
         "whole time": steps["lm_eval"]["seconds"] / steps["ours"]["seconds"],
         "questions per second": speeds["ours"] / speeds["lm_eval"],
         "memory": steps["lm_eval"]["peak_rss_bytes"] / steps["ours"]["peak_rss_bytes"],
     }
-    equal = not compared["different_predictions"] and not compared["different_scores"]
+    generated_together = row.kind == "generate_until" and (best, rows) != ("1", 1)
+    different = compared["scores_out_of_error"] if generated_together else compared["different_scores"]
+    equal = not different and (generated_together or not compared["different_predictions"])
     lines = [
-        f"{checkpoint.name}, {compared['questions']} questions, {device}, {version()}, {machine()}",
+        f"{task}, {checkpoint.name}, {compared['questions']} questions, {device}, {version()}, {machine()}",
         *(f"{line(name, step)} {speeds[name]:10.2f} questions/s" for name, step in steps.items()),
+        f"lm_eval's batch size: {best}, the fastest of {', '.join(batch_sizes)}",
         *(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()),
-        f"different: {compared['different_predictions']} predictions, {compared['different_loglikelihoods']} "
-        f"questions' log-likelihoods, {len(compared['different_scores'])} scores",
+        f"different: {compared['different_predictions']} predictions, {compared['different_responses']} "
+        f"questions' responses, {len(compared['different_scores'])} scores, "
+        f"{len(compared['scores_out_of_error'])} by more than their standard error",
     ]
-    case = {"model": checkpoint.name, "limit": limit, "batch_size": batch_size, "device": device}
+    case = {"model": checkpoint.name, "task": task, "limit": limit, "batch_size": best, "rows": rows, "device": device}
     return {
         **result_of("evaluate", case, steps["lm_eval"], steps["ours"], equal),
         "evaluation_seconds": {name: step["evaluation_seconds"] for name, step in steps.items()},
@@ -151,15 +205,19 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=BUILTIN["tiny-gemma3"], help="directory of a checkpoint")
-    parser.add_argument("--questions", type=Path, default=BUILTIN_BENCHMARKS["mmlu-mini"], help="as cais/mmlu")
-    parser.add_argument("--limit", type=int, help="questions per subject")
-    parser.add_argument("--batch-size", default="1", help="the command line's, whose own default is 1")
+    parser.add_argument("--task", default="mmlu", help=f"{', '.join(BENCHMARKS)}, or another task of lm-eval")
+    parser.add_argument("--dataset", type=Path, default=BUILTIN_BENCHMARKS["mmlu-mini"], help="the task's dataset")
+    parser.add_argument("--limit", type=int, help="questions per task, such as an MMLU subject")
+    parser.add_argument("--batch-size", default="1", help="the command line's, or several, separated by commas")
+    parser.add_argument("--rows", type=int, help="sequences that ours runs together, at most [default: as in a run]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    sizes = given.batch_size.split(",")
     with tempfile.TemporaryDirectory() as folder:
+        paths = given.model.resolve(), given.dataset.resolve()
         show(
-            measure(given.model.resolve(), given.questions, given.limit, given.batch_size, given.device, Path(folder)),
+            measure(*paths, given.task, given.limit, sizes, given.rows, given.device, Path(folder)),
             given.json,
         )
 

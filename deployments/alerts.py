@@ -6,7 +6,6 @@ Notifications go through a notification block of any kind named `quantize-gemma-
 
 import os
 from datetime import timedelta
-from typing import Any
 from uuid import UUID
 
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
@@ -131,7 +130,7 @@ def notify_of_missing_nightly(block_id: UUID) -> AutomationCore:
     )
 
 
-def _core(automation: AutomationCore) -> dict[str, Any]:
+def _core(automation: AutomationCore) -> dict[str, object]:
     return automation.model_dump(mode="json", include=set(AutomationCore.model_fields))
 
 

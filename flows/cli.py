@@ -1,4 +1,4 @@
-"""The command line: `quantize-gemma run | check | prune`. Its flags are the fields of the models in options.py."""
+"""The command line: run, diagnose, check, and prune. Its flags are the fields of the models in options.py."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 from cyclopts.validators import Number
 from pydantic import ValidationError
 
-from quantize_gemma.flows.options import RunOptions
+from quantize_gemma.flows.options import DiagnoseOptions, RunOptions
 from quantize_gemma.flows.summary import Interrupted, Summary
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
 
@@ -28,7 +28,8 @@ Turn a Gemma 3 checkpoint into a quantized, evaluated, on-device release.
 
 For example:
   quantize-gemma run                                 try it on the tiny model
-  quantize-gemma run --model google/gemma-3-4b-it --mmlu cais/mmlu
+  quantize-gemma run --model google/gemma-3-4b-it --tasks mmlu,gsm8k
+  quantize-gemma diagnose --model DIR                where a recipe does damage
   quantize-gemma check --model DIR --recipe NAME     find errors before a run
   quantize-gemma prune                               clean up the store
 
@@ -42,10 +43,16 @@ interrupted.
 """
 # Flags that earlier versions had, and what to use instead.
 REPLACED_FLAGS = {
-    "--benchmark": "use --mmlu",
-    "--benchmark-revision": "use --mmlu-revision",
-    "--charts": "use --chartqa",
-    "--charts-revision": "use --chartqa-revision",
+    "--benchmark": "use --dataset mmlu=NAME",
+    "--benchmark-revision": "use --dataset mmlu=NAME@REVISION",
+    "--mmlu": "use --dataset mmlu=NAME",
+    "--mmlu-revision": "use --dataset mmlu=NAME@REVISION",
+    "--charts": "use --dataset chartqa=NAME, or --tasks without chartqa",
+    "--charts-revision": "use --dataset chartqa=NAME@REVISION",
+    "--chartqa": "use --dataset chartqa=NAME, or --tasks without chartqa",
+    "--chartqa-revision": "use --dataset chartqa=NAME@REVISION",
+    "--max-mmlu-drop": "use --limit-drop mmlu=POINTS",
+    "--max-chartqa-drop": "use --limit-drop chartqa=POINTS",
     "--program-questions": "use --program-samples",
     "--backend": "programs are always lowered to XNNPACK",
     "--dtype": "programs always compute in float32",
@@ -54,18 +61,21 @@ REPLACED_FLAGS = {
 
 app = App(name="quantize-gemma", help=HELP, version=lambda: version("quantize-gemma"), help_format="plaintext")
 AllOptions = Annotated[RunOptions, Parameter(name="*")]
+DiagnosisOptions = Annotated[DiagnoseOptions, Parameter(name="*")]
 OUTPUT = Group.create_ordered("Output")
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
     from quantize_gemma.flows.settings import ignore_working_directory, require_working_directory
+    from quantize_gemma.tasks.runtime.redact import keep_secrets
 
+    keep_secrets()
     try:
         command, bound = parse(sys.argv[1:])
-        if command in (run, check, prune):
+        if command in (run, diagnose, check, prune):
             ignore_working_directory()
-        if command in (run, check):
+        if command in (run, diagnose, check):
             require_working_directory()
         code = command(*bound.args, **bound.kwargs) or 0
     except KeyboardInterrupt:
@@ -73,8 +83,9 @@ def main() -> None:
     except UserError as error:
         code = _print_error(error)
         # The arguments are invalid, but the command and --json are known.
-        if sys.argv[1:2] == ["run"] and "--json" in sys.argv:
-            print(json.dumps(Summary(error=str(error)).to_json()))
+        summaries = {"run": Summary().to_json(), "diagnose": no_diagnosis()}
+        if "--json" in sys.argv and sys.argv[1] in summaries:
+            print(json.dumps({**summaries[sys.argv[1]], "error": str(error)}))
     sys.stdout.flush()
     sys.exit(code)
 
@@ -86,7 +97,7 @@ def parse(words: list[str]) -> tuple[Callable[..., Any], BoundArguments]:
         UserError: A command, a flag, or a value is invalid.
     """
     if not words:
-        raise UserError("missing command: use run, check, or prune; see `quantize-gemma --help`")
+        raise UserError("missing command: use run, diagnose, check, or prune; see `quantize-gemma --help`")
     for word in words:
         flag = word.partition("=")[0]
         if flag in REPLACED_FLAGS:
@@ -136,29 +147,34 @@ def run(
     Args:
         json_: Print a summary of the run as one JSON object on the last line of stdout.
     """
-    from quantize_gemma.flows.report import Terminal, print_summary
+    from quantize_gemma.flows.report import print_summary
 
-    summary, code = Summary().to_json(), 0
-    terminal = Terminal()
-    try:
-        summary = _run_flow(options, terminal)
-    except UserError as error:
-        summary, code = {**summary, **error.summary, "error": str(error)}, 2
-    except RunError as error:
-        summary, code = {**summary, **error.summary, "error": str(error)}, 1
-    except Interrupted as error:
-        summary, code = error.summary, 130
-    except KeyboardInterrupt:
-        summary, code = {**summary, "error": "interrupted"}, 130
-    except Exception as error:
-        summary, code = {**summary, "error": _explain_unexpected(error)}, 1
-    # The terminal has already shown why a stage failed.
-    if summary["error"] and not (code == 1 and terminal.has_shown(summary["error"])):
-        print(f"quantize-gemma: {summary['error']}", file=sys.stderr)
+    summary, code = _run_flow(options, _load_run, dict(options), Summary().to_json())
     if summary["release"]:
         print_summary(summary)
     if json_:
         print(json.dumps(summary))
+    return code
+
+
+@app.command
+def diagnose(
+    *,
+    options: DiagnosisOptions = DiagnoseOptions(),
+    json_: Annotated[bool, Parameter(name="--json", negative=(), group=OUTPUT)] = False,
+) -> int:
+    """Measure what quantizing each module alone brings, weights and activations apart: where a recipe does damage.
+
+    Args:
+        json_: Print the results as one JSON object on the last line of stdout.
+    """
+    from quantize_gemma.flows.report import print_damage
+
+    results, code = _run_flow(options.run_options(), _load_diagnose, dict(options), no_diagnosis())
+    if results["rows"]:
+        print_damage(results)
+    if json_:
+        print(json.dumps(results))
     return code
 
 
@@ -174,6 +190,7 @@ def check(*, options: AllOptions = RunOptions()) -> int:
 
     try:
         plan = check_run(**options.check_inputs())
+        _check_data(options)
         local = local_checkpoint(options.model)
         if local is not None:
             function = "quantize_gemma.tasks.models.load_check:check_directory"
@@ -225,6 +242,25 @@ def _limit(value: float | None) -> float:
     return math.inf if value is None else value
 
 
+def _check_data(options: RunOptions) -> None:
+    """Raise UserError if there is no such task, or no such dataset or text on this machine.
+
+    What is on the Hub is resolved when a run starts.
+    """
+    from quantize_gemma.tasks.download import is_path, resolve_dataset, resolve_text
+    from quantize_gemma.tasks.models.benchmarks import describe
+
+    rows = [describe(name) for name in options.evaluation.benchmark_names()]
+    sources = options.evaluation.dataset_sources()
+    for row in rows:
+        source, revision = sources.get(row.name, (row.dataset, None))
+        if is_path(source):
+            resolve_dataset(row, source, revision, offline=True)
+    source, revision = options.evaluation.text_source(fixture_model=False)
+    if is_path(source):
+        resolve_text(source, revision, offline=True)
+
+
 def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
     """Return the stages that would have to run because their results are not in the store."""
     from quantize_gemma.tasks.check import WRITTEN, may_be_stored
@@ -239,8 +275,66 @@ def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
     return missing(writing_stages(options, model, load_recipe(options.recipe)), [])
 
 
-def _run_flow(options: RunOptions, terminal: "Terminal") -> dict[str, Any]:
-    """Run the flow on the configured Prefect API or on a local server; return its summary."""
+def no_diagnosis() -> dict[str, Any]:
+    """Return what `quantize-gemma diagnose --json` prints of a diagnosis that has not begun."""
+    return {"rows": [], "heat_map": None, "stages": [], "error": None}
+
+
+def _run_flow(
+    options: RunOptions,
+    load: Callable[[], Callable[..., dict[str, Any]]],
+    arguments: dict[str, Any],
+    empty: dict[str, Any],
+) -> tuple[dict[str, Any], int]:
+    """Run a flow; return its summary and the exit code, whatever happens.
+
+    Args:
+        options: What is checked before anything starts.
+        load: Imports the flow, which takes seconds.
+        arguments: The flow's parameters.
+        empty: The summary of a run that did nothing.
+    """
+    from quantize_gemma.flows.report import Terminal
+
+    summary, code = empty, 0
+    terminal = Terminal()
+    try:
+        summary = _run_on_server(options, load, arguments, terminal)
+    except UserError as error:
+        summary, code = {**summary, **error.summary, "error": str(error)}, 2
+    except RunError as error:
+        summary, code = {**summary, **error.summary, "error": str(error)}, 1
+    except Interrupted as error:
+        summary, code = {**summary, **error.summary}, 130
+    except KeyboardInterrupt:
+        summary, code = {**summary, "error": "interrupted"}, 130
+    except Exception as error:
+        summary, code = {**summary, "error": _explain_unexpected(error)}, 1
+    # The terminal has already shown why a stage failed.
+    if summary["error"] and not (code == 1 and terminal.has_shown(summary["error"])):
+        print(f"quantize-gemma: {summary['error']}", file=sys.stderr)
+    return summary, code
+
+
+def _load_run() -> Callable[..., dict[str, Any]]:
+    from quantize_gemma.flows.quantize_gemma import quantize_gemma
+
+    return quantize_gemma
+
+
+def _load_diagnose() -> Callable[..., dict[str, Any]]:
+    from quantize_gemma.flows.diagnose import diagnose as diagnose_flow
+
+    return diagnose_flow
+
+
+def _run_on_server(
+    options: RunOptions,
+    load: Callable[[], Callable[..., dict[str, Any]]],
+    arguments: dict[str, Any],
+    terminal: "Terminal",
+) -> dict[str, Any]:
+    """Run a flow on the configured Prefect API or on a local server; return its summary."""
     from quantize_gemma.tasks.check import check_run
 
     check_run(**options.check_inputs())
@@ -259,12 +353,10 @@ def _run_flow(options: RunOptions, terminal: "Terminal") -> dict[str, Any]:
     if server:
         print(f"quantize-gemma: watch the run at {server.sign_in(sys.stderr)}", file=sys.stderr)
     # The server starts while this is imported.
-    from quantize_gemma.flows.quantize_gemma import quantize_gemma
-
+    flow = load()
     if server:
         server.wait()
-    summary: dict[str, Any] = quantize_gemma(**dict(options))
-    return summary
+    return flow(**arguments)
 
 
 def _explain_unexpected(error: Exception) -> str:

@@ -4,41 +4,34 @@ Each group is a pydantic model. Prefect shows it as a section of the form and va
 the command line turns its fields into flags and lists them under the same heading in `--help`.
 """
 
+import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from quantize_gemma.tasks.download import is_path
+from quantize_gemma.tasks.models.benchmarks import ALL_COLUMNS, BENCHMARKS, DEFAULT_TASKS
+from quantize_gemma.tasks.models.calibration import parse_source
+from quantize_gemma.tasks.models.datasets import WIKITEXT
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
-
-StageName = Literal[
-    "download",
-    "download_mmlu",
-    "untie",
-    "quantize",
-    "smoke",
-    "export",
-    "download_chartqa",
-    "evaluate_mmlu_base",
-    "evaluate_mmlu_quantized",
-    "evaluate_program",
-    "evaluate_chartqa_base",
-    "evaluate_chartqa_quantized",
-    "verify",
-    "gate",
-    "card",
-]
 
 # The upper limit of every count.
 LARGEST = 1_000_000
 # Shown on the card even if they have their default values, which may change in a later version.
-ALWAYS_SHOWN = {"model", "recipe", "mmlu", "chartqa", "max_seq_len", "program_samples", "max_new_tokens"}
+ALWAYS_SHOWN = {"model", "recipe", "tasks", "max_seq_len", "program_samples", "max_new_tokens"}
 # Options that do not affect what is in a release.
-NOT_IN_RELEASE = {"target", "offline", "refresh", "batch_size", "workers", "cluster", "max_regression"}
-MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER = "MODEL", "RECIPE.json"
+NOT_IN_RELEASE = {
+    *("target", "offline", "refresh", "batch_size", "workers", "cluster", "max_regression"),
+    *("branch", "create_pr", "private", "tag", "adopt"),
+}
+MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER, DATASET_PLACEHOLDER = "MODEL", "RECIPE.json", "DATASET"
+TEXT_PLACEHOLDER, CALIBRATION_PLACEHOLDER = "./TEXT", "CALIBRATION.txt"
+# The text of the built-in model.
+FIXTURE_TEXT = "tiny-text"
 
 
 def _require_printable(value: str) -> str:
@@ -48,9 +41,24 @@ def _require_printable(value: str) -> str:
     return value
 
 
+def _split_revision(source: str) -> tuple[str, str | None]:
+    """Return the two parts of NAME@REVISION; a path has no revision."""
+    name, sign, revision = source.partition("@")
+    return (name, revision) if sign and not is_path(source) else (source, None)
+
+
+def _default_drops() -> list[str]:
+    return [f"{row.name}={row.max_drop:g}" for row in BENCHMARKS.values() if row.max_drop is not None]
+
+
 def _empty_to_none(value: object) -> object:
     """Return None for an empty form field or for a deployment's unset environment variable."""
     return None if value == "" else value
+
+
+def _none_to_null(value: object) -> object:
+    """Return None for the word none."""
+    return None if value == "none" else value
 
 
 # A name or a path.
@@ -58,13 +66,12 @@ Text = Annotated[str, Field(max_length=1000), AfterValidator(_require_printable)
 OptionalText = Annotated[Text | None, BeforeValidator(_empty_to_none)]
 ModelName = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_require_printable)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
-Refresh = Annotated[tuple[StageName, ...], Parameter(consume_multiple=True, negative=(), show_default=False)]
+# A limit of the gate; "none" is no limit.
+Limit = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_none_to_null)]
+# Several words after one flag, or one word after each of several.
+Texts = Annotated[tuple[Text, ...], Parameter(consume_multiple=True, negative=(), show_default=False)]
 # Off unless the flag is passed.
 Flag = Annotated[bool, Parameter(negative=())]
-MmluSource = Literal["mmlu-mini", "cais/mmlu"]
-ChartqaSource = Annotated[
-    Literal["auto", "chartqa-mini", "HuggingFaceM4/ChartQA", "none"], BeforeValidator(lambda value: value or "auto")
-]
 
 
 class Options(BaseModel):
@@ -77,33 +84,40 @@ class Options(BaseModel):
 class EvaluationOptions(Options):
     """What the model is evaluated on, and where."""
 
-    mmlu: MmluSource = Field(
-        default="mmlu-mini", description="MMLU dataset: the built-in fixture mmlu-mini, or cais/mmlu from the Hub."
-    )
-    mmlu_revision: OptionalText = Field(
-        default=None, description="Branch, tag, or commit of the MMLU dataset. [default: the default branch]"
-    )
-    chartqa: ChartqaSource = Field(
-        default="auto",
+    tasks: Text = Field(
+        default=DEFAULT_TASKS,
         description=(
-            "ChartQA dataset; auto: chartqa-mini with mmlu-mini, HuggingFaceM4/ChartQA with cais/mmlu; none: skip "
-            "ChartQA."
+            f"Benchmarks, separated by commas: {', '.join(BENCHMARKS)}, or any other task or group of lm-eval. Those "
+            "with images are left out for a text-only model."
         ),
     )
-    chartqa_revision: OptionalText = Field(
-        default=None, description="Branch, tag, or commit of the ChartQA dataset. [default: the default branch]"
+    dataset: Texts = Field(
+        default=(),
+        description=(
+            "Other source of a benchmark's dataset, of the same layout, as in mmlu=./mirror or "
+            "mmlu=org/mirror@revision. [default: the benchmark's own; of the built-in model, the built-in fixtures]"
+        ),
+    )
+    text: OptionalText = Field(
+        default=None,
+        description=(
+            "Text on which the release is compared with its base model, token by token: a file such as ./notes.txt, or "
+            f"{WIKITEXT} or a mirror of it, @REVISION after it. [default: {WIKITEXT}; of the built-in model, tiny-text]"
+        ),
+    )
+    text_windows: Count = Field(
+        default=16, description="Number of windows of that text, 511 tokens each; the limit bounds it, too."
     )
     limit: Count | None = Field(
-        default=None, description="Number of samples per MMLU subject and per ChartQA split. [default: all]"
+        default=None, description="Number of documents per task, such as an MMLU subject. [default: all]"
     )
     batch_size: Count | Literal["auto"] = Field(
         default="auto",
-        description=(
-            "Maximum number of MMLU requests per batch; auto: as many as fit into 4,096 tokens (32,768 on a GPU)."
-        ),
+        description=("Maximum number of requests per batch; auto: as many as fit into 4,096 tokens (32,768 on a GPU)."),
     )
     program_samples: Count = Field(
-        default=100, description="Size of the fixed MMLU sample that the exported program is evaluated on."
+        default=100,
+        description="Size of the fixed sample of each benchmark that the exported program is evaluated on, at most.",
     )
     max_new_tokens: Count = Field(default=64, description="Maximum number of tokens generated in each smoke test.")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -114,7 +128,7 @@ class EvaluationOptions(Options):
         default=1,
         ge=1,
         le=1000,
-        description="Number of worker processes for the evaluation; each loads its own model.",
+        description="Number of parts in which requests are answered; each is a process that loads its own model.",
     )
     cluster: OptionalText = Field(
         default=None,
@@ -124,11 +138,33 @@ class EvaluationOptions(Options):
         ),
     )
 
-    def chartqa_source(self) -> str | None:
-        """Return the name of the ChartQA dataset, or None to skip ChartQA."""
-        if self.chartqa == "auto":
-            return "chartqa-mini" if self.mmlu == "mmlu-mini" else "HuggingFaceM4/ChartQA"
-        return None if self.chartqa == "none" else self.chartqa
+    def benchmark_names(self) -> list[str]:
+        """Return the names of the benchmarks, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+
+    def dataset_sources(self) -> dict[str, tuple[str, str | None]]:
+        """Return {benchmark: (directory, fixture, or repository; revision)} for those with another source."""
+        pairs = [text.partition("=") for text in self.dataset]
+        return {name: _split_revision(source) for name, _, source in pairs}
+
+    def text_source(self, fixture_model: bool) -> tuple[str, str | None]:
+        """Return the text (file, fixture, or repository) and its revision; `fixture_model`: of the built-in model."""
+        return _split_revision(self.text or (FIXTURE_TEXT if fixture_model else WIKITEXT))
+
+    def windows(self) -> int:
+        """Return the number of windows of the text."""
+        return min(self.text_windows, self.limit or self.text_windows)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = self.benchmark_names()
+        if not names:
+            raise ValueError(f"tasks names no benchmark: use {', '.join(BENCHMARKS)}, or a task of lm-eval")
+        for text in self.dataset:
+            name, sign, source = text.partition("=")
+            if not sign or not source or name not in names:
+                raise ValueError(f"dataset {text!r}: must be BENCHMARK=SOURCE, for one of the tasks {', '.join(names)}")
+        return self
 
 
 @Parameter(name="*", group=Group.create_ordered("Export"))
@@ -160,9 +196,26 @@ class ExportOptions(Options):
 class GateOptions(Options):
     """The limits that a release must meet before it is published."""
 
-    max_mmlu_drop: float = Field(default=5.0, ge=0, description="Maximum drop in MMLU accuracy, in points.")
-    max_chartqa_drop: float = Field(
-        default=10.0, ge=0, description="Maximum drop in ChartQA relaxed accuracy, in points."
+    max_kl: Limit = Field(
+        default=0.25,
+        description=(
+            "Maximum mean KL divergence of the quantized checkpoint from the base model on text, in nats; none: record "
+            "it without judging."
+        ),
+    )
+    min_same_top: Limit = Field(
+        default=70.0,
+        description=(
+            "Minimum share of that text's tokens whose most likely token is the base model's, in percent; none: record "
+            "it without judging."
+        ),
+    )
+    limit_drop: Text = Field(
+        default="",
+        description=(
+            "Maximum drop of benchmarks' scores from the base model's, in points (of a perplexity: rise in percent), "
+            f"as in mmlu=2,gsm8k=5. [default: {', '.join(_default_drops())}]"
+        ),
     )
     min_recovery: float = Field(
         default=80.0, ge=0, description="Minimum recovery on each benchmark, in percent of the base model's score."
@@ -184,8 +237,25 @@ class GateOptions(Options):
         ),
     )
     max_regression: float = Field(
-        default=1.0, ge=0, description="Maximum drop in MMLU accuracy from the previously published release, in points."
+        default=1.0, ge=0, description="Maximum drop of a score from the published release, in points."
     )
+
+    def drops(self) -> dict[str, float]:
+        """Return {benchmark: maximum drop} as far as limit_drop says."""
+        pairs = [text.partition("=") for text in self.limit_drop.split(",") if text.strip()]
+        return {name.strip(): float(value) for name, _, value in pairs}
+
+    @model_validator(mode="after")
+    def _check_drops(self) -> Self:
+        try:
+            valid = all(math.isfinite(value) and value >= 0 for value in self.drops().values())
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError(
+                f"limit_drop {self.limit_drop!r}: must be BENCHMARK=POINTS, separated by commas, at least 0"
+            )
+        return self
 
 
 @Parameter(name="*", group=Group.create_ordered("Publishing"))
@@ -198,6 +268,13 @@ class PublishingOptions(Options):
     create_pr: Flag = Field(default=False, description="Open a pull request instead of committing to the branch.")
     private: Flag = Field(default=False, description="If the target does not exist, create it as a private repository.")
     tag: Flag = Field(default=False, description="Tag the commit as v<date>-<recipe hash>.")
+    publish_samples: Flag = Field(
+        default=False,
+        description=(
+            "Put the prompts and responses of every score into the release, with the questions of the benchmarks' "
+            "datasets in them."
+        ),
+    )
     adopt: Flag = Field(
         default=False, description="Publish even if the target contains files that quantize-gemma did not write."
     )
@@ -220,13 +297,17 @@ class RunOptions(Options):
     recipe: Text = Field(
         default="HQQ-INT8-INT4", description="Name of a built-in recipe, or path to a JSON recipe file."
     )
+    calibration: OptionalText = Field(
+        default=None,
+        description="Text file, or Hub dataset as in org/name@revision:files, for a calibrated recipe. [default: none]",
+    )
     target: OptionalText = Field(
         default=None, description="Hub repository to publish the release to. [default: none, not published]"
     )
     revision: OptionalText = Field(
         default=None, description="Branch, tag, or commit of the model repository. [default: the default branch]"
     )
-    refresh: Refresh = Field(
+    refresh: Texts = Field(
         default=(), description="Stages to run again even if their results are cached. [default: none]"
     )
     offline: Flag = Field(
@@ -254,6 +335,16 @@ class RunOptions(Options):
         return self.evaluation.workers if self.evaluation.cluster is None else 1
 
     @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = self.evaluation.benchmark_names()
+        if unknown := sorted(set(self.gate.drops()) - set(names)):
+            raise ValueError(f"limit_drop names {unknown[0]!r}, which is not one of the tasks {', '.join(names)}")
+        stages = stage_names(names)
+        if unknown := [name for name in self.refresh if name not in stages]:
+            raise ValueError(f"refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
+        return self
+
+    @model_validator(mode="after")
     def _check_target(self) -> Self:
         if self.target and self.offline:
             raise ValueError("a release cannot be published offline: leave out target or offline")
@@ -264,27 +355,82 @@ class RunOptions(Options):
         return self
 
 
+@Parameter(name="*", group=Group.create_ordered("Diagnosis"))
+class DiagnoseOptions(Options):
+    """What is diagnosed: the model and the recipe, and the texts."""
+
+    model: ModelName = Field(
+        default="tiny-gemma3",
+        description="Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.",
+    )
+    recipe: Text = Field(
+        default="HQQ-INT8-INT4", description="Name of a built-in recipe, or path to a JSON recipe file."
+    )
+    revision: OptionalText = Field(
+        default=None, description="Branch, tag, or commit of the model repository. [default: the default branch]"
+    )
+    calibration: OptionalText = Field(
+        default=None, description="What a calibrated recipe is calibrated on, as in a run. [default: none]"
+    )
+    text: OptionalText = Field(
+        default=None,
+        description=f"Text: a file such as ./notes.txt, or a mirror of {WIKITEXT}. [default: that of a run]",
+    )
+    text_windows: Count = Field(default=2, description="Number of windows of that text, 511 tokens each.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Device; auto: a GPU if there is one.")
+    refresh: Texts = Field(
+        default=(), description="Stages to run again even if their results are cached. [default: none]"
+    )
+    offline: Flag = Field(
+        default=False, description="Use only what is already in the store, without contacting the Hub."
+    )
+
+    def run_options(self) -> RunOptions:
+        """Return the options of a run on the same model, recipe, and text."""
+        evaluation = EvaluationOptions(text=self.text, text_windows=self.text_windows, device=self.device)
+        shared = ("model", "recipe", "revision", "calibration", "offline")
+        return RunOptions(evaluation=evaluation, **{name: getattr(self, name) for name in shared})
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        stages = ("download", "untie", "download_text", "download_calibration", "calibrate", "quantize", "diagnose")
+        if unknown := [name for name in self.refresh if name not in stages]:
+            raise ValueError(f"refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
+        return self
+
+
+def stage_names(benchmarks: list[str]) -> list[str]:
+    """Return the names of all stages of a run, in order."""
+    names = ["download", "untie", "download_text", "download_calibration", "calibrate", "quantize", "smoke", "export"]
+    names += ["fidelity_base", "fidelity_quantized", "fidelity_program", "fidelity"]
+    for benchmark in benchmarks:
+        names += [f"download_{benchmark}", f"record_{benchmark}"]
+        names += [f"{stage}_{benchmark}_{column}" for column in ALL_COLUMNS for stage in ("answer", "evaluate")]
+    return [*names, "verify", "gate", "card"]
+
+
 def command_line(
     options: RunOptions,
     model: ResolvedModel,
-    mmlu: ResolvedDataset,
-    chartqa: ResolvedDataset | None,
+    datasets: Mapping[str, ResolvedDataset],
+    text: ResolvedDataset,
     recipe_hash: str,
+    calibration: ResolvedDataset | None = None,
 ) -> str:
     """Return the command that reproduces the release, with every revision pinned.
 
-    A local model or recipe becomes a placeholder, with its digest in a comment.
+    What is local becomes a placeholder, with its digest in a comment.
 
     Args:
         options: The run's options.
         model: The resolved model.
-        mmlu: The resolved MMLU dataset.
-        chartqa: The resolved ChartQA dataset, or None if ChartQA is skipped.
+        datasets: The resolved datasets by benchmark.
+        text: The resolved text.
         recipe_hash: The hash of the recipe.
+        calibration: The resolved calibration text or dataset.
     """
-    pinned: dict[str, object] = {"model": model.name, "chartqa": chartqa.name if chartqa else "none"}
-    for name, source in (("revision", model), ("mmlu_revision", mmlu), ("chartqa_revision", chartqa)):
-        pinned[name] = source.revision if source and source.on_hub else None
+    pinned: dict[str, object] = {"model": model.name, "tasks": ",".join(datasets)}
+    pinned["revision"] = model.revision if model.on_hub else None
     comment = ""
     if not model.on_hub and not model.fixture:
         pinned["model"] = MODEL_PLACEHOLDER
@@ -292,19 +438,45 @@ def command_line(
     if options.recipe.endswith(".json"):
         pinned["recipe"] = RECIPE_PLACEHOLDER
         comment += f"  # {RECIPE_PLACEHOLDER}: the recipe with the hash {recipe_hash}"
+    pinned["text"] = _pin(text)
+    if not text.on_hub and not text.fixture:
+        pinned["text"] = TEXT_PLACEHOLDER
+        comment += f"  # {TEXT_PLACEHOLDER}: the text file with the digest {text.revision}"
+    sources = []
+    for benchmark, dataset in datasets.items():
+        source = _pin(dataset)
+        if not dataset.on_hub and not dataset.fixture:
+            source = f"{DATASET_PLACEHOLDER}_{benchmark.upper()}"
+            comment += f"  # {source}: the directory whose files have the digest {dataset.revision}"
+        sources.append(f"{benchmark}={source}")
+    pinned["dataset"] = tuple(sources)
+    if calibration is not None and calibration.on_hub:
+        files = parse_source(options.calibration or "").files
+        pinned["calibration"] = f"{calibration.name}@{calibration.revision}" + (f":{files}" if files else "")
+    elif calibration is not None:
+        pinned["calibration"] = CALIBRATION_PLACEHOLDER
+        comment += f"  # {CALIBRATION_PLACEHOLDER}: the text with the SHA-256 {calibration.revision}"
     words = ["quantize-gemma", "run"]
     for name, field, value in _release_options(options):
         value = pinned.get(name, value)
-        if value is None or (value == field.default and name not in ALWAYS_SHOWN):
+        if value == field.default and (value is None or name not in ALWAYS_SHOWN):
             continue
         flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(value if isinstance(value, tuple) else ["none" if value is None else str(value)])]
     return shlex.join(words) + comment
+
+
+def _pin(dataset: ResolvedDataset) -> str:
+    """Return a dataset's name, on the Hub with its commit."""
+    return f"{dataset.name}@{dataset.revision}" if dataset.on_hub else dataset.name
 
 
 def _release_options(options: RunOptions) -> Iterator[tuple[str, FieldInfo, object]]:
     """Yield the name, field, and value of each option that affects what is in a release."""
-    for group in (options, options.evaluation, options.export, options.gate):
+    for group in (options, options.evaluation, options.export, options.gate, options.publishing):
         for name, field in type(group).model_fields.items():
             value = getattr(group, name)
             if name not in NOT_IN_RELEASE and not isinstance(value, Options):

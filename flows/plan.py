@@ -1,16 +1,30 @@
 """The plan of a run: what its names stand for, checked against the machine before any long stage starts."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from prefect.logging import get_run_logger
+
+from quantize_gemma.flows.calibration import resolve_calibration
 from quantize_gemma.flows.options import RunOptions, command_line
-from quantize_gemma.tasks.check import check_checkpoint, check_disk, check_memory, check_run
-from quantize_gemma.tasks.download import download, remember, resolve_benchmark, resolve_model
+from quantize_gemma.tasks.check import (
+    check_calibration,
+    check_checkpoint,
+    check_disk,
+    check_memory,
+    check_run,
+    estimate_calibration,
+    measure_speed,
+)
+from quantize_gemma.tasks.download import download, remember, resolve_dataset, resolve_model, resolve_text
 from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
 from quantize_gemma.tasks.gate.metrics import LIBRARIES
-from quantize_gemma.tasks.models.checkpoint import read_config
+from quantize_gemma.tasks.models.benchmarks import Benchmark, describe
+from quantize_gemma.tasks.models.calibration import parse_source
+from quantize_gemma.tasks.models.checkpoint import read_config, read_model_config
 from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.publish import Target, check_target
@@ -24,10 +38,28 @@ from quantize_gemma.tasks.untie import untie
 if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
 
-    from quantize_gemma.flows.run import Run
+    from quantize_gemma.flows.run import Futures, Run
     from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef
 
 Inputs = dict[str, Any]
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedBenchmark:
+    """A benchmark of the run, with its resolved dataset.
+
+    Attributes:
+        row: The benchmark.
+        dataset: The resolved dataset.
+        requested_revision: The branch, tag, or commit that the options name.
+    """
+
+    row: Benchmark
+    dataset: ResolvedDataset
+    requested_revision: str | None
 
 
 @dataclass(frozen=True)
@@ -37,30 +69,30 @@ class Plan:
     Attributes:
         options: The run's options.
         model: The resolved model.
-        mmlu: The resolved MMLU dataset.
-        chartqa: The resolved ChartQA dataset, None if ChartQA is not measured.
+        text: The text that the release is compared with its base model on.
+        benchmarks: What is measured.
         recipe: The recipe.
         device: Where the evaluation runs, "cpu" or "cuda".
+        calibration: The resolved text or dataset that the recipe is calibrated on; None if it needs none.
         multimodal: Whether the model reads images; known once the checkpoint is there.
     """
 
     options: RunOptions
     model: ResolvedModel
-    mmlu: ResolvedDataset
-    chartqa: ResolvedDataset | None
+    text: ResolvedDataset
+    benchmarks: tuple[PlannedBenchmark, ...]
     recipe: Recipe
     device: str
+    calibration: ResolvedDataset | None = None
     multimodal: bool = True
 
-    def evaluation_inputs(self) -> Inputs:
-        """Return how the checkpoints are evaluated, whatever the benchmark."""
+    def column_inputs(self, row: Benchmark, column: str) -> Inputs:
+        """Return how a column answers a benchmark's requests, besides its artifacts."""
         evaluation = self.options.evaluation
-        return {
-            "limit": evaluation.limit,
-            "device": self.device,
-            "workers": evaluation.workers,
-            "cluster": evaluation.cluster,
-        }
+        if column in ("base", "quantized"):
+            return {"device": self.device, "batch_size": evaluation.batch_size}
+        size = min(evaluation.program_samples, row.program_samples or evaluation.program_samples)
+        return {"device": "cpu", "sample_size": size, "no_act_quant": column == "no_act_quant"}
 
     def verify_inputs(self) -> Inputs:
         """Return how long the prompts and responses of the program may get."""
@@ -73,57 +105,109 @@ class Plan:
         return {
             "resolved": {
                 "model": {**_dataset(self.model), "license": dict(self.model.license)},
-                "benchmark": _dataset(self.mmlu),
-                "chartqa": _dataset(self.chartqa) if self.chartqa else None,
+                "datasets": {one.row.name: _dataset(one.dataset) for one in self.benchmarks},
+                "text": _dataset(self.text),
+                "calibration": _dataset(self.calibration) if self.calibration else None,
             },
+            "benchmarks": {one.row.name: one.row.card_inputs() for one in self.benchmarks},
             "recipe": self.recipe.to_json(),
             "required": self.required_checks(),
-            "command": command_line(options, self.model, self.mmlu, self.chartqa, recipe_hash(self.recipe)),
-            "limits": {name: getattr(options.gate, name) for name in LIMITS},
+            "command": command_line(
+                options,
+                self.model,
+                {one.row.name: one.dataset for one in self.benchmarks},
+                self.text,
+                recipe_hash(self.recipe),
+                self.calibration,
+            ),
+            "limits": {**self.drop_limits(), **{name: getattr(options.gate, name) for name in LIMITS}},
             "versions": versions(LIBRARIES),
         }
 
+    def card_inputs(self, futures: "Futures") -> Inputs:
+        """Return the recipe, and the evaluations whose samples are published: all of the run's, or none."""
+        published = self.options.publishing.publish_samples
+        samples = {name: future for name, future in futures.items() if published and name.startswith("evaluate_")}
+        return {"recipe": self.recipe.to_json(), **samples}
+
+    def drop_limits(self) -> dict[str, float]:
+        """Return the limits on the drop of each benchmark that has one, by the limit's name."""
+        limits = {one.row.name: one.row.max_drop for one in self.benchmarks} | self.options.gate.drops()
+        names = [one.row.name for one in self.benchmarks]
+        return {f"max_{name}_drop": limit for name in names if (limit := limits[name]) is not None}
+
     def required_checks(self) -> list[str]:
         """Return the names of the gate's checks that every release of this run must have."""
-        return required_checks(self.multimodal, self.chartqa is not None, False)
+        limited = [one.row for one in self.benchmarks if f"max_{one.row.name}_drop" in self.drop_limits()]
+        return required_checks(self.multimodal, limited)
 
     def remember_revisions(self) -> None:
         """Note which revisions the names stand for, so that `--offline` finds them."""
-        evaluation = self.options.evaluation
         remember(self.model, self.options.revision)
-        remember(self.mmlu, evaluation.mmlu_revision)
-        if self.chartqa:
-            remember(self.chartqa, evaluation.chartqa_revision)
+        remember(self.text, self.options.evaluation.text_source(self.model.fixture)[1])
+        for one in self.benchmarks:
+            remember(one.dataset, one.requested_revision)
+        if self.calibration is not None:
+            remember(self.calibration, parse_source(self.options.calibration or "").revision)
 
     def run_name(self) -> str:
         """Return the name of the flow run."""
         return f"{self.options.model} {self.options.recipe} {self.model.revision[:12]}"
 
 
-def make_plan(run: "Run", options: RunOptions) -> Plan:
+def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     """Resolve every name to a pinned revision, and check what can be checked before the download.
+
+    Args:
+        run: The run.
+        options: Its options.
+        benchmarks: Whether benchmarks are measured, too.
 
     Raises:
         UserError: Something cannot work; the message says what, and what to do.
     """
     recipe = load_recipe(options.recipe)
-    evaluation = options.evaluation
+    check_calibration(recipe, options.calibration)
     device: str = run.call("check", check_run, **options.check_inputs())["device"]
     if (target := publishing_target(options)) is not None:
         run.call("check_target", check_target, target)
-    offline = options.offline
-    model = run.call("resolve_model", resolve_model, options.model, options.revision, offline)
-    mmlu = run.call("resolve_mmlu", resolve_benchmark, evaluation.mmlu, evaluation.mmlu_revision, offline)
-    chartqa = None
-    if (name := evaluation.chartqa_source()) is not None:
-        chartqa = run.call("resolve_chartqa", resolve_benchmark, name, evaluation.chartqa_revision, offline)
-    plan = Plan(options, model, mmlu, chartqa, recipe, device)
+    model = run.call("resolve_model", resolve_model, options.model, options.revision, options.offline)
+    source, revision = options.evaluation.text_source(model.fixture)
+    text = run.call("resolve_text", resolve_text, source, revision, options.offline)
+    calibration = resolve_calibration(run, options)
+    planned = plan_benchmarks(run, options, model) if benchmarks else ()
+    plan = Plan(options, model, text, planned, recipe, device, calibration)
     run.rename(plan.run_name())
     memory = check_memory(model.weights, options.local_workers())
     missing_stages = missing(writing_stages(options, model, recipe), options.refresh)
     check_disk(model.weight_bytes, missing_stages, model.revision)
     run.fit_into_memory(memory)
     return plan
+
+
+def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tuple[PlannedBenchmark, ...]:
+    """Resolve the benchmarks' datasets, except for those of benchmarks that the model cannot see.
+
+    The built-in model is evaluated on the built-in fixtures, as far as there are any.
+    """
+    rows = [describe(name) for name in options.evaluation.benchmark_names()]
+    if not model.multimodal:
+        rows = _without_images(rows)
+    sources = options.evaluation.dataset_sources()
+    benchmarks = []
+    for row in rows:
+        own = row.fixture if model.fixture and row.fixture else row.dataset
+        source, revision = sources.get(row.name, (own, None))
+        dataset = run.call(f"resolve_{row.name}", resolve_dataset, row, source, revision, options.offline)
+        benchmarks.append(PlannedBenchmark(row, dataset, revision))
+    return tuple(benchmarks)
+
+
+def _without_images(rows: list[Benchmark]) -> list[Benchmark]:
+    for row in rows:
+        if row.needs_images:
+            logger.info("%s is left out: the model is text-only", row.title)
+    return [row for row in rows if not row.needs_images]
 
 
 def publishing_target(options: RunOptions) -> Target | None:
@@ -133,7 +217,7 @@ def publishing_target(options: RunOptions) -> Target | None:
 
 
 def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
-    """Return the plan for the checkpoint that was downloaded: a text-only model is not measured on ChartQA.
+    """Return the plan for the checkpoint that was downloaded: a text-only model is not measured on images.
 
     Raises:
         UserError: The checkpoint is damaged, or does not fit the recipe, the options, or this machine.
@@ -142,9 +226,16 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     export_options = plan.options.export
     workers = plan.options.local_workers()
     check_checkpoint(path, plan.recipe, export_options.max_seq_len, export_options.custom_kv_cache, workers)
+    if (settings := plan.recipe.calibration) is not None:
+        seconds, memory = estimate_calibration(read_model_config(path).text, settings, measure_speed())
+        get_run_logger().info(
+            "calibration: about %.0f minutes and %.1f GB of memory on this machine", max(seconds / 60, 1), memory / 1e9
+        )
     if "vision_config" in read_config(path):
         return plan
-    return dataclasses.replace(plan, multimodal=False, chartqa=None)
+    rows = _without_images([one.row for one in plan.benchmarks])
+    seen = tuple(one for one in plan.benchmarks if one.row in rows)
+    return dataclasses.replace(plan, multimodal=False, benchmarks=seen)
 
 
 def download_inputs(source: ResolvedDataset, offline: bool) -> Inputs:

@@ -1,6 +1,6 @@
 """The flow that keeps the store below a maximum size; deployed on a schedule."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from prefect import flow
 from prefect.logging import get_run_logger
@@ -14,7 +14,7 @@ from quantize_gemma.tasks.runtime.units import human_size
 def prune_store(
     max_gigabytes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 500.0,
     max_age_days: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 60.0,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Remove unfinished results, then results beyond the age limit, then the least recently used ones.
 
     Args:

@@ -9,6 +9,7 @@ from prefect import flow, runtime
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
+from quantize_gemma.flows.calibration import submit_calibration
 from quantize_gemma.flows.options import (
     EvaluationOptions,
     ExportOptions,
@@ -17,12 +18,13 @@ from quantize_gemma.flows.options import (
     ModelName,
     OptionalText,
     PublishingOptions,
-    Refresh,
     RunOptions,
     Text,
+    Texts,
 )
 from quantize_gemma.flows.plan import (
     Plan,
+    PlannedBenchmark,
     check_download,
     download_inputs,
     export_inputs,
@@ -31,13 +33,17 @@ from quantize_gemma.flows.plan import (
     quantize_inputs,
 )
 from quantize_gemma.flows.report import create_artifacts
-from quantize_gemma.flows.run import Run, start_run
+from quantize_gemma.flows.run import Future, Run, start_run
 from quantize_gemma.tasks.card import card
-from quantize_gemma.tasks.download import download, download_chartqa, download_mmlu
-from quantize_gemma.tasks.evaluate import evaluate_mmlu
-from quantize_gemma.tasks.evaluate.chartqa import evaluate_chartqa
-from quantize_gemma.tasks.evaluate.program import evaluate_program
+from quantize_gemma.tasks.download import download, download_dataset, download_text
+from quantize_gemma.tasks.evaluate import evaluate
+from quantize_gemma.tasks.evaluate.answer import answer
+from quantize_gemma.tasks.evaluate.record import record
 from quantize_gemma.tasks.export import export as export_program
+from quantize_gemma.tasks.fidelity import fidelity
+from quantize_gemma.tasks.fidelity.fidelity_base import fidelity_base
+from quantize_gemma.tasks.fidelity.fidelity_program import PROGRAM_WINDOWS, fidelity_program
+from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
 from quantize_gemma.tasks.gate import gate as judge_release
 from quantize_gemma.tasks.gate.checks import compare_with_published, require_pass
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, to_json
@@ -55,9 +61,10 @@ from quantize_gemma.tasks.verify import verify
 def quantize_gemma(
     model: ModelName = "tiny-gemma3",
     recipe: Text = "HQQ-INT8-INT4",
+    calibration: OptionalText = None,
     target: OptionalText = None,
     revision: OptionalText = None,
-    refresh: Refresh = (),
+    refresh: Texts = (),
     offline: Flag = False,
     evaluation: EvaluationOptions = EvaluationOptions(),
     export: ExportOptions = ExportOptions(),
@@ -66,9 +73,13 @@ def quantize_gemma(
 ) -> dict[str, Any]:
     """Quantize, measure, export, and publish one checkpoint.
 
+    Its parameters are the form in Prefect's UI and the parameters of the deployments: six that people set every day,
+    and four groups.
+
     Args:
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.
         recipe: Name of a built-in recipe, or path to a JSON recipe file.
+        calibration: Text file, or Hub dataset as in org/name@revision:files, for a calibrated recipe. [default: none]
         target: Hub repository to publish the release to. [default: none, not published]
         revision: Branch, tag, or commit of the model repository. [default: the default branch]
         refresh: Stages to run again even if their results are cached. [default: none]
@@ -84,6 +95,7 @@ def quantize_gemma(
     options = RunOptions(
         model=model,
         recipe=recipe,
+        calibration=calibration,
         target=target,
         revision=revision,
         refresh=refresh,
@@ -97,68 +109,95 @@ def quantize_gemma(
         plan = make_plan(run, options)
         base = run.submit(download, **download_inputs(plan.model, offline))
         plan = check_download(plan, base)
-        mmlu = run.submit(download_mmlu, **download_inputs(plan.mmlu, offline))
         untied = run.submit(untie, checkpoint=base)
-        quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe))
+        text = run.submit(download_text, **download_inputs(plan.text, offline))
+        tokens = submit_calibration(run, plan, base, text)
+        quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe), **tokens)
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
-        scores = evaluate_mmlu_columns(run, plan, mmlu, {"base": base, "quantized": quantized})
-        if plan.chartqa:
-            chartqa = run.submit(download_chartqa, **download_inputs(plan.chartqa, offline))
-            evaluate_chartqa_columns(run, plan, chartqa, {"base": base, "quantized": quantized})
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
+        measure_fidelity(run, plan, text, base, quantized, program)
+        for benchmark in plan.benchmarks:
+            evaluate_columns(run, plan, benchmark, base, quantized, program)
         run.submit(verify, exclusive=True, checkpoint=quantized, program=program, **plan.verify_inputs())
-        run.submit(
-            evaluate_program,
-            checkpoint=quantized,
-            program=program,
-            dataset=mmlu,
-            evaluation=scores["quantized"],
-            sample_size=evaluation.program_samples,
-        )
         verdict = run.submit(judge_release, run_id=str(runtime.flow_run.id), **(plan.gate_inputs() | run.futures))
-        release = run.submit(card, recipe=plan.recipe.to_json(), checkpoint=quantized, program=program, gate=verdict)
+        inputs = plan.card_inputs(run.futures)
+        release = run.submit(card, checkpoint=quantized, program=program, gate=verdict, **inputs)
         metrics = report_release(run, plan, release)
         check_release(run, plan, metrics)
         publish_release(run, plan, release)
     return run.summary.to_json()
 
 
-Futures = dict[str, PrefectFuture[ArtifactRef]]
+def measure_fidelity(run: Run, plan: Plan, text: Future, base: Future, quantized: Future, program: Future) -> None:
+    """Submit the comparison of checkpoint and program with the base model on text, token by token."""
+    evaluation = plan.options.evaluation
+    spread = evaluation.workers, evaluation.cluster
+    states = run.map(
+        fidelity_base,
+        "fidelity_base",
+        *spread,
+        checkpoint=base,
+        text=text,
+        windows=evaluation.windows(),
+        device=plan.device,
+    )
+    against: dict[str, Any] = {"base": base, "states": states}
+    tokens = run.map(
+        fidelity_quantized, "fidelity_quantized", *spread, checkpoint=quantized, device=plan.device, **against
+    )
+    program_tokens = run.map(
+        fidelity_program, "fidelity_program", *spread, program=program, windows=PROGRAM_WINDOWS, **against
+    )
+    run.submit(fidelity, quantized=tokens, program=program_tokens)
 
 
-def evaluate_mmlu_columns(run: Run, plan: Plan, dataset: PrefectFuture[ArtifactRef], columns: Futures) -> Futures:
-    """Submit the evaluation on MMLU of each column's checkpoint."""
-    return {
-        column: run.submit(
-            evaluate_mmlu,
-            name=f"evaluate_mmlu_{column}",
-            exclusive=True,
-            checkpoint=checkpoint,
-            dataset=dataset,
-            batch_size=plan.options.evaluation.batch_size,
-            **plan.evaluation_inputs(),
-        )
-        for column, checkpoint in columns.items()
+def evaluate_columns(
+    run: Run, plan: Plan, benchmark: PlannedBenchmark, base: Future, quantized: Future, program: Future
+) -> None:
+    """Submit one row of the evaluation: a benchmark's requests are answered, and scored, for each column."""
+    row, evaluation = benchmark.row, plan.options.evaluation
+    dataset = run.submit(
+        download_dataset,
+        name=f"download_{row.name}",
+        **download_inputs(benchmark.dataset, plan.options.offline),
+        **row.file_inputs(),
+    )
+    limited: dict[str, Any] = {"dataset": dataset, "limit": evaluation.limit}
+    requests = run.submit(record, name=f"record_{row.name}", checkpoint=base, benchmark=row.request_inputs(), **limited)
+    models: dict[str, dict[str, Future]] = {
+        "base": {"checkpoint": base},
+        "quantized": {"checkpoint": quantized},
+        "program": {"checkpoint": quantized, "program": program},
+        "no_act_quant": {"checkpoint": quantized},
     }
-
-
-def evaluate_chartqa_columns(run: Run, plan: Plan, dataset: PrefectFuture[ArtifactRef], columns: Futures) -> None:
-    """Submit the evaluation on ChartQA of each column's checkpoint."""
-    for column, checkpoint in columns.items():
-        run.submit(
-            evaluate_chartqa,
-            name=f"evaluate_chartqa_{column}",
-            exclusive=True,
-            checkpoint=checkpoint,
+    for column in row.columns():
+        inputs = plan.column_inputs(row, column)
+        answers = run.map(
+            answer,
+            f"answer_{row.name}_{column}",
+            evaluation.workers,
+            evaluation.cluster,
+            requests=requests,
             dataset=dataset,
-            **plan.evaluation_inputs(),
+            **models[column],
+            **inputs,
+        )
+        run.submit(
+            evaluate,
+            name=f"evaluate_{row.name}_{column}",
+            exclusive=True,
+            requests=requests,
+            answers=answers,
+            benchmark=row.score_inputs(),
+            device=inputs["device"],
+            **limited,
         )
 
 
 def report_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) -> Metrics:
     """Wait for the release, show it in Prefect, and return its metrics."""
     ref = release.result()
-    content: dict[str, Any] = json.loads(store.read_file(open_artifact(ref), "metrics.json"))
+    content: dict[str, object] = json.loads(store.read_file(open_artifact(ref), "metrics.json"))
     metrics = parse_metrics(content)
     plan.remember_revisions()
     # This path stays the same when the card is made again.
@@ -172,12 +211,12 @@ def report_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) ->
 
 def check_release(run: Run, plan: Plan, metrics: Metrics) -> None:
     """Put the gate's verdict into the summary. Raises GateRefused if the release does not pass."""
-    required, regression = plan.required_checks(), None
+    required, regressions = plan.required_checks(), []
     if (target := publishing_target(plan.options)) is not None:
         published = run.call("read_published", published_metrics, target.repository, target.branch)
-        regression = compare_with_published(metrics, published, plan.options.gate.max_regression)
-        required = [*required, regression.name]
-    run.summary.gate = to_json(run.call("check_gate", require_pass, metrics, required, regression))
+        regressions = compare_with_published(metrics, published, plan.options.gate.max_regression)
+        required = [*required, *(check.name for check in regressions)]
+    run.summary.gate = to_json(run.call("check_gate", require_pass, metrics, required, regressions))
 
 
 def publish_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) -> None:

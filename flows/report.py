@@ -5,11 +5,12 @@ import contextlib
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.card import CHART
+from quantize_gemma.tasks.card.chart import ERROR_CHART, KL_CHART, charts
 from quantize_gemma.tasks.models.metrics import Metrics, parse_columns, parse_verdict
-from quantize_gemma.tasks.models.tables import quality_rows, verdict_rows
+from quantize_gemma.tasks.models.tables import distance_rows, quality_rows, verdict_rows
+from quantize_gemma.tasks.models.text_fidelity import KINDS, damage_rows, parse_damages
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 from quantize_gemma.tasks.runtime.units import human_size
 
@@ -20,7 +21,7 @@ Row = dict[str, str]
 
 
 def create_artifacts(release: Path, metrics: Metrics) -> None:
-    """Show the quality table, the gate's checks, the chart, the card, and the files in Prefect's UI.
+    """Show the tables of fidelity, quality and the gate, the charts, the card, and the files in Prefect's UI.
 
     Args:
         release: The directory of the release.
@@ -33,20 +34,28 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
         create_table_artifact,
     )
 
+    distances = distance_rows(metrics, metrics.gate.checks)
+    create_table_artifact(key="fidelity", table=distances, description="Distance from the base model on text")
     create_table_artifact(key="quality", table=quality_rows(metrics), description="Base, quantized, and program")
     create_table_artifact(key="gate", table=verdict_rows(metrics.gate.checks), description="The gate's checks")
-    # Without its YAML front matter, and with the chart embedded.
+    # Without its YAML front matter, and with the charts embedded.
     text = (release / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
-    if (release / CHART).exists():
-        chart = "data:image/png;base64," + base64.b64encode((release / CHART).read_bytes()).decode()
-        create_image_artifact(chart, key="mmlu-by-subject", description="MMLU accuracy per subject")
-        text = text.replace(f"({CHART})", f"({chart})")
+    described = {KL_CHART: "KL divergence from the base model"}
+    if metrics.quantized.output_error:
+        described[ERROR_CHART] = "What calibration left of the outputs' error, by block"
+    described |= {
+        name: f"{metrics.benchmarks[benchmark].title} per subject" for benchmark, name in charts(metrics).items()
+    }
+    for name, description in described.items():
+        chart = "data:image/png;base64," + base64.b64encode((release / name).read_bytes()).decode()
+        create_image_artifact(chart, key=name.removesuffix(".png").replace("_", "-"), description=description)
+        text = text.replace(f"({name})", f"({chart})")
     create_markdown_artifact(text, key="card")
     create_link_artifact(release.as_uri(), link_text="the release's files", key="release")
 
 
-def print_summary(summary: JsonObject) -> None:
-    """Print the tables of a run that has a release: stages, quality, and gate, then where the release is."""
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print the tables of a run that has a release: stages, fidelity, quality, gate; then where the release is."""
     from rich.console import Console
     from rich.table import Table
 
@@ -64,14 +73,28 @@ def print_summary(summary: JsonObject) -> None:
                 human_size(stage["size_bytes"]),
             )
     console.print(stages)
-    console.print(_table("Quality", quality_rows(parse_columns(summary["metrics"]))))
+    columns = parse_columns(summary["metrics"])
     gate = None if summary["gate"] is None else parse_verdict(summary["gate"])
+    checks = [] if gate is None else gate.checks
+    console.print(_table("Distance from the base model", distance_rows(columns, checks)))
+    console.print(_table("Quality", quality_rows(columns)))
     # A failed gate has printed its checks in the error message.
     if gate and gate.passed:
         console.print(_table("Gate", verdict_rows(gate.checks)))
     console.print(f"gate: {'not reached' if gate is None else 'passed' if gate.passed else 'failed'}")
     console.print(f"publish: {_publish_line(summary)}", soft_wrap=True)
     console.print(f"release: {summary['release']}", soft_wrap=True)
+
+
+def print_damage(results: JsonObject) -> None:
+    """Print the tables of a diagnosis, and where its heat map is."""
+    from rich.console import Console
+
+    console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
+    damages = parse_damages(results["rows"])
+    for kind in KINDS:
+        console.print(_table(f"KL divergence of quantized {kind} alone, nats", damage_rows(damages, kind)))
+    console.print(f"heat map: {results['heat_map']}", soft_wrap=True)
 
 
 def _table(title: str, rows: list[Row]) -> "Table":
@@ -83,7 +106,7 @@ def _table(title: str, rows: list[Row]) -> "Table":
     return table
 
 
-def _publish_line(summary: JsonObject) -> str:
+def _publish_line(summary: dict[str, Any]) -> str:
     if summary["published"]:
         return str(summary["published"])
     if any(stage["name"] == "publish" for stage in summary["stages"]):

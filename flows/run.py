@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-from prefect import runtime, task
+from prefect import Task, runtime, task, unmapped
+from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 
@@ -18,10 +19,15 @@ from quantize_gemma.tasks.runtime.disk import disk_failure
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
 from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt
 from quantize_gemma.tasks.runtime.patches.private_api import retry_refused_connections
+from quantize_gemma.tasks.runtime.prefect_cluster import run_on_cluster
 from quantize_gemma.tasks.runtime.prefect_stage import as_task, failure_of, retried
-from quantize_gemma.tasks.runtime.redact import redact, redact_logs
+from quantize_gemma.tasks.runtime.redact import keep_secrets, redact, redact_logs
 from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.store import Artifact
 
+# The future of a stage's artifact, or those of the artifacts of its parts.
+Future = PrefectFuture[Any]
+Futures = dict[str, Future | list[Future]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -47,46 +53,46 @@ def start_run(label: str, refresh: Collection[str]) -> Iterator["Run"]:
         Interrupted: The run was interrupted.
     """
     redact_logs()
+    keep_secrets()
     retry_refused_connections()
     run = Run(label, refresh)
-    try:
-        with stop_on_interrupt():
-            yield run
-    except Exception as error:
-        cause = run.first_failure(error)
-        if isinstance(cause, GateRefused):
-            run.summary.gate = to_json(cause.verdict)
-        run.summary.error = redact(str(cause))
+    with store.keep_pinned():
+        try:
+            with stop_on_interrupt():
+                yield run
+        except Exception as error:
+            cause = run.first_failure(error)
+            if isinstance(cause, GateRefused):
+                run.summary.gate = to_json(cause.verdict)
+            run.summary.error = redact(str(cause))
+            run.collect_stages()
+            cause.summary = run.summary.to_json()
+            raise cause from error
+        except KeyboardInterrupt:
+            run.summary.error = "interrupted"
+            run.collect_stages()
+            raise Interrupted(run.summary.to_json()) from None
         run.collect_stages()
-        cause.summary = run.summary.to_json()
-        raise cause from error
-    except KeyboardInterrupt:
-        run.summary.error = "interrupted"
-        run.collect_stages()
-        raise Interrupted(run.summary.to_json()) from None
-    run.collect_stages()
 
 
 class Run:
     """The stages of one flow run, and its summary.
 
     Attributes:
-        futures: The futures of the submitted stages by name, in the order of submission.
+        futures: The futures of the submitted stages by name, in the order of submission; a list for a stage in parts.
         summary: What the run did so far.
     """
 
     def __init__(self, label: str, refresh: Collection[str]) -> None:
         self.label = label
         self.refresh = refresh
-        self.futures: dict[str, PrefectFuture[ArtifactRef]] = {}
+        self.futures: Futures = {}
         self.summary = Summary()
         self._steps: dict[str, StageSummary] = {}
-        self._exclusive: list[PrefectFuture[ArtifactRef]] = []
+        self._exclusive: list[Future] = []
         self._one_at_a_time = False
 
-    def submit(
-        self, stage: Stage[...], name: str | None = None, exclusive: bool = False, **inputs: Any
-    ) -> PrefectFuture[ArtifactRef]:
+    def submit(self, stage: Stage[...], name: str | None = None, exclusive: bool = False, **inputs: Any) -> Future:
         """Submit a stage as a Prefect task.
 
         Args:
@@ -99,20 +105,60 @@ class Run:
             The future of the reference of the stage's artifact.
         """
         name = name or stage.name
-        wait_for = list(self.futures.values()) if self._one_at_a_time else self._exclusive[-1:] if exclusive else []
-        future: PrefectFuture[ArtifactRef] = (
-            as_task(stage)
-            .with_options(
-                task_run_name=f"{name.replace('_', ' ')} · {self.label}",
-                refresh_cache=name in self.refresh,
-                result_storage=store.home(),
-            )
-            .submit(**inputs, wait_for=wait_for)
-        )
+        future: Future = self._task(stage, name).submit(**inputs, wait_for=self._wait_for(exclusive))
         self.futures[name] = future
         if exclusive:
-            self._exclusive.append(future)
+            self._exclusive = [future]
         return future
+
+    def map(
+        self, stage: Stage[...], name: str, parts: int, cluster: str | None = None, **inputs: Any
+    ) -> list[Future] | Future:
+        """Submit the parts of a stage, which use every core together: it waits for the exclusive stages before it.
+
+        Args:
+            stage: The stage, with the inputs `part` and `parts`.
+            name: Its name in this run.
+            parts: How many parts there are.
+            cluster: The address of a Dask or Ray cluster that does them.
+            **inputs: The stage's other inputs.
+
+        Returns:
+            The futures of the references of the parts' artifacts; of a cluster, the future of their list.
+        """
+        wait_for = self._wait_for(exclusive=True)
+        futures: list[Future]
+        if cluster is None:
+            same: dict[str, Any] = {field: unmapped(value) for field, value in {**inputs, "parts": parts}.items()}
+            futures = list(self._task(stage, name).map(part=range(parts), wait_for=wait_for, **same))
+        else:
+            label = f"{name.replace('_', ' ')} · {self.label}"
+            # A task, so that the flow does not wait for it.
+            on_cluster: Task[..., Any] = task(
+                name=name, task_run_name=label, cache_policy=NO_CACHE, persist_result=False
+            )(run_on_cluster)
+            refresh = name in self.refresh
+            futures = [on_cluster.submit(stage, label, cluster, parts, refresh, inputs, wait_for=wait_for)]
+        self._exclusive = futures
+        self.futures[name] = futures if cluster is None else futures[0]
+        return self.futures[name]
+
+    def _task(self, stage: Stage[...], name: str) -> Task[..., ArtifactRef]:
+        return as_task(stage).with_options(
+            task_run_name=f"{name.replace('_', ' ')} · {self.label}",
+            refresh_cache=name in self.refresh,
+            result_storage=store.home(),
+        )
+
+    def _wait_for(self, exclusive: bool) -> list[Future]:
+        if self._one_at_a_time:
+            return [future for name in self.futures for future in self.all_futures(name)]
+        return self._exclusive if exclusive else []
+
+    def all_futures(self, name: str) -> list[Future]:
+        """Return the futures of a stage: one, or one for each part."""
+        futures = self.futures[name]
+        return futures if isinstance(futures, list) else [futures]
 
     def call(self, name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call, as a task in this process, a function that takes seconds and leaves no artifact."""
@@ -140,7 +186,7 @@ class Run:
     def changed_nothing(self) -> bool:
         """Tell whether every stage was cached and nothing new was published."""
         publication = self.summary.publication
-        cached = all(future.state.name == "Cached" for future in self.futures.values())
+        cached = all(future.state.name == "Cached" for name in self.futures for future in self.all_futures(name))
         return cached and (publication is None or publication["state"] == "already published")
 
     def collect_stages(self) -> None:
@@ -148,7 +194,7 @@ class Run:
         last = ("read_published", "check_gate", "publish")
         before = [step for name, step in self._steps.items() if name not in last]
         after = [step for name, step in self._steps.items() if name in last]
-        self.summary.stages = before + [summarize(name, future) for name, future in self.futures.items()] + after
+        self.summary.stages = before + [summarize(name, self.all_futures(name)) for name in self.futures] + after
 
     def first_failure(self, error: Exception) -> RunError:
         """Return what made the run fail: the failure of the first stage that failed, else the error.
@@ -157,17 +203,17 @@ class Run:
         long as no stage has produced anything: what the Hub refuses after hours is a failure.
         """
         # Stages that do not depend on the failed one finish first, so that the next run has them cached.
-        for future in self.futures.values():
-            future.wait()
+        for stage in self.futures:
+            for future in self.all_futures(stage):
+                future.wait()
         cause: BaseException = error
         name = next((step.name for step in self._steps.values() if step.state == "FAILED"), None)
-        for stage, future in self.futures.items():
-            if future.state.is_failed() or future.state.is_crashed():
-                name, cause = stage, failure_of(future.state) or error
+        states = [(stage, future.state) for stage in self.futures for future in self.all_futures(stage)]
+        for stage, state in states:
+            if state.is_failed() or state.is_crashed():
+                name, cause = stage, failure_of(state) or error
                 break
-        completed = any(
-            future.state.is_completed() and future.state.name != "Cached" for future in self.futures.values()
-        )
+        completed = any(state.is_completed() and state.name != "Cached" for _, state in states)
         if isinstance(cause, GateRefused) or (isinstance(cause, UserError) and not completed and name != "publish"):
             return cause
         cause = disk_failure(cause, *store.output_folders()) or cause
@@ -175,24 +221,34 @@ class Run:
         return StageFailed(f"{name.replace('_', ' ')}: {message}" if name else message)
 
 
-def summarize(name: str, future: PrefectFuture[ArtifactRef]) -> StageSummary:
-    """Return what a stage took and whether it was cached; UNKNOWN if Prefect's API does not answer any more."""
+def summarize(name: str, futures: list[Future]) -> StageSummary:
+    """Return what a stage took and whether it was cached; UNKNOWN if Prefect's API does not answer any more.
+
+    A stage in parts took as long as its longest part; it was cached if all of them were.
+    """
     state_name, cached = "UNKNOWN", False
+    artifacts: list[Artifact] = []
     try:
-        state = future.state
-        state_name, cached = state.type.value, state.name == "Cached"
-        artifact = open_artifact(future.result()) if state.is_completed() else None
+        states = [future.state for future in futures]
+        state_name = next((state.type.value for state in states if not state.is_completed()), "COMPLETED")
+        cached = all(state.name == "Cached" for state in states)
+        if state_name == "COMPLETED":
+            artifacts = [open_artifact(ref) for future in futures for ref in _list(future.result())]
     except Exception:
         # The API or the artifact is gone: the run reports how it ended all the same.
-        artifact = None
-    if artifact is None:
+        artifacts = []
+    if not artifacts:
         return StageSummary(name, state_name, cached)
     return StageSummary(
         name,
         state_name,
         cached,
-        seconds=artifact.measured["seconds"],
-        peak_rss_bytes=artifact.measured["peak_rss_bytes"],
-        size_bytes=artifact.size,
-        key=artifact.key,
+        seconds=max(artifact.measured["seconds"] for artifact in artifacts),
+        peak_rss_bytes=max(artifact.measured["peak_rss_bytes"] for artifact in artifacts),
+        size_bytes=sum(artifact.size for artifact in artifacts),
+        key=artifacts[0].key,
     )
+
+
+def _list(result: ArtifactRef | list[ArtifactRef]) -> list[ArtifactRef]:
+    return result if isinstance(result, list) else [result]

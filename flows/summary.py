@@ -4,6 +4,7 @@ A module of its own, so that the command line can print it without importing Pre
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
@@ -33,7 +34,7 @@ class Summary:
     publication: JsonObject | None = None
     error: str | None = None
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> dict[str, Any]:
         """Return the object that `quantize-gemma run --json` prints."""
         return asdict(self)
 
@@ -45,6 +46,6 @@ class Interrupted(KeyboardInterrupt):
         summary: What the run had done by then, as JSON.
     """
 
-    def __init__(self, summary: JsonObject) -> None:
+    def __init__(self, summary: dict[str, Any]) -> None:
         super().__init__("interrupted")
         self.summary = summary

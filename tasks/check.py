@@ -9,10 +9,12 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from quantize_gemma.tasks.models.calibration import parse_source
 from quantize_gemma.tasks.models.checkpoint import (
     check_weights,
     local_checkpoint,
@@ -22,7 +24,8 @@ from quantize_gemma.tasks.models.checkpoint import (
     source_files,
     weight_files,
 )
-from quantize_gemma.tasks.models.recipe import Recipe, decide, load_recipe
+from quantize_gemma.tasks.models.config import TextConfig
+from quantize_gemma.tasks.models.recipe import Calibration, Recipe, decide, load_recipe
 from quantize_gemma.tasks.runtime import machine, pruning, store, store_layout
 from quantize_gemma.tasks.runtime.errors import UserError
 
@@ -76,6 +79,54 @@ def check_run(
         if not may_be_stored(weight_bytes):
             check_disk(weight_bytes)
     return plan
+
+
+def check_calibration(recipe: Recipe, text: str | None) -> None:
+    """Raise UserError unless a calibrated recipe comes with a text or a dataset, and any other recipe without."""
+    if recipe.calibration is not None and text is None:
+        raise UserError(f"the recipe {recipe.name} is calibrated: set --calibration to a text file or a dataset")
+    if recipe.calibration is None and text is not None:
+        raise UserError(f"the recipe {recipe.name} needs no calibration: leave out --calibration")
+    if text is not None and not parse_source(text).on_hub and not Path(text).is_file():
+        raise UserError(
+            f"there is no calibration text at {text}: use the path of a text file, or ORG/NAME of a dataset on the Hub"
+        )
+
+
+def estimate_calibration(text: TextConfig, settings: Calibration, operations_per_second: float) -> tuple[float, int]:
+    """Return about how many seconds a decoder's calibration takes, and its peak memory in bytes.
+
+    Args:
+        text: The decoder's shape.
+        settings: The recipe's.
+        operations_per_second: Of this machine, in a float32 matrix product; see measure_speed().
+    """
+    hidden, mlp = text.hidden_size, text.intermediate_size
+    queries, keys = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
+    tokens = (settings.sequences + settings.answers) * settings.length
+    weights = hidden * (2 * queries + 2 * keys + 3 * mlp)
+    inputs = (hidden, queries, hidden, mlp)
+    # Two models run; of each input the products with itself (on and over the diagonal) and with the other model's.
+    forward = tokens * (4 * weights + 8 * settings.length * queries)
+    moments = tokens * sum(int(3.2 * columns**2) for columns in inputs)
+    # GPTQ, the passes, compensation and the measured error: products of each matrix with a Hessian.
+    rounding = (9 + 2 * settings.passes) * hidden * (hidden * (queries + 2 * keys + 2 * mlp) + queries**2 + mlp**2)
+    head = text.vocab_size * hidden * ((9 + 2 * settings.passes) * hidden)
+    seconds = (text.num_hidden_layers * (forward + moments + rounding) + head) / operations_per_second
+    # A block and the hidden states of both models; a Hessian, the cross products, its factor, one on the way.
+    floats = 2 * weights + 2 * tokens * hidden + 4 * max(inputs) ** 2
+    return seconds, int(MEMORY_OF_LIBRARIES + 4 * floats + 2 * tokens * mlp)
+
+
+def measure_speed() -> float:
+    """Return how many float32 operations a second this machine does in a matrix product."""
+    import torch
+
+    matrix = torch.ones(2048, 2048)
+    matrix @ matrix
+    started = time.monotonic()
+    matrix @ matrix
+    return 2 * 2048**3 / (time.monotonic() - started)
 
 
 def resolve_device(device: str) -> str:

@@ -1,48 +1,49 @@
 """Resolve and download: pin a name and a revision to a commit, and bring its files into the store."""
 
 import contextlib
-import fnmatch
 import hashlib
+import io
 import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS, BUILTIN_TEXTS
+from quantize_gemma.tasks.models.benchmarks import Benchmark, Resource, is_data_file
 from quantize_gemma.tasks.models.checkpoint import (
     check_finite,
     check_weights,
     local_checkpoint,
+    read_config,
     read_headers,
     read_index,
     read_model_config,
     source_files,
     weight_files,
 )
-from quantize_gemma.tasks.models.datasets import check_chartqa, check_mmlu
+from quantize_gemma.tasks.models.datasets import TEXT_FILE, WIKITEXT, WIKITEXT_FILES, check_dataset, read_wikitext
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.load_check import check_loads
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.models.source_files import INDEX, SINGLE, is_release_file, open_source
 from quantize_gemma.tasks.runtime import hub, store, store_layout
 from quantize_gemma.tasks.runtime.disk import disk_failure
-from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.hub_client import find_token, read_environment
-from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.reporting import report_progress
+from quantize_gemma.tasks.runtime.retries import is_retryable
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import canonical_json
 
 logger = logging.getLogger(__name__)
 
-# MMLU's layout without the configurations that hold all subjects a second time.
-MMLU_FILES = ("README.md", "*/test-*.parquet", "*/validation-*.parquet", "*/dev-*.parquet")
-MMLU_SKIPPED_FILES = ("all/*", "auxiliary_train/*")
-# ChartQA's test split; the others are ten times as large.
-CHARTQA_FILES = ("README.md", "data/test-*.parquet")
+SECONDS_TO_ANSWER = 60.0
 
 
 def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedModel:
@@ -67,24 +68,76 @@ def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedMo
         license=clean_license(_read_card_metadata(path)),
         weight_bytes=size,
         weights=_fewest_weights(size),
+        multimodal="vision_config" in read_config(path),
     )
 
 
-def resolve_benchmark(benchmark: str, revision: str | None, offline: bool) -> ResolvedDataset:
-    """Return what a built-in benchmark's name or a dataset on the Hub stands for at this revision.
+def resolve_dataset(row: Benchmark, source: str, revision: str | None, offline: bool) -> ResolvedDataset:
+    """Return what a fixture's name, a directory (./, ../, / or ~/), or a dataset on the Hub stands for.
+
+    Args:
+        row: The benchmark, whose layout the dataset has.
+        source: The name or the path.
+        revision: Branch, tag, or commit on the Hub; None for the default branch.
+        offline: Do not contact the Hub.
 
     Raises:
         UserError: There is no such dataset.
     """
-    path = BUILTIN_BENCHMARKS.get(benchmark)
-    if path is not None:
-        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-        return ResolvedDataset(benchmark, _digest_of(path, names), str(path), fixture=True, on_hub=False)
+    fixture = BUILTIN_BENCHMARKS.get(source)
+    # Any other name is one on the Hub, whatever there is in the working directory.
+    if fixture is not None or is_path(source):
+        path = fixture or Path(source).expanduser().resolve()
+        if not path.is_dir():
+            raise UserError(f"there is no directory {source}, the dataset of {row.title}")
+        names = _data_files(path, row.patterns(), row.skipped_files)
+        if not names:
+            raise UserError(f"{source} has no file of a dataset in the layout of {row.dataset}")
+        name = source if fixture else path.name
+        return ResolvedDataset(name, _digest_of(path, names), str(path), fixture=fixture is not None, on_hub=False)
+    return _dataset_on_hub(source, revision, offline)
+
+
+def resolve_text(source: str, revision: str | None, offline: bool) -> ResolvedDataset:
+    """Return what a built-in text's name, a text file (./, ../, / or ~/), or WikiText on the Hub stands for.
+
+    Args:
+        source: The name or the path.
+        revision: Branch, tag, or commit on the Hub; None for the default branch.
+        offline: Do not contact the Hub.
+
+    Raises:
+        UserError: There is no such text.
+    """
+    fixture = BUILTIN_TEXTS.get(source)
+    if fixture is None and not is_path(source):
+        return _dataset_on_hub(source, revision, offline)
+    path = fixture / TEXT_FILE if fixture else Path(source).expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"there is no text file {source}: use a file of text, or {WIKITEXT}")
+    name = source if fixture else path.name
+    if not name.isprintable():
+        raise UserError(f"the text file's name, {name!r}, is not one line of text: rename it")
+    return ResolvedDataset(name, _digest_of_text(path), str(path), fixture=fixture is not None, on_hub=False)
+
+
+def _dataset_on_hub(name: str, revision: str | None, offline: bool) -> ResolvedDataset:
     if offline:
-        fields = _read_memory("dataset", benchmark, revision)
-        return ResolvedDataset(benchmark, fields["revision"], fields["source"], fixture=False, on_hub=True)
-    info = hub.repo_info("dataset", benchmark, revision, find_token())
-    return ResolvedDataset(benchmark, str(info.sha), benchmark, fixture=False, on_hub=True)
+        fields = _read_memory("dataset", name, revision)
+        return ResolvedDataset(name, fields["revision"], fields["source"], fixture=False, on_hub=True)
+    info = hub.repo_info("dataset", name, revision, find_token())
+    return ResolvedDataset(name, str(info.sha), name, fixture=False, on_hub=True)
+
+
+def is_path(source: str) -> bool:
+    """Tell whether a source is a path: any other name is one on the Hub, whatever the working directory has."""
+    return source.startswith((".", "/", "~"))
+
+
+def _data_files(folder: Path, files: Sequence[str], skipped_files: Sequence[str]) -> list[str]:
+    """Return the names of the files of a dataset in a directory that are needed."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return [name for name in names if is_data_file(name, files, skipped_files)]
 
 
 def _model_on_hub(name: str, revision: str | None) -> ResolvedModel:
@@ -104,6 +157,7 @@ def _model_on_hub(name: str, revision: str | None) -> ResolvedModel:
         weight_bytes=weight_bytes,
         # The Hub counts the weights; where a Hub does not, their size says how many there are at least.
         weights=counts.total if counts else _fewest_weights(weight_bytes),
+        multimodal=(getattr(info, "config", None) or {}).get("model_type") != GEMMA3.text_only.model_type,
     )
 
 
@@ -118,6 +172,8 @@ def _remembered_model(name: str, revision: str | None) -> ResolvedModel:
         license=clean_license(fields["license"]),
         weight_bytes=fields["weight_bytes"],
         weights=fields["weights"],
+        # A name that an earlier version has remembered may stand for either.
+        multimodal=fields.get("multimodal", True),
     )
 
 
@@ -212,38 +268,106 @@ def _fetch_checkpoint(target: Path, repository: str, revision: str, offline: boo
 
 
 @stage(ignored=("source", "offline"), retries=5, environment=read_environment)
-def download_mmlu(target: Path, source: str, revision: str, offline: bool) -> Output:
-    """Fill `target` with a benchmark in the layout of cais/mmlu: a directory of parquet files per subject.
+def download_dataset(
+    target: Path,
+    source: str,
+    revision: str,
+    offline: bool,
+    benchmark: str,
+    files: Sequence[str],
+    skipped_files: Sequence[str],
+    resources: Sequence[dict[str, str]] = (),
+) -> Output:
+    """Fill `target` with the files of a benchmark's dataset.
+
+    It takes more than seven parameters because each is a value of the stage's key.
+
+    Args:
+        target: The directory to write to.
+        source: A directory, or a repository on the Hub.
+        revision: The digest of the directory's files, or a commit.
+        offline: Do not contact the Hub.
+        benchmark: The benchmark's name.
+        files: Patterns of the files.
+        skipped_files: Patterns of those that are not needed.
+        resources: What the benchmark's task needs besides, see Resource; fetched here, never when it is imported.
 
     Raises:
         UserError: The dataset has another layout; the message says where it differs.
     """
-    _download_dataset(target, source, revision, offline, _is_mmlu_file)
-    check_mmlu(target, source)
+
+    def is_needed(name: str) -> bool:
+        return is_data_file(name, files, skipped_files)
+
+    if Path(source).is_dir():
+        with _unchanged(target, source, revision):
+            for name in _data_files(Path(source), files, skipped_files):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                store.copy(Path(source) / name, target / name)
+    else:
+        _move(_fetch(target, "dataset", source, revision, offline, is_needed), target, is_needed)
+    check_dataset(benchmark, target, source)
+    for resource in [Resource(**one) for one in resources]:
+        if (target / resource.folder).is_dir():
+            continue
+        if offline:
+            raise UserError(f"offline: {resource.url} is not in the store: run once without --offline")
+        _fetch_resource(target, resource)
     return {}
 
 
 @stage(ignored=("source", "offline"), retries=5, environment=read_environment)
-def download_chartqa(target: Path, source: str, revision: str, offline: bool) -> Output:
-    """Fill `target` with the test split of a benchmark in the layout of HuggingFaceM4/ChartQA, in data/.
+def download_text(target: Path, source: str, revision: str, offline: bool) -> Output:
+    """Write text.txt, the text that fidelity is measured on.
+
+    Args:
+        target: The directory to write to.
+        source: A text file, or a repository on the Hub in the layout of Salesforce/wikitext.
+        revision: The digest of the file, or a commit.
+        offline: Do not contact the Hub.
 
     Raises:
-        UserError: The dataset has another layout; the message says where it differs.
+        UserError: It is not a text.
     """
-    _download_dataset(target, source, revision, offline, lambda name: _matches(name, CHARTQA_FILES))
-    check_chartqa(target, source)
-    return {}
-
-
-def _download_dataset(
-    target: Path, source: str, revision: str, offline: bool, is_needed: Callable[[str], bool]
-) -> None:
-    """Copy a built-in dataset, or fetch the files that are needed of one on the Hub."""
-    if Path(source).is_dir():
-        with _unchanged(target, source, revision):
-            shutil.copytree(source, target, dirs_exist_ok=True, copy_function=lambda a, b: store.copy(Path(a), Path(b)))
+    if Path(source).is_file():
+        store.copy(Path(source), target / TEXT_FILE)
+        if _digest_of_text(target / TEXT_FILE) != revision:
+            raise UserError(f"{source} is changing: start again when nothing writes to it, or use a copy")
     else:
-        _move(_fetch(target, "dataset", source, revision, offline, is_needed), target, is_needed)
+
+        def is_needed(name: str) -> bool:
+            return is_data_file(name, (WIKITEXT_FILES,), ())
+
+        incoming = _fetch(target, "dataset", source, revision, offline, is_needed)
+        (target / TEXT_FILE).write_text(read_wikitext(incoming, source), encoding="utf-8")
+        shutil.rmtree(incoming)
+    try:
+        return {"metadata": {"characters": len((target / TEXT_FILE).read_text(encoding="utf-8"))}}
+    except UnicodeDecodeError as error:
+        raise UserError(f"the text {source} is not UTF-8 ({error}): convert it") from None
+
+
+def _fetch_resource(target: Path, resource: Resource) -> None:
+    """Fetch an archive, check its hash, and write the files of the folder in it that is needed.
+
+    Raises:
+        StageFailed: It cannot be fetched, or is not the archive that is pinned.
+    """
+    import httpx
+
+    try:
+        response = httpx.get(resource.url, follow_redirects=True, timeout=SECONDS_TO_ANSWER).raise_for_status()
+    except httpx.HTTPError as error:
+        raise StageFailed(f"{resource.url} cannot be fetched: {error}", *is_retryable(error)) from None
+    content = response.content
+    if hashlib.sha256(content).hexdigest() != resource.sha256:
+        raise StageFailed(f"{resource.url} has another SHA-256 than {resource.sha256}: it is not used")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for info in archive.infolist():
+            name = info.filename.removeprefix(resource.member)
+            if info.filename.startswith(resource.member) and name and "/" not in name:
+                (target / resource.folder).mkdir(parents=True, exist_ok=True)
+                (target / resource.folder / name).write_bytes(archive.read(info))
 
 
 @contextlib.contextmanager
@@ -292,15 +416,6 @@ def _move(incoming: Path, target: Path, is_needed: Callable[[str], bool]) -> Non
     shutil.rmtree(incoming)
 
 
-def _is_mmlu_file(name: str) -> bool:
-    return _matches(name, MMLU_FILES) and not _matches(name, MMLU_SKIPPED_FILES)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    # In fnmatch, a star matches slashes, too.
-    return ".." not in name.split("/") and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def _is_weight_file(name: str) -> bool:
     return "/" not in name and name.endswith(".safetensors")
 
@@ -310,6 +425,13 @@ def _digest_of(folder: Path, names: list[str]) -> str:
     for name in names:
         with open_source(folder, name) as stream:
             digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.sha256(canonical_json(digests)).hexdigest()[:40]
+
+
+def _digest_of_text(path: Path) -> str:
+    """Return the digest of a text file's content; its name does not count."""
+    with open_source(path.parent, path.name) as stream:
+        digests = {TEXT_FILE: hashlib.file_digest(stream, "sha256").hexdigest()}
     return hashlib.sha256(canonical_json(digests)).hexdigest()[:40]
 
 

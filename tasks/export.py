@@ -18,9 +18,9 @@ from quantize_gemma.tasks.models.checkpoint import task_of, weight_files
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.parent_process import report_progress
 from quantize_gemma.tasks.runtime.patches import patched_export, patched_loading
 from quantize_gemma.tasks.runtime.patches.optimum_executorch import example_image
+from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.units import human_size
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from quantize_gemma.tasks.models.chat import TEXT_PROMPT, has_chat_template
-from quantize_gemma.tasks.models.checkpoint import drop_vision_tower, load_model
+from quantize_gemma.tasks.models.checkpoint import drop_vision_encoder, load_model
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.stage import Output, stage
 
@@ -25,7 +25,7 @@ def smoke(target: Path, checkpoint: Path, max_new_tokens: int) -> Output:
     from quantize_gemma.tasks.models.dequantize import dequantize_once
 
     model = load_model(checkpoint, torch.bfloat16)
-    drop_vision_tower(model)
+    drop_vision_encoder(model)
     # The same tokens, without dequantizing every weight for each of them.
     dequantize_once(model, head=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

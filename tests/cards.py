@@ -21,8 +21,10 @@ from quantize_gemma.tasks.models.recipe import Recipe, Rule
 PLACES = (
     "base_model",
     "base_revision",
-    "benchmark",
-    "benchmark_revision",
+    "dataset",
+    "dataset_revision",
+    "text",
+    "text_revision",
     "recipe",
     "recipe_hash",
     "run_id",
@@ -96,22 +98,28 @@ def card_with(metrics: Metrics, texts: dict[str, str]) -> tuple[str, Metrics]:
 
     They are put in after the metrics were parsed, which refuses some of them.
     """
-    score = Score(accuracy=0.5, stderr=0.01)
+    score = Score(value=0.5, stderr=0.01)
     base, quantized, program = metrics.base, metrics.quantized, metrics.program
-    assert base.mmlu is not None
-    assert quantized.mmlu is not None
-    categories = {texts["category"]: score}
+    info, base_score, quantized_score = metrics.benchmarks["mmlu"], base.scores["mmlu"], quantized.scores["mmlu"]
+    assert base_score is not None
+    assert quantized_score is not None
+    dataset = replace(info.dataset, name=texts["dataset"], revision=texts["dataset_revision"])
+    groups = {texts["category"]: score}
     smoke = replace(quantized.smoke, response=texts["response"], prompt=texts["smoke_prompt"])
     m = replace(
         metrics,
-        **{name: texts[name] for name in ("base_model", "base_revision", "benchmark", "benchmark_revision")},
+        **{name: texts[name] for name in ("base_model", "base_revision")},
+        text=replace(metrics.text, name=texts["text"], revision=texts["text_revision"]),
+        benchmarks={**metrics.benchmarks, "mmlu": replace(info, dataset=dataset)},
         **{name: texts[name] for name in ("recipe", "recipe_hash", "run_id")},
         commands={**metrics.commands, "run": texts["run"]},
         license={name: texts[name] for name in ("license", "license_name", "license_link")},
         fixture_model=False,
         stages={texts["stage"]: next(iter(metrics.stages.values()))},
-        base=replace(base, mmlu=replace(base.mmlu, categories=categories)),
-        quantized=replace(quantized, smoke=smoke, mmlu=replace(quantized.mmlu, categories=categories)),
+        base=replace(base, scores={**base.scores, "mmlu": replace(base_score, groups=groups)}),
+        quantized=replace(
+            quantized, smoke=smoke, scores={**quantized.scores, "mmlu": replace(quantized_score, groups=groups)}
+        ),
         program=replace(
             program,
             text=Response(prompt=texts["text_prompt"], response=texts["text_response"]),

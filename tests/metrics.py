@@ -3,41 +3,70 @@
 import copy
 from typing import Any
 
+from quantize_gemma.tasks.models.benchmarks import describe
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics
 
-SCORE = {"accuracy": 0.9, "stderr": 0.01}
+SCORE = {"value": 0.9, "stderr": 0.01, "samples": None}
 MMLU = {
     **SCORE,
     "task": "mmlu",
     "task_version": "2",
     "num_fewshot": 0,
-    "questions": 14042,
-    "categories": {"stem": SCORE},
-    "subjects": {"anatomy": {**SCORE, "questions": 4}},
+    "chat_template": False,
+    "metric": "acc",
+    "metrics": {},
+    "samples": 14042,
+    "groups": {"stem": SCORE},
+    "tasks": {"anatomy": {**SCORE, "samples": 4}},
+    "left_out": 0,
     "device": "cpu",
     "limit": None,
 }
+INFO = {**describe("mmlu").card_inputs(), "dataset": {"name": "cais/mmlu", "revision": "c" * 40, "fixture": False}}
+CHARTQA_INFO = {
+    **describe("chartqa").card_inputs(),
+    "dataset": {"name": "HuggingFaceM4/ChartQA", "revision": "d" * 40, "fixture": False},
+}
 RESPONSE = {"prompt": "Hey?", "response": "Hello."}
 SAMPLE = {
-    **SCORE,
-    "questions": 100,
+    **MMLU,
+    "samples": 100,
     "checkpoint": SCORE,
     "no_act_quant": SCORE,
     "agreement": 1.0,
     "agreement_act_quant": 1.0,
     "differing": {"both": 0, "first": 0, "second": 0, "neither": 100},
+    "pairs": {"both": 90, "first": 0, "second": 0, "neither": 10},
     "disagreements": [],
 }
+DISTANCES = {
+    "tokens": 5110,
+    "windows": 10,
+    "kl_max": 9.0,
+    "kl_histogram": {"edges": [0.0, 1e-5, 0.1, 100.0], "counts": [110, 4000, 1000]},
+}
+for name, value, stderr in (
+    ("kl_mean", 0.131, 0.005),
+    ("kl_median", 0.05, 0.002),
+    ("kl_90", 0.3, 0.01),
+    ("kl_99", 1.2, 0.05),
+    ("same_top", 0.779, 0.006),
+    ("dp_mean", -0.01, 0.001),
+    ("dp_rms", 0.09, 0.002),
+    ("ppl", 31.03, 1.1),
+    ("ppl_base", 27.58, 0.9),
+    ("ppl_log_ratio", 0.118, 0.004),
+):
+    DISTANCES |= {name: value, f"{name}_stderr": stderr}
+FIDELITY = {**DISTANCES, "weights_only": DISTANCES, "second_half": DISTANCES, "chat": None}
 METRICS: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": 2,
     "base_model": "team/tiny",
     "base_revision": "a" * 40,
     "license": {"license": "gemma"},
     "fixture_model": False,
-    "benchmark": "cais/mmlu",
-    "benchmark_revision": "c" * 40,
-    "fixture_benchmark": False,
-    "chartqa": None,
+    "text": {"name": "Salesforce/wikitext", "revision": "e" * 40, "fixture": False},
+    "benchmarks": {"mmlu": INFO},
     "recipe": "HQQ-INT8-INT4",
     "recipe_hash": "b" * 64,
     "max_seq_len": 1024,
@@ -46,16 +75,19 @@ METRICS: dict[str, Any] = {
     "versions": {"lm-eval": "0.4.13", "torch": "2", "torchao": "0", "transformers": "5", "optimum-executorch": "1"},
     "loads_in": [],
     "pairs": {"mmlu": {"both": 90, "first": 0, "second": 0, "neither": 10}},
-    "base": {"bytes": 1000, "mmlu": MMLU, "chartqa": None},
+    "base": {"bytes": 1000, "mmlu": MMLU},
     "quantized": {
         "bytes": 500,
+        "fidelity": FIDELITY,
         "weight_error": {"linear": 0.01},
+        "packed_bytes": 300_000,
+        "output_error": None,
         "smoke": {**RESPONSE, "chat_template": True, "new_tokens": 2, "max_new_tokens": 64},
         "mmlu": MMLU,
-        "chartqa": None,
     },
     "program": {
         "bytes": 400,
+        "fidelity": {**DISTANCES, "checkpoint": DISTANCES},
         "task": "text-generation",
         "backend": "xnnpack",
         "dtype": "float32",
@@ -68,9 +100,9 @@ METRICS: dict[str, Any] = {
         "agreement": {"kl_program": 0.0, "kl_act_quant": 0.03, "tokens": 128},
         "speed": {},
         "mmlu": SAMPLE,
-        "chartqa": None,
     },
     "stages": {"quantize": {"seconds": 1.5, "peak_rss_bytes": 10, "bytes": 500}},
+    "calibration": None,
     "gate": {"passed": True, "low_confidence": False, "limits": {}, "checks": []},
 }
 

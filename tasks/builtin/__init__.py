@@ -5,3 +5,4 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BUILTIN = {"tiny-gemma3": HERE / "tiny-gemma3"}
 BUILTIN_BENCHMARKS = {"mmlu-mini": HERE / "mmlu-mini", "chartqa-mini": HERE / "chartqa-mini"}
+BUILTIN_TEXTS = {"tiny-text": HERE / "tiny-text"}

@@ -3,22 +3,30 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from quantize_gemma.tasks.card import markdown
-from quantize_gemma.tasks.card.chart import draw_subjects
+from quantize_gemma.tasks.card.chart import (
+    ERROR_CHART,
+    KL_CHART,
+    charts,
+    draw_kl_histogram,
+    draw_output_error,
+    draw_subjects,
+)
+from quantize_gemma.tasks.card.eval_results import eval_results
 from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, write_metrics
 from quantize_gemma.tasks.models.recipe import Recipe, Rule
-from quantize_gemma.tasks.models.tables import NOT_MEASURED, chartqa_rows, format_score, verdict_rows
+from quantize_gemma.tasks.models.tables import NOT_MEASURED, benchmark_rows, distance_rows, verdict_rows
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.units import human_size
 
 HERE = Path(__file__).parent
-CHART = "mmlu-by-subject.png"
+# The folder of a release with the samples of its scores.
+SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,9 @@ class RuleCode:
 
 
 @stage()
-def card(target: Path, /, recipe: dict[str, Any], checkpoint: Path, program: Path, gate: Path) -> Output:
+def card(
+    target: Path, /, recipe: dict[str, object], checkpoint: Path, program: Path, gate: Path, **evaluations: Path
+) -> Output:
     """Fill `target` with a release that can be pushed to the Hub as it is.
 
     Args:
@@ -39,20 +49,27 @@ def card(target: Path, /, recipe: dict[str, Any], checkpoint: Path, program: Pat
         checkpoint: The artifact of `quantize`.
         program: The artifact of `export`.
         gate: The artifact of `gate`, with metrics.json.
+        **evaluations: The artifacts of `evaluate` by the stage's name in the run, whose samples become part of it.
     """
     parsed = Recipe.from_json(recipe)
     content = json.loads(store.read_file(store.read_artifact(gate), "metrics.json"))
     metrics = replace(parse_metrics(content), loads_in=read_loading_environments())
-    hashes = {}
+    hashes: dict[str, str] = {}
     for artifact in (store.read_artifact(checkpoint), store.read_artifact(program)):
-        for name, file in artifact.files.items():
-            # A file that has changed since it was measured does not become part of a release.
-            store.check_file(artifact, name)
-            store.link(artifact.path / name, target / name)
-            hashes[name] = file.sha256
-    draw_subjects(metrics, target / CHART)
+        hashes |= {name: add_file(target, name, artifact, name) for name in artifact.files}
+    for stage_name, path in evaluations.items():
+        name = f"{SAMPLES}/{stage_name.removeprefix('evaluate_')}.jsonl"
+        hashes[name] = add_file(target, name, store.read_artifact(path), "samples.jsonl")
+    draw_kl_histogram(metrics, target / KL_CHART)
+    if metrics.quantized.output_error:
+        draw_output_error(metrics, target / ERROR_CHART)
+    for benchmark, name in charts(metrics).items():
+        draw_subjects(metrics, benchmark, target / name)
+    for name, results in eval_results(metrics).items():
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text(as_yaml(results), encoding="utf-8")
     write_metrics(metrics, target / "metrics.json")
-    sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+    sizes = {name: path.stat().st_size for name, path in files_of(target).items()}
     (target / "README.md").write_text(render(metrics, parsed, sizes), encoding="utf-8")
     check_front_matter(target / "README.md", metrics)
     write_file_list(target, hashes)
@@ -70,11 +87,27 @@ def read_loading_environments() -> list[dict[str, str]]:
     return environments
 
 
+def add_file(release: Path, name: str, artifact: store.Artifact, source: str) -> str:
+    """Link an artifact's file into a release; return its SHA-256.
+
+    Raises:
+        StageFailed: The file has changed since it was measured.
+    """
+    store.check_file(artifact, source)
+    store.link(artifact.path / source, release / name)
+    return artifact.files[source].sha256
+
+
+def files_of(release: Path) -> dict[str, Path]:
+    """Return the files of a release by their paths in it, sorted."""
+    return {path.relative_to(release).as_posix(): path for path in sorted(release.rglob("*")) if path.is_file()}
+
+
 def write_file_list(release: Path, hashes: dict[str, str]) -> None:
     """Write release.json, {"files": {name: {"size", "sha256"}}}, with the SHA-256 `hashes` that are already known."""
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": hashes.get(path.name) or store.digest_file(path)}
-        for path in sorted(release.iterdir())
+        name: {"size": path.stat().st_size, "sha256": hashes.get(name) or store.digest_file(path)}
+        for name, path in files_of(release).items()
     }
     (release / "release.json").write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
@@ -97,7 +130,6 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
     environment.filters["size"] = human_size
     environment.filters["percent"] = lambda value: NOT_MEASURED if value is None else f"{100 * value:.2f}%"
     environment.filters["small"] = lambda value: NOT_MEASURED if value is None else f"{value:.2g}"
-    environment.filters["score"] = format_score
     loading = environment.get_template("loading.py.j2").render(
         multimodal=metrics.program.task == "multimodal-text-to-text", smoke=metrics.quantized.smoke
     )
@@ -106,12 +138,18 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
         loading=loading,
         front_matter=markdown.Markdown(as_yaml(front_matter(metrics))),
         license=clean_license(metrics.license) or GEMMA_TERMS,
-        sample=metrics.program.mmlu,
-        chartqa=chartqa_rows(metrics),
+        benchmarks={name: benchmark_rows(metrics, name) for name in metrics.benchmarks},
+        charts={metrics.benchmarks[name].title: chart for name, chart in charts(metrics).items()},
+        distances=distance_rows(metrics, metrics.gate.checks),
+        kl_chart=KL_CHART,
+        error_chart=ERROR_CHART,
         checks=verdict_rows(metrics.gate.checks),
+        failed=[check.message for check in metrics.gate.checks if check.status == "fail"],
         recipe=recipe,
         sizes=sizes,
+        has_samples=any(name.startswith(f"{SAMPLES}/") for name in sizes),
         rules=[_rule_code(rule) for rule in recipe.rules],
+        own_algorithms=sorted({rule.algorithm for rule in recipe.rules if rule.algorithm != rule.torchao_algorithm}),
     )
 
 
@@ -131,6 +169,6 @@ def _rule_code(rule: Rule) -> RuleCode:
         config=markdown.Markdown(
             f"{'Int8DynamicActivationIntxWeightConfig' if dynamic else 'IntxWeightOnlyConfig'}("
             f"weight_dtype=torch.{rule.weight}, {'weight_granularity' if dynamic else 'granularity'}={granularity}, "
-            f'intx_choose_qparams_algorithm="{rule.algorithm}")'
+            f'intx_choose_qparams_algorithm="{rule.torchao_algorithm}")'
         ),
     )

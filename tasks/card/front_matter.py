@@ -1,11 +1,11 @@
 """The card's front matter: the metadata of a model card that the Hub reads, as YAML."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import yaml
 
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
-from quantize_gemma.tasks.models.metrics import Dataset, Metrics
+from quantize_gemma.tasks.models.metrics import BenchmarkInfo, BenchmarkScore, Metrics
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
@@ -21,7 +21,7 @@ def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
-def front_matter(metrics: Metrics) -> dict[str, Any]:
+def front_matter(metrics: Metrics) -> dict[str, object]:
     """Return the card's metadata: license, base model, and the results that were measured."""
     multimodal = metrics.program.task == "multimodal-text-to-text"
     base: dict[str, str] = {}
@@ -40,38 +40,23 @@ def front_matter(metrics: Metrics) -> dict[str, Any]:
     }
 
 
-def as_yaml(metadata: dict[str, Any]) -> str:
-    """Return the metadata as the YAML between a card's two lines of dashes."""
-    text: str = yaml.dump(metadata, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+def as_yaml(content: Mapping[str, object] | Sequence[Mapping[str, object]]) -> str:
+    """Return YAML, such as what is between a card's two lines of dashes."""
+    text: str = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     return text
 
 
-def _results(metrics: Metrics) -> list[dict[str, Any]]:
-    mmlu, chartqa = metrics.quantized.mmlu, metrics.quantized.chartqa
-    results = []
-    if mmlu is not None:
-        dataset = Dataset(
-            name=metrics.benchmark, revision=metrics.benchmark_revision, fixture=metrics.fixture_benchmark
-        )
-        task, metric = ("multiple-choice", "Multiple choice"), ("accuracy", "accuracy")
-        results.append(_result(task, dataset, ("MMLU", "mmlu-mini"), metric, mmlu.accuracy))
-    if chartqa is not None and metrics.chartqa is not None:
-        task, metric = (
-            ("visual-question-answering", "Visual question answering"),
-            ("relaxed_accuracy", "relaxed accuracy"),
-        )
-        accuracy = chartqa.relaxed_accuracy["overall"].accuracy
-        results.append(_result(task, metrics.chartqa, ("ChartQA", "chartqa-mini"), metric, accuracy))
-    return results
+def _results(metrics: Metrics) -> list[dict[str, object]]:
+    """Return the results of the model index: the quantized checkpoint's headline metrics."""
+    scores = {name: metrics.quantized.scores.get(name) for name in metrics.benchmarks}
+    return [_result(metrics.benchmarks[name], score) for name, score in scores.items() if score is not None]
 
 
-def _result(
-    task: tuple[str, str], dataset: Dataset, titles: tuple[str, str], metric: tuple[str, str], value: float
-) -> dict[str, Any]:
-    """Return one result of the model index; `titles` are the dataset's and its fixture's."""
-    title = f"{titles[1]} (fixture)" if dataset.fixture else titles[0]
+def _result(info: BenchmarkInfo, score: BenchmarkScore) -> dict[str, object]:
+    title = f"{info.dataset.name} (fixture)" if info.dataset.fixture else info.title
+    value = 100 * score.value if info.higher_is_better else score.value
     return {
-        "task": {"type": task[0], "name": task[1]},
-        "dataset": {"type": dataset.name, "name": title, "revision": dataset.revision},
-        "metrics": [{"type": metric[0], "name": metric[1], "value": round(100 * value, 2)}],
+        "task": {"type": info.task_type, "name": info.task_type.replace("-", " ").capitalize()},
+        "dataset": {"type": info.dataset.name, "name": title, "revision": info.dataset.revision},
+        "metrics": [{"type": info.metric, "name": info.metric.replace("_", " "), "value": round(value, 2)}],
     }

@@ -1,145 +1,89 @@
-"""Evaluate: lm-eval's own `mmlu` task group on a checkpoint, as a library. (Card section: Model Quality.)"""
+"""Evaluate: lm-eval's scores of one column on one benchmark, from its stored answers. (Card section: Model Quality.)
 
-from __future__ import annotations
+A benchmark's requests are recorded once (record.py) and answered in parts (answer.py); here lm-eval's own code replays
+the answers and computes its scores.
+"""
 
-import contextlib
-import functools
 import json
-import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from quantize_gemma.tasks.evaluate import shards
-from quantize_gemma.tasks.runtime import store
-from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.evaluate.lm_eval_run import run_lm_eval
+from quantize_gemma.tasks.evaluate.requests import Request, Shards, read_requests
+from quantize_gemma.tasks.evaluate.scores import make_samples, summarize
+from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.stage import Output, stage
+from quantize_gemma.tasks.runtime.strict_json import JsonObject as JsonObject
 
-CATEGORIES = ("stem", "humanities", "social_sciences", "other")
+if TYPE_CHECKING:
+    from quantize_gemma.tasks.models.benchmarks import ScoreInputs
 
 
-@stage(ignored=("workers", "cluster"), ignored_on_cpu=("batch_size",), resumes=True, memory=2.5, accelerated=True)
-def evaluate_mmlu(
+@stage()
+def evaluate(
     target: Path,
-    checkpoint: Path,
+    requests: Path,
+    answers: list[Path],
     dataset: Path,
+    benchmark: "ScoreInputs",
     limit: int | None,
-    batch_size: int | str,
     device: str,
-    workers: int = 1,
-    cluster: str | None = None,
-    refresh: bool = False,
 ) -> Output:
-    """Write results.json (accuracy and standard error overall, per category, per subject) and samples.jsonl.
-
-    It has more than seven parameters because each is a value of the stage's key, or says who answers.
-
-    Accuracies are fractions; the standard error of a single question is None. If the checkpoint is in the store, each
-    subject's responses are stored as soon as they are complete, and read from there unless `refresh`.
+    """Write results.json, the benchmark's scores and their standard errors, and samples.jsonl, a row per document.
 
     Args:
         target: The directory to write to.
-        checkpoint: A plain or quantized checkpoint.
-        dataset: A directory in the layout of cais/mmlu.
-        limit: Questions per subject; None for all.
-        batch_size: The most questions of a batch; "auto" limits the tokens only.
-        device: "cpu" or "cuda".
-        workers: Processes that respond, in a flow run.
-        cluster: Address of a Dask or Ray cluster that responds instead.
-        refresh: Compute responses again that are in the store.
+        requests: The recorded requests.
+        answers: The parts of the answers to them.
+        dataset: The benchmark's dataset.
+        benchmark: What the requests and the scores depend on; see Benchmark.score_inputs().
+        limit: Documents per task; None for all.
+        device: Where the answers were computed.
+
+    Raises:
+        UserError: No document was answered.
     """
-    with lm_eval_dataset(dataset) as folder:
-        from lm_eval import simple_evaluate
+    name, metric = benchmark["name"], benchmark["metric"]
+    recorded = read_requests(requests)
+    by_document: dict[tuple[str, int], list[Request]] = {}
+    for request in [request for shard in recorded.values() for request in shard]:
+        by_document.setdefault((request.task, request.doc_id), []).append(request)
+    stored, left_out = _read_answers(recorded, answers)
+    if not stored:
+        raise UserError(f"no question of {name} fits into the program: raise max_seq_len")
+    doc_ids = _documents_of_a_sample(stored, len(by_document))
+    with run_lm_eval(dataset, benchmark) as evaluate_with_lm_eval:
+        from quantize_gemma.tasks.evaluate.replay_lm import ReplayLM
 
-        from quantize_gemma.tasks.evaluate.sharded_lm import ShardedLM
-
-        digest, root = locate_in_store(checkpoint, folder)
-        # On a CPU the results are the same to the bit, whatever the batches.
-        batches = {} if device == "cpu" else {"batch_size": batch_size}
-        respond = functools.partial(
-            shards.respond,
-            scorer="quantize_gemma.tasks.evaluate.packed_lm:load_checkpoint_scorer",
-            settings={"device": device, "batch_size": batch_size},
-            paths={"checkpoint": checkpoint},
-            identity={"checkpoint": digest, "device": device, **batches},
-            root=root,
-            workers=workers,
-            cluster=cluster,
-            refresh=refresh,
-        )
-        output = simple_evaluate(ShardedLM(respond), tasks=["mmlu"], limit=limit, log_samples=True)
-    if output is None:
-        raise StageFailed("lm-eval returned no result")
-    results = {**_summarize(output), "device": device, "limit": limit}
+        output = evaluate_with_lm_eval(ReplayLM(stored, doc_ids), limit, doc_ids)
+    results = summarize(output, name, benchmark["task"], metric, benchmark["metrics"])
+    results |= {"chat_template": benchmark["chat_template"], "left_out": left_out, "device": device, "limit": limit}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with (target / "samples.jsonl").open("w", encoding="utf-8") as stream:
-        for subject, sample in sorted_samples(output):
-            scores = [response[0] for response in sample["filtered_resps"]]
-            row = {
-                "subject": subject,
-                "doc_id": sample["doc_id"],
-                "loglikelihoods": scores,
-                "prediction": max(range(4), key=lambda choice: scores[choice]),
-                "target": int(sample["target"]),
-            }
+        for row in make_samples(output, name, metric, by_document):
             stream.write(json.dumps(row) + "\n")
-    return {"metadata": {"accuracy": results["accuracy"], "questions": results["questions"]}}
+    return {"metadata": {"value": results["value"], "samples": results["samples"], "left_out": left_out}}
 
 
-@contextlib.contextmanager
-def lm_eval_dataset(dataset: Path) -> Iterator[Path]:
-    """Make lm-eval's tasks read `dataset`, in the layout of cais/mmlu. Yield a temporary directory.
-
-    Use it before lm-eval is imported, and once in a process: the libraries remember where they looked first.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        # `datasets` reads a directory of that name instead of the repository: lm-eval's tasks stay as they are.
-        os.makedirs(f"{folder}/cais")
-        os.symlink(dataset.resolve(), f"{folder}/cais/mmlu")
-        os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
-        os.chdir(folder)
-        yield Path(folder)
-        os.chdir("/")
+def _documents_of_a_sample(stored: Iterable[tuple[str, int, int]], count: int) -> dict[str, list[int]] | None:
+    """Return the documents that were answered, by task; None if that is all of them."""
+    answered = sorted({(task, doc_id) for task, doc_id, _ in stored})
+    doc_ids: dict[str, list[int]] = {}
+    for task, doc_id in answered:
+        doc_ids.setdefault(task, []).append(doc_id)
+    return doc_ids if len(answered) < count else None
 
 
-def sorted_samples(output: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return lm-eval's samples as (subject, sample), sorted by subject and number."""
-    return [
-        (task.removeprefix("mmlu_"), sample)
-        for task in sorted(output["samples"])
-        for sample in sorted(output["samples"][task], key=lambda sample: sample["doc_id"])
-    ]
-
-
-def read_samples(evaluation: Path) -> list[dict[str, Any]]:
-    """Return the rows of an evaluation's samples.jsonl."""
-    return [json.loads(line) for line in (evaluation / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def locate_in_store(artifact: Path, temporary: Path) -> tuple[str, Path]:
-    """Return the artifact's digest and the store it is in; a temporary store if it is in none."""
-    try:
-        return store.read_artifact(artifact).digest, store.root_of(artifact)
-    except StageFailed:
-        return "not in a store", temporary / "store"
-
-
-def _summarize(output: dict[str, Any]) -> dict[str, Any]:
-    def score(task: str) -> dict[str, float | None]:
-        result = output["results"][task]
-        stderr = result["acc_stderr,none"]
-        return {"accuracy": result["acc,none"], "stderr": stderr if isinstance(stderr, float) else None}
-
-    samples = {task: len(rows) for task, rows in output["samples"].items()}
-    subjects = {task.removeprefix("mmlu_"): {**score(task), "questions": samples[task]} for task in sorted(samples)}
-    return {
-        "task": "mmlu",
-        "task_version": output["versions"].get("mmlu"),
-        "num_fewshot": 0,
-        "questions": sum(samples.values()),
-        **score("mmlu"),
-        "categories": {category: score(f"mmlu_{category}") for category in CATEGORIES},
-        "subjects": subjects,
-    }
+def _read_answers(recorded: Shards, parts: list[Path]) -> tuple[dict[tuple[str, int, int], object], int]:
+    """Return the answers by (task, doc_id, index), and how many documents were left out."""
+    stored: dict[tuple[str, int, int], object] = {}
+    left_out = 0
+    for part in parts:
+        for path in sorted(part.glob("*.json")):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            left_out += len(content["left_out"])
+            for one, value in zip(recorded[path.stem], content["answers"], strict=True):
+                if value is not None:
+                    stored[one.task, one.doc_id, one.index] = value
+    return stored, left_out

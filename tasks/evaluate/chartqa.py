@@ -1,4 +1,4 @@
-"""Evaluate on ChartQA: its test split, as an lm-eval task of ours. (Card section: Model Quality.)
+"""ChartQA: its test split, as an lm-eval task of ours, and what answers it. (Card section: Model Quality.)
 
 Prompt, generation and score are those of lmms-eval's `chartqa` task and its gemma3 model, which measured the card's
 row: the system prompt "You are a helpful assistant.", image, question and "Answer the question with a single word."
@@ -10,22 +10,19 @@ The model is lm-eval's own `hf-multimodal`; see chartqa_model.py.
 
 from __future__ import annotations
 
-import functools
 import io
-import json
 import re
 import string
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.evaluate import locate_in_store, shards
+from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.checkpoint import is_multimodal
 from quantize_gemma.tasks.models.datasets import CHARTQA_SPLITS, read_chartqa
-from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.parent_process import report_progress
-from quantize_gemma.tasks.runtime.stage import Output, stage
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.reporting import report_progress
+from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,94 +41,30 @@ NUMBER_WORDS = [
 # fmt: on
 CURRENCIES = "$€£¥₹"
 
-# Documents per shard.
-SHARD = 50
 
-# Numbers of documents in the dataset -> the model's responses.
-Scorer = Callable[[list[int]], list[str]]
-
-
-@stage(ignored=("workers", "cluster"), resumes=True, memory=3.3, accelerated=True)
-def evaluate_chartqa(
-    target: Path,
-    checkpoint: Path,
-    dataset: Path,
-    limit: int | None,
-    device: str,
-    workers: int = 1,
-    cluster: str | None = None,
-    refresh: bool = False,
-) -> Output:
-    """Write results.json (relaxed accuracy and its standard error, overall and per kind) and samples.jsonl.
-
-    It has more than seven parameters because each is a value of the stage's key, or says who answers.
-
-    Accuracies are fractions; the standard error of a single question is None. Responses are stored as those of MMLU.
-
-    Args:
-        target: The directory to write to.
-        checkpoint: A plain or quantized multimodal checkpoint.
-        dataset: A directory in the layout of HuggingFaceM4/ChartQA.
-        limit: Questions per kind, human and augmented; None for all.
-        device: "cpu" or "cuda".
-        workers: Processes that respond, in a flow run.
-        cluster: Address of a Dask or Ray cluster that responds instead.
-        refresh: Compute responses again that are in the store.
+def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Callable[[list[Request]], list[JsonValue]]:
+    """Load a checkpoint as what answers requests, each about a row of the dataset.
 
     Raises:
         UserError: The checkpoint is text-only.
     """
     from transformers import AutoConfig
 
-    if not is_multimodal(AutoConfig.from_pretrained(checkpoint).to_dict()):
-        raise UserError(f"{checkpoint} is a text-only checkpoint: it cannot be evaluated on ChartQA")
-    with tempfile.TemporaryDirectory() as folder:
-        digest, root = locate_in_store(checkpoint, Path(folder))
-        dataset_digest, dataset_root = locate_in_store(dataset, Path(folder))
-        if dataset_root != root:
-            # Without the digests of both, a response must not be reused.
-            root = Path(folder) / "store"
-        respond = functools.partial(
-            shards.respond,
-            scorer="quantize_gemma.tasks.evaluate.chartqa:load_chartqa_scorer",
-            settings={"device": device},
-            paths={"checkpoint": checkpoint, "dataset": dataset},
-            identity={"checkpoint": digest, "dataset": dataset_digest, "device": device},
-            root=root,
-            workers=workers,
-            cluster=cluster,
-            refresh=refresh,
-        )
-
-        def replay(numbers: list[int]) -> list[str]:
-            # An image's questions are neighbors and share its features: they stay together.
-            requests = {f"chartqa-{i}": numbers[i : i + SHARD] for i in range(0, len(numbers), SHARD)}
-            responses = respond(requests)
-            return [text for name in requests for text in responses[name]]
-
-        results, samples = score_responses(replay, dataset, limit)
-    results |= {"device": device, "limit": limit}
-    (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    with (target / "samples.jsonl").open("w", encoding="utf-8") as stream:
-        for sample in samples:
-            stream.write(json.dumps(sample) + "\n")
-    accuracy = results["relaxed_accuracy"]["overall"]["accuracy"]
-    return {"metadata": {"accuracy": accuracy, "questions": results["questions"]}}
-
-
-def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Scorer:
-    """Load a checkpoint as what responds to documents, by their numbers in the dataset."""
     from quantize_gemma.tasks.evaluate.chartqa_model import ChartQALM
 
+    if not is_multimodal(AutoConfig.from_pretrained(checkpoint).to_dict()):
+        raise UserError(f"{checkpoint} is a text-only checkpoint: it cannot be evaluated on ChartQA")
     model = ChartQALM(Path(checkpoint), device)
     table = read_chartqa(Path(dataset))
 
-    def respond(numbers: list[int]) -> list[str]:
-        texts = []
-        for number in numbers:
-            row = table.slice(number, 1).to_pylist()[0]
+    def respond(requests: list[Request]) -> list[JsonValue]:
+        texts: list[JsonValue] = []
+        for request in requests:
+            *_, image = request.arguments
+            assert isinstance(image, dict)
+            row = table.slice(image["row"], 1).to_pylist()[0]
             texts.append(model.generate_from_image(open_image(row), make_messages(row["query"]), GENERATION))
-            report_progress(len(texts), len(numbers), "questions")
+            report_progress(len(texts), len(requests), "questions")
         return texts
 
     return respond
@@ -144,7 +77,7 @@ def open_image(row: dict[str, Any]) -> Image:
     return Image.open(io.BytesIO(row["image"]["bytes"]))
 
 
-def make_messages(query: str) -> list[dict[str, Any]]:
+def make_messages(query: str) -> list[dict[str, object]]:
     """Return the chat with an image and a question, as the processor's chat template takes it."""
     return [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]},
@@ -152,40 +85,14 @@ def make_messages(query: str) -> list[dict[str, Any]]:
     ]
 
 
-def score_responses(respond: Scorer, dataset: Path, limit: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the content of results.json and samples.jsonl, from lm-eval's evaluation of the responses."""
-    from lm_eval import simple_evaluate
-
-    from quantize_gemma.tasks.evaluate.chartqa_model import ReplayLM
-
-    output = simple_evaluate(ReplayLM(respond), tasks=[make_chartqa_task(dataset, limit)], log_samples=True)
-    if output is None:
-        raise StageFailed("lm-eval returned no result")
-    samples = []
-    for sample in sorted(output["samples"]["chartqa"], key=lambda sample: sample["doc"]["number"]):
-        doc, text = sample["doc"], sample["filtered_resps"][0]
-        samples.append(
-            {
-                "question": doc["number"],
-                "kind": CHARTQA_SPLITS[doc["human_or_machine"]],
-                "query": doc["query"],
-                "label": doc["label"],
-                "answer": text,
-                "relaxed": is_relaxed_correct(text, doc["label"]),
-                "normalized": is_normalized_correct(text, doc["label"]),
-            }
-        )
-    return _summarize(output["results"]["chartqa"], samples), samples
-
-
-def make_chartqa_task(dataset: Path, limit: int | None) -> dict[str, Any]:
+def make_chartqa_task(dataset: Path, limit: int | None) -> dict[str, object]:
     """Return the lm-eval task over the first `limit` questions of each kind."""
     table = read_chartqa(dataset)
     kinds = table["human_or_machine"].to_pylist()
     each = [[number for number, kind in enumerate(kinds) if kind == one] for one in range(len(CHARTQA_SPLITS))]
     numbers = sorted(number for numbers in each for number in numbers[:limit])
 
-    def read(**_metadata: Any) -> dict[str, Any]:
+    def read(**_metadata: object) -> dict[str, object]:
         from datasets import Dataset
 
         columns = {name: table[name].to_pylist() for name in ("query", "label")}
@@ -201,7 +108,7 @@ def make_chartqa_task(dataset: Path, limit: int | None) -> dict[str, Any]:
         ]
         return {"test": Dataset.from_list(docs)}
 
-    def read_images(doc: dict[str, Any]) -> list[Image]:
+    def read_images(doc: dict[str, object]) -> list[Image]:
         return [open_image(table.slice(doc["number"], 1).to_pylist()[0])]
 
     scores = [f"{score}_{part}" for score in ("relaxed", "normalized") for part in ("overall", *CHARTQA_SPLITS)]
@@ -228,29 +135,6 @@ def _scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
         f"relaxed_{kind}": relaxed,
         "normalized_overall": normalized,
         f"normalized_{kind}": normalized,
-    }
-
-
-def _summarize(scores: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
-    counts = {kind: sum(sample["kind"] == kind for sample in samples) for kind in CHARTQA_SPLITS}
-    counts = {"overall": len(samples), **{kind: count for kind, count in counts.items() if count}}
-
-    def score(name: str) -> dict[str, Any]:
-        parts = {}
-        for part, count in counts.items():
-            stderr = scores[f"{name}_{part}_stderr,none"]
-            parts[part] = {
-                "accuracy": scores[f"{name}_{part},none"],
-                "stderr": stderr if isinstance(stderr, float) else None,
-                "questions": count,
-            }
-        return parts
-
-    return {
-        "task": "chartqa",
-        "questions": len(samples),
-        "relaxed_accuracy": score("relaxed"),
-        "normalized": score("normalized"),
     }
 
 

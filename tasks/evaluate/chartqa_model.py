@@ -1,15 +1,13 @@
-"""The lm-eval models of the ChartQA task: one that reads images, and one that replays stored responses."""
+"""The lm-eval model of the ChartQA task, which reads images."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
 from lm_eval.models.hf_vlms import HFMultimodalLM
 
 from quantize_gemma.tasks.models.dequantize import dequantize_once
@@ -38,7 +36,9 @@ class ChartQALM(HFMultimodalLM):  # type: ignore[misc]
         gc.collect()
         gc.freeze()
 
-    def generate_from_image(self, image: Image, messages: list[dict[str, Any]], generation: dict[str, Any]) -> str:
+    def generate_from_image(
+        self, image: Image, messages: list[dict[str, object]], generation: dict[str, object]
+    ) -> str:
         """Return the response to a chat with one image; `generation` are lm-eval's generation_kwargs."""
         arguments = (self.prompt(messages), generation, {"visual": [image]})
         request = Instance(request_type="generate_until", doc={}, arguments=arguments, idx=0)
@@ -54,30 +54,8 @@ class ChartQALM(HFMultimodalLM):  # type: ignore[misc]
         # The tokenizer adds one to every text.
         return str(text).removeprefix(self.tokenizer.bos_token)
 
-    def _encode_image_once(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _encode_image_once(self, pixel_values: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """Return the features of an image, computed unless it is the last one again."""
         if self.last_image is None or not torch.equal(self.last_image[0], pixel_values):
             self.last_image = pixel_values, self.encode_image(pixel_values, *args, **kwargs)
         return self.last_image[1]
-
-
-class ReplayLM(LM):  # type: ignore[misc]
-    """An lm-eval model that returns the responses to documents, by their number in the dataset."""
-
-    MULTIMODAL = True
-
-    def __init__(self, respond: Callable[[list[int]], list[str]]) -> None:
-        super().__init__()
-        self.respond = respond
-
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Return the responses, in the order of the requests."""
-        return self.respond([request.doc["number"] for request in requests])
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not needed for ChartQA."""
-        raise NotImplementedError
-
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Not needed for ChartQA."""
-        raise NotImplementedError

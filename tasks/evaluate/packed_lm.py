@@ -1,9 +1,9 @@
-"""lm-eval's own `hf` model, with log-likelihoods that cost less and are the same to the bit on a CPU.
+"""lm-eval's own `hf` model, with log-likelihoods and texts that cost less; the former are the same to the bit on a CPU.
 
 The command line's default is one request per forward, without padding. Padding changes the last bits of the results,
 through the attention's blocks; the number of rows of a matrix product does not. So several sequences are packed into
 one row without padding: what works on single tokens runs on all of them at once, attention runs on each sequence
-alone. Only the positions whose logits are needed reach lm_head.
+alone. Only the positions whose logits are needed reach lm_head. Generation works likewise; see packed_generation.py.
 """
 
 from __future__ import annotations
@@ -11,49 +11,63 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_tower
+from quantize_gemma.tasks.evaluate.packed_generation import KeyValues, LastTokens, Text, take_next
+from quantize_gemma.tasks.evaluate.requests import Request
+from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_encoder
 from quantize_gemma.tasks.models.dequantize import dequantize_once
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.machine import trim_memory
-from quantize_gemma.tasks.runtime.parent_process import report_progress
 from quantize_gemma.tasks.runtime.patches import patched_loading
+from quantize_gemma.tasks.runtime.reporting import report_progress
+from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 # More tokens per batch make no matrix product faster, only the memory larger.
 TOKENS = {"cpu": 4096, "cuda": 32_768}
 # The most positions of a batch; each is a row of logits over the vocabulary.
 POSITIONS = 256
+# The last tokens of a text in which a stop sequence is looked for.
+STOP_TOKENS = 32
+
+# The most tokens of texts that are generated together, prompts included. For gemma-3-4b, 16,384 take 2.3 GB.
+CACHED_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 
 # lm-eval's: (strings or None, context, continuation), the last two as tokens.
-Request = tuple[tuple[str, str] | None, list[int], list[int]]
-# [[context, continuation]] -> [[log-likelihood, is greedy]], JSON values.
-Scorer = Callable[[list[list[str]]], list[list[float | bool]]]
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+# Returns the answers to requests, JSON values.
+Score = Callable[[list[Request]], list[JsonValue]]
 
 
-def load_checkpoint_scorer(checkpoint: str, device: str, batch_size: int | str) -> Scorer:
-    """Load a checkpoint as a scorer of [context, continuation]."""
-    return make_scorer(PackedLM(Path(checkpoint), device, batch_size))
+def load_checkpoint_scorer(
+    checkpoint: str, device: str, batch_size: int | str, no_act_quant: bool, generates: bool
+) -> Score:
+    """Load a checkpoint as what answers requests."""
+    return make_scorer(PackedLM(Path(checkpoint), device, batch_size, no_act_quant, generates))
 
 
-def make_scorer(model: LM) -> Scorer:
-    """Return an lm-eval model as a scorer."""
+def make_scorer(model: LM) -> Score:
+    """Return an lm-eval model as what answers requests, all of one kind."""
 
-    def score(requests: list[list[str]]) -> list[list[float | bool]]:
-        instances = [Instance("loglikelihood", {}, (context, continuation), 0) for context, continuation in requests]
-        return [[score, greedy] for score, greedy in model.loglikelihood(instances, disable_tqdm=True)]
+    def score(requests: list[Request]) -> list[JsonValue]:
+        instances = [Instance(request.kind, {}, tuple(request.arguments), 0) for request in requests]
+        answers = getattr(model, requests[0].kind)(instances, disable_tqdm=True)
+        return [list(value) if isinstance(value, tuple) else value for value in answers]
 
     return score
 
@@ -61,7 +75,14 @@ def make_scorer(model: LM) -> Scorer:
 class PackedLM(HFLM):  # type: ignore[misc]
     """HFLM, for checkpoints of Gemma 3, plain or quantized, read as text alone."""
 
-    def __init__(self, checkpoint: Path, device: str, batch_size: int | str, no_act_quant: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        device: str,
+        batch_size: int | str,
+        no_act_quant: bool = False,
+        generates: bool = False,
+    ) -> None:
         """Load a checkpoint.
 
         Args:
@@ -69,6 +90,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
             device: "cpu" or "cuda", or "cuda:0" and so on.
             batch_size: The most sequences of a batch; "auto" limits the tokens only.
             no_act_quant: For reference: in float32 and without quantized activations. Slow, in the same memory.
+            generates: It generates text, for which lm_head is dequantized, too.
         """
         ALL_ATTENTION_FUNCTIONS.register("packed", _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register("packed", sdpa_mask)
@@ -81,18 +103,19 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 attn_implementation="packed",
             )
         self.tokens = TOKENS[torch.device(device).type]
+        self.cached_tokens = CACHED_TOKENS[torch.device(device).type]
         self.rows = None if batch_size == "auto" else int(batch_size)
-        drop_vision_tower(self.model)
+        drop_vision_encoder(self.model)
         if no_act_quant:
             disable_activation_quantization(self.model)
             self.model.to(torch.float32)
         else:
-            dequantize_once(self.model)
+            dequantize_once(self.model, head=generates)
         gc.collect()
         trim_memory()
 
     def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Return (sum of the continuation's log-probabilities, whether each of its tokens is the most likely)."""
         sharing = share_rows(requests, self.max_length)
@@ -102,6 +125,13 @@ class PackedLM(HFLM):  # type: ignore[misc]
         done = 0
         while done < len(rows):
             batch = self._next_batch(rows[done:], counts)
+            if counts[batch[0]] > POSITIONS:
+                # Alone: all of its logits would not fit.
+                for number in sharing[batch[0]]:
+                    responses[number] = self._score_long(batch[0], requests[number][2])
+                done += 1
+                report_progress(done, len(rows), "questions")
+                continue
             try:
                 logits = self._logits(batch, [counts[row] for row in batch])
             except (RuntimeError, MemoryError) as error:
@@ -131,13 +161,91 @@ class PackedLM(HFLM):  # type: ignore[misc]
         for row in rows[: self.rows]:
             tokens += len(row)
             positions += counts[row]
-            if count and (tokens > self.tokens or positions > POSITIONS):
+            if count and (tokens > self.tokens or positions > POSITIONS or counts[rows[0]] > POSITIONS):
                 break
             count += 1
         return rows[:count]
 
-    def _logits(self, batch: list[tuple[int, ...]], counts: list[int]) -> list[Tensor]:
-        """Return the logits of each row's last `counts` positions, [positions, vocabulary]."""
+    def _score_long(self, row: tuple[int, ...], continuation: list[int]) -> tuple[float, bool]:
+        """Return the score of a continuation of many tokens, whose logits are computed POSITIONS at a time."""
+        with torch.no_grad():
+            states = self.model.model(input_ids=torch.tensor([row], device=self.device), use_cache=False)
+            scores, greedy = [], True
+            positions = states.last_hidden_state[0, -len(continuation) :]
+            for start in range(0, len(continuation), POSITIONS):
+                logs = torch.log_softmax(self.model.lm_head(positions[start : start + POSITIONS]), dim=-1)
+                tokens = torch.tensor(continuation[start : start + POSITIONS], device=logs.device)
+                scores.append(logs.gather(1, tokens[:, None])[:, 0])
+                greedy = greedy and bool((logs.argmax(-1) == tokens).all())
+        return float(torch.cat(scores).sum()), greedy
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the texts: greedy, or lm-eval's own, one at a time, if a task samples."""
+        if any(request.args[1].get("do_sample") for request in requests):
+            return list(super().generate_until(requests, disable_tqdm=True))
+        texts = [self._start(*request.args) for request in requests]
+        waiting = sorted(texts, key=lambda text: -len(text.prompt))
+        running: list[Text] = []
+        while waiting or running:
+            if starting := take_next(waiting, running, self.rows, self.cached_tokens, self.tokens):
+                rows = [tuple(text.prompt) for text in starting]
+                logits = torch.cat(self._logits(rows, [1] * len(rows), [text.cache for text in starting]))
+                running += starting
+            else:
+                starting, logits = running, self._next_logits(running)
+            for text, token in zip(starting, logits.argmax(-1).tolist(), strict=True):
+                text.tokens.append(token)
+                if text.is_finished():
+                    text.cache.release()
+            running = [text for text in running if not text.is_finished()]
+            report_progress(len(texts) - len(running) - len(waiting), len(texts), "questions")
+        return [
+            postprocess_generated_text(self.tok_decode(text.tokens), self._stop_sequences(request.args[1]), None)
+            for text, request in zip(texts, requests, strict=True)
+        ]
+
+    def _start(self, context: str, generation: dict[str, object]) -> Text:
+        """Return a text without a token; its prompt is truncated on the left, as in lm-eval.
+
+        Raises:
+            UserError: The text could be as long as the model's longest sequence.
+        """
+        settings = normalize_gen_kwargs(generation, self.max_gen_toks)
+        stop, ends = self._stop_sequences(generation), stop_tokens(self.model)
+
+        def has_ended(tokens: list[int]) -> bool:
+            # A stop sequence is found where it ends, in the last few tokens.
+            tail = self.tok_decode(tokens[-STOP_TOKENS:], skip_special_tokens=False)
+            return tokens[-1] in ends or any(text in tail for text in stop if text)
+
+        room = self.max_length - settings["max_gen_toks"]
+        if room < 1:
+            raise UserError(f"the task asks for {settings['max_gen_toks']:,} tokens of text, but the model has no more")
+        tokens, _ = self.tok_batch_encode([context], left_truncate_len=room, truncation=self.truncation)
+        return Text(tokens[0].tolist(), settings["max_gen_toks"], has_ended)
+
+    def _stop_sequences(self, generation: dict[str, object]) -> list[str]:
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        return list(handle_stop_sequences(normalize_gen_kwargs(generation)["until"], eos=eos))
+
+    def _next_logits(self, texts: list[Text]) -> Tensor:
+        """Return the logits after the last token of each text, [texts, vocabulary]."""
+        with torch.no_grad():
+            logits: Tensor = self.model(
+                input_ids=torch.tensor([[text.tokens[-1] for text in texts]], device=self.device),
+                position_ids=torch.tensor([[text.cache.length for text in texts]], device=self.device),
+                attention_mask=dict.fromkeys(GEMMA3.layer_types),
+                sequences=LastTokens([text.cache for text in texts]),
+                use_cache=False,
+            ).logits[0]
+        for text in texts:
+            text.cache.length += 1
+        return logits
+
+    def _logits(
+        self, batch: list[tuple[int, ...]], counts: list[int], caches: list[KeyValues] | None = None
+    ) -> list[Tensor]:
+        """Return the logits of each row's last `counts` positions, [positions, vocabulary]; fill its cache, if any."""
         lengths = [len(row) for row in batch]
         ends = torch.tensor(lengths).cumsum(0).tolist()
         positions = [position for end, count in zip(ends, counts, strict=True) for position in range(end - count, end)]
@@ -147,14 +255,16 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 position_ids=torch.cat([torch.arange(length, device=self.device) for length in lengths])[None],
                 # Passed, so that the model makes none of its own over the whole row.
                 attention_mask=dict.fromkeys(GEMMA3.layer_types),
-                sequences=_Sequences(self.model.config, lengths, self.device),
+                sequences=_Sequences(self.model.config, lengths, self.device, caches),
                 use_cache=False,
                 logits_to_keep=torch.tensor(positions, device=self.device),
             ).logits[0]
+        for cache, length in zip(caches or [], lengths, strict=caches is not None):
+            cache.length += length
         return list(logits.split(counts))
 
 
-def share_rows(requests: list[Request], max_length: int) -> dict[tuple[int, ...], list[int]]:
+def share_rows(requests: list[TokenRequest], max_length: int) -> dict[tuple[int, ...], list[int]]:
     """Return {a row of input tokens: the numbers of the requests that its logits score}.
 
     Continuations of one token after the same context, as the letters of a question, share a row. What is longer than
@@ -174,10 +284,24 @@ def score_continuation(logs: Tensor, continuation: list[int]) -> tuple[float, bo
     return float(logs.gather(1, tokens[:, None]).sum()), bool((logs.argmax(-1) == tokens).all())
 
 
+def stop_tokens(model: PreTrainedModel) -> set[int]:
+    """Return the tokens after which a model generates nothing."""
+    ids = model.generation_config.eos_token_id
+    return set(ids) if isinstance(ids, list) else {ids} - {None}
+
+
 class _Sequences:
     """The sequences packed in a row, and the masks that the model itself makes for a sequence of each length."""
 
-    def __init__(self, config: PreTrainedConfig, lengths: list[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        lengths: list[int],
+        device: torch.device,
+        caches: list[KeyValues] | None = None,
+    ) -> None:
+        """Take the sequences' lengths, and caches to write their keys and values to."""
+        self.lengths, self.caches = lengths, caches
         # Neighbors of the same length share one call: (length, how many).
         self.runs: list[tuple[int, int]] = []
         for length in lengths:
@@ -196,31 +320,42 @@ class _Sequences:
             for length, _ in self.runs
         }
 
+    def attend(self, module: Gemma3Attention, query: Tensor, key: Tensor, value: Tensor, **kwargs: object) -> Tensor:
+        """Attend within each sequence; see _attend()."""
+        self._fill_caches(module.layer_idx, key, value)
+        outputs = []
+        start = 0
+        for length, count in self.runs:
+            stop = start + length * count
+            tokens = [whole[0, :, start:stop] for whole in (query, key, value)]
+            parts = [torch.unflatten(each, 1, (count, length)).transpose(0, 1) for each in tokens]
+            mask = self.masks[length][module.layer_type]
+            attended, _ = sdpa_attention_forward(module, *parts, mask, **kwargs)
+            outputs.append(attended.flatten(0, 1))
+            start = stop
+        return torch.cat(outputs)[None]
+
+    def _fill_caches(self, layer: int, key: Tensor, value: Tensor) -> None:
+        start = 0
+        for cache, length in zip(self.caches or [], self.lengths, strict=self.caches is not None):
+            cache.extend(layer, key[:, :, start : start + length], value[:, :, start : start + length])
+            start += length
+
 
 def _attend(
-    module: torch.nn.Module,
+    module: Gemma3Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    sequences: _Sequences | None = None,
-    **kwargs: Any,
+    sequences: _Sequences | LastTokens | None = None,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence of a row. Tensors are [1, heads, tokens, width], the result [1, tokens, …]."""
     if sequences is None:
         output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output
-    outputs = []
-    start = 0
-    for length, count in sequences.runs:
-        stop = start + length * count
-        tokens = [whole[0, :, start:stop] for whole in (query, key, value)]
-        parts = [torch.unflatten(each, 1, (count, length)).transpose(0, 1) for each in tokens]
-        mask = sequences.masks[length][module.layer_type]
-        attended, _ = sdpa_attention_forward(module, *parts, mask, **kwargs)
-        outputs.append(attended.flatten(0, 1))
-        start = stop
-    return torch.cat(outputs)[None], None
+    return sequences.attend(module, query, key, value, **kwargs), None
 
 
 def _out_of_memory(error: BaseException) -> bool:

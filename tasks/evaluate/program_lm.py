@@ -1,20 +1,31 @@
-"""model.pte as an lm-eval model: log-likelihoods through the ExecuTorch runtime."""
+"""model.pte as an lm-eval model: log-likelihoods and generated text through the ExecuTorch runtime."""
 
+import itertools
 from pathlib import Path
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import AutoTokenizer
 
-from quantize_gemma.tasks.evaluate.packed_lm import Request, Scorer, make_scorer, score_continuation, share_rows
+from quantize_gemma.tasks.evaluate.packed_lm import (
+    STOP_TOKENS,
+    Score,
+    TokenRequest,
+    make_scorer,
+    score_continuation,
+    share_rows,
+)
+from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.pte import PteProgram
-from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.reporting import report_progress
+from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 
 class ProgramLM(TemplateLM):  # type: ignore[misc]
-    """A program, with the tokenizer of the checkpoint that it was exported from. It returns log-likelihoods only."""
+    """A program, with the tokenizer of the checkpoint that it was exported from."""
 
     # The same tokens as for the checkpoint, BOS first.
     tok_encode = HFLM.tok_encode
@@ -27,11 +38,16 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self.program = PteProgram(program / "model.pte")
 
-    def fits(self, context: str, continuation: str) -> bool:
-        """Return whether the program takes a request without truncation."""
-        return len(self.tok_encode(context + continuation)) - 1 <= self.program.max_seq_len
+    def fits(self, request: Request) -> bool:
+        """Tell whether the program takes a request without truncation; of a prompt, with room for an answer."""
+        context, continuation = request.arguments
+        if request.kind == "generate_until":
+            return len(self.tok_encode(context)) < self.program.max_seq_len
+        return len(self.tok_encode(f"{context}{continuation}")) - 1 <= self.program.max_seq_len
 
-    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """Return (sum of the continuation's log-probabilities, whether each of its tokens is the most likely)."""
         sharing = share_rows(requests, self.program.max_seq_len)
         responses: dict[int, tuple[float, bool]] = {}
@@ -45,15 +61,43 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
             report_progress(done, len(sharing), "questions")
         return [responses[number] for number in range(len(requests))]
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Not needed for multiple choice."""
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Not measured: its windows would be shorter than the checkpoint's."""
         raise NotImplementedError
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Not needed for multiple choice."""
-        raise NotImplementedError
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str | None]:
+        """Return the greedy texts; None where the program's longest sequence ends before the text does."""
+        texts = []
+        for request in requests:
+            texts.append(self._generate(*request.args))
+            report_progress(len(texts), len(requests), "questions")
+        return texts
+
+    def _generate(self, context: str, generation: dict[str, object]) -> str | None:
+        settings = normalize_gen_kwargs(generation)
+        eos = self.tokenizer.decode([self.eot_token_id])
+        stop = handle_stop_sequences(settings["until"], eos=eos)
+        context_ids = self.tok_encode(context)
+
+        def is_finished(tokens: list[int]) -> bool:
+            # A stop sequence is found where it ends, in the last few tokens.
+            tail = self.tokenizer.decode(tokens[-STOP_TOKENS:])
+            return len(tokens) >= settings["max_gen_toks"] or any(text in tail for text in stop if text)
+
+        tokens, is_complete = self.program.generate_until(context_ids, is_finished)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return postprocess_generated_text(text, stop, None) if is_complete else None
 
 
-def load_program_scorer(checkpoint: str, program: str) -> Scorer:
-    """Load a program as a scorer of [context, continuation]."""
-    return make_scorer(ProgramLM(Path(checkpoint), Path(program)))
+def load_program_scorer(checkpoint: str, program: str) -> Score:
+    """Load a program as what answers requests: None to those that are longer than its sequences."""
+    model = ProgramLM(Path(checkpoint), Path(program))
+    score_all = make_scorer(model)
+
+    def score(requests: list[Request]) -> list[JsonValue]:
+        fits = [model.fits(request) for request in requests]
+        fitting = list(itertools.compress(requests, fits))
+        answers = iter(score_all(fitting) if fitting else [])
+        return [next(answers) if one else None for one in fits]
+
+    return score

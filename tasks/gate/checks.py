@@ -7,19 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from quantize_gemma.tasks.models.benchmarks import Benchmark
 from quantize_gemma.tasks.models.metrics import (
+    ABOVE_CHANCE,
     Agreement,
     Answer,
+    BenchmarkInfo,
     Check,
+    Columns,
     Disagreement,
     Divergence,
     Metrics,
     Positions,
     PromptDivergence,
+    Score,
     Verdict,
     to_json,
 )
 from quantize_gemma.tasks.models.tables import format_percent, verdict_text
+from quantize_gemma.tasks.models.text_fidelity import Distances
 from quantize_gemma.tasks.runtime.errors import RunError
 from quantize_gemma.tasks.runtime.paired_stats import Pairs, confidence, share_difference, share_ratio
 
@@ -27,24 +33,14 @@ from quantize_gemma.tasks.runtime.paired_stats import Pairs, confidence, share_d
 FLOOR = 1e-6
 # A check that passes with less has low confidence; a disagreement fails if it is too large with this confidence.
 CONFIDENT = 0.95
-LIMITS = ("max_mmlu_drop", "max_chartqa_drop", "min_recovery", "max_disagreement", "max_kl_ratio")
-BENCHMARKS = {"mmlu": "MMLU", "chartqa": "ChartQA"}
+LIMITS = ("max_kl", "min_same_top", "min_recovery", "max_disagreement", "max_kl_ratio")
+Limits = dict[str, float | None]
+# The checks of the distance from the base model on text.
+FIDELITY = ("max_kl", "min_same_top")
 # The number of disagreements that the message of a failure lists.
 MAX_SHOWN = 5
-# What two MMLU scores must have in common to be comparable, and its path in metrics.json.
-COMPARABLE = {
-    "benchmark": ("benchmark",),
-    "benchmark revision": ("benchmark_revision",),
-    "fixture benchmark": ("fixture_benchmark",),
-    "fixture model": ("fixture_model",),
-    "task": ("quantized", "mmlu", "task"),
-    "task version": ("quantized", "mmlu", "task_version"),
-    "number of few-shot examples": ("quantized", "mmlu", "num_fewshot"),
-    "limit": ("quantized", "mmlu", "limit"),
-    "number of questions": ("quantized", "mmlu", "questions"),
-    "lm-eval version": ("versions", "lm-eval"),
-}
-ACCURACY = ("quantized", "mmlu", "accuracy")
+# How many characters of a prompt it shows.
+MAX_PROMPT = 300
 MISSING = object()
 
 
@@ -55,46 +51,47 @@ class GateRefused(RunError):
         failed = [check for check in verdict.checks if check.status == "fail"]
         parts = [f"the release fails the gate: {'; '.join(check.message for check in failed)}"]
         parts.append(verdict_text(verdict.checks))
-        if any(check.name == "program_disagreement" for check in failed):
+        if any(check.name.endswith("_disagreement") for check in failed):
             parts.append(_list_disagreements(disagreements))
         super().__init__("\n\n".join(parts))
         self.verdict = verdict
 
 
-def required_checks(multimodal: bool, chartqa: bool, published: bool) -> list[str]:
+def required_checks(multimodal: bool, benchmarks: Sequence[Benchmark]) -> list[str]:
     """Return the names of the checks that every release must have.
 
     Args:
         multimodal: Whether the model has a vision tower.
-        chartqa: Whether ChartQA is measured.
-        published: Whether the release is published, and is compared with the one before.
+        benchmarks: What is measured, and has a limit on its drop.
     """
     parts = ["", "_last", "_step_by_step", "_prompts", *["_image"] * multimodal]
     return [
-        *(f"{name}_{kind}" for name in ("mmlu", *["chartqa"] * chartqa) for kind in ("drop", "recovery")),
-        "program_disagreement",
+        *FIDELITY,
+        *(f"{row.name}_drop" for row in benchmarks),
+        *(f"{row.name}_recovery" for row in benchmarks if row.higher_is_better),
+        *(f"{row.name}_disagreement" for row in benchmarks if "no_act_quant" in row.columns()),
+        *(f"{row.name}_program_drop" for row in benchmarks if row.columns()[-1] == "program"),
         *(f"program_kl{part}" for part in parts),
         *["vision_encoder"] * multimodal,
-        *["regression"] * published,
     ]
 
 
-def require_pass(metrics: Metrics, required: Sequence[str], regression: Check | None = None) -> Verdict:
+def require_pass(metrics: Metrics, required: Sequence[str], regressions: Sequence[Check] = ()) -> Verdict:
     """Return the verdict on a release, including the comparison with the published one.
 
     Args:
         metrics: The metrics of the release.
         required: The names of the required checks.
-        regression: The result of `compare_with_published`, if the release is to be published.
+        regressions: The results of `compare_with_published`, if the release is to be published.
 
     Raises:
         GateRefused: A check fails or is missing.
     """
-    checks = [*metrics.gate.checks, *([regression] if regression else [])]
+    checks = [*metrics.gate.checks, *regressions]
     verdict = add_missing(_verdict(checks, metrics.gate.limits), required)
     if not verdict.passed:
-        sample = metrics.program.mmlu
-        raise GateRefused(verdict, sample.disagreements if sample else [])
+        samples = [score for score in metrics.program.scores.values() if score is not None]
+        raise GateRefused(verdict, [one for score in samples for one in score.disagreements])
     return verdict
 
 
@@ -112,22 +109,38 @@ def add_missing(verdict: Verdict, required: Sequence[str]) -> Verdict:
     return _verdict([*verdict.checks, *missing], verdict.limits)
 
 
-def compare_with_published(metrics: Metrics, published: Mapping[str, object] | None, max_regression: float) -> Check:
-    """Return the check that MMLU is at most `max_regression` points below the published release's score.
+def compare_with_published(
+    metrics: Metrics, published: Mapping[str, object] | None, max_regression: float
+) -> list[Check]:
+    """Return a check for each benchmark: its score is at most `max_regression` points below the published release's.
 
     Scores that were measured differently are not compared: the check is then uninformative, and its message says why.
 
     Args:
         metrics: The metrics of the release.
         published: The metrics.json at the target's head, from an untrusted author; None if there is none.
-        max_regression: The limit, in points of accuracy.
+        max_regression: The limit, in points; of a metric whose smaller values are better, in percent.
     """
-    score = metrics.quantized.mmlu
-    reason = "MMLU was not measured" if score is None else _incomparable(to_json(metrics), published)
-    accuracy = _look_up(published, ACCURACY)
-    if reason is not None or score is None or not isinstance(accuracy, (int, float)):
+    ours = to_json(metrics)
+    return [
+        _compare(name, info, metrics.quantized.scores.get(name), ours, published, max_regression)
+        for name, info in metrics.benchmarks.items()
+    ]
+
+
+def _compare(
+    name: str,
+    info: BenchmarkInfo,
+    score: Score | None,
+    metrics: Mapping[str, object],
+    published: Mapping[str, object] | None,
+    max_regression: float,
+) -> Check:
+    reason = f"{info.title} was not measured" if score is None else _incomparable(name, info, metrics, published)
+    value = _look_up(published, ("quantized", name, "value"))
+    if reason is not None or score is None or not isinstance(value, (int, float)):
         return Check(
-            name="regression",
+            name=f"{name}_regression",
             status="uninformative",
             low_confidence=False,
             value=None,
@@ -135,25 +148,44 @@ def compare_with_published(metrics: Metrics, published: Mapping[str, object] | N
             margin=None,
             stderr=None,
             confidence=None,
-            message=f"MMLU is not compared with the published release: {reason}",
+            message=f"{info.title} is not compared with the published release: {reason}",
         )
-    loss = round(100 * (accuracy - score.accuracy), 4)
-    what = f"MMLU is {abs(loss):.2f} points {'below' if loss >= 0 else 'above'} the published release"
+    loss = round(100 * (value - score.value if info.higher_is_better else score.value / max(value, 1e-9) - 1), 4)
+    unit, worse, better = ("points", "below", "above") if info.higher_is_better else ("%", "above", "below")
+    what = f"{info.title} is {abs(loss):.2f} {unit} {worse if loss >= 0 else better} the published release"
     # The standard error of the published score is not known.
-    return _at_most("regression", what, loss, max_regression)
+    return _at_most(f"{name}_regression", what, loss, max_regression)
 
 
-def _incomparable(metrics: Mapping[str, object], published: Mapping[str, object] | None) -> str | None:
-    """Return why the two cannot be compared, None if they can."""
+def _incomparable(
+    name: str, info: BenchmarkInfo, metrics: Mapping[str, object], published: Mapping[str, object] | None
+) -> str | None:
+    """Return why the two scores of a benchmark cannot be compared, None if they can."""
     if published is None:
         return "the target has no metrics.json"
-    for what, path in COMPARABLE.items():
+    dataset, score = ("benchmarks", name, "dataset"), ("quantized", name)
+    # What two scores must have in common to be comparable, and its path in metrics.json.
+    comparable = {
+        "dataset": (*dataset, "name"),
+        "dataset revision": (*dataset, "revision"),
+        "fixture dataset": (*dataset, "fixture"),
+        "fixture model": ("fixture_model",),
+        "task": (*score, "task"),
+        "task version": (*score, "task_version"),
+        "metric": (*score, "metric"),
+        "number of few-shot examples": (*score, "num_fewshot"),
+        "limit": (*score, "limit"),
+        "number of samples": (*score, "samples"),
+        "lm-eval version": ("versions", "lm-eval"),
+    }
+    for what, path in comparable.items():
         ours, theirs = _look_up(metrics, path), _look_up(published, path)
         if ours is MISSING or type(ours) is not type(theirs) or ours != theirs:
             return f"the {what} differs (here: {_shorten(ours)}, published: {_shorten(theirs)})"
-    accuracy = _look_up(published, ACCURACY)
-    if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
-        return f"the published accuracy is {_shorten(accuracy)}"
+    value = _look_up(published, (*score, "value"))
+    largest = 1.0 if info.higher_is_better else 1e30
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= largest:
+        return f"the published score is {_shorten(value)}"
     return None
 
 
@@ -176,39 +208,90 @@ def _shorten(value: object) -> str:
 
 
 def judge(
-    pairs: Mapping[str, Pairs], differing: Pairs | None, agreement: Agreement, limits: dict[str, float]
+    benchmarks: Mapping[str, BenchmarkInfo], columns: Columns, pairs: Mapping[str, Pairs], limits: Limits
 ) -> Verdict:
     """Return the verdict on what was measured.
 
     The value decides, whatever its confidence: a run on few questions passes if its value is within the limit, and
-    `low_confidence` marks it. The exceptions are the disagreement and the answers to long prompts. Their samples are
-    small, and activations quantize differently even in a correct program, so they fail only beyond sampling error, when
-    the confidence is below 5%.
+    `low_confidence` marks it. The exceptions are what is measured on the program's sample, and the answers to long
+    prompts. Their samples are small, and activations quantize differently even in a correct program, so they fail only
+    beyond sampling error, when the confidence is below 5%.
+
+    The distance from the base model comes first. A benchmark that the base model answers by chance says nothing of the
+    loss: its drop and its recovery are uninformative. Where nothing else says how much is lost, the verdict fails.
 
     Args:
-        pairs: By benchmark, the questions that base (first) and checkpoint (second) answer correctly.
-        differing: The questions that program (first) and checkpoint (second) answer differently from the checkpoint
-            in float32 without activation quantization; None if they were not measured.
-        agreement: The program's distances from the checkpoint.
-        limits: Values by the names in LIMITS: the drops in points of accuracy; `min_recovery` in percent of the base
-            model's score; `max_disagreement` in points, the share of answers that the program changes more than the
-            checkpoint; `max_kl_ratio` bounds the KL divergence between checkpoint and program, and the vision
-            encoder's squared error, as a multiple of what activation quantization alone causes.
+        benchmarks: What was measured.
+        columns: The scores, and the program's distances from the checkpoint.
+        pairs: By benchmark, the documents that base (first) and checkpoint (second) answer correctly.
+        limits: Values by the names in LIMITS, and `max_<benchmark>_drop`, in points, for each benchmark that has a
+            limit. `max_kl`, in nats, and `min_same_top`, in percent, may be None: they are recorded and not judged.
+            `min_recovery` is in percent of the base model's score; `max_disagreement`, in points, is the share
+            of answers that the program changes more than the checkpoint; `max_kl_ratio` bounds the KL divergence
+            between checkpoint and program, and the vision encoder's squared error, as a multiple of what activation
+            quantization alone causes.
     """
-    checks = []
-    for name, title in BENCHMARKS.items():
-        if name in pairs:
-            checks += [_drop(name, title, pairs[name], limits[f"max_{name}_drop"])]
-            checks += [_recovery(name, title, pairs[name], limits["min_recovery"])]
-    if differing is not None:
-        checks += [_disagreement(differing, limits["max_disagreement"])]
-    checks += _distances(agreement, limits["max_kl_ratio"])
+    checks = judge_fidelity(columns.quantized.fidelity, limits["max_kl"], limits["min_same_top"])
+    for name, info in benchmarks.items():
+        limit = limits.get(f"max_{name}_drop")
+        if limit is not None:
+            checks += _losses(name, info, columns, pairs.get(name), limit, _set(limits, "min_recovery"))
+    if all(check.status == "uninformative" for check in checks):
+        checks.append(_nothing_is_known())
+    for name, info in benchmarks.items():
+        sample = columns.program.scores.get(name)
+        limit = limits.get(f"max_{name}_drop")
+        if sample is not None and sample.differing is not None:
+            checks += [_disagreement(name, info.title, sample.differing, _set(limits, "max_disagreement"))]
+        elif sample is not None and sample.pairs is not None and limit is not None:
+            checks += [_program_drop(name, info.title, sample.pairs, limit)]
+    checks += _distances(columns.program.agreement, _set(limits, "max_kl_ratio"))
     return _verdict(checks, limits)
+
+
+def _set(limits: Limits, name: str) -> float:
+    """Return a limit that is always set."""
+    limit = limits[name]
+    assert limit is not None, name
+    return limit
+
+
+def _losses(
+    name: str, info: BenchmarkInfo, columns: Columns, pairs: Pairs | None, limit: float, min_recovery: float
+) -> list[Check]:
+    """Return the checks of how much a benchmark's score falls from base to checkpoint; none if it was not measured."""
+    base, quantized = columns.base.scores.get(name), columns.quantized.scores.get(name)
+    if pairs is not None:
+        checks = [_drop(name, info.title, pairs, limit), _recovery(name, info.title, pairs, min_recovery)]
+    elif base is not None and quantized is not None:
+        checks = [_unpaired_drop(name, info, base, quantized, limit)]
+    else:
+        return []
+    if base is None or not info.higher_is_better or not base.is_at_chance(info.chance):
+        return checks
+    score = f"{100 * base.value:.1f}" + ("" if base.stderr is None else f" ± {100 * base.stderr:.1f}")
+    why = f"the base model's {score}% on {info.title} is within chance ({100 * (info.chance or 0):.0f}%)"
+    return [_uninformative(check, f"{check.name.replace('_', ' ')} says nothing: {why}") for check in checks]
+
+
+def _uninformative(check: Check, message: str) -> Check:
+    return replace(check, status="uninformative", low_confidence=False, margin=None, confidence=None, message=message)
+
+
+def _nothing_is_known() -> Check:
+    """Return the failed check of a release of which nothing says how much it has lost."""
+    check = _check("informative", "", math.nan, math.nan, False, math.nan, None)
+    message = (
+        "nothing says how much the release has lost: its distance from the base model has no limit, and the base model "
+        "answers the benchmarks by chance: set max_kl"
+    )
+    return replace(check, message=message)
 
 
 def _drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
     value, stderr = (round(100 * number, 4) for number in share_difference(pairs))
-    what = f"{title} {'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points"
+    noise = ", within sampling error," if abs(value) < ABOVE_CHANCE * stderr else ""
+    what = f"{title} {'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points{noise}"
     return _at_most(f"{name}_drop", what, value, limit, stderr)
 
 
@@ -218,17 +301,41 @@ def _recovery(name: str, title: str, pairs: Pairs, limit: float) -> Check:
     return _check(f"{name}_recovery", what, value, limit, value >= limit, round(value - limit, 4), stderr)
 
 
-def _disagreement(differing: Pairs, limit: float) -> Check:
+def _unpaired_drop(name: str, info: BenchmarkInfo, base: Score, quantized: Score, limit: float) -> Check:
+    """Return the check on a metric that is no mean over documents: how far it falls, or by how much a perplexity rises.
+
+    Its standard error is not known.
+    """
+    if info.higher_is_better:
+        value, unit = 100 * (base.value - quantized.value), "points"
+    else:
+        value, unit = 100 * (quantized.value / base.value - 1) if base.value else math.nan, "%"
+    verb = "drops" if (value >= 0) == info.higher_is_better else "rises"
+    return _at_most(f"{name}_drop", f"{info.title} {verb} by {abs(value):.2f} {unit}", round(value, 4), limit)
+
+
+def _disagreement(name: str, title: str, differing: Pairs, limit: float) -> Check:
     value, stderr = (round(100 * number, 4) for number in share_difference(differing))
     both = differing["both"]
     what = (
-        f"of {sum(differing.values())} answers without activation quantization, the program changes "
+        f"of {sum(differing.values())} answers to {title} without activation quantization, the program changes "
         f"{both + differing['first']} and activation quantization alone {both + differing['second']}: "
         f"{value:.2f} ± {stderr:.2f} points more (limit ≤ {limit:.4g})"
     )
     margin = round(limit - value, 4)
     passed = confidence(margin, stderr) >= 1 - CONFIDENT
-    return _check("program_disagreement", what, value, limit, passed, margin, stderr)
+    return _check(f"{name}_disagreement", what, value, limit, passed, margin, stderr)
+
+
+def _program_drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
+    """Return the check on the program's texts, for which there is no baseline: it fails only beyond sampling error."""
+    value, stderr = (round(100 * number, 4) for number in share_difference(pairs))
+    change = f"{'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points"
+    what = f"{title} {change} from the checkpoint to the program on {sum(pairs.values())} samples"
+    margin = round(limit - value, 4)
+    passed = confidence(margin, stderr) >= 1 - CONFIDENT
+    name = f"{name}_program_drop"
+    return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, passed, margin, stderr)
 
 
 def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:
@@ -277,6 +384,54 @@ def _at_most(name: str, what: str, value: float, limit: float, stderr: float | N
     return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, value <= limit, margin, stderr)
 
 
+def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: float | None) -> list[Check]:
+    """Return the checks of the distance from the base model on text, the first of a gate.
+
+    Args:
+        fidelity: The quantized checkpoint's, as shipped.
+        max_kl: The largest mean KL divergence in nats; None records it without judging.
+        min_same_top: The smallest share of tokens with the same most likely token, in percent; None likewise.
+    """
+    kl, kl_stderr = _or_nan(fidelity.kl_mean), fidelity.kl_mean_stderr
+    top, top_stderr = 100 * _or_nan(fidelity.same_top), fidelity.same_top_stderr
+    top_stderr = None if top_stderr is None else 100 * top_stderr
+    text = f"on {fidelity.tokens:,} tokens of text, the KL divergence from the base model is {kl:.4f}"
+    tops = f"{top:.1f}% of its most likely tokens are those of the base model"
+    return [
+        _recorded("max_kl", f"{text} nats", kl, kl_stderr)
+        if max_kl is None
+        else _at_most("max_kl", f"{text} nats", kl, max_kl, kl_stderr or None),
+        _recorded("min_same_top", tops, top, top_stderr)
+        if min_same_top is None
+        else _check(
+            "min_same_top",
+            f"{tops} (limit ≥ {min_same_top:.4g})",
+            top,
+            min_same_top,
+            top >= min_same_top,
+            round(top - min_same_top, 12),
+            top_stderr or None,
+        ),
+    ]
+
+
+def _recorded(name: str, what: str, value: float, stderr: float | None) -> Check:
+    """Return a check that records a value without judging it; one that is not a finite number fails all the same."""
+    if not math.isfinite(value):
+        return _check(name, what, value, math.nan, False, math.nan, None)
+    return Check(
+        name=name,
+        status="uninformative",
+        low_confidence=False,
+        value=value,
+        limit=None,
+        margin=None,
+        stderr=stderr,
+        confidence=None,
+        message=f"{what}: recorded, no limit was set",
+    )
+
+
 def _check(
     name: str, what: str, value: float, limit: float, passed: bool, margin: float, stderr: float | None
 ) -> Check:
@@ -302,7 +457,7 @@ def _check(
     )
 
 
-def _verdict(checks: list[Check], limits: dict[str, float]) -> Verdict:
+def _verdict(checks: list[Check], limits: Limits) -> Verdict:
     return Verdict(
         passed=all(check.status != "fail" for check in checks),
         low_confidence=any(check.low_confidence for check in checks),
@@ -314,16 +469,21 @@ def _verdict(checks: list[Check], limits: dict[str, float]) -> Verdict:
 def _list_disagreements(disagreements: Sequence[Disagreement]) -> str:
     lines = [f"{len(disagreements)} questions that the program and the checkpoint answer differently:"]
     for one in disagreements[:MAX_SHOWN]:
-        choices = " ".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", one.choices, strict=True))
-        answers: dict[str, Answer] = {
+        answers: dict[str, Answer | None] = {
             "checkpoint": one.checkpoint,
             "without activation quantization": one.no_act_quant,
             "program": one.program,
         }
-        shown = ", ".join(f"{name} {answer.answer} by {answer.margin:.2f} nats" for name, answer in answers.items())
-        question = textwrap.shorten(f"{one.question} {choices}", 300, placeholder=" …")
-        lines.append(f"- {one.subject.replace('_', ' ')} {one.doc_id}: {question} (correct {one.target}; {shown})")
+        shown = ", ".join(f"{name} {_show(answer)}" for name, answer in answers.items() if answer is not None)
+        # The question is at the end of the prompt.
+        prompt = " ".join(one.prompt.split())[-MAX_PROMPT:]
+        lines.append(f"- {one.task.replace('_', ' ')} {one.doc_id}: {prompt} (correct {one.target}; {shown})")
     return "\n".join(lines + ["…"] * (len(disagreements) > MAX_SHOWN))
+
+
+def _show(answer: Answer) -> str:
+    text = textwrap.shorten(answer.answer, 60, placeholder=" …")
+    return text if answer.margin is None else f"{text} by {answer.margin:.2f} nats"
 
 
 def _or_nan(value: float | None) -> float:

@@ -1,19 +1,24 @@
 """Collects what metrics.json says from the artifacts of a run."""
 
 import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from quantize_gemma.tasks.gate.checks import add_missing, judge
+from quantize_gemma.tasks.gate.program_sample import compare_answers, mean_score
 from quantize_gemma.tasks.models.license import GEMMA_TERMS
 from quantize_gemma.tasks.models.metrics import (
     Base,
-    ChartqaScore,
+    BenchmarkInfo,
+    BenchmarkScore,
+    CalibrationData,
+    Columns,
     Dataset,
     Metrics,
-    MmluScore,
     Program,
     Quantized,
     SampleScore,
@@ -23,8 +28,8 @@ from quantize_gemma.tasks.models.recipe import Recipe, recipe_hash
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.paired_stats import Pairs, count_pairs
 from quantize_gemma.tasks.runtime.store import Artifact
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
-S = TypeVar("S")
 # Whose versions the card names.
 LIBRARIES = (
     "torch",
@@ -38,15 +43,17 @@ LIBRARIES = (
 )
 # The fields of the export's metadata that go into metrics.json.
 EXPORT_FIELDS = ("task", "delegation", "backend", "dtype", "custom_sdpa", "custom_kv_cache", "last_logits_only")
-# Benchmark -> its stage.
-EVALUATIONS = {"mmlu": "evaluate_mmlu", "chartqa": "evaluate_chartqa"}
+# The artifact of a stage, or those of its parts, by the stage's name in the run.
+Artifacts = dict[str, Artifact]
 
 
 def collect_metrics(
-    artifacts: dict[str, Artifact],
+    artifacts: Artifacts,
+    costs: dict[str, StageCost],
     resolved: dict[str, Any],
+    benchmarks: dict[str, Any],
     recipe: dict[str, Any],
-    limits: dict[str, float],
+    limits: dict[str, float | None],
     required: list[str],
     command: str,
     versions: dict[str, str],
@@ -56,91 +63,140 @@ def collect_metrics(
 
     Its parameters are the stage's.
     """
-    model, benchmark, chartqa = resolved["model"], resolved["benchmark"], resolved["chartqa"]
-    base, quantized = collect_base(artifacts), collect_quantized(artifacts)
-    check_devices(base, quantized)
-    program, pairs = collect_program(artifacts), collect_pairs(artifacts)
-    differing = program.mmlu.differing if program.mmlu else None
+    model, datasets = resolved["model"], resolved["datasets"]
+    infos = {
+        name: TypeAdapter(BenchmarkInfo).validate_python({**info, "dataset": datasets[name]})
+        for name, info in benchmarks.items()
+    }
+    fidelity = json.loads((artifacts["fidelity"].path / "results.json").read_text(encoding="utf-8"))
+    columns = Columns(
+        base=collect_base(artifacts, infos),
+        quantized=collect_quantized(artifacts, infos, fidelity["quantized"]),
+        program=collect_program(artifacts, infos, fidelity["program"]),
+    )
+    check_devices(columns.base, columns.quantized)
+    pairs = collect_pairs(artifacts, infos)
+    commands = {
+        name: lm_eval_command(score)
+        for name, score in columns.base.scores.items()
+        if score is not None and not infos[name].is_own_task
+    }
     return Metrics(
         base_model=model["name"],
         base_revision=model["revision"],
         license=model["license"] or GEMMA_TERMS,
         fixture_model=model["fixture"],
-        benchmark=benchmark["name"],
-        benchmark_revision=benchmark["revision"],
-        fixture_benchmark=benchmark["fixture"],
-        chartqa=None if chartqa is None else Dataset(**chartqa),
+        text=TypeAdapter(Dataset).validate_python(resolved["text"]),
+        benchmarks=infos,
         recipe=recipe["name"],
         recipe_hash=recipe_hash(Recipe.from_json(recipe)),
         max_seq_len=artifacts["export"].metadata["max_seq_len"],
         run_id=run_id,
-        commands={"run": command, **({} if base.mmlu is None else {"mmlu": mmlu_command(base.mmlu)})},
+        commands={"run": command, **commands},
         versions=versions,
         loads_in=[],
         pairs=pairs,
-        base=base,
-        quantized=quantized,
-        program=program,
-        stages={
-            name: StageCost(
-                seconds=artifact.measured["seconds"],
-                peak_rss_bytes=artifact.measured["peak_rss_bytes"],
-                bytes=artifact.size,
-            )
-            for name, artifact in artifacts.items()
-        },
-        gate=add_missing(judge(pairs, differing, program.agreement, limits), required),
+        base=columns.base,
+        quantized=columns.quantized,
+        program=columns.program,
+        stages=costs,
+        gate=add_missing(judge(infos, columns, pairs, limits), required),
+        calibration=collect_calibration(artifacts, resolved),
     )
 
 
-def mmlu_command(score: MmluScore) -> str:
+def collect_calibration(artifacts: Artifacts, resolved: dict[str, Any]) -> CalibrationData | None:
+    """Return what the recipe was calibrated on; None if it needs no calibration."""
+    if "calibrate" not in artifacts:
+        return None
+    return TypeAdapter(CalibrationData).validate_python(
+        {"dataset": resolved["calibration"], **artifacts["calibrate"].metadata}
+    )
+
+
+def add_up(parts: list[Artifact]) -> StageCost:
+    """Return what a stage took whose parts ran at the same time."""
+    return StageCost(
+        seconds=max(part.measured["seconds"] for part in parts),
+        peak_rss_bytes=max(part.measured["peak_rss_bytes"] for part in parts),
+        bytes=sum(part.size for part in parts),
+    )
+
+
+def lm_eval_command(score: BenchmarkScore) -> str:
     """Return the command of lm-evaluation-harness that reproduces a score."""
     limit = f"--limit {score.limit} " if score.limit else ""
+    few = f"--num_fewshot {score.num_fewshot} " if score.num_fewshot else ""
+    chat = "--apply_chat_template " if score.chat_template else ""
     model = "--model hf --model_args pretrained=PATH_OR_NAME,dtype=bfloat16"
-    return f"lm_eval {model} --tasks mmlu {limit}--device {score.device}"
+    return f"lm_eval {model} --tasks {score.task} {few}{chat}{limit}--device {score.device}"
 
 
-def collect_base(artifacts: dict[str, Artifact]) -> Base:
+def collect_base(artifacts: Artifacts, benchmarks: Iterable[str]) -> Base:
     """Return the base model's column."""
     return Base(
-        bytes=artifacts["download"].metadata["weight_bytes"],
-        mmlu=_score(MmluScore, artifacts.get("evaluate_mmlu_base")),
-        chartqa=_score(ChartqaScore, artifacts.get("evaluate_chartqa_base")),
+        bytes=artifacts["download"].metadata["weight_bytes"], scores=collect_scores(artifacts, benchmarks, "base")
     )
 
 
-def collect_quantized(artifacts: dict[str, Artifact]) -> Quantized:
-    """Return the quantized checkpoint's column."""
+def collect_quantized(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: JsonObject) -> Quantized:
+    """Return the quantized checkpoint's column; `fidelity` is as the stage of that name has written it."""
+    made = artifacts["quantize"]
     return TypeAdapter(Quantized).validate_python(
         {
-            "bytes": artifacts["quantize"].files["model.safetensors"].size,
-            "weight_error": artifacts["quantize"].metadata["weight_error"],
+            "bytes": made.files["model.safetensors"].size,
+            "fidelity": fidelity,
+            **{
+                name: artifacts["quantize"].metadata.get(name)
+                for name in ("weight_error", "packed_bytes", "output_error")
+            },
             "smoke": artifacts["smoke"].metadata,
-            "mmlu": _score(MmluScore, artifacts.get("evaluate_mmlu_quantized")),
-            "chartqa": _score(ChartqaScore, artifacts.get("evaluate_chartqa_quantized")),
+            "scores": collect_scores(artifacts, benchmarks, "quantized"),
         }
     )
 
 
-def collect_program(artifacts: dict[str, Artifact]) -> Program:
-    """Return the program's column."""
+def collect_program(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: JsonObject) -> Program:
+    """Return the program's column; `fidelity` is as the stage of that name has written it."""
     program, verified = artifacts["export"], artifacts["verify"]
     return TypeAdapter(Program).validate_python(
         {
             "bytes": program.files["model.pte"].size,
+            "fidelity": fidelity,
             **{name: program.metadata[name] for name in EXPORT_FIELDS},
             "image": None,
             **verified.metadata,
             "speed": verified.measured["speed"],
-            "mmlu": _score(SampleScore, artifacts.get("evaluate_program")),
-            "chartqa": None,
+            "scores": {name: collect_sample(artifacts, name) for name in benchmarks},
+        }
+    )
+
+
+def collect_scores(artifacts: Artifacts, benchmarks: Iterable[str], column: str) -> dict[str, BenchmarkScore | None]:
+    """Return the scores of a column by benchmark, None of what was not measured."""
+    return {name: _score(artifacts.get(f"evaluate_{name}_{column}")) for name in benchmarks}
+
+
+def collect_sample(artifacts: Artifacts, benchmark: str) -> SampleScore | None:
+    """Return the program's score on a benchmark's sample, beside the checkpoint's; None if it was not measured."""
+    names = {column: f"evaluate_{benchmark}_{column}" for column in ("program", "quantized", "no_act_quant")}
+    score = _score(artifacts.get(names["program"]))
+    if score is None:
+        return None
+    rows = {column: read_samples(artifacts[name].path) for column, name in names.items() if name in artifacts}
+    return TypeAdapter(SampleScore).validate_python(
+        {
+            **asdict(score),
+            **(mean_score(rows["program"]) or {}),
+            **compare_answers(rows["program"], rows["quantized"], rows.get("no_act_quant")),
         }
     )
 
 
 def check_devices(base: Base, quantized: Base) -> None:
     """Raise StageFailed if base and quantized were measured on different devices, which round differently."""
-    for name, before, after in (("mmlu", base.mmlu, quantized.mmlu), ("chartqa", base.chartqa, quantized.chartqa)):
+    for name, before in base.scores.items():
+        after = quantized.scores[name]
         # A flow run resolves the device once, for both.
         if before is not None and after is not None and before.device != after.device:
             raise StageFailed(
@@ -149,36 +205,42 @@ def check_devices(base: Base, quantized: Base) -> None:
             )
 
 
-def collect_pairs(artifacts: dict[str, Artifact]) -> dict[str, Pairs]:
-    """Return by benchmark how many questions both, only the base, only the checkpoint, or neither answers correctly."""
+def collect_pairs(artifacts: Artifacts, benchmarks: Iterable[str]) -> dict[str, Pairs]:
+    """Return by benchmark how many documents both, only the base, only the checkpoint, or neither answers correctly.
+
+    Benchmarks whose documents are not correct or incorrect have none.
+    """
     pairs = {}
-    for benchmark, stage in EVALUATIONS.items():
-        if f"{stage}_base" in artifacts:
-            before, after = (read_outcomes(artifacts[f"{stage}_{column}"].path) for column in ("base", "quantized"))
-            pairs[benchmark] = pair_outcomes(before, after)
+    for benchmark in benchmarks:
+        stages = [f"evaluate_{benchmark}_{column}" for column in ("base", "quantized")]
+        if all(stage in artifacts for stage in stages):
+            before, after = (read_outcomes(artifacts[stage].path) for stage in stages)
+            if before is not None and after is not None:
+                pairs[benchmark] = pair_outcomes(before, after)
     return pairs
 
 
-def read_outcomes(evaluation: Path) -> dict[str, bool]:
-    """Return {question: whether the answer is correct} of an evaluation's samples.jsonl."""
-    outcomes = {}
-    for line in (evaluation / "samples.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if "relaxed" in row:
-            outcomes[str(row["question"])] = bool(row["relaxed"])
-        else:
-            outcomes[f"{row['subject']} {row['doc_id']}"] = row["prediction"] == row["target"]
-    return outcomes
+def read_samples(evaluation: Path) -> list[dict[str, Any]]:
+    """Return the rows of an evaluation's samples.jsonl."""
+    return [json.loads(line) for line in (evaluation / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def read_outcomes(evaluation: Path) -> dict[str, bool] | None:
+    """Return {document: whether the answer is correct} of an evaluation; None if its scores are not 0 or 1."""
+    scores = {f"{row['task']} {row['doc_id']}": row["score"] for row in read_samples(evaluation)}
+    if any(score not in (0, 1) for score in scores.values()):
+        return None
+    return {document: score == 1 for document, score in scores.items()}
 
 
 def pair_outcomes(before: dict[str, bool], after: dict[str, bool]) -> Pairs:
-    """Return the counts of questions that base (first) and checkpoint (second) answer correctly."""
+    """Return the counts of documents that base (first) and checkpoint (second) answer correctly."""
     assert before.keys() == after.keys(), "base and checkpoint have different questions"
     return count_pairs((before[question], after[question]) for question in before)
 
 
-def _score(kind: type[S], artifact: Artifact | None) -> S | None:
+def _score(artifact: Artifact | None) -> BenchmarkScore | None:
     """Return the score in an evaluation's results.json, None if it was not measured."""
     if artifact is None:
         return None
-    return TypeAdapter(kind).validate_json((artifact.path / "results.json").read_bytes())
+    return TypeAdapter(BenchmarkScore).validate_json((artifact.path / "results.json").read_bytes())

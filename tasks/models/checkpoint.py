@@ -82,7 +82,7 @@ def local_checkpoint(model: str) -> Path | None:
     )
 
 
-def read_config(checkpoint: Path) -> dict[str, Any]:
+def read_config(checkpoint: Path) -> dict[str, object]:
     """Return the content of config.json.
 
     Raises:
@@ -106,7 +106,7 @@ def task_of(config: Mapping[str, Any]) -> str:
     return GEMMA3.architectures[config["architectures"][0]].task
 
 
-def is_multimodal(config: Mapping[str, Any]) -> bool:
+def is_multimodal(config: Mapping[str, object]) -> bool:
     """Tell whether a model reads images, from the content of config.json."""
     return task_of(config) == GEMMA3.multimodal.task
 
@@ -157,7 +157,7 @@ def read_index(path: Path) -> dict[str, str]:
         UserError: It is malformed, or a name in it is not that of a file beside it.
     """
     index = read_object(path, "download it again")
-    weight_map: Any = index.get("weight_map")
+    weight_map: object = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(index.get("metadata"), dict):
         raise UserError(f"{path} needs the objects metadata and weight_map: download it again")
     for tensor, name in weight_map.items():
@@ -197,7 +197,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _parse_tensor(path: Path, name: str, tensor: Any, first: int) -> TensorInfo:
+def _parse_tensor(path: Path, name: str, tensor: object, first: int) -> TensorInfo:
     """Return one entry of the header; `first` is where the file's first tensor starts.
 
     Raises:
@@ -390,7 +390,7 @@ def load_model(checkpoint: Path, dtype: "torch.dtype") -> "PreTrainedModel":
     return model
 
 
-def drop_vision_tower(model: "PreTrainedModel") -> None:
+def drop_vision_encoder(model: "PreTrainedModel") -> None:
     """Free the vision tower of a loaded model that will only read text."""
     if hasattr(model.model, GEMMA3.vision_module):
         setattr(model.model, GEMMA3.vision_module, None)

@@ -146,7 +146,7 @@ def parse_config(config: dict[str, Any], path: Path) -> ModelConfig:
     return parsed
 
 
-def _architecture(config: dict[str, Any], path: Path) -> Architecture:
+def _architecture(config: dict[str, object], path: Path) -> Architecture:
     names = config.get("architectures") or [config.get("model_type", "unknown")]
     if not isinstance(names, list):
         raise UserError(f"{path} has architectures {_short(names)}, not a list of names: download it again")

@@ -1,4 +1,4 @@
-"""The benchmarks' parquet files: read them, and check that they have the layout of their benchmark."""
+"""The files of benchmarks, and of the text: read them, and check that they have the layout that they should have."""
 
 import io
 from collections.abc import Callable
@@ -12,12 +12,29 @@ if TYPE_CHECKING:
 
 MMLU = "cais/mmlu"
 CHARTQA = "HuggingFaceM4/ChartQA"
+WIKITEXT = "Salesforce/wikitext"
+# The test split of WikiText-2, and what any other text is called in the store.
+WIKITEXT_FILES, TEXT_FILE = "wikitext-2-raw-v1/test-*.parquet", "text.txt"
 # The types of columns, as messages call them.
 TEXT, TEXTS, INTEGER, IMAGE = "text", "a list of text", "an integer", "a struct with the image's bytes"
 MMLU_COLUMNS = {"question": TEXT, "subject": TEXT, "choices": TEXTS, "answer": INTEGER}
 CHARTQA_COLUMNS = {"image": IMAGE, "query": TEXT, "label": TEXTS, "human_or_machine": INTEGER}
 # What the values of human_or_machine mean, in the words of lmms-eval's task.
 CHARTQA_SPLITS = ("human", "augmented")
+
+
+def check_dataset(benchmark: str, folder: Path, source: str) -> None:
+    """Raise UserError unless the files of `source` can be read, and have the benchmark's layout where it is known."""
+    checks = {"mmlu": check_mmlu, "chartqa": check_chartqa}
+    if benchmark in checks:
+        checks[benchmark](folder, source)
+        return
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
+    if not files:
+        raise UserError(f"{source} has no data files: use a dataset in the layout of the benchmark's own")
+    for path in files:
+        if path.suffix == ".parquet":
+            _check(path, f"{path.relative_to(folder)} of {source}", source, {}, lambda _row: None)
 
 
 def check_mmlu(folder: Path, source: str) -> None:
@@ -53,8 +70,29 @@ def chartqa_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("data/test-*.parquet"))
 
 
+def read_wikitext(folder: Path, source: str) -> str:
+    """Return the text of WikiText's test split, in the parquet files of `source`.
+
+    Its rows are joined by two line breaks, as in Hugging Face's guide to perplexity and in the published figures of
+    quantization methods.
+
+    Raises:
+        UserError: There is no such file, or it cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    files = sorted(folder.glob(WIKITEXT_FILES))
+    if not files:
+        raise UserError(f"{source} has no {WIKITEXT_FILES}: use a dataset in the layout of {WIKITEXT}, or a text file")
+    for file in files:
+        _check(file, f"{file.relative_to(folder)} of {source}", WIKITEXT, {"text": TEXT}, lambda _row: None)
+    table = pyarrow.concat_tables(pyarrow.parquet.read_table(file, columns=["text"]) for file in files)
+    return "\n\n".join(row or "" for row in table["text"].to_pylist())
+
+
 def _check(
-    path: Path, name: str, layout: str, columns: dict[str, str], find_mistake: Callable[[dict[str, Any]], str | None]
+    path: Path, name: str, layout: str, columns: dict[str, str], find_mistake: Callable[[dict[str, object]], str | None]
 ) -> None:
     """Raise UserError unless the file has these columns and `find_mistake` returns None for every row."""
     import pyarrow

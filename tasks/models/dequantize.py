@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 CHUNK = 2**24
 
 
-def dequantize_once(model: torch.nn.Module, head: bool = False) -> None:
+def dequantize_once(model: torch.nn.Module, head: bool = False, linears: bool = True) -> None:
     """Replace every quantized linear and embedding of the model; others stay.
 
-    With `head`, lm_head is dequantized once too: generating needs it for every token.
+    With `head`, lm_head is dequantized once too: generating needs it for every token. Without `linears`, only
+    embeddings are replaced: torchao's linears then dequantize in every forward, in less memory.
     """
     fake_quantize = _FakeQuantize()
     for parent in list(model.modules()):
@@ -41,8 +42,10 @@ def dequantize_once(model: torch.nn.Module, head: bool = False) -> None:
                 continue
             if isinstance(module, torch.nn.Embedding):
                 setattr(parent, name, _Embedding(module))
-            elif isinstance(module, torch.nn.Linear):
+            elif isinstance(module, torch.nn.Linear) and linears:
                 setattr(parent, name, (_Head if name == "lm_head" and not head else _Linear)(module, fake_quantize))
+            else:
+                continue
             # torchao's modules refer to themselves and would keep their weights until they are collected.
             del module.weight
 

@@ -114,12 +114,17 @@ def unlimited_chunks(max_seq_len: int) -> Iterator[None]:
             module.register_buffer(f"value_cache_{number}", layer.v_cache, persistent=False)
         return module
 
-    def mask(*_: Any, cache_position: Tensor, local_size: int | None = None, **__: Any) -> Tensor | None:
+    def mask(*_: object, cache_position: Tensor, local_size: int | None = None, **__: object) -> Tensor | None:
         # Without a mask the attention is causal.
         return None if local_size is None or max_seq_len <= local_size else sliding_mask(cache_position, local_size)
 
     def attention(
-        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: object,
     ) -> tuple[Tensor, None]:
         masked = attention_mask is not None
         output: tuple[Tensor, None] = custom_sdpa_with_start_pos_forward(

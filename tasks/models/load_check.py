@@ -7,7 +7,7 @@ runs hours later.
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.models.checkpoint import (
     check_finite,
@@ -103,7 +103,7 @@ def _load_tokenizer(checkpoint: Path, config: ModelConfig) -> "PreTrainedTokeniz
     return processor.tokenizer
 
 
-def _check_token_ids(path: Path, tokenizer: dict[str, Any]) -> None:
+def _check_token_ids(path: Path, tokenizer: dict[str, object]) -> None:
     """Raise UserError if token ids are far apart: the library allocates memory and logs a line for each unused id."""
     model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -126,7 +126,7 @@ def _tokenize(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return tokens
 
 
-def check_directory(checkpoint: str) -> dict[str, Any]:
+def check_directory(checkpoint: str) -> dict[str, object]:
     """Check a model directory completely, every weight included; run in a process of its own. Raises UserError."""
     path = Path(checkpoint)
     for file in weight_files(path):

@@ -9,89 +9,101 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from quantize_gemma.tasks.models.text_fidelity import Fidelity, ProgramFidelity
 from quantize_gemma.tasks.runtime.paired_stats import Pairs
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = Path(__file__).parent / "metrics.schema.json"
+# A score so many standard errors above chance is chance with a probability of 5 %.
+ABOVE_CHANCE = 1.645
 # A field that this version does not know is an error, not something to drop silently.
 STRICT = {"extra": "forbid"}
 
-Json = dict[str, Any]
+Json = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """An accuracy, a fraction, with its standard error and the number of questions, where they are known."""
+    """A metric with its standard error and the number of documents, where they are known. Accuracies are fractions."""
 
-    accuracy: float
+    value: float
     stderr: float | None
-    questions: int | None = None
+    samples: int | None = None
+
+    def is_at_chance(self, chance: float | None) -> bool:
+        """Tell whether guesses explain an accuracy: it is no more than ABOVE_CHANCE standard errors above theirs.
+
+        A single document's may always be a guess; where no standard error is known, the value decides.
+
+        Args:
+            chance: The accuracy of guesses; None for 0.
+        """
+        above = self.value - (chance or 0.0)
+        if self.stderr is None:
+            return above <= 0 or self.samples == 1
+        return above <= 0 or above < ABOVE_CHANCE * self.stderr
 
 
 @dataclass(frozen=True, kw_only=True)
-class MmluScore(Score):
-    """lm-evaluation-harness's score on MMLU, by category and by subject."""
+class BenchmarkScore(Score):
+    """lm-evaluation-harness's score on a benchmark: the headline metric, by group and by task where there are several.
+
+    `metrics` are further metrics; `left_out` counts the documents that are longer than the program's sequences.
+    """
 
     task: str
     task_version: str | None
     num_fewshot: int
-    categories: dict[str, Score]
-    subjects: dict[str, Score]
-    device: str
-    limit: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChartqaScore:
-    """ChartQA's relaxed and normalized accuracy, each {"overall" | "human" | "augmented": score}."""
-
-    task: str
-    questions: int
-    relaxed_accuracy: dict[str, Score]
-    normalized: dict[str, Score]
+    chat_template: bool
+    metric: str
+    metrics: dict[str, Score]
+    groups: dict[str, Score]
+    tasks: dict[str, Score]
+    left_out: int
     device: str
     limit: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A choice, and its log-likelihood's margin over the next best choice's, in nats."""
+    """A choice or a text, and the choice's margin of log-likelihood over the next best choice's, in nats."""
 
     answer: str
-    margin: float
+    margin: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Disagreement:
-    """A question that program and checkpoint answer differently."""
+    """A document that program and checkpoint answer differently."""
 
-    subject: str
+    task: str
     doc_id: int
-    question: str
-    choices: list[str]
+    prompt: str
     target: str
     checkpoint: Answer
-    no_act_quant: Answer
+    no_act_quant: Answer | None
     program: Answer
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleScore(Score):
-    """The program's score on a sample of the MMLU questions, and the checkpoint's on the same questions.
+class SampleScore(BenchmarkScore):
+    """The program's score on a sample of a benchmark's documents, and the checkpoint's on the same documents.
 
-    `no_act_quant` is the checkpoint without activation quantization. `agreement` and `agreement_act_quant` are the
-    shares of the questions that the checkpoint answers like the program and like `no_act_quant`. `differing` counts the
-    answers that differ from those of `no_act_quant`: both, only the program's (first), only the checkpoint's (second),
-    neither.
+    `no_act_quant` is the checkpoint without activation quantization, where it was measured. `agreement` and
+    `agreement_act_quant` are the shares of the documents that the checkpoint answers like the program and like
+    `no_act_quant`: with the same choice; a text is correct or incorrect in both. `differing` counts the answers that
+    differ from those of `no_act_quant`: both, only the program's (first), only the checkpoint's (second), neither.
+    `pairs` counts the documents that the checkpoint (first) and the program (second) answer correctly.
     """
 
-    checkpoint: Score
-    no_act_quant: Score
-    agreement: float
-    agreement_act_quant: float
-    differing: Pairs
+    checkpoint: Score | None
+    no_act_quant: Score | None
+    agreement: float | None
+    agreement_act_quant: float | None
+    differing: Pairs | None
+    pairs: Pairs | None
     disagreements: list[Disagreement]
 
 
@@ -196,26 +208,41 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The column of the base model."""
+    """The column of the base model. In JSON, `scores` are fields of the column, under the benchmarks' names."""
 
     bytes: int
-    mmlu: MmluScore | None
-    chartqa: ChartqaScore | None
+    scores: dict[str, BenchmarkScore | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Base):
-    """The column of the quantized checkpoint; `weight_error` is a relative squared error by role."""
+    """The column of the quantized checkpoint.
 
+    Attributes:
+        fidelity: Its distance from the base model on text.
+        weight_error: A relative squared error by role.
+        packed_bytes: The size of its integers at their width, its scales, and what is not quantized.
+        output_error: Of a calibrated recipe, the relative squared error of each module's outputs, on the calibration
+            tokens.
+    """
+
+    fidelity: Fidelity
     weight_error: dict[str, float]
     smoke: Smoke
+    packed_bytes: int | None = None
+    output_error: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """The column of the program. `delegation` is {method: {"xnnpack" | "custom" | "portable": {operator: calls}}}."""
+    """The column of the program.
+
+    `fidelity` is its distance from the base model on text; `delegation` is {method: {"xnnpack" | "custom" | "portable":
+    {operator: calls}}}.
+    """
 
     bytes: int
+    fidelity: ProgramFidelity
     task: str
     backend: str
     dtype: str
@@ -227,8 +254,7 @@ class Program:
     image: Response | None
     agreement: Agreement
     speed: dict[str, Speed]
-    mmlu: SampleScore | None
-    chartqa: ChartqaScore | None
+    scores: dict[str, SampleScore | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,19 +267,40 @@ class Columns:
     quantized: Quantized
     program: Program
 
-    def mmlu_columns(self) -> tuple[MmluScore, MmluScore] | None:
-        """Return MMLU's scores of the base model and of the checkpoint, None if either was not measured."""
-        base, quantized = self.base.mmlu, self.quantized.mmlu
-        return None if base is None or quantized is None else (base, quantized)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A benchmark's dataset: its name, its commit or digest, and whether it is the built-in fixture."""
+    """A benchmark's dataset, or a text: its name, its commit or digest, and whether it is a built-in fixture."""
 
     name: str
     revision: str
     fixture: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationData:
+    """What the recipe was calibrated on: sequences of the dataset or text, and of the base model's own answers."""
+
+    dataset: Dataset
+    sequences: int
+    answers: int
+    length: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkInfo:
+    """What a benchmark is: its title and those of its further metrics, and its dataset; see benchmarks.py."""
+
+    title: str
+    metric: str
+    metrics: dict[str, str]
+    higher_is_better: bool
+    chance: float | None
+    task_type: str
+    is_own_task: bool
+    words: str
+    dataset: Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,10 +318,11 @@ class Check:
 
     Attributes:
         name: For example "mmlu_drop".
-        status: "uninformative" where there was nothing to compare, which is no failure.
+        status: "uninformative", which is no failure, where there was nothing to compare, the base model answers by
+            chance, or no limit was set.
         low_confidence: It passes, with a confidence below 95 %.
         value: What was measured; None if it is not a finite number.
-        limit: What the value is compared with.
+        limit: What the value is compared with; None if it is recorded only.
         margin: The distance to the limit, negative beyond it.
         stderr: The value's standard error, where it can be estimated.
         confidence: The probability that the true value is within the limit, where there is a standard error.
@@ -298,23 +346,21 @@ class Verdict:
 
     passed: bool
     low_confidence: bool
-    limits: dict[str, float]
+    limits: dict[str, float | None]
     checks: list[Check]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Columns):
-    """The content of metrics.json. `pairs` counts the questions that base and checkpoint each answer correctly."""
+    """The content of metrics.json. `pairs` counts the documents that base and checkpoint each answer correctly."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     base_model: str
     base_revision: str
     license: dict[str, str]
     fixture_model: bool
-    benchmark: str
-    benchmark_revision: str
-    fixture_benchmark: bool
-    chartqa: Dataset | None
+    text: Dataset
+    benchmarks: dict[str, BenchmarkInfo]
     recipe: str
     recipe_hash: str
     max_seq_len: int
@@ -325,32 +371,58 @@ class Metrics(Columns):
     pairs: dict[str, Pairs]
     stages: dict[str, StageCost]
     gate: Verdict
+    calibration: CalibrationData | None = None
 
 
-def parse_metrics(content: Mapping[str, Any]) -> Metrics:
+# The columns of the quality table.
+COLUMNS: dict[str, type] = {"base": Base, "quantized": Quantized, "program": Program}
+
+
+def parse_metrics(content: Mapping[str, object]) -> Metrics:
     """Return the metrics in a JSON object of this schema version. Raises pydantic.ValidationError."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(Metrics).validate_python(content)
+    return TypeAdapter(Metrics).validate_python(_nest_scores(content))
 
 
-def parse_columns(content: Mapping[str, Any]) -> Columns:
+def parse_columns(content: Mapping[str, object]) -> Columns:
     """Return the columns of a JSON object. Raises pydantic.ValidationError."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(Columns).validate_python(content)
+    return TypeAdapter(Columns).validate_python(_nest_scores(content))
 
 
-def parse_verdict(content: Mapping[str, Any]) -> Verdict:
+def parse_verdict(content: Mapping[str, object]) -> Verdict:
     """Return the verdict in a JSON object. Raises pydantic.ValidationError."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(Verdict).validate_python(content)
 
 
-def to_json(value: Metrics | Columns | Base | Program | Verdict | Check) -> Json:
+def to_json(value: Metrics | Columns | Verdict | Check) -> Json:
     """Return the JSON object of one of these dataclasses."""
-    return dataclasses.asdict(value)
+    content = dataclasses.asdict(value)
+    for name in COLUMNS:
+        if name in content:
+            content[name] |= content[name].pop("scores")
+    return content
+
+
+def column_fields(column: str) -> set[str]:
+    """Return the names of a column's fields, which are no benchmark's."""
+    return {field.name for field in dataclasses.fields(COLUMNS[column])} - {"scores"}
+
+
+def _nest_scores(content: Mapping[str, object]) -> Json:
+    """Return a JSON object whose columns have the benchmarks' scores in a field of their own."""
+    nested = dict(content)
+    for name in COLUMNS:
+        fields = column_fields(name)
+        column = content.get(name)
+        if isinstance(column, Mapping):
+            scores = {key: value for key, value in column.items() if key not in fields}
+            nested[name] = {**{key: value for key, value in column.items() if key in fields}, "scores": scores}
+    return nested
 
 
 def write_metrics(metrics: Metrics, path: Path) -> None:
@@ -363,6 +435,10 @@ def json_schema() -> str:
     from pydantic import TypeAdapter
 
     schema = TypeAdapter(Metrics).json_schema(mode="serialization")
+    for kind in COLUMNS.values():
+        column = schema["$defs"][kind.__name__]
+        column["additionalProperties"] = column["properties"].pop("scores")["additionalProperties"]
+        column["required"].remove("scores")
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "metrics.json", **schema}
     return json.dumps(schema, indent=1) + "\n"
 

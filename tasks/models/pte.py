@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,25 @@ class PteProgram:
             logits += self._decode(self.embed_tokens(torch.tensor([tokens[-1:]])), {position}, position)
             tokens.append(int(logits[-1].argmax()))
         return tokens, torch.stack(logits).float()
+
+    def generate_until(self, ids: list[int], is_finished: Callable[[list[int]], bool]) -> tuple[list[int], bool]:
+        """Return the greedy answer to a prompt, and whether it ended before the end of the longest sequence.
+
+        Args:
+            ids: The prompt.
+            is_finished: Called with the tokens so far; the answer also ends with the turn.
+        """
+        import torch
+
+        logits = self._decode(self.embed_tokens(torch.tensor([ids])), {len(ids) - 1}, 0)
+        tokens = [int(logits[0].argmax())]
+        while tokens[-1] not in self.eos_ids and not is_finished(tokens):
+            position = len(ids) + len(tokens) - 1
+            if position >= self.max_seq_len:
+                return tokens, False
+            logits = self._decode(self.embed_tokens(torch.tensor([tokens[-1:]])), {position}, position)
+            tokens.append(int(logits[0].argmax()))
+        return tokens, True
 
     def _decode(self, inputs: Tensor, positions: set[int], start: int) -> list[Tensor]:
         import torch

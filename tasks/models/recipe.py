@@ -7,6 +7,7 @@ algorithm that chooses the scales.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,8 +32,10 @@ REASONS = {
     "unexpected_keyword_argument": "is not a field of a rule: use match, weight, group_size, activation, algorithm",
 }
 RECIPES = Path(__file__).parent / "recipes"
-# Each is a function in quantize/algorithms.py, and what torchao calls its `intx_choose_qparams_algorithm`.
-Algorithm = Literal["affine", "hqq_scale_only"]
+# `affine` and `hqq_scale_only` are torchao's `intx_choose_qparams_algorithm`; `search` needs no data either, and `gptq`
+# needs the recipe's calibration.
+Algorithm = Literal["affine", "hqq_scale_only", "search", "gptq"]
+TORCHAO_ALGORITHMS = ("affine", "hqq_scale_only")
 WeightDtype = Literal["int4", "int8"]
 REGEX = "re:"
 
@@ -62,24 +65,56 @@ class Rule:
         """The regular expression on module names."""
         return self.match.removeprefix(REGEX) if self.match.startswith(REGEX) else GEMMA3.roles[self.match]
 
+    @property
+    def torchao_algorithm(self) -> str:
+        """The algorithm in torchao's config, which only stores and loads what one of our own chose."""
+        return self.algorithm if self.algorithm in TORCHAO_ALGORITHMS else "affine"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What goes through the model to calibrate it, and how the rules with `gptq` use it.
+
+    Attributes:
+        sequences: How many sequences of the calibration text, evenly spread; fewer if it is shorter.
+        answers: How many more sequences of the base model's own answers, if it has a chat template.
+        length: Tokens of a sequence, <bos> included.
+        damping: What is added to a Hessian's diagonal, as a share of its mean.
+        passes: Passes of coordinate descent after GPTQ.
+        compensation: How much of the error of earlier blocks a linear corrects, from 0 to 1.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    sequences: int = 64
+    answers: int = 16
+    length: int = 512
+    damping: float = 0.01
+    passes: int = 2
+    compensation: float = 0.5
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """A name, and rules that decide every quantizable module once."""
+    """A name, rules that decide every quantizable module once, and the calibration that rules with `gptq` need."""
 
     name: str
     rules: tuple[Rule, ...]
     description: str | None = None
+    calibration: Calibration | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Recipe":
         """Return the recipe of what `to_json` returned; for a file that a person wrote, see load_recipe."""
         rules = tuple(Rule(**rule) for rule in value["rules"])
-        return cls(value["name"], rules, value.get("description"))
+        calibration = Calibration(**value["calibration"]) if "calibration" in value else None
+        return cls(value["name"], rules, value.get("description"), calibration)
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON values: what a stage takes, and what counts in its key."""
-        value = {"name": self.name, "rules": [asdict(rule) for rule in self.rules]}
+        value: dict[str, Any] = {"name": self.name, "rules": [asdict(rule) for rule in self.rules]}
+        if self.calibration is not None:
+            value["calibration"] = asdict(self.calibration)
         return value if self.description is None else {**value, "description": self.description}
 
 
@@ -112,12 +147,25 @@ def load_recipe(name: str) -> Recipe:
             raise UserError(f"the recipe {path} needs a {field} that is one line of text")
     for number, rule in enumerate(recipe.rules):
         _check_rule(path, content, number, rule)
+        if rule.algorithm == "gptq":
+            _check_gptq(path, content, number, recipe)
+    if (settings := recipe.calibration) is not None:
+        if not any(rule.algorithm == "gptq" for rule in recipe.rules):
+            _refuse(path, content, ("calibration",), "is set, but no rule's algorithm is gptq: remove it")
+        whole = min(settings.sequences, settings.answers + 1, settings.length - 1, settings.passes + 1) >= 1
+        if not (whole and 0 < settings.damping < 1 and 0 <= settings.compensation <= 1):
+            ranges = (
+                "sequences >= 1, answers >= 0, length >= 2, passes >= 0, 0 < damping < 1 and 0 <= compensation <= 1"
+            )
+            _refuse(path, content, ("calibration",), f"needs {ranges}")
     return recipe
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Return the SHA-256 of the recipe's rules; its name and description do not count."""
-    return hashlib.sha256(canonical_json(recipe.to_json()["rules"])).hexdigest()
+    """Return the SHA-256 of the recipe's rules and calibration; its name and description do not count."""
+    content = recipe.to_json()
+    counted = [content["rules"], content["calibration"]] if recipe.calibration else content["rules"]
+    return hashlib.sha256(canonical_json(counted)).hexdigest()
 
 
 def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Rule]:
@@ -165,6 +213,24 @@ def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Ru
     return rules
 
 
+def packed_bytes(shapes: Mapping[str, Sequence[int]], rules: Mapping[str, Rule]) -> int:
+    """Return the bytes of weights, packed: integers at their width, a bfloat16 scale for each group, the rest bfloat16.
+
+    Args:
+        shapes: The shapes of all weights by name.
+        rules: The rules of the quantized modules.
+    """
+    bits = 0
+    for name, shape in shapes.items():
+        rule = rules.get(name.removesuffix(".weight"))
+        if rule is None:
+            bits += 16 * math.prod(shape)
+        else:
+            scales = shape[0] * (shape[1] // rule.group_size if rule.group_size else 1)
+            bits += int(rule.weight.removeprefix("int")) * math.prod(shape) + 16 * scales
+    return bits // 8
+
+
 def torchao_config(rule: Rule) -> "AOBaseConfig":
     """Return torchao's configuration for one rule."""
     import torch
@@ -172,19 +238,18 @@ def torchao_config(rule: Rule) -> "AOBaseConfig":
     from torchao.quantization.granularity import PerAxis, PerGroup
 
     granularity = PerGroup(rule.group_size) if rule.group_size else PerAxis(0)
+    algorithm = rule.torchao_algorithm
     dtype: torch.dtype = getattr(torch, rule.weight)
     if rule.activation == "int8":
         return Int8DynamicActivationIntxWeightConfig(
             weight_dtype=dtype,
             weight_granularity=granularity,
-            intx_choose_qparams_algorithm=rule.algorithm,
+            intx_choose_qparams_algorithm=algorithm,
         )
-    return IntxWeightOnlyConfig(
-        weight_dtype=dtype, granularity=granularity, intx_choose_qparams_algorithm=rule.algorithm
-    )
+    return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity, intx_choose_qparams_algorithm=algorithm)
 
 
-def _check_rule(path: Path, content: Mapping[str, Any], number: int, rule: Rule) -> None:
+def _check_rule(path: Path, content: Mapping[str, object], number: int, rule: Rule) -> None:
     """Raise UserError for what a rule's types do not say."""
     where = ("rules", number)
     if not rule.match.isprintable():
@@ -198,6 +263,17 @@ def _check_rule(path: Path, content: Mapping[str, Any], number: int, rule: Rule)
         _refuse(path, content, (*where, "match"), f"is not a role: use one of {roles}, or re:<regular expression>")
     if rule.group_size is not None and rule.group_size < 1:
         _refuse(path, content, (*where, "group_size"), "must be a positive integer or null")
+
+
+def _check_gptq(path: Path, content: Mapping[str, Any], number: int, recipe: Recipe) -> None:
+    """Raise UserError for a rule with `gptq` that has no calibration, or is not what it is written for."""
+    rule, where = recipe.rules[number], ("rules", number)
+    if recipe.calibration is None:
+        _refuse(path, content, (*where, "algorithm"), 'is gptq: add "calibration": {} to the recipe, or its settings')
+    if rule.match not in ("linear", "lm_head"):
+        _refuse(path, content, (*where, "match"), "must be linear or lm_head with gptq: no text reaches other modules")
+    if rule.weight != "int4" or rule.group_size is None:
+        _refuse(path, content, where, "needs weight int4 and a group_size with gptq")
 
 
 def _refuse(path: Path, content: Mapping[str, Any], where: tuple[int | str, ...], reason: str) -> NoReturn:

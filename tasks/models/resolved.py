@@ -31,8 +31,10 @@ class ResolvedModel(ResolvedDataset):
         license: The license fields of its model card, cleaned; see license.py.
         weight_bytes: The size of its weight files in bytes.
         weights: The number of its weights; a lower bound where only their size is known.
+        multimodal: Whether it reads images; True where only its files will say.
     """
 
     license: Mapping[str, str]
     weight_bytes: int
     weights: int
+    multimodal: bool

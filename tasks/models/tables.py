@@ -1,57 +1,75 @@
 """Scores and gate checks as rows of text for the card, Prefect's UI, and the terminal. A dash means not measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from quantize_gemma.tasks.models.metrics import ChartqaScore, Check, Columns, Score
+from quantize_gemma.tasks.models.benchmarks import BENCHMARKS, title_of
+from quantize_gemma.tasks.models.metrics import BenchmarkScore, Check, Columns, Score
+from quantize_gemma.tasks.models.text_fidelity import fidelity_rows
 from quantize_gemma.tasks.runtime.units import human_size
 
 NOT_MEASURED = "—"
 COLUMNS = ("base", "quantized", "program")
 
+Row = dict[str, str]
 
-def format_score(score: Score | None) -> str:
-    """Return an accuracy in percent, with its standard error if it has one."""
+
+def format_score(score: Score | None, percent: bool = True) -> str:
+    """Return a score, as a percentage unless it is no fraction, with its standard error if it has one."""
     if score is None:
         return NOT_MEASURED
-    text = f"{100 * score.accuracy:.2f}"
-    return text if score.stderr is None else f"{text} ± {100 * score.stderr:.2f}"
+    scale = 100 if percent else 1
+    text = f"{scale * score.value:.2f}"
+    return text if score.stderr is None else f"{text} ± {scale * score.stderr:.2f}"
 
 
-def chartqa_rows(columns: Columns) -> dict[str, dict[str, str]]:
-    """Return {title: {column: score}} for ChartQA; empty if ChartQA was not measured."""
-    measured = {name: getattr(columns, name).chartqa for name in COLUMNS}
-    parts = [part for score in measured.values() if score is not None for part in score.relaxed_accuracy]
-    rows = {
-        f"ChartQA, {part}": {name: format_score(_relaxed(score, part)) for name, score in measured.items()}
-        for part in dict.fromkeys(parts)
-    }
-    if parts:
-        rows["ChartQA, normalized"] = {
-            name: format_score(None if score is None else score.normalized["overall"])
-            for name, score in measured.items()
+def benchmark_rows(columns: Columns, name: str) -> dict[str, Row]:
+    """Return {title: {column: score}} of a benchmark; empty if it was not measured."""
+    row = BENCHMARKS.get(name)
+    title, percent = title_of(name), row is None or row.higher_is_better
+    measured = {"base": columns.base.scores.get(name), "quantized": columns.quantized.scores.get(name)}
+    known = [score for score in measured.values() if score is not None]
+    sample = columns.program.scores.get(name)
+
+    def cells(part: Callable[[BenchmarkScore], Score | None]) -> Row:
+        scores = {column: None if score is None else part(score) for column, score in measured.items()}
+        return {column: format_score(score, percent) for column, score in scores.items()} | {"program": NOT_MEASURED}
+
+    rows: dict[str, Row] = {}
+    if known:
+        samples = max(score.samples or 0 for score in known)
+        base = measured["base"]
+        chance = percent and base is not None and base.is_at_chance(row.chance if row else None)
+        note = " (base at chance: uninformative)" if chance else ""
+        rows[f"{title}, {samples:,} samples{note}"] = cells(lambda score: score)
+    for group in dict.fromkeys(group for score in known for group in score.groups):
+        rows[f"{title}, {group.replace('_', ' ')}"] = cells(lambda score, group=group: score.groups.get(group))  # type: ignore[misc]
+    for metric in dict.fromkeys(metric for score in known for metric in score.metrics):
+        words = row.metrics.get(metric, metric) if row else metric
+        rows[f"{title}, {words}"] = cells(lambda score, metric=metric: score.metrics.get(metric))  # type: ignore[misc]
+    if sample is not None:
+        rows[f"{title}, the program's {sample.samples:,} samples"] = {
+            "base": NOT_MEASURED,
+            "quantized": format_score(sample.checkpoint, percent),
+            "program": format_score(sample, percent),
         }
     return rows
 
 
-def quality_rows(columns: Columns) -> list[dict[str, str]]:
+def quality_rows(columns: Columns) -> list[Row]:
     """Return the quality table of a run: one row per metric, one cell per column."""
-    base, quantized, program = columns.base, columns.quantized, columns.program
-    agreement, sample = program.agreement, program.mmlu
-    rows = [
+    agreement = columns.program.agreement
+    rows: list[Row] = [
         {"metric": "size", **{name: human_size(getattr(columns, name).bytes) for name in COLUMNS}},
-        {"metric": "MMLU, %", "base": format_score(base.mmlu), "quantized": format_score(quantized.mmlu)},
     ]
-    if sample is not None:
-        scores = {"quantized": format_score(sample.checkpoint), "program": format_score(sample)}
-        rows += [
-            {"metric": f"MMLU, {sample.questions} questions, %", **scores},
-            {"metric": "same answers as the checkpoint, %", "program": f"{100 * sample.agreement:.1f}"},
-            {
-                "metric": "same answers without activation quantization, %",
-                "quantized": f"{100 * sample.agreement_act_quant:.1f}",
-            },
-        ]
-    rows += [{"metric": f"{title}, %", **cells} for title, cells in chartqa_rows(columns).items()]
+    for name in dict.fromkeys([*columns.base.scores, *columns.quantized.scores, *columns.program.scores]):
+        rows += [{"metric": title, **cells} for title, cells in benchmark_rows(columns, name).items()]
+        sample = columns.program.scores.get(name)
+        if sample is not None and sample.agreement is not None:
+            what = f"{title_of(name)}, same answers as"
+            rows.append({"metric": f"{what} the checkpoint, %", "program": f"{100 * sample.agreement:.1f}"})
+            if sample.agreement_act_quant is not None:
+                share = f"{100 * sample.agreement_act_quant:.1f}"
+                rows.append({"metric": f"{what} without activation quantization, %", "quantized": share})
     rows += [
         {"metric": "KL from the checkpoint, nats", "program": _two_digits(agreement.kl_program)},
         {"metric": "KL due to activation quantization, nats", "quantized": _two_digits(agreement.kl_act_quant)},
@@ -61,13 +79,24 @@ def quality_rows(columns: Columns) -> list[dict[str, str]]:
     return [{"metric": "", **dict.fromkeys(COLUMNS, NOT_MEASURED), **row} for row in rows]
 
 
+def distance_rows(columns: Columns, checks: Sequence[Check]) -> list[Row]:
+    """Return the table of the distance from the base model on text, with the gate's checks of it."""
+    names = {"max_kl": "KL", "min_same_top": "same top"}
+    results = [
+        f"{names[check.name]}{'' if check.limit is None else ' ' + _limit(check)}: {_result(check)}"
+        for check in checks
+        if check.name in names
+    ]
+    return fidelity_rows(columns.quantized.fidelity, columns.program.fidelity, results)
+
+
 def verdict_rows(checks: Sequence[Check]) -> list[dict[str, str]]:
     """Return the gate's checks as rows of a table."""
     return [
         {
             "check": check.name.replace("_", " "),
             "value": _with_stderr(check.value, check.stderr),
-            "limit": ("≥ " if check.name.endswith("recovery") else "≤ ") + _with_stderr(check.limit, None),
+            "limit": _limit(check),
             "margin": _with_stderr(check.margin, None),
             "confidence": "" if check.confidence is None else format_percent(check.confidence),
             "result": _result(check),
@@ -91,17 +120,20 @@ def format_percent(share: float) -> str:
     return "under 0.1%" if share < 0.001 else f"{100 * share:.1f}%"
 
 
-def _relaxed(score: ChartqaScore | None, part: str) -> Score | None:
-    return None if score is None else score.relaxed_accuracy.get(part)
-
-
 def _two_digits(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:.2g}"
 
 
+def _limit(check: Check) -> str:
+    if check.limit is None:
+        return NOT_MEASURED
+    sign = "≥" if check.name.endswith("_recovery") or check.name.startswith("min_") else "≤"
+    return f"{sign} {_with_stderr(check.limit, None)}"
+
+
 def _result(check: Check) -> str:
     if check.status == "uninformative":
-        return "not compared"
+        return "not compared" if check.value is None else "recorded" if check.limit is None else check.status
     return "pass (low confidence)" if check.low_confidence else check.status
 
 

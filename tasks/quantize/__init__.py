@@ -9,10 +9,12 @@ it, so that both load the file. (Card section: Quantization.)
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from quantize_gemma.tasks.models.calibration import read_calibration
 from quantize_gemma.tasks.models.checkpoint import (
     is_multimodal,
     linear_shapes,
@@ -22,15 +24,27 @@ from quantize_gemma.tasks.models.checkpoint import (
 )
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.load_check import check_shapes
-from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide, recipe_hash, torchao_config
-from quantize_gemma.tasks.quantize.writer import CheckpointWriter, SourceTensor
-from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide, packed_bytes, recipe_hash, torchao_config
+from quantize_gemma.tasks.quantize.source import SourceTensor
+from quantize_gemma.tasks.quantize.writer import CheckpointWriter
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import link
 
+if TYPE_CHECKING:
+    from quantize_gemma.tasks.quantize.calibrated import Blocks
 
-@stage(accelerated=True)
-def quantize(target: Path, checkpoint: Path, recipe: dict[str, Any], device: str) -> Output:
+
+@stage(accelerated=True, resumes=True)
+def quantize(
+    target: Path,
+    checkpoint: Path,
+    recipe: dict[str, object],
+    device: str,
+    calibration: Path | None = None,
+    refresh: bool = False,
+) -> Output:
     """Fill `target` with the quantized checkpoint: model.safetensors, config with `quantization_config`, tokenizer.
 
     Args:
@@ -38,24 +52,37 @@ def quantize(target: Path, checkpoint: Path, recipe: dict[str, Any], device: str
         checkpoint: The untied checkpoint.
         recipe: The recipe as JSON values; see Recipe.to_json.
         device: cpu, or cuda, which adds up in another order: a scale may differ in its last bit.
+        calibration: What calibrate() wrote; None for a recipe that needs none.
+        refresh: Quantize decoder blocks again that are in the store.
 
     Returns:
-        The recipe's name and hash, and the weight error per role: mean squared error over mean square.
+        The recipe's name and hash, and the weight error per role: mean squared error over mean square. Of a calibrated
+        recipe also the error per module of its outputs, on the calibration tokens.
 
     Raises:
-        UserError: The checkpoint does not fit its configuration, the recipe does not fit the model, or a weight is not
-            finite.
+        UserError: The checkpoint does not fit its configuration, the recipe does not fit the model or has no
+            calibration text, or a weight is not finite.
     """
     import torch
 
     parsed = Recipe.from_json(recipe)
     multimodal = is_multimodal(read_config(checkpoint))
+    if (parsed.calibration is None) != (calibration is None):
+        raise UserError(f"the recipe {parsed.name} needs {'a' if parsed.calibration else 'no'} calibration text")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # The writer has its own threads, with which torch's would compete for the cores.
     try:
-        with _open_tensors(checkpoint) as sources:
-            rules = decide(parsed, linear_shapes({name: source.shape for name, source in sources.items()}))
-            with CheckpointWriter(target / "model.safetensors", sources, rules, multimodal, device) as writer:
+        with _open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
+            shapes = {name: source.shape for name, source in sources.items()}
+            rules = decide(parsed, linear_shapes(shapes))
+            quantized, calibrated = {}, {}
+            if calibration is not None:
+                blocks = _quantize_decoder(checkpoint, sources, rules, parsed, calibration, device, refresh, stack)
+                quantized = stack.enter_context(_open_blocks(blocks.files))
+                calibrated = {"output_error": blocks.errors}
+            torch.set_num_threads(1)  # The writer has its own threads, with which torch's would compete for the cores.
+            with CheckpointWriter(
+                target / "model.safetensors", sources, rules, multimodal, device, quantized
+            ) as writer:
                 # Importing transformers takes seconds, in which the threads work.
                 _write_config(target, checkpoint, sources, rules)
                 errors = writer.finish()
@@ -69,10 +96,12 @@ def quantize(target: Path, checkpoint: Path, recipe: dict[str, Any], device: str
             "recipe": parsed.name,
             "recipe_hash": recipe_hash(parsed),
             "quantized_modules": len(rules),
+            "packed_bytes": packed_bytes(shapes, rules),
             "weight_error": {
                 role: round(sums.error / sums.square, 8) if sums.square else 0.0
                 for role, sums in sorted(errors.items())
             },
+            **calibrated,
         }
     }
 
@@ -94,6 +123,58 @@ def _open_tensors(checkpoint: Path) -> Iterator[dict[str, SourceTensor]]:
                 source = SourceTensor(file, tensor.start, dtypes[tensor.dtype], tensor.shape)
                 sources[GEMMA3.runtime_name(name)] = source
         yield dict(sorted(sources.items()))
+
+
+def _quantize_decoder(
+    checkpoint: Path,
+    sources: Mapping[str, SourceTensor],
+    rules: Mapping[str, Rule],
+    recipe: Recipe,
+    calibration: Path,
+    device: str,
+    refresh: bool,
+    stack: contextlib.ExitStack,
+) -> "Blocks":
+    """Return the calibrated blocks, in the checkpoint's store, or in one that ends with `stack`.
+
+    Its parameters are the stage's, and what quantize() has opened.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from quantize_gemma.tasks.quantize.calibrated import Blocks, digest_tokens, quantize_decoder
+
+    config = AutoConfig.from_pretrained(checkpoint, attn_implementation="sdpa")
+    check_shapes(checkpoint, config, {name: source.shape for name, source in sources.items()})
+    config = config.get_text_config()
+    tokens = torch.tensor(read_calibration(calibration))
+    identity: dict[str, object] = {"recipe": recipe_hash(recipe), "tokens": digest_tokens(tokens), "device": device}
+    try:
+        identity["checkpoint"], root = store.read_artifact(checkpoint).digest, store.root_of(checkpoint)
+    except StageFailed:  # A benchmark's or a test's checkpoint is in no store.
+        identity["checkpoint"] = str(checkpoint)
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    blocks = Blocks(root, identity, refresh)
+    quantize_decoder(config, sources, rules, recipe, tokens, blocks, device)
+    return blocks
+
+
+@contextlib.contextmanager
+def _open_blocks(files: Sequence[Path]) -> Iterator[dict[str, dict[str, SourceTensor]]]:
+    """Yield {weight: {part: where its rows are}} of calibrated blocks' files, which stay open meanwhile."""
+    import torch
+
+    dtypes = {"I8": torch.int8, "BF16": torch.bfloat16}
+    quantized: dict[str, dict[str, SourceTensor]] = {}
+    with contextlib.ExitStack() as stack:
+        for path in files:
+            file = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, file)
+            for name, tensor in read_header(path).items():
+                module, part = name.rsplit(".", 1)
+                source = SourceTensor(file, tensor.start, dtypes[tensor.dtype], tensor.shape)
+                quantized.setdefault(f"{module}.weight", {})[part] = source
+        yield quantized
 
 
 def _write_config(

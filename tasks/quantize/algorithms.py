@@ -48,6 +48,10 @@ def quantize_rows(rows: "torch.Tensor", rule: Rule, device: str, iterations: int
             return _affine(rows, rule, device)
         case "hqq_scale_only":
             return _hqq_scale_only(rows, rule, device, iterations)
+        case "search":
+            return _search(rows, rule)
+        case "gptq":
+            raise AssertionError("rows of a calibrated matrix are read from its block's file")
         case _:
             assert_never(rule.algorithm)
 
@@ -91,6 +95,22 @@ def _affine(rows: "torch.Tensor", rule: Rule, device: str) -> QuantizedRows:
     integers = tensors["qdata"].float() - tensors["zero_point"].float().repeat_interleave(group_size, 1)
     scales = tensors["scale"].float().repeat_interleave(group_size, 1)
     error = float((integers * scales - rows.float()).double().square().sum())
+    return QuantizedRows(tensors, error, float(rows.double().square().sum()))
+
+
+def _search(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
+    """Choose the scale that loses least, of those that can be stored; on the CPU whatever the device, see search.py."""
+    from quantize_gemma.tasks.quantize.search import search_scales
+
+    integers, scales = search_scales(rows, rule.group_size or rows.shape[1], rule.weight)
+    return measured({"qdata": integers, "scale": scales}, rows)
+
+
+def measured(tensors: "dict[str, torch.Tensor]", rows: "torch.Tensor") -> QuantizedRows:
+    """Return quantized rows with their sums of squares, against the weights."""
+    group_size = rows.shape[1] // tensors["scale"].shape[1]
+    quantized = tensors["qdata"] * tensors["scale"].float().repeat_interleave(group_size, 1)
+    error = float((quantized - rows.float()).double().square().sum())
     return QuantizedRows(tensors, error, float(rows.double().square().sum()))
 
 

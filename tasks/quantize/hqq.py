@@ -173,7 +173,10 @@ def _quantize_side_by_side(
     changes: Floats,
     sums: npt.NDArray[np.float64],
 ) -> None:
-    """Quantize WIDTH groups at a time, one per vector lane. A numba kernel is one function, however long."""
+    """Quantize WIDTH groups at a time, one per vector lane.
+
+    A numba kernel is one function, however long, and takes arrays and numbers, however many.
+    """
     count, length = groups.shape
     weight = np.empty((length, WIDTH), np.float32)
     bits = weight.view(np.uint32)
@@ -291,7 +294,10 @@ def _quantize_one_by_one(
     changes: Floats,
     sums: npt.NDArray[np.float64],
 ) -> None:
-    """Quantize groups one after the other. A numba kernel is one function, however long."""
+    """Quantize groups one after the other.
+
+    A numba kernel is one function, however long, and takes arrays and numbers, however many.
+    """
     count, length = groups.shape
     weight = np.empty(length, np.float32)
     bits = weight.view(np.uint32)

@@ -15,12 +15,14 @@ from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import Rule
 from quantize_gemma.tasks.quantize.algorithms import (
     iterations_to_repeat,
+    measured,
     quantize_rows,
     with_torchao,
 )
+from quantize_gemma.tasks.quantize.source import SourceTensor, read_rows
 from quantize_gemma.tasks.runtime import machine
-from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.reporting import report_progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,26 +35,18 @@ CHUNK_ON_ACCELERATOR = 2**24
 
 
 @dataclass(frozen=True)
-class SourceTensor:
-    """Where a tensor's bytes are: file descriptor, offset from the start of the file, dtype, shape."""
-
-    file: int
-    offset: int
-    dtype: "torch.dtype"
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Chunk:
     """Some rows of a tensor, and where in the new file each part of the tensor starts.
 
-    The parts are "qdata", "scale" and "zero_point", or "" for a tensor that is not quantized.
+    The parts are "qdata", "scale" and "zero_point", or "" for a tensor that is not quantized. `quantized` has those of
+    a calibrated matrix, which is quantized already.
     """
 
     source: SourceTensor
     first_row: int
     rows: int
     offsets: Mapping[str, int]
+    quantized: Mapping[str, SourceTensor]
 
 
 @dataclass(frozen=True)
@@ -92,8 +86,10 @@ class CheckpointWriter:
         rules: Mapping[str, Rule],
         multimodal: bool,
         device: str,
+        quantized: Mapping[str, Mapping[str, SourceTensor]] | None = None,
     ) -> None:
         self.sources = sources
+        self.quantized = quantized or {}
         self.rules = {name: rules.get(name.removesuffix(".weight")) for name in sources}
         self.device = device
         # One more than there are cores, since some wait for the disk; an accelerator has memory for few chunks.
@@ -127,7 +123,7 @@ class CheckpointWriter:
         weights = CHUNK if self.device == "cpu" else CHUNK_ON_ACCELERATOR
         return [
             self.pool.submit(_convert, name, chunk, self.file, self.rules[name], self.device, iterations)
-            for chunk in _chunks(self.sources[name], offsets, weights)
+            for chunk in _chunks(self.sources[name], offsets, self.quantized.get(name, {}), weights)
         ]
 
     def finish(self) -> dict[str, ErrorSums]:
@@ -154,13 +150,15 @@ class CheckpointWriter:
         return sums
 
 
-def _chunks(source: SourceTensor, offsets: Mapping[str, int], weights: int) -> Iterator[Chunk]:
+def _chunks(
+    source: SourceTensor, offsets: Mapping[str, int], quantized: Mapping[str, SourceTensor], weights: int
+) -> Iterator[Chunk]:
     if not prod(source.shape):
         return
     rows = source.shape[0] if source.shape else 1
     step = max(1, weights // max(1, prod(source.shape[1:])))
     for first in range(0, rows, step):
-        yield Chunk(source, first, min(step, rows - first), offsets)
+        yield Chunk(source, first, min(step, rows - first), offsets, quantized)
 
 
 def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str, iterations: int | None) -> ChunkSums:
@@ -171,15 +169,17 @@ def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str,
     """
     import torch
 
-    source = chunk.source
-    width = prod(source.shape[1:])
-    buffer = bytearray(chunk.rows * width * source.dtype.itemsize)
-    _read(source.file, buffer, source.offset + chunk.first_row * width * source.dtype.itemsize)
-    weight = torch.frombuffer(buffer, dtype=source.dtype).view(chunk.rows, width).to(torch.bfloat16)
+    weight = read_rows(chunk.source, chunk.first_row, chunk.rows).to(torch.bfloat16)
     if rule is None:
         tensors, sums = {"": weight}, ChunkSums(weight.numel(), 0.0, float(weight.double().square().sum()), None)
     else:
-        rows = quantize_rows(weight, rule, device, iterations)
+        if chunk.quantized:
+            rows = measured(
+                {part: read_rows(source, chunk.first_row, chunk.rows) for part, source in chunk.quantized.items()},
+                weight,
+            )
+        else:
+            rows = quantize_rows(weight, rule, device, iterations)
         tensors, sums = rows.tensors, ChunkSums(weight.numel(), rows.error, rows.square, rows.changes)
     if not math.isfinite(sums.square):
         raise UserError(f"{name} holds a NaN or an infinity: the checkpoint is damaged, download it again")
@@ -202,15 +202,6 @@ def _stored_tensors(name: str, shape: tuple[int, ...], rule: Rule | None) -> tup
         part: StoredTensor(f"{module}._weight_{part}", dtypes[tensor.dtype], (shape[0], tensor.shape[1]))
         for part, tensor in tensors.items()
     }, metadata
-
-
-def _read(file: int, buffer: bytearray, offset: int) -> None:
-    view = memoryview(buffer)
-    while view:
-        count = os.preadv(file, [view], offset)
-        if not count:
-            raise StageFailed("a file of the checkpoint became shorter while it was read")
-        view, offset = view[count:], offset + count
 
 
 def _write(file: int, tensor: "torch.Tensor", offset: int) -> None:

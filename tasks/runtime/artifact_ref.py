@@ -1,5 +1,7 @@
 """What stages hand to each other: a reference of an artifact in the store, small enough for Prefect to keep as JSON."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantize_gemma.tasks.runtime import store
@@ -33,7 +35,7 @@ def ref_of(artifact: Artifact) -> ArtifactRef:
 
 
 def open_artifact(ref: ArtifactRef, whole: bool = False) -> Artifact:
-    """Return the artifact, pinned: it stays as it is until this process ends.
+    """Return the artifact, pinned: it stays as it is until the run ends.
 
     Args:
         ref: Its reference.
@@ -48,3 +50,21 @@ def open_artifact(ref: ArtifactRef, whole: bool = False) -> Artifact:
     if store.load(ref.stage, ref.key) is not None:
         raise StageFailed(f"{ref} was made again by another run, with another content: start this run again")
     raise StageFailed(f"{ref} was damaged in the store, or has gone from it: start the run again")
+
+
+def digest_of_files(refs: Sequence[ArtifactRef]) -> str:
+    """Return the digest of the files of several artifacts together, however the files are divided among them.
+
+    Raises:
+        StageFailed: The store does not have one of them.
+    """
+    files = {name: file.sha256 for ref in refs for name, file in load_artifact(ref).files.items()}
+    return hashlib.sha256(store.canonical_json(files)).hexdigest()
+
+
+def load_artifact(ref: ArtifactRef, whole: bool = False) -> Artifact:
+    """Return the artifact without pinning it; open_artifact() says the rest."""
+    artifact = store.load(ref.stage, ref.key, digest=ref.digest, whole=whole)
+    if artifact is None:
+        raise StageFailed(f"{ref} is not in {store.home()}: all machines of a run need its store, as it is")
+    return artifact

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from quantize_gemma.tasks.runtime import parent_process
+from quantize_gemma.tasks.runtime import reporting
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
 from quantize_gemma.tasks.runtime.hub_client import configure_client, token_setting
 from quantize_gemma.tasks.runtime.redact import redact
@@ -136,5 +136,5 @@ def _report_unexpected(error: Exception) -> StageFailed:
     except MissingContextError:
         # In a worker process, or outside of a run.
         logger.error(where)
-        parent_process.log(where)
+        reporting.log(where)
     return StageFailed(f"{type(error).__name__}: {_shorten(error)}", *is_retryable(error))

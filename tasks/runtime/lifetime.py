@@ -3,12 +3,12 @@
 import contextlib
 import ctypes
 import os
-import queue
 import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextvars import ContextVar
 from typing import Protocol
 
 # prctl's request for a signal at the parent's death (linux/prctl.h).
@@ -25,7 +25,7 @@ class Killable(Protocol):
 
 
 class Workers:
-    """The worker processes of this process.
+    """The worker processes of a run.
 
     Attributes:
         stopping: Set when the run is interrupted: then nobody waits for a lock or a retry, and no worker starts.
@@ -34,15 +34,6 @@ class Workers:
     def __init__(self) -> None:
         self.stopping = threading.Event()
         self._running: set[Killable] = set()
-        self._starter: _Starter | None = None
-        self._lock = threading.Lock()
-
-    def start(self, start: StartProcess) -> "subprocess.Popen[str]":
-        """Call `start` in a thread that lives as long as this process, for die_with_parent(); return its process."""
-        with self._lock:
-            if self._starter is None:
-                self._starter = _Starter()
-        return self._starter.submit(start).result()
 
     def add(self, worker: Killable) -> None:
         """Have the worker killed when the run is interrupted; kill it now if the run is."""
@@ -54,59 +45,59 @@ class Workers:
         """Forget a worker that has ended."""
         self._running.discard(worker)
 
-    def kill_all(self) -> None:
-        """Kill all workers."""
+    def stop(self) -> None:
+        """Kill all workers, and those that start from now on."""
+        self.stopping.set()
         for worker in list(self._running):
             worker.kill()
 
-    def forget_starter(self) -> None:
-        """Start the next worker from a new thread: a fork has no thread but its own."""
-        self._starter, self._lock = None, threading.Lock()
+
+# Prefect copies the context of the flow into the threads of its tasks.
+_run_workers: ContextVar[Workers] = ContextVar("run_workers")
 
 
-class _Starter:
-    """A thread that starts processes and lives as long as this process: threads of a pool end earlier."""
-
-    def __init__(self) -> None:
-        self._requests: queue.SimpleQueue[tuple[Future[subprocess.Popen[str]], StartProcess]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True, name="starter").start()
-
-    def submit(self, start: StartProcess) -> "Future[subprocess.Popen[str]]":
-        """Have the thread call `start`."""
-        future: Future[subprocess.Popen[str]] = Future()
-        self._requests.put((future, start))
-        return future
-
-    def _work(self) -> None:
-        while True:
-            future, start = self._requests.get()
-            try:
-                future.set_result(start())
-            except BaseException as error:
-                future.set_exception(error)
+def run_workers() -> Workers:
+    """Return the workers of the run that this thread works for; outside of a run, workers that nothing interrupts."""
+    return _run_workers.get(None) or Workers()
 
 
-# One for the process, as its signals are: an interrupt reaches every run and every worker in it.
-workers = Workers()
-os.register_at_fork(after_in_child=workers.forget_starter)
+def start_process(start: StartProcess) -> "subprocess.Popen[str]":
+    """Start a process from a thread that lives as long as the process, for die_with_parent()."""
+    started: Future[subprocess.Popen[str]] = Future()
+
+    def work() -> None:
+        try:
+            process = start()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        # WNOWAIT leaves the exit code to the process's owner, who may take it first.
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    threading.Thread(target=work, daemon=True, name="starter").start()
+    return started.result()
 
 
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[None]:
-    """Kill all workers when Ctrl-C or a termination signal interrupts the block.
+    """Kill the workers of the block when Ctrl-C or a termination signal interrupts it.
 
     Prefect waits for its threads then, and they wait for the workers, an export's for minutes.
     """
-    workers.stopping.clear()
+    workers = Workers()
+    token = _run_workers.set(workers)
     try:
         with _hangup_terminates():
             yield
     except Exception:
         raise
     except BaseException:
-        workers.stopping.set()
-        workers.kill_all()
+        workers.stop()
         raise
+    finally:
+        _run_workers.reset(token)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,11 @@ below it, so every group on the way up counts. Functions take the root of the fi
 import contextlib
 import ctypes
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+from quantize_gemma.tasks.runtime.errors import UserError
 
 ROOT = Path("/")
 
@@ -49,6 +52,25 @@ def threads(processes: int = 1, root: Path = ROOT) -> dict[str, str]:
         return {}
     available = int(os.environ.get("OMP_NUM_THREADS") or cores(root))
     return {"OMP_NUM_THREADS": str(max(1, available // processes))}
+
+
+def device_of_part(device: str, part: int) -> str:
+    """Return the device of one of several parts, which share out the GPUs, as torch names it.
+
+    Args:
+        device: "cpu" or "cuda".
+        part: The number of the part, from 0.
+
+    Raises:
+        UserError: There is no CUDA device.
+    """
+    if device != "cuda":
+        return device
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"{socket.gethostname()} has no CUDA device: use device cpu, or give its workers GPUs")
+    return f"cuda:{part % torch.cuda.device_count()}"
 
 
 def trim_memory() -> None:

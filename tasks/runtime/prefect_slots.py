@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.lifetime import workers
+from quantize_gemma.tasks.runtime.lifetime import run_workers
 
 ACCELERATOR = "quantize-gemma-accelerator"
 MEMORY = "quantize-gemma-memory"
@@ -58,6 +58,6 @@ def take_slots(limit: str, count: int) -> Iterator[None]:
                 stack.enter_context(request)
                 break
             except TimeoutError:
-                if workers.stopping.is_set():
+                if run_workers().stopping.is_set():
                     raise StageFailed(f"the run was stopped while it waited for {limit}") from None
         yield

@@ -4,7 +4,6 @@ A stage's result is cached under its store key and kept as JSON inside its artif
 removed or damaged is a miss and runs again.
 """
 
-import functools
 import logging
 import math
 import random
@@ -19,13 +18,18 @@ from prefect.filesystems import LocalFileSystem
 from prefect.logging import get_run_logger
 from prefect.results import ResultStore
 
-from quantize_gemma.tasks.runtime import store, worker
-from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact, ref_of
+from quantize_gemma.tasks.runtime import machine, store, worker
+from quantize_gemma.tasks.runtime.artifact_ref import (
+    ArtifactRef,
+    digest_of_files,
+    load_artifact,
+    open_artifact,
+    ref_of,
+)
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
-from quantize_gemma.tasks.runtime.lifetime import workers
+from quantize_gemma.tasks.runtime.lifetime import run_workers
 from quantize_gemma.tasks.runtime.prefect_progress import StageProgress
 from quantize_gemma.tasks.runtime.prefect_slots import ACCELERATOR, MEMORY, take_slots
-from quantize_gemma.tasks.runtime.prefect_spread import spread
 from quantize_gemma.tasks.runtime.retries import is_retryable
 from quantize_gemma.tasks.runtime.stage import Stage
 from quantize_gemma.tasks.runtime.store import Artifact
@@ -37,7 +41,7 @@ terminal = logging.getLogger(__name__)
 # What takes longer hangs: gemma-3-27b's evaluation on a CPU is the longest that is known.
 SECONDS_ALLOWED = 24 * 3600.0
 
-# A stage's inputs by name: references of artifacts, and plain JSON values.
+# A stage's inputs by name: references of artifacts, lists of them, and plain JSON values.
 Inputs = JsonObject
 AnyTask = Task[..., object]
 
@@ -52,12 +56,12 @@ class RetryOptions(TypedDict, total=False):
 def as_task(stage: Stage[...]) -> Task[..., ArtifactRef]:
     """Return the Prefect task over a stage.
 
-    It takes the stage's inputs by keyword, references of artifacts and plain JSON values, and returns the reference of
-    the artifact that the stage makes.
+    It takes the stage's inputs by keyword: references of artifacts, lists of them, and plain JSON values. It returns
+    the reference of the artifact that the stage makes.
     """
 
     def run(**inputs: object) -> ArtifactRef:
-        return _run(stage, inputs)
+        return run_stage(stage, inputs)
 
     run.__name__ = stage.name
     run.__doc__ = stage.work.__doc__
@@ -74,12 +78,26 @@ def as_task(stage: Stage[...]) -> Task[..., ArtifactRef]:
 
 
 def key_of(stage: Stage[...], inputs: Inputs) -> str:
-    """Return the key of what a stage makes of these references and plain values."""
+    """Return the key of what a stage makes of these references and plain values.
+
+    Of a list of artifacts only their files count: the parts of an evaluation may be as many as there are workers.
+    """
     ignored = stage.ignored + (stage.ignored_on_cpu if inputs.get("device") == "cpu" else ())
     counted = {field: value for field, value in sorted(inputs.items()) if field not in ignored}
-    digests = [f"{field}={value.digest}" for field, value in counted.items() if isinstance(value, ArtifactRef)]
-    parameters = {field: value for field, value in counted.items() if not isinstance(value, ArtifactRef)}
+    refs = {field: _refs(value) for field, value in counted.items()}
+    digests = [
+        f"{field}={value.digest if isinstance(value, ArtifactRef) else digest_of_files(refs[field])}"
+        for field, value in counted.items()
+        if refs[field]
+    ]
+    parameters = {field: value for field, value in counted.items() if not refs[field]}
     return store.key(stage.name, digests, parameters, fingerprint(stage.function))
+
+
+def _refs(value: object) -> list[ArtifactRef]:
+    """Return the references in an input."""
+    values = value if isinstance(value, list) else [value]
+    return [one for one in values if isinstance(one, ArtifactRef)]
 
 
 def missing(chain: list[tuple[Stage[...], Inputs]], refresh: Collection[str]) -> list[str]:
@@ -138,37 +156,49 @@ def _is_result_of(artifact: Artifact, path: Path) -> bool:
         return False
 
 
-def _run(stage: Stage[...], inputs: Inputs) -> ArtifactRef:
-    """Make a stage's artifact unless the store has it, in a task run."""
+def run_stage(stage: Stage[...], inputs: Inputs, on_cluster: bool = False) -> ArtifactRef:
+    """Make a stage's artifact unless the store has it, in a task run.
+
+    Args:
+        stage: The stage.
+        inputs: Its inputs.
+        on_cluster: This process works for a cluster. It lives on, so it pins nothing: its pins would never end.
+    """
     context = TaskRunContext.get()
     assert context is not None
     label = _label(context.task_run)
     refresh = bool(context.task.refresh_cache)
 
     def work(target: Path) -> JsonObject:
-        return _run_in_worker(stage, inputs, target, label, refresh)
+        return _run_in_worker(stage, inputs, target, refresh, on_cluster)
 
-    artifact = store.produce(stage.name, key_of(stage, inputs), work, refresh=refresh, pinned=True)
+    artifact = store.produce(stage.name, key_of(stage, inputs), work, refresh=refresh, pinned=not on_cluster)
     line = f"{label}: {_describe(artifact)}"
     get_run_logger().info(line)
     terminal.info(line)
     return ref_of(artifact)
 
 
-def _run_in_worker(stage: Stage[...], inputs: Inputs, target: Path, label: str, refresh: bool) -> JsonObject:
+def _run_in_worker(stage: Stage[...], inputs: Inputs, target: Path, refresh: bool, on_cluster: bool) -> JsonObject:
     """Call a stage's function in a worker process, when the server has room for it; return its output."""
-    refs = {field: value for field, value in inputs.items() if isinstance(value, ArtifactRef)}
+    refs = {field: _refs(value) for field, value in inputs.items()}
+    take = load_artifact if on_cluster else open_artifact
     # What a stage computes with is hashed first: a disk's own errors change no time of modification.
-    paths = {field: str(open_artifact(ref, whole=True).path) for field, ref in refs.items()}
-    values = {field: value for field, value in inputs.items() if field not in refs}
+    folders = {field: [str(take(ref, whole=True).path) for ref in listed] for field, listed in refs.items()}
+    paths = {
+        field: listed if isinstance(inputs[field], list) else listed[0] for field, listed in folders.items() if listed
+    }
+    values = {field: value for field, value in inputs.items() if not refs[field]}
     if stage.resumes:
         values["refresh"] = refresh
-    bytes_read = sum(ref.size for ref in refs.values()) * inputs.get("workers", 1)
-    # The memory and the GPUs of a cluster's machines are not this server's to share out.
-    is_here = not inputs.get("cluster")
+    # The memory and the GPUs of a cluster's machines are not this server's to share out, and neither are their cores.
+    bytes_read = sum(ref.size for listed in refs.values() for ref in listed)
+    parts = inputs.get("parts", 1)
+    assert isinstance(parts, int)
+    threads = {} if on_cluster else machine.threads(parts)
     with (
-        take_slots(ACCELERATOR, int(stage.accelerated and inputs.get("device") != "cpu" and is_here)),
-        take_slots(MEMORY, math.ceil(1 + stage.memory * bytes_read * is_here / 2**30) if stage.memory else 0),
+        take_slots(ACCELERATOR, int(stage.accelerated and inputs.get("device") != "cpu" and not on_cluster)),
+        take_slots(MEMORY, math.ceil(1 + stage.memory * bytes_read / 2**30) if stage.memory and not on_cluster else 0),
         StageProgress(stage.name) as progress,
     ):
         return worker.run(
@@ -182,9 +212,8 @@ def _run_in_worker(stage: Stage[...], inputs: Inputs, target: Path, label: str, 
             },
             progress,
             get_run_logger(),
-            stage.environment(),
+            {**stage.environment(), **threads},
             SECONDS_ALLOWED,
-            functools.partial(spread, label, progress),
         )
 
 
@@ -208,9 +237,10 @@ def _wait_for_retry(_task: AnyTask, run: TaskRun, state: State[object]) -> bool:
     It waits here, where an interrupt ends it; Prefect's own delay sleeps through one.
     """
     retryable, seconds = is_retryable(failure_of(state))
+    stopping = run_workers().stopping
     if retryable:
-        workers.stopping.wait(max(seconds, 2.0 ** max(run.run_count, 1) * random.uniform(0.5, 1.5)))
-    return retryable and not workers.stopping.is_set()
+        stopping.wait(max(seconds, 2.0 ** max(run.run_count, 1) * random.uniform(0.5, 1.5)))
+    return retryable and not stopping.is_set()
 
 
 def _log_failure(_task: AnyTask, run: TaskRun, state: State[object]) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from contextvars import ContextVar
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -29,8 +30,8 @@ PATTERNS = (
     # A signed address.
     (re.compile(r"(https?://[^\s?]+)\?\S+"), r"\1?…"),
 )
-# The secrets that this process has loaded from Prefect's Secret blocks: whatever it logs or raises is redacted.
-_from_blocks: set[str] = set()
+# The secrets that a run has loaded from Prefect's Secret blocks. Prefect copies the flow's context to its tasks.
+_from_blocks: ContextVar[set[str]] = ContextVar("secrets_from_blocks")
 
 
 def redact(text: str) -> str:
@@ -44,8 +45,17 @@ def redact(text: str) -> str:
 
 
 def keep_secret(value: str) -> None:
-    """Have redact() remove a secret that is in no environment variable."""
-    _from_blocks.add(value)
+    """Have redact() remove a secret that is in no environment variable. Call keep_secrets() before."""
+    _from_blocks.get().add(value)
+
+
+def keep_secrets() -> None:
+    """Have what keep_secret() adds removed from now on, in this context and in those that are copied from it.
+
+    It has no end: Prefect logs a run's failure after the flow's function has ended.
+    """
+    if _from_blocks.get(None) is None:
+        _from_blocks.set(set())
 
 
 def redact_logs() -> None:
@@ -68,7 +78,9 @@ class _Redacting(logging.Filter):
 def _known() -> set[str]:
     """Return the secrets of this process."""
     secrets = (
-        {os.environ.get(name, "") for name in (*TOKENS, *AUTH_STRINGS, *WEBHOOKS)} | _from_blocks | {_login_token()}
+        {os.environ.get(name, "") for name in (*TOKENS, *AUTH_STRINGS, *WEBHOOKS)}
+        | _from_blocks.get(set())
+        | {_login_token()}
     )
     if "prefect.settings" in sys.modules:
         # If a setting is invalid, the run has failed because of it, and its message still has to be redacted.

@@ -21,7 +21,8 @@ Output = JsonObject
 class Stage(Generic[P]):
     """A function `work(target, **inputs)` that fills the directory `target`, and its policy.
 
-    It runs in a worker process, with its artifacts as paths. Its code and its libraries are in the key of what it
+    It runs in a worker process, with its artifacts as paths. A stage with the inputs `part` and `parts` does one of
+    several parts of its work, which run at the same time. Its code and its libraries are in the key of what it
     writes; see fingerprint.py.
 
     Attributes:

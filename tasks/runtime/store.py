@@ -29,9 +29,11 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from quantize_gemma.tasks.runtime.disk import translate_disk_errors
 from quantize_gemma.tasks.runtime.errors import StageFailed
@@ -91,8 +93,8 @@ class Artifact:
     path: Path
     digest: str
     files: dict[str, File]
-    metadata: JsonObject = field(default_factory=dict)
-    measured: JsonObject = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -101,7 +103,7 @@ class Artifact:
 
 
 class _Pins:
-    """The manifests that this process has locked until it ends, when the system closes them."""
+    """The locked manifests of the artifacts that a run reads."""
 
     def __init__(self) -> None:
         self._locks: dict[Path, int] = {}
@@ -122,9 +124,16 @@ class _Pins:
         """Tell whether all files of a pinned artifact were hashed."""
         return manifest in self._hashed
 
+    def release(self) -> None:
+        """Release all locks."""
+        with self._lock:
+            for lock in self._locks.values():
+                os.close(lock)
+            self._locks.clear()
 
-# One for the process, as the kernel's locks are.
-_pins = _Pins()
+
+# Prefect copies the context of the flow into the threads of its tasks.
+_run_pins: ContextVar[_Pins] = ContextVar("run_pins")
 
 
 def home() -> Path:
@@ -229,19 +238,31 @@ def load(
     return artifact
 
 
+@contextlib.contextmanager
+def keep_pinned() -> Iterator[None]:
+    """Keep the artifacts that are pinned in the block as they are until it ends, or the process does."""
+    pins = _Pins()
+    token = _run_pins.set(pins)
+    try:
+        yield
+    finally:
+        _run_pins.reset(token)
+        pins.release()
+
+
 def pin(
     stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, whole: bool = False
 ) -> Artifact | None:
-    """Load an artifact, and keep its directory as it is until this process ends.
+    """Load an artifact, and keep its directory as it is until the block of keep_pinned() ends.
 
-    It counts as used now. `whole` hashes all of its files, once in a process. The other arguments are load()'s.
+    It counts as used now. `whole` hashes all of its files, once in the block. The other arguments are load()'s.
     """
     opened = _open(root or home(), stage, artifact_key, digest, whole)
     if opened is None:
         return None
     artifact, lock = opened
     manifest = artifact.path.parent / MANIFEST
-    _pins.add(manifest, lock, whole)
+    _run_pins.get().add(manifest, lock, whole)
     os.utime(manifest.parent)
     return artifact
 
@@ -266,6 +287,21 @@ def root_of(path: Path) -> Path:
 def path_of(stage: str, artifact_key: str, root: Path | None = None) -> Path:
     """Return the path of an artifact's files, which stays the same when the artifact is made again."""
     return (root or home()) / stage / artifact_key / "data"
+
+
+@contextlib.contextmanager
+def open_store(artifacts: Mapping[str, Path]) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield the store that some artifacts are in, and their digests by name.
+
+    If one of them is in no store, it is a temporary store, and there are no digests: nothing outlives the context.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            digests = {name: read_artifact(path).digest for name, path in artifacts.items()}
+            root = next((root_of(path) for path in artifacts.values()), home())
+        except StageFailed:
+            digests, root = {}, Path(folder)
+        yield root, digests
 
 
 def link(source: Path, target: Path) -> None:
@@ -385,7 +421,8 @@ def _open(root: Path, stage: str, artifact_key: str, digest: str | None, whole: 
 
 def _read(folder: Path, root: Path, whole: bool = False) -> Artifact | None:
     """Return the artifact in a generation's directory if it is unchanged, else None."""
-    whole = whole and not _pins.were_hashed(folder / MANIFEST)
+    pins = _run_pins.get(None)
+    whole = whole and not (pins and pins.were_hashed(folder / MANIFEST))
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         stage, artifact_key = manifest["stage"], manifest["key"]

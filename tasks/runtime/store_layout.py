@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantize_gemma.tasks.runtime.errors import StageFailed
-from quantize_gemma.tasks.runtime.lifetime import workers
+from quantize_gemma.tasks.runtime.lifetime import run_workers
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def locked(place: Path) -> Iterator[None]:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if workers.stopping.is_set():
+                if run_workers().stopping.is_set():
                     raise StageFailed("the run was stopped while it waited for another one") from None
                 if not waiting:
                     logger.info("%s: another run is computing the same result; waiting for it", place.parent.name)

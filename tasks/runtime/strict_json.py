@@ -3,13 +3,12 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from quantize_gemma.tasks.runtime.errors import UserError
 
-# JSON whose content others define: a value, and an object.
-JsonValue = Any
-JsonObject = dict[str, Any]
+# JSON that is passed on without a look into it: a value, and an object.
+JsonValue = object
+JsonObject = dict[str, object]
 
 # What safetensors allows a header; Gemma's tokenizer.json has 33 MB.
 MAX_BYTES = 100_000_000

@@ -1,7 +1,7 @@
 """Runs a stage's work in a process of its own: its memory comes back, and its death is the stage's failure.
 
-Three modules share this: here is the parent's side, worker_main.py is what the process runs, and parent_process.py is
-what code in it says to the parent.
+Three modules share this: here is the parent's side, worker_main.py is what the process runs, and reporting.py is how
+code in it reports.
 
 multiprocessing's "spawn" starts a new interpreter as well, but passes on what a stage must not have: it gives the
 process the parent's whole environment, with its tokens, and its sys.path, changes into its working directory, and
@@ -21,21 +21,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from quantize_gemma.tasks.runtime import machine
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.lifetime import workers
+from quantize_gemma.tasks.runtime.lifetime import run_workers, start_process
 from quantize_gemma.tasks.runtime.redact import redact
 from quantize_gemma.tasks.runtime.store import home
-from quantize_gemma.tasks.runtime.strict_json import JsonObject, JsonValue
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 # Called with what is done, the total, and the unit.
 Progress = Callable[[int, int, str], None]
-# Called with a function "module:name", its parts, the number of workers, and a cluster's address; see spread_parts().
-Spread = Callable[[str, list[JsonObject], int, str | None], int]
+
+# What worker_main.py sends: an "event", and what belongs to it.
+Event = dict[str, Any]
 
 # Environment variables that no worker inherits.
 SECRETS = (
@@ -57,13 +58,12 @@ QUIET = {
 
 def run(
     function: str,
-    arguments: JsonObject,
+    arguments: Mapping[str, object],
     progress: Progress,
     logger: Logger | None,
     environment: dict[str, str] | None = None,
     seconds_allowed: float | None = None,
-    spread: Spread | None = None,
-) -> JsonObject:
+) -> dict[str, Any]:
     """Call a function in a process of its own.
 
     Args:
@@ -74,7 +74,6 @@ def run(
         environment: Further environment variables; tokens reach the process only here, and leave it in nothing that
             it prints or raises.
         seconds_allowed: The process is killed if it takes longer.
-        spread: Does what the function hands out with spread_parts(), and returns the peak memory of one process in it.
 
     Returns:
         What the function returned, with "measured" added: seconds and peak_rss_bytes.
@@ -84,16 +83,12 @@ def run(
         StageFailed: The function raised anything else, or the process died.
     """
     started = time.monotonic()
-    peak = 0
     with contextlib.closing(Worker(function, arguments, environment)) as process:
-        while (event := process.receive(progress, logger, seconds_allowed))["event"] == "spread":
-            if spread is not None:
-                peak = max(peak, spread(event["function"], event["parts"], event["workers"], event["cluster"]))
-            process.send(spread is not None)
-    value: JsonObject = event["value"]
+        event = process.wait(progress, logger, seconds_allowed)
+    value: dict[str, Any] = event["value"]
     value["measured"] = {
         "seconds": round(time.monotonic() - started, 2),
-        "peak_rss_bytes": max(peak, event["peak_rss_bytes"]),
+        "peak_rss_bytes": event["peak_rss_bytes"],
         **value.pop("extra", {}),
     }
     return value
@@ -102,7 +97,9 @@ def run(
 class Worker:
     """A process that works for this one. Whoever starts it ends it with close()."""
 
-    def __init__(self, function: str, arguments: JsonObject, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, function: str, arguments: Mapping[str, object], environment: dict[str, str] | None = None
+    ) -> None:
         """Start the process, which calls `function` ("module:name") with the arguments."""
         receive, send = os.pipe()
         inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
@@ -130,26 +127,23 @@ class Worker:
             text=True,
             errors="replace",
         )
-        self.process = workers.start(start)
+        self.process = start_process(start)
         os.close(send)
         self.events = os.fdopen(receive, encoding="utf-8")
         self.printed: list[str] = []
         self.reader = threading.Thread(target=_keep_tail, args=(self.process.stdout, self.printed), daemon=True)
         self.reader.start()
         self.killed = False
-        workers.add(self)
-        self.send(arguments)
-
-    def send(self, value: JsonValue) -> None:
-        """Send the process a line. Its input stays open for more: the end tells it that this process is gone."""
+        self.workers = run_workers()
+        self.workers.add(self)
         assert self.process.stdin is not None
-        # If it is dead, receive() says why.
+        # Its input stays open: the end tells the process that this one is gone. If it is dead, wait() says why.
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(value) + "\n")
+            self.process.stdin.write(json.dumps(arguments) + "\n")
             self.process.stdin.flush()
 
-    def receive(self, progress: Progress, logger: Logger | None, seconds_allowed: float | None = None) -> JsonObject:
-        """Return the next result, or the next request to spread parts, and pass on what is reported before it.
+    def wait(self, progress: Progress, logger: Logger | None, seconds_allowed: float | None = None) -> Event:
+        """Return the result, and pass on what is reported before it.
 
         Raises:
             UserError: The function raised it.
@@ -164,13 +158,13 @@ class Worker:
         finally:
             if timer:
                 timer.cancel()
-        if event["event"] in ("result", "spread"):
+        if event["event"] == "result":
             return event
         if event["event"] == "user_error":
             raise UserError(redact(event["message"]))
         self.process.wait()
         self.reader.join(timeout=5)
-        if self.killed or workers.stopping.is_set():
+        if self.killed or self.workers.stopping.is_set():
             raise StageFailed("stopped")
         tail = redact("".join(self.printed[-30:]))
         if event["event"] in ("failed", "error"):
@@ -181,11 +175,11 @@ class Worker:
             raise StageFailed(f"it was ended after {seconds_allowed:,.0f} s, the longest that it may take")
         raise StageFailed(f"its process ended with {_describe_exit(self.process.returncode)}\n{tail}".strip())
 
-    def _next_event(self, progress: Progress, logger: Logger | None) -> JsonObject:
+    def _next_event(self, progress: Progress, logger: Logger | None) -> Event:
         """Return the next event that is neither progress nor a line for the log; "died" if there is none."""
         # The last line of a process that was killed may be half of one.
         while (line := self.events.readline()).endswith("\n"):
-            event: JsonObject = json.loads(line)
+            event: Event = json.loads(line)
             if event["event"] == "progress":
                 progress(event["done"], event["total"], event["what"])
             elif event["event"] != "log":
@@ -201,7 +195,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process and free its resources."""
-        workers.remove(self)
+        self.workers.remove(self)
         self.process.kill()
         self.process.wait()
         self.reader.join(timeout=5)

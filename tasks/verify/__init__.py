@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from quantize_gemma.tasks.models.checkpoint import is_multimodal
-from quantize_gemma.tasks.runtime.parent_process import report_progress
+from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.verify.compare import compare
 from quantize_gemma.tasks.verify.runner import generate_from_image, generate_from_text

@@ -11,7 +11,7 @@ import gc
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
 from quantize_gemma.tasks.models.pte import PteProgram
@@ -119,7 +119,7 @@ class Agreement(Divergence):
     vision_encoder: VisionError | None = None
     image: ImageDivergence | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the agreement as metrics.json has it."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 

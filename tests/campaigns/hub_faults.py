@@ -28,6 +28,7 @@ from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tests.campaigns import campaign
 from tests.hub.access import Tokens
 from tests.hub.server import Hub, serve
+from tests.texts import WIKITEXT, write_wikitext
 
 TOKEN = "hf_MARKED000000"
 MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/ChartQA"
@@ -87,6 +88,7 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
         hub.add("model", MODEL, BUILTIN["tiny-gemma3"])
         hub.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
         hub.add("dataset", CHARTS, BUILTIN_BENCHMARKS["chartqa-mini"])
+        hub.add("dataset", WIKITEXT, write_wikitext(Path(folder) / "wikitext"))
         tried = Tried(hub, Path(folder))
         chosen = all_cases(tried)
         rng.shuffle(chosen)
@@ -286,7 +288,7 @@ class Tried:
         assert sum(ref.startswith("refs/pr/") for ref in repo["refs"]) <= 1, "two pull requests"
         main = self.contents(target, "main")
         if create_pr or not ours:
-            expected = {path.name for path in self.old.path.iterdir()} if over else set()
+            expected = set(self.old.files) if over else set()
             assert set(main) == expected, f"main holds {sorted(main)}"
         else:
             assert self.is_release(main, self.new), f"a part of a release: {sorted(main)}"
@@ -358,8 +360,6 @@ class CommandStore:
             "run",
             "--model",
             MODEL,
-            "--mmlu",
-            BENCHMARK,
             "--json",
         ]
         done = subprocess.run([*command, *arguments], env={**kept, **own}, capture_output=True, text=True)

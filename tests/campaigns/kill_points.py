@@ -32,24 +32,46 @@ from tests.campaigns import campaign
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
 from tests.operate.test_deployments import Operation
+from tests.texts import WIKITEXT, write_wikitext
 
 MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/ChartQA"
 WRITER = "hf_MARKEDwriter00"
 # What is made of each stage's result.
 USED_BY = {
-    "download": ("untie", "evaluate_mmlu_base", "evaluate_chartqa_base"),
-    "download_mmlu": ("evaluate_mmlu_base", "evaluate_mmlu_quantized", "evaluate_program"),
-    "download_chartqa": ("evaluate_chartqa_base", "evaluate_chartqa_quantized"),
+    "download": ("untie", "fidelity_base", "record_mmlu", "record_chartqa"),
+    "download_text": ("fidelity_base",),
+    "fidelity_base": ("fidelity_quantized", "fidelity_program"),
+    "fidelity_quantized": ("fidelity",),
+    "fidelity_program": ("fidelity",),
+    "fidelity": ("gate",),
+    "download_mmlu": ("record_mmlu",),
+    "download_chartqa": ("record_chartqa",),
+    "record_mmlu": ("answer_mmlu_base", "answer_mmlu_quantized", "answer_mmlu_program", "answer_mmlu_no_act_quant"),
+    "record_chartqa": ("answer_chartqa_base", "answer_chartqa_quantized"),
     "untie": ("quantize",),
-    "quantize": ("smoke", "evaluate_mmlu_quantized", "evaluate_chartqa_quantized", "export"),
+    "quantize": (
+        "smoke",
+        "fidelity_quantized",
+        "answer_mmlu_quantized",
+        "answer_mmlu_no_act_quant",
+        "answer_chartqa_quantized",
+        "export",
+    ),
+    "answer_mmlu_base": ("evaluate_mmlu_base",),
+    "answer_mmlu_quantized": ("evaluate_mmlu_quantized",),
+    "answer_mmlu_program": ("evaluate_mmlu_program",),
+    "answer_mmlu_no_act_quant": ("evaluate_mmlu_no_act_quant",),
+    "answer_chartqa_base": ("evaluate_chartqa_base",),
+    "answer_chartqa_quantized": ("evaluate_chartqa_quantized",),
     "evaluate_mmlu_base": ("gate",),
-    "evaluate_mmlu_quantized": ("evaluate_program", "gate"),
+    "evaluate_mmlu_quantized": ("gate",),
+    "evaluate_mmlu_program": ("gate",),
+    "evaluate_mmlu_no_act_quant": ("gate",),
     "evaluate_chartqa_base": ("gate",),
     "evaluate_chartqa_quantized": ("gate",),
     "smoke": ("gate",),
-    "export": ("verify", "evaluate_program"),
+    "export": ("verify", "fidelity_program", "answer_mmlu_program"),
     "verify": ("gate",),
-    "evaluate_program": ("gate",),
     "gate": ("card",),
     "card": (),
     "publish": (),
@@ -98,7 +120,7 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
     """Makes an undisturbed run, and yields for each case what went wrong, or None."""
     with tempfile.TemporaryDirectory() as folder, hub_of(Path(folder) / "hub") as hub:
         command_line = CommandLine(Path(folder) / "store", Path(folder) / "prefect")
-        options = {"model": MODEL, "mmlu": BENCHMARK, "target": "team/undisturbed"}
+        options = {"model": MODEL, "target": "team/undisturbed"}
         outcome = command_line("run", "--json", *_flags(options), **environment_of(hub))
         assert outcome.code == 0, outcome.stderr
         with contextlib.closing(Accidents(hub, command_line, outcome, options, Path(folder))) as accidents:
@@ -116,6 +138,7 @@ def hub_of(root: Path) -> Iterator[Hub]:
         hub.add("model", MODEL, BUILTIN["tiny-gemma3"])
         hub.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
         hub.add("dataset", CHARTS, BUILTIN_BENCHMARKS["chartqa-mini"])
+        hub.add("dataset", WIKITEXT, write_wikitext(root.with_name("wikitext")))
         yield hub
 
 
@@ -173,7 +196,7 @@ class Accidents:
     def remove(self, case: Case, home: Path, rng: random.Random) -> None:
         """Takes away what the run has to make: artifacts, and some of the answers that evaluations keep."""
         places = [home / self.folders[name] / self.keys[name] for name in case.removed]
-        if any(name.startswith(("evaluate", "charts")) for name in case.removed):
+        if any(name.startswith(("answer", "evaluate")) for name in case.removed):
             shards = sorted(home.glob("responses/[0-9a-f]*"))
             places += rng.sample(shards, round(case.shards * len(shards)))
         for place in places:
@@ -435,7 +458,6 @@ class Attempt:
         parameters = {
             "model": options["model"],
             "target": self.target,
-            "evaluation": json.dumps({"mmlu": options["mmlu"]}),
         }
         self.over = False
         return self.accidents.operate().submit(

@@ -129,18 +129,19 @@ def read(root: Path, rng: random.Random, failures: Path) -> None:
 
 def read_twice(root: Path, stage: str, key: str, failures: Path) -> None:
     """Opens an artifact and reads it now and a little later: it has to be what its manifest says, both times."""
-    artifact = store.pin(stage, key, root)
-    fault = "is missing" if artifact is None and stage == "kept" else None
-    for _ in range(2 if artifact is not None else 0):
-        assert artifact is not None
-        content = bytes.fromhex(artifact.metadata["content"])
-        for name in artifact.files:
-            try:
-                if (artifact.path / name).read_bytes() != content * (1 + content[0]):
-                    fault = f"{name} is of another generation"
-            except OSError as error:
-                fault = f"{name}: {error}"
-        time.sleep(0.01)
+    with store.keep_pinned():
+        artifact = store.pin(stage, key, root)
+        fault = "is missing" if artifact is None and stage == "kept" else None
+        for _ in range(2 if artifact is not None else 0):
+            assert artifact is not None
+            content = bytes.fromhex(artifact.metadata["content"])
+            for name in artifact.files:
+                try:
+                    if (artifact.path / name).read_bytes() != content * (1 + content[0]):
+                        fault = f"{name} is of another generation"
+                except OSError as error:
+                    fault = f"{name}: {error}"
+            time.sleep(0.01)
     if fault:
         with failures.open("a") as stream:
             stream.write(f"{stage}/{key[:4]} {fault}; ")
@@ -302,7 +303,7 @@ class Runs:
     def fill_the_disk(self, rng: random.Random) -> str | None:
         """Runs some last stages on a disk that may be too small for them: one sentence, and a larger one is enough."""
         self.prepare()
-        stages = rng.sample(["card", "smoke", "untie", "download_chartqa", "download_mmlu", "quantize"], 2)
+        stages = rng.sample(["card", "smoke", "untie", "download_dataset", "evaluate", "quantize"], 2)
         size = disk_usage(self.finished.home)
         with tmpfs(self.folder / "disk", 2 * size) as disk:
             shutil.copytree(self.finished.home, disk / "home", symlinks=True)

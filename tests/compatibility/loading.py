@@ -48,7 +48,7 @@ def make_releases(root: Path) -> list[Path]:
     run = CommandLine(root / "store", root / "prefect")
     text_only = write_text_only(BUILTIN["tiny-gemma3"], root / "tiny-text")
     releases = []
-    for arguments in ([], ["--model", str(text_only), "--limit", "2"]):
+    for arguments in ([], ["--model", str(text_only), "--text", "tiny-text", "--limit", "2"]):
         outcome = run("run", *arguments, "--max-seq-len", "256", "--json")
         if outcome.code != 0:
             sys.exit(outcome.stderr)

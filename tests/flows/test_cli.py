@@ -79,7 +79,8 @@ def test_a_bad_checkpoint_is_named_and_nothing_is_left(
     model = tiny_copy()
     work, words = DAMAGES[damage]
     work(model)
-    refused(fresh, words, "--model", str(model))
+    data = ("--text", "tiny-text", "--dataset", "mmlu=mmlu-mini", "chartqa=chartqa-mini")
+    refused(fresh, words, "--model", str(model), *data)
 
 
 def test_too_little_disk_is_said_with_both_sizes(tiny_copy: Callable[[], Path], tmp_path: Path) -> None:
@@ -104,22 +105,26 @@ def test_too_little_disk_is_said_with_both_sizes(tiny_copy: Callable[[], Path], 
         (["--limit", "none"], ["limit", "none"]),
         (["--limit", "1" + "0" * 30], ["limit", "1000000"]),
         (["--batch-size", "much"], ["batch-size", "much"]),
-        (["--max-mmlu-drop", "inf"], ["max-mmlu-drop", "inf", "finite"]),
+        (["--limit-drop", "mmlu=inf"], ["limit_drop", "mmlu=inf", "BENCHMARK=POINTS"]),
         (["--model", "a\nb"], ["model", "line breaks"]),
         (["--limit", "0"], ["limit", "0", "greater than or equal to 1"]),
         (["--no-custom-sdpa"], ["custom_kv_cache"]),
         (["--no-custom-kv-cache"], ["custom_kv_cache", "sliding window", "64 tokens"]),
-        (["--mmlu", "gsm8k"], ["mmlu", "gsm8k", "'cais/mmlu'"]),
-        (["--chartqa", "plots"], ["chartqa", "plots", "'HuggingFaceM4/ChartQA'"]),
+        (["--tasks", "mmul"], ["no benchmark or lm-eval task 'mmul'", "mmlu, chartqa, hellaswag"]),
+        (["--dataset", "mmlu=./nowhere"], ["no directory ./nowhere", "the dataset of MMLU"]),
+        (["--dataset", "gsm8k=org/mirror"], ["gsm8k=org/mirror", "one of the tasks mmlu, chartqa"]),
         (["--model", "me/gemma", "--target", "Me/gemma"], ["target is the model itself"]),
         (["--limit"], ["--limit", "requires an argument"]),
         (["tiny-gemma3"], ["unexpected argument: tiny-gemma3"]),
         (["--lmit", "5"], ["--lmit", "Did you mean --limit?"]),
         (["--keep", "*.png"], ["--keep was removed", "only removes files that an earlier release wrote"]),
-        (["--benchmark", "cais/mmlu"], ["--benchmark was removed: use --mmlu"]),
-        (["--benchmark-revision=main"], ["--benchmark-revision was removed: use --mmlu-revision"]),
-        (["--charts", "none"], ["--charts was removed: use --chartqa"]),
-        (["--charts-revision", "main"], ["--charts-revision was removed: use --chartqa-revision"]),
+        (["--benchmark", "cais/mmlu"], ["--benchmark was removed: use --dataset mmlu=NAME"]),
+        (["--mmlu", "cais/mmlu"], ["--mmlu was removed: use --dataset mmlu=NAME"]),
+        (["--mmlu-revision=main"], ["--mmlu-revision was removed: use --dataset mmlu=NAME@REVISION"]),
+        (["--charts", "none"], ["--charts was removed: use --dataset chartqa=NAME, or --tasks without chartqa"]),
+        (["--chartqa", "none"], ["--chartqa was removed: use --dataset chartqa=NAME, or --tasks without chartqa"]),
+        (["--chartqa-revision", "v1"], ["--chartqa-revision was removed: use --dataset chartqa=NAME@REVISION"]),
+        (["--max-mmlu-drop", "2"], ["--max-mmlu-drop was removed: use --limit-drop mmlu=POINTS"]),
         (["--program-questions", "7"], ["--program-questions was removed: use --program-samples"]),
         (["--backend", "xnnpack"], ["--backend was removed", "always lowered to XNNPACK"]),
         (["--dtype", "float32"], ["--dtype was removed", "always compute in float32"]),
@@ -261,7 +266,7 @@ def test_help_shows_every_option_in_its_group_with_its_default(verb: str) -> Non
             assert after, name
             shown = after.partition("[default: ")[2].partition("]")[0]
             # Every default is shown; where the value says nothing by itself, in words.
-            assert shown == str(value) if value not in (None, ()) else shown
+            assert shown == str(value) if value not in (None, (), "") else shown
             assert " --" not in after.partition("[default: ")[0].replace(f" --no-{name.replace('_', '-')}", "")
 
 
@@ -276,6 +281,22 @@ def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_c
     assert "up_proj.weight" in bad.stderr
     assert not fresh.home.exists()
     assert not fresh.prefect.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--tasks", "mmlu,foo"), "no benchmark or lm-eval task 'foo'"),
+        (("--dataset", "mmlu=./nowhere"), "no directory ./nowhere, the dataset of MMLU"),
+        (("--text", "./nowhere"), "no text file ./nowhere"),
+    ],
+)
+def test_check_names_what_an_evaluation_needs_and_is_not_there(
+    arguments: tuple[str, ...], words: str, fresh: CommandLine
+) -> None:
+    outcome = fresh("check", *arguments)
+    assert outcome.code == 2
+    assert words in outcome.stderr
 
 
 def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_needs(

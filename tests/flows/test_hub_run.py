@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.models.recipe import load_recipe
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
+from tests.texts import WIKITEXT, write_wikitext
 
 READER, WRITER = "hf_MARKEDreader00", "hf_MARKEDwriter00"
 MODEL, BENCHMARK, TARGET = "team/tiny-gemma3", "cais/mmlu", "team/tiny-gemma3-HQQ-INT8-INT4"
 NOTES = "team/notes"
-RUN = ("run", "--model", MODEL, "--mmlu", BENCHMARK, "--json")
+RUN = ("run", "--model", MODEL, "--json")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         running.add("model", MODEL, BUILTIN["tiny-gemma3"])
         running.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
         running.add("dataset", "HuggingFaceM4/ChartQA", BUILTIN_BENCHMARKS["chartqa-mini"])
+        running.add("dataset", WIKITEXT, write_wikitext(tmp_path_factory.mktemp("wikitext")))
         running.add("model", NOTES, BUILTIN["tiny-gemma3"])
         running.restrict("model", MODEL, gated=True)
         yield running
@@ -65,7 +68,7 @@ def metrics_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def regression(outcome: Outcome) -> dict[str, Any]:
-    return next(check for check in outcome.summary["gate"]["checks"] if check["name"] == "regression")
+    return next(check for check in outcome.summary["gate"]["checks"] if check["name"] == "mmlu_regression")
 
 
 def test_a_model_that_is_too_large_is_refused_before_it_is_downloaded(
@@ -87,14 +90,16 @@ def test_a_model_that_is_too_large_is_refused_before_it_is_downloaded(
 
 def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome, hub: Hub) -> None:
     release = Path(published.summary["release"])
-    there = hub.files("model", TARGET)
-    assert set(there) == {path.name for path in release.iterdir()} | {".gitattributes"}
-    for path in release.iterdir():
-        assert hub.read("model", TARGET, path.name) == path.read_bytes()
+    files = {path.relative_to(release).as_posix(): path for path in release.rglob("*") if path.is_file()}
+    assert {".eval_results/mmlu.yaml", ".eval_results/chartqa.yaml"} <= set(files)
+    assert set(hub.files("model", TARGET)) == {*files, ".gitattributes"}
+    for name, path in files.items():
+        assert hub.read("model", TARGET, name) == path.read_bytes()
     assert published.summary["published"] == f"{hub.url}/{TARGET}/commit/{hub.head('model', TARGET)}"
     metrics, card = metrics_of(published), (release / "README.md").read_text()
-    revisions = metrics["base_revision"], metrics["benchmark_revision"], metrics["chartqa"]["revision"]
-    datasets = BENCHMARK, "HuggingFaceM4/ChartQA"
+    measured = [metrics["benchmarks"][name]["dataset"]["revision"] for name in ("mmlu", "chartqa")]
+    revisions = metrics["base_revision"], metrics["text"]["revision"], *measured
+    datasets = WIKITEXT, BENCHMARK, "HuggingFaceM4/ChartQA"
     assert revisions == (hub.head("model", MODEL), *(hub.head("dataset", name) for name in datasets))
     for sha in revisions:
         assert sha in card
@@ -102,10 +107,12 @@ def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome
     assert f"base_model: {MODEL}" in card
     assert f"quantize-gemma run --model {MODEL} " in card
     assert f" --revision {revisions[0]} " in card
+    assert f" --text {WIKITEXT}@{revisions[1]} " in card
     assert "license: cc0-1.0" in card
     # The checkpoint is the built-in one, so what follows from its content was not done again.
     assert {name for name, cached in published.cached.items() if not cached} == {
         "download",
+        "download_text",
         "download_mmlu",
         "download_chartqa",
         "gate",
@@ -203,6 +210,37 @@ def test_a_refusal_costs_seconds_and_says_what_to_do(
     assert refused.code == 2, refused.stderr
     for word in words:
         assert word in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.long
+def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_its_card_says_so(
+    published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Everything is int4, with one scale per row; MMLU alone would let it pass."""
+    recipe = load_recipe("HQQ-INT8-INT4").to_json()
+    for rule in recipe["rules"]:
+        if not rule["match"].startswith("vision."):
+            rule |= {"weight": "int4", "group_size": None, "algorithm": "affine"}
+    (tmp_path / "bad.json").write_text(json.dumps(recipe))
+    target = f"{TARGET}-bad"
+    few = ("--tasks", "mmlu", "--limit", "4", "--program-samples", "5", "--target", target)
+    refused = command_line(*RUN, "--recipe", str(tmp_path / "bad.json"), *few, **environment)
+    assert refused.code == 1
+    summary = refused.summary
+    assert summary["published"] is None
+    assert hub.storage.find("model", target) is None
+    checks = {check["name"]: check for check in summary["gate"]["checks"]}
+    assert [name for name, check in checks.items() if check["status"] == "fail"] == ["max_kl"]
+    assert checks["max_kl"]["limit"] == 0.25 < checks["max_kl"]["value"]
+    assert summary["metrics"]["quantized"]["fidelity"]["kl_mean"] == checks["max_kl"]["value"]
+    reason = "on 2,044 tokens of text, the KL divergence from the base model is 0."
+    assert summary["error"].startswith(f"the release fails the gate: {reason}")
+    card = (Path(summary["release"]) / "README.md").read_text()
+    first = card[card.index("\n|") :].split("\n\n")[0].strip().splitlines()
+    assert first[0].startswith("| measurement | KL, nats |")
+    assert first[2].startswith(f"| as shipped | {checks['max_kl']['value']:.4f} ± ")
+    assert "KL ≤ 0.25: fail" in first[2]
+    assert f"- {reason}" in card
 
 
 def test_what_the_hub_refuses_when_all_is_made_is_a_failure_not_a_mistake(

@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from quantize_gemma.flows import cli
-from quantize_gemma.flows.options import Options, RunOptions, command_line
+from quantize_gemma.flows.options import Options, RunOptions, command_line, stage_names
 from quantize_gemma.tasks.models.resolved import ResolvedModel
+from tests.parameters import PAGE, page
 
 GROUPS = {name: type(value) for name, value in RunOptions() if isinstance(value, Options)}
 
@@ -26,8 +27,10 @@ def options(**values: Any) -> RunOptions:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in ("max_mmlu_drop", "min_recovery", "max_kl_ratio") for value in ("inf", "nan")),
-        ("max_chartqa_drop", float("inf")),
+        *((name, value) for name in ("max_kl", "min_recovery", "max_kl_ratio") for value in ("inf", "nan")),
+        *(("limit_drop", value) for value in ("mmlu=inf", "mmlu=-1", "mmlu=", "mmlu=much", "5")),
+        *(("dataset", [value]) for value in ("mmlu", "mmlu=", "gsm8k=org/mirror")),
+        ("tasks", " , "),
         ("max_disagreement", "-inf"),
         ("max_regression", float("nan")),
         *((name, "1" + "0" * 30) for name in ("limit", "batch_size", "workers", "max_seq_len", "max_new_tokens")),
@@ -46,14 +49,15 @@ def options(**values: Any) -> RunOptions:
 def test_a_value_that_cannot_work_is_refused_with_the_name_of_its_option(name: str, value: Any) -> None:
     with pytest.raises(ValidationError) as refusal:
         options(**{name: value})
-    assert name in refusal.value.errors()[0]["loc"]
+    error = refusal.value.errors()[0]
+    assert name in error["loc"] or name in error["msg"]
 
 
 def test_names_with_spaces_and_accents_are_valid() -> None:
     assert options(model="./my models/Zürich 東京").model == "./my models/Zürich 東京"
 
 
-@pytest.mark.parametrize("name", ["revision", "mmlu_revision", "chartqa", "chartqa_revision", "cluster", "branch"])
+@pytest.mark.parametrize("name", ["revision", "cluster", "branch"])
 def test_a_field_that_is_left_empty_has_its_default(name: str) -> None:
     """In Prefect's form, and in a deployment whose environment variable is not set."""
     assert options(**{name: ""}) == RunOptions()
@@ -72,6 +76,9 @@ def test_a_target_that_is_the_model_is_refused(target: str) -> None:
         ({"custom_sdpa": False}, "custom_kv_cache requires custom_sdpa"),
         ({"target": "me/release", "offline": True}, "a release cannot be published offline"),
         ({"create_pr": True, "tag": True}, "a pull request targets the default branch and has no tag"),
+        ({"limit_drop": "gsm8k=2"}, "limit_drop names 'gsm8k', which is not one of the tasks mmlu, chartqa"),
+        ({"refresh": ["quantise"]}, "refresh: there is no stage 'quantise', only 'download', "),
+        ({"refresh": ["evaluate_mmlu_base"], "tasks": "gsm8k"}, "refresh: there is no stage 'evaluate_mmlu_base', "),
         ({"create_pr": True, "branch": "dev"}, "a pull request targets the default branch and has no tag"),
     ],
 )
@@ -94,42 +101,61 @@ def test_no_flag_of_the_command_line_stands_for_two_options() -> None:
     assert set(flags) == cli.FLAGS
 
 
-@pytest.mark.parametrize(
-    ("mmlu", "chartqa", "source"),
-    [
-        ("mmlu-mini", "auto", "chartqa-mini"),
-        ("cais/mmlu", "auto", "HuggingFaceM4/ChartQA"),
-        ("cais/mmlu", "chartqa-mini", "chartqa-mini"),
-        ("cais/mmlu", "none", None),
-    ],
-)
-def test_chartqa_follows_mmlu_unless_it_is_set(mmlu: str, chartqa: str, source: str | None) -> None:
-    assert options(mmlu=mmlu, chartqa=chartqa).evaluation.chartqa_source() == source
+def test_tasks_datasets_and_drops_are_read_as_they_are_written() -> None:
+    given = options(
+        tasks="mmlu, gsm8k,mmlu,boolq",
+        dataset=["mmlu=./a=b@c", "gsm8k=org/mirror@v2", "boolq=org/boolq"],
+        limit_drop="mmlu=2, gsm8k=0.5",
+    )
+    assert given.evaluation.benchmark_names() == ["mmlu", "gsm8k", "boolq"]
+    assert given.evaluation.dataset_sources() == {
+        "mmlu": ("./a=b@c", None),
+        "gsm8k": ("org/mirror", "v2"),
+        "boolq": ("org/boolq", None),
+    }
+    assert given.gate.drops() == {"mmlu": 2.0, "gsm8k": 0.5}
+    assert RunOptions().gate.drops() == {}
+
+
+def test_every_stage_of_a_run_can_be_refreshed() -> None:
+    names = stage_names(["mmlu"])
+    assert options(tasks="mmlu", refresh=names).refresh == tuple(names)
+    assert {"download_mmlu", "record_mmlu", "answer_mmlu_program", "evaluate_mmlu_no_act_quant"} <= set(names)
 
 
 def resolved(name: str, on_hub: bool = True, fixture: bool = False) -> ResolvedModel:
-    return ResolvedModel(name, "a" * 40, name, fixture, on_hub, license={}, weight_bytes=0, weights=0)
+    return ResolvedModel(name, "a" * 40, name, fixture, on_hub, license={}, weight_bytes=0, weights=0, multimodal=True)
 
 
-HUB = resolved("google/gemma-3-4b-it"), resolved("cais/mmlu"), resolved("HuggingFaceM4/ChartQA")
-FIXTURES = tuple(resolved(name, False, True) for name in ("tiny-gemma3", "mmlu-mini", "chartqa-mini"))
-LOCAL = resolved("my-finetune", on_hub=False), *FIXTURES[1:]
-REVISIONS = {f"{name}revision": "a" * 40 for name in ("", "mmlu_", "chartqa_")}
+DATASETS = {"mmlu": resolved("cais/mmlu"), "chartqa": resolved("HuggingFaceM4/ChartQA")}
+PINNED = (f"mmlu=cais/mmlu@{'a' * 40}", f"chartqa=HuggingFaceM4/ChartQA@{'a' * 40}")
+MINI = {"mmlu": resolved("mmlu-mini", False, True), "chartqa": resolved("chartqa-mini", False, True)}
+MINI_SOURCES = ("mmlu=mmlu-mini", "chartqa=chartqa-mini")
+TEXT, TINY_TEXT = resolved("Salesforce/wikitext"), resolved("tiny-text", False, True)
+HUB = resolved("google/gemma-3-4b-it"), DATASETS, TEXT
+FIXTURES = resolved("tiny-gemma3", False, True), MINI, TINY_TEXT
+LOCAL = resolved("my-finetune", on_hub=False), MINI, resolved("notes.txt", on_hub=False)
+REVISION = {"revision": "a" * 40, "dataset": PINNED, "text": f"Salesforce/wikitext@{'a' * 40}"}
 
 
 @pytest.mark.parametrize(
     ("given", "sources", "expected"),
     [
         ({}, FIXTURES, {}),
-        ({"model": HUB[0].name, "mmlu": "cais/mmlu"}, HUB, REVISIONS),
-        ({"model": HUB[0].name, "mmlu": "cais/mmlu", "revision": "main"}, HUB, REVISIONS),
-        ({"chartqa": "none", "limit": 20, "device": "cuda", "max_seq_len": 512}, (*FIXTURES[:2], None), {}),
+        ({"model": HUB[0].name}, HUB, REVISION),
+        ({"model": HUB[0].name, "revision": "main"}, HUB, REVISION),
+        (
+            {"limit": 20, "device": "cuda", "max_seq_len": 512},
+            (FIXTURES[0], {"mmlu": MINI["mmlu"]}, TINY_TEXT),
+            {"tasks": "mmlu", "dataset": MINI_SOURCES[:1]},
+        ),
         ({"custom_sdpa": False, "custom_kv_cache": False, "last_logits_only": False}, FIXTURES, {}),
-        ({"max_mmlu_drop": 2.5, "max_chartqa_drop": 0.0, "min_recovery": 99.5}, FIXTURES, {}),
+        ({"limit_drop": "mmlu=2.5,chartqa=0", "min_recovery": 99.5}, FIXTURES, {}),
         ({"max_disagreement": 1e-7, "max_kl_ratio": 3.0, "max_new_tokens": 8, "program_samples": 7}, FIXTURES, {}),
         ({"recipe": "AFFINE-INT8-INT4"}, FIXTURES, {}),
         ({"recipe": "/home/me/it's mine; rm -rf $HOME.json"}, FIXTURES, {"recipe": "RECIPE.json"}),
-        ({"model": "./my finetune", "revision": None}, LOCAL, {"model": "MODEL"}),
+        ({"model": "./my finetune", "revision": None}, LOCAL, {"model": "MODEL", "text": "./TEXT"}),
+        ({"max_kl": None, "min_same_top": 75.5, "text_windows": 3}, FIXTURES, {}),
     ],
 )
 def test_the_command_on_the_card_gives_the_runs_parameters(
@@ -140,15 +166,25 @@ def test_the_command_on_the_card_gives_the_runs_parameters(
     words = shlex.split(command, comments=True)
     assert words[0] == "quantize-gemma"
     _, parsed = cli.parse(words[1:])
-    chartqa = sources[2].name if sources[2] else "none"
-    assert parsed.kwargs["options"] == options(**{**given, "chartqa": chartqa, **expected})
+    assert parsed.kwargs["options"] == options(**{**given, "dataset": MINI_SOURCES, "text": "tiny-text", **expected})
 
 
 def test_the_command_says_what_identifies_the_files_that_only_one_machine_has() -> None:
-    command = command_line(options(model="./secret/path", recipe="./mine.json"), *LOCAL, recipe_hash="b" * 64)
+    datasets = {"mmlu": resolved("my-mirror", on_hub=False)}
+    given = options(model="./secret/path", recipe="./mine.json", tasks="mmlu", dataset=["mmlu=./my-mirror"])
+    command = command_line(given, LOCAL[0], datasets, LOCAL[2], recipe_hash="b" * 64)
     assert "secret" not in command
     assert "my-finetune" not in command
     assert "mine.json" not in command
-    _, model, recipe = command.split("  # ")
+    assert "my-mirror" not in command
+    assert "--dataset mmlu=DATASET_MMLU" in command
+    assert "notes.txt" not in command
+    _, model, recipe, text, dataset = command.split("  # ")
+    assert text.startswith("./TEXT: the text file with the digest aaaa")
+    assert dataset == f"DATASET_MMLU: the directory whose files have the digest {'a' * 40}"
     assert model == f"MODEL: the directory whose files have the digest {'a' * 40}"
     assert recipe == f"RECIPE.json: the recipe with the hash {'b' * 64}"
+
+
+def test_the_documentation_lists_every_parameter_with_its_default() -> None:
+    assert PAGE.read_text() == page(), "run `python -m tests.parameters`"

@@ -20,6 +20,8 @@ from tests.hub.storage import Entry, HubError, history, is_lfs, lfs_pointer, res
 
 router = APIRouter(prefix="/api")
 REPO = "/{kinds}/{ns}/{name}"
+# What the Hub says of a model's config.json.
+CONFIG = ("architectures", "model_type")
 
 
 @router.get("/whoami-v2")
@@ -88,6 +90,7 @@ async def info(target: Readable, rev: str = "main", blobs: bool = False) -> Json
     commit = target.repo["commits"][sha]
     files = commit["files"]
     card = target.storage.object(files["README.md"]["sha256"]).read_text() if "README.md" in files else ""
+    config = read_object(target.storage.object(files["config.json"]["sha256"])) if "config.json" in files else {}
     weights = [target.storage.object(files[name]["sha256"]) for name in files if name.endswith(".safetensors")]
     return {
         "id": target.repo_id,
@@ -100,9 +103,19 @@ async def info(target: Readable, rev: str = "main", blobs: bool = False) -> Json
         "disabled": False,
         "tags": [],
         "cardData": front_matter(card),
+        **({"config": {name: config[name] for name in CONFIG if name in config}} if config else {}),
         **count_weights(weights),
         "siblings": [sibling(path, entry, blobs) for path, entry in sorted(files.items())],
     }
+
+
+def read_object(path: Path) -> Json:
+    """Returns the JSON object in a file, {} if it is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def count_weights(paths: list[Path]) -> Json:

@@ -29,7 +29,7 @@ from tests.operate import wait_for
 PREFECT = [sys.executable, "-m", "prefect"]
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"))), None)
 CHROMIUM = shutil.which("chromium")
-TINY = ("model=tiny-gemma3", 'evaluation={"mmlu": "mmlu-mini", "batch_size": 16}')
+TINY = ("model=tiny-gemma3", 'evaluation={"batch_size": 16}')
 
 
 @dataclass

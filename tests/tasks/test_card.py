@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from quantize_gemma.tasks.card import check_front_matter, read_loading_environments, render
-from quantize_gemma.tasks.card.chart import draw_subjects
+from quantize_gemma.tasks.card.chart import charts, draw_kl_histogram, draw_subjects
+from quantize_gemma.tasks.card.eval_results import eval_results
+from quantize_gemma.tasks.card.front_matter import as_yaml
 from quantize_gemma.tasks.gate.checks import judge
 from quantize_gemma.tasks.gate.metrics import check_devices, collect_pairs, pair_outcomes, read_outcomes
 from quantize_gemma.tasks.models.license import clean_license
@@ -26,7 +29,9 @@ from tests.cards import PLACES, faults, markdown_texts
 from tests.compatibility.loading import CARD
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
-from tests.metrics import example_json, example_metrics
+from tests.metrics import MMLU, example_json, example_metrics
+
+CHART = "mmlu-by-subject.png"
 
 
 @pytest.fixture
@@ -44,8 +49,7 @@ def quality(metrics: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 def judge_again(metrics: dict[str, Any]) -> None:
     parsed = parse_metrics(metrics)
-    differing = parsed.program.mmlu.differing if parsed.program.mmlu else None
-    metrics["gate"] = to_json(judge(parsed.pairs, differing, parsed.program.agreement, parsed.gate.limits))
+    metrics["gate"] = to_json(judge(parsed.benchmarks, parsed, parsed.pairs, parsed.gate.limits))
 
 
 def table_row(text: str, first: str) -> list[str]:
@@ -55,40 +59,76 @@ def table_row(text: str, first: str) -> list[str]:
 
 
 def add_chartqa(metrics: dict[str, Any]) -> None:
-    for column, accuracy in (("base", 0.5), ("quantized", 0.42)):
-        parts = ("overall", "human", "augmented")
-        relaxed = {name: {"accuracy": accuracy, "stderr": 0.01, "questions": 2500} for name in parts}
-        normalized = {"overall": {"accuracy": accuracy + 0.1, "stderr": 0.012, "questions": 2500}}
-        metrics[column]["chartqa"] = {
-            "task": "chartqa",
-            "questions": 2500,
-            "relaxed_accuracy": relaxed,
-            "normalized": normalized,
-            "device": "cpu",
-            "limit": None,
-        }
+    for column, value in (("base", 0.5), ("quantized", 0.42)):
+        score = {"value": value, "stderr": 0.01, "samples": 2500}
+        further = {"relaxed_human": score, "relaxed_augmented": score}
+        further["normalized_overall"] = {"value": value + 0.1, "stderr": 0.012, "samples": 2500}
+        task = {"task": "chartqa", "metric": "relaxed_overall", "groups": {}, "tasks": {}}
+        metrics[column]["chartqa"] = {**MMLU, **score, **task, "metrics": further}
     metrics["pairs"]["chartqa"] = {"both": 950, "first": 300, "second": 100, "neither": 1150}
     judge_again(metrics)
 
 
 def test_every_score_has_its_column_its_standard_error_and_its_number_of_questions(measured: dict[str, Any]) -> None:
-    measured["quantized"]["mmlu"] |= {"accuracy": 0.9, "stderr": 0.0199}
-    measured["quantized"]["mmlu"]["categories"]["stem"] = {"accuracy": 0.8, "stderr": 0.05}
-    measured["program"]["mmlu"] |= {"accuracy": 0.75, "stderr": 0.0435}
+    measured["quantized"]["mmlu"] |= {"value": 0.9, "stderr": 0.0199}
+    measured["quantized"]["mmlu"]["groups"]["stem"] = {"value": 0.8, "stderr": 0.05, "samples": None}
+    measured["program"]["mmlu"] |= {"value": 0.75, "stderr": 0.0435}
     text = card(measured)
-    assert table_row(text, "mmlu-mini")[1:] == ["100.00 ± 0.00", "90.00 ± 1.99", "—"]
-    assert table_row(text, "stem")[1:] == ["100.00 ± 0.00", "80.00 ± 5.00", "—"]
-    assert table_row(text, "a sample of 100 of them")[1:] == ["—", "100.00 ± 0.00", "75.00 ± 4.35"]
+    assert table_row(text, "MMLU, 228 samples")[1:] == ["100.00 ± 0.00", "90.00 ± 1.99", "—"]
+    assert table_row(text, "MMLU, stem")[1:] == ["100.00 ± 0.00", "80.00 ± 5.00", "—"]
+    assert table_row(text, "MMLU, the program's 100 samples")[1:] == ["—", "100.00 ± 0.00", "75.00 ± 4.35"]
     rows = quality(measured)
-    assert rows["MMLU, 100 questions, %"]["program"] == "75.00 ± 4.35"
-    assert rows["MMLU, 100 questions, %"]["base"] == "—"
+    assert rows["MMLU, the program's 100 samples"]["program"] == "75.00 ± 4.35"
+    assert rows["MMLU, the program's 100 samples"]["base"] == "—"
+
+
+def test_the_first_table_is_the_distance_from_the_base_model_and_says_why_a_release_fails(
+    measured: dict[str, Any],
+) -> None:
+    text = card(measured)
+    first = text[text.index("\n| ") :].split("\n\n")[0].strip().splitlines()
+    assert first[0] == "| measurement | KL, nats | 99 % | same top, % | perplexity | base | tokens | gate |"
+    assert [line.split("|")[1].strip() for line in first[2:]] == ["as shipped", "program", "weights only", "chat"]
+    assert first[2].endswith("| 7,154 | KL ≤ 0.25: pass, same top ≥ 70: pass |")
+    assert "fails the gate" not in text
+    measured["quantized"]["fidelity"] |= {"kl_mean": 0.464, "kl_mean_stderr": 0.013}
+    judge_again(measured)
+    text = card(measured)
+    assert "| as shipped | 0.4640 ± 0.0130 |" in text
+    assert "KL ≤ 0.25: fail" in text
+    reason = "- on 7,154 tokens of text, the KL divergence from the base model is 0.4640 nats (limit ≤ 0.25): fail"
+    assert text.index("**This release fails the gate, and is not published:**") < text.index(reason)
+
+
+def test_the_histogram_is_as_high_as_the_share_of_the_tokens(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    def height(counts: list[int]) -> int:
+        measured = example_json()
+        measured["quantized"]["fidelity"] |= {
+            "tokens": sum(counts),
+            "kl_histogram": {"edges": [0.0, 1e-5, 1e-3, 1e-1, 100.0], "counts": counts},
+        }
+        for one in (measured["quantized"]["fidelity"]["weights_only"], measured["program"]["fidelity"]):
+            one |= {"tokens": 10, "kl_histogram": {"edges": [0.0, 1e-5, 1e-3, 1e-1, 100.0], "counts": [0, 0, 0, 10]}}
+        draw_kl_histogram(parse_metrics(measured), tmp_path / "kl.png")
+        with Image.open(tmp_path / "kl.png") as image:
+            blue = (np.asarray(image.convert("RGB")) == (0x00, 0x72, 0xB2)).all(-1)
+        # Without the legend, and the line of the mean.
+        rows = np.flatnonzero(blue[150:, :300].sum(1) > 20)
+        return int(rows.max() - rows.min())
+
+    half, whole = height([0, 50, 50, 0]), height([0, 100, 0, 0])
+    assert half == pytest.approx(whole / 2, abs=4)
 
 
 def test_scores_of_different_devices_are_not_compared() -> None:
     metrics = example_metrics()
     check_devices(metrics.base, metrics.quantized)
-    assert metrics.quantized.mmlu is not None
-    on_gpu = replace(metrics.quantized, mmlu=replace(metrics.quantized.mmlu, device="cuda"))
+    score = metrics.quantized.scores["mmlu"]
+    assert score is not None
+    on_gpu = replace(metrics.quantized, scores={"mmlu": replace(score, device="cuda")})
     with pytest.raises(StageFailed, match="on cpu for the base model and on cuda for the checkpoint: use one device"):
         check_devices(metrics.base, on_gpu)
 
@@ -102,7 +142,7 @@ def test_the_json_schema_is_current_and_a_release_validates(released: Outcome) -
         validator.validate(content)
         assert to_json(parse_metrics(content)).keys() == content.keys()
         assert not validator.is_valid({**content, "unknown": 1})
-        assert not validator.is_valid({**content, "schema_version": 2})
+        assert not validator.is_valid({**content, "schema_version": 1})
     # The card says where it is.
     assert "tasks/models/metrics.schema.json" in (Path(released.summary["release"]) / "README.md").read_text()
 
@@ -114,23 +154,51 @@ def test_any_score_may_be_missing_and_is_a_dash(missing: tuple[str, ...], tmp_pa
         measured[column]["mmlu"] = None
     text = card(measured)
     if "base" in missing and "quantized" in missing:
-        assert "| cais/mmlu" not in text
+        assert "| MMLU, 14,042 samples" not in text
     else:
         cells = ["—" if column in missing else "90.00 ± 1.00" for column in ("base", "quantized")]
-        assert table_row(text, "cais/mmlu")[1:] == [*cells, "—"]
-        assert table_row(text, "stem")[1:] == [*cells, "—"]
-    assert ("a sample of" in text) == ("program" not in missing)
-    assert ("mmlu-by-subject.png" in text) == (not missing)
+        assert table_row(text, "MMLU, 14,042 samples")[1:] == [*cells, "—"]
+        assert table_row(text, "MMLU, stem")[1:] == [*cells, "—"]
+    assert ("a fixed sample of" in text) == ("program" not in missing)
+    assert (CHART in text) == (not missing)
     assert ("multiple-choice" in text) == ("quantized" not in missing)
-    draw_subjects(parse_metrics(measured), tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").exists() == (not missing)
-    assert quality(measured)["MMLU, %"]["base"] == ("—" if "base" in missing else "90.00 ± 1.00")
+    assert charts(parse_metrics(measured)) == ({} if set(missing) & {"base", "quantized"} else {"mmlu": CHART})
+    if "base" not in missing:
+        assert quality(measured)["MMLU, 14,042 samples"]["base"] == "90.00 ± 1.00"
+
+
+def test_the_hubs_client_reads_a_result_of_every_benchmark_that_has_a_dataset_on_the_hub() -> None:
+    from huggingface_hub import parse_eval_result_entries
+
+    measured = example_json()
+    # As a float or a date, a commit would be another one.
+    measured["benchmarks"]["mmlu"]["dataset"]["revision"] = "12e34"
+    files = eval_results(parse_metrics(measured))
+    assert list(files) == [".eval_results/mmlu.yaml"]
+    (entry,) = parse_eval_result_entries(yaml.safe_load(as_yaml(files[".eval_results/mmlu.yaml"])))
+    assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == ("cais/mmlu", "mmlu", "12e34")
+    assert entry.value == 90.0
+    assert entry.notes == "acc of HQQ-INT8-INT4, zero-shot, lm-eval 0.4.13, standard error 1.00"
+    measured["benchmarks"]["mmlu"]["dataset"]["name"] = "mirror"
+    assert eval_results(parse_metrics(measured)) == {}
+
+
+@pytest.mark.parametrize("part", ["fixture", "limit", "quantized"])
+def test_a_fixture_a_part_of_a_dataset_and_what_was_not_measured_are_no_evaluation_result(part: str) -> None:
+    measured = example_json()
+    if part == "fixture":
+        measured["benchmarks"]["mmlu"]["dataset"]["fixture"] = True
+    elif part == "limit":
+        measured["quantized"]["mmlu"]["limit"] = 50
+    else:
+        measured["quantized"]["mmlu"] = None
+    assert eval_results(parse_metrics(measured)) == {}
 
 
 def test_a_card_without_chartqa_does_not_mention_it(measured: dict[str, Any]) -> None:
-    measured["chartqa"] = None
-    for column in ("base", "quantized"):
-        measured[column]["chartqa"] = None
+    del measured["benchmarks"]["chartqa"]
+    for column in ("base", "quantized", "program"):
+        del measured[column]["chartqa"]
     del measured["pairs"]["chartqa"]
     judge_again(measured)
     assert "ChartQA" not in card(measured)
@@ -142,7 +210,7 @@ def test_agreement_is_shown_beside_what_activation_quantization_alone_explains(m
     assert "gives the same answer as the checkpoint to 100 of 100 questions" in card(measured)
     assert "the program and the checkpoint answer differently" not in card(measured)
     answer = {"answer": "B", "margin": 0.25}
-    disagreement = {"subject": "anatomy", "doc_id": 1, "question": "?", "choices": list("wxyz"), "target": "B"}
+    disagreement = {"task": "anatomy", "doc_id": 1, "prompt": "?", "target": "B"}
     disagreement |= {"checkpoint": answer, "no_act_quant": answer, "program": {"answer": "D", "margin": 1.5}}
     measured["program"]["mmlu"] |= {"agreement": 0.97, "agreement_act_quant": 0.96, "disagreements": [disagreement] * 3}
     text = " ".join(card(measured).split())
@@ -150,20 +218,20 @@ def test_agreement_is_shown_beside_what_activation_quantization_alone_explains(m
     assert "the checkpoint gives the same answer to 96 of 100" in text
     assert "The questions that the program and the checkpoint answer differently are in `metrics.json`" in text
     rows = quality(measured)
-    assert rows["same answers as the checkpoint, %"]["program"] == "97.0"
-    assert rows["same answers without activation quantization, %"]["quantized"] == "96.0"
+    assert rows["MMLU, same answers as the checkpoint, %"]["program"] == "97.0"
+    assert rows["MMLU, same answers as without activation quantization, %"]["quantized"] == "96.0"
 
 
 def test_chartqa_has_its_rows_where_it_was_measured(measured: dict[str, Any]) -> None:
     add_chartqa(measured)
     text = card(measured)
-    for part in ("overall", "human", "augmented"):
+    for part in ("2,500 samples", "human", "augmented"):
         assert table_row(text, f"ChartQA, {part}")[1:] == ["50.00 ± 1.00", "42.00 ± 1.00", "—"]
     assert table_row(text, "ChartQA, normalized")[1:] == ["60.00 ± 1.20", "52.00 ± 1.20", "—"]
     assert table_row(text, "chartqa drop")[1:3] == ["8.00 ± 0.78", "≤ 10"]
     rows = quality(measured)
-    assert rows["ChartQA, human, %"] == {
-        "metric": "ChartQA, human, %",
+    assert rows["ChartQA, human"] == {
+        "metric": "ChartQA, human",
         "base": "50.00 ± 1.00",
         "quantized": "42.00 ± 1.00",
         "program": "—",
@@ -207,15 +275,16 @@ def test_a_questions_outcomes_are_paired_by_the_question_not_by_its_place(tmp_pa
         (tmp_path / name / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return tmp_path / name
 
-    one = [{"subject": "a", "doc_id": n, "prediction": n, "target": 1} for n in range(4)]
-    other = [{"subject": "a", "doc_id": n, "prediction": 1, "target": 1} for n in (3, 1, 0, 2)]
+    one = [{"task": "a", "doc_id": n, "score": float(n == 1)} for n in range(4)]
+    other = [{"task": "a", "doc_id": n, "score": 1.0} for n in (3, 1, 0, 2)]
     before, after = (read_outcomes(evaluated(name, rows)) for name, rows in (("one", one), ("other", other)))
     assert pair_outcomes(before, after) == {"both": 1, "first": 0, "second": 3, "neither": 0}
     with pytest.raises(AssertionError, match="different questions"):
         pair_outcomes(before, {**after, "a 4": True})
-    charts = [{"question": n, "relaxed": n % 2, "normalized": 1} for n in range(3)]
-    assert read_outcomes(evaluated("charts", charts)) == {"0": False, "1": True, "2": False}
-    assert collect_pairs({}) == {}
+    # What is not correct or incorrect has no outcome.
+    assert read_outcomes(evaluated("parts", [{"task": "a", "doc_id": 0, "score": 0.5}])) is None
+    assert read_outcomes(evaluated("none", [{"task": "a", "doc_id": 0, "score": None}])) is None
+    assert collect_pairs({}, ["mmlu"]) == {}
 
 
 def test_the_chart_is_for_a_phone_and_its_bars_are_as_long_as_the_accuracy(tmp_path: Path) -> None:
@@ -226,11 +295,11 @@ def test_the_chart_is_for_a_phone_and_its_bars_are_as_long_as_the_accuracy(tmp_p
     subjects = {"anatomy": 0.8, "virology": 0.4}
 
     def drawn(stderr: float | None) -> Any:
-        measured = example_json() | {"base_model": "google/gemma", "recipe": "R", "benchmark": "b"}
+        measured = example_json() | {"base_model": "google/gemma", "recipe": "R"}
         for column in ("base", "quantized"):
-            scores = {name: {"accuracy": accuracy, "stderr": stderr} for name, accuracy in subjects.items()}
-            measured[column]["mmlu"] = measured[column]["mmlu"] | {"subjects": scores}
-        draw_subjects(parse_metrics(measured), tmp_path / "chart.png")
+            scores = {name: {"value": value, "stderr": stderr} for name, value in subjects.items()}
+            measured[column]["mmlu"] = measured[column]["mmlu"] | {"tasks": scores}
+        draw_subjects(parse_metrics(measured), "mmlu", tmp_path / "chart.png")
         with Image.open(tmp_path / "chart.png") as image:
             return np.asarray(image.convert("RGB"))
 
@@ -288,7 +357,7 @@ def test_any_texts_leave_a_card_as_it_is(texts: dict[str, str], released: Outcom
 
 
 def test_a_number_to_yaml_1_2_stays_a_text(measured: dict[str, Any]) -> None:
-    measured["benchmark_revision"] = "12e34"
+    measured["benchmarks"]["mmlu"]["dataset"]["revision"] = "12e34"
     assert 'revision: "12e34"' in card(measured)
 
 
@@ -339,5 +408,7 @@ def test_a_card_whose_metadata_do_not_read_back_fails(measured: dict[str, Any], 
 
 
 def test_a_name_with_dollar_signs_is_drawn_as_text(tmp_path: Path) -> None:
-    draw_subjects(replace(example_metrics(), base_model="team/$x^$_{", recipe="$\\frac$"), tmp_path / "chart.png")
+    draw_subjects(
+        replace(example_metrics(), base_model="team/$x^$_{", recipe="$\\frac$"), "mmlu", tmp_path / "chart.png"
+    )
     assert (tmp_path / "chart.png").stat().st_size > 1000

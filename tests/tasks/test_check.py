@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks.check import MEMORY_FACTOR, MEMORY_OF_LIBRARIES, check_disk, check_memory, disk_needed
+from quantize_gemma.tasks.check import (
+    MEMORY_FACTOR,
+    MEMORY_OF_LIBRARIES,
+    check_calibration,
+    check_disk,
+    check_memory,
+    disk_needed,
+    estimate_calibration,
+)
+from quantize_gemma.tasks.models.config import TextConfig
+from quantize_gemma.tasks.models.recipe import Calibration, load_recipe
 from quantize_gemma.tasks.runtime import machine, pruning, store
 from quantize_gemma.tasks.runtime.artifact_ref import ref_of
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -93,3 +103,28 @@ def test_each_worker_needs_memory_for_a_model_of_its_own() -> None:
     assert check_memory(weights, workers=2) == 2 * check_memory(weights)
     with pytest.raises(UserError, match=r"5 workers take about .* use at most --workers 3"):
         check_memory(weights, workers=5)
+
+
+def test_a_calibrated_recipe_and_its_text_are_checked_before_the_start(tmp_path: Path) -> None:
+    calibrated, plain = load_recipe("GPTQ-INT8-INT4"), load_recipe("HQQ-INT8-INT4")
+    (tmp_path / "text").write_text("words")
+    check_calibration(calibrated, str(tmp_path / "text"))
+    check_calibration(plain, None)
+    for recipe, text, message in (
+        (calibrated, None, "set --calibration"),
+        (plain, str(tmp_path / "text"), "leave out --calibration"),
+        (calibrated, str(tmp_path / "none"), "no calibration text at"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_calibration(recipe, text)
+
+
+def test_the_estimate_of_a_calibration_grows_with_its_tokens_and_with_a_slower_machine() -> None:
+    shape = TextConfig(hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4)
+    seconds, memory = estimate_calibration(shape, Calibration(), 1e11)
+    assert 60 < seconds < 600
+    slower, same = estimate_calibration(shape, Calibration(), 5e10)
+    assert (slower, same) == (pytest.approx(2 * seconds), memory)
+    more, larger = estimate_calibration(shape, Calibration(sequences=128), 1e11)
+    assert more > seconds
+    assert larger > memory

@@ -1,18 +1,34 @@
 """Downloads are what the Hub says they are, go on where they stopped, and name what is wrong."""
 
+import functools
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.download import _digest_of, download, remember, resolve_model
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS, BUILTIN_TEXTS
+from quantize_gemma.tasks.download import (
+    _data_files,
+    _digest_of,
+    _fetch_resource,
+    download,
+    download_dataset,
+    download_text,
+    remember,
+    resolve_dataset,
+    resolve_model,
+    resolve_text,
+)
+from quantize_gemma.tasks.models.benchmarks import Resource, describe
 from quantize_gemma.tasks.models.checkpoint import check_finite
 from quantize_gemma.tasks.models.datasets import check_chartqa, check_mmlu
 from quantize_gemma.tasks.models.resolved import ResolvedModel
@@ -21,6 +37,8 @@ from quantize_gemma.tasks.runtime import store, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.hub_errors import translate_hub_errors
 from tests.hub.server import Hub, serve
+from tests.text_only import write_text_only
+from tests.texts import WIKITEXT, write_wikitext
 
 pytestmark = pytest.mark.slow
 
@@ -54,19 +72,33 @@ def download_from(
     return target
 
 
-def bring(stage: str, source: Path | str, tmp_path: Path, revision: str = "", **environment: str) -> Path:
-    """Runs download_mmlu or download_chartqa as the flow does; returns the directory that it filled."""
-    target = tmp_path / "store" / stage / ".partial-x" / "data"
+def bring(benchmark: str, source: Path | str, tmp_path: Path, revision: str = "", **environment: str) -> Path:
+    """Runs download_dataset as the flow does; returns the directory that it filled."""
+    row = describe(benchmark)
+    target = tmp_path / "store" / benchmark / ".partial-x" / "data"
     target.mkdir(parents=True)
     if isinstance(source, Path):
-        names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
-        revision = _digest_of(source, names)
-    values = {"source": str(source), "revision": revision, "offline": False}
+        revision = _digest_of(source, _data_files(source, row.files, row.skipped_files))
+    values = {"source": str(source), "revision": revision, "offline": False, **row.file_inputs()}
     call = {
-        "function": f"quantize_gemma.tasks.download:download_{stage}",
+        "function": "quantize_gemma.tasks.download:download_dataset",
         "target": str(target),
         "paths": {},
         "values": values,
+    }
+    worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
+    return target
+
+
+def bring_text(source: str, tmp_path: Path, revision: str, **environment: str) -> Path:
+    """Runs download_text as the flow does; returns the directory that it filled."""
+    target = tmp_path / "store" / "download_text" / ".partial-x" / "data"
+    target.mkdir(parents=True)
+    call = {
+        "function": "quantize_gemma.tasks.download:download_text",
+        "target": str(target),
+        "paths": {},
+        "values": {"source": source, "revision": revision, "offline": False},
     }
     worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
     return target
@@ -203,13 +235,37 @@ def test_what_a_name_stood_for_last_is_remembered_for_that_name_and_that_revisio
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
-    model = ResolvedModel("a/b--c", "0" * 40, "a/b--c", False, True, license={}, weight_bytes=8, weights=4)
+    model = ResolvedModel(
+        "a/b--c", "0" * 40, "a/b--c", False, True, license={}, weight_bytes=8, weights=4, multimodal=True
+    )
     remember(model, "default")
     remember(replace(model, revision="1" * 40), "x--y")
     assert resolve_model("a/b--c", "default", offline=True) == model
     for name, revision in (("a/b--c", None), ("a--b/c", "default"), ("a/b--c", "x/y")):
         with pytest.raises(UserError, match="never resolved"):
             resolve_model(name, revision, offline=True)
+
+
+def resolve_in_process(_target: Path, /, name: str) -> dict[str, Any]:
+    return {"metadata": asdict(resolve_model(name, None, offline=False))}
+
+
+def test_whether_a_model_on_the_hub_reads_images_is_known_before_its_files_are_there(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "silent" / "README.md").write_text("It has no config.json.")
+    models = {
+        "team/images": (BUILTIN["tiny-gemma3"], True),
+        "team/text": (write_text_only(BUILTIN["tiny-gemma3"], tmp_path / "text"), False),
+        "team/silent": (tmp_path / "silent", True),
+    }
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for name, (folder, reads_images) in models.items():
+        hub.add("model", name, folder)
+        call = {"target": "/", "paths": {}, "values": {"name": name}}
+        call["function"] = "tests.tasks.test_download:resolve_in_process"
+        output = worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
+        assert output["metadata"]["multimodal"] == reads_images, name
+    assert not hub.served("GET", "resolve/")
 
 
 @pytest.mark.parametrize(
@@ -273,8 +329,97 @@ def test_of_chartqa_only_the_test_split_is_fetched(hub: Hub, tmp_path: Path) -> 
     assert digests(target) <= digests(source)
 
 
+@pytest.fixture
+def archive(tmp_path: Path) -> Iterator[Resource]:
+    """An archive on a server, with a folder that is needed, and others."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "words.zip", "w") as written:
+        for name in ("words/english/list.txt", "words/english/../../out.txt", "words/german/list.txt", "README"):
+            written.writestr(name, name)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        digest = store.digest_file(folder / "words.zip")
+        yield Resource(f"http://127.0.0.1:{server.server_port}/words.zip", digest, "words/english/", "data/english")
+        server.shutdown()
+
+
+def test_of_an_archive_that_a_task_needs_the_pinned_folder_is_unpacked_and_nothing_else(
+    archive: Resource, tmp_path: Path
+) -> None:
+    _fetch_resource(tmp_path / "target", archive)
+    files = [path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*.*")]
+    assert files == ["data/english/list.txt"]
+    with pytest.raises(StageFailed, match="has another SHA-256 than 000: it is not used"):
+        _fetch_resource(tmp_path / "other", replace(archive, sha256="000"))
+    with pytest.raises(StageFailed, match=r"nothing\.zip cannot be fetched: .*404"):
+        _fetch_resource(tmp_path / "other", replace(archive, url=archive.url.replace("words", "nothing")))
+    assert not (tmp_path / "other").exists()
+
+
+def test_offline_an_archive_is_not_fetched(tmp_path: Path, archive: Resource) -> None:
+    source = write_rows(tmp_path / "mirror")
+    row = describe("gsm8k")
+    revision = _digest_of(source, _data_files(source, row.files, row.skipped_files))
+    inputs = {**row.file_inputs(), "resources": [asdict(archive)]}
+    with pytest.raises(UserError, match=r"offline: .*words\.zip is not in the store: run once without --offline"):
+        download_dataset(tmp_path / "target", str(source), revision, True, **inputs)
+    download_dataset(tmp_path / "online", str(source), revision, False, **inputs)
+    assert (tmp_path / "online" / "data" / "english" / "list.txt").is_file()
+
+
+def test_of_a_mirror_that_has_what_a_task_needs_no_archive_is_fetched(tmp_path: Path, archive: Resource) -> None:
+    row = replace(describe("gsm8k"), resources=(archive,))
+    source = write_rows(tmp_path / "mirror")
+    without = resolve_dataset(row, str(source), None, True).revision
+    (source / archive.folder).mkdir(parents=True)
+    (source / archive.folder / "list.txt").write_text("of the mirror")
+    resolved = resolve_dataset(row, str(source), None, True)
+    assert resolved.revision != without
+    target = tmp_path / "target"
+    download_dataset(target, str(source), resolved.revision, True, **row.file_inputs())
+    assert (target / archive.folder / "list.txt").read_text() == "of the mirror"
+
+
 def digests(folder: Path) -> set[str]:
     return {store.digest_file(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def write_rows(folder: Path) -> Path:
+    """Writes a dataset in the layout of no built-in one."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (folder / "main").mkdir(parents=True)
+    rows = [{"question": "3 + 4?", "answer": "#### 7"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "main" / "test-0.parquet")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "main" / "run.py").write_text("raise SystemExit")
+    return folder
+
+
+def test_a_directory_takes_the_place_of_a_benchmarks_dataset(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "mirror")
+    row = describe("gsm8k")
+    found = resolve_dataset(row, str(source), None, True)
+    assert (found.name, found.fixture, found.on_hub) == ("mirror", False, False)
+    target = bring("gsm8k", source, tmp_path)
+    # Of code nothing is taken.
+    assert names_of(target) == {"README.md", "test-0.parquet"}
+    (source / "main" / "test-0.parquet").write_bytes(b"changed")
+    assert resolve_dataset(row, str(source), None, True).revision != found.revision
+    with pytest.raises(UserError, match=r"there is no directory \./nowhere, the dataset of GSM8K"):
+        resolve_dataset(row, "./nowhere", None, True)
+
+
+def test_a_name_is_one_on_the_hub_whatever_the_working_directory_has(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "openai" / "gsm8k")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="was never resolved for this store"):
+        resolve_dataset(describe("gsm8k"), "openai/gsm8k", None, True)
 
 
 def test_a_benchmark_of_another_layout_is_refused(hub: Hub, tmp_path: Path) -> None:
@@ -372,15 +517,15 @@ def test_an_error_names_the_file_and_row_that_do_not_fit_chartqas_layout(
     assert f"{name} of team/chartqa" in str(mistake.value)
 
 
-@pytest.mark.parametrize(("stage", "benchmark"), [("mmlu", "mmlu-mini"), ("chartqa", "chartqa-mini")])
-def test_a_damaged_benchmark_ends_the_download(stage: str, benchmark: str, tmp_path: Path) -> None:
-    path = next(BUILTIN_BENCHMARKS[benchmark].glob("*/test-*.parquet"))
-    source = shutil.copytree(BUILTIN_BENCHMARKS[benchmark], tmp_path / "source")
-    assert digests(bring(stage, source, tmp_path)) == digests(source)
+@pytest.mark.parametrize(("benchmark", "fixture"), [("mmlu", "mmlu-mini"), ("chartqa", "chartqa-mini")])
+def test_a_damaged_benchmark_ends_the_download(benchmark: str, fixture: str, tmp_path: Path) -> None:
+    path = next(BUILTIN_BENCHMARKS[fixture].glob("*/test-*.parquet"))
+    source = shutil.copytree(BUILTIN_BENCHMARKS[fixture], tmp_path / "source")
+    assert digests(bring(benchmark, source, tmp_path)) == digests(source)
     copy = source / path.parent.name / path.name
     copy.write_bytes(copy.read_bytes()[:-100])
     with pytest.raises(UserError, match=rf"{path.name} of {source} is truncated or corrupt .*: download it again"):
-        bring(stage, source, tmp_path / "again")
+        bring(benchmark, source, tmp_path / "again")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -433,6 +578,8 @@ def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hu
         "    from quantize_gemma.tasks.runtime import hub_client\n"
         "    from quantize_gemma.tasks.download import resolve_model\n"
         "    from quantize_gemma.tasks.runtime.errors import UserError\n"
+        "    from quantize_gemma.tasks.runtime.redact import keep_secrets\n"
+        "    keep_secrets()\n"
         "    print(hub_client.read_environment())\n"
         "    try:\n"
         f"        resolve_model({NAME!r}, None, False)\n"
@@ -450,3 +597,37 @@ def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hu
     sha = hub.head("model", NAME)
     with pytest.raises(UserError, match="Prefect's Secret block hf-token, which goes before HF_TOKEN"):
         download_from(hub, tmp_path, sha, "hf_old000000", QUANTIZE_GEMMA_TOKEN_BLOCKS="hf-token")
+
+
+def test_of_wikitext_the_test_split_is_fetched_and_its_rows_are_joined_by_two_line_breaks(
+    hub: Hub, tmp_path: Path
+) -> None:
+    sha = hub.add("dataset", WIKITEXT, write_wikitext(tmp_path / "wikitext"))
+    target = bring_text(WIKITEXT, tmp_path, sha, HF_ENDPOINT=hub.url)
+    assert [path.name for path in target.iterdir()] == ["text.txt"]
+    assert (target / "text.txt").read_bytes() == (BUILTIN_TEXTS["tiny-text"] / "text.txt").read_bytes()
+    assert not hub.served("GET", "train-|103")
+
+
+def test_a_text_file_is_pinned_by_its_content_and_must_be_one(tmp_path: Path) -> None:
+    file, target = tmp_path / "notes.txt", tmp_path / "target"
+    target.mkdir()
+    file.write_text("one")
+    resolved = resolve_text(str(file), None, offline=True)
+    assert (resolved.name, resolved.on_hub, resolved.fixture) == ("notes.txt", False, False)
+    download_text(target, resolved.source, resolved.revision, True)
+    assert (target / "text.txt").read_text() == "one"
+    file.write_text("two")
+    with pytest.raises(UserError, match="is changing"):
+        download_text(target, resolved.source, resolved.revision, True)
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        download_text(target, str(file), resolve_text(str(file), None, True).revision, True)
+    with pytest.raises(UserError, match="there is no text file"):
+        resolve_text(str(tmp_path / "nothing.txt"), None, False)
+
+
+def test_a_dataset_without_wikitext_is_refused(hub: Hub, tmp_path: Path) -> None:
+    sha = hub.add("dataset", "cais/mmlu", BUILTIN_BENCHMARKS["mmlu-mini"])
+    with pytest.raises(UserError, match="cais/mmlu has no wikitext-2-raw-v1/test"):
+        bring_text("cais/mmlu", tmp_path, sha, HF_ENDPOINT=hub.url)

@@ -15,12 +15,16 @@ from quantize_gemma.tasks.gate.checks import (
     require_pass,
     required_checks,
 )
+from quantize_gemma.tasks.gate.program_sample import compare_answers
+from quantize_gemma.tasks.models.benchmarks import describe
 from quantize_gemma.tasks.models.metrics import Check, Metrics, Verdict, parse_metrics, to_json
 from quantize_gemma.tasks.models.tables import verdict_rows
 from quantize_gemma.tasks.runtime.paired_stats import confidence, count_pairs, share_difference, share_ratio
-from tests.metrics import example_json
+from tests.metrics import CHARTQA_INFO, INFO, MMLU, example_json
 
-LIMITS = {
+LIMITS: dict[str, float | None] = {
+    "max_kl": 0.25,
+    "min_same_top": 70.0,
     "max_mmlu_drop": 5.0,
     "max_chartqa_drop": 10.0,
     "min_recovery": 80.0,
@@ -37,16 +41,16 @@ def metrics(mmlu: dict[str, int], kl_program: float = 0.0, differing: dict[str, 
     """Return a metrics.json with these counts of correct answers, and of answers that the program changes."""
     measured = example_json()
     measured["pairs"]["mmlu"] = mmlu
-    measured["quantized"]["mmlu"]["accuracy"] = (mmlu["both"] + mmlu["second"]) / sum(mmlu.values())
+    for column, right in (("base", "first"), ("quantized", "second")):
+        measured[column]["mmlu"] = {**MMLU, "value": (mmlu["both"] + mmlu[right]) / sum(mmlu.values())}
     measured["program"]["agreement"] = {"kl_program": kl_program, "kl_act_quant": 0.03}
     measured["program"]["mmlu"]["differing"] = differing or pairs(0, 0, 0, 100)
     return measured
 
 
-def verdict_on(measured: dict[str, Any], limits: dict[str, float] = LIMITS) -> Verdict:
+def verdict_on(measured: dict[str, Any], limits: dict[str, float | None] = LIMITS) -> Verdict:
     parsed = parse_metrics(measured)
-    assert parsed.program.mmlu is not None
-    return judge(parsed.pairs, parsed.program.mmlu.differing, parsed.program.agreement, limits)
+    return judge(parsed.benchmarks, parsed, parsed.pairs, limits)
 
 
 def judged(measured: dict[str, Any]) -> Metrics:
@@ -84,21 +88,38 @@ def test_a_release_fails_beyond_the_largest_drop_or_kl_divergence(
 
 @pytest.mark.parametrize(("right", "failed"), [(240, []), (239, ["mmlu_recovery"])])
 def test_a_release_fails_when_it_recovers_too_little_of_a_low_score(right: int, failed: list[str]) -> None:
-    """Of 2,000 questions the base has 300: 60 fewer are 3 points, and a fifth of what it knew."""
-    verdict = verdict_on(metrics(pairs(right, 300 - right, 0, 1700)))
+    """Of 2,000 questions the base has 300: 60 fewer are 3 points, and a fifth of what it knew. Guesses score 0."""
+    measured = metrics(pairs(right, 300 - right, 0, 1700))
+    measured["benchmarks"]["mmlu"] = {**INFO, "chance": None}
+    verdict = verdict_on(measured)
     assert failed_checks(verdict) == failed
     check = check_named(verdict, "mmlu_recovery")
     assert check.value == pytest.approx(100 * right / 300, abs=1e-4)
     assert check.margin == pytest.approx(check.value - 80, abs=1e-4)
 
 
-def test_chartqa_is_judged_where_it_was_measured() -> None:
+def test_each_benchmark_with_a_limit_is_judged_where_it_was_measured() -> None:
     measured = metrics(pairs(90, 0, 0, 10))
     assert not any("chartqa" in check.name for check in verdict_on(measured).checks)
+    measured["benchmarks"]["chartqa"] = CHARTQA_INFO
     measured["pairs"]["chartqa"] = pairs(880, 100, 0, 20)
     assert verdict_on(measured).passed
     measured["pairs"]["chartqa"] = pairs(879, 101, 0, 20)
     assert failed_checks(verdict_on(measured)) == ["chartqa_drop"]
+    unlimited = {name: limit for name, limit in LIMITS.items() if name != "max_chartqa_drop"}
+    assert not any("chartqa" in check.name for check in verdict_on(measured, unlimited).checks)
+
+
+@pytest.mark.parametrize(("perplexity", "failed"), [(21.9, []), (22.1, ["wikitext_drop"]), (18.0, [])])
+def test_a_perplexity_is_judged_by_how_much_it_rises(perplexity: float, failed: list[str]) -> None:
+    measured = metrics(pairs(90, 0, 0, 10))
+    measured["benchmarks"]["wikitext"] = {**describe("wikitext").card_inputs(), "dataset": INFO["dataset"]}
+    for column, value in (("base", 20.0), ("quantized", perplexity)):
+        measured[column]["wikitext"] = {**MMLU, "value": value, "stderr": None, "metric": "word_perplexity"}
+    verdict = verdict_on(measured, {**LIMITS, "max_wikitext_drop": 10.0})
+    assert failed_checks(verdict) == failed
+    assert check_named(verdict, "wikitext_drop").value == pytest.approx(5 * (perplexity - 20))
+    assert "wikitext_recovery" not in {check.name for check in verdict.checks}
 
 
 # By hand, with half a question added to each count: sqrt(first + second - (first - second)^2 / total) / total.
@@ -174,11 +195,11 @@ def test_few_questions_lower_the_confidence_and_do_not_fail() -> None:
         # 4 points more, where chance alone makes 5.
         (pairs(2, 14, 10, 74), []),
         (pairs(0, 6, 0, 94), []),
-        (pairs(0, 8, 0, 92), ["program_disagreement"]),
-        (pairs(5, 30, 5, 60), ["program_disagreement"]),
-        (pairs(0, 100, 0, 0), ["program_disagreement"]),
+        (pairs(0, 8, 0, 92), ["mmlu_disagreement"]),
+        (pairs(5, 30, 5, 60), ["mmlu_disagreement"]),
+        (pairs(0, 100, 0, 0), ["mmlu_disagreement"]),
         # The more questions, the less is chance.
-        (pairs(200, 1400, 1000, 7400), ["program_disagreement"]),
+        (pairs(200, 1400, 1000, 7400), ["mmlu_disagreement"]),
     ],
 )
 def test_a_program_fails_when_its_answers_differ_beyond_sampling_error_and_activation_quantization(
@@ -189,47 +210,62 @@ def test_a_program_fails_when_its_answers_differ_beyond_sampling_error_and_activ
 
 
 def test_a_disagreement_within_sampling_error_passes_with_low_confidence() -> None:
-    check = check_named(
-        verdict_on(metrics(pairs(90, 0, 0, 10), differing=pairs(2, 14, 10, 74))), "program_disagreement"
-    )
+    check = check_named(verdict_on(metrics(pairs(90, 0, 0, 10), differing=pairs(2, 14, 10, 74))), "mmlu_disagreement")
     assert check.status == "pass"
     assert check.low_confidence
     assert check.value == 4.0
     assert check.margin == -2.0
     assert check.message.startswith(
-        "of 100 answers without activation quantization, the program changes 16 and activation quantization alone 12: "
+        "of 100 answers to MMLU without activation quantization, the program changes 16 and activation "
+        "quantization alone 12: "
         "4.00 ± 4.89 points more (limit ≤ 2): pass, 2 over the limit but within sampling error, "
         "confidence 34.1%"
     )
 
 
+@pytest.mark.parametrize(
+    ("counts", "failed"),
+    [(pairs(30, 5, 2, 13), []), (pairs(20, 20, 0, 10), ["gsm8k_program_drop"]), (pairs(0, 0, 5, 45), [])],
+)
+def test_texts_of_the_program_fail_when_they_are_worse_beyond_sampling_error(
+    counts: dict[str, int], failed: list[str]
+) -> None:
+    measured = metrics(pairs(90, 0, 0, 10))
+    measured["benchmarks"]["gsm8k"] = {**describe("gsm8k").card_inputs(), "dataset": INFO["dataset"]}
+    measured["program"]["gsm8k"] = {**measured["program"]["mmlu"], "differing": None, "pairs": counts}
+    verdict = verdict_on(measured, {**LIMITS, "max_gsm8k_drop": 2.0})
+    assert failed_checks(verdict) == failed
+    lost = 100 * (counts["first"] - counts["second"]) / 50
+    assert check_named(verdict, "gsm8k_program_drop").value == pytest.approx(lost)
+
+
 def with_accuracy(accuracy: float) -> dict[str, Any]:
     """Return the metrics.json of a release with this accuracy on MMLU."""
     measured = example_json()
-    measured["quantized"]["mmlu"]["accuracy"] = accuracy
+    measured["quantized"]["mmlu"]["value"] = accuracy
     return measured
 
 
-@pytest.mark.parametrize(("published", "failed"), [(0.9, []), (0.91, []), (0.9101, ["regression"])])
+@pytest.mark.parametrize(("published", "failed"), [(0.9, []), (0.91, []), (0.9101, ["mmlu_regression"])])
 def test_a_release_fails_when_it_is_worse_than_the_published_one(published: float, failed: list[str]) -> None:
     measured = judged(with_accuracy(0.9))
-    check = compare_with_published(measured, with_accuracy(published), 1.0)
+    checks = compare_with_published(measured, with_accuracy(published), 1.0)
     if not failed:
-        assert require_pass(measured, ["regression"], check).passed
-        assert check.status == "pass"
+        assert require_pass(measured, ["mmlu_regression"], checks).passed
+        assert checks[0].status == "pass"
         return
     with pytest.raises(GateRefused, match=r"1\.01 points below the published release \(limit ≤ 1\)") as error:
-        require_pass(measured, ["regression"], check)
+        require_pass(measured, ["mmlu_regression"], checks)
     assert failed_checks(error.value.verdict) == failed
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"benchmark": "mmlu-mini"}, "the benchmark differs (here: 'cais/mmlu', published: 'mmlu-mini')"),
-        ({"benchmark_revision": "d" * 40}, "the benchmark revision differs (here: "),
-        ({"fixture_benchmark": True}, "the fixture benchmark differs (here: False, published: True)"),
-        ({"fixture_benchmark": 0}, "the fixture benchmark differs (here: False, published: 0)"),
+        ({"dataset.name": "mmlu-mini"}, "the dataset differs (here: 'cais/mmlu', published: 'mmlu-mini')"),
+        ({"dataset.revision": "d" * 40}, "the dataset revision differs (here: "),
+        ({"dataset.fixture": True}, "the fixture dataset differs (here: False, published: True)"),
+        ({"dataset.fixture": 0}, "the fixture dataset differs (here: False, published: 0)"),
         ({"fixture_model": True}, "the fixture model differs (here: "),
         ({"versions": {"lm-eval": "0.4.12"}}, "the lm-eval version differs (here: '0.4.13', published: '0.4.12')"),
         ({"versions": None}, "the lm-eval version differs (here: '0.4.13', published: missing)"),
@@ -237,14 +273,14 @@ def test_a_release_fails_when_it_is_worse_than_the_published_one(published: floa
         ({"limit": 20}, "the limit differs (here: null, published: 20)"),
         ({"task_version": "1"}, "the task version differs (here: '2', published: '1')"),
         ({"num_fewshot": 5}, "the number of few-shot examples differs (here: 0, published: 5)"),
-        ({"questions": 1140}, "the number of questions differs (here: 14042, published: 1140)"),
-        ({"questions": {}}, "the number of questions differs (here: 14042, published: not a scalar)"),
+        ({"samples": 1140}, "the number of samples differs (here: 14042, published: 1140)"),
+        ({"samples": {}}, "the number of samples differs (here: 14042, published: not a scalar)"),
         ({"task": "x\n" * 1000}, "the task differs (here: 'mmlu', published: "),
-        ({"accuracy": "0.95"}, "the published accuracy is '0.95'"),
-        ({"accuracy": None}, "the published accuracy is null"),
-        ({"accuracy": True}, "the published accuracy is True"),
-        ({"accuracy": 95.0}, "the published accuracy is 95.0"),
-        ({"accuracy": math.nan}, "the published accuracy is nan"),
+        ({"value": "0.95"}, "the published score is '0.95'"),
+        ({"value": None}, "the published score is null"),
+        ({"value": True}, "the published score is True"),
+        ({"value": 95.0}, "the published score is 95.0"),
+        ({"value": math.nan}, "the published score is nan"),
     ],
 )
 def test_scores_that_were_measured_differently_are_not_compared_and_the_verdict_says_why(
@@ -253,9 +289,12 @@ def test_scores_that_were_measured_differently_are_not_compared_and_the_verdict_
     measured = judged(with_accuracy(0.5))
     published = with_accuracy(0.95)
     for name, value in change.items():
-        (published if name in published else published["quantized"]["mmlu"])[name] = value
-    verdict = require_pass(measured, ["regression"], compare_with_published(measured, published, 1.0))
-    check = check_named(verdict, "regression")
+        place = published if name in published else published["quantized"]["mmlu"]
+        if name.startswith("dataset."):
+            place = published["benchmarks"]["mmlu"]["dataset"]
+        place[name.removeprefix("dataset.")] = value
+    verdict = require_pass(measured, ["mmlu_regression"], compare_with_published(measured, published, 1.0))
+    check = check_named(verdict, "mmlu_regression")
     assert check.status == "uninformative"
     assert check.message.startswith(f"MMLU is not compared with the published release: {why}")
     assert len(check.message) < 200
@@ -265,26 +304,25 @@ def test_scores_that_were_measured_differently_are_not_compared_and_the_verdict_
 
 @pytest.mark.parametrize("published", [None, {}])
 def test_the_verdict_says_that_there_is_nothing_to_compare_with(published: dict[str, Any] | None) -> None:
-    check = compare_with_published(parse_metrics(with_accuracy(0.5)), published, 1.0)
+    (check,) = compare_with_published(parse_metrics(with_accuracy(0.5)), published, 1.0)
     assert check.status == "uninformative"
     assert ("the target has no metrics.json" if published is None else "published: missing") in check.message
 
 
 @pytest.mark.parametrize(
-    ("multimodal", "charts", "published", "more"),
+    ("multimodal", "names", "more"),
     [
-        (False, False, False, set()),
-        (True, False, False, {"program_kl_image", "vision_encoder"}),
-        (True, True, False, {"program_kl_image", "vision_encoder", "chartqa_drop", "chartqa_recovery"}),
-        (False, False, True, {"regression"}),
+        (False, ["mmlu"], {"mmlu_drop", "mmlu_recovery", "mmlu_disagreement"}),
+        (True, ["mmlu"], {"mmlu_drop", "mmlu_recovery", "mmlu_disagreement", "program_kl_image", "vision_encoder"}),
+        (True, ["chartqa"], {"chartqa_drop", "chartqa_recovery", "program_kl_image", "vision_encoder"}),
+        (False, ["gsm8k", "wikitext"], {"gsm8k_drop", "gsm8k_recovery", "gsm8k_program_drop", "wikitext_drop"}),
     ],
 )
-def test_a_release_without_a_required_check_fails(
-    multimodal: bool, charts: bool, published: bool, more: set[str]
-) -> None:
-    required = required_checks(multimodal, charts, published)
+def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[str], more: set[str]) -> None:
+    required = required_checks(multimodal, [describe(name) for name in names])
     kl = {"program_kl", "program_kl_last", "program_kl_step_by_step", "program_kl_prompts"}
-    assert set(required) == {"mmlu_drop", "mmlu_recovery", "program_disagreement", *kl, *more}
+    assert required[:2] == ["max_kl", "min_same_top"]
+    assert set(required) == {*required[:2], *kl, *more}
     measured = parse_metrics(example_json())
     verdict = verdict_on(example_json())
     every = [replace(verdict.checks[0], name=name) for name in required]
@@ -317,10 +355,9 @@ def test_a_failure_shows_all_checks_and_the_questions_that_the_program_answers_d
     answer = {"answer": "B", "margin": 0.25}
     measured["program"]["mmlu"]["disagreements"] = [
         {
-            "subject": "world_religions",
+            "task": "world_religions",
             "doc_id": number,
-            "question": f"Question {number}?",
-            "choices": ["w", "x", "y", "z"],
+            "prompt": f"About religions.\n\nQuestion {number}?\nA. w\nB. x\nC. y\nD. z\nAnswer:",
             "target": "B",
             "checkpoint": answer,
             "no_act_quant": answer,
@@ -336,12 +373,16 @@ def test_a_failure_shows_all_checks_and_the_questions_that_the_program_answers_d
     )
     assert [line.split("  ")[0] for line in table.splitlines()] == [
         "check",
+        "max kl",
+        "min same top",
         "mmlu drop",
         "mmlu recovery",
-        "program disagreement",
+        "mmlu disagreement",
         "program kl",
     ]
     assert [line.rsplit("  ")[-1] for line in table.splitlines()[1:]] == [
+        "pass",
+        "pass",
         "fail",
         "pass (low confidence)",
         "fail",
@@ -349,7 +390,7 @@ def test_a_failure_shows_all_checks_and_the_questions_that_the_program_answers_d
     ]
     assert questions.splitlines()[0] == "8 questions that the program and the checkpoint answer differently:"
     assert questions.splitlines()[1] == (
-        "- world religions 0: Question 0? A. w B. x C. y D. z "
+        "- world religions 0: About religions. Question 0? A. w B. x C. y D. z Answer: "
         "(correct B; checkpoint B by 0.25 nats, without activation quantization B by 0.25 nats, program D by 1.50 nats)"
     )
     assert len(questions.splitlines()) == 1 + 5 + 1
@@ -396,3 +437,50 @@ def test_answers_to_long_prompts_fail_beyond_sampling_error(kl: list[float], pas
     }
     verdict = verdict_on(measured, {**LIMITS, "max_kl_ratio": 2.0})
     assert failed_checks(verdict) == ([] if passed else ["program_kl_prompts"])
+
+
+def test_agreement_counts_who_differs_from_whom() -> None:
+    a, b = [-1.0, -2.0, -3.0, -4.0], [-2.0, -1.5, -3.0, -4.0]
+
+    def row(doc_id: int, responses: list[float]) -> dict[str, Any]:
+        prediction = responses.index(max(responses))
+        shared = {"task": "s", "doc_id": doc_id, "target": "0", "prompt": f"Question {doc_id}?"}
+        answers = {"choices": list("wxyz"), "responses": responses, "prediction": prediction}
+        return {**shared, **answers, "score": float(prediction == 0)}
+
+    combinations = [(a, a, a), (a, a, b), (b, a, a), (b, a, b), (b, b, b)]
+    checkpoint, no_act_quant, program = (
+        [row(number, one[place]) for number, one in enumerate(combinations)] for place in range(3)
+    )
+    # The checkpoint answered more than the sample, in whatever order.
+    found = compare_answers(program, [row(9, a), *checkpoint[::-1]], no_act_quant)
+    assert found["checkpoint"]["value"] == 0.4
+    assert found["no_act_quant"] == {"value": 0.8, "stderr": pytest.approx(0.2), "samples": 5}
+    assert found["agreement"] == 0.6
+    assert found["agreement_act_quant"] == 0.6
+    assert found["pairs"] == pairs(1, 1, 1, 2)
+    assert found["differing"] == {"both": 1, "first": 1, "second": 1, "neither": 2}
+    assert [one["doc_id"] for one in found["disagreements"]] == [1, 2]
+    assert found["disagreements"][0] == {
+        "task": "s",
+        "doc_id": 1,
+        "prompt": "Question 1?",
+        "target": "A",
+        "checkpoint": {"answer": "A", "margin": 1.0},
+        "no_act_quant": {"answer": "A", "margin": 1.0},
+        "program": {"answer": "B", "margin": 0.5},
+    }
+
+
+def test_texts_disagree_where_only_one_of_them_is_correct() -> None:
+    def rows(*answers: tuple[str, float]) -> list[dict[str, Any]]:
+        return [
+            {"task": "t", "doc_id": place, "target": "7", "prompt": "3 + 4?", "prediction": text, "score": score}
+            for place, (text, score) in enumerate(answers)
+        ]
+
+    program = rows(("7", 1.0), ("8", 0.0), ("9", 0.0))
+    found = compare_answers(program, rows(("7 ", 1.0), ("7", 1.0), ("6", 0.0)), None)
+    assert found["agreement"] == pytest.approx(2 / 3)
+    assert found["no_act_quant"] is found["differing"] is found["agreement_act_quant"] is None
+    assert [one["program"] for one in found["disagreements"]] == [{"answer": "8", "margin": None}]

@@ -55,6 +55,8 @@ def release(tmp_path: Path) -> Path:
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 4000)
     (folder / "model.pte").write_bytes(bytes(range(255, -1, -1)) * 2000)
     (folder / "metrics.json").write_text(json.dumps(METRICS))
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "mmlu.yaml").write_text("- value: 90.0\n")
     return folder
 
 
@@ -65,12 +67,11 @@ def publish(hub: Hub, release: Path, token: str = WRITER, **settings: Any) -> di
 
 def make(release: Path) -> Artifact:
     """Returns an artifact with these files and their list, as the card's stage makes it."""
-    names = sorted(path.name for path in release.iterdir())
-    key = hashlib.sha256(b"".join(name.encode() + (release / name).read_bytes() for name in names)).hexdigest()
+    files = sorted(files_of(release).items())
+    key = hashlib.sha256(b"".join(name.encode() + content for name, content in files)).hexdigest()
 
     def fill(target: Path) -> dict[str, Any]:
-        for name in names:
-            shutil.copy(release / name, target / name)
+        shutil.copytree(release, target, dirs_exist_ok=True)
         write_file_list(target, {})
         return {}
 
@@ -121,7 +122,7 @@ def contents(hub: Hub, revision: str = "main") -> dict[str, bytes]:
 
 
 def files_of(release: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in release.iterdir()}
+    return {path.relative_to(release).as_posix(): path.read_bytes() for path in release.rglob("*") if path.is_file()}
 
 
 def commits(hub: Hub) -> int:
@@ -161,6 +162,7 @@ def test_files_of_the_previous_release_are_deleted_and_a_persons_files_stay(
     (extra / "screenshot.jpg").write_bytes(b"an image")
     hub.add("model", TARGET, extra)
     (release / "model.pte").unlink()
+    (release / ".eval_results" / "mmlu.yaml").rename(release / ".eval_results" / "gsm8k.yaml")
     (release / "vocab.json").write_text("{}")
     hub.log.clear()
     publish(hub, release)

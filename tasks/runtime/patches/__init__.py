@@ -97,7 +97,7 @@ def source_digest(source: Any) -> str:
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
     """Sets an attribute of a module or a class, and restores it."""
     missing = object()
     before = vars(owner).get(name, missing)

@@ -77,7 +77,8 @@ def cached_shapes() -> Iterator[None]:
     own. Operators whose result depends on values, those with other arguments, real tensors for example, and those
     whose result is no tensor run as before.
 
-    Unnecessary once `ExportPass` keeps a node's `val` when neither the node nor its inputs change.
+    Unnecessary once `ExportPass` keeps a node's `val` when neither the node nor its inputs change. It is long because
+    the functions in it share what is imported here, at the first export.
     """
     import torch
     from executorch.exir.delegate import executorch_call_delegate
@@ -208,7 +209,8 @@ def needed_passes() -> Iterator[None]:
     Each of the 17 traces the partition again, changed or not, verifies it before and after, and prints it for a log
     that nobody reads. None changes a partition without the operators below.
 
-    Unnecessary once `XNNPACKPass` returns early when its target operators are absent.
+    Unnecessary once `XNNPACKPass` returns early when its target operators are absent. It is long because of the table
+    of passes.
     """
     from executorch.backends.transforms import addmm_mm_to_linear
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform

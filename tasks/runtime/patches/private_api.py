@@ -30,8 +30,8 @@ def ignore_settings_files() -> None:
     replaced = {"_read_env_files": DotEnvSettingsSource, "_read_files": ConfigFileSourceMixin}
     called: set[str] = set()
 
-    def replace(owner: Any, name: str) -> None:
-        def read_nothing(*_: Any, **__: Any) -> dict[str, Any]:
+    def replace(owner: object, name: str) -> None:
+        def read_nothing(*_: object, **__: object) -> dict[str, object]:
             called.add(name)
             return {}
 
@@ -77,7 +77,7 @@ def retry_refused_connections() -> None:
         client._has_connected = property(lambda _: True, lambda *_: None)  # type: ignore[assignment]
 
 
-def fake_tensor_mode() -> contextlib.AbstractContextManager[Any] | None:
+def fake_tensor_mode() -> contextlib.AbstractContextManager[object] | None:
     """Return the mode in which tensors have a dtype, a device and a shape, but no data; None without it.
 
     Written for torch 2.15.0, whose documentation imports it from this module. Unnecessary once torch has a public name
@@ -121,7 +121,7 @@ def _differs(package: str, version: str, name: str) -> str:
 def warn(message: str) -> None:
     """Warn in this process's log and, from a stage's own process, in that of the run."""
     # Here, because every command line imports this module.
-    from quantize_gemma.tasks.runtime.parent_process import log
+    from quantize_gemma.tasks.runtime.reporting import log
 
     logger.warning(message)
     log(message)

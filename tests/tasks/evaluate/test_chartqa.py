@@ -10,11 +10,15 @@ import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.evaluate.chartqa import is_normalized_correct, is_relaxed_correct
+from quantize_gemma.tasks.evaluate.requests import Request
+from quantize_gemma.tasks.gate.metrics import read_samples
+from quantize_gemma.tasks.models.benchmarks import describe
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.untie import untie
+from tests.evaluation import PACKAGE, evaluate, record, run_stage
 
 pytestmark = pytest.mark.slow
 
@@ -35,13 +39,11 @@ def in_its_process(function: str, monkeypatch: pytest.MonkeyPatch, /, **argument
     return worker.run(function, arguments, lambda *_: None, None)
 
 
-def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None) -> dict[str, Any]:
-    """Evaluates as the stage does, on the built-in ChartQA."""
-    target.mkdir(exist_ok=True)
-    paths = {"checkpoint": str(checkpoint), "dataset": str(CHARTS)}
-    values = {"device": "cpu", "limit": limit}
-    call = {"function": "quantize_gemma.tasks.evaluate.chartqa:evaluate_chartqa", "target": str(target), "paths": paths}
-    return in_its_process("quantize_gemma.tasks.runtime.worker_main:call", monkeypatch, **call, values=values)
+def evaluated(checkpoint: Path, target: Path, limit: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Evaluates as the flow does, on the built-in ChartQA; returns results and samples."""
+    evaluate(target, checkpoint, CHARTS, "chartqa", limit)
+    results = json.loads((target / "results" / "results.json").read_text())
+    return results, read_samples(target / "results")
 
 
 def evaluate_with_lm_eval(checkpoint: str, dataset: str, limit: int) -> dict[str, Any]:
@@ -81,68 +83,77 @@ def test_answers_and_scores_are_those_of_lm_evals_own_model(
     reference = f"{evaluate_with_lm_eval.__module__}:{evaluate_with_lm_eval.__name__}"
     paths = {"checkpoint": str(checkpoints[name]), "dataset": str(CHARTS)}
     theirs = in_its_process(reference, monkeypatch, **paths, limit=12)
-    evaluated(checkpoints[name], tmp_path / "ours", monkeypatch, 12)
-    samples = [json.loads(line) for line in (tmp_path / "ours" / "samples.jsonl").read_text().splitlines()]
-    assert [sample["answer"] for sample in samples] == theirs["answers"]
-    results = json.loads((tmp_path / "ours" / "results.json").read_text())
-    for part, score in results["relaxed_accuracy"].items():
-        assert score["accuracy"] == theirs["results"][f"relaxed_{part},none"]
-        assert score["stderr"] == theirs["results"][f"relaxed_{part}_stderr,none"]
+    results, samples = evaluated(checkpoints[name], tmp_path / "ours", 12)
+    assert [sample["prediction"] for sample in samples] == theirs["answers"]
+    for metric, score in {"relaxed_overall": results, **results["metrics"]}.items():
+        assert score["value"] == theirs["results"][f"{metric},none"]
+        assert score["stderr"] == theirs["results"][f"{metric}_stderr,none"]
     assert theirs["prompt"] == (
         "<start_of_turn>user\nYou are a helpful assistant.\n\n<start_of_image>What is the colour of the highest bar?\n"
         "Answer the question with a single word.<end_of_turn>\n<start_of_turn>model\n"
     )
     # Neither nothing nor everything: the row can rise and fall.
-    assert 0.5 < results["relaxed_accuracy"]["overall"]["accuracy"] < 1
+    assert 0.5 < results["value"] < 1
 
 
 def test_results_are_those_of_the_samples_with_standard_errors(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = evaluated(checkpoints["base"], tmp_path, monkeypatch, 6)
-    results = json.loads((tmp_path / "results.json").read_text())
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [sample["kind"] for sample in samples] == ["human"] * 6 + ["augmented"] * 6
-    assert {name: results[name] for name in ("task", "questions", "device", "limit")} == {
-        "task": "chartqa",
-        "questions": 12,
-        "device": "cpu",
-        "limit": 6,
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    results, samples = evaluated(checkpoints["base"], tmp_path, 6)
+    assert [results[name] for name in ("task", "metric", "samples", "device", "limit")] == [
+        "chartqa",
+        "relaxed_overall",
+        12,
+        "cpu",
+        6,
+    ]
+    assert {name: score["samples"] for name, score in results["metrics"].items()} == {
+        "relaxed_human": 6,
+        "relaxed_augmented": 6,
+        "normalized_overall": 12,
     }
-    for name, field in (("relaxed_accuracy", "relaxed"), ("normalized", "normalized")):
-        assert list(results[name]) == ["overall", "human", "augmented"]
-        for part, score in results[name].items():
-            right = [sample[field] for sample in samples if part in ("overall", sample["kind"])]
-            share = sum(right) / len(right)
-            assert score["questions"] == len(right)
-            assert score["accuracy"] == pytest.approx(share)
-            assert score["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (len(right) - 1)))
-    accuracy = results["relaxed_accuracy"]["overall"]["accuracy"]
-    assert made["metadata"] == {"accuracy": accuracy, "questions": 12}
+    scores = [sample["score"] for sample in samples]
+    assert scores == [float(is_relaxed_correct(sample["prediction"], sample["target"])) for sample in samples]
+    share = sum(scores) / 12
+    assert results["value"] == pytest.approx(share)
+    assert results["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 11))
 
 
-def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_standard_error(tmp_path: Path) -> None:
+def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_standard_error(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow.parquet
 
-    from quantize_gemma.tasks.evaluate.chartqa import score_responses
-
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     rows = pyarrow.parquet.read_table(CHARTS / "data" / "test-00000-of-00001.parquet")
-    (tmp_path / "data").mkdir()
+    dataset = tmp_path / "dataset"
+    (dataset / "data").mkdir(parents=True)
     for number, part in enumerate((rows.slice(0, 3), rows.slice(3, 2))):
-        pyarrow.parquet.write_table(part, tmp_path / "data" / f"test-0000{number}-of-00002.parquet")
+        pyarrow.parquet.write_table(part, dataset / "data" / f"test-0000{number}-of-00002.parquet")
     labels = [label[0] for label in rows["label"].to_pylist()]
-
-    def answer(numbers: list[int]) -> list[str]:
-        return [labels[number] if number % 2 else f"{labels[number]}." for number in numbers]
-
-    results, samples = score_responses(answer, tmp_path, None)
     # "red." and "blue." are wrong, "No" and "Wed" right, and "4." is the number 4.
-    right = {"accuracy": 0.6, "stderr": pytest.approx(math.sqrt(0.6 * 0.4 / 4)), "questions": 5}
-    assert results["relaxed_accuracy"] == {"overall": right, "human": right}
-    assert results["normalized"]["overall"] == {"accuracy": 1.0, "stderr": 0.0, "questions": 5}
-    assert [sample["query"] for sample in samples] == rows["query"].to_pylist()[:5]
-    results, _ = score_responses(answer, tmp_path, 1)
-    assert results["relaxed_accuracy"]["human"] == {"accuracy": 0.0, "stderr": None, "questions": 1}
+    answers = [labels[number] if number % 2 else f"{labels[number]}." for number in range(5)]
+
+    def score(limit: int | None, texts: list[str], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        requests = record(folder / "requests", checkpoints["base"], dataset, "chartqa", limit)
+        (folder / "answers").mkdir()
+        (folder / "answers" / "chartqa.json").write_text(json.dumps({"answers": texts, "left_out": []}))
+        paths = {"requests": requests, "answers": [folder / "answers"], "dataset": dataset}
+        inputs = {"benchmark": describe("chartqa").score_inputs(), "limit": limit, "device": "cpu"}
+        run_stage(f"{PACKAGE}:evaluate", folder / "results", paths, **inputs)
+        return json.loads((folder / "results" / "results.json").read_text()), read_samples(folder / "results")
+
+    results, samples = score(None, answers, tmp_path / "all")
+    correct = {"value": 0.6, "stderr": pytest.approx(math.sqrt(0.6 * 0.4 / 4)), "samples": 5}
+    assert {name: results[name] for name in correct} == correct
+    assert results["metrics"] == {
+        "relaxed_human": correct,
+        "normalized_overall": {"value": 1.0, "stderr": 0.0, "samples": 5},
+    }
+    assert [sample["prediction"] for sample in samples] == answers
+    results, _ = score(1, answers[:1], tmp_path / "one")
+    assert (results["value"], results["stderr"], results["samples"]) == (0.0, None, 1)
 
 
 def generate_alone_and_in_a_row(checkpoint: str, dataset: str, numbers: list[int]) -> dict[str, Any]:
@@ -152,7 +163,8 @@ def generate_alone_and_in_a_row(checkpoint: str, dataset: str, numbers: list[int
     from quantize_gemma.tasks.evaluate.chartqa import load_chartqa_scorer
 
     answer = load_chartqa_scorer(checkpoint, dataset, "cpu")
-    alone = [answer([number])[0] for number in reversed(numbers)][::-1]
+    requests = [Request("chartqa", number, 0, "generate_until", ["", {}, {"row": number}]) for number in numbers]
+    alone = [answer([request])[0] for request in reversed(requests)][::-1]
     encodings = []
     forward = SiglipVisionModel.forward
 
@@ -161,7 +173,7 @@ def generate_alone_and_in_a_row(checkpoint: str, dataset: str, numbers: list[int
         return forward(*arguments, **keywords)
 
     SiglipVisionModel.forward = counted
-    return {"alone": alone, "in a row": answer(numbers), "encodings": len(encodings)}
+    return {"alone": alone, "in a row": answer(requests), "encodings": len(encodings)}
 
 
 def test_a_response_depends_on_no_other_request_and_an_image_is_encoded_once(
@@ -197,8 +209,9 @@ def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.M
     checkpoint = tmp_path / "text-only"
     shutil.copytree(BUILTIN["tiny-gemma3"], checkpoint)
     (checkpoint / "config.json").write_text(json.dumps(config))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     with pytest.raises(UserError, match="text-only checkpoint: it cannot be evaluated on ChartQA"):
-        evaluated(checkpoint, tmp_path / "target", monkeypatch, 1)
+        evaluated(checkpoint, tmp_path / "target", 1)
 
 
 @pytest.mark.parametrize(

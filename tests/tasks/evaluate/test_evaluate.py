@@ -1,7 +1,6 @@
 """Our evaluation gives what lm-eval's own command line gives on the same directory, to the bit."""
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,8 @@ from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store, worker
-from quantize_gemma.tasks.runtime.errors import StageFailed
-from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.untie import untie
+from tests.evaluation import PACKAGE, evaluate, record, run_stage
 
 ROOT = Path(__file__).parents[3]
 # lm-eval hands transformers the configuration that it has just read from the same checkpoint.
@@ -34,50 +32,39 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"base": BUILTIN["tiny-gemma3"], "quantized": quantized}
 
 
-def in_its_process(function: str, monkeypatch: pytest.MonkeyPatch, /, **arguments: Any) -> dict[str, Any]:
-    """Calls a function as a stage's work is called; returns its progress, too."""
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let worker processes import the tests."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    reported: list[Any] = []
-    log = logging.getLogger(__name__)
-    result = worker.run(function, arguments, lambda *progress: reported.append(progress), log)
-    return {**result, "progress": reported}
 
 
-def evaluated(checkpoint: Path, target: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
-    """Evaluates as the stage does, on the built-in questions."""
-    target.mkdir(exist_ok=True)
-    paths = {"checkpoint": str(checkpoint), "dataset": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
-    values = {"batch_size": "auto", "device": "cpu", **settings}
-    call = {
-        "function": "quantize_gemma.tasks.evaluate:evaluate_mmlu",
-        "target": str(target),
-        "paths": paths,
-        "values": values,
-    }
-    return in_its_process("quantize_gemma.tasks.runtime.worker_main:call", monkeypatch, **call)
+MMLU = BUILTIN_BENCHMARKS["mmlu-mini"]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["base", "quantized"])
 def test_questions_and_scores_are_those_of_the_command_line(
-    name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir()
-    paths = {"checkpoint": str(checkpoints[name]), "questions": str(BUILTIN_BENCHMARKS["mmlu-mini"])}
-    reference = f"{command_line.__module__}:{command_line.__name__}"
-    in_its_process(reference, monkeypatch, target=str(theirs), **paths, limit=2, batch_size="1", device="cpu")
-    made = evaluated(checkpoints[name], ours, monkeypatch, limit=2)
-    assert compare(theirs, ours) == {
+    paths = {"checkpoint": str(checkpoints[name]), "dataset": str(MMLU)}
+    arguments = {"target": str(theirs), **paths, "task": "mmlu", "limit": 2, "batch_size": "1", "device": "cpu"}
+    worker.run(f"{command_line.__module__}:{command_line.__name__}", arguments, lambda *_: None, None)
+    answered = evaluate(ours, checkpoints[name], MMLU, "mmlu", 2)
+    assert compare(theirs, ours / "results") == {
         "questions": 114,
         "different_predictions": 0,
-        "different_loglikelihoods": 0,
+        "different_responses": 0,
         "different_scores": [],
+        "scores_out_of_error": [],
     }
-    assert made["progress"][-1] == (114, 114, "questions")
-    results = json.loads((ours / "results.json").read_text())
-    assert results["questions"] == 114
-    assert all(score["stderr"] is not None for score in results["subjects"].values())
+    assert answered["progress"][-1] == (114, 114, "questions")
+    results = json.loads((ours / "results" / "results.json").read_text())
+    assert results["samples"] == 114
+    assert len(results["tasks"]) == 57
+    assert list(results["groups"]) == ["stem", "other", "social_sciences", "humanities"]
+    assert all(score["stderr"] is not None for score in results["tasks"].values())
 
 
 def in_a_store(checkpoint: Path, home: Path) -> Path:
@@ -88,127 +75,32 @@ def in_a_store(checkpoint: Path, home: Path) -> Path:
     return store.produce("quantize", "0" * 64, copy, home).path
 
 
-@pytest.mark.long
-def test_responses_are_stored_and_a_lost_shard_is_computed_again(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def progress(made: dict[str, Any]) -> Any:
-        return made["progress"][-1][:2]
+def test_answers_are_stored_and_a_lost_shard_is_computed_again(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    requests = record(tmp_path / "requests", checkpoints["quantized"], MMLU, "mmlu", 1)
+    checkpoint = in_a_store(checkpoints["quantized"], tmp_path / "store")
 
-    def files(target: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in target.iterdir()}
+    def answer(name: str, **inputs: Any) -> tuple[Any, dict[str, bytes]]:
+        paths = {"requests": requests, "checkpoint": checkpoint, "dataset": MMLU}
+        output = run_stage(f"{PACKAGE}.answer:answer", tmp_path / name, paths, device="cpu", **inputs)
+        progress = output["progress"][-1][:2] if output["progress"] else None
+        return progress, {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
-    one = in_a_store(checkpoints["quantized"], tmp_path / "one")
-    assert progress(evaluated(one, tmp_path / "a", monkeypatch, limit=1)) == (57, 57)
-    shards = sorted((tmp_path / "one").glob("responses/*/manifest.json"))
-    assert len(shards) == 57
+    progress, files = answer("a")
+    assert progress == (57, 57)
+    shards = sorted((tmp_path / "store").glob("responses/*/manifest.json"))
+    assert len(shards) == len(files) == 57
+    # Without a model: it would report its progress.
+    assert answer("b") == (None, files)
     # A shard that is damaged or was never finished is computed again, and nothing else.
     shutil.rmtree(shards[3].parent)
     (shards[40].parent / "data" / "responses.json").write_text("[]")
-    assert progress(evaluated(one, tmp_path / "c", monkeypatch, limit=1)) == (2, 2)
-    assert files(tmp_path / "a") == files(tmp_path / "c")
+    assert answer("c") == ((2, 2), files)
     # A refreshed stage computes all of them again.
-    assert progress(evaluated(one, tmp_path / "d", monkeypatch, limit=1, refresh=True)) == (57, 57)
-
-
-SCORER = "tests.tasks.evaluate.test_evaluate:load_echo"
-
-
-def load_echo(path: str, device: str = "cpu") -> Callable[[list[Any]], list[Any]]:
-    """Load a scorer of [context, continuation] that needs no model; a file says which requests come together."""
-
-    def answer(requests: list[Any]) -> list[Any]:
-        with open(path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(requests) + "\n")
-        if ["stop", ""] in requests:
-            raise KeyboardInterrupt
-        return [[len(context), continuation] for context, continuation in requests]
-
-    return answer
-
-
-def echoed(store_of_run: Path, requests: dict[str, list[Any]], **settings: Any) -> dict[str, list[Any]]:
-    from quantize_gemma.tasks.evaluate import shards
-
-    settings = {"identity": {"checkpoint": "0", "device": "cpu"}, "settings": {}, **settings}
-    return shards.respond(
-        requests,
-        scorer=SCORER,
-        paths={"path": store_of_run / "asked.txt"},
-        root=store_of_run,
-        **settings,
-    )
-
-
-def test_a_shards_key_follows_from_name_requests_and_identity(tmp_path: Path) -> None:
-    def key(name: str = "a", more: bool = False, **settings: Any) -> str:
-        before = set(tmp_path.glob("responses/*/manifest.json"))
-        echoed(tmp_path, {name: [["Question:", " A"], *([["Another:", " A"]] if more else [])]}, **settings)
-        new = set(tmp_path.glob("responses/*/manifest.json")) - before
-        return new.pop().parent.name if new else ""
-
-    device = {"identity": {"checkpoint": "0", "device": "cuda"}}
-    checkpoint = {"identity": {"checkpoint": "1", "device": "cpu"}}
-    keys = [key(), key("b"), key(more=True), key(**device), key(**checkpoint)]
-    assert len(set(keys)) == 5
-    assert "" not in keys
-    # Workers do not count.
-    assert key(workers=2, cluster="tcp://somewhere:8786") == ""
-
-
-def test_small_shards_are_computed_together_and_an_interrupted_evaluation_keeps_finished_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from quantize_gemma.tasks.evaluate import shards
-
-    monkeypatch.setattr(shards, "QUESTIONS", 2)
-    four = {name: [[f"Question {name}:", letter] for letter in "ABCD"] for name in "abcd"}
-    stopped = {**four, "x": [["stop", ""]]}
-    with pytest.raises(KeyboardInterrupt):
-        echoed(tmp_path, stopped)
-    asked = [json.loads(line) for line in (tmp_path / "asked.txt").read_text().splitlines()]
-    assert [len(together) for together in asked] == [8, 8, 1]
-    (tmp_path / "asked.txt").unlink()
-    assert echoed(tmp_path, four)["c"] == [[11, letter] for letter in "ABCD"]
-    assert not (tmp_path / "asked.txt").exists()
-
-
-def test_on_a_gpu_the_batches_do_not_depend_on_the_workers(tmp_path: Path) -> None:
-    four = {name: [[f"Question {name}:", letter] for letter in "ABCD"] for name in "abcd"}
-    echoed(tmp_path, four, settings={"device": "cuda"})
-    asked = [json.loads(line) for line in (tmp_path / "asked.txt").read_text().splitlines()]
-    assert [len(together) for together in asked] == [4, 4, 4, 4]
-
-
-def test_the_largest_shards_come_first_and_every_worker_gets_some() -> None:
-    from quantize_gemma.tasks.evaluate.shards import _group
-
-    assert _group({"a": 30, "b": 90, "c": 120, "d": 30}, 100) == [["c"], ["b", "a"], ["d"]]
-    assert _group({"a": 1, "b": 1, "c": 1}, 2) == [["a", "b"], ["c"]]
-    assert _group({"a": 1, "b": 5}, 1) == [["b"], ["a"]]
-    assert _group({}, 1) == []
-
-
-def test_a_machine_with_other_code_or_libraries_computes_nothing(tmp_path: Path) -> None:
-    from quantize_gemma.tasks.evaluate import shards
-
-    requests = shards._write_requests({"a": [["Question:", " A"]]}, tmp_path)
-    part = {"root": str(tmp_path), "requests": requests, "shards": {"a": "1" * 64}, "scorer": SCORER}
-    here = fingerprint(SCORER, shards.RESPOND)
-    other = {**here, "libraries": {"torch": "1.0"}}
-    with pytest.raises(StageFailed, match=r"has torch \S+ instead of 1\.0: install what the run's machine has"):
-        shards.respond_part("evaluation", 0, {**part, "made_by": other})
-    with pytest.raises(StageFailed, match="has other code of this program: install"):
-        shards.respond_part("evaluation", 0, {**part, "made_by": {**here, "code": "0"}})
-
-
-def test_a_machine_without_the_runs_store_fails_with_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantize_gemma.tasks.evaluate import shards
-
-    monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path / "another"))
-    part = {"root": None, "requests": "0" * 64, "shards": {"a": "1" * 64}}
-    with pytest.raises(StageFailed, match=r"the requests are not in .*another: all machines need the store"):
-        shards.respond_part("evaluation", 0, part)
+    assert answer("d", refresh=True) == ((57, 57), files)
+    # Two parts have all shards between them, and the same answers.
+    parts = [answer(f"part {part}", part=part, parts=2)[1] for part in range(2)]
+    assert sorted(map(len, parts)) == [28, 29]
+    assert {**parts[0], **parts[1]} == files
 
 
 @pytest.fixture(scope="module")

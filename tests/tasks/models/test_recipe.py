@@ -14,6 +14,7 @@ from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import UserError
 
 RULE = {"match": "linear", "weight": "int4", "group_size": 32, "activation": "int8", "algorithm": "affine"}
+GPTQ = RULE | {"algorithm": "gptq"}
 
 
 def write(folder: Path, recipe: Any) -> str:
@@ -44,10 +45,17 @@ def write(folder: Path, recipe: Any) -> str:
         ({"name": "a", "rules": [RULE | {"weight": ["int4"]}]}, ["weight"]),
         ({"name": "a", "rules": [RULE | {"weight": "int3"}]}, ["linear", "weight", "int4", "int8"]),
         ({"name": "a", "rules": [RULE | {"activation": "int4"}]}, ["activation", "int8"]),
-        ({"name": "a", "rules": [RULE | {"algorithm": "gptq"}]}, ["algorithm", "affine", "hqq_scale_only"]),
+        ({"name": "a", "rules": [RULE | {"algorithm": "awq"}]}, ["algorithm", "affine", "hqq_scale_only"]),
         ({"name": "a", "rules": [RULE | {"match": "mlp"}]}, ["mlp", "is not a role", "lm_head"]),
         ({"name": "a", "rules": [RULE | {"a\nb": 1}]}, ["is not a field of a rule"]),
         ({"name": "a", "rules": [{"match": "linear"}]}, ["linear", "weight is missing"]),
+        ({"name": "a", "rules": [RULE | {"algorithm": "gptq"}]}, ["algorithm", "gptq", "calibration"]),
+        ({"name": "a", "rules": [RULE], "calibration": {}}, ["calibration", "remove"]),
+        ({"name": "a", "rules": [GPTQ], "calibration": {"passes": -1}}, ["calibration", "passes >= 0"]),
+        ({"name": "a", "rules": [GPTQ], "calibration": {"damping": 0.0}}, ["calibration", "0 < damping"]),
+        ({"name": "a", "rules": [GPTQ], "calibration": {"size": 1}}, ["calibration.size"]),
+        ({"name": "a", "rules": [GPTQ | {"group_size": None}], "calibration": {}}, ["linear", "group_size"]),
+        ({"name": "a", "rules": [GPTQ | {"match": "embedding"}], "calibration": {}}, ["match", "linear or lm_head"]),
         ({"name": "a", "rules": ["linear"]}, ["linear", "object"]),
     ],
 )

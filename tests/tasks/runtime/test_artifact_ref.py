@@ -43,13 +43,17 @@ def test_an_opened_artifact_stays_when_another_run_makes_it_again(
         pruning.remove_unfinished()
         assert [(old.path / name).read_text() for name in ("a", "b")] == ["old", "old"]
         assert [(new.path / name).read_text() for name in ("a", "b")] == ["new", "new"]
-        # Its reference finds it, though another one is current.
-        assert open_artifact(ref_of(old)).path == old.path
-        assert store.load("stage", KEY) == new
-        # This process has it open now.
-        reader.stdin.close()
+        with store.keep_pinned():
+            # Its reference finds it, though another one is current.
+            assert open_artifact(ref_of(old)).path == old.path
+            assert store.load("stage", KEY) == new
+            # Only this process has it open now.
+            reader.stdin.close()
+            reader.wait()
+            pruning.remove_unfinished()
+            assert old.path.exists()
     pruning.remove_unfinished()
-    assert old.path.exists()
+    assert not old.path.exists()
 
 
 def test_a_replaced_artifact_that_nobody_reads_is_removed_and_its_reference_fails(
@@ -59,10 +63,13 @@ def test_a_replaced_artifact_that_nobody_reads_is_removed_and_its_reference_fail
     old = store.produce("stage", KEY, write("old"))
     store.produce("stage", KEY, write("new"), refresh=True)
     assert not old.path.exists()
-    with pytest.raises(StageFailed, match="was made again by another run, with another content: start this run again"):
+    with (
+        store.keep_pinned(),
+        pytest.raises(StageFailed, match="was made again by another run, with another content: start this run again"),
+    ):
         open_artifact(ref_of(old))
     shutil.rmtree(tmp_path)
-    with pytest.raises(StageFailed, match="has gone from it: start the run again"):
+    with store.keep_pinned(), pytest.raises(StageFailed, match="has gone from it: start the run again"):
         open_artifact(ref_of(old))
 
 
@@ -74,7 +81,7 @@ def test_an_artifact_that_the_disk_has_changed_fails_and_is_made_again(
     times = (made.path / "a").stat()
     (made.path / "a").write_text("gooe")
     os.utime(made.path / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(StageFailed, match="was damaged in the store"):
+    with store.keep_pinned(), pytest.raises(StageFailed, match="was damaged in the store"):
         open_artifact(ref_of(made), whole=True)
     assert "a was changed" in caplog.text
     assert (store.produce("stage", KEY, write("good")).path / "a").read_text() == "good"

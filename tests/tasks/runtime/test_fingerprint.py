@@ -21,43 +21,62 @@ ROOT = Path(__file__).parents[3]
 PACKAGE = Path(fingerprint.__file__).parents[2]
 STAGES = {
     "download": "quantize_gemma.tasks.download:download",
-    "download_mmlu": "quantize_gemma.tasks.download:download_mmlu",
-    "download_chartqa": "quantize_gemma.tasks.download:download_chartqa",
+    "download_dataset": "quantize_gemma.tasks.download:download_dataset",
     "untie": "quantize_gemma.tasks.untie:untie",
+    "calibrate": "quantize_gemma.tasks.calibrate:calibrate",
     "quantize": "quantize_gemma.tasks.quantize:quantize",
     "smoke": "quantize_gemma.tasks.smoke:smoke",
-    "evaluate_mmlu": "quantize_gemma.tasks.evaluate:evaluate_mmlu",
-    "evaluate_chartqa": "quantize_gemma.tasks.evaluate.chartqa:evaluate_chartqa",
+    "record": "quantize_gemma.tasks.evaluate.record:record",
+    "answer": "quantize_gemma.tasks.evaluate.answer:answer",
+    "evaluate": "quantize_gemma.tasks.evaluate:evaluate",
     "export": "quantize_gemma.tasks.export:export",
+    "download_text": "quantize_gemma.tasks.download:download_text",
+    "fidelity_base": "quantize_gemma.tasks.fidelity.fidelity_base:fidelity_base",
+    "fidelity_quantized": "quantize_gemma.tasks.fidelity.fidelity_quantized:fidelity_quantized",
+    "fidelity_program": "quantize_gemma.tasks.fidelity.fidelity_program:fidelity_program",
+    "fidelity": "quantize_gemma.tasks.fidelity:fidelity",
+    "diagnose": "quantize_gemma.tasks.fidelity.diagnose:diagnose",
     "verify": "quantize_gemma.tasks.verify:verify",
-    "evaluate_program": "quantize_gemma.tasks.evaluate.program:evaluate_program",
     "gate": "quantize_gemma.tasks.gate:gate",
     "card": "quantize_gemma.tasks.card:card",
+    # Whose blocks are kept on their own.
+    "blocks": "quantize_gemma.tasks.quantize.blocks:quantize_block",
     # Whose answers are kept on their own.
     "responses": "quantize_gemma.tasks.evaluate.packed_lm:load_checkpoint_scorer",
     "ChartQA responses": "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_scorer",
+    "program responses": "quantize_gemma.tasks.evaluate.program_lm:load_program_scorer",
 }
 # Definitions, and what runs again when they are changed.
-MODEL = {"smoke", "evaluate_mmlu", "evaluate_chartqa", "responses", "ChartQA responses", "evaluate_program"}
+MODEL = {"smoke", "answer", "responses", "ChartQA responses"}
+FIDELITY = {"fidelity_base", "fidelity_quantized", "fidelity_program", "diagnose"}
 CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.card.chart:draw_subjects": {"card"},
     "quantize_gemma.tasks.check:check_disk": set(),
     "quantize_gemma.tasks.models.checkpoint:check_finite": {"download"},
-    "quantize_gemma.tasks.models.checkpoint:read_headers": {"download", "untie"},
-    "quantize_gemma.tasks.evaluate.program:SEED": {"evaluate_program"},
-    "quantize_gemma.tasks.evaluate.chartqa:TOLERANCE": {"evaluate_chartqa"},
-    "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"evaluate_mmlu", "responses", "evaluate_program"},
-    "quantize_gemma.tasks.models.activation_quantization:_round": MODEL,
+    "quantize_gemma.tasks.models.checkpoint:read_headers": {"download", "untie", "diagnose"},
+    "quantize_gemma.tasks.evaluate.answer:SEED": {"answer"},
+    "quantize_gemma.tasks.evaluate.chartqa:TOLERANCE": {"record", "evaluate"},
+    "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"answer", "responses"},
+    "quantize_gemma.tasks.evaluate.packed_lm:share_rows": {"answer", "responses", "program responses"},
+    "quantize_gemma.tasks.models.benchmarks:describe": set(),
+    "quantize_gemma.tasks.models.activation_quantization:_round": MODEL | FIDELITY,
     "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
     "quantize_gemma.tasks.gate.checks:require_pass": set(),
     "quantize_gemma.tasks.runtime.hub:download_files": set(),
-    "quantize_gemma.tasks.runtime.patches.transformers:own_metadata": MODEL | {"verify", "export"},
+    "quantize_gemma.tasks.runtime.patches.transformers:own_metadata": MODEL
+    | FIDELITY
+    | {"calibrate", "verify", "export"},
     "quantize_gemma.tasks.runtime.patches.optimum_executorch:one_export": {"export"},
     "quantize_gemma.tasks.runtime.paired_stats:share_ratio": {"gate"},
     "quantize_gemma.tasks.runtime.prefect_stage:as_task": set(),
     "quantize_gemma.tasks.runtime.worker_main:call": set(),
+    "quantize_gemma.tasks.calibrate:OVERLAP": {"calibrate"},
+    "quantize_gemma.tasks.quantize.gptq:CANDIDATES": {"quantize", "blocks"},
     "quantize_gemma.tasks.quantize.hqq:BOUNDS": {"quantize"},
-    "quantize_gemma.tasks.models.recipe:decide": {"quantize"},
+    "quantize_gemma.tasks.models.recipe:decide": {"quantize", "diagnose"},
+    "quantize_gemma.tasks.fidelity.states:generate": {"fidelity_base"},
+    "quantize_gemma.tasks.fidelity.tokens:CHUNK": {"fidelity_quantized"},
+    "quantize_gemma.tasks.fidelity.summary:EDGES": {"fidelity"},
     "quantize_gemma.tasks.models.recipe:load_recipe": set(),
     "quantize_gemma.tasks.runtime.store:produce": set(),
     "quantize_gemma.tasks.publish:publish": set(),
@@ -196,19 +215,17 @@ def test_a_module_used_as_a_value_counts_whole(copy: Copy) -> None:
     assert copy.codes()["untie"] != printed
 
 
-def test_the_batch_size_is_in_the_key_on_a_gpu_only_and_workers_and_cluster_never() -> None:
-    from quantize_gemma.tasks.evaluate import evaluate_mmlu
+def test_the_batch_size_is_in_the_key_on_a_gpu_only() -> None:
+    from quantize_gemma.tasks.evaluate.answer import answer
     from quantize_gemma.tasks.runtime.prefect_stage import key_of
 
-    def keys(**inputs: Any) -> int:
-        """Return how many keys these inputs give, each in turn instead of the first."""
-        same = {name: values[0] for name, values in inputs.items()}
-        asked = [{**same, name: value} for name, values in inputs.items() for value in values]
-        return len({key_of(evaluate_mmlu, one) for one in asked})
+    def keys(device: str, *batch_sizes: int | str) -> int:
+        """Return how many keys these inputs give."""
+        return len({key_of(answer, {"device": device, "batch_size": one}) for one in batch_sizes})
 
-    assert keys(device=["cpu", "cuda"]) == 2
-    assert keys(device=["cpu"], batch_size=["auto", 1, 8], workers=[1, 2], cluster=[None, "tcp://here:1"]) == 1
-    assert keys(device=["cuda"], batch_size=["auto", 1, 8], workers=[1, 2], cluster=[None, "tcp://here:1"]) == 3
+    assert keys("cpu", "auto", 1, 8) == 1
+    assert keys("cuda", "auto", 1, 8) == 3
+    assert key_of(answer, {"device": "cpu"}) != key_of(answer, {"device": "cuda"})
 
 
 def test_a_stage_that_does_not_exist_has_no_fingerprint() -> None:
@@ -298,6 +315,7 @@ def test_a_fingerprint_covers_all_that_a_stage_calls_and_loads(
 def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the artifacts' directories and the values that a stage gets."""
     from quantize_gemma.tasks.gate.metrics import LIBRARIES
+    from quantize_gemma.tasks.models.benchmarks import describe
     from quantize_gemma.tasks.models.recipe import load_recipe
 
     def data(name: str) -> str:
@@ -312,9 +330,17 @@ def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, s
     if stage == "card":
         return {"checkpoint": data("quantize"), "program": data("export"), "gate": data("gate")}, {"recipe": recipe}
     fixture = {"name": "tiny-gemma3", "revision": "0", "fixture": True}
-    resolved = {"model": {**fixture, "license": {}}, "benchmark": fixture, "chartqa": fixture}
+    benchmarks = {name: describe(name).card_inputs() for name in ("mmlu", "chartqa")}
+    resolved = {"model": {**fixture, "license": {}}, "datasets": dict.fromkeys(benchmarks, fixture), "text": fixture}
     values: dict[str, Any] = {"resolved": resolved, "recipe": recipe, "required": ["mmlu_drop"]}
-    limits = {"max_mmlu_drop": 5.0, "max_chartqa_drop": 10.0, "min_recovery": 80.0}
+    values["benchmarks"] = benchmarks
+    limits = {
+        "max_kl": 0.25,
+        "min_same_top": 70.0,
+        "max_mmlu_drop": 5.0,
+        "max_chartqa_drop": 10.0,
+        "min_recovery": 80.0,
+    }
     limits |= {"max_disagreement": 2.0, "max_kl_ratio": 2.0}
     values |= {"limits": limits, "versions": fingerprint.versions(LIBRARIES)}
     values |= {"command": "quantize-gemma run", "run_id": "0"}

@@ -5,22 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 
 import psutil
 import pytest
 
-from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt, workers
+from quantize_gemma.tasks.runtime.lifetime import Workers, run_workers, stop_on_interrupt
 
 ROOT = Path(__file__).parents[3]
 # Starts a worker that never finishes, and prints how the block around it was left.
 RUN = """
 import json, signal, sys
 from quantize_gemma.tasks.runtime import worker
-from quantize_gemma.tasks.runtime.lifetime import stop_on_interrupt, workers
+from quantize_gemma.tasks.runtime.lifetime import run_workers, stop_on_interrupt
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
 try:
     with stop_on_interrupt():
+        workers = run_workers()
         process = worker.Worker("signal:pause", {})
         print(process.process.pid, flush=True)
         signal.pause()
@@ -44,6 +47,24 @@ def test_an_interrupt_kills_the_workers(sent: signal.Signals, raised: str) -> No
 
 
 def test_a_failure_does_not_stop_other_runs() -> None:
-    with pytest.raises(ValueError, match="a stage failed"), stop_on_interrupt():
-        raise ValueError("a stage failed")
-    assert not workers.stopping.is_set()
+    with stop_on_interrupt():
+        workers = run_workers()
+        with pytest.raises(ValueError, match="a stage failed"), stop_on_interrupt():
+            raise ValueError("a stage failed")
+        assert not workers.stopping.is_set()
+
+
+def test_an_interrupt_stops_the_threads_of_its_run_and_no_others() -> None:
+    def interrupted() -> None:
+        with stop_on_interrupt(), ThreadPoolExecutor() as pool:
+            # Prefect starts a task in the same way.
+            seen.append(pool.submit(copy_context().run, run_workers).result())
+            raise KeyboardInterrupt
+
+    seen: list[Workers] = []
+    with stop_on_interrupt():
+        other = run_workers()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert seen[0].stopping.is_set()
+        assert not other.stopping.is_set()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from quantize_gemma.tasks.runtime import parent_process, store
+from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
 from quantize_gemma.tasks.runtime.prefect_stage import as_task, key_of
+from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
 
 ROOT = Path(__file__).parents[3]
@@ -35,7 +36,7 @@ def double(target: Path, source: Path) -> Output:
 @stage()
 def count_up(target: Path) -> Output:
     """Report progress, in a stage whose name has an underscore."""
-    parent_process.report_progress(1, 4, "steps")
+    report_progress(1, 4, "steps")
     (target / "file").write_text("done")
     return {}
 
@@ -77,10 +78,11 @@ def main() -> None:
     @flow
     def run_stages() -> list[str]:
         options = {"task_run_name": "stage · test", "result_storage": store.home()}
-        first = as_task(write).with_options(**options).submit(text="text")
-        second = as_task(double).with_options(**options).submit(source=first)
-        text = (open_artifact(second.result()).path / "file").read_text()
-        return [first.state.name, second.state.name, text]
+        with store.keep_pinned():
+            first = as_task(write).with_options(**options).submit(text="text")
+            second = as_task(double).with_options(**options).submit(source=first)
+            text = (open_artifact(second.result()).path / "file").read_text()
+            return [first.state.name, second.state.name, text]
 
     place = store.home() / "write" / key_of(write, {"text": "text"})
     path = place / "result.json"
@@ -99,7 +101,8 @@ def main() -> None:
 
     @flow
     def show_progress() -> list[float | None]:
-        as_task(count_up).with_options(task_run_name="stage · test", result_storage=store.home()).submit().result()
+        with store.keep_pinned():
+            as_task(count_up).with_options(task_run_name="stage · test", result_storage=store.home()).submit().result()
         with get_client(sync_client=True) as client:
             artifacts = client.read_artifacts(
                 artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["progress-count-up"]))

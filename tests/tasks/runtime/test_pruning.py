@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks.evaluate import shards
+from quantize_gemma.tasks.evaluate.answer import STAGE, Scorer, respond
+from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.runtime import pruning, store, store_layout
 from quantize_gemma.tasks.runtime.errors import UserError
 from tests.tasks.runtime.test_store import KEY, write_file
@@ -21,9 +22,10 @@ PIN = """
 import sys
 from pathlib import Path
 from quantize_gemma.tasks.runtime import store
-store.pin("stage", sys.argv[2], Path(sys.argv[1]))
-print("pinned", flush=True)
-sys.stdin.read()
+with store.keep_pinned():
+    store.pin("stage", sys.argv[2], Path(sys.argv[1]))
+    print("pinned", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -75,29 +77,31 @@ def test_eviction_starts_with_the_longest_unused_and_leaves_what_a_process_reads
     assert not list(tmp_path.glob("stage/*/*")), "nothing but locks"
 
 
-def scorer(root: str, removed: str) -> Callable[[list[Any]], list[Any]]:
+def scorer(artifact: str, root: str, removed: str) -> Callable[[list[Any]], list[Any]]:
     def score(requests: list[Any]) -> list[Any]:
         # Prunes during the evaluation, once, when some shards are complete.
         stages = {path.parent.name for path in store_layout.artifact_places(Path(root))}
-        if shards.STAGE in stages and not os.path.exists(removed):
+        if STAGE in stages and not os.path.exists(removed):
             Path(removed).write_text("\n".join(map(str, pruning.evict(0, 0, Path(root)).paths)))
-        return [f"answer to {request}" for request in requests]
+        return [f"answer to {request.arguments[0]}" for request in requests]
 
     return score
 
 
-@pytest.mark.parametrize("cluster", [None, "tcp://elsewhere:1"])
-def test_shards_that_are_pruned_during_an_evaluation_are_pinned_or_computed_again(
-    tmp_path: Path, cluster: str | None
-) -> None:
-    requests = {name: [f"{name}{number}" for number in range(150)] for name in ("x", "y", "z")}
+def test_answers_that_are_pruned_while_others_are_computed_are_not_lost(tmp_path: Path) -> None:
+    def write(target: Path) -> dict[str, Any]:
+        (target / "file").write_text("content")
+        return {}
+
+    artifact = store.produce("quantize", "0" * 64, write, tmp_path / "store").path
+    shards = {
+        name: [Request(name, number, 0, "generate_until", [f"{name}{number}"]) for number in range(150)]
+        for name in ("x", "y", "z")
+    }
     settings = {"root": str(tmp_path / "store"), "removed": str(tmp_path / "removed")}
-    responses = shards.respond(
-        requests, "tests.tasks.runtime.test_pruning:scorer", settings, {}, {}, tmp_path / "store", cluster=cluster
-    )
-    assert responses == {name: [f"answer to {one}" for one in shard] for name, shard in requests.items()}
-    removed = (tmp_path / "removed").read_text()
-    assert ("responses" in removed) == (cluster is not None)
+    answers = respond(shards, Scorer("tests.tasks.runtime.test_pruning:scorer", {"artifact": artifact}, settings))
+    assert answers == {name: [f"answer to {name}{number}" for number in range(150)] for name in shards}
+    assert "responses" in (tmp_path / "removed").read_text()
 
 
 def test_sizes_are_those_of_du(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 import pytest
 
-from quantize_gemma.tasks.runtime import parent_process, worker
+from quantize_gemma.tasks.runtime import reporting, worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.redact import keep_secret, redact, redact_logs
+from quantize_gemma.tasks.runtime.redact import keep_secret, keep_secrets, redact, redact_logs
 
 TOKEN = "hf_AbcdEfghIjklMnopQrstUvwx12"
 
@@ -92,6 +92,7 @@ def test_a_known_secret_is_redacted_in_every_form(which: str, form: str, monkeyp
 
 
 def test_secrets_of_blocks_and_of_the_login_file_are_redacted(tmp_path: Path) -> None:
+    keep_secrets()
     keep_secret("from a block")
     (tmp_path / "token").write_text("from-the-login\n")
     assert redact("a from a block b from-the-login c") == "a … b … c"
@@ -122,7 +123,7 @@ def test_what_a_worker_logs_prints_and_raises_is_redacted(
 
 
 def leak(secret: str) -> None:
-    parent_process.log(f"logged {secret}")
+    reporting.log(f"logged {secret}")
     print(f"printed {secret}", flush=True)
     raise ZeroDivisionError(f"raised {secret}")
 

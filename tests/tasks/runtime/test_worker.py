@@ -8,13 +8,14 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from quantize_gemma.tasks.runtime import parent_process, worker
+from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 
@@ -104,23 +105,26 @@ def test_workers_in_native_code_die_with_their_parent(tmp_path: Path) -> None:
     assert alive == []
 
 
-def receive() -> dict[str, Any]:
-    """Return what the parent sends."""
-    return {"received": parent_process.receive()}
+def answer_later(folder: str) -> dict[str, Any]:
+    """Return when there is a file "go"."""
+    while not Path(folder, "go").exists():
+        time.sleep(0.01)
+    return {"answer": 42}
 
 
-def test_a_worker_outlives_the_thread_that_started_it() -> None:
+def test_a_worker_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     started: list[worker.Worker] = []
 
     def start() -> None:
-        started.append(worker.Worker("tests.tasks.runtime.test_worker:receive", {}, {"PYTHONPATH": str(ROOT)}))
+        function, arguments = "tests.tasks.runtime.test_worker:answer_later", {"folder": str(tmp_path)}
+        started.append(worker.Worker(function, arguments, {"PYTHONPATH": str(ROOT)}))
 
     thread = threading.Thread(target=start)
     thread.start()
     thread.join()
     (process,) = started
-    process.send(42)
-    assert process.receive(lambda *_: None, None)["value"] == {"received": 42}
+    (tmp_path / "go").touch()
+    assert process.wait(lambda *_: None, None)["value"] == {"answer": 42}
     process.close()
 
 

@@ -126,8 +126,7 @@ def failed_checks(released: Outcome, measured: dict[str, Any]) -> set[str]:
     metrics = metrics_of(released)
     metrics["program"]["agreement"] = measured
     parsed = parse_metrics(metrics)
-    differing = parsed.program.mmlu.differing if parsed.program.mmlu else None
-    verdict = judge(parsed.pairs, differing, parsed.program.agreement, parsed.gate.limits)
+    verdict = judge(parsed.benchmarks, parsed, parsed.pairs, parsed.gate.limits)
     return {check.name for check in verdict.checks if check.status == "fail"}
 
 

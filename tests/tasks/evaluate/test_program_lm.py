@@ -1,6 +1,7 @@
 """The program answers lm-eval as the checkpoint that it was made from, and another one's does not."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.evaluate.program import draw_sample, summarize
-from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.evaluate.requests import Request
+from quantize_gemma.tasks.gate.metrics import read_samples
+from quantize_gemma.tasks.gate.program_sample import compare_answers
 from tests.conftest import CommandLine, Outcome
+from tests.evaluation import evaluate, run_stage
 from tests.flows.test_run import artifact, metrics_of, swap_rows_of_release
 
 # lm-eval hands transformers the configuration that it has just read from the same checkpoint.
@@ -125,32 +128,40 @@ def test_a_scorer_returns_what_the_model_returns(release: Path, model: Any) -> N
     from quantize_gemma.tasks.evaluate.program_lm import load_program_scorer
 
     answer = load_program_scorer(str(release), str(release))
-    found = answer([["The answer is", " A"], ["The answer is", " B"], ["", "A river"]])
+    pairs = [["The answer is", " A"], ["The answer is", " B"], ["", "A river"], ["a " * 2000, " B"]]
+    found = answer([Request("task", 0, place, "loglikelihood", pair) for place, pair in enumerate(pairs)])
     tokens = [(None, *model._encode_pair("The answer is", f" {letter}")) for letter in "AB"]
     assert json.loads(json.dumps(found)) == found
     assert found[:2] == [list(one) for one in model._loglikelihood_tokens(tokens)]
     assert found[2][0] < 0
+    # Longer than the program's sequences.
+    assert found[3] is None
 
 
 def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_the_sample(
     released: Outcome, command_line: CommandLine
 ) -> None:
     measured = metrics_of(released)["program"]["mmlu"]
-    assert measured["questions"] == 100
+    assert measured["samples"] == 100
+    assert measured["left_out"] == 0
     assert measured["agreement"] == measured["agreement_act_quant"] == 1.0
-    assert measured["accuracy"] == measured["checkpoint"]["accuracy"] == measured["no_act_quant"]["accuracy"] == 1.0
+    assert measured["value"] == measured["checkpoint"]["value"] == measured["no_act_quant"]["value"] == 1.0
     assert measured["disagreements"] == []
-    folder = artifact(command_line, released, "evaluate_program") / "data"
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    whole = artifact(command_line, released, "evaluate_mmlu_quantized") / "data" / "samples.jsonl"
-    known = {(row["subject"], row["doc_id"]): row for row in map(json.loads, whole.read_text().splitlines())}
-    assert len({(row["subject"], row["doc_id"]) for row in rows}) == 100
-    for row in rows:
-        assert row["checkpoint"] == known[row["subject"], row["doc_id"]]["loglikelihoods"]
+    rows = {
+        column: {
+            (row["task"], row["doc_id"]): row["responses"]
+            for row in read_samples(artifact(command_line, released, f"evaluate_mmlu_{column}") / "data")
+        }
+        for column in ("quantized", "program", "no_act_quant")
+    }
+    assert rows["program"].keys() == rows["no_act_quant"].keys()
+    assert len(rows["program"]) == 100
+    for document, responses in rows["program"].items():
+        checkpoint = rows["quantized"][document]
         # Float32 beside bfloat16, and other kernels: close, not equal.
-        assert row["program"] == pytest.approx(row["checkpoint"], abs=2.0)
-        assert row["program"] != row["checkpoint"]
-        assert row["no_act_quant"] != row["checkpoint"]
+        assert responses == pytest.approx(checkpoint, abs=2.0)
+        assert responses != checkpoint
+        assert rows["no_act_quant"][document] != checkpoint
 
 
 @pytest.mark.long
@@ -162,89 +173,32 @@ def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     damaged = swap_rows_of_release(release, tmp_path / "damaged", "language_model.model.layers.1.mlp.up_proj")
-    target, results = tmp_path / "program", tmp_path / "results"
-
-    def work(function: str, target: Path, paths: dict[str, Path], **values: Any) -> None:
-        target.mkdir()
-        given = {name: str(path) for name, path in paths.items()}
-        call = {"function": function, "target": str(target), "paths": given, "values": values}
-        worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None)
-
     shape = {"max_seq_len": 128, "last_logits_only": True}
-    work("quantize_gemma.tasks.export:export", target, {"checkpoint": damaged}, **shape)
-    evaluation = artifact(command_line, released, "evaluate_mmlu_quantized") / "data"
-    paths = {"checkpoint": release, "program": target, "dataset": BUILTIN_BENCHMARKS["mmlu-mini"]}
-    work(
-        "quantize_gemma.tasks.evaluate.program:evaluate_program",
-        results,
-        {**paths, "evaluation": evaluation},
-        sample_size=40,
+    run_stage("quantize_gemma.tasks.export:export", tmp_path / "program", {"checkpoint": damaged}, **shape)
+    shutil.copytree(artifact(command_line, released, "record_mmlu") / "data", tmp_path / "requests")
+    evaluate(
+        tmp_path, release, BUILTIN_BENCHMARKS["mmlu-mini"], "mmlu", None, program=tmp_path / "program", sample_size=40
     )
-    measured = json.loads((results / "results.json").read_text())
-    assert measured["questions"] == 40
-    assert measured["checkpoint"]["accuracy"] == measured["agreement_act_quant"] == 1.0
-    assert measured["accuracy"] == measured["agreement"] <= 0.7
-    assert len(measured["disagreements"]) == round(40 * (1 - measured["agreement"]))
-    shown = measured["disagreements"][0]
+    rows = {
+        column: read_samples(artifact(command_line, released, f"evaluate_mmlu_{column}") / "data")
+        for column in ("quantized", "no_act_quant")
+    }
+    program = read_samples(tmp_path / "results")
+    assert len(program) == 40
+    baseline = [{**row, "prediction": int(row["target"]), "score": 1.0} for row in rows["quantized"]]
+    compared = compare_answers(program, rows["quantized"], baseline)
+    assert compared["checkpoint"]["value"] == compared["agreement_act_quant"] == 1.0
+    assert compared["agreement"] <= 0.7
+    assert len(compared["disagreements"]) == round(40 * (1 - compared["agreement"]))
+    shown = compared["disagreements"][0]
     assert shown["program"]["answer"] != shown["checkpoint"]["answer"] == shown["target"]
     assert shown["program"]["margin"] > 0
     metrics = metrics_of(released)
-    metrics["program"]["mmlu"] = measured
+    metrics["program"]["mmlu"] |= compared
     parsed = parse_metrics(metrics)
-    assert parsed.program.mmlu is not None
-    verdict = judge(parsed.pairs, parsed.program.mmlu.differing, parsed.program.agreement, parsed.gate.limits)
+    verdict = judge(parsed.benchmarks, parsed, parsed.pairs, parsed.gate.limits)
     with pytest.raises(GateRefused, match="the program") as refused:
         require_pass(replace(parsed, gate=verdict), [])
     failed = [check.name for check in refused.value.verdict.checks if check.status == "fail"]
-    assert failed == ["program_disagreement"]
-    assert shown["question"] in str(refused.value)
-
-
-def test_the_sample_is_the_same_whatever_order_the_answers_come_in() -> None:
-    rows = [{"subject": subject, "doc_id": number} for subject in "cab" for number in range(50)]
-    sample = draw_sample(rows, 20)
-    assert sample == draw_sample(rows[::-1], 20)
-    assert len({(row["subject"], row["doc_id"]) for row in sample}) == 20
-    assert {row["subject"] for row in sample} == {"a", "b", "c"}
-    assert sample == sorted(sample, key=lambda row: (row["subject"], row["doc_id"]))
-    assert (
-        draw_sample(rows, 150)
-        == draw_sample(rows, 1000)
-        == sorted(rows, key=lambda row: (row["subject"], row["doc_id"]))
-    )
-
-
-def test_agreement_counts_who_differs_from_whom() -> None:
-    a, b = [-1.0, -2.0, -3.0, -4.0], [-2.0, -1.5, -3.0, -4.0]
-    rows = [
-        {
-            "subject": "s",
-            "doc_id": number,
-            "target": 0,
-            "checkpoint": checkpoint,
-            "no_act_quant": no_act_quant,
-            "program": ran,
-        }
-        for number, (checkpoint, no_act_quant, ran) in enumerate(
-            [(a, a, a), (a, a, b), (b, a, a), (b, a, b), (b, b, b)]
-        )
-    ]
-    asked = [{"question": f"Question {number}?", "choices": list("wxyz")} for number in range(5)]
-    found = summarize(rows, asked)
-    assert found["accuracy"] == 0.4
-    assert found["checkpoint"]["accuracy"] == 0.4
-    assert found["no_act_quant"] == {"accuracy": 0.8, "stderr": pytest.approx(0.2)}
-    assert found["agreement"] == 0.6
-    assert found["agreement_act_quant"] == 0.6
-    assert found["differing"] == {"both": 1, "first": 1, "second": 1, "neither": 2}
-    assert [one["doc_id"] for one in found["disagreements"]] == [1, 2]
-    assert found["disagreements"][0] == {
-        "subject": "s",
-        "doc_id": 1,
-        "question": "Question 1?",
-        "choices": ["w", "x", "y", "z"],
-        "target": "A",
-        "checkpoint": {"answer": "A", "margin": 1.0},
-        "no_act_quant": {"answer": "A", "margin": 1.0},
-        "program": {"answer": "B", "margin": 0.5},
-    }
+    assert failed == ["mmlu_disagreement"]
+    assert " ".join(shown["prompt"].split())[-200:] in str(refused.value)

@@ -1,0 +1,192 @@
+"""What each recipe keeps of a model, and what it costs: `python -m benchmarks.quality --model DIR --text FILE`.
+
+Every recipe goes through the flow's own stages, each in a process of its own. Quality is fidelity's, of the weights
+alone: both models in float32 without quantized activations, on the first windows of the text. On disk an int4 weight
+takes a byte, so sizes are compared by the program and by `packed_bytes`: the bits of integers and scales, and what is
+not quantized.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.side_by_side import machine, run
+from quantize_gemma.tasks.models.checkpoint import linear_shapes, read_headers
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.recipe import Recipe, decide, load_recipe, packed_bytes
+
+RECIPES = ("HQQ-INT8-INT4", "SEARCH-INT8-INT4", "GPTQ-INT8-INT4", "GPTQ-INT8-INT4-HEAD8")
+# What export() takes besides the checkpoint.
+EXPORT = {"max_seq_len": 1024, "custom_sdpa": True, "custom_kv_cache": True, "last_logits_only": True}
+COLUMNS = ("name", "program_bytes", "packed_bytes", "ppl", "kl_mean", "same_top", "seconds", "peak_rss_bytes")
+
+
+def our_untie(target: str, checkpoint: str) -> dict[str, Any]:
+    """Untie as the flow does."""
+    from quantize_gemma.tasks.untie import untie
+
+    return untie(Path(target), Path(checkpoint))
+
+
+def our_quantize(target: str, checkpoint: str, recipe: str, calibration: str | None) -> dict[str, Any]:
+    """Quantize as the flow does."""
+    from quantize_gemma.tasks.quantize import quantize
+
+    source = Path(calibration) if calibration else None
+    return quantize(Path(target), Path(checkpoint), load_recipe(recipe).to_json(), "cpu", source)
+
+
+def our_calibrate(target: str, checkpoint: str, text: str, recipe: str, fidelity_text: str) -> dict[str, Any]:
+    """Prepare the calibration tokens as the flow does."""
+    from quantize_gemma.tasks.calibrate import calibrate, digest_text
+
+    settings = load_recipe(recipe).calibration
+    assert settings is not None, f"{recipe} needs no calibration"
+    return calibrate(
+        Path(target),
+        Path(checkpoint),
+        settings.sequences,
+        settings.length,
+        text=text,
+        digest=digest_text(text),
+        fidelity_text=Path(fidelity_text),
+    )
+
+
+def our_fidelity_base(target: str, checkpoint: str, text: str, windows: int) -> dict[str, Any]:
+    """Compute the base model's hidden states as the flow does."""
+    from quantize_gemma.tasks.fidelity.fidelity_base import fidelity_base
+
+    return fidelity_base(Path(target), Path(checkpoint), Path(text), windows, "cpu")
+
+
+def our_fidelity(target: str, base: str, states: str, checkpoint: str) -> dict[str, Any]:
+    """Compare a checkpoint with the base model as the flow does."""
+    from quantize_gemma.tasks.fidelity import summarize_quantized
+    from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
+
+    output = fidelity_quantized(Path(target), Path(base), [Path(states)], Path(checkpoint), "cpu")
+    results = summarize_quantized([Path(target)])
+    (Path(target) / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    return output
+
+
+def our_export(target: str, checkpoint: str, **options: Any) -> dict[str, Any]:
+    """Export as the flow does."""
+    from quantize_gemma.tasks.export import export
+
+    return export(Path(target), Path(checkpoint), **options)
+
+
+def count_packed_bytes(checkpoint: Path, recipe: Recipe | None) -> int:
+    """Return packed_bytes() of an untied checkpoint, or of a base checkpoint without a recipe."""
+    shapes = {GEMMA3.runtime_name(name): tensor.shape for name, tensor in read_headers(checkpoint).items()}
+    return packed_bytes(shapes, decide(recipe, linear_shapes(shapes)) if recipe else {})
+
+
+def measure(
+    folder: Path, model: Path, text: Path, calibration: Path | None, recipes: list[str], windows: int, export: bool
+) -> list[dict[str, Any]]:
+    """Return the table's rows, the base model's first."""
+
+    def fresh(name: str) -> Path:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
+        return folder / name
+
+    corpus, untied, states = fresh("text"), fresh("untied"), fresh("states")
+    shutil.copyfile(text, corpus / "text.txt")
+    run("benchmarks.quality:our_untie", target=untied, checkpoint=model)
+    done = run("benchmarks.quality:our_fidelity_base", target=states, checkpoint=untied, text=corpus, windows=windows)
+    base = {"name": "base", "packed_bytes": count_packed_bytes(model, None), "kl_mean": 0.0, "same_top": 1.0}
+    rows: list[dict[str, Any]] = [{**base, "seconds": done["seconds"], "peak_rss_bytes": done["peak_rss_bytes"]}]
+    for name in recipes:
+        recipe, tokens = load_recipe(name), None
+        if recipe.calibration is not None:
+            assert calibration is not None, f"{name} needs --calibration"
+            tokens = fresh("calibration")
+            run(
+                "benchmarks.quality:our_calibrate",
+                target=tokens,
+                checkpoint=untied,
+                text=str(calibration),
+                recipe=name,
+                fidelity_text=str(text),
+            )
+        quantized, results = fresh("quantized"), fresh("results")
+        step = run(
+            "benchmarks.quality:our_quantize", target=quantized, checkpoint=untied, recipe=name, calibration=tokens
+        )
+        run("benchmarks.quality:our_fidelity", target=results, base=untied, states=states, checkpoint=quantized)
+        metrics = json.loads((results / "results.json").read_text(encoding="utf-8"))["weights_only"]
+        rows[0]["ppl"] = metrics["ppl_base"]
+        row = {"name": recipe.name, "packed_bytes": count_packed_bytes(untied, recipe)}
+        if export:
+            run("benchmarks.quality:our_export", target=fresh("program"), checkpoint=quantized, **EXPORT)
+            row["program_bytes"] = (folder / "program" / "model.pte").stat().st_size
+        row |= {key: metrics[key] for key in ("ppl", "kl_mean", "same_top")}
+        if len(rows) == 1:  # Its perplexity is known by now.
+            print(format_row(rows[0]))
+        rows.append({**row, "seconds": step["seconds"], "peak_rss_bytes": step["peak_rss_bytes"]})
+        print(format_row(rows[-1]), flush=True)
+    return [{column: row.get(column) for column in COLUMNS} for row in rows]
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """Return one row of the table as Markdown."""
+
+    def show(column: str, pattern: str, factor: float = 1.0) -> str:
+        value = row.get(column)
+        return "" if value is None else format(value * factor, pattern)
+
+    cells = [
+        row["name"],
+        show("program_bytes", ",d"),
+        show("packed_bytes", ",d"),
+        show("ppl", ".2f"),
+        show("kl_mean", ".4f"),
+        show("same_top", ".1f", 100),
+        show("seconds", ".1f"),
+        show("peak_rss_bytes", ".2f", 1e-9),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="the directory of the base checkpoint")
+    parser.add_argument("--text", type=Path, required=True, help="the text to measure on")
+    parser.add_argument("--calibration", type=Path, help="the text to calibrate on")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="names, or paths that end in .json")
+    parser.add_argument("--windows", type=int, default=10, help="windows of 512 tokens of the text [default: 10]")
+    parser.add_argument(
+        "--export",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="export each recipe's program, for its size [default: export]",
+    )
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    print("| recipe | program, bytes | packed, bytes | PPL | KL | same top token, % | seconds | peak memory, GB |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(
+            Path(folder),
+            options.model,
+            options.text,
+            options.calibration,
+            options.recipes,
+            options.windows,
+            options.export,
+        )
+    if options.json:
+        result = {"model": str(options.model), "machine": machine(), "text": options.text.name, "recipes": rows}
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

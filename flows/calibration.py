@@ -1,0 +1,68 @@
+"""What a calibrated recipe is calibrated on: a text file or a dataset on the Hub, resolved and prepared for it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize_gemma.tasks.calibrate import calibrate, digest_text
+from quantize_gemma.tasks.download import download_dataset, resolve_dataset
+from quantize_gemma.tasks.models.benchmarks import Benchmark
+from quantize_gemma.tasks.models.calibration import parse_source
+from quantize_gemma.tasks.models.resolved import ResolvedDataset
+
+if TYPE_CHECKING:
+    from quantize_gemma.flows.options import RunOptions
+    from quantize_gemma.flows.plan import Plan
+    from quantize_gemma.flows.run import Future, Run
+
+
+def resolve_calibration(run: "Run", options: "RunOptions") -> ResolvedDataset | None:
+    """Return the text file, or the dataset at its commit, that the options name; None if they name none."""
+    if options.calibration is None:
+        return None
+    source = parse_source(options.calibration)
+    if source.on_hub:
+        row = _describe_dataset(options)
+        return run.call("resolve_calibration", resolve_dataset, row, source.name, source.revision, options.offline)
+    path = Path(source.name)
+    return ResolvedDataset(path.name, digest_text(source.name), str(path.resolve()), fixture=False, on_hub=False)
+
+
+def submit_calibration(run: "Run", plan: "Plan", base: "Future", text: "Future") -> dict[str, Any]:
+    """Submit the preparation of the calibration tokens, none of them of the fidelity text.
+
+    Returns:
+        Their future as `calibration`, nothing if the recipe is not calibrated.
+    """
+    settings, source = plan.recipe.calibration, plan.calibration
+    if settings is None:
+        return {}
+    assert source is not None, f"{plan.recipe.name} has no calibration text"
+    inputs: dict[str, Any] = {"text": source.source, "digest": source.revision}
+    if source.on_hub:
+        dataset = run.submit(
+            download_dataset,
+            name="download_calibration",
+            source=source.source,
+            revision=source.revision,
+            offline=plan.options.offline,
+            **_describe_dataset(plan.options).file_inputs(),
+        )
+        inputs = {"dataset": dataset}
+    tokens = run.submit(
+        calibrate,
+        checkpoint=base,
+        fidelity_text=text,
+        sequences=settings.sequences,
+        length=settings.length,
+        answers=settings.answers,
+        **inputs,
+    )
+    return {"calibration": tokens}
+
+
+def _describe_dataset(options: "RunOptions") -> Benchmark:
+    """Return which files of a calibration dataset are downloaded, as a benchmark says it."""
+    source = parse_source(options.calibration or "")
+    return Benchmark(
+        name="calibration", title="calibration", task="", dataset=source.name, metric="", files=source.patterns()
+    )

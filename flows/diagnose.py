@@ -1,0 +1,112 @@
+"""The flow that shows where the damage is: what quantizing each module alone brings, weights and activations apart."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow
+from prefect.artifacts import create_image_artifact, create_table_artifact
+from prefect.logging import get_run_logger
+
+from quantize_gemma.flows.calibration import submit_calibration
+from quantize_gemma.flows.options import Count, DiagnoseOptions, Flag, ModelName, OptionalText, Text, Texts
+from quantize_gemma.flows.plan import Plan, check_download, download_inputs, make_plan, quantize_inputs
+from quantize_gemma.flows.run import start_run
+from quantize_gemma.tasks.download import download, download_text
+from quantize_gemma.tasks.fidelity.diagnose import HEAT_MAP
+from quantize_gemma.tasks.fidelity.diagnose import diagnose as diagnose_modules
+from quantize_gemma.tasks.models.text_fidelity import KINDS, damage_rows, parse_damages
+from quantize_gemma.tasks.quantize import quantize
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.artifact_ref import open_artifact
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+from quantize_gemma.tasks.untie import untie
+
+
+@flow(name="diagnose", flow_run_name="{model} {recipe}", persist_result=False, result_serializer="json")
+def diagnose(
+    model: ModelName = "tiny-gemma3",
+    recipe: Text = "HQQ-INT8-INT4",
+    revision: OptionalText = None,
+    calibration: OptionalText = None,
+    text: OptionalText = None,
+    text_windows: Count = 2,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    refresh: Texts = (),
+    offline: Flag = False,
+) -> dict[str, Any]:
+    """Measure the KL divergence from the base model that quantizing one module alone brings, for every module.
+
+    Args:
+        model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.
+        recipe: Name of a built-in recipe, or path to a JSON recipe file.
+        revision: Branch, tag, or commit of the model repository. [default: the default branch]
+        calibration: What a calibrated recipe is calibrated on, as in a run. [default: none]
+        text: A text file, or a mirror of WikiText-2. [default: that of a run]
+        text_windows: Number of windows of the text, 511 tokens each.
+        device: Device; auto: a GPU if there is one.
+        refresh: Stages to run again even if their results are cached. [default: none]
+        offline: Use only what is already in the store, without contacting the Hub.
+
+    Returns:
+        What `quantize-gemma diagnose --json` prints.
+    """
+    options = DiagnoseOptions(
+        model=model,
+        recipe=recipe,
+        revision=revision,
+        calibration=calibration,
+        text=text,
+        text_windows=text_windows,
+        device=device,
+        refresh=refresh,
+        offline=offline,
+    ).run_options()
+    with start_run(f"{model} · {recipe}", refresh) as run:
+        plan = make_plan(run, options, benchmarks=False)
+        base = run.submit(download, **download_inputs(plan.model, offline))
+        plan = check_download(plan, base)
+        untied = run.submit(untie, checkpoint=base)
+        passages = run.submit(download_text, **download_inputs(plan.text, offline))
+        tokens = submit_calibration(run, plan, base, passages)
+        quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe), **tokens)
+        damage = run.submit(
+            diagnose_modules,
+            base=base,
+            checkpoint=quantized,
+            text=passages,
+            recipe=plan.recipe.to_json(),
+            windows=text_windows,
+            device=plan.device,
+        )
+        artifact = open_artifact(damage.result())
+        plan.remember_revisions()
+        results = json.loads(store.read_file(artifact, "results.json"))
+        show_damage(artifact.path, results)
+    return {**summarize(plan, artifact), **results, "stages": run.summary.to_json()["stages"], "error": None}
+
+
+def summarize(plan: Plan, artifact: store.Artifact) -> dict[str, Any]:
+    """Return what was diagnosed, and where the heat map is."""
+    return {
+        "model": plan.model.name,
+        "revision": plan.model.revision,
+        "recipe": plan.recipe.name,
+        "text": plan.text.name,
+        # This path stays the same when the diagnosis is made again.
+        "heat_map": str(Path(store.path_of("diagnose", artifact.key)) / HEAT_MAP),
+    }
+
+
+def show_damage(folder: Path, results: JsonObject) -> None:
+    """Show the tables and the heat map in Prefect's UI."""
+    damages = parse_damages(results["rows"])
+    for kind in KINDS:
+        description = f"KL divergence that the quantized {kind} of one module alone bring, nats"
+        create_table_artifact(key=f"damage-{kind}", table=damage_rows(damages, kind), description=description)
+    image = "data:image/png;base64," + base64.b64encode((folder / HEAT_MAP).read_bytes()).decode()
+    create_image_artifact(image, key="damage", description="Where quantizing damages the model")
+    worst = max(damages, key=lambda one: one.weights)
+    where = worst.role if worst.block is None else f"block {worst.block}, {worst.role}"
+    get_run_logger().info("the weights of %s bring the most: %.4f nats", where, worst.weights)

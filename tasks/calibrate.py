@@ -1,0 +1,184 @@
+"""Calibrate: the token sequences that a calibrated recipe sends through the model.
+
+They are of a text, and, if the model has a chat template, of the base model's own greedy answers to fixed prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize_gemma.tasks.models.calibration import PROMPTS, write_calibration
+from quantize_gemma.tasks.models.chat import has_chat_template
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.reporting import report_progress
+from quantize_gemma.tasks.runtime.stage import Output, stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# So many equal tokens in a row are no chance: the text is measured with what it was calibrated on.
+OVERLAP = 32
+# Prompts that are answered at once, and the length of an answer in tokens, at most.
+BATCH = 8
+ANSWER = 384
+
+
+@stage(ignored=("text",), memory=2.5)
+def calibrate(
+    target: Path,
+    checkpoint: Path,
+    sequences: int,
+    length: int,
+    answers: int = 0,
+    text: str | None = None,
+    digest: str | None = None,
+    dataset: Path | None = None,
+    fidelity_text: Path | None = None,
+) -> Output:
+    """Fill `target` with calibration.json: sequences of token ids, each <bos> and consecutive tokens.
+
+    It takes more than seven parameters because each is a value of the stage's key.
+
+    Args:
+        target: An empty directory.
+        checkpoint: The base model's checkpoint.
+        sequences: How many sequences of the text to take, evenly spread; fewer if it is shorter.
+        length: Tokens of a sequence, <bos> included.
+        answers: How many sequences of answers to add, if the model has a chat template; fewer if they are shorter.
+        text: The path of a text file; None for a dataset.
+        digest: The SHA-256 that the file had when the run started.
+        dataset: The directory of a dataset's files, text or parquet with the column `text`.
+        fidelity_text: What the result is measured on, if anything: a text file, or a directory with one.
+
+    Raises:
+        UserError: The text is too short, is not UTF-8, has changed, or shares OVERLAP tokens in a row with the
+            fidelity text.
+    """
+    from transformers import AutoTokenizer
+
+    assert (text is None) != (dataset is None), "a text file or a dataset, not both"
+    if text is not None and digest_text(text) != digest:
+        raise UserError(f"the calibration text {text} changed while the run was going on: start it again")
+    content = _read(Path(text)) if text is not None else read_dataset(dataset or Path())
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
+    tokens: list[int] = tokenizer(content, add_special_tokens=False)["input_ids"]
+    chosen = spread_windows(tokens, tokenizer.bos_token_id, sequences, length)
+    if not chosen:
+        raise UserError(
+            f"the calibration text has {len(tokens):,} tokens, fewer than the {length - 1:,} of one sequence: "
+            "use a longer one"
+        )
+    if fidelity_text is not None:
+        measured: list[int] = tokenizer(_read(fidelity_text), add_special_tokens=False)["input_ids"]
+        refuse_overlap(tokens, measured, tokenizer)
+    added = []
+    if answers and has_chat_template(tokenizer):
+        conversations = answer_prompts(checkpoint, tokenizer, answers * (length - 1))
+        added = spread_windows(conversations, tokenizer.bos_token_id, answers, length)
+    write_calibration(target, chosen + added)
+    counts = {"sequences": len(chosen), "answers": len(added), "length": length}
+    return {"metadata": {**counts, "tokens": (len(chosen) + len(added)) * length}}
+
+
+def digest_text(text: str) -> str:
+    """Return the SHA-256 of a text file. Raises UserError if it cannot be read as UTF-8."""
+    return hashlib.sha256(_read(Path(text)).encode()).hexdigest()
+
+
+def read_dataset(folder: Path) -> str:
+    """Return the texts of a dataset's files in the order of their names, as one text.
+
+    Raises:
+        UserError: There is none, or a parquet file has no column `text`.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.suffix != ".parquet":
+            texts.append(_read(path))
+            continue
+        try:
+            rows = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+        except (pyarrow.ArrowException, OSError, KeyError) as error:
+            raise UserError(
+                f"{path.relative_to(folder)} of the calibration dataset has no readable column 'text' ({error}): "
+                "use a dataset of texts, or name its files, as in ORG/NAME:FILES"
+            ) from None
+        texts += [row.rstrip("\n") for row in rows if row]
+    if not texts:
+        raise UserError("the calibration dataset has no text or parquet file: name its files, as in ORG/NAME:FILES")
+    return "\n".join(texts)
+
+
+def spread_windows(tokens: list[int], bos: int, count: int, length: int) -> list[list[int]]:
+    """Return at most `count` windows without overlap, each `bos` and `length` - 1 tokens, evenly spread."""
+    size = length - 1
+    available = len(tokens) // size
+    count = min(count, available)
+    starts = [number * available // count * size for number in range(count)]
+    return [[bos, *tokens[start : start + size]] for start in starts]
+
+
+def refuse_overlap(tokens: list[int], measured: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if the calibration text shares OVERLAP tokens in a row with the fidelity text."""
+    shared = find_overlap(tokens, measured)
+    if shared is not None:
+        raise UserError(
+            f"the calibration text shares {OVERLAP} tokens in a row with the fidelity text "
+            f"({tokenizer.decode(tokens[shared : shared + OVERLAP])!r}): use another text for one of them"
+        )
+
+
+def find_overlap(tokens: list[int], others: list[int]) -> int | None:
+    """Return where the first run of OVERLAP tokens starts that is in both; None if there is none."""
+    runs = {tuple(others[start : start + OVERLAP]) for start in range(len(others) - OVERLAP + 1)}
+    for start in range(len(tokens) - OVERLAP + 1):
+        if tuple(tokens[start : start + OVERLAP]) in runs:
+            return start
+    return None
+
+
+def answer_prompts(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
+    """Return the tokens of conversations, one after the other without <bos>, until `needed` are there.
+
+    Each is a prompt in the chat template and the model's greedy answer. They are those of the machine that ran it: in
+    bfloat16, another one may choose another token where two are equally likely.
+    """
+    import torch
+
+    from quantize_gemma.tasks.models.checkpoint import drop_vision_encoder, load_model
+
+    model = load_model(checkpoint, torch.bfloat16)
+    drop_vision_encoder(model)
+    tokens: list[int] = []
+    for first in range(0, len(PROMPTS), BATCH):
+        if len(tokens) >= needed:
+            break
+        messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[first : first + BATCH]]
+        inputs = tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            padding=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        inputs.pop("token_type_ids", None)
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)
+        # Padding is on the left of a prompt and on the right of a finished answer.
+        special = {tokenizer.pad_token_id, tokenizer.bos_token_id}
+        tokens += [token for row in output.tolist() for token in row if token not in special]
+        report_progress(min(first + BATCH, len(PROMPTS)), len(PROMPTS), "prompts")
+    return tokens
+
+
+def _read(text: Path) -> str:
+    path = next(iter(sorted(text.iterdir()))) if text.is_dir() else text
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the text {path} cannot be read ({error}): use a text file in UTF-8") from None

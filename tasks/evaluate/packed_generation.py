@@ -1,0 +1,119 @@
+"""Greedy generation in the packed model: each sequence has keys and values of its own, so none is padded.
+
+A step runs the last token of every sequence in one row. As soon as a text ends, the next prompt takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+
+
+class KeyValues:
+    """The keys and values of one sequence in each layer; those of `length` tokens are complete."""
+
+    def __init__(self, capacity: int) -> None:
+        """Take the most tokens that the sequence can have."""
+        self.capacity = capacity
+        self.length = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the next tokens' keys and values in a layer, [1, heads, tokens, width]; return all of the layer's."""
+        if layer not in self._layers:
+            batch, heads, _, width = keys.shape
+            shape = batch, heads, self.capacity, width
+            self._layers[layer] = keys.new_empty(shape), values.new_empty(shape)
+        stop = self.length + keys.shape[2]
+        all_keys, all_values = self._layers[layer]
+        all_keys[:, :, self.length : stop] = keys
+        all_values[:, :, self.length : stop] = values
+        return all_keys[:, :, :stop], all_values[:, :, :stop]
+
+    def release(self) -> None:
+        """Free the memory, when no token follows."""
+        self._layers.clear()
+
+
+@dataclass
+class Text:
+    """A text that is generated.
+
+    Attributes:
+        prompt: The prompt's tokens.
+        max_tokens: The most tokens of the text.
+        ends: Tells from the tokens so far whether the text has ended.
+        tokens: The text's tokens so far.
+        cache: The keys and values of the prompt and the text.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    ends: Callable[[list[int]], bool]
+    tokens: list[int] = field(default_factory=list)
+    cache: KeyValues = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start without keys and values."""
+        self.cache = KeyValues(len(self.prompt) + self.max_tokens)
+
+    def is_finished(self) -> bool:
+        """Tell whether there is no next token."""
+        return len(self.tokens) >= self.max_tokens or self.ends(self.tokens)
+
+
+class LastTokens:
+    """The last token of each of several sequences, packed in a row."""
+
+    def __init__(self, caches: Sequence[KeyValues]) -> None:
+        self.caches = caches
+
+    def attend(self, module: Gemma3Attention, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        """Attend from each token to its own sequence; tensors are [1, heads, tokens, width], the result [1, tokens, …].
+
+        A token sees all keys that a layer's window holds, so no mask is needed.
+        """
+        outputs = []
+        for place, cache in enumerate(self.caches):
+            token = slice(place, place + 1)
+            keys, values = cache.extend(module.layer_idx, key[:, :, token], value[:, :, token])
+            if module.sliding_window:
+                keys, values = keys[:, :, -module.sliding_window :], values[:, :, -module.sliding_window :]
+            output, _ = sdpa_attention_forward(module, query[:, :, token], keys, values, None, **kwargs)
+            outputs.append(output)
+        return torch.cat(outputs, dim=1)
+
+
+def take_next(
+    waiting: list[Text], running: list[Text], max_texts: int | None, max_tokens: int, max_prompt_tokens: int
+) -> list[Text]:
+    """Remove from `waiting` the texts that fit beside the running ones, at least one if none is running.
+
+    Args:
+        waiting: Texts, in order.
+        running: Texts that are being generated.
+        max_texts: The most texts at a time; None for no limit.
+        max_tokens: The most tokens at a time, those included that may still be generated.
+        max_prompt_tokens: The most tokens of the prompts that start together, unless one alone has more.
+    """
+    count, total, prompt_tokens = 0, sum(text.cache.capacity for text in running), 0
+    for text in waiting:
+        total += text.cache.capacity
+        prompt_tokens += len(text.prompt)
+        number = len(running) + count
+        if number and (total > max_tokens or number == max_texts):
+            break
+        if count and prompt_tokens > max_prompt_tokens:
+            break
+        count += 1
+    taken = waiting[:count]
+    del waiting[:count]
+    return taken

@@ -1,0 +1,36 @@
+"""Record: what lm-eval asks a model in one benchmark, without a model.
+
+The requests depend on the dataset, the chat template, and the task's settings, not on the weights, so they are recorded
+once for all columns. They are divided into shards, which are answered and stored one by one; see answer.py.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize_gemma.tasks.evaluate.lm_eval_run import run_lm_eval
+from quantize_gemma.tasks.evaluate.requests import count_documents, shard_requests, write_requests
+from quantize_gemma.tasks.runtime.stage import Output, stage
+
+if TYPE_CHECKING:
+    from quantize_gemma.tasks.models.benchmarks import RequestInputs
+
+
+@stage()
+def record(target: Path, checkpoint: Path, dataset: Path, benchmark: "RequestInputs", limit: int | None) -> Output:
+    """Write the requests of a benchmark, one file for each shard.
+
+    Args:
+        target: The directory to write to.
+        checkpoint: A checkpoint, for its tokenizer and its chat template.
+        dataset: The benchmark's dataset.
+        benchmark: What its requests depend on; see Benchmark.request_inputs().
+        limit: Documents per task; None for all.
+    """
+    with run_lm_eval(dataset, benchmark) as evaluate:
+        from quantize_gemma.tasks.evaluate.replay_lm import RecordingLM
+
+        model = RecordingLM(checkpoint)
+        evaluate(model, limit)
+    shards = shard_requests(model.requests)
+    write_requests(shards, target)
+    return {"metadata": {"shards": len(shards), "questions": count_documents(model.requests)}}

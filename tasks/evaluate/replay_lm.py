@@ -1,0 +1,101 @@
+"""lm-eval models without weights: one records requests, one answers them from a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from transformers import AutoTokenizer
+
+from quantize_gemma.tasks.evaluate.requests import Request, to_request
+from quantize_gemma.tasks.runtime.errors import StageFailed
+
+# What a recorded request is answered with; nobody reads the scores.
+PLACEHOLDERS: dict[str, Any] = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
+
+
+class RecordingLM(LM):  # type: ignore[misc]
+    """Keeps the requests in `requests`, in order, with the chat template of a checkpoint where a task has one."""
+
+    # It takes tasks with images, too.
+    MULTIMODAL = True
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.requests: list[Request] = []
+
+    def uses_chat_template(self, wanted: bool) -> bool:
+        """Tell whether prompts are in the chat template: a base model has none."""
+        return wanted and self.tokenizer.chat_template is not None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's, which only a chat template needs."""
+        return AutoTokenizer.from_pretrained(self.checkpoint)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the name of lm-eval's cache, which is not used."""
+        return "checkpoint"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return the checkpoint's chat template."""
+        return str(self.tokenizer.chat_template or "")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a chat as text. Without BOS, which the tokenizer adds to every text."""
+        text = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(text).removeprefix(self.tokenizer.bos_token)
+
+    def _record(self, instances: list[Instance]) -> list[Any]:
+        self.requests += map(_request_of, instances)
+        return [PLACEHOLDERS[instance.request_type] for instance in instances]
+
+    loglikelihood = loglikelihood_rolling = generate_until = _record
+
+
+class ReplayLM(LM):  # type: ignore[misc]
+    """Returns the stored answers to recorded requests."""
+
+    MULTIMODAL = True
+
+    def __init__(
+        self, answers: Mapping[tuple[str, int, int], Any], doc_ids: Mapping[str, list[int]] | None = None
+    ) -> None:
+        """Take the answers by (task, doc_id, index), and the documents of a sample, by task, that lm-eval asks for."""
+        super().__init__()
+        self.answers = answers
+        self.doc_ids = doc_ids
+
+    def uses_chat_template(self, _wanted: bool) -> bool:
+        """The scores do not depend on the prompts: they are not made again."""
+        return False
+
+    def _replay(self, instances: list[Instance]) -> list[Any]:
+        return [self._answer(_request_of(instance)) for instance in instances]
+
+    def _answer(self, request: Request) -> Any:
+        # Of a sample, lm-eval's requests have the numbers of the documents in the sample.
+        doc_id = request.doc_id if self.doc_ids is None else self.doc_ids[request.task][request.doc_id]
+        key = request.task, doc_id, request.index
+        if key not in self.answers:
+            raise StageFailed(f"lm-eval asks what was not recorded: document {doc_id} of {request.task}")
+        answer = self.answers[key]
+        return tuple(answer) if isinstance(answer, list) else answer
+
+    loglikelihood = loglikelihood_rolling = generate_until = _replay
+
+
+def _request_of(instance: Instance) -> Request:
+    task, row = instance.task_name, instance.doc.get("number")
+    return to_request(task, instance.doc_id, instance.idx, instance.request_type, instance.args, row)

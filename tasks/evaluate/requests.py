@@ -1,0 +1,81 @@
+"""The requests of a benchmark, in shards."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from quantize_gemma.tasks.runtime.strict_json import JsonValue
+
+# Documents per shard, by the kind of request: what a run that is killed loses at most. MMLU's subjects stay whole, and
+# the questions about one image, which are neighbors, stay together.
+DOCUMENTS = {"loglikelihood": 2000, "loglikelihood_rolling": 50, "generate_until": 50}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What lm-eval asks a model.
+
+    Attributes:
+        task: The lm-eval task.
+        doc_id: The number of the document in the task.
+        index: The number of the request for that document.
+        kind: "loglikelihood", "loglikelihood_rolling", or "generate_until".
+        arguments: lm-eval's arguments as JSON values, for example [context, continuation].
+    """
+
+    task: str
+    doc_id: int
+    index: int
+    kind: str
+    arguments: list[JsonValue]
+
+
+# By name; names are valid file names.
+Shards = dict[str, list[Request]]
+
+
+def shard_requests(requests: Sequence[Request]) -> Shards:
+    """Return the requests by task, those of a large task in several shards; a document's requests stay together."""
+    tasks: Shards = {}
+    for request in requests:
+        tasks.setdefault(request.task, []).append(request)
+    shards: Shards = {}
+    for task, rows in tasks.items():
+        documents = list(dict.fromkeys(request.doc_id for request in rows))
+        size = DOCUMENTS[rows[0].kind]
+        shard_of = {doc_id: place // size for place, doc_id in enumerate(documents)}
+        for request in rows:
+            name = f"{task}-{shard_of[request.doc_id]}" if len(documents) > size else task
+            shards.setdefault(name, []).append(request)
+    return shards
+
+
+def count_documents(requests: Sequence[Request]) -> int:
+    """Return how many documents the requests are about."""
+    return len({(request.task, request.doc_id) for request in requests})
+
+
+def write_requests(shards: Shards, folder: Path) -> None:
+    """Write one file for each shard, and the shards' order."""
+    for name, requests in shards.items():
+        rows = [astuple(request) for request in requests]
+        (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "order.json").write_text(json.dumps(list(shards)), encoding="utf-8")
+
+
+def read_requests(folder: Path) -> Shards:
+    """Return the shards that were written, in their order."""
+    names = json.loads((folder / "order.json").read_text(encoding="utf-8"))
+    return {
+        name: [Request(*row) for row in json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))]
+        for name in names
+    }
+
+
+def to_request(
+    task: str, doc_id: int, index: int, kind: str, arguments: tuple[object, ...], row: int | None
+) -> Request:
+    """Return a request of lm-eval's as JSON values; images become the number of their row in the dataset."""
+    values = [{"row": row} if isinstance(one, dict) and "visual" in one else one for one in arguments]
+    return Request(task, doc_id, index, kind, json.loads(json.dumps(values)))

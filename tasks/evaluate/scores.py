@@ -1,0 +1,123 @@
+"""What an evaluation writes: the scores in lm-eval's output, and a row for each document."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from quantize_gemma.tasks.evaluate.requests import Request
+from quantize_gemma.tasks.models.benchmarks import PERCENT_METRICS
+
+Json = dict[str, Any]
+
+
+def summarize(output: Json, name: str, task: str, metric: str, metrics: list[str]) -> Json:
+    """Return the content of results.json; metrics.py says what it means.
+
+    Args:
+        output: What lm-eval returned.
+        name: The benchmark's name.
+        task: Its lm-eval task or group.
+        metric: The headline metric, with its filter if that is not "none".
+        metrics: Further metrics.
+    """
+    results, samples = output["results"], output["samples"]
+    counts = {leaf: len(documents(rows)) for leaf, rows in samples.items()}
+    top = results[task] if task in results else _average([(results[leaf], counts[leaf]) for leaf in counts], metric)
+    leaves = sorted(samples) if list(samples) != [task] else []
+    groups = [group for group in results if group not in samples and group != task]
+    versions = output["versions"]
+    version = versions.get(task, versions.get(next(iter(samples))))
+    return {
+        "task": task,
+        "task_version": None if version is None else str(version),
+        "num_fewshot": max(output["n-shot"].get(leaf, 0) for leaf in samples),
+        "metric": metric,
+        **_score(top, metric, _count(samples, metric)),
+        "metrics": {other: _score(top, other, _count(samples, other)) for other in metrics if _key(other) in top},
+        "groups": {_short(group, name): _score(results[group], metric, None) for group in groups},
+        "tasks": {_short(leaf, name): _score(results[leaf], metric, counts[leaf]) for leaf in leaves},
+    }
+
+
+def make_samples(output: Json, name: str, metric: str, requests: dict[tuple[str, int], list[Request]]) -> list[Json]:
+    """Return the rows of samples.jsonl, sorted by task and document.
+
+    A row has "task", "doc_id", "target", "prompt", "choices" of a multiple-choice task, "responses" (the choices'
+    log-likelihoods in nats, or the text), "prediction" (the number of a choice, or what a filter left of the text), and
+    "score", the headline metric, None if it is no number for one document.
+    """
+    rows = []
+    column, _, filter_name = metric.partition(",")
+    for leaf in sorted(output["samples"]):
+        chosen = documents(output["samples"][leaf], filter_name or "none")
+        for doc_id in sorted(chosen):
+            sample, asked = chosen[doc_id], requests[leaf, doc_id]
+            score = sample.get(column)
+            row = {
+                "task": _short(leaf, name),
+                "doc_id": doc_id,
+                "target": sample["target"],
+                "prompt": asked[0].arguments[0],
+                "score": _as_share(column, float(score)) if isinstance(score, int | float) else None,
+            }
+            rows.append({**row, **_answers(sample, asked)})
+    return rows
+
+
+def documents(rows: list[Json], filter_name: str | None = None) -> dict[int, Json]:
+    """Return lm-eval's samples by document; with several filters, those of one."""
+    names = {row["filter"] for row in rows}
+    name = filter_name if filter_name in names else next(iter(names))
+    return {row["doc_id"]: row for row in rows if row["filter"] == name}
+
+
+def _answers(sample: Json, asked: list[Request]) -> Json:
+    """Return what a document was answered with."""
+    responses = sample["filtered_resps"]
+    if asked[0].kind != "loglikelihood":
+        return {"responses": [response[0] for response in sample["resps"]], "prediction": str(responses[0])}
+    scores = [response[0] for response in responses]
+    return {
+        "choices": [request.arguments[1] for request in asked],
+        "responses": scores,
+        "prediction": max(range(len(scores)), key=lambda choice: scores[choice]),
+    }
+
+
+def _score(results: Json, metric: str, samples: int | None) -> Json:
+    """Return a metric with its standard error, None if there is none."""
+    name, _, filter_name = _key(metric).partition(",")
+    stderr = results.get(f"{name}_stderr,{filter_name}")
+    known = isinstance(stderr, float) and math.isfinite(stderr)
+    return {
+        "value": _as_share(name, results[_key(metric)]),
+        "stderr": _as_share(name, stderr) if known else None,
+        "samples": samples,
+    }
+
+
+def _as_share(metric: str, value: Any) -> Any:
+    """Return a metric's value, a percentage as a share of 1."""
+    return value / 100 if metric in PERCENT_METRICS else value
+
+
+def _average(parts: list[tuple[Json, int]], metric: str) -> Json:
+    """Return the mean of a metric over tasks without a group of their own, by their number of documents."""
+    total = sum(count for _, count in parts)
+    return {_key(metric): sum(results[_key(metric)] * count for results, count in parts) / total}
+
+
+def _key(metric: str) -> str:
+    return metric if "," in metric else f"{metric},none"
+
+
+def _count(samples: Json, metric: str) -> int:
+    """Return how many documents have a metric: some are about a part of them only."""
+    name = metric.partition(",")[0]
+    return sum(len({row["doc_id"] for row in rows if name in row}) for rows in samples.values())
+
+
+def _short(task: str, name: str) -> str:
+    """Return a task's name without the benchmark's."""
+    return task.removeprefix(f"{name}_")

@@ -1,0 +1,109 @@
+"""Fidelity: how far a release is from its base model on text, token by token. (First table of the card.)
+
+Accuracy on a benchmark says nothing of a model that answers it by chance; this does. The base model's hidden states are
+kept as an artifact, and each column's are compared with them through both models' own heads, so no two models are in
+memory at once, and logits only of a few tokens. The names are those of llama.cpp's --kl-divergence.
+
+The protocol is fixed; sequences.py says what is read, tokens.py how it is compared, summary.py what is reported:
+
+- The quantized checkpoint is measured as shipped: quantized activations, in bfloat16, as the base model is. Beside it,
+  the metrics of `weights_only` are those of both models in float32 without quantized activations, by which recipes are
+  compared; `second_half` scores the second half of each window alone, as llama.cpp does, for whoever has a GGUF; and
+  `chat` scores the base model's own answers to fixed prompts, if the model has a chat template.
+- The program is model.pte in the ExecuTorch runtime, on every eighth token of a few windows, and beside it the
+  checkpoint on the same tokens.
+
+fidelity_base, fidelity_quantized and fidelity_program compare tokens, in parts; this stage adds them up.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize_gemma.tasks.fidelity.sequences import GROUP, MEASURED, WINDOW
+from quantize_gemma.tasks.runtime.stage import Output, stage
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Columns = dict[str, NDArray[np.float32]]
+
+# Tokens of a window that predict one.
+SCORED = WINDOW - 1
+
+
+@stage()
+def fidelity(target: Path, quantized: list[Path], program: list[Path]) -> Output:
+    """Write results.json: {"quantized": text_fidelity.Fidelity, "program": text_fidelity.ProgramFidelity}.
+
+    Args:
+        target: The directory to write to.
+        quantized: What the parts of fidelity_quantized() wrote.
+        program: What the parts of fidelity_program() wrote.
+    """
+    results = {"quantized": summarize_quantized(quantized), "program": summarize_program(quantized, program)}
+    (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    shown = ("kl_mean", "same_top", "ppl", "ppl_base", "tokens")
+    return {"metadata": {name: results["quantized"][name] for name in shown}}
+
+
+def summarize_quantized(folders: list[Path]) -> JsonObject:
+    """Return the metrics of the quantized checkpoint."""
+    import numpy as np
+
+    results: dict[str, JsonObject] = {}
+    for name in MEASURED:
+        columns, windows = _read(folders, name)
+        if not columns:
+            continue
+        results[name] = _metrics(columns, windows)
+        if name == "text":
+            # The tokens that llama.cpp scores in windows of this length.
+            kept = np.arange(len(windows)) % SCORED >= WINDOW // 2
+            half = {column: values[kept] for column, values in columns.items()}
+            results["second_half"] = _metrics(half, windows[kept])
+    return {**results.pop("text"), **results}
+
+
+def summarize_program(quantized: list[Path], program: list[Path]) -> JsonObject:
+    """Return the metrics of the program, and as `checkpoint` those of the checkpoint on the same tokens."""
+    import numpy as np
+
+    columns, windows = _read(program, "program")
+    shipped, _ = _read(quantized, "text")
+    at = windows * SCORED + columns["position"].astype(np.int64)
+    return {
+        **_metrics(columns, windows),
+        "checkpoint": _metrics({name: values[at] for name, values in shipped.items()}, windows),
+    }
+
+
+def _read(folders: list[Path], name: str) -> tuple[Columns, NDArray[np.int64]]:
+    """Return the columns of all tokens in order, and the number of each token's window; none if there are no files."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    files = sorted((file for folder in folders for file in folder.glob(f"{name}-*")), key=lambda file: file.name)
+    groups = {int(file.stem.rpartition("-")[2]): load_file(file) for file in files}
+    windows = [
+        number * GROUP + group["sequence"] if "sequence" in group else np.full(len(group["kl"]), number)
+        for number, group in groups.items()
+    ]
+    columns = {
+        column: np.concatenate([group[column] for group in groups.values()])
+        for column in next(iter(groups.values()), {})
+    }
+    return columns, np.concatenate([*windows, np.empty(0, np.int64)])
+
+
+def _metrics(columns: Columns, windows: NDArray[np.int64]) -> JsonObject:
+    import numpy as np
+
+    from quantize_gemma.tasks.fidelity.summary import histogram, summarize
+
+    _, numbers = np.unique(windows, return_inverse=True)
+    return {**summarize(columns, numbers), "kl_histogram": histogram(columns["kl"])}

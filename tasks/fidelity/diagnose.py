@@ -1,0 +1,322 @@
+"""Where the damage is: the KL divergence that quantizing one module alone brings, weights and activations apart.
+
+The base model computes in float32. For each linear in turn, the checkpoint's weight takes the place of the base
+model's, and then the linear's input is quantized instead; everything else stays as it is. What is before the module's
+block does not change, so each time the model is read from that block on. The numbers of all modules do not add up to
+the whole checkpoint's: damage compounds, and partly cancels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize_gemma.tasks.fidelity.sequences import WINDOW, Sequence, digest_sequences, make_windows
+from quantize_gemma.tasks.fidelity.shards import ShardStore
+from quantize_gemma.tasks.models.checkpoint import quantizable_modules, read_headers
+from quantize_gemma.tasks.models.datasets import TEXT_FILE
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.recipe import Recipe, decide
+from quantize_gemma.tasks.models.text_fidelity import KINDS, Damage
+from quantize_gemma.tasks.runtime import machine, store
+from quantize_gemma.tasks.runtime.reporting import report_progress
+from quantize_gemma.tasks.runtime.stage import Output, stage
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from quantize_gemma.tasks.fidelity.tokens import Head
+
+# Of a window, the first half is read, and every fourth token is scored: the model is read some hundred times, and
+# lm_head costs as much as the layers.
+LENGTH = WINDOW // 2
+POSITIONS = slice(3, LENGTH, 4)
+# Positions whose logits are in memory at once, beside those of the base model.
+CHUNK = 64
+HEAT_MAP = "heat-map.png"
+BLOCK = re.compile(r"\.layers\.(\d+)\.(.+)$")
+# The roles of a block, in the order of computation.
+ROLES = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+PROBE = ("quantize_gemma.tasks.fidelity.diagnose:Probe",)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A linear, the embedding, or lm_head.
+
+    Attributes:
+        name: Its name in the loaded model.
+        block: The number of its decoder block; None for the embedding and lm_head.
+        role: Its name in the block, or "embed_tokens" or "lm_head".
+        activations: Whether the recipe quantizes its input.
+        parameters: The number of its weights.
+    """
+
+    name: str
+    block: int | None
+    role: str
+    activations: bool
+    parameters: int
+
+
+@stage(resumes=True, memory=2.5, accelerated=True)
+def diagnose(
+    target: Path,
+    base: Path,
+    checkpoint: Path,
+    text: Path,
+    recipe: JsonObject,
+    windows: int,
+    device: str,
+    refresh: bool = False,
+) -> Output:
+    """Write results.json, {"tokens": how many were compared, "rows": [text_fidelity.Damage, …]}, and heat-map.png.
+
+    It takes more than seven parameters because each is a value of the stage's key.
+
+    Args:
+        target: The directory to write to.
+        base: The base model's checkpoint.
+        checkpoint: The quantized checkpoint.
+        text: The directory with the text, text.txt.
+        recipe: The recipe of the checkpoint, as JSON.
+        windows: How many windows of the text to read; fewer if it is shorter.
+        device: "cpu" or "cuda".
+        refresh: Measure blocks again that are in the store.
+
+    Raises:
+        UserError: The text is shorter than a window, or there is no CUDA device.
+    """
+    import numpy as np
+    from safetensors.numpy import load_file
+    from transformers import AutoTokenizer
+
+    from quantize_gemma.tasks.fidelity.summary import mean_and_stderr
+
+    content = (text / TEXT_FILE).read_text(encoding="utf-8")
+    rows = make_windows(content, AutoTokenizer.from_pretrained(base), windows)
+    groups = by_block(text_modules(base, Recipe.from_json(recipe)))
+    probe = Probe(base, checkpoint, rows, machine.device_of_part(device, 0))
+    damages = []
+    with store.open_store({"base": base, "checkpoint": checkpoint}) as (root, digests):
+        shards = ShardStore(root, refresh)
+        for done, group in enumerate(groups):
+            names = {module.name: module.activations for module in group}
+            key = {**digests, "sequences": digest_sequences(rows), "modules": names, "device": device}
+            columns = load_file(shards.file(PROBE, key, functools.partial(probe.measure, group)))
+            numbers = np.repeat(np.arange(len(rows)), len(range(LENGTH)[POSITIONS]))
+            for module in group:
+                weights, activations = (
+                    mean_and_stderr(columns[name].astype(np.float64), numbers) if name in columns else (None, None)
+                    for name in (f"{module.role}.weights", f"{module.role}.activations")
+                )
+                damages.append(Damage(module.block, module.role, module.parameters, *weights, *activations))
+            report_progress(done + 1, len(groups), "blocks")
+    results = {"tokens": len(numbers), "rows": [vars(damage) for damage in damages]}
+    (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw_heat_map(damages, target / HEAT_MAP)
+    return {"metadata": {"modules": len(damages)}}
+
+
+def text_modules(base: Path, recipe: Recipe) -> list[Module]:
+    """Return the modules of the language model that the recipe quantizes, in the order of computation."""
+    modules = quantizable_modules(read_headers(base))
+    found = []
+    for name, rule in decide(recipe, modules).items():
+        if GEMMA3.is_vision(name):
+            continue
+        inside = BLOCK.search(name)
+        block, role = (int(inside[1]), inside[2]) if inside else (None, name.rpartition(".")[2])
+        rows, columns = modules[name]
+        found.append(Module(name, block, role, rule.activation is not None, rows * columns))
+    last = max(module.block for module in found if module.block is not None)
+    places = {GEMMA3.embedding_module: (-1, 0), GEMMA3.head_module: (last + 1, 0)}
+
+    def place(module: Module) -> tuple[int, int]:
+        return places[module.role] if module.block is None else (module.block, ROLES.index(module.role))
+
+    return sorted(found, key=place)
+
+
+def by_block(modules: list[Module]) -> list[list[Module]]:
+    """Return the modules by their blocks; the embedding and lm_head are blocks of their own."""
+    groups: dict[int | str, list[Module]] = {}
+    for module in modules:
+        groups.setdefault(module.role if module.block is None else module.block, []).append(module)
+    return list(groups.values())
+
+
+class Probe:
+    """The base model with one module changed at a time; the models are loaded when they are first needed."""
+
+    def __init__(self, base: Path, checkpoint: Path, rows: list[Sequence], device: str) -> None:
+        self.base, self.checkpoint, self.rows, self.device = base, checkpoint, rows, device
+
+    def measure(self, modules: list[Module]) -> dict[str, Tensor]:
+        """Return the KL divergences of the scored tokens, by "<role>.weights" and "<role>.activations"."""
+        import torch
+
+        columns = {}
+        with torch.no_grad():
+            for module in modules:
+                columns[f"{module.role}.weights"] = self.divergence(module, weights=True)
+                if module.activations:
+                    columns[f"{module.role}.activations"] = self.divergence(module, weights=False)
+        return columns
+
+    def divergence(self, module: Module, weights: bool) -> Tensor:
+        """Return the KL divergence of each scored token, with this module's weight, or its input, quantized alone."""
+        if module.role == GEMMA3.head_module:
+            hidden = self.states[-1]
+            head = self.heads[1] if weights else self.heads[0]
+            return self.compare(hidden if weights else _fake_quantize(hidden), head)
+        if module.block is None:
+            ids = self.token_ids
+            return self.compare(self.run(0, self.layers[1].get_submodule(module.name)(ids)), self.heads[0])
+        with self.swapped(module.name) if weights else self.hooked(module.name):
+            return self.compare(self.run(module.block, self.states[module.block]), self.heads[0])
+
+    def compare(self, hidden: Tensor, head: Head) -> Tensor:
+        """Return the KL divergences, on the CPU, of hidden states, [windows, positions, width]."""
+        import torch
+
+        scored = hidden[:, POSITIONS].flatten(0, 1)
+        parts = []
+        for start in range(0, len(scored), CHUNK):
+            base = self.log_probabilities[start : start + CHUNK]
+            other = torch.log_softmax(head(scored[start : start + CHUNK]), dim=-1)
+            parts.append((base.exp() * (base - other)).sum(-1).cpu())
+        return torch.cat(parts)
+
+    def run(self, block: int, hidden: Tensor) -> Tensor:
+        """Return what the layers from a block on, and the last norm, make of that block's input."""
+        text = _language_model(self.layers[0])
+        every = text.layers
+        text.layers = every[block:]
+        try:
+            output: Tensor = text(inputs_embeds=hidden, use_cache=False).last_hidden_state
+            return output
+        finally:
+            text.layers = every
+
+    @contextlib.contextmanager
+    def swapped(self, name: str) -> Iterator[None]:
+        """Put the checkpoint's module in the place of the base model's."""
+        parent, _, child = name.rpartition(".")
+        owner, own = self.layers[0].get_submodule(parent), self.layers[0].get_submodule(name)
+        setattr(owner, child, self.layers[1].get_submodule(name))
+        try:
+            yield
+        finally:
+            setattr(owner, child, own)
+
+    @contextlib.contextmanager
+    def hooked(self, name: str) -> Iterator[None]:
+        """Quantize the input of the base model's module."""
+        hook = (
+            self.layers[0]
+            .get_submodule(name)
+            .register_forward_pre_hook(lambda _module, inputs: (_fake_quantize(inputs[0]),))
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @functools.cached_property
+    def layers(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """The layers of the base model and of the checkpoint, in float32 without quantized activations."""
+        from quantize_gemma.tasks.fidelity.states import load_layers
+
+        base, other = (load_layers(path, "weights_only", self.device) for path in (self.base, self.checkpoint))
+        return base, other
+
+    @functools.cached_property
+    def heads(self) -> tuple[Head, Head]:
+        """The heads of both."""
+        from quantize_gemma.tasks.fidelity.tokens import load_head
+
+        base, other = (load_head(path, "weights_only", self.device) for path in (self.base, self.checkpoint))
+        return base, other
+
+    @functools.cached_property
+    def token_ids(self) -> Tensor:
+        """The windows' tokens, [windows, positions]."""
+        import torch
+
+        return torch.tensor([row.ids[:LENGTH] for row in self.rows], device=self.device)
+
+    @functools.cached_property
+    def states(self) -> list[Tensor]:
+        """The input of each block of the base model, and what its last norm returns."""
+        states: list[Tensor] = []
+        text = _language_model(self.layers[0])
+        hooks = [
+            layer.register_forward_pre_hook(lambda _layer, inputs: states.append(inputs[0])) for layer in text.layers
+        ]
+        embedded = text.embed_tokens(self.token_ids)
+        last = self.run(0, embedded)
+        for hook in hooks:
+            hook.remove()
+        return [*states, last]
+
+    @functools.cached_property
+    def log_probabilities(self) -> Tensor:
+        """The base model's, [scored tokens, vocabulary]."""
+        import torch
+
+        scored = self.states[-1][:, POSITIONS].flatten(0, 1)
+        return torch.cat(
+            [
+                torch.log_softmax(self.heads[0](scored[start : start + CHUNK]), dim=-1)
+                for start in range(0, len(scored), CHUNK)
+            ]
+        )
+
+
+def draw_heat_map(damages: list[Damage], path: Path) -> None:
+    """Draw the divergence of each block and role, weights and activations side by side, on one logarithmic scale."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    inside = [one for one in damages if one.block is not None]
+    blocks = sorted({one.block for one in inside if one.block is not None})
+    values = {kind: np.full((len(blocks), len(ROLES)), np.nan) for kind in KINDS}
+    for one in inside:
+        for kind in KINDS:
+            values[kind][blocks.index(one.block or 0), ROLES.index(one.role)] = getattr(one, kind) or np.nan
+    known = np.concatenate([matrix[np.isfinite(matrix) & (matrix > 0)] for matrix in values.values()])
+    norm = LogNorm(max(known.min(), known.max() / 1e4), known.max())
+    figure = Figure(figsize=(6.5, 1.6 + 0.2 * len(blocks)), facecolor="white", layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), KINDS, strict=True):
+        image = axes.imshow(values[kind], norm=norm, cmap="viridis", aspect="auto")
+        names = [role.rpartition(".")[2].removesuffix("_proj") for role in ROLES]
+        axes.set_xticks(range(len(ROLES)), names, fontsize=8.5)
+        axes.set_yticks(range(len(blocks)), [str(block) for block in blocks], fontsize=8.5)
+        axes.set_title(f"{kind} quantized alone", fontsize=10.5)
+    figure.supylabel("block", fontsize=8.5)
+    figure.colorbar(image, ax=figure.axes, label="KL divergence, nats")
+    figure.savefig(path, dpi=200, metadata={"Software": None})
+
+
+def _language_model(model: PreTrainedModel) -> Any:
+    """Return the part of a model that has the decoder blocks."""
+    return next(module for module in model.modules() if hasattr(module, "layers") and hasattr(module, "embed_tokens"))
+
+
+def _fake_quantize(activations: Tensor) -> Tensor:
+    from quantize_gemma.tasks.models.dequantize import quantize_dequantize
+
+    return quantize_dequantize(activations)

@@ -1,0 +1,56 @@
+"""Finished shards of a stage's work as artifacts of their own: a stage that is killed continues where it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.fingerprint import fingerprint
+from quantize_gemma.tasks.runtime.strict_json import JsonObject, JsonValue
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STAGE = "fidelity-shards"
+FILE = "shard.safetensors"
+
+
+@dataclass(frozen=True)
+class ShardStore:
+    """Where the shards of one stage are.
+
+    Attributes:
+        root: The store that they are in.
+        refresh: Compute shards again that are in the store.
+    """
+
+    root: Path
+    refresh: bool
+
+    def file(
+        self, functions: tuple[str, ...], identity: Mapping[str, object], compute: Callable[[], dict[str, Tensor]]
+    ) -> Path:
+        """Return the safetensors file of a shard; compute it if the store does not have it.
+
+        Args:
+            functions: "module:function" each, the code that computes the shard, which is in its key.
+            identity: What else the shard depends on, JSON values.
+            compute: Returns the shard's tensors by name.
+        """
+        from safetensors.torch import save_file
+
+        def write(target: Path) -> JsonObject:
+            save_file({name: tensor.contiguous() for name, tensor in compute().items()}, target / FILE)
+            return {}
+
+        key = store.key(STAGE, [], {"functions": list(functions), **identity}, fingerprint(*functions))
+        return store.produce(STAGE, key, write, self.root, self.refresh, pinned=True).path / FILE
+
+
+def digest(value: JsonValue) -> str:
+    """Return the SHA-256 of a JSON value."""
+    return hashlib.sha256(store.canonical_json(value)).hexdigest()

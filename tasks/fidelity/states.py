@@ -1,0 +1,216 @@
+"""Hidden states: what a checkpoint's layers hand to its lm_head, at the scored positions of token sequences.
+
+They take some 10 kB a token in the shape of gemma-3-4b-it, where logits take 1 MB: so the hidden states of two models
+are kept instead of the two models, and lm_head makes the same logits of them later.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantize_gemma.tasks.fidelity.sequences import (
+    Sequence,
+    Variant,
+    chat_prompts,
+    digest_sequences,
+    format_prompt,
+    split_groups,
+)
+from quantize_gemma.tasks.fidelity.shards import ShardStore
+from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_encoder, load_model
+from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime.machine import trim_memory
+from quantize_gemma.tasks.runtime.reporting import report_progress
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# Tokens of the longest answer to a prompt.
+ANSWER_TOKENS = 32
+# What computes a shard; its code is in the shard's key.
+HERE = "quantize_gemma.tasks.fidelity.states"
+STATES = (f"{HERE}:load_layers", f"{HERE}:hidden_states")
+ANSWERS = (f"{HERE}:load_layers", f"{HERE}:generate")
+
+
+def load_layers(checkpoint: Path, variant: Variant, device: str) -> PreTrainedModel:
+    """Load a plain or quantized checkpoint to compute hidden states, in the memory of its stored weights at most."""
+    model = load_model(checkpoint, torch.bfloat16)
+    drop_vision_encoder(model)
+    model.to(device)
+    if variant == "weights_only":
+        _compute_in_float32(model)
+    else:
+        dequantize_once(model)
+    gc.collect()  # torchao's modules refer to themselves.
+    trim_memory()
+    return model
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A checkpoint that reads sequences.
+
+    Attributes:
+        checkpoint: A plain or quantized checkpoint.
+        identity: The digest of its content, None outside a store.
+        device: "cpu" or "cuda".
+        loaded_on: The device as torch names it, which is in no key.
+    """
+
+    checkpoint: Path
+    identity: str | None
+    device: str
+    loaded_on: str
+
+    def key(self, variant: Variant) -> JsonObject:
+        """Return what the hidden states depend on, besides the sequences."""
+        return {"checkpoint": self.identity, "variant": variant, "device": self.device}
+
+    def load(self, variant: Variant) -> PreTrainedModel:
+        """Load the layers."""
+        return load_layers(self.checkpoint, variant, self.loaded_on)
+
+
+def group_states(
+    reader: Reader, variant: Variant, groups: dict[int, list[Sequence]], shards: ShardStore
+) -> dict[int, Path]:
+    """Return a safetensors file with the `hidden` states, [positions, width], of each group of sequences.
+
+    The checkpoint is loaded once, and only if the store does not have all groups.
+    """
+    models: list[PreTrainedModel] = []
+
+    def compute(group: list[Sequence]) -> dict[str, Tensor]:
+        if not models:
+            models.append(reader.load(variant))
+        return {"hidden": hidden_states(models[0], group)}
+
+    files = {}
+    for done, (number, group) in enumerate(groups.items()):
+        key = {**reader.key(variant), "sequences": digest_sequences(group)}
+        files[number] = shards.file(STATES, key, functools.partial(compute, group))
+        report_progress(done + 1, len(groups), "groups")
+    return files
+
+
+def hidden_states(model: PreTrainedModel, rows: list[Sequence]) -> Tensor:
+    """Return the hidden states at the scored positions, [positions, width], on the CPU.
+
+    Sequences of the same length are read at once, without padding: what it adds would change the last bits.
+    """
+    states = []
+    for _, same in itertools.groupby(rows, key=lambda row: len(row.ids)):
+        batch = list(same)
+        ids = torch.tensor([row.ids for row in batch], device=model.device)
+        with torch.no_grad():
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        states += [each[row.first : -1].cpu() for each, row in zip(hidden, batch, strict=True)]
+    return torch.cat(states)
+
+
+def answer_prompts(reader: Reader, shards: ShardStore, part: int, parts: int) -> dict[int, list[Sequence]]:
+    """Return a part's groups of chats with the base model's own greedy answers; none without a chat template."""
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    from quantize_gemma.tasks.models.chat import has_chat_template
+
+    tokenizer = AutoTokenizer.from_pretrained(reader.checkpoint)
+    if not has_chat_template(tokenizer):
+        return {}
+    # Their answers are not known yet.
+    prompts = [Sequence(tuple(format_prompt(prompt, tokenizer))) for prompt in chat_prompts()]
+    models: list[PreTrainedModel] = []
+
+    def compute(group: list[Sequence]) -> dict[str, Tensor]:
+        if not models:
+            models.append(reader.load("as_shipped"))
+        return {str(number): generate(models[0], prompt.ids) for number, prompt in enumerate(group)}
+
+    chats = {}
+    groups = split_groups(prompts, part, parts)
+    for done, (number, group) in enumerate(groups.items()):
+        key = {**reader.key("as_shipped"), "prompts": digest_sequences(group), "max_new_tokens": ANSWER_TOKENS}
+        answers = load_file(shards.file(ANSWERS, key, functools.partial(compute, group)))
+        chats[number] = [
+            Sequence((*prompt.ids, *answers[str(place)].tolist()), first=len(prompt.ids) - 1)
+            for place, prompt in enumerate(group)
+        ]
+        report_progress(done + 1, len(groups), "groups of prompts")
+    return chats
+
+
+def generate(model: PreTrainedModel, ids: tuple[int, ...]) -> Tensor:
+    """Return the greedy answer to a prompt, token ids, with the token that ends it."""
+    prompt = torch.tensor([ids], device=model.device)
+    with torch.no_grad():
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=ANSWER_TOKENS,
+            do_sample=False,
+            top_k=None,
+            top_p=None,
+        )
+    answer: Tensor = output[0, len(ids) :].cpu()
+    return answer
+
+
+def _compute_in_float32(model: PreTrainedModel) -> None:
+    """Make the model compute in float32 without quantized activations; matrices stay in memory as they are stored."""
+    disable_activation_quantization(model)
+    # The model that is loaded in bfloat16 has rounded the square root of its width.
+    setattr(
+        model.get_input_embeddings(),
+        GEMMA3.embedding_scale,
+        torch.tensor(model.config.get_text_config().hidden_size ** 0.5, device=model.device),
+    )
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if type(getattr(module, "weight", None)) is not torch.nn.Parameter:
+                continue
+            if isinstance(module, torch.nn.Embedding):
+                setattr(parent, name, _StoredEmbedding(module))
+            elif isinstance(module, torch.nn.Linear):
+                setattr(parent, name, _StoredLinear(module))
+    # Scales of quantized weights, and everything small.
+    model.to(torch.float32)
+    # torchao's embedding would dequantize its whole weight.
+    dequantize_once(model, linears=False)
+
+
+class _StoredLinear(torch.nn.Module):
+    stored: tuple[Tensor]
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        assert linear.bias is None, "Gemma 3's linears have no bias"
+        # In a tuple: no parameter that would be converted with the model.
+        self.stored = (linear.weight,)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.nn.functional.linear(inputs, self.stored[0].float())
+
+
+class _StoredEmbedding(torch.nn.Module):
+    stored: tuple[Tensor]
+    scale: Tensor
+
+    def __init__(self, embedding: torch.nn.Embedding) -> None:
+        super().__init__()
+        self.stored = (embedding.weight,)
+        self.register_buffer("scale", getattr(embedding, GEMMA3.embedding_scale))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(tokens, self.stored[0]).float() * self.scale

@@ -1,0 +1,93 @@
+"""How the program answers a sample of a benchmark's documents, beside the checkpoint that it was exported from.
+
+Quantized activations, and bfloat16, change answers whose scores are close: in the program other ones than in the
+checkpoint. The activation-quantization baseline says how many: the checkpoint in float32 without quantized activations
+answers, too. A correct program is no further from that than the checkpoint is.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from quantize_gemma.tasks.runtime.paired_stats import count_pairs
+
+Row = dict[str, Any]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def compare_answers(
+    program: Sequence[Row], checkpoint: Sequence[Row], no_act_quant: Sequence[Row] | None
+) -> dict[str, Any]:
+    """Return what SampleScore says besides the program's score.
+
+    Args:
+        program: The rows of the program's samples.jsonl.
+        checkpoint: Those of the checkpoint's, on the same documents at least.
+        no_act_quant: Those of the checkpoint without activation quantization, if it was measured.
+    """
+    by_document = {(row["task"], row["doc_id"]): row for row in checkpoint}
+    checkpoint = [by_document[row["task"], row["doc_id"]] for row in program]
+    by_document = {(row["task"], row["doc_id"]): row for row in no_act_quant or []}
+    baseline = [by_document[row["task"], row["doc_id"]] for row in program] if no_act_quant is not None else None
+    differing = pairs = None
+    if baseline is not None:
+        rows = zip(program, checkpoint, baseline, strict=True)
+        differing = count_pairs((_differ(p, b), _differ(c, b)) for p, c, b in rows)
+    if all(row["score"] in (0, 1) for row in [*program, *checkpoint]):
+        pairs = count_pairs((c["score"] == 1, p["score"] == 1) for c, p in zip(checkpoint, program, strict=True))
+    return {
+        "checkpoint": mean_score(checkpoint),
+        "no_act_quant": None if baseline is None else mean_score(baseline),
+        "agreement": _agreement(program, checkpoint),
+        "agreement_act_quant": None if baseline is None else _agreement(checkpoint, baseline),
+        "differing": differing,
+        "pairs": pairs,
+        "disagreements": [
+            {
+                **{name: row[name] for name in ("task", "doc_id", "prompt")},
+                "target": _letter(row, row["target"]),
+                "checkpoint": _answer(other),
+                "no_act_quant": None if baseline is None else _answer(baseline[place]),
+                "program": _answer(row),
+            }
+            for place, (row, other) in enumerate(zip(program, checkpoint, strict=True))
+            if _differ(row, other)
+        ],
+    }
+
+
+def mean_score(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Return the mean score and its standard error, None of a single document; None if scores are no numbers."""
+    scores = [row["score"] for row in rows]
+    if not scores or None in scores:
+        return None
+    count = len(scores)
+    mean = sum(scores) / count
+    variance = sum((score - mean) ** 2 for score in scores) / count
+    return {"value": mean, "stderr": math.sqrt(variance / (count - 1)) if count > 1 else None, "samples": count}
+
+
+def _differ(one: Row, other: Row) -> bool:
+    """Tell whether two answers differ: in the choice; texts only if one is correct and the other is not."""
+    name = "prediction" if "choices" in one else "score"
+    return bool(one[name] != other[name])
+
+
+def _agreement(rows: Sequence[Row], others: Sequence[Row]) -> float | None:
+    if not rows or any(row["score"] is None for row in rows):
+        return None
+    return sum(not _differ(one, other) for one, other in zip(rows, others, strict=True)) / len(rows)
+
+
+def _answer(row: Row) -> dict[str, Any]:
+    if "choices" not in row:
+        return {"answer": row["prediction"], "margin": None}
+    best, second, *_ = [*sorted(row["responses"], reverse=True), -math.inf]
+    margin = round(best - second, 4) if math.isfinite(best - second) else None
+    return {"answer": _letter(row, row["prediction"]), "margin": margin}
+
+
+def _letter(row: Row, choice: Any) -> str:
+    """Return the letter of a choice, and anything else as text."""
+    number = int(choice) if "choices" in row and str(choice).isdigit() else None
+    return str(choice) if number is None or number >= len(LETTERS) else LETTERS[number]

@@ -1,0 +1,397 @@
+"""What a model can be evaluated on: a row per benchmark. To add one, add a row.
+
+Any other task or group of lm-eval with one dataset can be named, too: describe() reads its YAML file.
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+# The kinds of requests that lm-eval's tasks make, by their output_type.
+KINDS = {
+    "multiple_choice": "loglikelihood",
+    "loglikelihood": "loglikelihood",
+    "loglikelihood_rolling": "loglikelihood_rolling",
+    "generate_until": "generate_until",
+}
+# The columns of the evaluation. The last one is no release: the quantized checkpoint in float32 without quantized
+# activations, which says how many of the program's differences activation quantization explains.
+ALL_COLUMNS = ("base", "quantized", "program", "no_act_quant")
+# The metrics that lm-eval gives in percent, unlike all others.
+PERCENT_METRICS = {
+    *("bleu", "chrf", "chrf++", "ter", "exact"),
+    *(f"{name}_{what}" for name in ("bleu", "rouge1", "rouge2", "rougeL") for what in ("max", "diff")),
+}
+# What a dataset's repository may consist of.
+DATA_FILES = ("README.md", "*.parquet", "*.json", "*.jsonl", "*.csv", "*.txt")
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A ZIP archive that a task needs besides its dataset. It is not fetched if the dataset's source has its files.
+
+    Attributes:
+        url: Where it is.
+        sha256: Its hash.
+        member: The folder in it that is needed.
+        folder: Where that folder's files are, in the dataset's directory; hidden, since all other files are data.
+    """
+
+    url: str
+    sha256: str
+    member: str
+    folder: str
+
+
+# The tokenizer that IFEval counts words with.
+PUNKT = Resource(
+    url=(
+        "https://raw.githubusercontent.com/nltk/nltk_data/550b6625bcef1f2abff2ff770a5a0d272c9c6b2a/packages/tokenizers/"
+        "punkt_tab.zip"
+    ),
+    sha256="e57f64187974277726a3417ca6f181ec5403676c717672eef6a748a7b20e0106",
+    member="punkt_tab/english/",
+    folder=".nltk_data/tokenizers/punkt_tab/english",
+)
+
+
+class RequestInputs(TypedDict):
+    """What the requests of a benchmark depend on; see Benchmark."""
+
+    task: str
+    num_fewshot: int | None
+    chat_template: bool
+
+
+class ScoreInputs(RequestInputs):
+    """What the scores of a benchmark depend on; see Benchmark."""
+
+    name: str
+    metric: str
+    metrics: list[str]
+
+
+class FileInputs(TypedDict):
+    """Which files a benchmark needs; see Benchmark."""
+
+    benchmark: str
+    files: list[str]
+    skipped_files: list[str]
+    resources: list[dict[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """One benchmark.
+
+    Attributes:
+        name: Its name in options, stages, checks and metrics.json.
+        title: Its name on the card.
+        task: The task or group of lm-eval.
+        dataset: The repository of its dataset on the Hub, pinned to a commit when a run starts.
+        metric: The headline metric, with its filter if that is not "none", as in "exact_match,strict-match".
+        metrics: Further metrics that the card shows, with their titles.
+        kind: The kind of its requests: "loglikelihood", "loglikelihood_rolling", or "generate_until".
+        higher_is_better: Whether a larger value of the headline metric is better.
+        chance: The headline metric of guesses, if guesses score at all.
+        num_fewshot: The number of examples in a prompt; None for the task's own.
+        chat_template: Whether prompts are in the model's chat template, if it has one.
+        max_drop: The default limit on the drop of the headline metric, in points; None for no limit.
+        program_samples: The size of the program's sample at most; None for what the options say.
+        needs_images: Whether its prompts have images, which a text-only model does not see.
+        files: Patterns of the dataset's files.
+        skipped_files: Patterns of those that are not needed.
+        resources: What its task needs besides the dataset.
+        fixture: The built-in dataset of the same layout, if there is one.
+        task_type: The type of task, as the Hub's model index names it.
+        is_own_task: The task is one of ours, which the lm_eval command line does not have.
+        words: What the card says about how it is measured.
+    """
+
+    name: str
+    title: str
+    task: str
+    dataset: str
+    metric: str
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    kind: str = "loglikelihood"
+    higher_is_better: bool = True
+    chance: float | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    max_drop: float | None = 5.0
+    program_samples: int | None = None
+    needs_images: bool = False
+    files: tuple[str, ...] = DATA_FILES
+    skipped_files: tuple[str, ...] = ()
+    resources: tuple[Resource, ...] = ()
+    fixture: str | None = None
+    task_type: str = "text-generation"
+    is_own_task: bool = False
+    words: str = ""
+
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns that are measured.
+
+        The program's runtime answers no questions about images yet, and its sequences are shorter than the windows of a
+        perplexity, which would not be the same measure.
+        """
+        if self.needs_images or self.kind == "loglikelihood_rolling":
+            return ALL_COLUMNS[:2]
+        return ALL_COLUMNS if self.kind == "loglikelihood" else ALL_COLUMNS[:3]
+
+    def request_inputs(self) -> RequestInputs:
+        """Return what its requests depend on, besides the dataset and the chat template."""
+        return {
+            "task": self.task,
+            "num_fewshot": self.num_fewshot,
+            "chat_template": self.chat_template,
+        }
+
+    def patterns(self) -> tuple[str, ...]:
+        """Return the patterns of the files that a source of the dataset may have: its data, and its resources'."""
+        return (*self.files, *(f"{resource.folder}/*" for resource in self.resources))
+
+    def file_inputs(self) -> FileInputs:
+        """Return which files of a dataset's repository are needed, and what else."""
+        return {
+            "benchmark": self.name,
+            "files": list(self.patterns()),
+            "skipped_files": list(self.skipped_files),
+            "resources": [asdict(resource) for resource in self.resources],
+        }
+
+    def card_inputs(self) -> JsonObject:
+        """Return what metrics.json, and with it the card, says of the benchmark."""
+        return {
+            "title": self.title,
+            "metric": self.metric,
+            "metrics": dict(self.metrics),
+            "higher_is_better": self.higher_is_better,
+            "chance": self.chance,
+            "task_type": self.task_type,
+            "is_own_task": self.is_own_task,
+            "words": self.words,
+        }
+
+    def score_inputs(self) -> ScoreInputs:
+        """Return what its scores depend on, besides the answers."""
+        return {**self.request_inputs(), "name": self.name, "metric": self.metric, "metrics": list(self.metrics)}
+
+
+BENCHMARKS = {
+    row.name: row
+    for row in (
+        Benchmark(
+            name="mmlu",
+            title="MMLU",
+            task="mmlu",
+            dataset="cais/mmlu",
+            metric="acc",
+            chance=0.25,
+            # Without the configurations that hold all subjects a second time.
+            files=("README.md", "*/test-*.parquet", "*/validation-*.parquet", "*/dev-*.parquet"),
+            skipped_files=("all/*", "auxiliary_train/*"),
+            fixture="mmlu-mini",
+            task_type="multiple-choice",
+            words="It is zero-shot.",
+        ),
+        Benchmark(
+            name="chartqa",
+            title="ChartQA",
+            task="chartqa",
+            dataset="HuggingFaceM4/ChartQA",
+            metric="relaxed_overall",
+            metrics={
+                "relaxed_human": "human",
+                "relaxed_augmented": "augmented",
+                "normalized_overall": "normalized",
+            },
+            kind="generate_until",
+            num_fewshot=0,
+            chat_template=True,
+            max_drop=10.0,
+            needs_images=True,
+            # The other splits are ten times as large.
+            files=("README.md", "data/test-*.parquet"),
+            fixture="chartqa-mini",
+            task_type="visual-question-answering",
+            is_own_task=True,
+            words=(
+                'It is evaluated with the lmms-eval protocol: the prompt "Answer the question with a single word.", '
+                "16 new tokens, and relaxed accuracy. Normalized accuracy also accepts equivalent forms of an answer, "
+                'such as "two" for 2. It is a custom task of quantize-gemma that uses the hf-multimodal model of '
+                "lm-evaluation-harness: the command in the next section runs it."
+            ),
+        ),
+        Benchmark(
+            name="hellaswag",
+            title="HellaSwag",
+            task="hellaswag",
+            dataset="Rowan/hellaswag",
+            metric="acc_norm",
+            metrics={"acc": "not normalized by length"},
+            chance=0.25,
+            num_fewshot=0,
+            task_type="multiple-choice",
+        ),
+        Benchmark(
+            name="arc_challenge",
+            title="ARC Challenge",
+            task="arc_challenge",
+            dataset="allenai/ai2_arc",
+            metric="acc_norm",
+            metrics={"acc": "not normalized by length"},
+            chance=0.25,
+            num_fewshot=0,
+            files=("README.md", "ARC-Challenge/*.parquet"),
+            task_type="multiple-choice",
+        ),
+        Benchmark(
+            name="gsm8k",
+            title="GSM8K",
+            task="gsm8k",
+            dataset="openai/gsm8k",
+            metric="exact_match,flexible-extract",
+            metrics={"exact_match,strict-match": "strict match"},
+            kind="generate_until",
+            num_fewshot=5,
+            max_drop=10.0,
+            words="The last number of the answer counts; strict match wants it after ####.",
+            program_samples=50,
+            files=("README.md", "main/*.parquet"),
+        ),
+        Benchmark(
+            name="ifeval",
+            title="IFEval",
+            words="It is the share of the prompts whose instructions are all followed, checked strictly.",
+            task="ifeval",
+            dataset="google/IFEval",
+            metric="prompt_level_strict_acc",
+            metrics={
+                "inst_level_strict_acc": "by instruction",
+                "prompt_level_loose_acc": "loose",
+                "inst_level_loose_acc": "loose, by instruction",
+            },
+            kind="generate_until",
+            num_fewshot=0,
+            chat_template=True,
+            max_drop=10.0,
+            program_samples=50,
+            resources=(PUNKT,),
+        ),
+        Benchmark(
+            name="wikitext",
+            title="WikiText-2",
+            words="It is the perplexity per word of the test split.",
+            task="wikitext",
+            dataset="EleutherAI/wikitext_document_level",
+            metric="word_perplexity",
+            metrics={"byte_perplexity": "byte perplexity", "bits_per_byte": "bits per byte"},
+            kind="loglikelihood_rolling",
+            higher_is_better=False,
+            num_fewshot=0,
+            max_drop=10.0,
+            files=("README.md", "wikitext-2-raw-v1/*.parquet"),
+        ),
+    )
+}
+
+
+# Those that can be tried without a network.
+DEFAULT_TASKS = ",".join(row.name for row in BENCHMARKS.values() if row.fixture)
+
+
+def title_of(name: str) -> str:
+    """Return a benchmark's name on cards and in tables."""
+    return BENCHMARKS[name].title if name in BENCHMARKS else name
+
+
+def describe(name: str) -> Benchmark:
+    """Return a benchmark: its row, or what lm-eval's YAML file says of a task or a group.
+
+    Raises:
+        UserError: lm-eval has no such task, or its requests or datasets are none that can be handled.
+    """
+    return BENCHMARKS[name] if name in BENCHMARKS else _describe_task(name)
+
+
+def _describe_task(name: str) -> Benchmark:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    if name not in manager.task_index or "/" in name:
+        raise UserError(
+            f"there is no benchmark or lm-eval task {name!r}: use {', '.join(BENCHMARKS)}, or a name that "
+            "`lm_eval ls tasks` shows"
+        )
+    configs = _leaf_tasks(manager, name)
+    datasets = sorted({str(config.get("dataset_path")) for config in configs})
+    kinds = sorted({str(config.get("output_type", "generate_until")) for config in configs})
+    metrics = {_first_metric(config) for config in configs}
+    if len(datasets) != 1 or "/" not in datasets[0]:
+        raise UserError(f"the lm-eval task {name} does not have one dataset on the Hub ({', '.join(datasets)})")
+    if len(kinds) != 1 or kinds[0] not in KINDS:
+        raise UserError(f"the lm-eval task {name} makes requests that cannot be answered here: {', '.join(kinds)}")
+    if len(metrics) != 1:
+        raise UserError(
+            f"the tasks of {name} do not have the same first metric: "
+            + ", ".join(sorted(metric for metric, _ in metrics))
+        )
+    metric, higher_is_better = metrics.pop()
+    return Benchmark(
+        name=name,
+        title=name,
+        task=name,
+        dataset=datasets[0],
+        metric=metric,
+        kind=KINDS[kinds[0]],
+        higher_is_better=higher_is_better,
+        needs_images=any("doc_to_image" in config for config in configs),
+    )
+
+
+def _leaf_tasks(manager: "TaskManager", name: str) -> list[dict[str, object]]:
+    """Return the configurations of the tasks that a task, a group, or a tag stands for."""
+    entry = manager.task_index[name]
+    members = (entry.cfg or {}).get("task") if entry.cfg and "group" in entry.cfg else None
+    if entry.cfg is None:
+        members = sorted(entry.tags)
+    if members is None:
+        return [dict(entry.cfg or {})]
+    leaves: list[dict[str, object]] = []
+    for member in [members] if isinstance(members, str) else members:
+        if isinstance(member, str) and member in manager.task_index:
+            leaves += _leaf_tasks(manager, member)
+        elif isinstance(member, dict):
+            base = manager.task_index.get(str(member.get("task")))
+            leaves.append({**((base.cfg or {}) if base else {}), **member})
+        else:
+            raise UserError(f"the lm-eval group {name} has a member that cannot be read: {member}")
+    return leaves
+
+
+def _first_metric(config: dict[str, Any]) -> tuple[str, bool]:
+    """Return the name of a task's first metric, with its filter, and whether a larger value is better."""
+    listed = config.get("metric_list") or [{"metric": "acc", "higher_is_better": True}]
+    filters = config.get("filter_list") or [{"name": "none"}]
+    suffix = "" if filters[0]["name"] == "none" else f",{filters[0]['name']}"
+    name = str(listed[0]["metric"])
+    return f"{name}{suffix}", bool(listed[0].get("higher_is_better", "perplexity" not in name))
+
+
+def is_data_file(name: str, files: Sequence[str], skipped_files: Sequence[str]) -> bool:
+    """Tell whether a file of a dataset's repository matches one of the patterns, and none of the skipped ones."""
+
+    def matches(patterns: Sequence[str]) -> bool:
+        # In fnmatch, a star matches slashes, too.
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    return ".." not in name.split("/") and matches(files) and not matches(skipped_files)

@@ -1,0 +1,166 @@
+"""How far a model is from its base model on text, as frozen dataclasses: the `fidelity` of a column of metrics.json."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How many tokens have a KL divergence between neighboring edges, in nats."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """Distances from the base model, token by token, each with its standard error, None for a single window.
+
+    Attributes:
+        tokens, windows: How many were compared.
+        kl_mean, kl_median, kl_90, kl_99, kl_max: The KL divergence from the base model, in nats.
+        same_top: The share of tokens whose most likely token is the same.
+        dp_mean, dp_rms: The change of the true token's probability, and its root mean square.
+        ppl, ppl_base: The model's perplexity and the base model's.
+        ppl_log_ratio: The logarithm of their ratio.
+        kl_histogram: The histogram of KL divergences.
+    """
+
+    tokens: int
+    windows: int
+    kl_mean: float
+    kl_mean_stderr: float | None
+    kl_median: float
+    kl_median_stderr: float | None
+    kl_90: float
+    kl_90_stderr: float | None
+    kl_99: float
+    kl_99_stderr: float | None
+    kl_max: float
+    same_top: float
+    same_top_stderr: float | None
+    dp_mean: float
+    dp_mean_stderr: float | None
+    dp_rms: float
+    dp_rms_stderr: float | None
+    ppl: float
+    ppl_stderr: float | None
+    ppl_base: float
+    ppl_base_stderr: float | None
+    ppl_log_ratio: float
+    ppl_log_ratio_stderr: float | None
+    kl_histogram: Histogram
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Distances):
+    """The quantized checkpoint's distances, as shipped.
+
+    Attributes:
+        weights_only: Those of both models in float32, without quantized activations.
+        second_half: Those of the second half of each window alone, as llama.cpp scores it.
+        chat: Those of the base model's answers to fixed prompts; None without a chat template.
+    """
+
+    weights_only: Distances
+    second_half: Distances
+    chat: Distances | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramFidelity(Distances):
+    """The program's distances on a sample of tokens; `checkpoint` are the checkpoint's on the same tokens."""
+
+    checkpoint: Distances
+
+
+@dataclass(frozen=True)
+class Damage:
+    """The mean KL divergence, in nats, that quantizing one module alone brings.
+
+    Attributes:
+        block: The number of its decoder block; None for the embedding and lm_head.
+        role: Its name in the block, or "embed_tokens" or "lm_head".
+        parameters: The number of its weights.
+        weights, weights_stderr: That of quantized weights; the standard error is None for a single window.
+        activations, activations_stderr: That of quantized activations; None where the recipe quantizes none.
+    """
+
+    block: int | None
+    role: str
+    parameters: int
+    weights: float
+    weights_stderr: float | None
+    activations: float | None
+    activations_stderr: float | None
+
+
+# What is quantized in a module.
+KINDS = ("weights", "activations")
+
+
+def parse_damages(rows: object) -> list[Damage]:
+    """Return the damages in the rows of a diagnosis. Raises pydantic.ValidationError."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(list[Damage]).validate_python(rows)
+
+
+def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
+    """Return the table of what quantizing each module alone brings: a row per block, a column per role.
+
+    Args:
+        damages: The modules.
+        kind: One of KINDS.
+    """
+    roles = list(dict.fromkeys(one.role for one in damages if one.block is not None))
+    cells: dict[str, dict[str, str]] = {}
+    for one in damages:
+        value = getattr(one, kind)
+        row = cells.setdefault(one.role if one.block is None else f"block {one.block}", {})
+        # What is in no block has one value: it stands in the first column.
+        row[roles[0] if one.block is None else one.role] = "" if value is None else f"{value:.2g}"
+    return [
+        {"block": name, **{role.rpartition(".")[2]: row.get(role, "") for role in roles}} for name, row in cells.items()
+    ]
+
+
+def fidelity_rows(quantized: Fidelity, program: ProgramFidelity, checks: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of the table of fidelity, the most important first.
+
+    Args:
+        quantized: The quantized checkpoint's.
+        program: The program's.
+        checks: The limits of the quantized checkpoint as shipped, with the results of the gate's checks.
+    """
+    columns: dict[str, Distances] = {
+        "as shipped": quantized,
+        "program": program,
+        "weights only": quantized.weights_only,
+        **({} if quantized.chat is None else {"chat": quantized.chat}),
+    }
+    return [
+        {
+            "measurement": title,
+            "KL, nats": _with_stderr(one.kl_mean, one.kl_mean_stderr, 4),
+            "99 %": f"{one.kl_99:.3f}",
+            "same top, %": _with_stderr(100 * one.same_top, _percent(one.same_top_stderr), 1),
+            "perplexity": _perplexity(one.ppl),
+            "base": _perplexity(one.ppl_base),
+            "tokens": f"{one.tokens:,}",
+            "gate": ", ".join(checks) if one is quantized else "",
+        }
+        for title, one in columns.items()
+    ]
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _with_stderr(value: float, stderr: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")

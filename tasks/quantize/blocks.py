@@ -1,0 +1,248 @@
+"""Calibration, one decoder block at a time: what goes into each linear, and its weights by GPTQ.
+
+Two models run side by side: the full-precision one, and the one whose blocks are quantized one after the other. Within
+a block the linears are quantized in the order of the data: q, k and v, which share one input and one Hessian; o_proj on
+the attention of the quantized q, k and v; gate_proj and up_proj; down_proj. Each part of a model runs once.
+
+Memory is that of a block in float32 and of the tokens' hidden states, both twice, of a Hessian with its factor, and of
+down_proj's inputs, which are kept in bfloat16.
+
+The blocks run, and Hessians are added up and inverted, on the device that the weights and the hidden states are on; the
+rounding is gptq.py's, on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantize_gemma.tasks.models.recipe import Calibration, Rule
+from quantize_gemma.tasks.quantize import gptq
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Gemma3TextConfig
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
+
+# Sequences that run through a block at once, and rows of the head that are quantized at once.
+SEQUENCES = 8
+HEAD_ROWS = 32_768
+# Columns of a Hessian that are computed at once: only the blocks on and over its diagonal are.
+PANEL = 512
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A quantized linear.
+
+    Attributes:
+        integers: int8, [rows, columns].
+        scales: bfloat16, [rows, groups].
+        error: The squared error of its outputs over their squares, on the calibration tokens; 0 if nobody asks.
+    """
+
+    integers: Tensor
+    scales: Tensor
+    error: float = 0.0
+
+    def dequantize(self) -> Tensor:
+        """Return the weights, float32, [rows, columns]."""
+        size = self.integers.shape[1] // self.scales.shape[1]
+        return self.integers * self.scales.float().repeat_interleave(size, 1)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the calibration tokens.
+
+    Attributes:
+        hessian: Of x x^T, where x is a linear's input in the quantized model, [columns, columns].
+        cross: Of (t - x) x^T, where t is the same input in the full-precision model, [columns, columns].
+    """
+
+    hessian: Tensor
+    cross: Tensor
+
+    @classmethod
+    def of(cls, inputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Moments:
+        """Return the moments of pieces of inputs and targets, [..., columns]."""
+        moments: Moments | None = None
+        for piece, target in zip(inputs, targets, strict=True):
+            x, difference = piece.flatten(0, -2), (target - piece).flatten(0, -2)
+            columns = x.shape[1]
+            moments = moments or cls(x.new_zeros(columns, columns), x.new_zeros(columns, columns))
+            # On and over the diagonal only: it is symmetric.
+            for first in range(0, columns, PANEL):
+                moments.hessian[first : first + PANEL, first:].addmm_(x[:, first : first + PANEL].T, x[:, first:])
+            moments.cross.addmm_(difference.T, x)
+        assert moments is not None, "there are no calibration tokens"
+        for first in range(0, columns, PANEL):
+            last = first + PANEL
+            moments.hessian[last:, first:last] = moments.hessian[first:last, last:].T
+        return moments
+
+
+class Block:
+    """A decoder block of transformers, in the parts between its linears' inputs."""
+
+    def __init__(self, config: Gemma3TextConfig, number: int, weights: dict[str, Tensor]) -> None:
+        from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3RotaryEmbedding
+
+        with torch.device("meta"):
+            layer: Gemma3DecoderLayer = Gemma3DecoderLayer(config, number)
+        layer.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        self.layer = layer.eval().requires_grad_(False)
+        self.linears = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+        self.o_proj, self.down_proj = layer.self_attn.o_proj, layer.mlp.down_proj
+        layer.self_attn.o_proj = layer.mlp.down_proj = torch.nn.Identity()
+        self.kind = config.layer_types[number]
+        self.window = config.sliding_window if self.kind == "sliding_attention" else None
+        self.rotary = Gemma3RotaryEmbedding(config).to(self.o_proj.weight.device)
+
+    def attention(self, hidden: Tensor) -> Tensor:
+        """Return o_proj's input, [sequences, length, width], from the block's."""
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        distance = places[:, None] - places[None]
+        mask = (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
+        attended: Tensor = self.layer.self_attn(
+            hidden_states=self.layer.input_layernorm(hidden),
+            position_embeddings=self.rotary(hidden, places[None], self.kind),
+            attention_mask=mask[None, None],
+        )[0]
+        return attended
+
+    def add_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Return the hidden states after attention, from the block's input and o_proj's."""
+        added: Tensor = hidden + self.layer.post_attention_layernorm(self.o_proj(attended))
+        return added
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        """Return down_proj's input from the hidden states after attention."""
+        activated: Tensor = self.layer.mlp(self.layer.pre_feedforward_layernorm(hidden))
+        return activated
+
+    def add_mlp(self, hidden: Tensor, activated: Tensor) -> Tensor:
+        """Return the block's output from the hidden states after attention and down_proj's input."""
+        added: Tensor = hidden + self.layer.post_feedforward_layernorm(self.down_proj(activated))
+        return added
+
+
+# Linears that share an input, and the pieces of that input, [sequences, length, width].
+Step = tuple[tuple[str, ...], "Iterable[Tensor]"]
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+
+def run_block(block: Block, hidden: Tensor) -> Iterator[Step]:
+    """Yield the inputs of a block's linears, and replace its input, [sequences, length, width], by its output.
+
+    How the linears of a step are changed before the next step is asked for counts for what follows.
+    """
+    pieces = _pieces(hidden)
+    yield QKV, (block.layer.input_layernorm(hidden[piece]) for piece in pieces)
+    attended = torch.cat([block.attention(hidden[piece]) for piece in pieces])
+    yield ("self_attn.o_proj",), (attended[piece] for piece in pieces)
+    for piece in pieces:
+        hidden[piece] = block.add_attention(hidden[piece], attended[piece])
+    del attended
+    yield GATE_UP, (block.layer.pre_feedforward_layernorm(hidden[piece]) for piece in pieces)
+    activated = torch.cat([block.mlp(hidden[piece]).bfloat16() for piece in pieces])
+    yield ("mlp.down_proj",), (activated[piece].float() for piece in pieces)
+    for piece in pieces:
+        hidden[piece] = block.add_mlp(hidden[piece], activated[piece].float())
+
+
+def run_full_block(block: Block, hidden: Tensor) -> Iterator[Step]:
+    """Do what run_block does for a block that does not change: an input is not kept beyond its piece.
+
+    All pieces of a step have to be taken before the next step.
+    """
+    pieces = _pieces(hidden)
+
+    def attended() -> Iterator[Tensor]:
+        for piece in pieces:
+            inputs = block.attention(hidden[piece])
+            hidden[piece] = block.add_attention(hidden[piece], inputs)
+            yield inputs
+
+    def activated() -> Iterator[Tensor]:
+        for piece in pieces:
+            inputs = block.mlp(hidden[piece])
+            hidden[piece] = block.add_mlp(hidden[piece], inputs)
+            yield inputs
+
+    yield QKV, (block.layer.input_layernorm(hidden[piece]) for piece in pieces)
+    yield ("self_attn.o_proj",), attended()
+    yield GATE_UP, (block.layer.pre_feedforward_layernorm(hidden[piece]) for piece in pieces)
+    yield ("mlp.down_proj",), activated()
+
+
+def quantize_block(
+    blocks: tuple[Block, Block], hidden: tuple[Tensor, Tensor], rules: dict[str, Rule], settings: Calibration
+) -> dict[str, QuantizedMatrix]:
+    """Quantize a block's linears, and replace its inputs, [sequences, length, width], by its outputs.
+
+    Args:
+        blocks: The block twice: the first one's linears become the quantized ones, the second's stay.
+        hidden: What the quantized blocks, and what the full-precision blocks make of the calibration tokens.
+        rules: The rule of each linear with GPTQ, by its name in the block; the others are left alone.
+        settings: The recipe's.
+    """
+    matrices: dict[str, QuantizedMatrix] = {}
+    block, full = blocks
+    steps = zip(run_block(block, hidden[0]), run_full_block(full, hidden[1]), strict=True)
+    for (names, inputs), (_, targets) in steps:
+        moments = Moments.of(inputs, targets)
+        chosen = [name for name in names if name in rules]
+        if not chosen:
+            continue
+        sizes = {rules[name].group_size or len(moments.hessian) for name in chosen}
+        assert len(sizes) == 1, f"{chosen} share one order of columns, not group sizes {sizes}"
+        shifts = {name: (block.linears[name].weight @ moments.cross).cpu() for name in chosen}
+        hessian = moments.hessian
+        del moments  # The cross products of down_proj are as large as its Hessian.
+        curvature = gptq.prepare(hessian, sizes.pop(), settings.damping).cpu()
+        del hessian
+        for name in chosen:
+            linear = block.linears[name]
+            matrices[name] = quantize_matrix(linear.weight.cpu(), shifts.pop(name), curvature, settings)
+            linear.weight.data = matrices[name].dequantize().to(linear.weight.device)
+    return matrices
+
+
+def replay_block(blocks: tuple[Block, Block], hidden: tuple[Tensor, Tensor]) -> None:
+    """Replace a block's inputs by its outputs, as quantize_block does, when its linears are quantized already."""
+    for run, block, states in zip((run_block, run_full_block), blocks, hidden, strict=True):
+        for _, inputs in run(block, states):
+            for _piece in inputs:
+                pass
+
+
+def _pieces(hidden: Tensor) -> list[slice]:
+    return [slice(first, first + SEQUENCES) for first in range(0, len(hidden), SEQUENCES)]
+
+
+def quantize_matrix(weight: Tensor, shift: Tensor, curvature: gptq.Curvature, settings: Calibration) -> QuantizedMatrix:
+    """Quantize a linear's weight, and measure what that does to its outputs.
+
+    The weights that GPTQ rounds are first moved towards those that make the full-precision model's outputs of the
+    quantized model's inputs, by least squares: so a block corrects some of the error of those before it. All the way
+    fits the calibration text too closely.
+
+    Args:
+        weight: float32, [rows, columns].
+        shift: The weight times the moments' cross products, [rows, columns].
+        curvature: That of the linear's inputs.
+        settings: The recipe's.
+    """
+    moved = weight + settings.compensation * curvature.solve(shift)
+    matrix = QuantizedMatrix(*gptq.quantize_matrix(moved, curvature, settings.passes))
+    hessian, order = curvature.hessian, curvature.order
+    difference = (matrix.dequantize() - weight)[:, order]
+    ordered = weight[:, order]
+    error = float((difference @ hessian).mul_(difference).sum())
+    square = float((ordered @ hessian).mul_(ordered).sum())
+    return QuantizedMatrix(matrix.integers, matrix.scales, error / square if square else 0.0)

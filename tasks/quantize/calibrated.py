@@ -1,0 +1,187 @@
+"""Quantizes the decoder with calibration data: block by block, each an artifact as soon as it is finished.
+
+A run that is killed continues at its block: the finished ones are read from the store, and the calibration tokens run
+through them once more. What comes out is a safetensors file for each block and one for the head, from which writer.py
+takes the rows of the matrices that it does not quantize itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.recipe import Calibration, Recipe, Rule
+from quantize_gemma.tasks.quantize.algorithms import quantize_rows
+from quantize_gemma.tasks.quantize.source import SourceTensor, read_rows
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.fingerprint import fingerprint
+from quantize_gemma.tasks.runtime.reporting import log, report_progress
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Gemma3TextConfig
+
+    from quantize_gemma.tasks.quantize.blocks import QuantizedMatrix
+
+# Of the quantized and of the full-precision model.
+Pair = tuple["Tensor", "Tensor"]
+STAGE = "quantize-blocks"
+FILE = "block.safetensors"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where finished blocks are.
+
+    Attributes:
+        root: The store.
+        identity: What they depend on besides their number, and the code.
+        refresh: Quantize blocks again that are in the store.
+        files: Those of the finished blocks, in order.
+        errors: The squared error of each module's outputs over their squares, on the calibration tokens.
+    """
+
+    root: Path
+    identity: JsonObject
+    refresh: bool = False
+    files: list[Path] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def finish(self, name: str, compute: Callable[[], Mapping[str, QuantizedMatrix]]) -> bool:
+        """Add a block's quantized matrices; return whether they were computed now."""
+        from safetensors.torch import save_file
+
+        computed: list[bool] = []
+
+        def write(target: Path) -> JsonObject:
+            matrices = compute()
+            tensors = {f"{module}.qdata": matrix.integers for module, matrix in matrices.items()}
+            tensors |= {f"{module}.scale": matrix.scales for module, matrix in matrices.items()}
+            save_file(tensors, target / FILE)
+            computed.append(True)
+            return {"metadata": {"error": {module: round(matrix.error, 8) for module, matrix in matrices.items()}}}
+
+        code = fingerprint("quantize_gemma.tasks.quantize.blocks:quantize_block")
+        key = store.key(STAGE, [], {**self.identity, "block": name}, code)
+        artifact = store.produce(STAGE, key, write, self.root, self.refresh, pinned=True)
+        self.files.append(artifact.path / FILE)
+        self.errors.update(artifact.metadata["error"])
+        return bool(computed)
+
+
+def quantize_decoder(
+    config: Gemma3TextConfig,
+    sources: Mapping[str, SourceTensor],
+    rules: Mapping[str, Rule],
+    recipe: Recipe,
+    tokens: Tensor,
+    blocks: Blocks,
+    device: str = "cpu",
+) -> None:
+    """Quantize all decoder blocks, and the head if the recipe calibrates it.
+
+    Args:
+        config: The decoder's configuration.
+        sources: The checkpoint's tensors, by their names in the loaded model.
+        rules: The rule of each quantized module.
+        recipe: The recipe, which has a calibration.
+        tokens: Token ids, [sequences, length].
+        blocks: Where they go.
+        device: Where the blocks run.
+    """
+    from safetensors.torch import load_file
+
+    from quantize_gemma.tasks.quantize.blocks import Block, QuantizedMatrix, quantize_block, replay_block
+
+    assert recipe.calibration is not None, f"{recipe.name} has no calibration"
+    settings = recipe.calibration
+    embedding = next(name for name in sources if name.endswith(f"{GEMMA3.embedding_module}.weight"))
+    prefix = embedding.removesuffix(f"{GEMMA3.embedding_module}.weight")
+    embedded = _embed(sources[embedding], rules[embedding.removesuffix(".weight")], tokens)
+    hidden = embedded[0].to(device), embedded[1].to(device)
+    total = config.num_hidden_layers + 1
+    for number in range(config.num_hidden_layers):
+        start = f"{prefix}layers.{number}."
+        weights = {
+            name.removeprefix(start): read_rows(source).view(source.shape).to(device)
+            for name, source in sources.items()
+            if name.startswith(start)
+        }
+        pair = Block(config, number, weights), Block(config, number, weights)
+        block = pair[0]
+        of_block = {name: rules[start + name] for name in block.linears if rules[start + name].algorithm == "gptq"}
+
+        def compute(
+            pair: tuple[Block, Block] = pair, rules: dict[str, Rule] = of_block, start: str = start
+        ) -> dict[str, QuantizedMatrix]:
+            matrices = quantize_block(pair, hidden, rules, settings)
+            return {start + name: matrix for name, matrix in matrices.items()}
+
+        if not blocks.finish(str(number), compute):
+            stored = load_file(blocks.files[-1])
+            for name in of_block:
+                matrix = QuantizedMatrix(stored[f"{start}{name}.qdata"], stored[f"{start}{name}.scale"])
+                block.linears[name].weight.data = matrix.dequantize().to(device)
+            replay_block(pair, hidden)
+            log(f"block {number} is in the store")
+        report_progress(number + 1, total, "blocks")
+    head = GEMMA3.head_module
+    if head in rules and rules[head].algorithm == "gptq":
+        norm = read_rows(sources[f"{prefix}norm.weight"]).flatten().to(device)
+        blocks.finish(
+            head, lambda: _quantize_head(config, sources[f"{head}.weight"], rules[head], settings, norm, hidden)
+        )
+    report_progress(total, total, "blocks")
+
+
+def digest_tokens(tokens: Tensor) -> str:
+    """Return the SHA-256 of token ids."""
+    return hashlib.sha256(store.canonical_json(tokens.tolist())).hexdigest()
+
+
+def _embed(source: SourceTensor, rule: Rule, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the embeddings of tokens, quantized and not, [sequences, length, width], as the decoder reads them."""
+    import torch
+
+    ids, places = torch.unique(tokens, return_inverse=True)
+    rows = torch.cat([read_rows(source, int(token), 1) for token in ids]).to(torch.bfloat16)
+    stored = quantize_rows(rows, rule, "cpu").tensors
+    size = rows.shape[1] // stored["scale"].shape[1]
+    quantized = stored["qdata"] * stored["scale"].float().repeat_interleave(size, 1)
+    # The model keeps the factor in the checkpoint's dtype.
+    factor = torch.tensor(rows.shape[1] ** 0.5, dtype=torch.bfloat16).float()
+    return (quantized * factor)[places], (rows.float() * factor)[places]
+
+
+def _quantize_head(
+    config: Gemma3TextConfig, source: SourceTensor, rule: Rule, settings: Calibration, norm: Tensor, hidden: Pair
+) -> dict[str, QuantizedMatrix]:
+    """Quantize the head, some rows at a time, on what the last norm makes of the blocks' output."""
+    import torch
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    from quantize_gemma.tasks.quantize import blocks, gptq
+
+    module = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    module.weight.data = norm.float()
+    with torch.no_grad():
+        inputs, targets = ((module(piece) for piece in torch.split(states, blocks.SEQUENCES)) for states in hidden)
+        moments = blocks.Moments.of(inputs, targets)
+    curvature = gptq.prepare(moments.hessian, rule.group_size or source.shape[1], settings.damping).cpu()
+    cross = moments.cross.cpu()
+    pieces = []
+    for first in range(0, source.shape[0], blocks.HEAD_ROWS):
+        rows = read_rows(source, first, min(blocks.HEAD_ROWS, source.shape[0] - first)).float()
+        pieces.append(blocks.quantize_matrix(rows, rows @ cross, curvature, settings))
+    return {
+        GEMMA3.head_module: blocks.QuantizedMatrix(
+            torch.cat([piece.integers for piece in pieces]),
+            torch.cat([piece.scales for piece in pieces]),
+            sum(piece.error for piece in pieces) / len(pieces),
+        )
+    }

@@ -1,0 +1,362 @@
+"""GPTQ in the format of our programs: positive bfloat16 scales, signed integers, symmetric, a scale for each group.
+
+GPTQ (Frantar et al. 2022, arXiv:2210.17323) rounds a matrix column by column and spreads the error of each column over
+the columns that follow, by the inverse of the Hessian of the layer's squared output error. Beyond that paper:
+
+- The scale of a group is chosen by what GPTQ itself leaves of the error in the group: each of CANDIDATES is rounded to
+  bfloat16, and the group's columns are rounded with it in turn, before the best one is kept.
+- The columns go in the order of their inputs' size, whole groups first, so that groups stay what the format says.
+- Then passes of coordinate descent over scales and integers, on the whole Hessian: GPTQ never returns to a column.
+
+Rows are independent: they are worked on in tiles, transposed, with one row per vector lane. No sum is split by the
+number of threads, so that the bytes do not depend on it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int8]
+
+# Scales that are tried for a group, evenly spread between these shares of what its largest weight needs.
+CANDIDATES = 40
+SMALLEST, LARGEST = 0.45, 1.1
+# Rows that a kernel works on side by side, and weights whose columns are updated at once.
+WIDTH = 64
+CHUNK = 2**23
+LOW, HIGH = -8, 7
+# Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
+ROUNDER = np.float32(12582912.0)
+# bfloat16's smallest normal number: XNNPACK refuses scales below it.
+TINIEST = np.float32(2.0**-126)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The Hessian of a layer's squared output error, ready for all matrices with the same input.
+
+    Attributes:
+        order: The order in which columns are rounded, [columns].
+        hessian: The damped Hessian in that order, float32, [columns, columns].
+        factor: The upper Cholesky factor of its inverse, float32, [columns, columns].
+        mean: The mean of the Hessian's diagonal, by which it is divided.
+        group_size: How many columns share a scale.
+    """
+
+    order: Tensor
+    hessian: Tensor
+    factor: Tensor
+    mean: float
+    group_size: int
+
+    def cpu(self) -> Curvature:
+        """Return it on the CPU, where matrices are rounded."""
+        order, hessian, factor = self.order.cpu(), self.hessian.cpu(), self.factor.cpu()
+        return Curvature(order, hessian, factor, self.mean, self.group_size)
+
+    def solve(self, products: Tensor) -> Tensor:
+        """Return `products`, [rows, columns], times the inverse of the damped Hessian, in the columns' own order."""
+        solved = products[:, self.order] @ self.factor.T @ self.factor
+        return solved[:, self.order.argsort()] / self.mean
+
+
+def prepare(hessian: Tensor, group_size: int, damping: float) -> Curvature:
+    """Return the curvature of a Hessian, [columns, columns], which is overwritten.
+
+    Args:
+        hessian: The sum of products of inputs, X^T X, on any scale.
+        group_size: How many columns share a scale.
+        damping: What is added to the diagonal, as a share of its mean. It grows tenfold until there is a factor.
+    """
+    import torch
+
+    diagonal = hessian.diagonal()
+    mean = max(float(diagonal.mean()), 1e-30)
+    hessian /= mean
+    sizes = diagonal.reshape(-1, group_size)
+    groups = sizes.sum(1).argsort(descending=True, stable=True)
+    inside = sizes.argsort(dim=1, descending=True, stable=True)
+    order = (groups[:, None] * group_size + inside[groups]).flatten()
+    hessian = hessian[order][:, order]
+    while True:
+        hessian.diagonal().add_(damping)
+        # The factor of the inverse is the inverse of the reversed matrix's factor, reversed: one inversion less.
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        if not failed:
+            break
+        damping *= 10
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(order), device=lower.device), upper=False)
+    del lower
+    return Curvature(order, hessian, inverse.flip(0, 1).contiguous(), mean, group_size)
+
+
+def quantize_matrix(weight: Tensor, curvature: Curvature, passes: int) -> tuple[Tensor, Tensor]:
+    """Quantize a matrix to int4.
+
+    Args:
+        weight: float32, [rows, columns], finite.
+        curvature: That of the matrix's inputs.
+        passes: Passes of coordinate descent after GPTQ.
+
+    Returns:
+        The integers, int8, [rows, columns], and the scales, bfloat16, [rows, groups].
+    """
+    import torch
+
+    rows, columns = weight.shape
+    integers = torch.empty(rows, columns, dtype=torch.int8)
+    scales = torch.empty(rows, columns // curvature.group_size, dtype=torch.bfloat16)
+    # Whole tiles, so that a row is added up in the same order wherever the matrix is cut.
+    step = max(CHUNK // columns // WIDTH, 1) * WIDTH
+    groups = curvature.order[:: curvature.group_size] // curvature.group_size
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for first in range(0, rows, step):
+            part = weight[first : first + step]
+            transposed = part[:, curvature.order].T.contiguous()
+            chunk_integers, chunk_scales = _gptq(transposed, curvature, pool)
+            if passes:
+                _descend(part, curvature, chunk_integers, chunk_scales, passes, pool)
+            integers[first : first + step, curvature.order] = chunk_integers.T
+            scales[first : first + step, groups] = chunk_scales.T.to(torch.bfloat16)
+    return integers, scales
+
+
+def _gptq(remaining: Tensor, curvature: Curvature, pool: ThreadPoolExecutor) -> tuple[Tensor, Tensor]:
+    """Return integers, [columns, rows], and scales, [groups, rows], of weights, [columns, rows], overwritten."""
+    import torch
+
+    columns, rows = remaining.shape
+    size = curvature.group_size
+    integers = torch.empty(columns, rows, dtype=torch.int8)
+    scales = torch.empty(columns // size, rows, dtype=torch.float32)
+    errors = torch.empty(size, rows, dtype=torch.float32)
+    factors = np.linspace(SMALLEST, LARGEST, CANDIDATES, dtype=np.float32)
+    for first in range(0, columns, size):
+        last = first + size
+        block = curvature.factor[first:last, first:last].contiguous().numpy()
+        group, chosen = remaining[first:last].numpy(), integers[first:last].numpy()
+        scale = scales[first // size].numpy()
+        arrays = group, block, factors, chosen, scale, errors.numpy()
+        _tiles(pool, rows, functools.partial(_round_group, *arrays))
+        remaining[last:].addmm_(curvature.factor[first:last, last:].T, errors, alpha=-1)
+    return integers, scales
+
+
+def _descend(
+    weight: Tensor, curvature: Curvature, integers: Tensor, scales: Tensor, passes: int, pool: ThreadPoolExecutor
+) -> None:
+    """Improve integers, [columns, rows], and scales, [groups, rows], in place by coordinate descent."""
+    import torch
+
+    columns, rows = integers.shape
+    size = curvature.group_size
+    error = weight[:, curvature.order].T - integers * scales.repeat_interleave(size, 0)
+    gradient = curvature.hessian @ error
+    del error
+    changes = torch.empty(size, rows, dtype=torch.float32)
+    for _ in range(passes):
+        for first in range(0, columns, size):
+            last = first + size
+            block = curvature.hessian[first:last, first:last].contiguous().numpy()
+            group, chosen = gradient[first:last].numpy(), integers[first:last].numpy()
+            scale = scales[first // size].numpy()
+            arrays = group, block, chosen, scale, changes.numpy()
+            _tiles(pool, rows, functools.partial(_improve_group, *arrays))
+            gradient.addmm_(curvature.hessian[:, first:last], changes)
+
+
+def _tiles(pool: ThreadPoolExecutor, rows: int, work: Callable[[int, int], None]) -> None:
+    """Call a kernel on ranges of rows, whole tiles each, on all threads."""
+    import torch
+
+    step = -(-rows // (WIDTH * torch.get_num_threads())) * WIDTH
+    list(pool.map(lambda start: work(start, min(start + step, rows)), range(0, rows, step)))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
+def _to_bfloat16(values: Floats) -> None:
+    """Round float32 numbers to the nearest bfloat16, ties to even, in place; at least TINIEST."""
+    bits = values.view(np.uint32)
+    for k in range(bits.size):
+        value = bits[k]
+        bits[k] = (value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    for k in range(values.size):
+        values[k] = max(values[k], TINIEST)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _round_group(
+    remaining: Floats,
+    factor: Floats,
+    factors: Floats,
+    integers: Integers,
+    scales: Floats,
+    errors: Floats,
+    start: int,
+    end: int,
+) -> None:
+    """Choose the scale of one group of columns and round them, for rows `start` to `end`.
+
+    Args:
+        remaining: The weights with the errors of earlier groups, [columns, rows].
+        factor: The group's block of the inverse Hessian's upper factor, [columns, columns].
+        factors: The scales to try, as shares of what the largest weight needs.
+        integers, scales: Filled, [columns, rows] and [rows].
+        errors: Filled with each column's error over its factor, [columns, rows].
+        start: The first row.
+        end: The row after the last.
+    """
+    size = remaining.shape[0]
+    weight = np.zeros((size, WIDTH), np.float32)
+    work = np.empty((size, WIDTH), np.float32)
+    largest = np.empty(WIDTH, np.float32)
+    scale = np.empty(WIDTH, np.float32)
+    inverse = np.empty(WIDTH, np.float32)
+    best_scale = np.empty(WIDTH, np.float32)
+    best_loss = np.empty(WIDTH, np.float32)
+    loss = np.empty(WIDTH, np.float32)
+    error = np.empty(WIDTH, np.float32)
+    low, high = np.float32(LOW), np.float32(HIGH)
+    for tile in range(start, end, WIDTH):
+        count = min(WIDTH, end - tile)
+        largest[:] = np.float32(0)
+        for k in range(size):
+            for lane in range(count):
+                weight[k, lane] = remaining[k, tile + lane]
+            for lane in range(WIDTH):
+                largest[lane] = max(largest[lane], abs(weight[k, lane]))
+        best_loss[:] = np.float32(np.inf)
+        # The last round repeats the best scale, and keeps what it gives.
+        for candidate in range(len(factors) + 1):
+            final = candidate == len(factors)
+            if final:
+                scale[:] = best_scale
+            else:
+                for lane in range(WIDTH):
+                    scale[lane] = largest[lane] * factors[candidate] / np.float32(7.5)
+                _to_bfloat16(scale)
+            for lane in range(WIDTH):
+                inverse[lane] = np.float32(1) / scale[lane]
+            loss[:] = np.float32(0)
+            work[:] = weight
+            for k in range(size):
+                reciprocal = np.float32(1) / factor[k, k]
+                for lane in range(WIDTH):
+                    value = work[k, lane] * inverse[lane]
+                    value = value if value < high else high
+                    value = value if value > low else low
+                    value = (value + ROUNDER) - ROUNDER
+                    error[lane] = (work[k, lane] - value * scale[lane]) * reciprocal
+                    loss[lane] += error[lane] * error[lane]
+                    work[k, lane] = value
+                for j in range(k + 1, size):
+                    share = factor[k, j]
+                    for lane in range(WIDTH):
+                        work[j, lane] -= share * error[lane]
+                if final:
+                    for lane in range(count):
+                        integers[k, tile + lane] = np.int8(work[k, lane])
+                        errors[k, tile + lane] = error[lane]
+            for lane in range(WIDTH):
+                better = loss[lane] < best_loss[lane]
+                best_loss[lane] = loss[lane] if better else best_loss[lane]
+                best_scale[lane] = scale[lane] if better else best_scale[lane]
+        for lane in range(count):
+            scales[tile + lane] = best_scale[lane]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _improve_group(
+    gradient: Floats,
+    hessian: Floats,
+    integers: Integers,
+    scales: Floats,
+    changes: Floats,
+    start: int,
+    end: int,
+) -> None:
+    """Fit the scale of one group to its integers, then each integer to all others, for rows `start` to `end`.
+
+    Args:
+        gradient: The Hessian times the error (weights less quantized weights), [columns, rows].
+        hessian: The group's block of the Hessian, [columns, columns].
+        integers, scales: Changed in place, [columns, rows] and [rows].
+        changes: Filled with the change of the error, [columns, rows].
+        start: The first row.
+        end: The row after the last.
+    """
+    size = gradient.shape[0]
+    slope = np.zeros((size, WIDTH), np.float32)
+    integer = np.zeros((size, WIDTH), np.float32)
+    product = np.empty((size, WIDTH), np.float32)
+    change = np.empty((size, WIDTH), np.float32)
+    scale = np.ones(WIDTH, np.float32)
+    fitted = np.empty(WIDTH, np.float32)
+    linear = np.empty(WIDTH, np.float32)
+    square = np.empty(WIDTH, np.float32)
+    step = np.empty(WIDTH, np.float32)
+    low, high = np.float32(LOW), np.float32(HIGH)
+    for tile in range(start, end, WIDTH):
+        count = min(WIDTH, end - tile)
+        for lane in range(count):
+            scale[lane] = scales[tile + lane]
+        for k in range(size):
+            for lane in range(count):
+                slope[k, lane] = gradient[k, tile + lane]
+                integer[k, lane] = np.float32(integers[k, tile + lane])
+        product[:] = np.float32(0)
+        for k in range(size):
+            for j in range(size):
+                share = hessian[j, k]
+                for lane in range(WIDTH):
+                    product[j, lane] += share * integer[k, lane]
+        linear[:] = np.float32(0)
+        square[:] = np.float32(1e-30)
+        for k in range(size):
+            for lane in range(WIDTH):
+                linear[lane] += integer[k, lane] * slope[k, lane]
+                square[lane] += integer[k, lane] * product[k, lane]
+        for lane in range(WIDTH):
+            fitted[lane] = max(scale[lane] + linear[lane] / square[lane], TINIEST)
+        _to_bfloat16(fitted)
+        for lane in range(WIDTH):
+            move = fitted[lane] - scale[lane]
+            better = move * (move * square[lane] - np.float32(2) * linear[lane]) < np.float32(0)
+            step[lane] = move if better else np.float32(0)
+            scale[lane] = fitted[lane] if better else scale[lane]
+        for k in range(size):
+            for lane in range(WIDTH):
+                change[k, lane] = -step[lane] * integer[k, lane]
+                slope[k, lane] -= step[lane] * product[k, lane]
+        for k in range(size):
+            reciprocal = np.float32(1) / hessian[k, k]
+            for lane in range(WIDTH):
+                value = integer[k, lane] + slope[k, lane] * reciprocal / scale[lane]
+                value = value if value < high else high
+                value = value if value > low else low
+                value = (value + ROUNDER) - ROUNDER
+                step[lane] = (integer[k, lane] - value) * scale[lane]
+                integer[k, lane] = value
+                change[k, lane] += step[lane]
+            for j in range(size):
+                share = hessian[j, k]
+                for lane in range(WIDTH):
+                    slope[j, lane] += share * step[lane]
+        for lane in range(count):
+            scales[tile + lane] = scale[lane]
+        for k in range(size):
+            for lane in range(count):
+                integers[k, tile + lane] = np.int8(integer[k, lane])
+                changes[k, tile + lane] = change[k, lane]

@@ -1,0 +1,75 @@
+"""What a stage reports while it works: its progress, and lines for the run's log.
+
+Reports are records of a logger: stages report from deep inside the loops and callbacks of libraries, and logging takes
+the records to whoever listens. In a worker process that is worker_main.py, which sends them to the run; elsewhere, as
+in tests that call a stage's function, nobody does.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from typing import TextIO
+
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
+logger = logging.getLogger(__name__)
+# Nobody else's handlers show reports.
+logger.propagate = False
+
+
+def report_progress(done: int, total: int, unit: str) -> None:
+    """Report that so many units of the work are done."""
+    logger.info("", extra={"progress": (done, total, unit)})
+
+
+@contextlib.contextmanager
+def as_part(before: int, share: int, total: int) -> Iterator[None]:
+    """Make the progress that the block reports that of a part of larger work: `share` of `total`, after `before`."""
+
+    def scale(record: logging.LogRecord) -> bool:
+        progress = getattr(record, "progress", None)
+        if progress is not None:
+            done, whole, unit = progress
+            record.__dict__["progress"] = before + share * done // max(whole, 1), total, unit
+        return True
+
+    logger.addFilter(scale)
+    try:
+        yield
+    finally:
+        logger.removeFilter(scale)
+
+
+def log(message: str) -> None:
+    """Write one line to the run's log."""
+    logger.info("%s", message)
+
+
+class Events(logging.Handler):
+    """Writes events, the reports among them, as lines of JSON to a stream that no library prints to."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def listen(self) -> None:
+        """Write the reports from now on."""
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a report."""
+        progress = getattr(record, "progress", None)
+        if progress is None:
+            self.send({"event": "log", "message": record.getMessage()})
+        else:
+            done, total, unit = progress
+            self.send({"event": "progress", "done": done, "total": total, "what": unit})
+
+    def send(self, event: JsonObject) -> None:
+        """Write an event."""
+        line = json.dumps(event) + "\n"
+        with self.lock or contextlib.nullcontext():
+            self.stream.write(line)
+            self.stream.flush()

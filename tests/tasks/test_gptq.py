@@ -1,0 +1,269 @@
+"""GPTQ is what its definition says, in our format, whatever the threads, and continues at the block where it was."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.calibrate import (
+    OVERLAP,
+    calibrate,
+    digest_text,
+    find_overlap,
+    read_dataset,
+    spread_windows,
+)
+from quantize_gemma.tasks.models.calibration import CalibrationSource, parse_source, read_calibration
+from quantize_gemma.tasks.models.checkpoint import load_model
+from quantize_gemma.tasks.models.recipe import load_recipe
+from quantize_gemma.tasks.quantize import blocks, gptq, quantize
+from quantize_gemma.tasks.quantize.search import search_scales
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.untie import untie
+
+GROUP = 32
+
+
+def example(rows: int = 70, columns: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights and the Hessian of inputs that depend on each other."""
+    generator = torch.Generator().manual_seed(3)
+    mixed = torch.randn(columns, columns, generator=generator) * torch.rand(columns, generator=generator)
+    inputs = torch.randn(1000, columns, generator=generator) @ mixed
+    return torch.randn(rows, columns, generator=generator) * 0.02, inputs.T @ inputs
+
+
+def output_error(weight: torch.Tensor, hessian: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor) -> float:
+    error = (integers.double() * scales.double().repeat_interleave(GROUP, 1)) - weight
+    return float(((error @ hessian.double()) * error).sum())
+
+
+def naive_gptq(weight: torch.Tensor, scales: torch.Tensor, curvature: gptq.Curvature) -> torch.Tensor:
+    """Round column by column in float64, each column's error spread by the inverse of what remains of the Hessian."""
+    remaining = weight.double()[:, curvature.order]
+    per_column = scales.double().repeat_interleave(GROUP, 1)[:, curvature.order]
+    inverse = torch.linalg.inv(curvature.hessian.double())
+    integers = torch.zeros_like(remaining)
+    for column in range(remaining.shape[1]):
+        scale = per_column[:, column]
+        integers[:, column] = (remaining[:, column] / scale).round().clamp(-8, 7)
+        error = (remaining[:, column] - integers[:, column] * scale) / inverse[column, column]
+        remaining -= error[:, None] * inverse[column]
+        inverse = inverse - torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+    return integers[:, curvature.order.argsort()]
+
+
+def test_gptq_rounds_as_column_by_column_in_float64() -> None:
+    weight, hessian = example()
+    curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
+    integers, scales = gptq.quantize_matrix(weight, curvature, 0)
+    assert (integers == naive_gptq(weight, scales, curvature)).double().mean() > 0.999
+    assert sorted(curvature.order.tolist()) == list(range(96))
+
+
+def test_no_scale_that_is_tried_for_the_first_group_loses_less_there() -> None:
+    weight, hessian = example(rows=5, columns=32)
+    curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
+    integers, scales = gptq.quantize_matrix(weight, curvature, 0)
+    best = output_error(weight[:1, curvature.order], curvature.hessian, integers[:1, curvature.order], scales[:1])
+    for share in torch.linspace(gptq.SMALLEST, gptq.LARGEST, gptq.CANDIDATES):
+        scale = (weight[:1].abs().amax(1, keepdim=True) * share / 7.5).bfloat16()
+        other = naive_gptq(weight[:1], scale, curvature)
+        assert (
+            best
+            <= output_error(weight[:1, curvature.order], curvature.hessian, other[:, curvature.order], scale) * 1.0001
+        )
+
+
+def test_coordinate_descent_lowers_the_output_error_pass_by_pass() -> None:
+    weight, hessian = example()
+    curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
+    errors = [output_error(weight, hessian, *gptq.quantize_matrix(weight, curvature, passes)) for passes in (0, 1, 4)]
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[2] < errors[1]
+
+
+def test_integers_and_scales_are_those_that_a_program_takes() -> None:
+    weight, hessian = example()
+    weight[3] = 0
+    weight[5, 32:64] = 0
+    weight[7] *= 1e-38
+    hessian[:, 11] = hessian[11] = 0  # A channel without activations.
+    for passes in (0, 3):
+        integers, scales = gptq.quantize_matrix(weight, gptq.prepare(hessian.clone(), GROUP, 0.01), passes)
+        assert integers.min() == -8
+        assert integers.max() == 7
+        assert scales.dtype == torch.bfloat16
+        assert scales.float().isfinite().all()
+        assert (scales.float() >= 2.0**-126).all()
+        assert not integers[3].any()
+
+
+def test_the_damped_hessian_is_inverted_in_the_columns_own_order() -> None:
+    weight, hessian = example()
+    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(96)
+    solved = gptq.prepare(hessian.clone(), GROUP, 0.01).solve(weight)
+    assert torch.allclose(solved.double(), weight.double() @ torch.linalg.inv(damped), rtol=1e-3, atol=1e-9)
+
+
+def test_a_search_without_data_chooses_positive_scales_that_lose_less_than_the_largest_weights() -> None:
+    weight = example()[0]
+    integers, scales = search_scales(weight, GROUP, "int4")
+    plain = (weight.view(70, -1, GROUP).abs().amax(2) / 7.5).bfloat16()
+    rounded = (weight / plain.float().repeat_interleave(GROUP, 1)).round().clamp(-8, 7)
+    identity = torch.eye(96)
+    assert output_error(weight, identity, integers, scales) < output_error(weight, identity, rounded, plain)
+    assert (scales > 0).all()
+    expected = (weight / scales.float().repeat_interleave(GROUP, 1)).round().clamp(-8, 7)
+    assert torch.equal(integers.float(), expected)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untied tiny-gemma3 in a store, so that finished blocks are kept."""
+    return store.produce(
+        "untie", "0" * 64, lambda target: untie(target, BUILTIN["tiny-gemma3"]), tmp_path_factory.mktemp("store")
+    ).path
+
+
+@pytest.fixture(scope="module")
+def calibration(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("calibration")
+    text = target.with_suffix(".txt")
+    text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md"))), encoding="utf-8")
+    calibrate(target, untied, 4, 96, text=str(text), digest=digest_text(str(text)))
+    return target
+
+
+def recipe() -> dict[str, Any]:
+    return load_recipe("GPTQ-INT8-INT4").to_json()
+
+
+def run(target: Path, untied: Path, calibration: Path, refresh: bool = False) -> bytes:
+    target.mkdir()
+    quantize(target, untied, recipe(), "cpu", calibration, refresh)
+    return (target / "model.safetensors").read_bytes()
+
+
+def test_a_calibrated_checkpoint_loads_and_is_closer_to_the_base_model_on_its_text(
+    untied: Path, calibration: Path, tmp_path: Path
+) -> None:
+    run(tmp_path / "gptq", untied, calibration)
+    (tmp_path / "hqq").mkdir()
+    quantize(tmp_path / "hqq", untied, load_recipe("HQQ-INT8-INT4").to_json(), "cpu")
+    tokens = torch.tensor(read_calibration(calibration))
+    logs = {
+        path: torch.log_softmax(load_model(path, torch.float32)(tokens).logits.detach(), -1)
+        for path in (untied, tmp_path / "gptq", tmp_path / "hqq")
+    }
+    gptq_kl, hqq_kl = (
+        float((logs[untied].exp() * (logs[untied] - logs[tmp_path / name])).sum(-1).mean()) for name in ("gptq", "hqq")
+    )
+    assert gptq_kl < hqq_kl
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_threads(untied: Path, calibration: Path, tmp_path: Path) -> None:
+    expected = run(tmp_path / "one", untied, calibration, refresh=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert run(tmp_path / "single", untied, calibration, refresh=True) == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_killed_run_continues_at_its_block(
+    untied: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In the same store, but with settings of its own: no block is there yet.
+    content = recipe()
+    content["calibration"]["damping"] = 0.02
+    started: list[int] = []
+    real = blocks.quantize_block
+
+    def stop_in_the_third(*arguments: Any) -> dict[str, blocks.QuantizedMatrix]:
+        started.append(1)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(blocks, "quantize_block", stop_in_the_third)
+    files = []
+    for name in ("killed", "continued", "undisturbed"):
+        (tmp_path / name).mkdir()
+        arguments = tmp_path / name, untied, content, "cpu", calibration, name == "undisturbed"
+        if name == "killed":
+            with pytest.raises(KeyboardInterrupt):
+                quantize(*arguments)
+        else:
+            quantize(*arguments)
+            files.append((tmp_path / name / "model.safetensors").read_bytes())
+            assert len(started) == {"continued": 4, "undisturbed": 7}[name]
+    assert files[0] == files[1]
+
+
+def test_a_recipe_and_its_calibration_come_together(untied: Path, calibration: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs a calibration text"):
+        quantize(tmp_path, untied, recipe(), "cpu")
+    with pytest.raises(UserError, match="needs no calibration text"):
+        quantize(tmp_path, untied, load_recipe("HQQ-INT8-INT4").to_json(), "cpu", calibration)
+
+
+def test_a_calibration_text_that_shares_a_run_of_tokens_with_the_fidelity_text_is_refused(
+    untied: Path, tmp_path: Path
+) -> None:
+    lines = Path("docs/operate.md").read_text("utf-8").splitlines()
+    (tmp_path / "mine.txt").write_text("Something else. " * 50 + "\n".join(lines[:20]), encoding="utf-8")
+    (tmp_path / "theirs.txt").write_text("Nothing of it. " * 50 + "\n".join(lines[:20]), encoding="utf-8")
+    target = tmp_path / "target"
+    target.mkdir()
+    text = str(tmp_path / "mine.txt")
+    with pytest.raises(UserError, match="shares 32 tokens in a row"):
+        calibrate(target, untied, 2, 32, text=text, digest=digest_text(text), fidelity_text=tmp_path / "theirs.txt")
+    with pytest.raises(UserError, match="use a longer one"):
+        calibrate(target, untied, 2, 100_000, text=text, digest=digest_text(text))
+    with pytest.raises(UserError, match="changed while"):
+        calibrate(target, untied, 2, 32, text=text, digest="0" * 64)
+
+
+def test_overlap_counts_from_a_full_run_on() -> None:
+    run_of = list(range(OVERLAP))
+    assert find_overlap([9, *run_of], [*run_of, 7]) == 1
+    assert find_overlap(run_of[:-1], run_of) is None
+
+
+def test_windows_are_spread_over_the_text_and_start_with_bos() -> None:
+    assert spread_windows(list(range(100)), 777, 3, 11) == [[777, *range(start, start + 10)] for start in (0, 30, 60)]
+    assert len(spread_windows(list(range(100)), 777, 50, 11)) == 10
+
+
+def test_the_base_models_own_answers_are_added_in_the_chat_template(untied: Path, tmp_path: Path) -> None:
+    text = str(Path("docs/operate.md"))
+    output = calibrate(tmp_path, untied, 2, 16, 2, text, digest_text(text))
+    tokenizer = AutoTokenizer.from_pretrained(untied)
+    rows = read_calibration(tmp_path)
+    assert output["metadata"] == {"sequences": 2, "answers": 2, "length": 16, "tokens": 64}
+    assert {len(row) for row in rows} == {16}
+    assert tokenizer.decode(rows[2]).startswith("<bos><start_of_turn>user")
+
+
+def test_a_dataset_is_read_from_text_and_parquet_files_in_order(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one\n", "", None, "two"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("three", encoding="utf-8")
+    assert read_dataset(tmp_path) == "one\ntwo\nthree"
+    pyarrow.parquet.write_table(pyarrow.table({"words": ["one"]}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c\.parquet of the calibration dataset has no readable column 'text'"):
+        read_dataset(tmp_path)
+
+
+def test_a_calibration_is_a_file_or_files_of_a_dataset_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("words", encoding="utf-8")
+    assert not parse_source(str(tmp_path / "text")).on_hub
+    assert not parse_source("text.txt").on_hub
+    assert parse_source("org/name") == CalibrationSource("org/name", True)
+    assert parse_source("org/name@v1:raw/train-*") == CalibrationSource("org/name", True, "v1", "raw/train-*")
