@@ -1,18 +1,19 @@
-"""The built-in text in the layout of Salesforce/wikitext, for a Hub."""
+"""A text in the layout of Salesforce/wikitext, for a Hub."""
 
 from pathlib import Path
 
 from quantize_gemma.tasks.builtin import BUILTIN_TEXTS
 
 WIKITEXT = "Salesforce/wikitext"
+TINY_TEXT = BUILTIN_TEXTS["tiny-text"] / "text.txt"
 
 
-def write_wikitext(folder: Path) -> Path:
-    """Writes a dataset whose test split is the built-in text, beside splits that nobody needs; returns its folder."""
+def write_wikitext(folder: Path, text: Path = TINY_TEXT) -> Path:
+    """Writes a dataset whose test split is a text, beside splits that nobody needs; returns its folder."""
     import pyarrow
     import pyarrow.parquet
 
-    rows = (BUILTIN_TEXTS["tiny-text"] / "text.txt").read_text(encoding="utf-8").split("\n\n")
+    rows = text.read_text(encoding="utf-8").split("\n\n")
     for name in ("wikitext-2-raw-v1/test", "wikitext-2-raw-v1/train", "wikitext-103-raw-v1/test"):
         path = folder / f"{name}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)

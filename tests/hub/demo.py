@@ -1,5 +1,12 @@
-"""The flow against a local Hub: `python -m tests.hub.demo` downloads, evaluates and publishes there."""
+"""The flow against a local Hub: `python -m tests.hub.demo` downloads, evaluates and publishes there.
 
+With `--checkpoint DIR` the Hub serves that one instead of the built-in model, and with `--text FILE` that text as
+WikiText-2's test split. Other flags are those of `quantize-gemma run`, as in
+
+    python -m tests.hub.demo --checkpoint ./gemma-3-270m --text wikitext-2-raw.test.txt --tasks mmlu --limit 2
+"""
+
+import argparse
 import os
 import subprocess
 import sys
@@ -9,28 +16,34 @@ from pathlib import Path
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from tests.hub.access import Tokens
 from tests.hub.server import serve
-from tests.texts import WIKITEXT, write_wikitext
+from tests.texts import TINY_TEXT, WIKITEXT, write_wikitext
 
 TOKEN = "hf_localdemo00"
-MODEL, BENCHMARK, TARGET = "local/tiny-gemma3", "cais/mmlu", "local/tiny-gemma3-HQQ-INT8-INT4"
+BENCHMARK = "cais/mmlu"
 
 
 def main() -> int:
     """Returns the run's exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.hub.demo")
+    parser.add_argument("--checkpoint", type=Path, default=BUILTIN["tiny-gemma3"])
+    parser.add_argument("--text", type=Path, default=TINY_TEXT)
+    given, further = parser.parse_known_args()
+    model = f"local/{given.checkpoint.resolve().name}"
+    target = f"{model}-HQQ-INT8-INT4"
     tokens: Tokens = {TOKEN: {"user": "local", "role": "write"}}
     with tempfile.TemporaryDirectory() as root, serve(Path(root) / "hub", tokens) as hub:
-        hub.add("model", MODEL, BUILTIN["tiny-gemma3"])
+        hub.add("model", model, given.checkpoint)
         hub.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
         hub.add("dataset", "HuggingFaceM4/ChartQA", BUILTIN_BENCHMARKS["chartqa-mini"])
-        hub.add("dataset", WIKITEXT, write_wikitext(Path(root) / "wikitext"))
+        hub.add("dataset", WIKITEXT, write_wikitext(Path(root) / "wikitext", given.text))
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        run = ["run", "--model", MODEL, "--target", TARGET, "--tag"]
+        run = ["run", "--model", model, "--target", target, "--tag", *further]
         code = subprocess.run(
             [sys.executable, "-m", "quantize_gemma.flows.cli", *run], env={**os.environ, **environment}
         ).returncode
         if code == 0:
-            print(f"published as {hub.url}/{TARGET}/commit/{hub.head('model', TARGET)}, with:")
-            for name, file in hub.files("model", TARGET).items():
+            print(f"published as {hub.url}/{target}/commit/{hub.head('model', target)}, with:")
+            for name, file in hub.files("model", target).items():
                 print(f"{file['size']:>12,}  {name}")
         return code
 
