@@ -38,6 +38,8 @@ def diagnose(
 ) -> dict[str, Any]:
     """Measure the KL divergence from the base model that quantizing one module alone brings, for every module.
 
+    Its parameters are the form in Prefect's UI and the parameters of the deployment.
+
     Args:
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.
         recipe: Name of a built-in recipe, or path to a JSON recipe file.

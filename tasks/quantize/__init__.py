@@ -63,31 +63,23 @@ def quantize(
         UserError: The checkpoint does not fit its configuration, the recipe does not fit the model or has no
             calibration text, or a weight is not finite.
     """
-    import torch
-
     parsed = Recipe.from_json(recipe)
     multimodal = is_multimodal(read_config(checkpoint))
     if (parsed.calibration is None) != (calibration is None):
         raise UserError(f"the recipe {parsed.name} needs {'a' if parsed.calibration else 'no'} calibration text")
-    threads = torch.get_num_threads()
-    try:
-        with _open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
-            shapes = {name: source.shape for name, source in sources.items()}
-            rules = decide(parsed, linear_shapes(shapes))
-            quantized, calibrated = {}, {}
-            if calibration is not None:
-                blocks = _quantize_decoder(checkpoint, sources, rules, parsed, calibration, device, refresh, stack)
-                quantized = stack.enter_context(_open_blocks(blocks.files))
-                calibrated = {"output_error": blocks.errors}
-            torch.set_num_threads(1)  # The writer has its own threads, with which torch's would compete for the cores.
-            with CheckpointWriter(
-                target / "model.safetensors", sources, rules, multimodal, device, quantized
-            ) as writer:
-                # Importing transformers takes seconds, in which the threads work.
-                _write_config(target, checkpoint, sources, rules)
-                errors = writer.finish()
-    finally:
-        torch.set_num_threads(threads)
+    with _open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
+        shapes = {name: source.shape for name, source in sources.items()}
+        rules = decide(parsed, linear_shapes(shapes))
+        quantized, calibrated = {}, {}
+        if calibration is not None:
+            blocks = _quantize_decoder(checkpoint, sources, rules, parsed, calibration, device, refresh, stack)
+            quantized = stack.enter_context(_open_blocks(blocks.files))
+            calibrated = {"output_error": blocks.errors}
+        weights = target / "model.safetensors"
+        with _one_thread(), CheckpointWriter(weights, sources, rules, multimodal, device, quantized) as writer:
+            # Importing transformers takes seconds, in which the threads work.
+            _write_config(target, checkpoint, sources, rules)
+            errors = writer.finish()
     for path in checkpoint.iterdir():
         if not path.name.endswith((".safetensors", ".safetensors.index.json")) and path.name != "config.json":
             link(path, target / path.name)
@@ -104,6 +96,19 @@ def quantize(
             **calibrated,
         }
     }
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute with one thread: the writer has its own, with which others would compete for the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -107,11 +107,7 @@ def quantize_decoder(
     total = config.num_hidden_layers + 1
     for number in range(config.num_hidden_layers):
         start = f"{prefix}layers.{number}."
-        weights = {
-            name.removeprefix(start): read_rows(source).view(source.shape).to(device)
-            for name, source in sources.items()
-            if name.startswith(start)
-        }
+        weights = _read_block(sources, start, device)
         pair = Block(config, number, weights), Block(config, number, weights)
         block = pair[0]
         of_block = {name: rules[start + name] for name in block.linears if rules[start + name].algorithm == "gptq"}
@@ -137,6 +133,12 @@ def quantize_decoder(
             head, lambda: _quantize_head(config, sources[f"{head}.weight"], rules[head], settings, norm, hidden)
         )
     report_progress(total, total, "blocks")
+
+
+def _read_block(sources: Mapping[str, SourceTensor], start: str, device: str) -> dict[str, Tensor]:
+    """Return the weights whose names start with `start`, by the rest of their names."""
+    names = [name for name in sources if name.startswith(start)]
+    return {name.removeprefix(start): read_rows(sources[name]).view(sources[name].shape).to(device) for name in names}
 
 
 def digest_tokens(tokens: Tensor) -> str:

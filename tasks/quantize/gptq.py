@@ -209,6 +209,8 @@ def _round_group(
 ) -> None:
     """Choose the scale of one group of columns and round them, for rows `start` to `end`.
 
+    A numba kernel is one function, however long, and takes arrays and numbers, however many.
+
     Args:
         remaining: The weights with the errors of earlier groups, [columns, rows].
         factor: The group's block of the inverse Hessian's upper factor, [columns, columns].
@@ -288,6 +290,8 @@ def _improve_group(
     end: int,
 ) -> None:
     """Fit the scale of one group to its integers, then each integer to all others, for rows `start` to `end`.
+
+    A numba kernel is one function, however long.
 
     Args:
         gradient: The Hessian times the error (weights less quantized weights), [columns, rows].
