@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-fast test-all campaign update compatibility check install hub-demo deploy worker serve
+.PHONY: run test test-fast test-ci test-all campaign update compatibility check install hub-demo deploy worker serve
 
 run: .venv/installed
 	$(BIN)/quantize-gemma run
 
 # Two files of tests at a time: half of it is waiting, for servers above all.
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: check
 	$(PYTEST) -m "not long"
@@ -17,7 +17,10 @@ test: check
 test-fast: .venv/installed
 	$(PYTEST) -m "not slow" $(TESTS)
 
-# Everything that CI tests.
+# What CI tests, in half an hour.
+test-ci: check
+	$(PYTEST) -m "not longest"
+
 test-all: check
 	$(PYTEST)
 

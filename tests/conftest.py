@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -36,11 +37,20 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test-fast` leaves out: tests of whole runs, besides those that say it themselves."""
+    """Mark what `make test-fast` leaves out, and put the files of tests into an order for two processes.
+
+    It leaves out tests of whole runs, besides those that say it themselves. One process makes the finished run for the
+    first file, while the other tests what needs none.
+    """
+    whole_runs: Counter[Path] = Counter()
     for item in items:
         names = getattr(item, "fixturenames", ())
         if "finished_run" in names or "command_line" in names or item.get_closest_marker("long"):
             item.add_marker("slow")
+        if "finished_run" in names:
+            whole_runs[item.path] += 1
+    first = max(whole_runs, key=whole_runs.__getitem__, default=None)
+    items.sort(key=lambda item: 0 if item.path == first else 2 if item.path in whole_runs else 1)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from tests.conftest import CommandLine, Outcome
 from tests.datasets import DATASETS, write_dataset, write_ifeval
 from tests.hub.server import Hub, serve
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.longest]
 
 DOCUMENTS = 4
 # A mirror with what the task needs besides, which cannot be had everywhere.

@@ -213,6 +213,7 @@ def test_a_refusal_costs_seconds_and_says_what_to_do(
 
 
 @pytest.mark.long
+@pytest.mark.longest
 def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_its_card_says_so(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -243,6 +244,7 @@ def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_it
     assert f"- {reason}" in card
 
 
+@pytest.mark.long
 def test_what_the_hub_refuses_when_all_is_made_is_a_failure_not_a_mistake(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
 ) -> None:

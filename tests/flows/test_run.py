@@ -595,6 +595,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_no_process(
 
 
 @pytest.mark.long
+@pytest.mark.longest
 def test_another_recipe_killed_in_the_export_is_finished_by_two_runs_together_from_where_it_was(
     released: Outcome, command_line: CommandLine
 ) -> None:

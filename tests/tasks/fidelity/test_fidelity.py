@@ -96,6 +96,7 @@ def test_a_checkpoint_is_no_distance_from_itself(measured: Any, tmp_path: Path) 
     assert results["kl_histogram"]["counts"][0] == results["tokens"]
 
 
+@pytest.mark.long
 def test_parts_write_together_what_one_part_writes(quantized: Path, measured: Any, tmp_path: Path) -> None:
     """Two groups of the text, and four of chats, in three parts."""
     assert run(tmp_path, TINY, quantized, parts=3) == measured[1]

@@ -141,7 +141,7 @@ def changed(source: str, name: str) -> str:
     raise AssertionError(f"{name} is not defined")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_change_of_code_runs_the_stages_that_use_it_and_no_other(copy: Copy) -> None:
     def change(definition: str) -> str:
         module, name = definition.split(":")
