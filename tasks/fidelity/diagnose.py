@@ -307,8 +307,16 @@ def draw_heat_map(damages: list[Damage], path: Path) -> None:
         axes.set_yticks(range(len(blocks)), [str(block) for block in blocks], fontsize=8.5)
         axes.set_title(f"{kind} quantized alone", fontsize=10.5)
     figure.supylabel("block", fontsize=8.5)
+    outside = [one for one in damages if one.block is None]
+    figure.supxlabel("\n".join(_describe(one) for one in outside), fontsize=8.5)
     figure.colorbar(image, ax=figure.axes, label="KL divergence, nats")
     figure.savefig(path, dpi=200, metadata={"Software": None})
+
+
+def _describe(damage: Damage) -> str:
+    """Return a module's divergences in words."""
+    activations = f", activations {damage.activations:.2g}" if damage.activations is not None else ""
+    return f"{damage.role}: weights {damage.weights:.2g}{activations} nats"
 
 
 def _language_model(model: PreTrainedModel) -> Any:

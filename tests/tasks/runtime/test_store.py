@@ -161,3 +161,11 @@ def test_a_full_disk_leaves_nothing_and_the_artifact_that_was_there(tmp_path: Pa
         store.produce("stage", KEY, fill, tmp_path, refresh=True)
     assert store.load("stage", KEY, tmp_path) == before
     assert not list(tmp_path.glob("*/.partial-*"))
+
+
+@pytest.mark.parametrize("folder", ["/a", "/a/b/c/d/e"])
+def test_a_directory_that_is_in_no_store_has_no_digest_and_gets_a_temporary_store(folder: str) -> None:
+    with store.open_store({"checkpoint": Path(folder)}) as (root, digests):
+        assert digests == {}
+        assert root.is_dir()
+    assert not root.exists()
