@@ -144,8 +144,8 @@ def format_row(row: dict[str, Any]) -> str:
 
     cells = [
         row["name"],
-        show("program_bytes", ",d"),
-        show("packed_bytes", ",d"),
+        show("program_bytes", ",.0f"),
+        show("packed_bytes", ",.0f"),
         show("ppl", ".2f"),
         show("kl_mean", ".4f"),
         show("same_top", ".1f", 100),
@@ -176,10 +176,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(
             Path(folder),
-            options.model,
-            options.text,
-            options.calibration,
-            options.recipes,
+            options.model.resolve(),
+            options.text.resolve(),
+            options.calibration and options.calibration.resolve(),
+            [str(Path(name).resolve()) if name.endswith(".json") else name for name in options.recipes],
             options.windows,
             options.export,
         )

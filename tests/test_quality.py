@@ -1,0 +1,33 @@
+"""The benchmark of recipes goes from a checkpoint to its table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import COLUMNS
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.long
+def test_recipes_are_compared_by_what_they_keep_of_a_model_and_by_their_size(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(path.read_text("utf-8") for path in sorted(ROOT.glob("docs/*.md"))))
+    command = [sys.executable, "-m", "benchmarks.quality", "--model", BUILTIN["tiny-gemma3"], "--json", "--no-export"]
+    command += ["--text", BUILTIN_TEXTS["tiny-text"] / "text.txt", "--calibration", tmp_path / "text.txt"]
+    command += ["--windows", "2", "--recipes", "HQQ-INT8-INT4", "GPTQ-INT8-INT4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    base, hqq, gptq = json.loads(done.stdout.splitlines()[-1])["recipes"]
+    assert [row["name"] for row in (base, hqq, gptq)] == ["base", "HQQ-INT8-INT4", "GPTQ-INT8-INT4"]
+    assert all(tuple(row) == COLUMNS for row in (base, hqq, gptq))
+    assert base["packed_bytes"] > hqq["packed_bytes"] == gptq["packed_bytes"]
+    assert (base["kl_mean"], base["same_top"]) == (0, 1)
+    assert 0.05 < gptq["kl_mean"] < hqq["kl_mean"] < 0.2
+    table = done.stdout.splitlines()[:-1]
+    assert table[3].startswith(
+        f"| HQQ-INT8-INT4 |  | {hqq['packed_bytes']:,} | {hqq['ppl']:.2f} | {hqq['kl_mean']:.4f} |"
+    )
