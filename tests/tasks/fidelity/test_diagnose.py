@@ -100,7 +100,7 @@ def test_every_quantized_module_of_the_language_model_has_a_row_a_cell_and_a_pla
     assert (tmp_path / "out" / HEAT_MAP).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_diagnosis_that_was_killed_goes_on_with_the_block_it_was_in(
+def test_a_diagnosis_that_was_killed_resumes_at_its_block(
     artifacts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[int | None] = []
