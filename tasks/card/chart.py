@@ -75,10 +75,7 @@ def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
         axes.stairs(shares, edges, color=color, linewidth=1.4, label=f"{name}, mean {one.kl_mean:.3f}")
         axes.axvline(one.kl_mean, color=color, linestyle=":", linewidth=1.2)
     axes.set(xscale="log", ylim=(0, None))
-    axes.set_xlabel("KL divergence from the base model, nats", fontsize=FONT_SIZE)
-    axes.set_ylabel("tokens, %", fontsize=FONT_SIZE)
-    axes.tick_params(labelsize=FONT_SIZE)
-    axes.spines[["top", "right"]].set_visible(False)
+    _label(axes, "KL divergence from the base model, nats", "tokens, %")
     figure.text(0.04, 0.93, "Distance from the base model, token by token", fontsize=10.5)
     figure.legend(
         loc="upper left", bbox_to_anchor=(0.02, 0.92), ncols=2, fontsize=FONT_SIZE, frameon=False, handlelength=1.2
@@ -109,16 +106,21 @@ def draw_output_error(metrics: Metrics, path: Path) -> None:
     for (role, errors), color in zip(roles.items(), color_sequences["petroff10"], strict=False):
         axes.plot(list(errors), list(errors.values()), ".-", color=color, linewidth=1.2, markersize=4, label=role)
     axes.set(yscale="log")
-    axes.set_xlabel("decoder block", fontsize=FONT_SIZE)
-    axes.set_ylabel("squared error of the outputs, %", fontsize=FONT_SIZE)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(labelsize=FONT_SIZE)
-    axes.spines[["top", "right"]].set_visible(False)
+    _label(axes, "decoder block", "squared error of the outputs, %")
     figure.text(0.04, 0.94, "What calibration left of the error, by block", fontsize=10.5)
     figure.legend(
         loc="upper left", bbox_to_anchor=(0.02, 0.93), ncols=4, fontsize=FONT_SIZE, frameon=False, handlelength=1.2
     )
     figure.savefig(path, dpi=200, metadata={"Software": None})
+
+
+def _label(axes: "Axes", x: str, y: str) -> None:
+    """Name both axes, in the size of the page's text, without a frame around them."""
+    axes.set_xlabel(x, fontsize=FONT_SIZE)
+    axes.set_ylabel(y, fontsize=FONT_SIZE)
+    axes.tick_params(labelsize=FONT_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _columns(metrics: Metrics, benchmark: str) -> tuple[BenchmarkScore, BenchmarkScore] | None:
