@@ -27,7 +27,9 @@ def run(function: str, environment: dict[str, str] | None = None, /, **arguments
         if isinstance(value, Path):
             forget(value)
     started = time.monotonic()
-    found = worker.run(function, values, lambda *_: None, None, {"PYTHONPATH": str(ROOT), **(environment or {})})
+    # Processes of ours import from the environment alone.
+    os.environ["PYTHONPATH"] = str(ROOT)
+    found = worker.run(function, values, lambda *_: None, None, environment)
     os.sync()
     return {**found, "seconds": time.monotonic() - started, "peak_rss_bytes": found["measured"]["peak_rss_bytes"]}
 

@@ -9,7 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextvars import ContextVar
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+from quantize_gemma.tasks.runtime.errors import StageFailed
+
+if TYPE_CHECKING:
+    from quantize_gemma.tasks.runtime.fork_server import ForkServer
 
 # prctl's request for a signal at the parent's death (linux/prctl.h).
 PR_SET_PDEATHSIG = 1
@@ -17,39 +22,50 @@ PR_SET_PDEATHSIG = 1
 StartProcess = Callable[[], "subprocess.Popen[str]"]
 
 
-class Killable(Protocol):
-    """A worker process."""
-
-    def kill(self) -> None:
-        """End it at once."""
-
-
 class Workers:
     """The worker processes of a run.
 
     Attributes:
+        of_a_run: Whether there is a run, which has many workers.
         stopping: Set when the run is interrupted: then nobody waits for a lock or a retry, and no worker starts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_a_run: bool) -> None:
+        self.of_a_run = of_a_run
         self.stopping = threading.Event()
-        self._running: set[Killable] = set()
+        self._server: ForkServer | None = None
+        self._lock = threading.Lock()
 
-    def add(self, worker: Killable) -> None:
-        """Have the worker killed when the run is interrupted; kill it now if the run is."""
-        self._running.add(worker)
-        if self.stopping.is_set():
-            worker.kill()
+    def fork_server(self, start: Callable[[], "ForkServer"]) -> "ForkServer":
+        """Return the process that forks the workers; start it if there is none.
 
-    def remove(self, worker: Killable) -> None:
-        """Forget a worker that has ended."""
-        self._running.discard(worker)
+        Raises:
+            StageFailed: The run is interrupted.
+        """
+        with self._lock:
+            if self.stopping.is_set():
+                raise StageFailed("stopped")
+            if self._server is None or not self._server.alive:
+                self._end_server()
+                self._server = start()
+            return self._server
 
     def stop(self) -> None:
-        """Kill all workers, and those that start from now on."""
+        """Kill all workers, and let none start from now on."""
         self.stopping.set()
-        for worker in list(self._running):
-            worker.kill()
+        with self._lock:
+            if self._server is not None:
+                self._server.stop()
+
+    def close(self) -> None:
+        """End all workers."""
+        with self._lock:
+            self._end_server()
+
+    def _end_server(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
 
 # Prefect copies the context of the flow into the threads of its tasks.
@@ -58,7 +74,7 @@ _run_workers: ContextVar[Workers] = ContextVar("run_workers")
 
 def run_workers() -> Workers:
     """Return the workers of the run that this thread works for; outside of a run, workers that nothing interrupts."""
-    return _run_workers.get(None) or Workers()
+    return _run_workers.get(None) or Workers(of_a_run=False)
 
 
 def start_process(start: StartProcess) -> "subprocess.Popen[str]":
@@ -82,11 +98,11 @@ def start_process(start: StartProcess) -> "subprocess.Popen[str]":
 
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[None]:
-    """Kill the workers of the block when Ctrl-C or a termination signal interrupts it.
+    """End the workers of the block with it, at once when Ctrl-C or a termination signal interrupts it.
 
     Prefect waits for its threads then, and they wait for the workers, an export's for minutes.
     """
-    workers = Workers()
+    workers = Workers(of_a_run=True)
     token = _run_workers.set(workers)
     try:
         with _hangup_terminates():
@@ -98,6 +114,7 @@ def stop_on_interrupt() -> Iterator[None]:
         raise
     finally:
         _run_workers.reset(token)
+        workers.close()
 
 
 @contextlib.contextmanager
@@ -115,7 +132,7 @@ def _hangup_terminates() -> Iterator[None]:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, and with it the process `parent`.
+    """Have the kernel kill this process when the thread that started it ends, or the process `parent`.
 
     A thread of this process could not: native code may hold the interpreter for minutes.
     """

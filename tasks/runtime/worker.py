@@ -1,33 +1,23 @@
 """Runs a stage's work in a process of its own: its memory comes back, and its death is the stage's failure.
 
-Three modules share this: here is the parent's side, worker_main.py is what the process runs, and reporting.py is how
-code in it reports.
-
-multiprocessing's "spawn" starts a new interpreter as well, but passes on what a stage must not have: it gives the
-process the parent's whole environment, with its tokens, and its sys.path, changes into its working directory, and
-imports its main module. A run may be started in a directory that is no place to import from or to take settings from.
-Nor does it end a process whose parent was killed, which would keep the memory and the GPU, or catch what native code
-prints, which is often all that there is of an error. So it is subprocess, with a pipe of JSON lines for the results,
-and lifetime.py for how it ends.
+Four modules share this: here is the side of the run, fork_server.py starts the processes, worker_main.py is what they
+do, and reporting.py is how code in them reports. What they report and return are lines of JSON in a pipe.
 """
 
 import contextlib
-import functools
 import json
 import logging
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from quantize_gemma.tasks.runtime import machine
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.lifetime import run_workers, start_process
+from quantize_gemma.tasks.runtime.fork_server import ForkServer, describe_exit, keep_tail
+from quantize_gemma.tasks.runtime.lifetime import run_workers
 from quantize_gemma.tasks.runtime.redact import redact
 from quantize_gemma.tasks.runtime.store import home
 
@@ -54,6 +44,8 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+# What most stages import, in seconds. No `datasets`: it reads environment variables that a stage sets.
+LIBRARIES = ("torch", "torchao.quantization", "transformers.models.gemma3.modeling_gemma3")
 
 
 def run(
@@ -100,47 +92,41 @@ class Worker:
     def __init__(
         self, function: str, arguments: Mapping[str, object], environment: dict[str, str] | None = None
     ) -> None:
-        """Start the process, which calls `function` ("module:name") with the arguments."""
-        receive, send = os.pipe()
-        inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
-        start = functools.partial(
-            subprocess.Popen,
-            # In a directory of ours: the one where the run was started is no place to take settings from, as numba and
-            # matplotlib do, or to import from, here or in what libraries start (torch lists packages with `pip`).
-            [
-                *(sys.executable, "-P", "-m", "quantize_gemma.tasks.runtime.worker_main"),
-                *(function, str(send), str(os.getpid())),
-            ],
-            cwd=Path(__file__).parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=[send],
-            env={
-                **inherited,
-                **QUIET,
-                "PYTHONSAFEPATH": "1",
-                **machine.threads(),
-                **_numba_cache(),
-                **(environment or {}),
-            },
-            text=True,
-            errors="replace",
-        )
-        self.process = start_process(start)
-        os.close(send)
-        self.events = os.fdopen(receive, encoding="utf-8")
-        self.printed: list[str] = []
-        self.reader = threading.Thread(target=_keep_tail, args=(self.process.stdout, self.printed), daemon=True)
-        self.reader.start()
+        """Start the process, which calls `function` ("module:name") with the arguments.
+
+        Raises:
+            StageFailed: It did not start.
+        """
         self.killed = False
         self.workers = run_workers()
-        self.workers.add(self)
-        assert self.process.stdin is not None
-        # Its input stays open: the end tells the process that this one is gone. If it is dead, wait() says why.
+        receive, send = os.pipe()
+        stdin, arguments_to = os.pipe()
+        output_from, output = os.pipe()
+        self.events = os.fdopen(receive, encoding="utf-8")
+        # It stays open: its end tells the process that this one is gone.
+        self.stdin = os.fdopen(arguments_to, "w", encoding="utf-8")
+        self.output = os.fdopen(output_from, encoding="utf-8", errors="replace")
+        self.printed: list[str] = []
+        try:
+            server = self.workers.fork_server(self._start_server)
+            self.process = server.fork(function, environment or {}, send, stdin, output)
+        except StageFailed as error:
+            self._free()
+            raise StageFailed("stopped") if self.workers.stopping.is_set() else error from None
+        finally:
+            for descriptor in (send, stdin, output):
+                os.close(descriptor)
+        self.reader = threading.Thread(target=keep_tail, args=(self.output, self.printed), daemon=True)
+        self.reader.start()
+        # If it is dead, wait() says why.
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(arguments) + "\n")
-            self.process.stdin.flush()
+            self.stdin.write(json.dumps(arguments) + "\n")
+            self.stdin.flush()
+
+    def _start_server(self) -> ForkServer:
+        inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
+        environment = {**inherited, **QUIET, **machine.threads(), **_numba_cache()}
+        return ForkServer(environment, LIBRARIES if self.workers.of_a_run else ())
 
     def wait(self, progress: Progress, logger: Logger | None, seconds_allowed: float | None = None) -> Event:
         """Return the result, and pass on what is reported before it.
@@ -162,7 +148,7 @@ class Worker:
             return event
         if event["event"] == "user_error":
             raise UserError(redact(event["message"]))
-        self.process.wait()
+        code = self.process.wait()
         self.reader.join(timeout=5)
         if self.killed or self.workers.stopping.is_set():
             raise StageFailed("stopped")
@@ -173,7 +159,7 @@ class Worker:
             raise StageFailed(message.strip(), event["transient"], event["retry_after"])
         if seconds_allowed and time.monotonic() - started >= seconds_allowed:
             raise StageFailed(f"it was ended after {seconds_allowed:,.0f} s, the longest that it may take")
-        raise StageFailed(f"its process ended with {_describe_exit(self.process.returncode)}\n{tail}".strip())
+        raise StageFailed(f"its process ended with {describe_exit(code)}\n{tail}".strip())
 
     def _next_event(self, progress: Progress, logger: Logger | None) -> Event:
         """Return the next event that is neither progress nor a line for the log; "died" if there is none."""
@@ -195,15 +181,18 @@ class Worker:
 
     def close(self) -> None:
         """End the process and free its resources."""
-        self.workers.remove(self)
         self.process.kill()
         self.process.wait()
         self.reader.join(timeout=5)
+        self._free()
+
+    def _free(self) -> None:
         self.events.close()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
+        self.output.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.stdin.close()
+        if not self.workers.of_a_run:
+            self.workers.close()
 
 
 def _numba_cache() -> dict[str, str]:
@@ -211,18 +200,3 @@ def _numba_cache() -> dict[str, str]:
     if "NUMBA_CACHE_DIR" in os.environ or os.access(Path(__file__).parent, os.W_OK):
         return {}
     return {"NUMBA_CACHE_DIR": str(home() / ".numba")}
-
-
-def _keep_tail(stream: Iterable[str], lines: list[str]) -> None:
-    """Keep the last lines of a process's output."""
-    for line in stream:
-        lines.append(line)
-        del lines[:-200]
-
-
-def _describe_exit(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "SIGKILL (killed from outside, or the machine ran out of memory)"
-    if code == -signal.SIGBUS:
-        return "SIGBUS (a disk was full, or a file became shorter while it was read)"
-    return f"signal {-code}" if code < 0 else f"exit code {code}"

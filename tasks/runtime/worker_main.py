@@ -1,10 +1,4 @@
-"""The main module of a worker process, which worker.py starts.
-
-    python -m quantize_gemma.tasks.runtime.worker_main <module>:<function> <file descriptor for events> <parent's id>
-
-It reads the function's arguments as one line of JSON, calls it, and sends its result or its failure. It ends when its
-parent is gone: the kernel kills it, whatever it is doing.
-"""
+"""What a worker process does, which fork_server.py forks: it calls a function, and sends its reports and its result."""
 
 import json
 import logging
@@ -12,6 +6,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 from quantize_gemma.tasks.runtime.disk import disk_failure
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
@@ -24,16 +19,33 @@ from quantize_gemma.tasks.runtime.store import keep_pinned, output_folders
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 
-def main() -> None:
-    """Do the work that the arguments and the first line of the input name, and end this process."""
-    function, descriptor, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+def work(function: str, environment: dict[str, str], events: int, stdin: int, output: int, parent: int) -> NoReturn:
+    """Call a function with the arguments that are the input's first line, send its result, and end this process.
+
+    Args:
+        function: "module:name".
+        environment: Further environment variables.
+        events: The file descriptor for the events.
+        stdin: The file descriptor of the input.
+        output: The file descriptor for what the function and its libraries print.
+        parent: The id of the process that forked this one.
+    """
     die_with_parent(parent)
+    for own, standard in ((stdin, 0), (output, 1), (output, 2)):
+        os.dup2(own, standard)
+    os.close(stdin)
+    os.close(output)
+    os.set_inheritable(events, False)
+    os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment and "torch" in sys.modules:
+        # It was read when torch was imported.
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
     arguments = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
-    events = Events(os.fdopen(descriptor, "w", encoding="utf-8"))
-    events.listen()
+    stream = Events(os.fdopen(events, "w", encoding="utf-8"))
+    stream.listen()
     logging.basicConfig(level=logging.WARNING)
-    events.send(_call(function, arguments))
+    stream.send(_call(function, arguments))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # Some libraries' exit handlers take seconds or crash; everything is written by now.
@@ -110,7 +122,3 @@ def call(
     }
     result: JsonObject = work(Path(target), **inputs, **values)
     return result
-
-
-if __name__ == "__main__":
-    main()

@@ -32,6 +32,7 @@ from tests.campaigns import campaign
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
 from tests.operate.test_deployments import Operation
+from tests.processes import stage_processes
 from tests.texts import WIKITEXT, write_wikitext
 
 MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/ChartQA"
@@ -315,15 +316,19 @@ class Attempt:
 
     def kill_child(self, run: int, rng: random.Random) -> bool:
         """Kills a stage's process or the server of a run; returns False if it has none."""
-        module = {"stage": "quantize_gemma.tasks.runtime.worker_main", "server": "quantize_gemma.flows.local_server"}[
-            self.case.victim
-        ]
         with contextlib.suppress(psutil.NoSuchProcess):
-            for process in rng.sample(children := psutil.Process(run).children(recursive=True), len(children)):
+            if self.case.victim == "stage":
+                victims = stage_processes(run)
+            else:
+                victims = [
+                    child
+                    for child in psutil.Process(run).children(recursive=True)
+                    if "quantize_gemma.flows.local_server" in child.cmdline()
+                ]
+            for process in rng.sample(victims, len(victims)):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if module in process.cmdline():
-                        process.kill()
-                        return True
+                    process.kill()
+                    return True
         return False
 
     def kill_deployed(self) -> None:

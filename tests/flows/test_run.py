@@ -28,6 +28,7 @@ from tests.compatibility.loading import read_section
 from tests.conftest import CommandLine, FinishedRun, Outcome
 from tests.evaluation import record, run_stage
 from tests.operate import another_program
+from tests.processes import stage_processes
 from tests.text_only import write_text_only
 
 FIXTURES = ("--text", "tiny-text", "--dataset", "mmlu=mmlu-mini", "chartqa=chartqa-mini")
@@ -85,16 +86,6 @@ def start_run_into(
 
 def has_started(_run: int, _partial: Path) -> bool:
     return True
-
-
-def stage_processes(run: int) -> list[psutil.Process]:
-    """Returns the processes of the stages that a run is in."""
-    processes = []
-    for child in psutil.Process(run).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "quantize_gemma.tasks.runtime.worker_main" in child.cmdline():
-                processes.append(child)
-    return processes
 
 
 def has_a_process(run: int, _partial: Path) -> bool:
@@ -648,7 +639,7 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert sum("quantize_gemma.tasks.runtime.worker_main" in child.cmdline() for child in children) == 2
+    assert len(stage_processes(process.pid)) == 2
     process.kill()
     process.communicate()
     _, alive = psutil.wait_procs(children, timeout=20)

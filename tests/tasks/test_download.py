@@ -250,7 +250,10 @@ def resolve_in_process(_target: Path, /, name: str) -> dict[str, Any]:
     return {"metadata": asdict(resolve_model(name, None, offline=False))}
 
 
-def test_whether_a_model_on_the_hub_reads_images_is_known_before_its_files_are_there(hub: Hub, tmp_path: Path) -> None:
+def test_whether_a_model_on_the_hub_reads_images_is_known_before_its_files_are_there(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     (tmp_path / "silent").mkdir()
     (tmp_path / "silent" / "README.md").write_text("It has no config.json.")
     models = {
@@ -258,7 +261,7 @@ def test_whether_a_model_on_the_hub_reads_images_is_known_before_its_files_are_t
         "team/text": (write_text_only(BUILTIN["tiny-gemma3"], tmp_path / "text"), False),
         "team/silent": (tmp_path / "silent", True),
     }
-    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
     for name, (folder, reads_images) in models.items():
         hub.add("model", name, folder)
         call = {"target": "/", "paths": {}, "values": {"name": name}}

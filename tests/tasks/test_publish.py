@@ -87,13 +87,17 @@ def send(hub: Hub, artifact: Artifact, token: str = WRITER, **settings: Any) -> 
 METRICS_TEXT = json.dumps(METRICS)
 
 
+@pytest.fixture(autouse=True)
+def workers_find_these_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+
 def in_process(function: str, hub: Hub, token: str, paths: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
     call = {"function": f"tests.tasks.test_publish:{function}", "target": "/", "paths": paths, "values": values}
     environment = {
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN_WRITE": token,
         "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     return worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)[
         "metadata"

@@ -43,7 +43,8 @@ def test_an_interrupt_kills_the_workers(sent: signal.Signals, raised: str) -> No
         worker = psutil.Process(int(run.stdout.readline()))
         run.send_signal(sent)
         assert json.loads(run.stdout.readline()) == [raised, -signal.SIGKILL, True]
-    assert not worker.is_running()
+    _, alive = psutil.wait_procs([worker], timeout=20)
+    assert alive == []
 
 
 def test_a_failure_does_not_stop_other_runs() -> None:

@@ -21,6 +21,7 @@ from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.runtime.prefect_cluster import run_part
 from tests.parts import LOADED, SECONDS
+from tests.processes import stage_processes
 
 pytestmark = pytest.mark.slow
 
@@ -227,7 +228,7 @@ def test_an_ended_run_leaves_no_process_and_loses_only_unfinished_shards(
         time.sleep(0.02)
     time.sleep(0.5)
     children = psutil.Process(started.pid).children(recursive=True)
-    assert sum("quantize_gemma.tasks.runtime.worker_main" in child.cmdline() for child in children) == 2
+    assert len(stage_processes(started.pid)) == 2
     started.send_signal(sent)
     started.communicate(timeout=20)
     _, alive = psutil.wait_procs(children, timeout=20)

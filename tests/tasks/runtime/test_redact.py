@@ -108,6 +108,7 @@ def test_what_a_worker_logs_prints_and_raises_is_redacted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "no-prefix-at-all")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     caplog.set_level(logging.INFO)
     with pytest.raises(StageFailed) as failure:
         worker.run(
@@ -115,7 +116,6 @@ def test_what_a_worker_logs_prints_and_raises_is_redacted(
             {"secret": "no-prefix-at-all"},
             lambda *_: None,
             logging.getLogger("stage"),
-            {"PYTHONPATH": str(Path(__file__).parents[3])},
         )
     assert "ZeroDivisionError" in str(failure.value)
     assert "no-prefix-at-all" not in str(failure.value) + caplog.text

@@ -34,6 +34,11 @@ def write(target: Path) -> dict[str, Any]:
     return {}
 
 
+@pytest.fixture(autouse=True)
+def workers_find_these_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
 def failure_message(expected: bool) -> str:
     with pytest.raises(StageFailed) as caught:
         worker.run(
@@ -41,7 +46,6 @@ def failure_message(expected: bool) -> str:
             {"expected": expected},
             lambda *_: None,
             None,
-            {"PYTHONPATH": str(ROOT)},
         )
     return str(caught.value)
 
@@ -50,10 +54,7 @@ def test_a_worker_whose_code_differs_from_the_runs_fails_and_writes_nothing(tmp_
     function = "tests.tasks.runtime.test_worker:write"
     arguments = {"function": function, "target": str(tmp_path), "paths": {}, "values": {}}
     here = fingerprint(function)
-    there = {"PYTHONPATH": str(ROOT)}
-    worker.run(
-        "quantize_gemma.tasks.runtime.worker_main:call", {**arguments, "made_by": here}, lambda *_: None, None, there
-    )
+    worker.run("quantize_gemma.tasks.runtime.worker_main:call", {**arguments, "made_by": here}, lambda *_: None, None)
     assert (tmp_path / "file").exists()
     (tmp_path / "file").unlink()
     with pytest.raises(StageFailed, match="other code of this program: it was changed during the run, start the run"):
@@ -62,7 +63,6 @@ def test_a_worker_whose_code_differs_from_the_runs_fails_and_writes_nothing(tmp_
             {**arguments, "made_by": {**here, "code": "0"}},
             lambda *_: None,
             None,
-            there,
         )
     assert not (tmp_path / "file").exists()
 
@@ -80,18 +80,20 @@ def test_an_unexpected_error_is_reported_with_the_last_lines_of_output() -> None
 
 def hold_the_interpreter(descendants: int) -> dict[str, Any]:
     """Start a chain of so many workers, and have native code hold the interpreter for an hour."""
+    child = None
     if descendants:
         arguments = {"descendants": descendants - 1}
-        worker.Worker("tests.tasks.runtime.test_worker:hold_the_interpreter", arguments, {"PYTHONPATH": str(ROOT)})
+        child = worker.Worker("tests.tasks.runtime.test_worker:hold_the_interpreter", arguments)
     Path(os.environ["STARTED"], str(os.getpid())).touch()
     ctypes.PyDLL(None).sleep(3600)
-    return {}
+    return {"child": child}
 
 
 def test_workers_in_native_code_die_with_their_parent(tmp_path: Path) -> None:
     script = (
         "import threading; from quantize_gemma.tasks.runtime import worker\n"
-        "start = lambda: worker.Worker('tests.tasks.runtime.test_worker:hold_the_interpreter', {'descendants': 1})\n"
+        "function, started = 'tests.tasks.runtime.test_worker:hold_the_interpreter', []\n"
+        "start = lambda: started.append(worker.Worker(function, {'descendants': 1}))\n"
         "threading.Thread(target=start).start(); threading.Event().wait()\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "STARTED": str(tmp_path)}
@@ -99,7 +101,7 @@ def test_workers_in_native_code_die_with_their_parent(tmp_path: Path) -> None:
         while len(list(tmp_path.iterdir())) < 2:
             assert parent.poll() is None
         workers = psutil.Process(parent.pid).children(recursive=True)
-        assert {str(process.pid) for process in workers} == {path.name for path in tmp_path.iterdir()}
+        assert {str(process.pid) for process in workers} > {path.name for path in tmp_path.iterdir()}
         parent.kill()
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert alive == []
@@ -117,7 +119,7 @@ def test_a_worker_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
 
     def start() -> None:
         function, arguments = "tests.tasks.runtime.test_worker:answer_later", {"folder": str(tmp_path)}
-        started.append(worker.Worker(function, arguments, {"PYTHONPATH": str(ROOT)}))
+        started.append(worker.Worker(function, arguments))
 
     thread = threading.Thread(target=start)
     thread.start()
@@ -151,7 +153,7 @@ def test_a_file_too_large_for_the_disk_is_one_sentence_whichever_library_writes_
             {"library": library, "folder": str(tmp_path)},
             lambda *_: None,
             None,
-            {"PYTHONPATH": str(ROOT), "QUANTIZE_GEMMA_HOME": str(tmp_path)},
+            {"QUANTIZE_GEMMA_HOME": str(tmp_path)},
         )
     assert str(caught.value).startswith("a file was too large for the disk of ")
     assert "\n" not in str(caught.value)
@@ -164,7 +166,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
             {},
             lambda *_: None,
             None,
-            {"PYTHONPATH": str(ROOT), "QUANTIZE_GEMMA_HOME": str(tmp_path)},
+            {"QUANTIZE_GEMMA_HOME": str(tmp_path)},
         )
     assert re.fullmatch(r"the disk of \S+ is full: make room .*: it continues from here", str(caught.value))
     assert not caught.value.transient

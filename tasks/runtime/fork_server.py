@@ -1,0 +1,260 @@
+"""Forks a run's worker processes from one that has imported their libraries, which takes longer than many stages.
+
+    python -m quantize_gemma.tasks.runtime.fork_server <file descriptor of its socket> <parent's id> <library>…
+
+multiprocessing has a fork server as well, but passes on what a stage must not have: the parent's whole environment,
+with its tokens, and its sys.path and main module. A run may be started in a directory that is no place to import from
+or to take settings from. Nor does it end processes whose parent was killed, which would keep the memory and the GPU,
+or catch what native code prints, which is often all that there is of an error. So this is ours, and lifetime.py says
+how its processes end.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from quantize_gemma.tasks.runtime import worker_main
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.runtime.lifetime import die_with_parent, start_process
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
+# A request names a function and has a stage's environment variables; its answer is a number or a message.
+MAX_BYTES = 2**17
+
+
+class ForkServer:
+    """The process that forks workers. It ends with the process that started it, and its workers end with it."""
+
+    def __init__(self, environment: Mapping[str, str], libraries: Sequence[str]) -> None:
+        """Start the process with these environment variables. The first fork waits until it has the libraries."""
+        self._channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._lock = threading.Lock()
+        start = functools.partial(
+            subprocess.Popen,
+            # In a directory of ours: the one where the run was started is no place to take settings from, as numba and
+            # matplotlib do, or to import from, here or in what libraries start (torch lists packages with `pip`).
+            [
+                *(sys.executable, "-P", "-m", "quantize_gemma.tasks.runtime.fork_server"),
+                *(str(channel.fileno()), str(os.getpid()), *libraries),
+            ],
+            cwd=Path(__file__).parent,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=[channel.fileno()],
+            env={**environment, "PYTHONSAFEPATH": "1"},
+            text=True,
+            errors="replace",
+        )
+        with channel:
+            self._process = start_process(start)
+        self._printed: list[str] = []
+        self._reader = threading.Thread(target=keep_tail, args=(self._process.stdout, self._printed), daemon=True)
+        self._reader.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can fork."""
+        return self._process.poll() is None
+
+    def fork(
+        self, function: str, environment: Mapping[str, str], events: int, stdin: int, output: int
+    ) -> "ForkedProcess":
+        """Fork a process that calls a function; see worker_main.work().
+
+        Args:
+            function: "module:name".
+            environment: Further environment variables, which a library must not have read when it was imported.
+            events: The file descriptor that gets the events.
+            stdin: Its standard input.
+            output: Its standard output and error.
+
+        Raises:
+            StageFailed: There is no such process.
+        """
+        request: JsonObject = {"fork": function, "environment": dict(environment)}
+        answer = self.request(request, [events, stdin, output])
+        if answer is None:
+            self._process.wait()
+            self._reader.join(timeout=5)
+            tail = "".join(self._printed[-30:])
+            raise StageFailed(
+                f"the process that starts stages ended with {describe_exit(self._process.returncode)}\n{tail}".strip()
+            )
+        if isinstance(answer, str):
+            raise StageFailed(f"no process could be started: {answer}")
+        return ForkedProcess(answer, self)
+
+    def request(self, request: JsonObject, descriptors: Sequence[int] = ()) -> Any:
+        """Return the server's answer, None if it is gone."""
+        with self._lock:
+            try:
+                socket.send_fds(self._channel, [json.dumps(request).encode()], descriptors)
+                answer = self._channel.recv(MAX_BYTES)
+            except OSError:
+                return None
+        return json.loads(answer)["answer"] if answer else None
+
+    def stop(self) -> None:
+        """End it and its workers at once."""
+        self._process.terminate()
+
+    def close(self) -> None:
+        """End it and its workers, and free its resources."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            # It waits for a worker that is in the kernel's hands.
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(timeout=5)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        with self._lock:
+            self._channel.close()
+
+
+class ForkedProcess:
+    """A worker process.
+
+    Attributes:
+        pid: Its id.
+        returncode: Its exit code when it has ended, negative for a signal's number; None before.
+    """
+
+    def __init__(self, pid: int, server: ForkServer) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._server = server
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self.returncode is None:
+            self._server.request({"kill": self.pid})
+
+    def wait(self) -> int:
+        """Wait for its end; return its exit code."""
+        while self.returncode is None:
+            answer = self._server.request({"poll": self.pid})
+            if answer is None:
+                # It has ended with the server.
+                self.returncode = -signal.SIGKILL
+            elif answer == "running":
+                time.sleep(0.01)
+            else:
+                self.returncode = answer
+        return self.returncode
+
+
+def keep_tail(stream: Iterable[str], lines: list[str]) -> None:
+    """Keep the last lines of a process's output."""
+    for line in stream:
+        lines.append(line)
+        del lines[:-200]
+
+
+def describe_exit(code: int) -> str:
+    """Return how a process ended, for people."""
+    if code == -signal.SIGKILL:
+        return "SIGKILL (killed from outside, or the machine ran out of memory)"
+    if code == -signal.SIGBUS:
+        return "SIGBUS (a disk was full, or a file became shorter while it was read)"
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def main() -> None:
+    """Import the libraries and answer requests, until the parent is gone."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel.set_inheritable(False)
+    die_with_parent(int(sys.argv[2]))
+    # The parent gets them as well, and ends this process when it ends the run.
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    # CUDA works in no process that was forked after a library asked for a GPU, as libraries do when they are imported.
+    if not _has_cuda():
+        for library in sys.argv[3:]:
+            # The stage that needs it reports why it cannot be imported.
+            with contextlib.suppress(Exception):
+                importlib.import_module(library)
+    # The threads of the numeric libraries, which restart theirs.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    # What is here already is shared with every worker as long as nobody writes to it, and collecting writes.
+    gc.collect()
+    gc.freeze()
+    serve(channel)
+
+
+def serve(channel: socket.socket) -> NoReturn:
+    """Answer requests until the other end of the channel is closed, or this process is terminated."""
+    running: set[int] = set()
+    here = os.getpid()
+
+    def end(*_: object) -> NoReturn:
+        """End the workers first: nobody else may take note of their ends."""
+        for act in (lambda pid: os.kill(pid, signal.SIGKILL), lambda pid: os.waitpid(pid, 0)):
+            for pid in running:
+                # It may have been waited for when this began.
+                with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                    act(pid)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(channel, MAX_BYTES, 3)
+        if not message:
+            end()
+        request = json.loads(message)
+        answer: object = None
+        if "fork" in request:
+            try:
+                pid = os.fork()
+            except OSError as error:
+                answer = str(error)
+            else:
+                if pid == 0:
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                    channel.close()
+                    events, stdin, output = descriptors
+                    worker_main.work(request["fork"], request["environment"], events, stdin, output, here)
+                running.add(pid)
+                answer = pid
+            for descriptor in descriptors:
+                os.close(descriptor)
+        elif "kill" in request:
+            # Its id is not another process's before it has been waited for.
+            if request["kill"] in running:
+                os.kill(request["kill"], signal.SIGKILL)
+            answer = "killed"
+        else:
+            ended, status = os.waitpid(request["poll"], os.WNOHANG)
+            running.discard(ended)
+            answer = os.waitstatus_to_exitcode(status) if ended else "running"
+        channel.send(json.dumps({"answer": answer}).encode())
+
+
+def _has_cuda() -> bool:
+    """Tell whether this machine has NVIDIA's driver."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
