@@ -89,7 +89,6 @@ class ForkServer:
         request: JsonObject = {"fork": function, "environment": dict(environment)}
         answer = self.request(request, [events, stdin, output])
         if answer is None:
-            self._process.wait()
             self._reader.join(timeout=5)
             tail = "".join(self._printed[-30:])
             raise StageFailed(
@@ -106,8 +105,13 @@ class ForkServer:
                 socket.send_fds(self._channel, [json.dumps(request).encode()], descriptors)
                 answer = self._channel.recv(MAX_BYTES)
             except OSError:
-                return None
-        return json.loads(answer)["answer"] if answer else None
+                answer = b""
+        if not answer:
+            # Whoever asks from now on finds that it is not alive.
+            self._process.terminate()
+            self._process.wait()
+            return None
+        return json.loads(answer)["answer"]
 
     def stop(self) -> None:
         """End it and its workers at once."""

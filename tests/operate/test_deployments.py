@@ -77,10 +77,16 @@ class Operation:
         return found.group(1)
 
     def read(self, path: str, query: dict[str, Any] | None = None) -> Any:
-        url = f"{self.api}/{path}"
-        answer = httpx.get(url, timeout=60) if query is None else httpx.post(url, json=query, timeout=60)
-        answer.raise_for_status()
-        return answer.json()
+        return self.request("GET" if query is None else "POST", path, query).json()
+
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        """Sends a request, again while the server answers 503: SQLite is busy, and Prefect's own client does so."""
+        for _ in range(30):
+            answer = httpx.request(method, f"{self.api}/{path}", json=body, timeout=60)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(1)
+        return answer.raise_for_status()
 
     def wait(self, run: str, states: set[str], seconds: float) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
@@ -282,7 +288,7 @@ def test_two_runs_never_hold_the_same_slot(sqlite: Operation, command_line: Comm
     """With one slot of memory, the heavy stages of two runs follow each other, and both runs come to their end."""
     limit = "v2/concurrency_limits/quantize-gemma-memory"
     slots = sqlite.read(limit)["limit"]
-    httpx.patch(f"{sqlite.api}/{limit}", json={"limit": 1}, timeout=60).raise_for_status()
+    sqlite.request("PATCH", limit, {"limit": 1})
     forget(command_line, "smoke")
     forget(command_line, "verify")
     with sqlite.worker():
@@ -291,7 +297,7 @@ def test_two_runs_never_hold_the_same_slot(sqlite: Operation, command_line: Comm
         for run in runs:
             assert sqlite.wait(run, {"Completed", "Failed", "Crashed"}, 240)["state_name"] == "Completed"
     assert sqlite.read(limit)["active_slots"] == 0
-    httpx.patch(f"{sqlite.api}/{limit}", json={"limit": slots}, timeout=60).raise_for_status()
+    sqlite.request("PATCH", limit, {"limit": slots})
     spans = []
     manifests = [path for name in ("smoke", "verify") for path in command_line.home.glob(f"{name}/*/manifest.json")]
     for manifest in manifests:
@@ -364,7 +370,7 @@ def test_the_webhook_is_kept_as_a_secret(sqlite: Operation, alerts: tuple[str, l
     assert block["data"]["secrets"] == {"url": alerts[0]}
     old = {**block["data"], "url": alerts[0], "secrets": {}}
     change = {"data": old, "merge_existing_data": False}
-    httpx.patch(f"{sqlite.api}/block_documents/{block['id']}", json=change, timeout=60).raise_for_status()
+    sqlite.request("PATCH", f"block_documents/{block['id']}", change)
     assert alerts[0] in json.dumps(documents())
     # Not given again.
     sqlite.environment.pop("QUANTIZE_GEMMA_ALERTS")
