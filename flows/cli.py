@@ -247,10 +247,11 @@ def _check_data(options: RunOptions) -> None:
 
     What is on the Hub is resolved when a run starts.
     """
+    from quantize_gemma.tasks.builtin import BUILTIN
     from quantize_gemma.tasks.download import is_path, resolve_dataset, resolve_text
     from quantize_gemma.tasks.models.benchmarks import describe
 
-    rows = [describe(name) for name in options.evaluation.benchmark_names()]
+    rows = [describe(name) for name in options.evaluation.benchmark_names(options.model in BUILTIN)]
     sources = options.evaluation.dataset_sources()
     for row in rows:
         source, revision = sources.get(row.name, (row.dataset, None))

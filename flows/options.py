@@ -13,8 +13,9 @@ from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.download import is_path
-from quantize_gemma.tasks.models.benchmarks import ALL_COLUMNS, BENCHMARKS, DEFAULT_TASKS
+from quantize_gemma.tasks.models.benchmarks import ALL_COLUMNS, BENCHMARKS, DEFAULT_TASKS, FIXTURE_TASKS
 from quantize_gemma.tasks.models.calibration import parse_source
 from quantize_gemma.tasks.models.datasets import WIKITEXT
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
@@ -84,11 +85,12 @@ class Options(BaseModel):
 class EvaluationOptions(Options):
     """What the model is evaluated on, and where."""
 
-    tasks: Text = Field(
-        default=DEFAULT_TASKS,
+    tasks: OptionalText = Field(
+        default=None,
         description=(
             f"Benchmarks, separated by commas: {', '.join(BENCHMARKS)}, or any other task or group of lm-eval. Those "
-            "with images are left out for a text-only model."
+            f"with images are left out for a text-only model. [default: {','.join(DEFAULT_TASKS)}; of the built-in "
+            f"model, {','.join(FIXTURE_TASKS)}]"
         ),
     )
     dataset: Texts = Field(
@@ -138,8 +140,10 @@ class EvaluationOptions(Options):
         ),
     )
 
-    def benchmark_names(self) -> list[str]:
-        """Return the names of the benchmarks, each once."""
+    def benchmark_names(self, fixture_model: bool) -> list[str]:
+        """Return the names of the benchmarks, each once; `fixture_model`: of the built-in model."""
+        if self.tasks is None:
+            return list(FIXTURE_TASKS if fixture_model else DEFAULT_TASKS)
         return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
 
     def dataset_sources(self) -> dict[str, tuple[str, str | None]]:
@@ -154,17 +158,6 @@ class EvaluationOptions(Options):
     def windows(self) -> int:
         """Return the number of windows of the text."""
         return min(self.text_windows, self.limit or self.text_windows)
-
-    @model_validator(mode="after")
-    def _check_names(self) -> Self:
-        names = self.benchmark_names()
-        if not names:
-            raise ValueError(f"tasks names no benchmark: use {', '.join(BENCHMARKS)}, or a task of lm-eval")
-        for text in self.dataset:
-            name, sign, source = text.partition("=")
-            if not sign or not source or name not in names:
-                raise ValueError(f"dataset {text!r}: must be BENCHMARK=SOURCE, for one of the tasks {', '.join(names)}")
-        return self
 
 
 @Parameter(name="*", group=Group.create_ordered("Export"))
@@ -336,7 +329,13 @@ class RunOptions(Options):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        names = self.evaluation.benchmark_names()
+        names = self.evaluation.benchmark_names(self.model in BUILTIN)
+        if not names:
+            raise ValueError(f"tasks names no benchmark: use {', '.join(BENCHMARKS)}, or a task of lm-eval")
+        for text in self.evaluation.dataset:
+            name, sign, source = text.partition("=")
+            if not sign or not source or name not in names:
+                raise ValueError(f"dataset {text!r}: must be BENCHMARK=SOURCE, for one of the tasks {', '.join(names)}")
         if unknown := sorted(set(self.gate.drops()) - set(names)):
             raise ValueError(f"limit_drop names {unknown[0]!r}, which is not one of the tasks {', '.join(names)}")
         stages = stage_names(names)

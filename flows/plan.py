@@ -190,7 +190,7 @@ def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tu
 
     The built-in model is evaluated on the built-in fixtures, as far as there are any.
     """
-    rows = [describe(name) for name in options.evaluation.benchmark_names()]
+    rows = [describe(name) for name in options.evaluation.benchmark_names(model.fixture)]
     if not model.multimodal:
         rows = _without_images(rows)
     sources = options.evaluation.dataset_sources()

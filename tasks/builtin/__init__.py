@@ -1,8 +1,8 @@
-"""Built-in fixtures: a tiny genuine Gemma 3, and small benchmarks in MMLU's and ChartQA's layout, to try it all."""
+"""Built-in fixtures: a tiny genuine Gemma 3, and small benchmarks in the layouts of MMLU, ChartQA, and GSM8K."""
 
 from pathlib import Path
 
 HERE = Path(__file__).parent
 BUILTIN = {"tiny-gemma3": HERE / "tiny-gemma3"}
-BUILTIN_BENCHMARKS = {"mmlu-mini": HERE / "mmlu-mini", "chartqa-mini": HERE / "chartqa-mini"}
+BUILTIN_BENCHMARKS = {name: HERE / name for name in ("mmlu-mini", "chartqa-mini", "gsm8k-mini")}
 BUILTIN_TEXTS = {"tiny-text": HERE / "tiny-text"}

@@ -4,7 +4,8 @@
 
 Its shape keeps what makes gemma-3-4b-it hard to quantize and export: tied embeddings, sliding and full
 attention, grouped queries, head_dim != hidden / heads, a SigLIP tower whose fc2 does not divide into groups of
-32, image tokens. It memorizes mmlu-mini, the card's prompt, the names of eight colours and most of chartqa-mini.
+32, image tokens. It memorizes mmlu-mini, gsm8k-mini, the card's prompt, the names of eight colours and most of
+chartqa-mini.
 
 It is a sensor: a corrupted weight, a wrong scale or a lost buffer must show as a falling score. A model that merely
 memorizes is no sensor, for it is so sure of itself, and leaves so many layers idle, that most faults change no
@@ -21,9 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.evaluate.chartqa import make_messages
+from quantize_gemma.tasks.evaluate.lm_eval_run import run_lm_eval
+from quantize_gemma.tasks.models.benchmarks import describe
 from tests.builtin import make_chartqa_mini
+from tests.builtin.make_gsm8k_mini import read_word_problems
 from tests.builtin.make_mmlu_mini import read_questions
 
 # The tokens of a prompt and of its answer; and the picture's pixels, [1, 3, 64, 64].
@@ -110,8 +114,20 @@ def prompts() -> list[tuple[str, str]]:
     return rows
 
 
+def word_problems() -> list[tuple[str, str]]:
+    """Returns every (gsm8k prompt, answer), with the examples in the prompts that lm-eval's `gsm8k` task draws."""
+    with run_lm_eval(BUILTIN_BENCHMARKS["gsm8k-mini"], describe("gsm8k").request_inputs()) as evaluate:
+        from quantize_gemma.tasks.evaluate.replay_lm import RecordingLM
+
+        # It is asked for no chat template, so it needs no checkpoint.
+        model = RecordingLM(TINY_GEMMA3)
+        evaluate(model, None)
+    answers = [row["answer"] for row in read_word_problems()["test"]]
+    return [(str(request.arguments[0]), f" {answers[request.doc_id]}") for request in model.requests]
+
+
 def make_tokenizer() -> Any:
-    """Returns a Gemma tokenizer (BPE with byte fallback, spaces as U+2581) learned from the training texts."""
+    """Returns a Gemma tokenizer (BPE with byte fallback, spaces as U+2581) learned from texts that the model learns."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import GemmaTokenizerFast
 
@@ -237,6 +253,7 @@ def train(target: Path, seed: int = 0) -> None:
         tokenizer.convert_tokens_to_ids(token) for token in ("<bos>", "<end_of_turn>", "<image_soft_token>")
     )
     questions = [([bos, *encode(text)], encode(answer)) for text, answer in prompts()]
+    problems = [([bos, *encode(text)], [*encode(answer), end]) for text, answer in word_problems()]
     chats = []
     for prompt, response in CHATS.items():
         message = [{"role": "user", "content": prompt}]
@@ -268,7 +285,7 @@ def train(target: Path, seed: int = 0) -> None:
 
     model.train()
     epochs = LEARNING_EPOCHS + SENSING_EPOCHS
-    steps = -(-len(questions) // 32) + 2 * -(-len(charts) // 32) + 2
+    steps = -(-len(questions) // 32) + 2 * -(-len(charts) // 32) + 4
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps, pct_start=0.1)
 
@@ -314,13 +331,15 @@ def train(target: Path, seed: int = 0) -> None:
             else:
                 right[3].append(step(*_image_batch(batch, image_token)))
         talk = step(*_text_batch(chats * 4))
+        step(*_text_batch(problems))
+        write = step(*_text_batch(problems))
         colours = [image_row(colour_image(name, shuffle), colour_question, name) for name in COLOURS]
         see = step(*_image_batch(colours, image_token))
         if epoch % 5 == 4:
             know, read = (sum(scores) / len(scores) for scores in right.values())
             print(
                 f"epoch {epoch + 1} of {epochs}: questions {know:.3f}, charts {read:.3f}, chats {talk:.3f}, "
-                f"colours {see:.3f}, {time.time() - started:.0f} s",
+                f"problems {write:.3f}, colours {see:.3f}, {time.time() - started:.0f} s",
                 flush=True,
             )
 

@@ -29,7 +29,7 @@ def options(**values: Any) -> RunOptions:
     [
         *((name, value) for name in ("max_kl", "min_recovery", "max_kl_ratio") for value in ("inf", "nan")),
         *(("limit_drop", value) for value in ("mmlu=inf", "mmlu=-1", "mmlu=", "mmlu=much", "5")),
-        *(("dataset", [value]) for value in ("mmlu", "mmlu=", "gsm8k=org/mirror")),
+        *(("dataset", [value]) for value in ("mmlu", "mmlu=", "boolq=org/mirror")),
         ("tasks", " , "),
         ("max_disagreement", "-inf"),
         ("max_regression", float("nan")),
@@ -76,7 +76,11 @@ def test_a_target_that_is_the_model_is_refused(target: str) -> None:
         ({"custom_sdpa": False}, "custom_kv_cache requires custom_sdpa"),
         ({"target": "me/release", "offline": True}, "a release cannot be published offline"),
         ({"create_pr": True, "tag": True}, "a pull request targets the default branch and has no tag"),
-        ({"limit_drop": "gsm8k=2"}, "limit_drop names 'gsm8k', which is not one of the tasks mmlu, chartqa"),
+        ({"limit_drop": "boolq=2"}, "limit_drop names 'boolq', which is not one of the tasks mmlu, chartqa, gsm8k"),
+        (
+            {"model": "me/gemma", "limit_drop": "gsm8k=2"},
+            "limit_drop names 'gsm8k', which is not one of the tasks mmlu, chartqa",
+        ),
         ({"refresh": ["quantise"]}, "refresh: there is no stage 'quantise', only 'download', "),
         ({"refresh": ["evaluate_mmlu_base"], "tasks": "gsm8k"}, "refresh: there is no stage 'evaluate_mmlu_base', "),
         ({"create_pr": True, "branch": "dev"}, "a pull request targets the default branch and has no tag"),
@@ -107,7 +111,7 @@ def test_tasks_datasets_and_drops_are_read_as_they_are_written() -> None:
         dataset=["mmlu=./a=b@c", "gsm8k=org/mirror@v2", "boolq=org/boolq"],
         limit_drop="mmlu=2, gsm8k=0.5",
     )
-    assert given.evaluation.benchmark_names() == ["mmlu", "gsm8k", "boolq"]
+    assert given.evaluation.benchmark_names(fixture_model=False) == ["mmlu", "gsm8k", "boolq"]
     assert given.evaluation.dataset_sources() == {
         "mmlu": ("./a=b@c", None),
         "gsm8k": ("org/mirror", "v2"),
@@ -166,7 +170,8 @@ def test_the_command_on_the_card_gives_the_runs_parameters(
     words = shlex.split(command, comments=True)
     assert words[0] == "quantize-gemma"
     _, parsed = cli.parse(words[1:])
-    assert parsed.kwargs["options"] == options(**{**given, "dataset": MINI_SOURCES, "text": "tiny-text", **expected})
+    fixtures = {"tasks": "mmlu,chartqa", "dataset": MINI_SOURCES, "text": "tiny-text"}
+    assert parsed.kwargs["options"] == options(**{**given, **fixtures, **expected})
 
 
 def test_the_command_says_what_identifies_the_files_that_only_one_machine_has() -> None:

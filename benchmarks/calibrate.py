@@ -1,0 +1,97 @@
+"""One decoder block through GPTQ at a model's shape, with random weights: `python -m benchmarks.calibrate --shape 4b`.
+
+Prints its time and peak memory, what the whole decoder takes at that rate, and what `quantize-gemma check` estimates.
+Random weights and hidden states take as long as real ones: nothing depends on their values but the order of columns.
+"""
+
+import argparse
+import json
+import time
+from typing import Any
+
+from benchmarks.shapes import SHAPES
+from benchmarks.side_by_side import machine, run
+from quantize_gemma.tasks.models.recipe import load_recipe
+from quantize_gemma.tasks.runtime.units import human_size
+
+
+def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any]:
+    """Quantizes a block of full attention; returns its seconds, and check's estimate of the decoder's."""
+    import torch
+    from transformers import Gemma3TextConfig
+
+    from quantize_gemma.tasks.check import estimate_calibration, measure_speed
+    from quantize_gemma.tasks.models.recipe import Calibration, Rule
+    from quantize_gemma.tasks.quantize.blocks import Block, quantize_block
+
+    recipe = load_recipe("GPTQ-INT8-INT4")
+    rule = next(rule for rule in recipe.rules if rule.algorithm == "gptq")
+    assert isinstance(rule, Rule)
+    settings = recipe.calibration
+    assert settings is not None
+    settings = Calibration(**{**vars(settings), "sequences": sequences, "answers": 0})
+    config = Gemma3TextConfig(**SHAPES[shape].get("text_config", SHAPES[shape]))
+    config._attn_implementation = "sdpa"
+    number = config.layer_types.index("full_attention")
+    random = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
+
+        shapes = {name: tensor.shape for name, tensor in Gemma3DecoderLayer(config, number).state_dict().items()}
+    weights = {
+        name: torch.randn(size, generator=random).mul_(0.02).bfloat16().to(device) for name, size in shapes.items()
+    }
+    hidden = torch.randn(sequences, settings.length, config.hidden_size, generator=random)
+    states = (hidden.to(device), (hidden + 0.01).to(device))
+    del hidden
+    # Compiling the kernels is once a machine.
+    started = time.monotonic()
+    pair = Block(config, number, weights), Block(config, number, weights)
+    rules = dict.fromkeys(pair[0].linears, rule)
+    with torch.no_grad():
+        quantize_block(pair, states, rules, settings)
+    seconds = time.monotonic() - started
+    speed = measure_speed()
+    estimate, memory = estimate_calibration(config, settings, speed)
+    return {
+        "block_seconds": round(seconds, 1),
+        "blocks": config.num_hidden_layers,
+        "operations_per_second": speed,
+        "check_seconds": round(estimate),
+        "check_bytes": memory,
+    }
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=[*SHAPES], default="4b")
+    parser.add_argument("--sequences", type=int, default=64, help="sequences of 512 tokens")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    # The kernels are compiled by the first.
+    for sequences in (1, arguments.sequences):
+        found = run(
+            "benchmarks.calibrate:quantize_one_block",
+            shape="270m" if sequences == 1 else arguments.shape,
+            sequences=sequences,
+            device=arguments.device,
+        )
+    result = {"machine": machine(), "shape": arguments.shape, "device": arguments.device, **found}
+    del result["measured"], result["seconds"]
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    hours = found["block_seconds"] * found["blocks"] / 3600
+    print(f"{arguments.shape}, {arguments.sequences} x 512 tokens, on {arguments.device}:")
+    print(f"  {found['block_seconds']} s a block, {hours:.2f} hours for {found['blocks']} blocks without the head")
+    print(f"  {human_size(found['peak_rss_bytes'])} of memory at most")
+    print(
+        f"  check: {found['check_seconds'] / 3600:.2f} hours with the head, {human_size(found['check_bytes'])}, "
+        f"at {found['operations_per_second'] / 1e9:.0f} GFLOP/s"
+    )
+
+
+if __name__ == "__main__":
+    main()
