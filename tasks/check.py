@@ -136,6 +136,9 @@ def resolve_device(device: str) -> str:
     """
     if device != "auto":
         return device
+    # Importing torch takes longer than all other checks.
+    if not machine.has_cuda_driver():
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,6 @@ how its processes end.
 """
 
 import contextlib
-import ctypes
 import functools
 import gc
 import importlib
@@ -27,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from quantize_gemma.tasks.runtime import worker_main
+from quantize_gemma.tasks.runtime import machine, worker_main
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.lifetime import die_with_parent, start_process
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
@@ -190,7 +189,7 @@ def main() -> None:
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     # CUDA works in no process that was forked after a library asked for a GPU, as libraries do when they are imported.
-    if not _has_cuda():
+    if not machine.has_cuda_driver():
         for library in sys.argv[3:]:
             # The stage that needs it reports why it cannot be imported.
             with contextlib.suppress(Exception):
@@ -249,15 +248,6 @@ def serve(channel: socket.socket) -> NoReturn:
             running.discard(ended)
             answer = os.waitstatus_to_exitcode(status) if ended else "running"
         channel.send(json.dumps({"answer": answer}).encode())
-
-
-def _has_cuda() -> bool:
-    """Tell whether this machine has NVIDIA's driver."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

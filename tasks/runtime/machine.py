@@ -54,6 +54,15 @@ def threads(processes: int = 1, root: Path = ROOT) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, available // processes))}
 
 
+def has_cuda_driver() -> bool:
+    """Tell whether this machine has NVIDIA's driver, without which there is no CUDA device."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def device_of_part(device: str, part: int) -> str:
     """Return the device of one of several parts, which share out the GPUs, as torch names it.
 

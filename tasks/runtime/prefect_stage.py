@@ -65,9 +65,9 @@ def as_task(stage: Stage[...]) -> Task[..., ArtifactRef]:
 
     run.__name__ = stage.name
     run.__doc__ = stage.work.__doc__
+    # Without tags: for each tag of a task the server is asked whether it has a limit, which takes longer than the rest.
     decorate = task(
         name=stage.name,
-        tags=["quantize-gemma", stage.name],
         cache_key_fn=lambda context, parameters: _cache_key(stage, context, parameters["inputs"]),
         persist_result=True,
         result_serializer="json",

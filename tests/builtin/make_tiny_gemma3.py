@@ -232,8 +232,11 @@ def fault(weight: Any, kind: int) -> Any:
     return (groups * scales).reshape(weight.shape)
 
 
-def train(target: Path, seed: int = 0) -> None:
-    """Trains and writes the checkpoint to `target`: safetensors in bfloat16, tokenizer, processor."""
+def train(target: Path, seed: int = 2) -> None:
+    """Trains and writes the checkpoint to `target`: safetensors in bfloat16, tokenizer, processor.
+
+    Of the first three seeds, the default makes the model whose answers depend most on how an image's tokens attend.
+    """
     import torch
     from PIL import Image
     from torch.func import functional_call

@@ -2,12 +2,15 @@
 
 import io
 import json
+import operator
+import re
 from pathlib import Path
 from typing import Any
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.models.checkpoint import read_config, read_headers
 from tests.builtin import make_chartqa_mini
+from tests.builtin.make_gsm8k_mini import read_word_problems
 from tests.builtin.make_mmlu_mini import read_questions
 
 
@@ -37,6 +40,22 @@ def test_mmlu_minis_parquet_files_hold_the_written_questions() -> None:
             path = BUILTIN_BENCHMARKS["mmlu-mini"] / subject / f"{split}-00000-of-00001.parquet"
             expected = [{"subject": subject, **question} for question in questions]
             assert pyarrow.parquet.read_table(path).to_pylist() == expected, (subject, split)
+
+
+def test_gsm8k_minis_parquet_files_hold_the_written_problems_and_their_sums_are_right() -> None:
+    import pyarrow.parquet
+
+    problems = read_word_problems()
+    assert {split: len(rows) for split, rows in problems.items()} == {"train": 6, "test": 16}
+    for split, rows in problems.items():
+        path = BUILTIN_BENCHMARKS["gsm8k-mini"] / "main" / f"{split}-00000-of-00001.parquet"
+        assert pyarrow.parquet.read_table(path).to_pylist() == rows
+        for row in rows:
+            parts = re.fullmatch(r"(\d+) ([-+x/]) (\d+) = (\d+) [a-z]+\.\n#### (\d+)", row["answer"])
+            assert parts is not None, row
+            left, sign, right, result, answer = parts.groups()
+            operation = {"+": operator.add, "-": operator.sub, "x": operator.mul, "/": operator.truediv}[sign]
+            assert operation(int(left), int(right)) == int(result) == int(answer), row
 
 
 def test_chartqa_minis_parquet_file_holds_the_written_questions_and_the_drawn_charts(tmp_path: Path) -> None:
