@@ -20,6 +20,7 @@ import importlib.util
 import platform
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -182,7 +183,7 @@ class _Module:
     """The source of a module: the statements of its definitions, those that run on import, and its imports."""
 
     def __init__(self, path: Path) -> None:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = _parse(path.read_text(encoding="utf-8"))
         _drop_docstrings(tree)
         self.path = path
         self.definitions: dict[str, list[ast.stmt]] = {}
@@ -200,6 +201,16 @@ class _Module:
             elif not names and not isinstance(node, ast.Pass) and not _is_skipped_on_import(node):
                 self.effects.append(node)
         self.imports = dict(_bindings(imports))
+
+
+# Python 3.11 counts the depth of all threads' trees together, and raises SystemError when a garbage collection lets two
+# of them make one at the same time (CPython's issue 106905).
+_parsing = threading.Lock()
+
+
+def _parse(source: str) -> ast.Module:
+    with _parsing:
+        return ast.parse(source)
 
 
 @functools.cache

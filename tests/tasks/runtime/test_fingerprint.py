@@ -1,13 +1,16 @@
 """A fingerprint covers all code and libraries that shape what a stage writes, and nothing else."""
 
 import ast
+import gc
 import json
 import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -226,6 +229,29 @@ def test_the_batch_size_is_in_the_key_on_a_gpu_only() -> None:
     assert keys("cpu", "auto", 1, 8) == 1
     assert keys("cuda", "auto", 1, 8) == 3
     assert key_of(answer, {"device": "cpu"}) != key_of(answer, {"device": "cuda"})
+
+
+def test_a_garbage_collection_in_one_thread_disturbs_no_fingerprint_in_another() -> None:
+    """Prefect would run the stage without a key, and the summary say that it was not cached."""
+
+    def switch_threads(*_: Any) -> None:
+        time.sleep(0)
+
+    functions = ["quantize_gemma.tasks.export:export", "quantize_gemma.tasks.smoke:smoke"] * 4
+    expected = [fingerprint.fingerprint(function) for function in functions]
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(switch_threads)
+    gc.set_threshold(100)
+    try:
+        for _ in range(5):
+            fingerprint.fingerprint.cache_clear()
+            fingerprint._module.cache_clear()
+            fingerprint._facts.cache_clear()
+            with ThreadPoolExecutor(4) as pool:
+                assert list(pool.map(fingerprint.fingerprint, functions)) == expected
+    finally:
+        gc.callbacks.remove(switch_threads)
+        gc.set_threshold(*thresholds)
 
 
 def test_a_stage_that_does_not_exist_has_no_fingerprint() -> None:
