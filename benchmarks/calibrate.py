@@ -21,6 +21,7 @@ def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any
     from transformers import Gemma3TextConfig
 
     from quantize_gemma.tasks.check import estimate_calibration, measure_speed
+    from quantize_gemma.tasks.models.float32 import fast_products
     from quantize_gemma.tasks.models.recipe import Calibration, Rule
     from quantize_gemma.tasks.quantize.blocks import Block, quantize_block
 
@@ -48,7 +49,7 @@ def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any
     started = time.monotonic()
     pair = Block(config, number, weights), Block(config, number, weights)
     rules = dict.fromkeys(pair[0].linears, rule)
-    with torch.no_grad():
+    with torch.no_grad(), fast_products():
         quantize_block(pair, states, rules, settings)
     seconds = time.monotonic() - started
     speed = measure_speed()

@@ -22,6 +22,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     read_header,
     weight_files,
 )
+from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.load_check import check_shapes
 from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide, packed_bytes, recipe_hash, torchao_config
@@ -160,7 +161,8 @@ def _quantize_decoder(
         identity["checkpoint"] = str(checkpoint)
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     blocks = Blocks(root, identity, refresh)
-    quantize_decoder(config, sources, rules, recipe, tokens, blocks, device)
+    with fast_products():
+        quantize_decoder(config, sources, rules, recipe, tokens, blocks, device)
     return blocks
 
 

@@ -451,6 +451,7 @@ def test_the_dashboard_shows_the_stages_the_card_and_the_chart(sqlite: Operation
     assert json.loads(json.dumps(sqlite.tasks(runs[0]["id"])))["card"] in ("Cached", "Completed")
 
 
+@pytest.mark.long
 def test_a_night_without_a_nightly_is_told(
     sqlite: Operation, last_night: str, alerts: tuple[str, list[dict[str, str]]]
 ) -> None:

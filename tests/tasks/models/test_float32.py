@@ -1,0 +1,24 @@
+"""Float32 products are fast where that costs no digit."""
+
+import pytest
+import torch
+
+from quantize_gemma.tasks.models import float32
+from quantize_gemma.tasks.models.float32 import fast_products
+
+
+def test_products_are_as_exact_as_float32_and_the_setting_is_restored() -> None:
+    left, right = torch.randn(2, 500, 500, generator=torch.Generator().manual_seed(1))
+    exact = left.double() @ right.double()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with fast_products():
+        product = left @ right
+    assert (product - exact).norm() < 1e-5 * exact.norm()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_a_processor_that_would_compute_in_bfloat16_keeps_the_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    monkeypatch.setattr(float32, "EXACT", 0.0)
+    with fast_products():
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
