@@ -59,7 +59,13 @@ def start_run(label: str, refresh: Collection[str]) -> Iterator["Run"]:
     with store.keep_pinned():
         try:
             with stop_on_interrupt():
-                yield run
+                try:
+                    yield run
+                except Exception:
+                    # Stages that do not depend on the failed one finish, so that the next run has them cached.
+                    run.wait()
+                    raise
+                run.wait()
         except Exception as error:
             cause = run.first_failure(error)
             if isinstance(cause, GateRefused):
@@ -196,16 +202,18 @@ class Run:
         after = [step for name, step in self._steps.items() if name in last]
         self.summary.stages = before + [summarize(name, self.all_futures(name)) for name in self.futures] + after
 
+    def wait(self) -> None:
+        """Wait for the end of every stage that was submitted."""
+        for stage in self.futures:
+            for future in self.all_futures(stage):
+                future.wait()
+
     def first_failure(self, error: Exception) -> RunError:
         """Return what made the run fail: the failure of the first stage that failed, else the error.
 
         A stage whose input failed never starts, and says only that. A mistake of the user is reported as one only as
         long as no stage has produced anything: what the Hub refuses after hours is a failure.
         """
-        # Stages that do not depend on the failed one finish first, so that the next run has them cached.
-        for stage in self.futures:
-            for future in self.all_futures(stage):
-                future.wait()
         cause: BaseException = error
         name = next((step.name for step in self._steps.values() if step.state == "FAILED"), None)
         states = [(stage, future.state) for stage in self.futures for future in self.all_futures(stage)]

@@ -31,8 +31,12 @@ from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.lifetime import die_with_parent, start_process
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
-# A request names a function and has a stage's environment variables; its answer is a number or a message.
-MAX_BYTES = 2**17
+# A request names a function or a process; its answer is a number or a message.
+MAX_BYTES = 2**16
+
+
+class ServerEnded(StageFailed):
+    """The server is gone, and has forked nothing."""
 
 
 class ForkServer:
@@ -70,27 +74,24 @@ class ForkServer:
         """Whether it can fork."""
         return self._process.poll() is None
 
-    def fork(
-        self, function: str, environment: Mapping[str, str], events: int, stdin: int, output: int
-    ) -> "ForkedProcess":
+    def fork(self, function: str, events: int, stdin: int, output: int) -> "ForkedProcess":
         """Fork a process that calls a function; see worker_main.work().
 
         Args:
             function: "module:name".
-            environment: Further environment variables, which a library must not have read when it was imported.
             events: The file descriptor that gets the events.
             stdin: Its standard input.
             output: Its standard output and error.
 
         Raises:
-            StageFailed: There is no such process.
+            ServerEnded: The server is gone.
+            StageFailed: It cannot fork.
         """
-        request: JsonObject = {"fork": function, "environment": dict(environment)}
-        answer = self.request(request, [events, stdin, output])
+        answer = self.request({"fork": function}, [events, stdin, output])
         if answer is None:
             self._reader.join(timeout=5)
             tail = "".join(self._printed[-30:])
-            raise StageFailed(
+            raise ServerEnded(
                 f"the process that starts stages ended with {describe_exit(self._process.returncode)}\n{tail}".strip()
             )
         if isinstance(answer, str):
@@ -106,7 +107,7 @@ class ForkServer:
             except OSError:
                 answer = b""
         if not answer:
-            # Whoever asks from now on finds that it is not alive.
+            # Whoever asks after this finds that it is not alive.
             self._process.terminate()
             self._process.wait()
             return None
@@ -185,26 +186,34 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     die_with_parent(int(sys.argv[2]))
-    # The parent gets them as well, and ends this process when it ends the run.
-    for ignored in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)
+    # Its own ends are no others' to wait for, whatever the parent has inherited.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for sent in (signal.SIGINT, signal.SIGHUP):
+        # The parent gets them as well, and ends this process when it ends the run. A handler, unlike SIG_IGN, ends with
+        # exec: the programs that stages start do not ignore them.
+        if signal.getsignal(sent) is not signal.SIG_IGN:
+            signal.signal(sent, lambda *_: None)
     # CUDA works in no process that was forked after a library asked for a GPU, as libraries do when they are imported.
     if not machine.has_cuda_driver():
         for library in sys.argv[3:]:
             # The stage that needs it reports why it cannot be imported.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception, SystemExit):
                 importlib.import_module(library)
     # The threads of the numeric libraries, which restart theirs.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     # What is here already is shared with every worker as long as nobody writes to it, and collecting writes.
     gc.collect()
     gc.freeze()
+    # Or each worker would print it again.
+    sys.stdout.flush()
     serve(channel)
 
 
 def serve(channel: socket.socket) -> NoReturn:
     """Answer requests until the other end of the channel is closed, or this process is terminated."""
     running: set[int] = set()
+    # Of those that have been waited for.
+    codes: dict[int, int] = {}
     here = os.getpid()
 
     def end(*_: object) -> NoReturn:
@@ -230,10 +239,10 @@ def serve(channel: socket.socket) -> NoReturn:
                 answer = str(error)
             else:
                 if pid == 0:
-                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
                     channel.close()
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
                     events, stdin, output = descriptors
-                    worker_main.work(request["fork"], request["environment"], events, stdin, output, here)
+                    worker_main.work(request["fork"], events, stdin, output, here)
                 running.add(pid)
                 answer = pid
             for descriptor in descriptors:
@@ -243,10 +252,13 @@ def serve(channel: socket.socket) -> NoReturn:
             if request["kill"] in running:
                 os.kill(request["kill"], signal.SIGKILL)
             answer = "killed"
-        else:
+        elif request["poll"] in running:
             ended, status = os.waitpid(request["poll"], os.WNOHANG)
             running.discard(ended)
-            answer = os.waitstatus_to_exitcode(status) if ended else "running"
+            codes[request["poll"]] = os.waitstatus_to_exitcode(status)
+            answer = codes[request["poll"]] if ended else "running"
+        else:
+            answer = codes[request["poll"]]
         channel.send(json.dumps({"answer": answer}).encode())
 
 

@@ -16,8 +16,8 @@ from quantize_gemma.tasks.runtime.errors import StageFailed
 if TYPE_CHECKING:
     from quantize_gemma.tasks.runtime.fork_server import ForkServer
 
-# prctl's request for a signal at the parent's death (linux/prctl.h).
-PR_SET_PDEATHSIG = 1
+# prctl's requests (linux/prctl.h): a signal at the parent's death, and this process's name.
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 StartProcess = Callable[[], "subprocess.Popen[str]"]
 
@@ -27,7 +27,8 @@ class Workers:
 
     Attributes:
         of_a_run: Whether there is a run, which has many workers.
-        stopping: Set when the run is interrupted: then nobody waits for a lock or a retry, and no worker starts.
+        stopping: Set when the run is interrupted or over: then nobody waits for a lock or a retry, and no worker
+            starts.
     """
 
     def __init__(self, of_a_run: bool) -> None:
@@ -40,7 +41,7 @@ class Workers:
         """Return the process that forks the workers; start it if there is none.
 
         Raises:
-            StageFailed: The run is interrupted.
+            StageFailed: The run is interrupted or over.
         """
         with self._lock:
             if self.stopping.is_set():
@@ -58,7 +59,8 @@ class Workers:
                 self._server.stop()
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers, and let none start from now on."""
+        self.stopping.set()
         with self._lock:
             self._end_server()
 
@@ -141,3 +143,9 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def name_process(name: str) -> None:
+    """Name this process in `top` and `ps`, by the first 15 characters."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())

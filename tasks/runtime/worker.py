@@ -16,7 +16,7 @@ from typing import Any
 
 from quantize_gemma.tasks.runtime import machine
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
-from quantize_gemma.tasks.runtime.fork_server import ForkServer, describe_exit, keep_tail
+from quantize_gemma.tasks.runtime.fork_server import ForkedProcess, ForkServer, ServerEnded, describe_exit, keep_tail
 from quantize_gemma.tasks.runtime.lifetime import run_workers
 from quantize_gemma.tasks.runtime.redact import redact
 from quantize_gemma.tasks.runtime.store import home
@@ -108,11 +108,11 @@ class Worker:
         self.output = os.fdopen(output_from, encoding="utf-8", errors="replace")
         self.printed: list[str] = []
         try:
-            server = self.workers.fork_server(self._start_server)
-            self.process = server.fork(function, environment or {}, send, stdin, output)
+            self.process = self._fork(function, send, stdin, output)
         except StageFailed as error:
+            stopped = self.workers.stopping.is_set()
             self._free()
-            raise StageFailed("stopped") if self.workers.stopping.is_set() else error from None
+            raise StageFailed("stopped") if stopped else error from None
         finally:
             for descriptor in (send, stdin, output):
                 os.close(descriptor)
@@ -120,8 +120,17 @@ class Worker:
         self.reader.start()
         # If it is dead, wait() says why.
         with contextlib.suppress(BrokenPipeError):
-            self.stdin.write(json.dumps(arguments) + "\n")
+            # Through the pipe, and not through the server: no other worker has this one's tokens in its memory.
+            self.stdin.write(json.dumps({"environment": environment or {}, "arguments": arguments}) + "\n")
             self.stdin.flush()
+
+    def _fork(self, function: str, events: int, stdin: int, output: int) -> ForkedProcess:
+        server = self.workers.fork_server(self._start_server)
+        try:
+            return server.fork(function, events, stdin, output)
+        except ServerEnded:
+            # It was killed a moment ago. Nothing was forked, so another one can do it.
+            return self.workers.fork_server(self._start_server).fork(function, events, stdin, output)
 
     def _start_server(self) -> ForkServer:
         inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}

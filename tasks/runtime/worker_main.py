@@ -1,54 +1,81 @@
 """What a worker process does, which fork_server.py forks: it calls a function, and sends its reports and its result."""
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
 from quantize_gemma.tasks.runtime.disk import disk_failure
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.fingerprint import Fingerprint, difference, fingerprint
-from quantize_gemma.tasks.runtime.lifetime import die_with_parent
+from quantize_gemma.tasks.runtime.lifetime import die_with_parent, name_process
 from quantize_gemma.tasks.runtime.reporting import Events
 from quantize_gemma.tasks.runtime.retries import is_retryable
 from quantize_gemma.tasks.runtime.stage import import_function
 from quantize_gemma.tasks.runtime.store import keep_pinned, output_folders
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
+# Added to /proc/self/oom_score_adj, in thousandths of the memory.
+OOM_SCORE = 200
 
-def work(function: str, environment: dict[str, str], events: int, stdin: int, output: int, parent: int) -> NoReturn:
-    """Call a function with the arguments that are the input's first line, send its result, and end this process.
+
+def work(function: str, events: int, stdin: int, output: int, parent: int) -> NoReturn:
+    """Call a function, send its result, and end this process.
+
+    The input's first line is {"environment": further environment variables, "arguments": the function's}.
 
     Args:
         function: "module:name".
-        environment: Further environment variables.
         events: The file descriptor for the events.
         stdin: The file descriptor of the input.
         output: The file descriptor for what the function and its libraries print.
         parent: The id of the process that forked this one.
     """
-    die_with_parent(parent)
-    for own, standard in ((stdin, 0), (output, 1), (output, 2)):
-        os.dup2(own, standard)
-    os.close(stdin)
-    os.close(output)
-    os.set_inheritable(events, False)
+    # Some libraries' exit handlers take seconds or crash; those of the process that forked this one are not its own.
+    code = 1
+    try:
+        die_with_parent(parent)
+        _let_memory_run_out_here()
+        for own, standard in ((stdin, 0), (output, 1), (output, 2)):
+            os.dup2(own, standard)
+        os.close(stdin)
+        os.close(output)
+        os.set_inheritable(events, False)
+        given = json.loads(sys.stdin.readline())
+        _set_environment(given["environment"])
+        threading.Thread(target=_end_with_input, daemon=True).start()
+        stream = Events(os.fdopen(events, "w", encoding="utf-8"))
+        stream.listen()
+        logging.basicConfig(level=logging.WARNING)
+        stream.send(_call(function, given["arguments"]))
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _let_memory_run_out_here() -> None:
+    """Have the kernel end this process rather than the one that forked it, with all of its workers."""
+    with contextlib.suppress(OSError):
+        path = Path("/proc/self/oom_score_adj")
+        path.write_text(str(min(int(path.read_text()) + OOM_SCORE, 1000)))
+
+
+def _set_environment(environment: dict[str, str]) -> None:
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment and "torch" in sys.modules:
         # It was read when torch was imported.
         sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    arguments = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_input, daemon=True).start()
-    stream = Events(os.fdopen(events, "w", encoding="utf-8"))
-    stream.listen()
-    logging.basicConfig(level=logging.WARNING)
-    stream.send(_call(function, arguments))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # Some libraries' exit handlers take seconds or crash; everything is written by now.
 
 
 def _call(function: str, arguments: JsonObject) -> JsonObject:
@@ -81,7 +108,10 @@ def _end_with_input() -> None:
 
 
 def _peak_rss_bytes() -> int:
-    """Return this process's peak memory; getrusage's on Linux includes the parent's, which exec does not reset."""
+    """Return this process's peak memory, the libraries that it shares with its parent included.
+
+    getrusage's also includes what the parent once had.
+    """
     status = Path("/proc/self/status")
     if not status.exists():
         import resource
@@ -113,6 +143,7 @@ def call(
     Raises:
         StageFailed: The code here is not the code of the fingerprint.
     """
+    name_process(function.split(":")[1])
     changed = difference(made_by, fingerprint(function)) if made_by else None
     if changed:
         raise StageFailed(f"{changed}: it was changed during the run, start the run again")

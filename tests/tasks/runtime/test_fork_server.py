@@ -1,8 +1,12 @@
 """A run's workers are forked from a process that has imported the libraries."""
 
+import contextlib
 import os
+import re
 import signal
 import sys
+import time
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,45 @@ def end(sent: int) -> dict[str, Any]:
     """Send a signal to the process that forked this one."""
     os.kill(os.getppid(), sent)
     return {"paused": signal.pause()}
+
+
+def descriptors() -> dict[str, Any]:
+    """Return what this process's file descriptors are: their kinds."""
+    kinds = []
+    for number in os.listdir("/proc/self/fd"):
+        # That of the listing is closed by now.
+        with contextlib.suppress(OSError):
+            kinds.append(os.readlink(f"/proc/self/fd/{number}").split(":")[0])
+    return {"kinds": kinds, "terminated": signal.getsignal(signal.SIGTERM) is signal.SIG_DFL}
+
+
+def remembers(first: str, second: str) -> dict[str, Any]:
+    """Return whether this process's memory has the two texts one after the other, as nobody has written them here."""
+    before, after = first.encode(), second.encode()
+    with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            if line.split()[1] != "rw-p":
+                continue
+            start, end = (int(number, 16) for number in line.split()[0].split("-"))
+            memory.seek(start)
+            content = memory.read(end - start)
+            places = (match.end() for match in re.finditer(re.escape(before), content))
+            if any(content[place : place + len(after)] == after for place in places):
+                return {"found": True}
+    return {"found": False}
+
+
+def wait_for(file: str) -> dict[str, Any]:
+    """Return when there is a file."""
+    while not Path(file).exists():
+        time.sleep(0.01)
+    return {"done": True}
+
+
+@pytest.fixture
+def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not depend on the libraries need not wait for them."""
+    monkeypatch.setattr(worker, "LIBRARIES", ())
 
 
 def call(function: str, environment: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
@@ -83,3 +126,67 @@ def test_a_fork_server_that_does_not_start_is_a_failure_that_says_why(monkeypatc
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(StageFailed, match=r"^the process that starts stages ended with exit code 1$"):
         call("facts")
+
+
+@pytest.mark.usefixtures("no_libraries")
+def test_a_stage_that_has_not_started_does_not_fail_with_the_fork_server_before_it() -> None:
+    with stop_on_interrupt():
+        for _ in range(5):
+            os.kill(call("facts")["server"], signal.SIGKILL)
+            assert not call("facts")["torch"]
+
+
+@pytest.mark.usefixtures("no_libraries")
+def test_a_token_of_one_stage_is_in_the_memory_of_no_other() -> None:
+    token = ("hf_not", "anybodys")
+    with stop_on_interrupt():
+        assert call("facts", {"TOKEN": "".join(token)})["token"] == "".join(token)
+        for _ in range(3):
+            assert not call("remembers", first=token[0], second=token[1])["found"]
+        assert call("remembers", {"TOKEN": "".join(token)}, first=token[0], second=token[1])["found"]
+
+
+@pytest.mark.usefixtures("no_libraries")
+def test_a_worker_has_only_its_own_pipes_and_ends_when_it_is_terminated() -> None:
+    with stop_on_interrupt():
+        found = call("descriptors")
+    assert found == {"kinds": ["pipe"] * 4, "terminated": True, "measured": found["measured"]}
+
+
+@pytest.mark.usefixtures("no_libraries")
+def test_many_stages_leave_no_file_open_in_the_run() -> None:
+    with stop_on_interrupt():
+        call("facts")
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            call("facts")
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.usefixtures("no_libraries")
+@pytest.mark.parametrize("of_children", [signal.SIG_DFL, signal.SIG_IGN])
+def test_the_end_of_one_worker_is_not_that_of_another(of_children: signal.Handlers, tmp_path: Path) -> None:
+    """Nor where the run was started by what ignores the ends of its children."""
+    before = signal.signal(signal.SIGCHLD, of_children)
+    try:
+        with stop_on_interrupt():
+            other = worker.Worker(f"{__name__}:wait_for", {"file": str(tmp_path / "go")})
+            killed = worker.Worker("signal:pause", {})
+            killed.kill()
+            with pytest.raises(StageFailed, match=r"^stopped$"):
+                killed.wait(lambda *_: None, None)
+            killed.close()
+            call("facts")
+            (tmp_path / "go").touch()
+            assert other.wait(lambda *_: None, None)["value"] == {"done": True}
+            other.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.usefixtures("no_libraries")
+def test_after_a_run_none_of_its_workers_starts() -> None:
+    with stop_on_interrupt():
+        context = copy_context()
+    with pytest.raises(StageFailed, match=r"^stopped$"):
+        context.run(call, "facts")
