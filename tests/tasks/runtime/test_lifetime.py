@@ -21,6 +21,7 @@ import json, signal, sys
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.lifetime import run_workers, stop_on_interrupt
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+worker.LIBRARIES = ()
 try:
     with stop_on_interrupt():
         workers = run_workers()
