@@ -580,7 +580,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_no_process(
     released: Outcome, command_line: CommandLine, sent: signal.Signals, code: int
 ) -> None:
     shutil.rmtree(artifact(command_line, released, "export"))
-    process = start_run_into("export", command_line, until=uses("libtorch_cpu"))
+    process = start_run_into("export", command_line, until=uses("executorch"))
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(sent)
     stdout, _ = process.communicate(timeout=20)
