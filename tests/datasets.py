@@ -6,6 +6,7 @@ writes all of them, each with 100 documents to evaluate, for `python -m benchmar
 """
 
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,17 +25,17 @@ WORDS = [
 
 
 def sentence(number: int, length: int = 12) -> str:
-    return " ".join(WORDS[(number * 5 + place * 3) % len(WORDS)] for place in range(length))
+    return " ".join(random.Random(number).choices(WORDS, k=length))
 
 
 def hellaswag(number: int) -> Row:
     return {
         "ind": number,
         "activity_label": "Baking bread",
-        "ctx_a": f"{sentence(number).capitalize()}.",
+        "ctx_a": f"{sentence(number, 38).capitalize()}.",
         "ctx_b": "then he",
-        "ctx": f"{sentence(number).capitalize()}. then he",
-        "endings": [f"{sentence(number + ending, 9 + ending)}." for ending in range(4)],
+        "ctx": f"{sentence(number, 38).capitalize()}. then he",
+        "endings": [f"{sentence(number + ending, 16 + ending)}." for ending in range(4)],
         "source_id": f"activitynet~v_{number}",
         "split": "val",
         "split_type": "indomain",
@@ -43,8 +44,9 @@ def hellaswag(number: int) -> Row:
 
 
 def gsm8k(number: int) -> Row:
-    question = f"{sentence(number, 20).capitalize()}. He has {number} loaves and bakes 4 more. How many are there?"
-    return {"question": question, "answer": f"There are {number} + 4 = {number + 4} loaves.\n#### {number + 4}"}
+    question = f"{sentence(number, 34).capitalize()}. He has {number} loaves and bakes 4 more. How many are there?"
+    answer = f"{sentence(number, 50).capitalize()}.\nThere are {number} + 4 = {number + 4} loaves.\n#### {number + 4}"
+    return {"question": question, "answer": answer}
 
 
 # What tiny-gemma3 answers to the prompts that it knows follows most of these instructions.

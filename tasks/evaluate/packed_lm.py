@@ -2,14 +2,14 @@
 
 The command line's default is one request per forward, without padding. Padding changes the last bits of the results,
 through the attention's blocks; the number of rows of a matrix product does not. So several sequences are packed into
-one row without padding: what works on single tokens runs on all of them at once, attention runs on each sequence
-alone. Only the positions whose logits are needed reach lm_head. Generation works likewise; see packed_generation.py.
+one row without padding, see packed_row.py: a question's answers share its tokens. Only the positions whose logits are
+needed reach lm_head. Generation works likewise; see packed_generation.py.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,11 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantize_gemma.tasks.evaluate.packed_generation import KeyValues, LastTokens, Text, take_next
+from quantize_gemma.tasks.evaluate.packed_row import PackedRow, PrefixGroup, Tokens, group_by_prefix
 from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_encoder
 from quantize_gemma.tasks.models.dequantize import dequantize_once
@@ -35,7 +36,7 @@ from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 # More tokens per batch make no matrix product faster, only the memory larger.
@@ -121,50 +122,58 @@ class PackedLM(HFLM):  # type: ignore[misc]
         sharing = share_rows(requests, self.max_length)
         counts = {row: max(len(requests[number][2]) for number in sharing[row]) for row in sharing}
         responses: dict[int, tuple[float, bool]] = {}
-        rows = sorted(sharing, key=lambda row: (-len(row), row))
         done = 0
-        while done < len(rows):
-            batch = self._next_batch(rows[done:], counts)
-            if counts[batch[0]] > POSITIONS:
-                # Alone: all of its logits would not fit.
-                for number in sharing[batch[0]]:
-                    responses[number] = self._score_long(batch[0], requests[number][2])
-                done += 1
-                report_progress(done, len(rows), "questions")
-                continue
+        for row in [row for row in counts if counts[row] > POSITIONS]:
+            # Alone: all of its logits would not fit.
+            for number in sharing[row]:
+                responses[number] = self._score_long(row, requests[number][2])
+            del counts[row]
+            done += 1
+            report_progress(done, len(sharing), "questions")
+        waiting = group_by_prefix(counts, self.rows, POSITIONS)
+        while waiting:
+            batch = self._next_batch(waiting)
             try:
-                logits = self._logits(batch, [counts[row] for row in batch])
+                logits = self._logits(batch, counts)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error) or len(batch) == 1:
+                if not _out_of_memory(error) or (len(batch) == 1 and len(batch[0].endings) == 1):
                     raise
-                self.tokens = sum(map(len, batch)) // 2
+                self.tokens = sum(group.size for group in batch) // 2
                 logits = None
             if logits is None:
                 # Only here, because the error held on to the forward's tensors.
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
+                if len(batch) == 1:
+                    waiting[:1] = [PrefixGroup(batch[0].prefix, (ending,)) for ending in batch[0].endings]
                 continue
-            for row, part in zip(batch, logits, strict=True):
+            del waiting[: len(batch)]
+            for group in batch:
+                if again := [ending for ending in group.endings if group.prefix + ending not in logits]:
+                    waiting.append(PrefixGroup(group.prefix, tuple(again)))
+            for row, part in logits.items():
                 logs = torch.log_softmax(part, dim=-1)
                 for number in sharing[row]:
                     strings, _, continuation = requests[number]
                     responses[number] = score_continuation(logs, continuation)
                     if strings is not None:
                         self.cache_hook.add_partial("loglikelihood", strings, responses[number])
-            done += len(batch)
-            report_progress(done, len(rows), "questions")
+            done += len(logits)
+            report_progress(done, len(sharing), "questions")
         return [responses[number] for number in range(len(requests))]
 
-    def _next_batch(self, rows: list[tuple[int, ...]], counts: dict[tuple[int, ...], int]) -> list[tuple[int, ...]]:
-        """Return as many of the first rows as fit, at least one."""
-        tokens = positions = count = 0
-        for row in rows[: self.rows]:
-            tokens += len(row)
-            positions += counts[row]
-            if count and (tokens > self.tokens or positions > POSITIONS or counts[rows[0]] > POSITIONS):
+    def _next_batch(self, groups: list[PrefixGroup]) -> list[PrefixGroup]:
+        """Return as many of the first groups as fit, at least one."""
+        tokens = positions = sequences = count = 0
+        for group in groups:
+            tokens += group.size
+            positions += 1 + group.size - len(group.prefix)
+            sequences += len(group.endings)
+            too_many = tokens > self.tokens or positions > POSITIONS or (self.rows and sequences > self.rows)
+            if count and too_many:
                 break
             count += 1
-        return rows[:count]
+        return groups[:count]
 
     def _score_long(self, row: tuple[int, ...], continuation: list[int]) -> tuple[float, bool]:
         """Return the score of a continuation of many tokens, whose logits are computed POSITIONS at a time."""
@@ -188,8 +197,10 @@ class PackedLM(HFLM):  # type: ignore[misc]
         running: list[Text] = []
         while waiting or running:
             if starting := take_next(waiting, running, self.rows, self.cached_tokens, self.tokens):
-                rows = [tuple(text.prompt) for text in starting]
-                logits = torch.cat(self._logits(rows, [1] * len(rows), [text.cache for text in starting]))
+                prompts = [PrefixGroup(tuple(text.prompt)) for text in starting]
+                counts = {prompt.prefix: 1 for prompt in prompts}
+                of_prompts = self._logits(prompts, counts, [text.cache for text in starting])
+                logits = torch.cat([of_prompts[prompt.prefix] for prompt in prompts])
                 running += starting
             else:
                 starting, logits = running, self._next_logits(running)
@@ -243,25 +254,39 @@ class PackedLM(HFLM):  # type: ignore[misc]
         return logits
 
     def _logits(
-        self, batch: list[tuple[int, ...]], counts: list[int], caches: list[KeyValues] | None = None
-    ) -> list[Tensor]:
-        """Return the logits of each row's last `counts` positions, [positions, vocabulary]; fill its cache, if any."""
-        lengths = [len(row) for row in batch]
-        ends = torch.tensor(lengths).cumsum(0).tolist()
-        positions = [position for end, count in zip(ends, counts, strict=True) for position in range(end - count, end)]
+        self, groups: list[PrefixGroup], counts: Mapping[Tokens, int], caches: Sequence[KeyValues] = ()
+    ) -> dict[Tokens, Tensor]:
+        """Return the logits of each sequence's last positions, [positions, vocabulary].
+
+        Left out are sequences that alone have other last bits than with the others of their group.
+
+        Args:
+            groups: The sequences.
+            counts: How many positions of each sequence.
+            caches: Of each group, if any, to be filled.
+        """
+        row = PackedRow(self.model.config, groups, self.device, caches)
+        sequences = [sequence for group in groups for sequence in group.sequences]
+        scored = [places[-counts[sequence] :] for sequence, places in zip(sequences, row.sequences, strict=True)]
+        positions = sorted({place for places in scored for place in places})
         with torch.no_grad():
             logits = self.model(
-                input_ids=torch.tensor([token for row in batch for token in row], device=self.device)[None],
-                position_ids=torch.cat([torch.arange(length, device=self.device) for length in lengths])[None],
+                input_ids=torch.tensor([row.tokens], device=self.device),
+                position_ids=torch.tensor([row.positions], device=self.device),
                 # Passed, so that the model makes none of its own over the whole row.
                 attention_mask=dict.fromkeys(GEMMA3.layer_types),
-                sequences=_Sequences(self.model.config, lengths, self.device, caches),
+                sequences=row,
                 use_cache=False,
                 logits_to_keep=torch.tensor(positions, device=self.device),
             ).logits[0]
-        for cache, length in zip(caches or [], lengths, strict=caches is not None):
-            cache.length += length
-        return list(logits.split(counts))
+        for cache, group in zip(caches, groups, strict=bool(caches)):
+            cache.length += group.size
+        rows = {place: number for number, place in enumerate(positions)}
+        return {
+            sequence: logits[[rows[place] for place in places]]
+            for number, (sequence, places) in enumerate(zip(sequences, scored, strict=True))
+            if number not in row.unequal
+        }
 
 
 def share_rows(requests: list[TokenRequest], max_length: int) -> dict[tuple[int, ...], list[int]]:
@@ -281,7 +306,10 @@ def score_continuation(logs: Tensor, continuation: list[int]) -> tuple[float, bo
     """Return a continuation's (log-likelihood, is greedy) from the log-probabilities at its row's last positions."""
     logs = logs[-len(continuation) :]
     tokens = torch.tensor(continuation, device=logs.device)
-    return float(logs.gather(1, tokens[:, None]).sum()), bool((logs.argmax(-1) == tokens).all())
+    of_tokens = logs.gather(1, tokens[:, None])
+    # argmax takes longer than everything else here, and is needed only if several tokens may be the most likely.
+    greedy = bool((of_tokens[:, 0] == logs.amax(-1)).all()) and bool((logs.argmax(-1) == tokens).all())
+    return float(of_tokens.sum()), greedy
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:
@@ -290,65 +318,13 @@ def stop_tokens(model: PreTrainedModel) -> set[int]:
     return set(ids) if isinstance(ids, list) else {ids} - {None}
 
 
-class _Sequences:
-    """The sequences packed in a row, and the masks that the model itself makes for a sequence of each length."""
-
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        lengths: list[int],
-        device: torch.device,
-        caches: list[KeyValues] | None = None,
-    ) -> None:
-        """Take the sequences' lengths, and caches to write their keys and values to."""
-        self.lengths, self.caches = lengths, caches
-        # Neighbors of the same length share one call: (length, how many).
-        self.runs: list[tuple[int, int]] = []
-        for length in lengths:
-            if self.runs and self.runs[-1][0] == length:
-                self.runs[-1] = length, self.runs[-1][1] + 1
-            else:
-                self.runs.append((length, 1))
-        self.masks = {
-            length: create_masks_for_generate(
-                config=config,
-                input_embeds=torch.empty(1, length, 1, dtype=torch.bfloat16, device=device),
-                attention_mask=None,
-                cache_position=torch.arange(length, device=device),
-                past_key_values=None,
-            )
-            for length, _ in self.runs
-        }
-
-    def attend(self, module: Gemma3Attention, query: Tensor, key: Tensor, value: Tensor, **kwargs: object) -> Tensor:
-        """Attend within each sequence; see _attend()."""
-        self._fill_caches(module.layer_idx, key, value)
-        outputs = []
-        start = 0
-        for length, count in self.runs:
-            stop = start + length * count
-            tokens = [whole[0, :, start:stop] for whole in (query, key, value)]
-            parts = [torch.unflatten(each, 1, (count, length)).transpose(0, 1) for each in tokens]
-            mask = self.masks[length][module.layer_type]
-            attended, _ = sdpa_attention_forward(module, *parts, mask, **kwargs)
-            outputs.append(attended.flatten(0, 1))
-            start = stop
-        return torch.cat(outputs)[None]
-
-    def _fill_caches(self, layer: int, key: Tensor, value: Tensor) -> None:
-        start = 0
-        for cache, length in zip(self.caches or [], self.lengths, strict=self.caches is not None):
-            cache.extend(layer, key[:, :, start : start + length], value[:, :, start : start + length])
-            start += length
-
-
 def _attend(
     module: Gemma3Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    sequences: _Sequences | LastTokens | None = None,
+    sequences: PackedRow | LastTokens | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence of a row. Tensors are [1, heads, tokens, width], the result [1, tokens, …]."""

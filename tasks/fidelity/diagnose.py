@@ -167,8 +167,10 @@ class Probe:
         """Return the KL divergences of the scored tokens, by "<role>.weights" and "<role>.activations"."""
         import torch
 
+        from quantize_gemma.tasks.models.float32 import fast_products
+
         columns = {}
-        with torch.no_grad():
+        with torch.no_grad(), fast_products():
             for module in modules:
                 columns[f"{module.role}.weights"] = self.divergence(module, weights=True)
                 if module.activations:

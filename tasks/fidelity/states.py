@@ -26,6 +26,7 @@ from quantize_gemma.tasks.fidelity.sequences import (
 from quantize_gemma.tasks.fidelity.shards import ShardStore
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_encoder, load_model
 from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime.machine import trim_memory
 from quantize_gemma.tasks.runtime.reporting import report_progress
@@ -113,7 +114,7 @@ def hidden_states(model: PreTrainedModel, rows: list[Sequence]) -> Tensor:
     for _, same in itertools.groupby(rows, key=lambda row: len(row.ids)):
         batch = list(same)
         ids = torch.tensor([row.ids for row in batch], device=model.device)
-        with torch.no_grad():
+        with torch.no_grad(), fast_products():
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         states += [each[row.first : -1].cpu() for each, row in zip(hidden, batch, strict=True)]
     return torch.cat(states)

@@ -16,6 +16,7 @@ import torch
 from quantize_gemma.tasks.fidelity.sequences import Variant
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
 from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.runtime.machine import trim_memory
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def compare_states(
     rows = []
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
-        logits, other_logits = (head(states[part]) for head, states in (base, other))
+        with fast_products():
+            logits, other_logits = (head(states[part]) for head, states in (base, other))
         rows.append(compare_logits(logits, other_logits, targets[part].to(logits.device)))
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 

@@ -2,9 +2,10 @@
 
     python -m tests.campaigns.kill_points [--cases N] [--seed S]
 
-Killed is the run, its process group, the stage's process, the Prefect server, a deployment's worker, or all that runs
-on the worker's machine. Afterwards nothing of it is alive, and the next run ends with the digests of an undisturbed
-run, with one commit on the Hub that is the release, and with nothing in the store that nobody will read.
+Killed is the run, its process group, the stage's process, the process that forks stages, the Prefect server, a
+deployment's worker, or all that runs on the worker's machine. Afterwards nothing of it is alive, and the next run ends
+with the digests of an undisturbed run, with one commit on the Hub that is the release, and with nothing in the store
+that nobody will read.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from tests.campaigns import campaign
 from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
 from tests.operate.test_deployments import Operation
-from tests.processes import stage_processes
+from tests.processes import fork_servers, stage_processes
 from tests.texts import WIKITEXT, write_wikitext
 
 MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/ChartQA"
@@ -77,7 +78,7 @@ USED_BY = {
     "card": (),
     "publish": (),
 }
-OF_A_COMMAND = ("run", "group", "stage", "server")
+OF_A_COMMAND = ("run", "group", "stage", "fork server", "server")
 OF_A_DEPLOYMENT = ("server", "worker", "machine")
 # What takes longer hangs; a whole run takes some minutes, on a machine that has much else to do.
 SECONDS_OF_A_RUN = 900.0
@@ -111,7 +112,7 @@ def draw(rng: random.Random) -> Case:
     stage = rng.choice(list(USED_BY))
     victim = rng.choice(OF_A_DEPLOYMENT if deployed else OF_A_COMMAND)
     # Publishing is in the run's own process.
-    victim = "run" if (stage, victim) == ("publish", "stage") else victim
+    victim = "run" if stage == "publish" and victim in ("stage", "fork server") else victim
     later = [name for name in _downstream(stage) if rng.random() < 1 / 3]
     removed = () if stage == "publish" else (stage, *later)
     return Case(stage, victim, deployed, rng.random(), removed, rng.random())
@@ -315,10 +316,12 @@ class Attempt:
             raise Failed(f"the killed run says nothing of it: {stdout}")
 
     def kill_child(self, run: int, rng: random.Random) -> bool:
-        """Kills a stage's process or the server of a run; returns False if it has none."""
+        """Kills a stage's process, the one that forks them, or the server of a run; returns False if it has none."""
         with contextlib.suppress(psutil.NoSuchProcess):
             if self.case.victim == "stage":
                 victims = stage_processes(run)
+            elif self.case.victim == "fork server":
+                victims = fork_servers(run)
             else:
                 victims = [
                     child

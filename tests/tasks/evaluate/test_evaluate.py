@@ -155,6 +155,24 @@ def test_packed_log_likelihoods_are_those_of_single_forwards(
     assert packed(name, 3)._loglikelihood_tokens(asked) == expected
 
 
+def test_a_prefix_is_shared_where_its_last_bits_are_the_same(packed: Callable[..., Any]) -> None:
+    """Attention adds up the last length % 16 tokens apart: in the shorter sequences, a prefix of 60 ends among them."""
+    model = packed("base")
+    asked = requests([60, 48], [3, 40, 20])
+    computed: list[list[int]] = []
+    compute = model._logits
+
+    def count(groups: list[Any], *rest: Any) -> Any:
+        logits = compute(groups, *rest)
+        computed.append([len(group.endings) for group in groups] + [len(logits)])
+        return logits
+
+    model._logits = count
+    assert model._loglikelihood_tokens(asked) == alone(model.model, asked)
+    # Two contexts with four continuations each; of the longer one, two are computed again, together.
+    assert computed == [[4, 4, 6], [2, 2]]
+
+
 def test_a_continuation_that_the_model_would_write_is_greedy(
     checkpoints: dict[str, Path], packed: Callable[..., Any]
 ) -> None:

@@ -1,0 +1,160 @@
+"""Our GPTQ next to llm-compressor's and to AutoRound: `python -m benchmarks.references --model DIR --text FILE …`.
+
+All get the same checkpoint and the same calibration tokens, in processes of their own, and quantize the decoder's
+linears to int4 with a positive scale for each 32 weights. Their integers and scales then take the place of ours in one
+checkpoint with int8 embeddings and an int8 head, which fidelity compares with the base model, weights only. The two
+libraries need other versions of torch and transformers: they are installed into virtual environments in `--folder`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import our_calibrate, our_fidelity, our_fidelity_base, our_quantize, our_untie
+from benchmarks.side_by_side import machine, run
+from quantize_gemma.tasks.models.checkpoint import read_header
+from quantize_gemma.tasks.models.recipe import load_recipe
+
+RECIPE = "GPTQ-INT8-INT4-HEAD8"
+HERE = Path(__file__).parent
+LLM_COMPRESSOR, AUTO_ROUND = "llmcompressor==0.14.0.1", "auto-round==0.16.1"
+# Name of the row: what is installed, the script, and its last argument.
+REFERENCES = {
+    "llm-compressor, GPTQ": (LLM_COMPRESSOR, "with_llm_compressor.py", "memoryless_minmax"),
+    "llm-compressor, GPTQ, scales by squared error": (LLM_COMPRESSOR, "with_llm_compressor.py", "memoryless_mse"),
+    "auto-round, 50 iterations": (AUTO_ROUND, "with_auto_round.py", "50"),
+    "auto-round, 200 iterations": (AUTO_ROUND, "with_auto_round.py", "200"),
+}
+COLUMNS = ("name", "ppl", "kl_mean", "same_top", "seconds", "peak_rss_bytes")
+
+
+def install(folder: Path, requirement: str) -> Path:
+    """Returns the interpreter of a virtual environment that has the requirement."""
+    environment = folder / requirement
+    if not (environment / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)], check=True)
+        subprocess.run([str(environment / "bin/pip"), "install", "--quiet", requirement], check=True)
+        (environment / "installed").touch()
+    return environment / "bin" / "python"
+
+
+def run_reference(
+    python: Path, script: str, checkpoint: Path, tokens: Path, target: Path, option: str
+) -> dict[str, Any]:
+    """Runs a script in its environment; returns "seconds" and "peak_rss_bytes"."""
+    started = time.monotonic()
+    # Without the folder of the scripts, whose names must not be taken for the libraries'.
+    command = [str(python), "-P", str(HERE / script), str(checkpoint), str(tokens), str(target), option]
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"{script} ended with {code}")
+    return {"seconds": time.monotonic() - started, "peak_rss_bytes": usage.ru_maxrss * 1024}
+
+
+def replace_linears(checkpoint: Path, integers: Path) -> int:
+    """Overwrites the decoder's linears in a checkpoint of ours; returns how many there were.
+
+    Raises:
+        AssertionError: The file lacks one, or one does not fit our programs: integers beyond [-8, 7], scales that are
+            not positive.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(integers)
+    count = 0
+    with (checkpoint / "model.safetensors").open("r+b") as file:
+        for name, tensor in read_header(checkpoint / "model.safetensors").items():
+            module, _, part = name.rpartition("._weight_")
+            if part not in ("qdata", "scale") or ".layers." not in module:
+                continue
+            values = tensors[f"{module}.{part}"]
+            assert tuple(values.shape) == tuple(tensor.shape), f"{name}: {values.shape}, not {tensor.shape}"
+            fits = (values >= -8) & (values <= 7) if part == "qdata" else values > 0
+            assert fits.all(), f"{name}: {int((~fits).sum())} values are not of our format"
+            file.seek(tensor.start)
+            file.write(values.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            count += part == "qdata"
+    return count
+
+
+def measure(folder: Path, model: Path, text: Path, calibration: Path, references: list[str]) -> list[dict[str, Any]]:
+    """Returns the table's rows, ours first."""
+
+    def fresh(name: str) -> Path:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
+        return folder / name
+
+    def fidelity(checkpoint: Path) -> dict[str, Any]:
+        results = fresh("results")
+        run(our_name(our_fidelity), target=results, base=untied, states=states, checkpoint=checkpoint)
+        metrics = json.loads((results / "results.json").read_text(encoding="utf-8"))["weights_only"]
+        return {key: metrics[key] for key in ("ppl", "kl_mean", "same_top")}
+
+    pythons = {name: install(folder, REFERENCES[name][0]) for name in references}
+    corpus, untied, states, tokens, ours = map(fresh, ("text", "untied", "states", "calibration", "ours"))
+    shutil.copyfile(text, corpus / "text.txt")
+    run(our_name(our_untie), target=untied, checkpoint=model)
+    run(our_name(our_fidelity_base), target=states, checkpoint=untied, text=corpus, windows=10)
+    run(
+        our_name(our_calibrate),
+        target=tokens,
+        checkpoint=untied,
+        text=str(calibration),
+        recipe=RECIPE,
+        fidelity_text=str(text),
+    )
+    step = run(our_name(our_quantize), target=ours, checkpoint=untied, recipe=RECIPE, calibration=tokens)
+    rows = [{"name": load_recipe(RECIPE).name, **step, **fidelity(ours)}]
+    show_row(rows[0])
+    for name in references:
+        _, script, option = REFERENCES[name]
+        target = fresh("reference") / "integers.safetensors"
+        step = run_reference(pythons[name], script, untied, tokens / "calibration.json", target, option)
+        theirs = fresh("theirs")
+        shutil.copytree(ours, theirs, dirs_exist_ok=True)
+        replace_linears(theirs, target)
+        rows.append({"name": name, **step, **fidelity(theirs)})
+        show_row(rows[-1])
+    return [{column: row[column] for column in COLUMNS} for row in rows]
+
+
+def our_name(function: Any) -> str:
+    """Returns "module:name", by which a process of its own finds a function."""
+    return f"{function.__module__}:{function.__name__}"
+
+
+def show_row(row: dict[str, Any]) -> None:
+    """Prints one row of the table as Markdown."""
+    quality = f"{row['ppl']:.2f} | {row['kl_mean']:.4f} | {100 * row['same_top']:.1f}"
+    print(f"| {row['name']} | {quality} | {row['seconds']:.0f} | {row['peak_rss_bytes'] / 1e9:.2f} |", flush=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.references", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="the directory of the base checkpoint")
+    parser.add_argument("--text", type=Path, required=True, help="the text to measure on")
+    parser.add_argument("--calibration", type=Path, required=True, help="the text to calibrate on")
+    parser.add_argument("--references", nargs="+", choices=REFERENCES, default=list(REFERENCES))
+    parser.add_argument("--folder", type=Path, required=True, help="where the environments are kept, about 10 GB each")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    print("| quantized by | PPL | KL | same top token, % | seconds | peak memory, GB |")
+    print("|---|---:|---:|---:|---:|---:|", flush=True)
+    paths = (path.resolve() for path in (options.folder, options.model, options.text, options.calibration))
+    rows = measure(*paths, options.references)
+    if options.json:
+        print(json.dumps({"model": str(options.model), "machine": machine(), "text": options.text.name, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

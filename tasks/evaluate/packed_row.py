@@ -1,0 +1,159 @@
+"""Sequences packed into one row without padding; those with the same beginning share its tokens.
+
+What works on single tokens runs on the whole row; attention runs on each sequence alone, so that a sequence's numbers
+are those that it has by itself. For a shared beginning this has to be checked: attention may add up in another order in
+a longer sequence, and then the last bits of the beginning's states are not the same in all sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_masks_for_generate
+
+from quantize_gemma.tasks.evaluate.packed_generation import KeyValues
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrefixGroup:
+    """Sequences with the same prefix.
+
+    Attributes:
+        prefix: The tokens of the prefix.
+        endings: The tokens that follow it in each sequence; an ending can be empty.
+    """
+
+    prefix: Tokens
+    endings: tuple[Tokens, ...] = ((),)
+
+    @property
+    def sequences(self) -> list[Tokens]:
+        """The sequences' tokens."""
+        return [self.prefix + ending for ending in self.endings]
+
+    @property
+    def size(self) -> int:
+        """How many tokens it adds to a row."""
+        return len(self.prefix) + sum(map(len, self.endings))
+
+
+def group_by_prefix(counts: Mapping[Tokens, int], max_sequences: int | None, max_positions: int) -> list[PrefixGroup]:
+    """Return groups of sequences with the same prefix, the largest first.
+
+    Args:
+        counts: {sequence: how many of its last positions are scored}. What is before them is its prefix, with the
+            first of them.
+        max_sequences: The most sequences of a group; None for no limit.
+        max_positions: The most scored positions of a group, unless one sequence alone has more.
+    """
+    groups: list[PrefixGroup] = []
+    endings: dict[Tokens, list[Tokens]] = {}
+    for sequence, count in sorted(counts.items()):
+        prefix, ending = sequence[: len(sequence) - count + 1], sequence[len(sequence) - count + 1 :]
+        group = endings.setdefault(prefix, [])
+        positions = 1 + len(ending) + sum(map(len, group))
+        if group and (len(group) == max_sequences or positions > max_positions):
+            groups.append(PrefixGroup(prefix, tuple(group)))
+            endings[prefix] = group = []
+        group.append(ending)
+    groups += [PrefixGroup(prefix, tuple(group)) for prefix, group in endings.items()]
+    return sorted(groups, key=lambda group: (-group.size, group.prefix, group.endings))
+
+
+class PackedRow:
+    """A row of packed sequences.
+
+    Attributes:
+        tokens: The tokens of the row.
+        positions: The position of each token in its sequence.
+        sequences: For each sequence, where its tokens are in the row.
+        unequal: The numbers of the sequences whose prefix alone has other last bits than in the first of their group.
+            Their numbers are not to be used; those of the others are.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        groups: Sequence[PrefixGroup],
+        device: torch.device,
+        caches: Sequence[KeyValues] = (),
+    ) -> None:
+        """Pack groups; caches, if any, are those of the groups, to which keys and values are written."""
+        self.caches = caches
+        self.unequal: set[int] = set()
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.sequences: list[list[int]] = []
+        # The group of each sequence, and whether it is the group's first.
+        self._groups: list[tuple[int, bool]] = []
+        # On a GPU no order of sums is promised.
+        self._checks = device.type == "cpu"
+        for number, group in enumerate(groups):
+            start = len(self.tokens)
+            prefix = range(start, start + len(group.prefix))
+            self.tokens += group.prefix
+            self.positions += range(len(group.prefix))
+            for place, ending in enumerate(group.endings):
+                own = range(len(self.tokens), len(self.tokens) + len(ending))
+                self.tokens += ending
+                self.positions += range(len(group.prefix), len(group.prefix) + len(ending))
+                self.sequences.append([*prefix, *own])
+                self._groups.append((number, place == 0))
+        self._prefixes = [len(group.prefix) for group in groups]
+        # Sequences of the same length share a call.
+        self._by_length: dict[int, list[int]] = {}
+        for number, sequence in enumerate(self.sequences):
+            self._by_length.setdefault(len(sequence), []).append(number)
+        self._places = {
+            length: torch.tensor([self.sequences[number] for number in numbers], device=device)
+            for length, numbers in self._by_length.items()
+        }
+        self._masks = {
+            length: create_masks_for_generate(
+                config=config,
+                input_embeds=torch.empty(1, length, 1, dtype=torch.bfloat16, device=device),
+                attention_mask=None,
+                cache_position=torch.arange(length, device=device),
+                past_key_values=None,
+            )
+            for length in self._by_length
+        }
+
+    def attend(self, module: Gemma3Attention, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        """Attend within each sequence; tensors are [1, heads, tokens, width], the result [1, tokens, heads, width]."""
+        self._fill_caches(module.layer_idx, key, value)
+        attended: dict[int, Tensor] = {}
+        for length, places in self._places.items():
+            # [sequences, heads, length, width]
+            parts = [whole[0][:, places].transpose(0, 1) for whole in (query, key, value)]
+            mask = self._masks[length][module.layer_type]
+            outputs, _ = sdpa_attention_forward(module, *parts, mask, **kwargs)
+            attended.update(zip(self._by_length[length], outputs, strict=True))
+        pieces: list[Tensor] = []
+        for number, (group, first) in enumerate(self._groups):
+            prefix = self._prefixes[group]
+            if first:
+                pieces.append(attended[number])
+                shared = attended[number][:prefix]
+            else:
+                if self._checks and not torch.equal(shared, attended[number][:prefix]):
+                    self.unequal.add(number)
+                pieces.append(attended[number][prefix:])
+        return torch.cat(pieces)[None]
+
+    def _fill_caches(self, layer: int, key: Tensor, value: Tensor) -> None:
+        for cache, sequence in zip(self.caches, self.sequences, strict=bool(self.caches)):
+            own = slice(sequence[0], sequence[-1] + 1)
+            cache.extend(layer, key[:, :, own], value[:, :, own])
