@@ -64,7 +64,7 @@ def our_evaluation(
 
     def run_stages() -> None:
         record(requests, model, data, row.request_inputs(), limit)
-        answer(answers, requests, model, data, device, batch_size=rows or "auto", refresh=True)
+        answer(answers, requests, model, data, device, batch_size=rows or "auto", exact=rows == 1, refresh=True)
         evaluate(results, requests, [answers], data, row.score_inputs(), limit, device)
 
     return {"evaluation_seconds": _timed(PackedLM, row.kind, run_stages)}
@@ -187,6 +187,7 @@ def measure(
         *(f"{line(name, step)} {speeds[name]:10.2f} questions/s" for name, step in steps.items()),
         f"lm_eval's batch size: {best}, the fastest of {', '.join(batch_sizes)}",
         *(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()),
+        f"the same predictions: {1 - compared['different_predictions'] / compared['questions']:.1%}",
         f"different: {compared['different_predictions']} predictions, {compared['different_responses']} "
         f"questions' responses, {len(compared['different_scores'])} scores, "
         f"{len(compared['scores_out_of_error'])} by more than their standard error",

@@ -90,7 +90,8 @@ class Plan:
         """Return how a column answers a benchmark's requests, besides its artifacts."""
         evaluation = self.options.evaluation
         if column in ("base", "quantized"):
-            return {"device": self.device, "batch_size": evaluation.batch_size}
+            exact = row.kind == "generate_until" and evaluation.batch_size == 1
+            return {"device": self.device, "batch_size": evaluation.batch_size, "exact": exact}
         size = min(evaluation.program_samples, row.program_samples or evaluation.program_samples)
         return {"device": "cpu", "sample_size": size, "no_act_quant": column == "no_act_quant"}
 

@@ -29,13 +29,15 @@ def sentence(number: int, length: int = 12) -> str:
 
 
 def hellaswag(number: int) -> Row:
+    length = random.Random(-number)
+    context = f"{sentence(number, length.randint(12, 64)).capitalize()}."
     return {
         "ind": number,
         "activity_label": "Baking bread",
-        "ctx_a": f"{sentence(number, 38).capitalize()}.",
+        "ctx_a": context,
         "ctx_b": "then he",
-        "ctx": f"{sentence(number, 38).capitalize()}. then he",
-        "endings": [f"{sentence(number + ending, 16 + ending)}." for ending in range(4)],
+        "ctx": f"{context} then he",
+        "endings": [f"{sentence(4000 * (ending + 1) + number, length.randint(6, 28))}." for ending in range(4)],
         "source_id": f"activitynet~v_{number}",
         "split": "val",
         "split_type": "indomain",
@@ -70,7 +72,7 @@ def ifeval(number: int) -> Row:
 def boolq(number: int) -> Row:
     return {
         "question": f"is {sentence(number, 4)}",
-        "passage": sentence(number, 60),
+        "passage": sentence(number, 108),
         "idx": number,
         "label": number % 2,
     }

@@ -63,6 +63,7 @@ def answer(
     no_act_quant: bool = False,
     sample_size: int | None = None,
     batch_size: int | str = "auto",
+    exact: bool = False,
     part: int = 0,
     parts: int = 1,
     refresh: bool = False,
@@ -83,6 +84,7 @@ def answer(
         no_act_quant: The checkpoint answers in float32 without quantized activations, for reference.
         sample_size: Documents to draw, always the same ones; None for all.
         batch_size: The most sequences of a batch; "auto" limits the tokens only.
+        exact: Generate text as lm-eval's own model does with one sequence at a time, to the bit, which is slower.
         part: The number of the part, from 0.
         parts: The number of the parts.
         refresh: Compute answers again that are in the store.
@@ -96,7 +98,7 @@ def answer(
     shards = {name: sample[name] for name in names}
     first = next(iter(recorded.values()))[0]
     images = dataset if _has_image(first) else None
-    scorer = choose_scorer(checkpoint, images, program, no_act_quant, device, batch_size, first.kind)
+    scorer = choose_scorer(checkpoint, images, program, no_act_quant, device, batch_size, first.kind, exact)
     answers = respond(shards, scorer, part, refresh)
     left_out = 0
     for name in names:
@@ -143,6 +145,7 @@ def choose_scorer(
     device: str,
     batch_size: int | str,
     kind: str,
+    exact: bool = False,
 ) -> Scorer:
     """Return what answers: a program, or a checkpoint, which sees a dataset's images if there are any.
 
@@ -158,9 +161,10 @@ def choose_scorer(
         "batch_size": batch_size,
         "no_act_quant": no_act_quant,
         "generates": generates,
+        "exact": exact,
     }
-    # A GPU's sums depend on the batch, and so does generated text: the batch must not depend on who answers, or on what
-    # was interrupted.
+    # A GPU's sums depend on the batch, which must therefore not depend on who answers, or on what was interrupted. A
+    # shard of texts fills a batch.
     together = QUESTIONS if device == "cpu" and not generates else 1
     return Scorer(CHECKPOINT, {"checkpoint": checkpoint}, settings, together)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantize_gemma.tasks.evaluate.packed_generation import KeyValues, LastTokens, Text, take_next
-from quantize_gemma.tasks.evaluate.packed_row import PackedRow, PrefixGroup, Tokens, group_by_prefix
+from quantize_gemma.tasks.evaluate.packed_row import Limits, PackedRow, PrefixGroup, Tokens, group_by_prefix
 from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_encoder
-from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.models.dequantize import dequantize_once, reorder_weights
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.machine import trim_memory
@@ -56,10 +57,10 @@ Score = Callable[[list[Request]], list[JsonValue]]
 
 
 def load_checkpoint_scorer(
-    checkpoint: str, device: str, batch_size: int | str, no_act_quant: bool, generates: bool
+    checkpoint: str, device: str, batch_size: int | str, no_act_quant: bool, generates: bool, exact: bool
 ) -> Score:
     """Load a checkpoint as what answers requests."""
-    return make_scorer(PackedLM(Path(checkpoint), device, batch_size, no_act_quant, generates))
+    return make_scorer(PackedLM(Path(checkpoint), device, batch_size, no_act_quant, generates, exact))
 
 
 def make_scorer(model: LM) -> Score:
@@ -83,6 +84,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         batch_size: int | str,
         no_act_quant: bool = False,
         generates: bool = False,
+        exact: bool = False,
     ) -> None:
         """Load a checkpoint.
 
@@ -92,6 +94,8 @@ class PackedLM(HFLM):  # type: ignore[misc]
             batch_size: The most sequences of a batch; "auto" limits the tokens only.
             no_act_quant: For reference: in float32 and without quantized activations. Slow, in the same memory.
             generates: It generates text, for which lm_head is dequantized, too.
+            exact: Text is that of lm-eval's own model with one sequence at a time, to the bit. Otherwise it can differ
+                where two tokens are equally likely. Log-likelihoods are always exact on a CPU.
         """
         ALL_ATTENTION_FUNCTIONS.register("packed", _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register("packed", sdpa_mask)
@@ -103,15 +107,18 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 batch_size=1,
                 attn_implementation="packed",
             )
-        self.tokens = TOKENS[torch.device(device).type]
-        self.cached_tokens = CACHED_TOKENS[torch.device(device).type]
-        self.rows = None if batch_size == "auto" else int(batch_size)
+        kind = torch.device(device).type
+        self.cached_tokens = CACHED_TOKENS[kind]
+        self.limits = Limits(TOKENS[kind], POSITIONS, None if batch_size == "auto" else int(batch_size))
+        self.exact = exact
         drop_vision_encoder(self.model)
         if no_act_quant:
             disable_activation_quantization(self.model)
             self.model.to(torch.float32)
         else:
             dequantize_once(self.model, head=generates)
+            if device == "cpu":
+                reorder_weights(self.model, head=generates)
         gc.collect()
         trim_memory()
 
@@ -130,22 +137,22 @@ class PackedLM(HFLM):  # type: ignore[misc]
             del counts[row]
             done += 1
             report_progress(done, len(sharing), "questions")
-        waiting = group_by_prefix(counts, self.rows, POSITIONS)
+        waiting = group_by_prefix(counts, self.limits)
         while waiting:
-            batch = self._next_batch(waiting)
+            batch = self._next_batch(waiting, counts)
             try:
                 logits = self._logits(batch, counts)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error) or (len(batch) == 1 and len(batch[0].endings) == 1):
+                if not _out_of_memory(error) or sum(len(group.endings) for group in batch) == 1:
                     raise
-                self.tokens = sum(group.size for group in batch) // 2
                 logits = None
             if logits is None:
                 # Only here, because the error held on to the forward's tensors.
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-                if len(batch) == 1:
-                    waiting[:1] = [PrefixGroup(batch[0].prefix, (ending,)) for ending in batch[0].endings]
+                self.limits = replace(self.limits, tokens=sum(group.tokens for group in batch) // 2)
+                left = {sequence: counts[sequence] for group in waiting for sequence in group.sequences}
+                waiting = group_by_prefix(left, self.limits)
                 continue
             del waiting[: len(batch)]
             for group in batch:
@@ -162,15 +169,13 @@ class PackedLM(HFLM):  # type: ignore[misc]
             report_progress(done, len(sharing), "questions")
         return [responses[number] for number in range(len(requests))]
 
-    def _next_batch(self, groups: list[PrefixGroup]) -> list[PrefixGroup]:
+    def _next_batch(self, groups: list[PrefixGroup], counts: Mapping[Tokens, int]) -> list[PrefixGroup]:
         """Return as many of the first groups as fit, at least one."""
-        tokens = positions = sequences = count = 0
-        for group in groups:
-            tokens += group.size
-            positions += 1 + group.size - len(group.prefix)
-            sequences += len(group.endings)
-            too_many = tokens > self.tokens or positions > POSITIONS or (self.rows and sequences > self.rows)
-            if count and too_many:
+        count = 1
+        sequences = groups[0].sequences
+        for group in groups[1:]:
+            sequences += group.sequences
+            if not self.limits.allow(sequences, counts):
                 break
             count += 1
         return groups[:count]
@@ -196,7 +201,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         waiting = sorted(texts, key=lambda text: -len(text.prompt))
         running: list[Text] = []
         while waiting or running:
-            if starting := take_next(waiting, running, self.rows, self.cached_tokens, self.tokens):
+            if starting := take_next(waiting, running, self.limits.sequences, self.cached_tokens, self.limits.tokens):
                 prompts = [PrefixGroup(tuple(text.prompt)) for text in starting]
                 counts = {prompt.prefix: 1 for prompt in prompts}
                 of_prompts = self._logits(prompts, counts, [text.cache for text in starting])
@@ -204,7 +209,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 running += starting
             else:
                 starting, logits = running, self._next_logits(running)
-            for text, token in zip(starting, logits.argmax(-1).tolist(), strict=True):
+            for text, token in zip(starting, logits.max(-1).indices.tolist(), strict=True):
                 text.tokens.append(token)
                 if text.is_finished():
                     text.cache.release()
@@ -246,7 +251,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 input_ids=torch.tensor([[text.tokens[-1] for text in texts]], device=self.device),
                 position_ids=torch.tensor([[text.cache.length for text in texts]], device=self.device),
                 attention_mask=dict.fromkeys(GEMMA3.layer_types),
-                sequences=LastTokens([text.cache for text in texts]),
+                sequences=LastTokens([text.cache for text in texts], self.exact),
                 use_cache=False,
             ).logits[0]
         for text in texts:
@@ -265,7 +270,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
             counts: How many positions of each sequence.
             caches: Of each group, if any, to be filled.
         """
-        row = PackedRow(self.model.config, groups, self.device, caches)
+        row = PackedRow(self.model.config, groups, self.device, caches, exact=not caches or self.exact)
         sequences = [sequence for group in groups for sequence in group.sequences]
         scored = [places[-counts[sequence] :] for sequence, places in zip(sequences, row.sequences, strict=True)]
         positions = sorted({place for places in scored for place in places})
@@ -280,7 +285,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 logits_to_keep=torch.tensor(positions, device=self.device),
             ).logits[0]
         for cache, group in zip(caches, groups, strict=bool(caches)):
-            cache.length += group.size
+            cache.length += len(group.prefix)
         rows = {place: number for number, place in enumerate(positions)}
         return {
             sequence: logits[[rows[place] for place in places]]

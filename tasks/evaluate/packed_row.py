@@ -17,13 +17,15 @@ from transformers.masking_utils import create_masks_for_generate
 from quantize_gemma.tasks.evaluate.packed_generation import KeyValues
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedConfig
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 Tokens = tuple[int, ...]
+# Queries that attend at once where not every bit counts.
+BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -44,32 +46,54 @@ class PrefixGroup:
         return [self.prefix + ending for ending in self.endings]
 
     @property
-    def size(self) -> int:
-        """How many tokens it adds to a row."""
-        return len(self.prefix) + sum(map(len, self.endings))
+    def tokens(self) -> int:
+        """How many tokens the sequences have, each by itself: attention's memory grows with these."""
+        return sum(map(len, self.sequences))
 
 
-def group_by_prefix(counts: Mapping[Tokens, int], max_sequences: int | None, max_positions: int) -> list[PrefixGroup]:
+@dataclass(frozen=True)
+class Limits:
+    """What a group or a batch has at most, unless one sequence alone has more.
+
+    Attributes:
+        tokens: Tokens of its sequences, each by itself.
+        positions: Positions whose logits are computed.
+        sequences: Sequences; None for no limit.
+    """
+
+    tokens: int
+    positions: int
+    sequences: int | None
+
+    def allow(self, sequences: Iterable[Tokens], counts: Mapping[Tokens, int]) -> bool:
+        """Tell whether these sequences are not too many; `counts` are the positions that are scored of each."""
+        several = list(sequences)
+        return len(several) == 1 or (
+            sum(map(len, several)) <= self.tokens
+            and sum(counts[sequence] for sequence in several) <= self.positions
+            and (self.sequences is None or len(several) <= self.sequences)
+        )
+
+
+def group_by_prefix(counts: Mapping[Tokens, int], limits: Limits) -> list[PrefixGroup]:
     """Return groups of sequences with the same prefix, the largest first.
 
     Args:
         counts: {sequence: how many of its last positions are scored}. What is before them is its prefix, with the
             first of them.
-        max_sequences: The most sequences of a group; None for no limit.
-        max_positions: The most scored positions of a group, unless one sequence alone has more.
+        limits: Those of a group.
     """
     groups: list[PrefixGroup] = []
-    endings: dict[Tokens, list[Tokens]] = {}
+    endings: dict[Tokens, tuple[Tokens, ...]] = {}
     for sequence, count in sorted(counts.items()):
         prefix, ending = sequence[: len(sequence) - count + 1], sequence[len(sequence) - count + 1 :]
-        group = endings.setdefault(prefix, [])
-        positions = 1 + len(ending) + sum(map(len, group))
-        if group and (len(group) == max_sequences or positions > max_positions):
-            groups.append(PrefixGroup(prefix, tuple(group)))
-            endings[prefix] = group = []
-        group.append(ending)
-    groups += [PrefixGroup(prefix, tuple(group)) for prefix, group in endings.items()]
-    return sorted(groups, key=lambda group: (-group.size, group.prefix, group.endings))
+        larger = PrefixGroup(prefix, (*endings.get(prefix, ()), ending))
+        if not limits.allow(larger.sequences, counts):
+            groups.append(PrefixGroup(prefix, endings[prefix]))
+            larger = PrefixGroup(prefix, (ending,))
+        endings[prefix] = larger.endings
+    groups += [PrefixGroup(prefix, of_prefix) for prefix, of_prefix in endings.items()]
+    return sorted(groups, key=lambda group: (-group.tokens, group.prefix, group.endings))
 
 
 class PackedRow:
@@ -89,9 +113,18 @@ class PackedRow:
         groups: Sequence[PrefixGroup],
         device: torch.device,
         caches: Sequence[KeyValues] = (),
+        exact: bool = True,
     ) -> None:
-        """Pack groups; caches, if any, are those of the groups, to which keys and values are written."""
-        self.caches = caches
+        """Pack groups.
+
+        Args:
+            config: The model's.
+            groups: The groups.
+            device: Where the model is.
+            caches: Those of the groups, if any, to which keys and values are written.
+            exact: Attend as the library's model does, to the bit; or faster.
+        """
+        self.caches, self.exact = caches, exact
         self.unequal: set[int] = set()
         self.tokens: list[int] = []
         self.positions: list[int] = []
@@ -138,8 +171,7 @@ class PackedRow:
         for length, places in self._places.items():
             # [sequences, heads, length, width]
             parts = [whole[0][:, places].transpose(0, 1) for whole in (query, key, value)]
-            mask = self._masks[length][module.layer_type]
-            outputs, _ = sdpa_attention_forward(module, *parts, mask, **kwargs)
+            outputs = self._attend(module, parts, self._masks[length][module.layer_type], **kwargs)
             attended.update(zip(self._by_length[length], outputs, strict=True))
         pieces: list[Tensor] = []
         for number, (group, first) in enumerate(self._groups):
@@ -152,6 +184,20 @@ class PackedRow:
                     self.unequal.add(number)
                 pieces.append(attended[number][prefix:])
         return torch.cat(pieces)[None]
+
+    def _attend(self, module: Gemma3Attention, parts: list[Tensor], mask: Tensor | None, **kwargs: Any) -> Tensor:
+        """Return what queries, keys and values of sequences give, [sequences, length, heads, width]."""
+        length = parts[0].shape[2]
+        step = length if self.exact or mask is None else BLOCK
+        outputs = []
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            # Of a sliding window, no query of the block sees what is before.
+            first = max(start + 1 - module.sliding_window, 0) if step < length and module.sliding_window else 0
+            query, key, value = parts[0][:, :, start:stop], *(part[:, :, first:stop] for part in parts[1:])
+            seen = None if mask is None else mask[:, :, start:stop, first:stop]
+            outputs.append(sdpa_attention_forward(module, query, key, value, seen, **kwargs)[0])
+        return torch.cat(outputs, dim=1)
 
     def _fill_caches(self, layer: int, key: Tensor, value: Tensor) -> None:
         for cache, sequence in zip(self.caches, self.sequences, strict=bool(self.caches)):

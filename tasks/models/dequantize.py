@@ -7,7 +7,7 @@ lm_head, unless the model generates, and of the embedding only the rows that are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from torchao.quantization import (
 
 from quantize_gemma.tasks.models.activation_quantization import fake_quantize_per_token
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime.patches.private_api import reorder_weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,33 @@ def dequantize_once(model: torch.nn.Module, head: bool = False, linears: bool = 
                 continue
             # torchao's modules refer to themselves and would keep their weights until they are collected.
             del module.weight
+
+
+def reorder_weights(model: torch.nn.Module, head: bool) -> None:
+    """Copy the weights of bfloat16 linears into the order in which the processor reads them; lm_head's with `head`.
+
+    The outputs are the same to the bit. Products with the last tokens of a few texts take half the time. A weight is
+    in memory once; that of an lm_head that is tied to the embedding, twice.
+    """
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            weight = getattr(module, "weight", None)
+            if not isinstance(module, (torch.nn.Linear, _Linear)) or (name == "lm_head" and not head):
+                continue
+            if weight is None or type(weight.data) is not torch.Tensor or weight.dtype != torch.bfloat16:
+                continue
+            if module.bias is None and (product := reorder_weight(weight.detach())):
+                setattr(parent, name, _Product(product, getattr(module, "fake_quantize", None)))
+                del module.weight
+
+
+class _Product(torch.nn.Module):
+    def __init__(self, product: Callable[[Tensor], Tensor], fake_quantize: _FakeQuantize | None) -> None:
+        super().__init__()
+        self.product, self.fake_quantize = product, fake_quantize
+
+    def forward(self, activations: Tensor) -> Tensor:
+        return self.product(activations if self.fake_quantize is None else self.fake_quantize(activations))
 
 
 class _FakeQuantize:

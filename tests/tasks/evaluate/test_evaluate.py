@@ -225,6 +225,26 @@ def test_a_batch_that_does_not_fit_shrinks(
     assert max(seen[[size <= 200 for size in seen].index(True) :]) <= 200
 
 
+def test_answers_that_do_not_fit_together_are_divided(packed: Callable[..., Any]) -> None:
+    """Each of three questions has four answers: 117 tokens that share the question's, 56 to 69 one by one."""
+    import torch
+
+    asked = requests([50, 50, 50], [20, 10, 20])
+    model = packed("base")
+    expected = model._loglikelihood_tokens(asked)
+    seen: list[int] = []
+
+    def refuse(_module: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
+        seen.append(keywords["input_ids"].shape[1])
+        if seen[-1] > 110:
+            raise torch.OutOfMemoryError
+
+    model.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    assert model._loglikelihood_tokens(asked) == expected
+    # Of the first question only, then the limit holds for all.
+    assert sum(size > 110 for size in seen) <= 4
+
+
 def test_a_question_that_does_not_fit_alone_fails(packed: Callable[..., Any]) -> None:
     import torch
 

@@ -1,5 +1,6 @@
 """Text is generated as by lm-eval's own model, by the checkpoint and by the program; so are rolling log-likelihoods."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +58,45 @@ def test_a_prompt_is_continued_as_by_lm_evals_own_model_alone_and_among_others(c
     with pytest.raises(UserError, match="asks for 2,048 tokens of text, but the model has no more"):
         model.generate_until(instances("generate_until", [("x", {**GENERATION, "max_gen_toks": 2048})]))
     # One at a time, and where the last prompt takes the place of a text that has ended.
-    for rows in (1, 3):
-        model.rows = rows
+    for rows, exact in ((1, True), (3, True), (1, False), (3, False)):
+        model.limits, model.exact = replace(model.limits, sequences=rows), exact
         assert model.generate_until(requests) == expected
+
+
+def test_the_faster_attention_gives_the_same_logits_but_for_rounding() -> None:
+    """In blocks of queries, over a sliding window; and a token's heads as rows of one product."""
+    import torch
+
+    from quantize_gemma.tasks.evaluate.packed_generation import KeyValues, Text
+    from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
+    from quantize_gemma.tasks.evaluate.packed_row import BLOCK, PrefixGroup
+
+    # In float32, where a wrong key would show.
+    model = PackedLM(BUILTIN["tiny-gemma3"], "cpu", "auto", no_act_quant=True)
+    prompt = PrefixGroup(tuple(torch.randint(10, 2048, (2 * BLOCK + 60,)).tolist()))
+
+    def read() -> list[Any]:
+        text = Text(list(prompt.prefix), 2, lambda _: False)
+        logits = [model._logits([prompt], {prompt.prefix: 1}, [text.cache])[prompt.prefix]]
+        text.tokens.append(11)
+        assert isinstance(text.cache, KeyValues)
+        return [*logits, model._next_logits([text])]
+
+    faster = read()
+    model.exact = True
+    for one, exact in zip(faster, read(), strict=True):
+        torch.testing.assert_close(one, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_a_text_depends_on_no_request_of_another_shard(release: Path) -> None:
     from quantize_gemma.tasks.evaluate.packed_lm import load_checkpoint_scorer
 
-    score = load_checkpoint_scorer(str(release), "cpu", 1, False, True)
+    score = load_checkpoint_scorer(str(release), "cpu", 1, False, True, False)
     requests = [
         Request("task", place, 0, "generate_until", [prompt, dict(GENERATION)]) for place, prompt in enumerate(PROMPTS)
     ]
     # On a CPU the option batch_size is in no key.
-    assert load_checkpoint_scorer(str(release), "cpu", 2, False, True)(requests) == score(requests)
+    assert load_checkpoint_scorer(str(release), "cpu", 2, False, True, False)(requests) == score(requests)
 
 
 @pytest.mark.parametrize("words", [30, 900])
@@ -124,7 +150,7 @@ def test_a_text_that_the_longest_sequence_cuts_is_none(release: Path) -> None:
 def test_the_scorer_of_a_checkpoint_returns_json_values(release: Path) -> None:
     from quantize_gemma.tasks.evaluate.packed_lm import load_checkpoint_scorer
 
-    score = load_checkpoint_scorer(str(release), "cpu", "auto", False, False)
+    score = load_checkpoint_scorer(str(release), "cpu", "auto", False, False, False)
     pairs = [
         Request("task", 0, place, "loglikelihood", ["The answer is", f" {letter}"]) for place, letter in enumerate("AB")
     ]

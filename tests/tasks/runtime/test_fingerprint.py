@@ -60,6 +60,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.evaluate.answer:SEED": {"answer"},
     "quantize_gemma.tasks.evaluate.chartqa:TOLERANCE": {"record", "evaluate"},
     "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"answer", "responses"},
+    "quantize_gemma.tasks.evaluate.packed_row:BLOCK": {"answer", "responses"},
     "quantize_gemma.tasks.evaluate.packed_lm:share_rows": {"answer", "responses", "program responses"},
     "quantize_gemma.tasks.models.benchmarks:describe": set(),
     "quantize_gemma.tasks.models.activation_quantization:_round": MODEL | FIDELITY,
