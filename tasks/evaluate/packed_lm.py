@@ -104,7 +104,8 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 pretrained=str(checkpoint),
                 device=device,
                 dtype="bfloat16",
-                batch_size=1,
+                # Of the windows of perplexities, which come to _loglikelihood_tokens() in batches of so many.
+                batch_size=64,
                 attn_implementation="packed",
             )
         kind = torch.device(device).type
@@ -194,9 +195,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         return float(torch.cat(scores).sum()), greedy
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the texts: greedy, or lm-eval's own, one at a time, if a task samples."""
-        if any(request.args[1].get("do_sample") for request in requests):
-            return list(super().generate_until(requests, disable_tqdm=True))
+        """Return the greedy texts."""
         texts = [self._start(*request.args) for request in requests]
         waiting = sorted(texts, key=lambda text: -len(text.prompt))
         running: list[Text] = []

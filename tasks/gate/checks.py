@@ -20,6 +20,7 @@ from quantize_gemma.tasks.models.metrics import (
     Metrics,
     Positions,
     PromptDivergence,
+    SampleScore,
     Score,
     Verdict,
     to_json,
@@ -243,8 +244,11 @@ def judge(
         limit = limits.get(f"max_{name}_drop")
         if sample is not None and sample.differing is not None:
             checks += [_disagreement(name, info.title, sample.differing, _set(limits, "max_disagreement"))]
-        elif sample is not None and sample.pairs is not None and limit is not None:
-            checks += [_program_drop(name, info.title, sample.pairs, limit)]
+        elif sample is not None and limit is not None:
+            if sample.pairs is not None:
+                checks.append(_program_drop(name, info.title, sample.pairs, limit))
+            else:
+                checks.append(_unpaired_program_drop(name, info, sample, limit))
     checks += _distances(columns.program.agreement, _set(limits, "max_kl_ratio"))
     return _verdict(checks, limits)
 
@@ -265,6 +269,8 @@ def _losses(
         checks = [_drop(name, info.title, pairs, limit), _recovery(name, info.title, pairs, min_recovery)]
     elif base is not None and quantized is not None:
         checks = [_unpaired_drop(name, info, base, quantized, limit)]
+        if info.higher_is_better:
+            checks.append(_unpaired_recovery(name, info, base, quantized, min_recovery))
     else:
         return []
     if base is None or not info.higher_is_better or not base.is_at_chance(info.chance):
@@ -314,6 +320,12 @@ def _unpaired_drop(name: str, info: BenchmarkInfo, base: Score, quantized: Score
     return _at_most(f"{name}_drop", f"{info.title} {verb} by {abs(value):.2f} {unit}", round(value, 4), limit)
 
 
+def _unpaired_recovery(name: str, info: BenchmarkInfo, base: Score, quantized: Score, limit: float) -> Check:
+    value = round(100 * quantized.value / base.value, 4) if base.value else 100.0
+    what = f"{info.title} recovers {value:.2f}% of the base model's score (limit ≥ {limit:.4g})"
+    return _check(f"{name}_recovery", what, value, limit, value >= limit, round(value - limit, 4), None)
+
+
 def _disagreement(name: str, title: str, differing: Pairs, limit: float) -> Check:
     value, stderr = (round(100 * number, 4) for number in share_difference(differing))
     both = differing["both"]
@@ -336,6 +348,25 @@ def _program_drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
     passed = confidence(margin, stderr) >= 1 - CONFIDENT
     name = f"{name}_program_drop"
     return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, passed, margin, stderr)
+
+
+def _unpaired_program_drop(name: str, info: BenchmarkInfo, sample: SampleScore, limit: float) -> Check:
+    """Return the check on texts that are not correct or incorrect; it fails only beyond the two scores' errors."""
+    checkpoint = sample.checkpoint
+    if checkpoint is None:
+        check = _check(f"{name}_program_drop", "", math.nan, limit, True, math.nan, None)
+        return _uninformative(
+            check, f"{info.title} says nothing of the program: it is no mean over documents, so a sample has no score"
+        )
+    drop = checkpoint.value - sample.value if info.higher_is_better else sample.value - checkpoint.value
+    value = round(100 * drop, 4)
+    stderr = round(100 * math.hypot(checkpoint.stderr or 0.0, sample.stderr or 0.0), 4)
+    change = f"{'worsens' if value >= 0 else 'improves'} by {abs(value):.2f} ± {stderr:.2f} points"
+    what = f"{info.title} {change} from the checkpoint to the program on {sample.samples} samples"
+    margin = round(limit - value, 4)
+    passed = margin >= 0 or (stderr > 0 and confidence(margin, stderr) >= 1 - CONFIDENT)
+    what = f"{what} (limit ≤ {limit:.4g})"
+    return _check(f"{name}_program_drop", what, value, limit, passed, margin, stderr or None)
 
 
 def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:

@@ -4,6 +4,7 @@ Any other task or group of lm-eval with one dataset can be named, too: describe(
 """
 
 import fnmatch
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -320,15 +321,13 @@ def describe(name: str) -> Benchmark:
     """Return a benchmark: its row, or what lm-eval's YAML file says of a task or a group.
 
     Raises:
-        UserError: lm-eval has no such task, or its requests or datasets are none that can be handled.
+        UserError: lm-eval has no such task, or one that cannot be evaluated here.
     """
     return BENCHMARKS[name] if name in BENCHMARKS else _describe_task(name)
 
 
 def _describe_task(name: str) -> Benchmark:
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
+    manager = _task_manager()
     if name not in manager.task_index or "/" in name:
         raise UserError(
             f"there is no benchmark or lm-eval task {name!r}: use {', '.join(BENCHMARKS)}, or a name that "
@@ -347,6 +346,9 @@ def _describe_task(name: str) -> Benchmark:
             f"the tasks of {name} do not have the same first metric: "
             + ", ".join(sorted(metric for metric, _ in metrics))
         )
+    for config in configs:
+        if reason := _unsupported(config):
+            raise UserError(f"the lm-eval task {config.get('task', name)} {reason}")
     metric, higher_is_better = metrics.pop()
     return Benchmark(
         name=name,
@@ -356,8 +358,26 @@ def _describe_task(name: str) -> Benchmark:
         metric=metric,
         kind=KINDS[kinds[0]],
         higher_is_better=higher_is_better,
-        needs_images=any("doc_to_image" in config for config in configs),
     )
+
+
+@functools.cache
+def _task_manager() -> "TaskManager":
+    """Return the index of lm-eval's tasks, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _unsupported(config: dict[str, Any]) -> str | None:
+    """Return why a task cannot be evaluated, None if it can."""
+    if "doc_to_image" in config or "doc_to_audio" in config:
+        return "has images or sound: of those, only chartqa can be evaluated"
+    if config.get("unsafe_code"):
+        return "runs code that the model writes, which is not done here"
+    if config.get("repeats", 1) != 1 or (config.get("generation_kwargs") or {}).get("do_sample"):
+        return "samples its texts: only tasks with greedy texts, one for each document, can be evaluated"
+    return None
 
 
 def _leaf_tasks(manager: "TaskManager", name: str) -> list[dict[str, object]]:

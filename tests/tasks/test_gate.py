@@ -122,6 +122,33 @@ def test_a_perplexity_is_judged_by_how_much_it_rises(perplexity: float, failed: 
     assert "wikitext_recovery" not in {check.name for check in verdict.checks}
 
 
+@pytest.mark.parametrize(
+    ("after", "program", "failed"),
+    [
+        (0.47, 0.46, []),
+        (0.39, 0.39, ["truthfulqa_gen_drop", "truthfulqa_gen_recovery"]),
+        # Worse than the limit, but within the errors of the two scores.
+        (0.47, 0.40, []),
+        (0.47, 0.20, ["truthfulqa_gen_program_drop"]),
+    ],
+)
+def test_scores_between_0_and_1_are_judged_too(after: float, program: float, failed: list[str]) -> None:
+    measured = metrics(pairs(90, 0, 0, 10))
+    info = {**describe("gsm8k").card_inputs(), "title": "TruthfulQA", "dataset": INFO["dataset"]}
+    measured["benchmarks"]["truthfulqa_gen"] = info
+    score = {**MMLU, "stderr": 0.05, "metric": "bleu_acc"}
+    measured["base"]["truthfulqa_gen"] = {**score, "value": 0.5}
+    measured["quantized"]["truthfulqa_gen"] = {**score, "value": after}
+    checkpoint = {"value": after, "stderr": 0.05, "samples": 50}
+    sample = {**measured["program"]["mmlu"], "value": program, "stderr": 0.05, "checkpoint": checkpoint}
+    measured["program"]["truthfulqa_gen"] = {**sample, "differing": None, "pairs": None}
+    verdict = verdict_on(measured, {**LIMITS, "max_truthfulqa_gen_drop": 5.0})
+    assert failed_checks(verdict) == failed
+    required = required_checks(False, [replace(describe("gsm8k"), name="truthfulqa_gen")])
+    names = {check.name for check in verdict.checks}
+    assert {name for name in required if name.startswith("truthfulqa")} <= names
+
+
 # By hand, with half a question added to each count: sqrt(first + second - (first - second)^2 / total) / total.
 @pytest.mark.parametrize(
     ("counts", "difference", "stderr"),

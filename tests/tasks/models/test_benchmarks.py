@@ -1,0 +1,27 @@
+"""Any task of lm-eval by its name, and one sentence for those that cannot be evaluated."""
+
+import pytest
+
+from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.runtime.errors import UserError
+
+
+def test_a_group_is_described_by_its_tasks() -> None:
+    row = describe("xnli")
+    assert (row.dataset, row.metric, row.kind, row.higher_is_better) == ("facebook/xnli", "acc", "loglikelihood", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mmmu_val_accounting", "has images"),
+        ("humaneval", "runs code that the model writes"),
+        ("gsm8k_cot_self_consistency", "samples its texts"),
+        ("leaderboard", "does not have one dataset"),
+        ("glue", "do not have the same first metric"),
+        ("truthfulqa", "requests that cannot be answered here"),
+    ],
+)
+def test_a_task_that_cannot_be_evaluated_is_refused_before_anything_starts(name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        describe(name)
