@@ -22,7 +22,7 @@ def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any
 
     from quantize_gemma.tasks.check import estimate_calibration, measure_speed
     from quantize_gemma.tasks.models.float32 import fast_products
-    from quantize_gemma.tasks.models.recipe import Calibration, Rule
+    from quantize_gemma.tasks.models.recipe import Calibration, Recipe, Rule
     from quantize_gemma.tasks.quantize.blocks import Block, quantize_block
 
     recipe = load_recipe("GPTQ-INT8-INT4")
@@ -53,7 +53,7 @@ def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any
         quantize_block(pair, states, rules, settings)
     seconds = time.monotonic() - started
     speed = measure_speed()
-    estimate, memory = estimate_calibration(config, settings, speed)
+    estimate, memory = estimate_calibration(config, Recipe(recipe.name, recipe.rules, None, settings), speed)
     return {
         "block_seconds": round(seconds, 1),
         "blocks": config.num_hidden_layers,

@@ -50,6 +50,7 @@ def our_calibrate(target: str, checkpoint: str, text: str, recipe: str, fidelity
         Path(checkpoint),
         settings.sequences,
         settings.length,
+        settings.answers,
         text=text,
         digest=digest_text(text),
         fidelity_text=Path(fidelity_text),

@@ -88,6 +88,22 @@ SHAPES: dict[str, dict[str, Any]] = {
             "vision_use_head": False,
         },
     },
+    "27b": {
+        "model_type": "gemma3",
+        "text_config": {
+            **TEXT,
+            "vocab_size": 262_208,
+            "hidden_size": 5376,
+            "intermediate_size": 21_504,
+            "num_hidden_layers": 62,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "head_dim": 128,
+            "query_pre_attn_scalar": 168,
+            "sliding_window": 1024,
+            "max_position_embeddings": 131_072,
+        },
+    },
 }
 
 

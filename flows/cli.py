@@ -183,14 +183,17 @@ def check(*, options: AllOptions = RunOptions()) -> int:
     """Check the model, recipe, options, and machine without starting a run."""
     from quantize_gemma.flows.local_server import check_api
     from quantize_gemma.flows.report import Terminal
-    from quantize_gemma.tasks.check import check_disk, check_memory, check_run, disk_needed
-    from quantize_gemma.tasks.download import resolve_model
-    from quantize_gemma.tasks.models.checkpoint import local_checkpoint
+    from quantize_gemma.tasks.check import check_disk, check_memory, check_run, disk_needed, plan_calibration
+    from quantize_gemma.tasks.download import read_config_on_hub, resolve_model
+    from quantize_gemma.tasks.models.checkpoint import local_checkpoint, read_model_config
+    from quantize_gemma.tasks.models.recipe import load_recipe
     from quantize_gemma.tasks.runtime import worker
 
     try:
         plan = check_run(**options.check_inputs())
         _check_data(options)
+        recipe = load_recipe(options.recipe)
+        calibrated = recipe.calibration is not None
         local = local_checkpoint(options.model)
         if local is not None:
             function = "quantize_gemma.tasks.models.load_check:check_directory"
@@ -199,9 +202,12 @@ def check(*, options: AllOptions = RunOptions()) -> int:
             # The Hub token may be in a Secret block on the Prefect server.
             check_api()
             model = resolve_model(options.model, options.revision, options.offline)
-            plan["disk_bytes_needed"] = disk_needed(model.weight_bytes)
+            plan["disk_bytes_needed"] = disk_needed(model.weight_bytes, calibrated=calibrated)
             plan["memory_bytes_needed"] = check_memory(model.weights, options.local_workers())
-            check_disk(model.weight_bytes, _missing_stages(options, model), model.revision)
+            check_disk(model.weight_bytes, _missing_stages(options, model), model.revision, calibrated)
+        if calibrated and not (local is None and options.offline):
+            config = read_model_config(local) if local is not None else read_config_on_hub(model)
+            plan |= plan_calibration(config.text, recipe)
     except UserError as error:
         return _print_error(error)
     except StageFailed as error:

@@ -321,6 +321,7 @@ class RunOptions(Options):
             "cluster": self.evaluation.cluster,
             "custom_kv_cache": self.export.custom_kv_cache,
             "workers": self.evaluation.workers,
+            "calibration": self.calibration,
         }
 
     def local_workers(self) -> int:

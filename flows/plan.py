@@ -10,13 +10,11 @@ from prefect.logging import get_run_logger
 from quantize_gemma.flows.calibration import resolve_calibration
 from quantize_gemma.flows.options import RunOptions, command_line
 from quantize_gemma.tasks.check import (
-    check_calibration,
     check_checkpoint,
     check_disk,
     check_memory,
     check_run,
-    estimate_calibration,
-    measure_speed,
+    plan_calibration,
 )
 from quantize_gemma.tasks.download import download, remember, resolve_dataset, resolve_model, resolve_text
 from quantize_gemma.tasks.export import export
@@ -168,7 +166,6 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
         UserError: Something cannot work; the message says what, and what to do.
     """
     recipe = load_recipe(options.recipe)
-    check_calibration(recipe, options.calibration)
     device: str = run.call("check", check_run, **options.check_inputs())["device"]
     if (target := publishing_target(options)) is not None:
         run.call("check_target", check_target, target)
@@ -181,7 +178,7 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     run.rename(plan.run_name())
     memory = check_memory(model.weights, options.local_workers())
     missing_stages = missing(writing_stages(options, model, recipe), options.refresh)
-    check_disk(model.weight_bytes, missing_stages, model.revision)
+    check_disk(model.weight_bytes, missing_stages, model.revision, recipe.calibration is not None)
     run.fit_into_memory(memory)
     return plan
 
@@ -227,11 +224,9 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     export_options = plan.options.export
     workers = plan.options.local_workers()
     check_checkpoint(path, plan.recipe, export_options.max_seq_len, export_options.custom_kv_cache, workers)
-    if (settings := plan.recipe.calibration) is not None:
-        seconds, memory = estimate_calibration(read_model_config(path).text, settings, measure_speed())
-        get_run_logger().info(
-            "calibration: about %.0f minutes and %.1f GB of memory on this machine", max(seconds / 60, 1), memory / 1e9
-        )
+    if cost := plan_calibration(read_model_config(path).text, plan.recipe):
+        minutes, memory = cost["calibration_seconds"] / 60, cost["calibration_memory_bytes"] / 1e9
+        get_run_logger().info("calibration: about %.0f minutes and %.1f GB of memory here", max(minutes, 1), memory)
     if "vision_config" in read_config(path):
         return plan
     rows = _without_images([one.row for one in plan.benchmarks])

@@ -26,7 +26,7 @@ from quantize_gemma.tasks.models.checkpoint import (
 )
 from quantize_gemma.tasks.models.config import TextConfig
 from quantize_gemma.tasks.models.float32 import fast_products
-from quantize_gemma.tasks.models.recipe import Calibration, Recipe, decide, load_recipe
+from quantize_gemma.tasks.models.recipe import Recipe, decide, load_recipe
 from quantize_gemma.tasks.runtime import machine, pruning, store, store_layout
 from quantize_gemma.tasks.runtime.errors import UserError
 
@@ -40,6 +40,13 @@ LARGE_BYTES = 5_000_000_000
 # of the base weights in bf16, measured with gemma-3-4b's shape: 17.2 GB; and what Python and the libraries take.
 MEMORY_FACTOR = 2.0
 MEMORY_OF_LIBRARIES = 1_000_000_000
+# What a calibrated recipe keeps of its decoder blocks besides, a byte for each weight.
+WRITTEN_BY_CALIBRATION = 0.53
+# How many answers of the base model are generated at once, how fast a processor reads weights from memory, and how many
+# numbers are on the way while a piece of the calibration tokens runs through a block.
+ANSWERED_AT_ONCE = 8
+BYTES_PER_SECOND = 2e10
+PIECES = 4 * 2**24
 # The smoke tests' prompts and a few generated tokens; an image is added to that.
 SHORTEST_SEQ_LEN = 64
 SECONDS_TO_CONNECT = 10.0
@@ -53,6 +60,7 @@ def check_run(
     cluster: str | None,
     custom_kv_cache: bool = True,
     workers: int = 1,
+    calibration: str | None = None,
 ) -> dict[str, Any]:
     """Return the plan of a run: {"recipe", "model", "device", "memory_bytes_needed", "disk_bytes_needed"}.
 
@@ -62,6 +70,7 @@ def check_run(
         UserError: The run cannot work.
     """
     loaded = load_recipe(recipe)
+    check_calibration(loaded, calibration)
     _check_store(store.home())
     if cluster is None:
         _check_device(device)
@@ -72,13 +81,13 @@ def check_run(
     if path is not None:
         source_files(path)
         weight_bytes = sum(file.stat().st_size for file in weight_files(path))
-        plan["disk_bytes_needed"] = disk_needed(weight_bytes)
+        plan["disk_bytes_needed"] = disk_needed(weight_bytes, calibrated=loaded.calibration is not None)
         # Memory first: a person can free disk space, but not add memory.
         local_workers = workers if cluster is None else 1
         plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len, custom_kv_cache, local_workers)
         # Whether an earlier run left its files in the store is known only when they are hashed.
         if not may_be_stored(weight_bytes):
-            check_disk(weight_bytes)
+            check_disk(weight_bytes, calibrated=loaded.calibration is not None)
     return plan
 
 
@@ -88,35 +97,53 @@ def check_calibration(recipe: Recipe, text: str | None) -> None:
         raise UserError(f"the recipe {recipe.name} is calibrated: set --calibration to a text file or a dataset")
     if recipe.calibration is None and text is not None:
         raise UserError(f"the recipe {recipe.name} needs no calibration: leave out --calibration")
-    if text is not None and not parse_source(text).on_hub and not Path(text).is_file():
+    source = parse_source(text) if text is not None else None
+    if source is not None and not source.on_hub and not Path(source.name).is_file():
         raise UserError(
             f"there is no calibration text at {text}: use the path of a text file, or ORG/NAME of a dataset on the Hub"
         )
 
 
-def estimate_calibration(text: TextConfig, settings: Calibration, operations_per_second: float) -> tuple[float, int]:
+def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:
+    """Return {"calibration_seconds", "calibration_memory_bytes"} on this machine; nothing if the recipe needs none."""
+    if recipe.calibration is None:
+        return {}
+    seconds, memory = estimate_calibration(text, recipe, measure_speed())
+    return {"calibration_seconds": round(seconds), "calibration_memory_bytes": memory}
+
+
+def estimate_calibration(text: TextConfig, recipe: Recipe, operations_per_second: float) -> tuple[float, int]:
     """Return about how many seconds a decoder's calibration takes, and its peak memory in bytes.
 
     Args:
         text: The decoder's shape.
-        settings: The recipe's.
+        recipe: A recipe with a calibration.
         operations_per_second: Of this machine, in a float32 matrix product; see measure_speed().
     """
+    settings = recipe.calibration
+    assert settings is not None, f"{recipe.name} has no calibration"
     hidden, mlp = text.hidden_size, text.intermediate_size
     queries, keys = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
     tokens = (settings.sequences + settings.answers) * settings.length
     weights = hidden * (2 * queries + 2 * keys + 3 * mlp)
     inputs = (hidden, queries, hidden, mlp)
-    # Two models run; of each input the products with itself (on and over the diagonal) and with the other model's.
-    forward = tokens * (4 * weights + 8 * settings.length * queries)
+    # Two models run, one of them gate_proj and up_proj twice; of each input the products with itself (on and over the
+    # diagonal) and with the other model's.
+    forward = tokens * (4 * weights + 4 * hidden * mlp + 8 * settings.length * queries)
     moments = tokens * sum(int(3.2 * columns**2) for columns in inputs)
     # GPTQ, the passes, compensation and the measured error: products of each matrix with a Hessian.
     rounding = (9 + 2 * settings.passes) * hidden * (hidden * (queries + 2 * keys + 2 * mlp) + queries**2 + mlp**2)
-    head = text.vocab_size * hidden * ((9 + 2 * settings.passes) * hidden)
+    has_head = any(rule.match == "lm_head" and rule.algorithm == "gptq" for rule in recipe.rules)
+    head = text.vocab_size * hidden * ((9 + 2 * settings.passes) * hidden) * has_head
     seconds = (text.num_hidden_layers * (forward + moments + rounding) + head) / operations_per_second
-    # A block and the hidden states of both models; a Hessian, the cross products, its factor, one on the way.
-    floats = 2 * weights + 2 * tokens * hidden + 4 * max(inputs) ** 2
-    return seconds, int(MEMORY_OF_LIBRARIES + 4 * floats + 2 * tokens * mlp)
+    # Each token of a batch of answers reads all weights, which are in bfloat16.
+    steps = math.ceil(settings.answers * settings.length / ANSWERED_AT_ONCE)
+    model_bytes = 2 * (text.num_hidden_layers * weights + text.vocab_size * hidden)
+    seconds += steps * model_bytes / BYTES_PER_SECOND
+    # The hidden states of both models, two matrices of the largest Hessian's size, some pieces on the way; a block's
+    # weights in bfloat16 and quantized, a byte each.
+    floats = 2 * tokens * hidden + 2 * max(inputs) ** 2 + hidden * mlp + PIECES
+    return seconds, int(MEMORY_OF_LIBRARIES + 4 * floats + 3.1 * weights)
 
 
 def measure_speed() -> float:
@@ -167,18 +194,24 @@ def check_memory(weights: int, workers: int = 1) -> int:
     return one * workers
 
 
-def disk_needed(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN)) -> int:
+def disk_needed(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN), calibrated: bool = False) -> int:
     """Return about how many bytes these stages write, for base weights of this size."""
     written = WRITTEN_BY_LARGE_MODELS if weight_bytes > LARGE_BYTES else WRITTEN
-    return int(weight_bytes * sum(written[stage] for stage in stages))
+    blocks = WRITTEN_BY_CALIBRATION if calibrated and "quantize" in stages else 0.0
+    return int(weight_bytes * (sum(written[stage] for stage in stages) + blocks))
 
 
-def check_disk(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN), revision: str | None = None) -> None:
+def check_disk(
+    weight_bytes: int,
+    stages: Collection[str] = tuple(WRITTEN),
+    revision: str | None = None,
+    calibrated: bool = False,
+) -> None:
     """Raise UserError if the store's disk has no room for what these stages will write.
 
     What an interrupted download of this revision left in the store counts as written.
     """
-    needed = disk_needed(weight_bytes, stages)
+    needed = disk_needed(weight_bytes, stages, calibrated)
     if revision is not None and "download" in stages:
         needed -= min(weight_bytes, pruning.incoming_size("download", revision))
     free = shutil.disk_usage(_existing(store.home())).free

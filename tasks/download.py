@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import shutil
+import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     source_files,
     weight_files,
 )
+from quantize_gemma.tasks.models.config import ModelConfig
 from quantize_gemma.tasks.models.datasets import TEXT_FILE, WIKITEXT, WIKITEXT_FILES, check_dataset, read_wikitext
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.license import clean_license
@@ -248,6 +250,15 @@ def download(target: Path, source: str, revision: str, offline: bool) -> Output:
             "weight_bytes": sum(path.stat().st_size for path in files),
         }
     }
+
+
+def read_config_on_hub(model: ResolvedModel) -> ModelConfig:
+    """Return a model's checked configuration from the Hub. Raises UserError if it is not that of a Gemma 3."""
+    with tempfile.TemporaryDirectory() as folder:
+        hub.download_files(
+            Path(folder), "model", model.source, model.revision, lambda name: name == "config.json", lambda *_: None
+        )
+        return read_model_config(Path(folder))
 
 
 def _fetch_checkpoint(target: Path, repository: str, revision: str, offline: bool) -> None:

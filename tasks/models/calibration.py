@@ -60,8 +60,9 @@ class CalibrationSource:
 
 def parse_source(text: str) -> CalibrationSource:
     """Return what `text` names: the path of a file, or ORG/NAME[@REVISION][:FILES] on the Hub."""
-    if Path(text).is_file() or text.startswith((".", "/", "~")) or "/" not in text:
-        return CalibrationSource(text, on_hub=False)
+    is_file = text.startswith((".", "/", "~")) or text.endswith(".txt") or "/" not in text
+    if is_file or Path(text).is_file():
+        return CalibrationSource(str(Path(text).expanduser()), on_hub=False)
     source, _, files = text.partition(":")
     name, _, revision = source.partition("@")
     return CalibrationSource(name, True, revision or None, files or None)

@@ -31,6 +31,12 @@ REASONS = {
     "missing": "is missing",
     "unexpected_keyword_argument": "is not a field of a rule: use match, weight, group_size, activation, algorithm",
 }
+CALIBRATION_REASONS = {
+    "int_type": "must be an integer",
+    "unexpected_keyword_argument": (
+        "is not a setting of a calibration: use sequences, answers, length, damping, passes, compensation"
+    ),
+}
 RECIPES = Path(__file__).parent / "recipes"
 # `affine` and `hqq_scale_only` are torchao's `intx_choose_qparams_algorithm`; `search` needs no data either, and `gptq`
 # needs the recipe's calibration.
@@ -139,6 +145,8 @@ def load_recipe(name: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         reason = REASONS.get(first["type"]) or f"is not valid ({first['msg']})"
+        if first["loc"][0] == "calibration":
+            reason = CALIBRATION_REASONS.get(first["type"], reason)
         if first["type"] == "literal_error":
             reason = f"must be {first['ctx']['expected']}"
         _refuse(path, content, first["loc"], reason)

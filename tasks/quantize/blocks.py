@@ -2,10 +2,11 @@
 
 Two models run side by side: the full-precision one, and the one whose blocks are quantized one after the other. Within
 a block the linears are quantized in the order of the data: q, k and v, which share one input and one Hessian; o_proj on
-the attention of the quantized q, k and v; gate_proj and up_proj; down_proj. Each part of a model runs once.
+the attention of the quantized q, k and v; gate_proj and up_proj; down_proj.
 
-Memory is that of a block in float32 and of the tokens' hidden states, both twice, of a Hessian with its factor, and of
-down_proj's inputs, which are kept in bfloat16.
+Memory is that of the tokens' hidden states in both models, of a block's weights as they are stored, and of two matrices
+of down_proj's size: its Hessian and the cross products, later its factor. So down_proj's inputs are not kept but
+computed twice, and a weight is in float32 a few rows at a time.
 
 The blocks run, and Hessians are added up and inverted, on the device that the weights and the hidden states are on; the
 rounding is gptq.py's, on the CPU.
@@ -13,7 +14,7 @@ rounding is gptq.py's, on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from transformers import Gemma3TextConfig
     from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
-# Sequences that run through a block at once, and rows of the head that are quantized at once.
+# Sequences that run through a block at once, fewer if gate_proj's output has more numbers than PIECE.
 SEQUENCES = 8
-HEAD_ROWS = 32_768
+PIECE = 2**24
 # Columns of a Hessian that are computed at once: only the blocks on and over its diagonal are.
 PANEL = 512
+# Digits of an error: sums over tokens may be in another order with other threads.
+DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,11 @@ class QuantizedMatrix:
     scales: Tensor
     error: float = 0.0
 
-    def dequantize(self) -> Tensor:
-        """Return the weights, float32, [rows, columns]."""
+    def dequantize(self, first: int = 0, count: int | None = None) -> Tensor:
+        """Return `count` rows of the weights from `first` on, all by default, float32, [rows, columns]."""
+        rows = slice(first, None if count is None else first + count)
         size = self.integers.shape[1] // self.scales.shape[1]
-        return self.integers * self.scales.float().repeat_interleave(size, 1)
+        return self.integers[rows] * self.scales[rows].float().repeat_interleave(size, 1)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,35 @@ class Moments:
         return moments
 
 
+class StoredLinear(torch.nn.Module):
+    """A linear without bias that computes in float32, with the weight as it is stored.
+
+    Attributes:
+        weight: The full-precision weight, [rows, columns].
+        matrix: The quantized weight, once there is one: products are with it.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.matrix: QuantizedMatrix | None = None
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """Return some rows of the weight that products are with, float32."""
+        if self.matrix is not None:
+            return self.matrix.dequantize(first, count)
+        return self.weight[first : first + count].float()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the outputs, [..., rows]."""
+        rows, columns = self.weight.shape
+        step = gptq.rows_at_once(columns)
+        outputs = [inputs @ self.rows(first, step).T for first in range(0, rows, step)]
+        return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+
+
 class Block:
     """A decoder block of transformers, in the parts between its linears' inputs."""
 
@@ -93,14 +126,20 @@ class Block:
 
         with torch.device("meta"):
             layer: Gemma3DecoderLayer = Gemma3DecoderLayer(config, number)
-        layer.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        self.linears: dict[str, StoredLinear] = {}
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                self.linears[name] = StoredLinear(weights[f"{name}.weight"])
+                layer.set_submodule(name, self.linears[name])
+        names = layer.state_dict()
+        layer.load_state_dict({name: weights[name].float() for name in names}, assign=True)
         self.layer = layer.eval().requires_grad_(False)
-        self.linears = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
-        self.o_proj, self.down_proj = layer.self_attn.o_proj, layer.mlp.down_proj
+        self.o_proj, self.down_proj = self.linears["self_attn.o_proj"], self.linears["mlp.down_proj"]
         layer.self_attn.o_proj = layer.mlp.down_proj = torch.nn.Identity()
         self.kind = config.layer_types[number]
         self.window = config.sliding_window if self.kind == "sliding_attention" else None
         self.rotary = Gemma3RotaryEmbedding(config).to(self.o_proj.weight.device)
+        self.width = config.intermediate_size
 
     def attention(self, hidden: Tensor) -> Tensor:
         """Return o_proj's input, [sequences, length, width], from the block's."""
@@ -141,7 +180,7 @@ def run_block(block: Block, hidden: Tensor) -> Iterator[Step]:
 
     How the linears of a step are changed before the next step is asked for counts for what follows.
     """
-    pieces = _pieces(hidden)
+    pieces = _pieces(block, hidden)
     yield QKV, (block.layer.input_layernorm(hidden[piece]) for piece in pieces)
     attended = torch.cat([block.attention(hidden[piece]) for piece in pieces])
     yield ("self_attn.o_proj",), (attended[piece] for piece in pieces)
@@ -149,10 +188,9 @@ def run_block(block: Block, hidden: Tensor) -> Iterator[Step]:
         hidden[piece] = block.add_attention(hidden[piece], attended[piece])
     del attended
     yield GATE_UP, (block.layer.pre_feedforward_layernorm(hidden[piece]) for piece in pieces)
-    activated = torch.cat([block.mlp(hidden[piece]).bfloat16() for piece in pieces])
-    yield ("mlp.down_proj",), (activated[piece].float() for piece in pieces)
+    yield ("mlp.down_proj",), (block.mlp(hidden[piece]) for piece in pieces)
     for piece in pieces:
-        hidden[piece] = block.add_mlp(hidden[piece], activated[piece].float())
+        hidden[piece] = block.add_mlp(hidden[piece], block.mlp(hidden[piece]))
 
 
 def run_full_block(block: Block, hidden: Tensor) -> Iterator[Step]:
@@ -160,7 +198,7 @@ def run_full_block(block: Block, hidden: Tensor) -> Iterator[Step]:
 
     All pieces of a step have to be taken before the next step.
     """
-    pieces = _pieces(hidden)
+    pieces = _pieces(block, hidden)
 
     def attended() -> Iterator[Tensor]:
         for piece in pieces:
@@ -201,15 +239,12 @@ def quantize_block(
             continue
         sizes = {rules[name].group_size or len(moments.hessian) for name in chosen}
         assert len(sizes) == 1, f"{chosen} share one order of columns, not group sizes {sizes}"
-        shifts = {name: (block.linears[name].weight @ moments.cross).cpu() for name in chosen}
-        hessian = moments.hessian
-        del moments  # The cross products of down_proj are as large as its Hessian.
-        curvature = gptq.prepare(hessian, sizes.pop(), settings.damping).cpu()
-        del hessian
-        for name in chosen:
-            linear = block.linears[name]
-            matrices[name] = quantize_matrix(linear.weight.cpu(), shifts.pop(name), curvature, settings)
-            linear.weight.data = matrices[name].dequantize().to(linear.weight.device)
+        linears = {name: block.linears[name] for name in chosen}
+        for name, quantize in prepare_linears(linears, moments, sizes.pop(), settings).items():
+            matrices[name] = quantize()
+            device = linears[name].weight.device
+            stored = matrices[name].integers.to(device), matrices[name].scales.to(device)
+            linears[name].matrix = QuantizedMatrix(*stored)
     return matrices
 
 
@@ -221,11 +256,39 @@ def replay_block(blocks: tuple[Block, Block], hidden: tuple[Tensor, Tensor]) -> 
                 pass
 
 
-def _pieces(hidden: Tensor) -> list[slice]:
-    return [slice(first, first + SEQUENCES) for first in range(0, len(hidden), SEQUENCES)]
+def prepare_linears(
+    linears: dict[str, StoredLinear], moments: Moments, group_size: int, settings: Calibration
+) -> dict[str, Callable[[], QuantizedMatrix]]:
+    """Return what quantizes each linear, by its name; all of them have the same input, whose moments are used up."""
+    hessian, cross = moments.hessian, moments.cross
+    shifts: dict[str, Tensor] = {}
+    spare = None
+    if all(linear.weight.shape[0] < len(hessian) for linear in linears.values()):
+        # The products with the cross products are smaller than these, whose memory is then free.
+        for name, linear in linears.items():
+            rows, step = linear.weight.shape[0], gptq.rows_at_once(len(cross))
+            shifts[name] = torch.cat([linear.rows(first, step) @ cross for first in range(0, rows, step)]).cpu()
+        spare = cross
+    curvature = gptq.prepare(hessian, group_size, settings.damping, spare).cpu()
+    on_cpu = cross.cpu() if spare is None else None
+
+    def quantize(name: str) -> QuantizedMatrix:
+        linear = linears[name]
+
+        def read(first: int, count: int) -> tuple[Tensor, Tensor]:
+            weight = linear.rows(first, count).cpu()
+            if on_cpu is None:
+                return weight, shifts[name][first : first + count]
+            return weight, weight @ on_cpu
+
+        return quantize_matrix(read, linear.weight.shape[0], curvature, settings)
+
+    return {name: lambda name=name: quantize(name) for name in linears}  # type: ignore[misc]
 
 
-def quantize_matrix(weight: Tensor, shift: Tensor, curvature: gptq.Curvature, settings: Calibration) -> QuantizedMatrix:
+def quantize_matrix(
+    read: Callable[[int, int], tuple[Tensor, Tensor]], rows: int, curvature: gptq.Curvature, settings: Calibration
+) -> QuantizedMatrix:
     """Quantize a linear's weight, and measure what that does to its outputs.
 
     The weights that GPTQ rounds are first moved towards those that make the full-precision model's outputs of the
@@ -233,16 +296,30 @@ def quantize_matrix(weight: Tensor, shift: Tensor, curvature: gptq.Curvature, se
     fits the calibration text too closely.
 
     Args:
-        weight: float32, [rows, columns].
-        shift: The weight times the moments' cross products, [rows, columns].
+        read: Returns rows of the weight, from the first on and so many, float32, [rows, columns]; and the same rows
+            times the moments' cross products.
+        rows: How many there are.
         curvature: That of the linear's inputs.
         settings: The recipe's.
     """
-    moved = weight + settings.compensation * curvature.solve(shift)
-    matrix = QuantizedMatrix(*gptq.quantize_matrix(moved, curvature, settings.passes))
-    hessian, order = curvature.hessian, curvature.order
-    difference = (matrix.dequantize() - weight)[:, order]
-    ordered = weight[:, order]
-    error = float((difference @ hessian).mul_(difference).sum())
-    square = float((ordered @ hessian).mul_(ordered).sum())
-    return QuantizedMatrix(matrix.integers, matrix.scales, error / square if square else 0.0)
+    columns = len(curvature.order)
+    integers = torch.empty(rows, columns, dtype=torch.int8)
+    scales = torch.empty(rows, columns // curvature.group_size, dtype=torch.bfloat16)
+    error = square = 0.0
+    step = gptq.rows_at_once(columns)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        weight, shift = read(first, last - first)
+        moved = weight + settings.compensation * curvature.solve(shift)
+        matrix = QuantizedMatrix(*gptq.quantize_matrix(moved, curvature, settings.passes))
+        integers[first:last], scales[first:last] = matrix.integers, matrix.scales
+        for values, is_error in ((matrix.dequantize() - weight, True), (weight, False)):
+            ordered = values[:, curvature.order]
+            total = float((ordered @ curvature.hessian).mul_(ordered).double().sum())
+            error, square = (error + total, square) if is_error else (error, square + total)
+    return QuantizedMatrix(integers, scales, float(f"{error / square if square else 0.0:.{DIGITS}g}"))
+
+
+def _pieces(block: Block, hidden: Tensor) -> list[slice]:
+    count = max(min(PIECE // (hidden.shape[1] * block.width), SEQUENCES), 1)
+    return [slice(first, first + count) for first in range(0, len(hidden), count)]

@@ -7,6 +7,7 @@ takes the rows of the matrices that it does not quantize itself.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -64,9 +65,9 @@ class Blocks:
             tensors |= {f"{module}.scale": matrix.scales for module, matrix in matrices.items()}
             save_file(tensors, target / FILE)
             computed.append(True)
-            return {"metadata": {"error": {module: round(matrix.error, 8) for module, matrix in matrices.items()}}}
+            return {"metadata": {"error": {module: matrix.error for module, matrix in matrices.items()}}}
 
-        code = fingerprint("quantize_gemma.tasks.quantize.blocks:quantize_block")
+        code = fingerprint("quantize_gemma.tasks.quantize.calibrated:quantize_decoder")
         key = store.key(STAGE, [], {**self.identity, "block": name}, code)
         artifact = store.produce(STAGE, key, write, self.root, self.refresh, pinned=True)
         self.files.append(artifact.path / FILE)
@@ -104,34 +105,51 @@ def quantize_decoder(
     prefix = embedding.removesuffix(f"{GEMMA3.embedding_module}.weight")
     embedded = _embed(sources[embedding], rules[embedding.removesuffix(".weight")], tokens)
     hidden = embedded[0].to(device), embedded[1].to(device)
-    total = config.num_hidden_layers + 1
-    for number in range(config.num_hidden_layers):
+    # Blocks that are in the store, which the tokens have not run through: only what is left to do needs them to.
+    finished: list[int] = []
+
+    def load(number: int) -> tuple[tuple[Block, Block], dict[str, Rule]]:
+        """Return a block, twice, and the rules of the linears that are calibrated."""
         start = f"{prefix}layers.{number}."
         weights = _read_block(sources, start, device)
         pair = Block(config, number, weights), Block(config, number, weights)
-        block = pair[0]
-        of_block = {name: rules[start + name] for name in block.linears if rules[start + name].algorithm == "gptq"}
+        of_block = {name: rules[start + name] for name in pair[0].linears}
+        for name, rule in of_block.items():
+            if rule.algorithm != "gptq":
+                pair[0].linears[name].matrix = _quantize_without_data(pair[0].linears[name].weight, rule)
+        return pair, {name: rule for name, rule in of_block.items() if rule.algorithm == "gptq"}
 
-        def compute(
-            pair: tuple[Block, Block] = pair, rules: dict[str, Rule] = of_block, start: str = start
-        ) -> dict[str, QuantizedMatrix]:
-            matrices = quantize_block(pair, hidden, rules, settings)
-            return {start + name: matrix for name, matrix in matrices.items()}
-
-        if not blocks.finish(str(number), compute):
-            stored = load_file(blocks.files[-1])
-            for name in of_block:
-                matrix = QuantizedMatrix(stored[f"{start}{name}.qdata"], stored[f"{start}{name}.scale"])
-                block.linears[name].weight.data = matrix.dequantize().to(device)
-            replay_block(pair, hidden)
+    def catch_up() -> None:
+        while finished:
+            number = finished.pop(0)
             log(f"block {number} is in the store")
+            pair, of_block = load(number)
+            stored = load_file(blocks.files[number])
+            for name in of_block:
+                start = f"{prefix}layers.{number}.{name}"
+                parts = (stored[f"{start}.{part}"].to(device) for part in ("qdata", "scale"))
+                pair[0].linears[name].matrix = QuantizedMatrix(*parts)
+            replay_block(pair, hidden)
+
+    def compute(number: int) -> dict[str, QuantizedMatrix]:
+        catch_up()
+        pair, of_block = load(number)
+        matrices = quantize_block(pair, hidden, of_block, settings)
+        return {f"{prefix}layers.{number}.{name}": matrix for name, matrix in matrices.items()}
+
+    def compute_head() -> dict[str, QuantizedMatrix]:
+        catch_up()
+        norm = read_rows(sources[f"{prefix}norm.weight"]).flatten().to(device)
+        return _quantize_head(config, sources[f"{head}.weight"], rules[head], settings, norm, hidden)
+
+    total = config.num_hidden_layers + 1
+    for number in range(config.num_hidden_layers):
+        if not blocks.finish(str(number), functools.partial(compute, number)):
+            finished.append(number)
         report_progress(number + 1, total, "blocks")
     head = GEMMA3.head_module
     if head in rules and rules[head].algorithm == "gptq":
-        norm = read_rows(sources[f"{prefix}norm.weight"]).flatten().to(device)
-        blocks.finish(
-            head, lambda: _quantize_head(config, sources[f"{head}.weight"], rules[head], settings, norm, hidden)
-        )
+        blocks.finish(head, compute_head)
     report_progress(total, total, "blocks")
 
 
@@ -174,16 +192,21 @@ def _quantize_head(
     with torch.no_grad():
         inputs, targets = ((module(piece) for piece in torch.split(states, blocks.SEQUENCES)) for states in hidden)
         moments = blocks.Moments.of(inputs, targets)
-    curvature = gptq.prepare(moments.hessian, rule.group_size or source.shape[1], settings.damping).cpu()
     cross = moments.cross.cpu()
-    pieces = []
-    for first in range(0, source.shape[0], blocks.HEAD_ROWS):
-        rows = read_rows(source, first, min(blocks.HEAD_ROWS, source.shape[0] - first)).float()
-        pieces.append(blocks.quantize_matrix(rows, rows @ cross, curvature, settings))
-    return {
-        GEMMA3.head_module: blocks.QuantizedMatrix(
-            torch.cat([piece.integers for piece in pieces]),
-            torch.cat([piece.scales for piece in pieces]),
-            sum(piece.error for piece in pieces) / len(pieces),
-        )
-    }
+    curvature = gptq.prepare(moments.hessian, rule.group_size or source.shape[1], settings.damping).cpu()
+
+    def read(first: int, count: int) -> tuple[Tensor, Tensor]:
+        rows = read_rows(source, first, count).float()
+        return rows, rows @ cross
+
+    return {GEMMA3.head_module: blocks.quantize_matrix(read, source.shape[0], curvature, settings)}
+
+
+def _quantize_without_data(weight: Tensor, rule: Rule) -> QuantizedMatrix:
+    """Return a linear's weight, quantized by a rule that needs no calibration."""
+    import torch
+
+    from quantize_gemma.tasks.quantize.blocks import QuantizedMatrix
+
+    tensors = quantize_rows(weight.to(torch.bfloat16).cpu(), rule, "cpu").tensors
+    return QuantizedMatrix(tensors["qdata"].to(weight.device), tensors["scale"].to(weight.device))

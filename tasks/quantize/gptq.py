@@ -15,6 +15,7 @@ number of threads, so that the bytes do not depend on it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING
 import numba
 import numpy as np
 import numpy.typing as npt
+
+from quantize_gemma.tasks.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +39,8 @@ SMALLEST, LARGEST = 0.45, 1.1
 # Rows that a kernel works on side by side, and weights whose columns are updated at once.
 WIDTH = 64
 CHUNK = 2**23
+# Columns of a Hessian that are worked on at once.
+PANEL = 512
 LOW, HIGH = -8, 7
 # Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
 ROUNDER = np.float32(12582912.0)
@@ -72,34 +77,83 @@ class Curvature:
         return solved[:, self.order.argsort()] / self.mean
 
 
-def prepare(hessian: Tensor, group_size: int, damping: float) -> Curvature:
-    """Return the curvature of a Hessian, [columns, columns], which is overwritten.
+def prepare(hessian: Tensor, group_size: int, damping: float, spare: Tensor | None = None) -> Curvature:
+    """Return the curvature of a Hessian, in its memory and in as much again.
 
     Args:
-        hessian: The sum of products of inputs, X^T X, on any scale.
+        hessian: The sum of products of inputs, X^T X, on any scale, [columns, columns]; overwritten.
         group_size: How many columns share a scale.
         damping: What is added to the diagonal, as a share of its mean. It grows tenfold until there is a factor.
+        spare: A matrix of that size that nobody needs any more; overwritten, too.
+
+    Raises:
+        UserError: The Hessian is not finite, so the activations are not.
     """
     import torch
 
-    diagonal = hessian.diagonal()
-    mean = max(float(diagonal.mean()), 1e-30)
-    hessian /= mean
+    diagonal = hessian.diagonal().clone()
+    mean = float(diagonal.mean())
+    if not math.isfinite(mean):
+        raise UserError(
+            "the model's activations on the calibration text are not finite: its weights are damaged, download it again"
+        )
+    mean = max(mean, 1e-30)
     sizes = diagonal.reshape(-1, group_size)
     groups = sizes.sum(1).argsort(descending=True, stable=True)
     inside = sizes.argsort(dim=1, descending=True, stable=True)
     order = (groups[:, None] * group_size + inside[groups]).flatten()
-    hessian = hessian[order][:, order]
+    spare = torch.empty_like(hessian) if spare is None else spare
+    torch.index_select(hessian, 0, order, out=spare)
+    for panel in _panels(len(order)):
+        hessian[panel] = spare[panel][:, order] / mean
     while True:
         hessian.diagonal().add_(damping)
-        # The factor of the inverse is the inverse of the reversed matrix's factor, reversed: one inversion less.
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not failed:
-            break
+        if _factorize(hessian, spare):
+            return Curvature(order, hessian, spare.T, mean, group_size)
         damping *= 10
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(order), device=lower.device), upper=False)
-    del lower
-    return Curvature(order, hessian, inverse.flip(0, 1).contiguous(), mean, group_size)
+
+
+def _factorize(hessian: Tensor, factor: Tensor) -> bool:
+    """Fill `factor` with the lower factor F of the inverse Hessian, which is F F^T; return whether there is one.
+
+    The factor of a matrix's inverse is the inverse of the reversed matrix's factor, reversed: everything in place.
+    """
+    import torch
+
+    count = len(hessian)
+    for panel in _panels(count):
+        factor[count - panel.stop : count - panel.start] = hessian[panel].flip(0, 1)
+    # As LAPACK sees it, column by column: so neither needs a copy.
+    lower = factor.T
+    failed = torch.empty((), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    if failed:
+        return False
+    panels = _panels(count)
+    for number, columns in enumerate(panels):
+        # Rows of this panel that are done are the inverse's, all else is the factor's.
+        size = columns.stop - columns.start
+        identity = torch.eye(size, device=lower.device)
+        lower[columns, columns] = torch.linalg.solve_triangular(lower[columns, columns], identity, upper=False)
+        for rows in panels[number + 1 :]:
+            products = lower[rows, columns.start : rows.start] @ lower[columns.start : rows.start, columns]
+            lower[rows, columns] = -torch.linalg.solve_triangular(lower[rows, rows], products, upper=False)
+    _reverse(factor.view(-1))
+    return True
+
+
+def _panels(count: int) -> list[slice]:
+    return [slice(first, min(first + PANEL, count)) for first in range(0, count, PANEL)]
+
+
+def _reverse(values: Tensor) -> None:
+    """Reverse a vector in place."""
+    count = len(values)
+    for first in range(0, count // 2, CHUNK):
+        last = min(first + CHUNK, count // 2)
+        front = values[first:last].flip(0)
+        values[first:last] = values[count - last : count - first].flip(0)
+        values[count - last : count - first] = front
 
 
 def quantize_matrix(weight: Tensor, curvature: Curvature, passes: int) -> tuple[Tensor, Tensor]:
@@ -118,8 +172,7 @@ def quantize_matrix(weight: Tensor, curvature: Curvature, passes: int) -> tuple[
     rows, columns = weight.shape
     integers = torch.empty(rows, columns, dtype=torch.int8)
     scales = torch.empty(rows, columns // curvature.group_size, dtype=torch.bfloat16)
-    # Whole tiles, so that a row is added up in the same order wherever the matrix is cut.
-    step = max(CHUNK // columns // WIDTH, 1) * WIDTH
+    step = rows_at_once(columns)
     groups = curvature.order[:: curvature.group_size] // curvature.group_size
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for first in range(0, rows, step):
@@ -131,6 +184,11 @@ def quantize_matrix(weight: Tensor, curvature: Curvature, passes: int) -> tuple[
             integers[first : first + step, curvature.order] = chunk_integers.T
             scales[first : first + step, groups] = chunk_scales.T.to(torch.bfloat16)
     return integers, scales
+
+
+def rows_at_once(columns: int) -> int:
+    """Return how many rows to work on: whole tiles, so that a row is added up in the same order wherever it is."""
+    return max(CHUNK // columns // WIDTH, 1) * WIDTH
 
 
 def _gptq(remaining: Tensor, curvature: Curvature, pool: ThreadPoolExecutor) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,23 @@
 """The disk that a run needs is what it will write, and no more; the memory is that of its workers' models."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.shapes import SHAPES
 from quantize_gemma.tasks.check import (
     MEMORY_FACTOR,
     MEMORY_OF_LIBRARIES,
     check_calibration,
     check_disk,
     check_memory,
+    check_run,
     disk_needed,
     estimate_calibration,
+    plan_calibration,
 )
 from quantize_gemma.tasks.models.config import TextConfig
 from quantize_gemma.tasks.models.recipe import Calibration, load_recipe
@@ -22,6 +26,12 @@ from quantize_gemma.tasks.runtime.artifact_ref import ref_of
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.prefect_stage import key_of, missing
 from quantize_gemma.tasks.runtime.stage import Output, stage
+
+# The fields of a configuration on which the costs of a calibration depend.
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 
 
 @stage()
@@ -121,10 +131,32 @@ def test_a_calibrated_recipe_and_its_text_are_checked_before_the_start(tmp_path:
 
 def test_the_estimate_of_a_calibration_grows_with_its_tokens_and_with_a_slower_machine() -> None:
     shape = TextConfig(hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4)
-    seconds, memory = estimate_calibration(shape, Calibration(), 1e11)
+    recipe = load_recipe("GPTQ-INT8-INT4")
+    without = replace(recipe, calibration=Calibration(answers=0))
+    seconds, memory = estimate_calibration(shape, without, 1e11)
     assert 60 < seconds < 600
-    slower, same = estimate_calibration(shape, Calibration(), 5e10)
+    slower, same = estimate_calibration(shape, without, 5e10)
     assert (slower, same) == (pytest.approx(2 * seconds), memory)
-    more, larger = estimate_calibration(shape, Calibration(sequences=128), 1e11)
-    assert more > seconds
+    more, larger = estimate_calibration(shape, replace(recipe, calibration=Calibration(answers=64)), 1e11)
+    assert more > 1.5 * seconds
     assert larger > memory
+    int8_head = replace(load_recipe("GPTQ-INT8-INT4-HEAD8"), calibration=Calibration(answers=0))
+    assert estimate_calibration(shape, int8_head, 1e11)[0] < seconds
+
+
+def test_a_calibration_takes_4_gigabytes_for_4b_and_8_for_27b_by_its_estimate() -> None:
+    recipe = replace(load_recipe("GPTQ-INT8-INT4"), calibration=Calibration(answers=0))
+    for name, most in (("4b", 4e9), ("27b", 8.2e9)):
+        text = TextConfig(**{key: SHAPES[name]["text_config"][key] for key in SIZES})
+        assert 0.7 * most < estimate_calibration(text, recipe, 1e11)[1] < most
+
+
+def test_the_plan_of_a_calibrated_recipe_says_what_calibration_costs_and_needs_a_text(tmp_path: Path) -> None:
+    text = TextConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    assert plan_calibration(text, load_recipe("HQQ-INT8-INT4")) == {}
+    plan = plan_calibration(text, load_recipe("GPTQ-INT8-INT4"))
+    assert plan["calibration_seconds"] >= 0
+    assert plan["calibration_memory_bytes"] > 1e9
+    with pytest.raises(UserError, match="set --calibration"):
+        check_run("google/gemma-3-4b-it", "GPTQ-INT8-INT4", 1024, "cpu", None)
+    assert disk_needed(10**10, calibrated=True) == disk_needed(10**10) + 5.3e9

@@ -1,5 +1,6 @@
 """GPTQ is what its definition says, in our format, whatever the threads, and continues at the block where it was."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from quantize_gemma.tasks.calibrate import (
     spread_windows,
 )
 from quantize_gemma.tasks.models.calibration import CalibrationSource, parse_source, read_calibration
-from quantize_gemma.tasks.models.checkpoint import load_model
+from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import blocks, gptq, quantize
 from quantize_gemma.tasks.quantize.search import search_scales
@@ -111,6 +112,48 @@ def test_the_damped_hessian_is_inverted_in_the_columns_own_order() -> None:
     assert torch.allclose(solved.double(), weight.double() @ torch.linalg.inv(damped), rtol=1e-3, atol=1e-9)
 
 
+def test_work_in_panels_and_chunks_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = example(rows=200, columns=160)
+    curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
+    expected = gptq.quantize_matrix(weight, curvature, 1)
+    monkeypatch.setattr(gptq, "PANEL", 48)
+    monkeypatch.setattr(gptq, "CHUNK", 64 * 160)
+    spare = torch.full_like(hessian, torch.nan)
+    pieces = gptq.prepare(hessian.clone(), GROUP, 0.01, spare)
+    assert torch.equal(pieces.order, curvature.order)
+    torch.testing.assert_close(pieces.factor, curvature.factor, rtol=1e-4, atol=1e-6)
+    for part, whole in zip(gptq.quantize_matrix(weight, curvature, 1), expected, strict=True):
+        assert torch.equal(part, whole)
+    inverse = torch.linalg.inv(curvature.hessian.double())
+    torch.testing.assert_close(pieces.factor.T.double() @ pieces.factor.double(), inverse, rtol=1e-3, atol=1e-5)
+
+
+def test_activations_that_are_not_finite_are_an_error_and_no_endless_loop() -> None:
+    _, hessian = example()
+    hessian[3, 3] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        gptq.prepare(hessian, GROUP, 0.01)
+
+
+def test_a_block_returns_what_the_librarys_own_does(untied: Path) -> None:
+    from transformers import AutoConfig
+
+    model = load_model(untied, torch.float32)
+    config = AutoConfig.from_pretrained(untied, attn_implementation="sdpa").get_text_config()
+    tokens = torch.randint(10, 2000, (3, 90), generator=torch.Generator().manual_seed(0))
+    expected = model(tokens, output_hidden_states=True).hidden_states
+    stored = model.state_dict()
+    for number, kind in enumerate(config.layer_types):
+        start = next(name for name in stored if f"layers.{number}.mlp.up_proj" in name).partition("mlp.")[0]
+        weights = {name.removeprefix(start): one for name, one in stored.items() if name.startswith(start)}
+        hidden = expected[number].detach().clone()
+        full = hidden.clone()
+        blocks.replay_block(tuple(blocks.Block(config, number, weights) for _ in range(2)), (hidden, full))
+        assert torch.equal(hidden, full)
+        if number + 1 < len(config.layer_types):  # The last one is normalized.
+            torch.testing.assert_close(hidden, expected[number + 1], rtol=1e-4, atol=1e-3, msg=kind)
+
+
 def test_a_search_without_data_chooses_positive_scales_that_lose_less_than_the_largest_weights() -> None:
     weight = example()[0]
     integers, scales = search_scales(weight, GROUP, "int4")
@@ -146,8 +189,9 @@ def recipe() -> dict[str, Any]:
 
 def run(target: Path, untied: Path, calibration: Path, refresh: bool = False) -> bytes:
     target.mkdir()
-    quantize(target, untied, recipe(), "cpu", calibration, refresh)
-    return (target / "model.safetensors").read_bytes()
+    output = quantize(target, untied, recipe(), "cpu", calibration, refresh)
+    # What is said of the errors is in the artifact's digest, too.
+    return (target / "model.safetensors").read_bytes() + json.dumps(output["metadata"]).encode()
 
 
 def test_a_calibrated_checkpoint_loads_and_is_closer_to_the_base_model_on_its_text(
@@ -205,6 +249,47 @@ def test_a_killed_run_continues_at_its_block(
             files.append((tmp_path / name / "model.safetensors").read_bytes())
             assert len(started) == {"continued": 4, "undisturbed": 7}[name]
     assert files[0] == files[1]
+
+
+def test_a_head_is_calibrated_on_blocks_that_are_quantized_without_data(
+    untied: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = recipe()
+    for rule in content["rules"]:
+        if rule["match"] == "linear":
+            rule["algorithm"] = "search"
+    (tmp_path / "search").mkdir()
+    quantize(tmp_path / "search", untied, content, "cpu", calibration)
+    seen: list[torch.Tensor] = []
+    real = blocks.Moments.of
+
+    def of(inputs: Any, targets: Any) -> blocks.Moments:
+        pieces = list(inputs)
+        seen.append(torch.cat(pieces))
+        return real(pieces, targets)
+
+    monkeypatch.setattr(blocks.Moments, "of", of)
+    (tmp_path / "again").mkdir()
+    quantize(tmp_path / "again", untied, content, "cpu", calibration, refresh=True)
+    tokens = torch.tensor(read_calibration(calibration))
+    model = load_model(tmp_path / "search", torch.float32)
+    disable_activation_quantization(model)
+    hidden = model(tokens, output_hidden_states=True).hidden_states[-1].detach()
+    plain = load_model(untied, torch.float32)(tokens, output_hidden_states=True).hidden_states[-1].detach()
+    # The head's inputs are those of the quantized decoder, not of the plain one.
+    assert (seen[-1] - hidden).norm() < 0.1 * (seen[-1] - plain).norm()
+
+
+def test_what_is_finished_is_not_run_again(
+    untied: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(tmp_path / "first", untied, calibration)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("all blocks are in the store")
+
+    monkeypatch.setattr(blocks, "replay_block", fail)
+    assert run(tmp_path / "second", untied, calibration) == expected
 
 
 def test_a_recipe_and_its_calibration_come_together(untied: Path, calibration: Path, tmp_path: Path) -> None:
