@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.quality import our_calibrate, our_fidelity, our_fidelity_base, our_quantize, our_untie
 from benchmarks.side_by_side import machine, run
-from quantize_gemma.tasks.models.checkpoint import read_header
+from quantize_gemma.tasks.models.checkpoint import is_multimodal, read_config, read_header
 from quantize_gemma.tasks.models.recipe import load_recipe
 
 RECIPE = "GPTQ-INT8-INT4-HEAD8"
@@ -49,8 +49,8 @@ def run_reference(
 ) -> dict[str, Any]:
     """Runs a script in its environment; returns "seconds" and "peak_rss_bytes"."""
     started = time.monotonic()
-    # Without the folder of the scripts, whose names must not be taken for the libraries'.
-    command = [str(python), "-P", str(HERE / script), str(checkpoint), str(tokens), str(target), option]
+    # It imports from its environment alone, whatever PYTHONPATH says.
+    command = [str(python), "-I", str(HERE / script), str(checkpoint), str(tokens), str(target), option]
     process = subprocess.Popen(command, stdout=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)
     if code := os.waitstatus_to_exitcode(status):
@@ -79,10 +79,12 @@ def replace_linears(checkpoint: Path, integers: Path) -> int:
             assert tuple(values.shape) == tuple(tensor.shape), f"{name}: {values.shape}, not {tensor.shape}"
             fits = (values >= -8) & (values <= 7) if part == "qdata" else values > 0
             assert fits.all(), f"{name}: {int((~fits).sum())} values are not of our format"
+            assert values.dtype == (torch.int8 if part == "qdata" else torch.bfloat16), f"{name} is {values.dtype}"
             file.seek(tensor.start)
             file.write(values.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            count += part == "qdata"
-    return count
+            count += 1
+    assert count == len(tensors) > 0, f"{count} of {len(tensors)} tensors are of the decoder's linears"
+    return count // 2
 
 
 def measure(folder: Path, model: Path, text: Path, calibration: Path, references: list[str]) -> list[dict[str, Any]]:
@@ -99,6 +101,10 @@ def measure(folder: Path, model: Path, text: Path, calibration: Path, references
         metrics = json.loads((results / "results.json").read_text(encoding="utf-8"))["weights_only"]
         return {key: metrics[key] for key in ("ppl", "kl_mean", "same_top")}
 
+    if is_multimodal(read_config(model)):
+        raise SystemExit(
+            "the libraries are compared on text-only checkpoints: they name a multimodal one's modules otherwise"
+        )
     pythons = {name: install(folder, REFERENCES[name][0]) for name in references}
     corpus, untied, states, tokens, ours = map(fresh, ("text", "untied", "states", "calibration", "ours"))
     shutil.copyfile(text, corpus / "text.txt")

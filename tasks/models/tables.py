@@ -47,7 +47,8 @@ def benchmark_rows(columns: Columns, name: str) -> dict[str, Row]:
         words = row.metrics.get(metric, metric) if row else metric
         rows[f"{title}, {words}"] = cells(lambda score, metric=metric: score.metrics.get(metric))  # type: ignore[misc]
     if sample is not None:
-        rows[f"{title}, the program's {sample.samples:,} samples"] = {
+        left_out = f" ({sample.left_out:,} more are too long for it)" if sample.left_out else ""
+        rows[f"{title}, the program's {sample.samples:,} samples{left_out}"] = {
             "base": NOT_MEASURED,
             "quantized": format_score(sample.checkpoint, percent),
             "program": format_score(sample, percent),
