@@ -34,7 +34,7 @@ REASONS = {
 CALIBRATION_REASONS = {
     "int_type": "must be an integer",
     "unexpected_keyword_argument": (
-        "is not a setting of a calibration: use sequences, answers, length, damping, passes, compensation"
+        "is not a setting of a calibration: use sequences, answers, length, damping, order, passes, compensation"
     ),
 }
 RECIPES = Path(__file__).parent / "recipes"
@@ -86,6 +86,7 @@ class Calibration:
         answers: How many more sequences of the base model's own answers, if it has a chat template.
         length: Tokens of a sequence, <bos> included.
         damping: What is added to a Hessian's diagonal, as a share of its mean.
+        order: "activations" rounds the columns with the largest inputs first, "columns" from the first to the last.
         passes: Passes of coordinate descent after GPTQ.
         compensation: How much of the error of earlier blocks a linear corrects, from 0 to 1.
     """
@@ -96,6 +97,7 @@ class Calibration:
     answers: int = 16
     length: int = 512
     damping: float = 0.01
+    order: Literal["activations", "columns"] = "activations"
     passes: int = 2
     compensation: float = 0.5
 

@@ -269,7 +269,7 @@ def prepare_linears(
             rows, step = linear.weight.shape[0], gptq.rows_at_once(len(cross))
             shifts[name] = torch.cat([linear.rows(first, step) @ cross for first in range(0, rows, step)]).cpu()
         spare = cross
-    curvature = gptq.prepare(hessian, group_size, settings.damping, spare).cpu()
+    curvature = gptq.prepare(hessian, group_size, settings.damping, spare, settings.order == "activations").cpu()
     on_cpu = cross.cpu() if spare is None else None
 
     def quantize(name: str) -> QuantizedMatrix:

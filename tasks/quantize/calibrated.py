@@ -193,7 +193,8 @@ def _quantize_head(
         inputs, targets = ((module(piece) for piece in torch.split(states, blocks.SEQUENCES)) for states in hidden)
         moments = blocks.Moments.of(inputs, targets)
     cross = moments.cross.cpu()
-    curvature = gptq.prepare(moments.hessian, rule.group_size or source.shape[1], settings.damping).cpu()
+    size = rule.group_size or source.shape[1]
+    curvature = gptq.prepare(moments.hessian, size, settings.damping, None, settings.order == "activations").cpu()
 
     def read(first: int, count: int) -> tuple[Tensor, Tensor]:
         rows = read_rows(source, first, count).float()

@@ -77,7 +77,9 @@ class Curvature:
         return solved[:, self.order.argsort()] / self.mean
 
 
-def prepare(hessian: Tensor, group_size: int, damping: float, spare: Tensor | None = None) -> Curvature:
+def prepare(
+    hessian: Tensor, group_size: int, damping: float, spare: Tensor | None = None, ordered: bool = True
+) -> Curvature:
     """Return the curvature of a Hessian, in its memory and in as much again.
 
     Args:
@@ -85,6 +87,7 @@ def prepare(hessian: Tensor, group_size: int, damping: float, spare: Tensor | No
         group_size: How many columns share a scale.
         damping: What is added to the diagonal, as a share of its mean. It grows tenfold until there is a factor.
         spare: A matrix of that size that nobody needs any more; overwritten, too.
+        ordered: Columns with the largest inputs come first; otherwise they stay where they are.
 
     Raises:
         UserError: The Hessian is not finite, so the activations are not.
@@ -102,6 +105,8 @@ def prepare(hessian: Tensor, group_size: int, damping: float, spare: Tensor | No
     groups = sizes.sum(1).argsort(descending=True, stable=True)
     inside = sizes.argsort(dim=1, descending=True, stable=True)
     order = (groups[:, None] * group_size + inside[groups]).flatten()
+    if not ordered:
+        order = torch.arange(len(order), device=order.device)
     spare = torch.empty_like(hessian) if spare is None else spare
     torch.index_select(hessian, 0, order, out=spare)
     for panel in _panels(len(order)):

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from quantize_gemma.flows.options import stage_names
-from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS, BUILTIN_TEXTS
 from quantize_gemma.tasks.check import resolve_device
 from quantize_gemma.tasks.models.benchmarks import FIXTURE_TASKS, describe
 from quantize_gemma.tasks.models.recipe import RECIPES
@@ -671,6 +671,27 @@ def check_calibration(outcome: Outcome, digest: str) -> None:
     errors = metrics_of(outcome)["quantized"]["output_error"]
     assert len(errors) == 3 * 7 + 1
     assert all(0 < error < 1 for error in errors.values())
+
+
+@pytest.mark.longest
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["SEARCH-INT8-INT4", "GPTQ-INT8-INT4", "GPTQ-INT8-INT4-HEAD8"])
+def test_every_recipe_of_ours_goes_from_the_checkpoint_to_a_program_that_passes_the_gate(
+    command_line: CommandLine, recipe: str, tmp_path: Path
+) -> None:
+    """Through the C++ runners, among others; the flow of the other tests is that of the published card's recipe."""
+    lines = (BUILTIN_TEXTS["tiny-text"] / "text.txt").read_text("utf-8").splitlines(keepends=True)
+    for place, name in enumerate(("calibration", "text")):
+        (tmp_path / f"{name}.txt").write_text("".join(lines[len(lines) // 2 * place :][: len(lines) // 2]), "utf-8")
+    texts = ["--text", str(tmp_path / "text.txt")]
+    texts += ["--calibration", str(tmp_path / "calibration.txt")] if recipe.startswith("GPTQ") else []
+    outcome = command_line("run", "--recipe", recipe, *texts, "--limit", "2", "--json")
+    assert outcome.code == 0, outcome.stderr
+    metrics = metrics_of(outcome)
+    assert metrics["recipe"] == recipe
+    assert metrics["gate"]["passed"]
+    runner = [check["name"] for check in metrics["gate"]["checks"] if check["name"].startswith("program_kl")]
+    assert "program_kl_prompts" in runner
 
 
 @pytest.mark.long

@@ -128,6 +128,14 @@ def test_work_in_panels_and_chunks_gives_the_same_bytes(monkeypatch: pytest.Monk
     torch.testing.assert_close(pieces.factor.T.double() @ pieces.factor.double(), inverse, rtol=1e-3, atol=1e-5)
 
 
+def test_columns_are_rounded_in_their_own_order_if_the_recipe_says_so() -> None:
+    weight, hessian = example()
+    curvature = gptq.prepare(hessian.clone(), GROUP, 0.01, ordered=False)
+    assert curvature.order.tolist() == list(range(96))
+    integers, scales = gptq.quantize_matrix(weight, curvature, 0)
+    assert (integers == naive_gptq(weight, scales, curvature)).double().mean() > 0.999
+
+
 def test_activations_that_are_not_finite_are_an_error_and_no_endless_loop() -> None:
     _, hessian = example()
     hessian[3, 3] = torch.nan
