@@ -15,6 +15,7 @@ from quantize_gemma.tasks.card.chart import (
 )
 from quantize_gemma.tasks.card.eval_results import eval_results
 from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, write_metrics
 from quantize_gemma.tasks.models.recipe import Recipe, Rule
@@ -146,6 +147,7 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
         checks=verdict_rows(metrics.gate.checks),
         failed=[check.message for check in metrics.gate.checks if check.status == "fail"],
         recipe=recipe,
+        lossless=all(rule.algorithm == "exact" for rule in recipe.rules if not GEMMA3.is_vision_role(rule.match)),
         sizes=sizes,
         has_samples=any(name.startswith(f"{SAMPLES}/") for name in sizes),
         rules=[_rule_code(rule) for rule in recipe.rules],

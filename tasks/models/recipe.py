@@ -39,8 +39,8 @@ CALIBRATION_REASONS = {
 }
 RECIPES = Path(__file__).parent / "recipes"
 # `affine` and `hqq_scale_only` are torchao's `intx_choose_qparams_algorithm`; `search` needs no data either, and `gptq`
-# needs the recipe's calibration.
-Algorithm = Literal["affine", "hqq_scale_only", "search", "gptq"]
+# needs the recipe's calibration. `exact` is for weights that are on a grid already.
+Algorithm = Literal["affine", "hqq_scale_only", "search", "gptq", "exact"]
 TORCHAO_ALGORITHMS = ("affine", "hqq_scale_only")
 WeightDtype = Literal["int4", "int8"]
 REGEX = "re:"

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from quantize_gemma.tasks.quantize.exact import OffGrid
+
 
 @dataclass(frozen=True)
 class QuantizedRows:
@@ -26,19 +28,21 @@ class QuantizedRows:
         error: The sum of squares of what quantization changed.
         square: The sum of squares of the weights; NaN or infinite if a weight is.
         changes: With hqq_scale_only, the largest change of a scale in every iteration; see hqq.py.
+        off_grid: With exact, what cannot be written without loss; see exact.py.
     """
 
     tensors: "dict[str, torch.Tensor]"
     error: float
     square: float
     changes: "npt.NDArray[np.float32] | None" = None
+    off_grid: "OffGrid | None" = None
 
 
 def quantize_rows(rows: "torch.Tensor", rule: Rule, device: str, iterations: int | None = None) -> QuantizedRows:
     """Quantize some rows of a matrix with the rule's algorithm.
 
     Args:
-        rows: The weights, bfloat16, [rows, columns], on the CPU.
+        rows: The weights, [rows, columns], on the CPU: in bfloat16, with exact in the checkpoint's dtype.
         rule: How the matrix is quantized.
         device: Where to compute: cpu or cuda.
         iterations: What `iterations_to_repeat` returned when the rows are quantized a second time.
@@ -50,6 +54,8 @@ def quantize_rows(rows: "torch.Tensor", rule: Rule, device: str, iterations: int
             return _hqq_scale_only(rows, rule, device, iterations)
         case "search":
             return _search(rows, rule)
+        case "exact":
+            return _exact(rows, rule)
         case "gptq":
             raise AssertionError("rows of a calibrated matrix are read from its block's file")
         case _:
@@ -104,6 +110,17 @@ def _search(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
 
     integers, scales = search_scales(rows, rule.group_size or rows.shape[1], rule.weight)
     return measured({"qdata": integers, "scale": scales}, rows)
+
+
+def _exact(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
+    """Find the grid that the weights are on."""
+    from quantize_gemma.tasks.quantize.exact import find_scales
+
+    integers, scales, off_grid = find_scales(rows, rule.group_size or rows.shape[1], rule.weight)
+    found = measured({"qdata": integers, "scale": scales}, rows)
+    # What rounds to the weight in the checkpoint's dtype is the weight.
+    error = found.error if off_grid.off else 0.0
+    return QuantizedRows(found.tensors, error, found.square, off_grid=off_grid)
 
 
 def measured(tensors: "dict[str, torch.Tensor]", rows: "torch.Tensor") -> QuantizedRows:

@@ -19,6 +19,7 @@ from quantize_gemma.tasks.quantize.algorithms import (
     quantize_rows,
     with_torchao,
 )
+from quantize_gemma.tasks.quantize.exact import OffGrid
 from quantize_gemma.tasks.quantize.source import SourceTensor, read_rows
 from quantize_gemma.tasks.runtime import machine
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 # The number of weights in a chunk, in whole rows; an accelerator is faster with larger chunks.
 CHUNK = 2**20
 CHUNK_ON_ACCELERATOR = 2**24
+# Modules that are named where weights are on no grid.
+MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class ChunkSums:
     error: float
     square: float
     changes: "npt.NDArray[np.float32] | None"
+    off_grid: OffGrid | None = None
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,16 @@ class CheckpointWriter:
         ]
 
     def finish(self) -> dict[str, ErrorSums]:
-        """Wait for all threads and return the sums of every role. Raises what a thread raised."""
+        """Wait for all threads and return the sums of every role. Raises what a thread raised.
+
+        Raises:
+            UserError: A recipe that loses nothing does not fit the weights; the message says where, and by how much.
+        """
         # A weight is two bytes in bfloat16.
         total = 2 * sum(prod(source.shape) for source in self.sources.values())
         done = 0
         sums: dict[str, ErrorSums] = {}
+        off_grid: dict[str, OffGrid] = {}
         for name, futures in self.futures.items():
             chunks = []
             for future in futures:
@@ -144,10 +153,30 @@ class CheckpointWriter:
             iterations = iterations_to_repeat([chunk.changes for chunk in chunks])
             if iterations is not None:
                 chunks = [future.result() for future in self._submit(name, iterations)]
+            found = sum((chunk.off_grid for chunk in chunks if chunk.off_grid is not None), OffGrid())
+            if found.off:
+                off_grid[name.removesuffix(".weight")] = found
             for chunk in chunks:
                 before = sums.get(rule.match, ErrorSums())
                 sums[rule.match] = ErrorSums(before.error + chunk.error, before.square + chunk.square)
+        if off_grid:
+            raise UserError(_off_grid_message(off_grid))
         return sums
+
+
+def _off_grid_message(modules: Mapping[str, OffGrid]) -> str:
+    """Return what is on no grid, the modules with most of it first, and what to do."""
+    shown = sorted(modules, key=lambda name: -modules[name].off / modules[name].groups)[:MAX_SHOWN]
+    lines = [
+        f"{name}: {one.off:,} of {one.groups:,} groups, {one.negative:,} of them because their scale is negative, by "
+        f"up to {one.worst:.2g} of the group's largest weight"
+        for name, one in ((name, modules[name]) for name in shown)
+    ]
+    more = f"; and {len(modules) - len(shown)} more modules" if len(modules) > len(shown) else ""
+    return (
+        f"the weights are not on the recipe's grid, so they cannot be written without loss: {'; '.join(lines)}{more}: "
+        "use GPTQ-INT8-INT4, which is calibrated, or SEARCH-INT8-INT4, which needs no data"
+    )
 
 
 def _chunks(
@@ -169,7 +198,9 @@ def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str,
     """
     import torch
 
-    weight = read_rows(chunk.source, chunk.first_row, chunk.rows).to(torch.bfloat16)
+    weight = read_rows(chunk.source, chunk.first_row, chunk.rows)
+    if rule is None or rule.algorithm != "exact":
+        weight = weight.to(torch.bfloat16)
     if rule is None:
         tensors, sums = {"": weight}, ChunkSums(weight.numel(), 0.0, float(weight.double().square().sum()), None)
     else:
@@ -180,7 +211,8 @@ def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str,
             )
         else:
             rows = quantize_rows(weight, rule, device, iterations)
-        tensors, sums = rows.tensors, ChunkSums(weight.numel(), rows.error, rows.square, rows.changes)
+        tensors = rows.tensors
+        sums = ChunkSums(weight.numel(), rows.error, rows.square, rows.changes, rows.off_grid)
     if not math.isfinite(sums.square):
         raise UserError(f"{name} holds a NaN or an infinity: the checkpoint is damaged, download it again")
     for part, tensor in tensors.items():

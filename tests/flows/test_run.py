@@ -27,6 +27,7 @@ from tests.campaigns.starting_place import hostile_directory
 from tests.compatibility.loading import read_section
 from tests.conftest import CommandLine, FinishedRun, Outcome
 from tests.evaluation import record, run_stage
+from tests.grid import write_grid_checkpoint
 from tests.operate import another_program
 from tests.processes import stage_processes
 from tests.text_only import write_text_only
@@ -692,6 +693,29 @@ def test_every_recipe_of_ours_goes_from_the_checkpoint_to_a_program_that_passes_
     assert metrics["gate"]["passed"]
     runner = [check["name"] for check in metrics["gate"]["checks"] if check["name"].startswith("program_kl")]
     assert "program_kl_prompts" in runner
+
+
+@pytest.mark.longest
+@pytest.mark.long
+def test_a_checkpoint_on_the_grid_becomes_a_program_that_differs_by_its_activations_alone(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    """As Google's checkpoints of quantization-aware training are, which cannot be had in a test."""
+    model = write_grid_checkpoint(BUILTIN["tiny-gemma3"], tmp_path / "grid")
+    text = BUILTIN_TEXTS["tiny-text"] / "text.txt"
+    arguments = ("--recipe", "EXACT", "--text", str(text), "--limit", "2", "--json", *FIXTURES)
+    outcome = command_line("run", "--model", str(model), *arguments)
+    assert outcome.code == 0, outcome.stderr
+    metrics = metrics_of(outcome)
+    errors = metrics["quantized"]["weight_error"]
+    assert [errors[role] for role in ("embedding", "linear", "lm_head")] == [0, 0, 0]
+    fidelity = metrics["quantized"]["fidelity"]
+    # The checkpoint's bfloat16 is rounded once more than the program's float32.
+    assert fidelity["weights_only"]["kl_mean"] < 0.1 * fidelity["kl_mean"]
+    agreement = metrics["program"]["agreement"]
+    assert agreement["kl_program"] < agreement["kl_act_quant"]
+    card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
+    assert "**Lossless:** every weight of the language model" in card
 
 
 @pytest.mark.long

@@ -1,0 +1,104 @@
+"""Weights that are on a grid are written without loss; what is not is counted and refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.models.checkpoint import load_model
+from quantize_gemma.tasks.models.recipe import load_recipe
+from quantize_gemma.tasks.quantize import quantize
+from quantize_gemma.tasks.quantize.exact import find_scales
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.untie import untie
+from tests.grid import GROUP, to_grid, write_grid_checkpoint
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def random_weights(rows: int = 200, columns: int = 96) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)) * 0.02
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_scale_of_every_group_is_found_and_gives_each_weight_back(dtype: torch.dtype) -> None:
+    weight = to_grid(random_weights(), dtype)
+    weight[3, 32:64] = 0
+    weight[4, :32] = weight[4, 0]  # One value.
+    weight[5, :32] = 0
+    weight[5, 7] = -weight[4, 0]
+    integers, scales, off = find_scales(weight, GROUP, "int4")
+    assert (off.groups, off.off, off.worst) == (600, 0, 0.0)
+    assert (scales > 0).all()
+    assert integers.min() >= -8
+    assert integers.max() <= 7
+    assert torch.equal((integers * scales.float().repeat_interleave(GROUP, 1)).to(dtype), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_int8_are_found_too(dtype: torch.dtype) -> None:
+    weight = random_weights()
+    scales = (weight.abs().amax(1, keepdim=True) / 127.5).bfloat16().float()
+    weight = ((weight / scales).round().clamp(-128, 127) * scales).to(dtype)
+    integers, found, off = find_scales(weight, 96, "int8")
+    assert off.off == 0
+    assert torch.equal((integers * found.float()).to(dtype), weight)
+
+
+def test_what_is_on_no_grid_is_counted_with_its_error() -> None:
+    weight = to_grid(random_weights(), torch.float32)
+    weight[0, 0] *= 1.01
+    weight[9, 40] += 0.3 * weight[9, 32:64].abs().max()
+    off = find_scales(weight, GROUP, "int4")[2]
+    assert (off.groups, off.off, off.negative) == (600, 2, 0)
+    assert 0.01 < off.worst < 0.1
+
+
+def test_scales_of_either_sign_are_told_from_weights_on_no_grid() -> None:
+    """Half of q4_0's scales are negative; a group that has -8 times such a scale would need the integer 8."""
+    off = find_scales(to_grid(random_weights(), torch.float32, negative=True), GROUP, "int4")[2]
+    assert 200 < off.off < 400
+    assert off.negative == off.off
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grid")
+    (folder / "untied").mkdir()
+    untie(folder / "untied", write_grid_checkpoint(BUILTIN["tiny-gemma3"], folder / "plain"))
+    return folder / "untied"
+
+
+def test_a_checkpoint_on_the_grid_is_written_without_loss(grid: Path, tmp_path: Path) -> None:
+    output = quantize(tmp_path, grid, load_recipe("EXACT").to_json(), "cpu")
+    errors = output["metadata"]["weight_error"]
+    assert [errors[role] for role in ("embedding", "linear", "lm_head")] == [0, 0, 0]
+    base, exact = (dict(load_model(path, torch.bfloat16).named_parameters()) for path in (grid, tmp_path))
+    compared = 0
+    for name, weight in base.items():
+        if "vision" not in name:
+            quantized = exact[name]
+            dense = quantized.dequantize() if hasattr(quantized, "dequantize") and quantized.ndim == 2 else quantized
+            assert torch.equal(dense.bfloat16(), weight), name
+            compared += 1
+    assert compared > 20
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_checkpoint_off_the_grid_is_refused_with_numbers_and_a_way_out(negative: bool, tmp_path: Path) -> None:
+    plain = BUILTIN["tiny-gemma3"]
+    if negative:
+        plain = write_grid_checkpoint(plain, tmp_path / "q4_0", negative=True)
+    for name in ("untied", "target"):
+        (tmp_path / name).mkdir()
+    untie(tmp_path / "untied", plain)
+    with pytest.raises(UserError, match="not on the recipe's grid") as error:
+        quantize(tmp_path / "target", tmp_path / "untied", load_recipe("EXACT").to_json(), "cpu")
+    counts = re.findall(r"(\S+): ([\d,]+) of ([\d,]+) groups, ([\d,]+) of them because", str(error.value))
+    assert len(counts) == 5
+    for _, off, groups, signed in counts:
+        assert 0 < int(off.replace(",", "")) <= int(groups.replace(",", ""))
+        assert (signed == off) == negative
+    assert "and 18 more modules: use GPTQ-INT8-INT4" in str(error.value)
