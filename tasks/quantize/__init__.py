@@ -11,6 +11,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,7 +155,14 @@ def _quantize_decoder(
     check_shapes(checkpoint, config, {name: source.shape for name, source in sources.items()})
     config = config.get_text_config()
     tokens = torch.tensor(read_calibration(calibration))
-    identity: dict[str, object] = {"recipe": recipe_hash(recipe), "tokens": digest_tokens(tokens), "device": device}
+    # What a block depends on: neither the head's rule nor the vision tower's, so recipes that differ in them share it.
+    shaping = [asdict(one) for one in recipe.rules if one.match != "lm_head" and not GEMMA3.is_vision_role(one.match)]
+    identity: dict[str, object] = {
+        "rules": shaping,
+        "calibration": asdict(recipe.calibration) if recipe.calibration else None,
+        "tokens": digest_tokens(tokens),
+        "device": device,
+    }
     try:
         identity["checkpoint"], root = store.read_artifact(checkpoint).digest, store.root_of(checkpoint)
     except StageFailed:  # A benchmark's or a test's checkpoint is in no store.

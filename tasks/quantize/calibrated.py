@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,8 +53,14 @@ class Blocks:
     files: list[Path] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
 
-    def finish(self, name: str, compute: Callable[[], Mapping[str, QuantizedMatrix]]) -> bool:
-        """Add a block's quantized matrices; return whether they were computed now."""
+    def finish(self, name: str, compute: Callable[[], Mapping[str, QuantizedMatrix]], rule: Rule | None = None) -> bool:
+        """Add a block's quantized matrices; return whether they were computed now.
+
+        Args:
+            name: The block's.
+            compute: Returns the matrices, by the modules' names in the model.
+            rule: The head's, which is not in the identity.
+        """
         from safetensors.torch import save_file
 
         computed: list[bool] = []
@@ -68,7 +74,8 @@ class Blocks:
             return {"metadata": {"error": {module: matrix.error for module, matrix in matrices.items()}}}
 
         code = fingerprint("quantize_gemma.tasks.quantize.calibrated:quantize_decoder")
-        key = store.key(STAGE, [], {**self.identity, "block": name}, code)
+        parameters = {**self.identity, "block": name, **({"rule": asdict(rule)} if rule else {})}
+        key = store.key(STAGE, [], parameters, code)
         artifact = store.produce(STAGE, key, write, self.root, self.refresh, pinned=True)
         self.files.append(artifact.path / FILE)
         self.errors.update(artifact.metadata["error"])
@@ -149,7 +156,7 @@ def quantize_decoder(
         report_progress(number + 1, total, "blocks")
     head = GEMMA3.head_module
     if head in rules and rules[head].algorithm == "gptq":
-        blocks.finish(head, compute_head)
+        blocks.finish(head, compute_head, rules[head])
     report_progress(total, total, "blocks")
 
 

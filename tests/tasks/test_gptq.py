@@ -300,6 +300,19 @@ def test_what_is_finished_is_not_run_again(
     assert run(tmp_path / "second", untied, calibration) == expected
 
 
+def test_recipes_that_differ_in_the_head_alone_share_their_blocks(
+    untied: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "int4", untied, calibration)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("all blocks are in the store")
+
+    monkeypatch.setattr(blocks, "quantize_block", fail)
+    (tmp_path / "int8").mkdir()
+    quantize(tmp_path / "int8", untied, load_recipe("GPTQ-INT8-INT4-HEAD8").to_json(), "cpu", calibration)
+
+
 def test_a_recipe_and_its_calibration_come_together(untied: Path, calibration: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs a calibration text"):
         quantize(tmp_path, untied, recipe(), "cpu")
