@@ -163,9 +163,9 @@ def choose_scorer(
         "generates": generates,
         "exact": exact,
     }
-    # A GPU's sums depend on the batch, which must therefore not depend on who answers, or on what was interrupted. A
-    # shard of texts fills a batch.
-    together = QUESTIONS if device == "cpu" and not generates else 1
+    # A GPU's sums depend on the batch, and so do a CPU's in float32, by a last bit now and then: the batch must not depend
+    # on who answers, or on what was interrupted. A shard of texts fills a batch.
+    together = QUESTIONS if device == "cpu" and not generates and not no_act_quant else 1
     return Scorer(CHECKPOINT, {"checkpoint": checkpoint}, settings, together)
 
 
@@ -247,8 +247,9 @@ def _load_arguments(scorer: Scorer, part: int) -> JsonObject:
 def _key(name: str, shard: list[Request], scorer: Scorer, digests: dict[str, str]) -> str:
     """Return a shard's key. The requests' text stands for dataset, task, few-shot examples and limit."""
     requests = hashlib.sha256(store.canonical_json([list(astuple(request)) for request in shard])).hexdigest()
-    # On a CPU the results are the same to the bit, whatever the batches.
-    ignored = ("batch_size",) if scorer.settings.get("device") == "cpu" else ()
+    # On a CPU the results in bfloat16 are the same to the bit, whatever the batches.
+    exact = scorer.settings.get("device") == "cpu" and not scorer.settings.get("no_act_quant")
+    ignored = ("batch_size",) if exact else ()
     settings = {name: value for name, value in scorer.settings.items() if name not in ignored}
     parameters: JsonObject = {"shard": name, "requests": requests, "scorer": scorer.load, **settings, **digests}
     return store.key(STAGE, [], parameters, fingerprint(scorer.load, RESPOND))
