@@ -163,8 +163,8 @@ def choose_scorer(
         "generates": generates,
         "exact": exact,
     }
-    # A GPU's sums depend on the batch, and so does a CPU's last bit in float32, now and then: the batch must not depend on
-    # who answers, or on what was interrupted. A shard of texts fills a batch.
+    # A GPU's sums depend on the batch, and so does a CPU's last bit in float32, now and then: the batch must not depend
+    # on who answers, or on what was interrupted. A shard of texts fills a batch.
     together = QUESTIONS if device == "cpu" and not generates and not no_act_quant else 1
     return Scorer(CHECKPOINT, {"checkpoint": checkpoint}, settings, together)
 
