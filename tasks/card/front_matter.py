@@ -55,8 +55,10 @@ def _results(metrics: Metrics) -> list[dict[str, object]]:
 def _result(info: BenchmarkInfo, score: BenchmarkScore) -> dict[str, object]:
     title = f"{info.dataset.name} (fixture)" if info.dataset.fixture else info.title
     value = 100 * score.value if info.higher_is_better else score.value
+    metric, _, filtered = info.metric.partition(",")
+    name = f"{metric} ({filtered})" if filtered else metric
     return {
         "task": {"type": info.task_type, "name": info.task_type.replace("-", " ").capitalize()},
         "dataset": {"type": info.dataset.name, "name": title, "revision": info.dataset.revision},
-        "metrics": [{"type": info.metric, "name": info.metric.replace("_", " "), "value": round(value, 2)}],
+        "metrics": [{"type": metric, "name": name.replace("_", " ").replace("-", " "), "value": round(value, 2)}],
     }
