@@ -42,6 +42,6 @@ def test_every_linear_of_the_decoder_is_replaced_and_nothing_else(checkpoint: Pa
     save_file({**theirs, name: torch.full_like(theirs[name], 9)}, tmp_path / "wrong.safetensors")
     with pytest.raises(AssertionError, match="not of our format"):
         replace_linears(checkpoint, tmp_path / "wrong.safetensors")
-    save_file({**theirs, "model.layers.7.mlp.up_proj.qdata": theirs[name]}, tmp_path / "more.safetensors")
+    save_file({**theirs, "model.layers.7.mlp.up_proj.qdata": theirs[name].clone()}, tmp_path / "more.safetensors")
     with pytest.raises(AssertionError, match="42 of 43 tensors"):
         replace_linears(checkpoint, tmp_path / "more.safetensors")
