@@ -4,56 +4,79 @@ Prints its time and peak memory, what the whole decoder takes at that rate, and 
 Random weights and hidden states take as long as real ones: nothing depends on their values but the order of columns.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import time
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.shapes import SHAPES
 from benchmarks.side_by_side import machine, run
-from quantize_gemma.tasks.models.recipe import load_recipe
+from quantize_gemma.tasks.models.recipe import Calibration, Rule, load_recipe
 from quantize_gemma.tasks.runtime.units import human_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Gemma3TextConfig
+
+    from quantize_gemma.tasks.quantize.blocks import Block
+
+RECIPE = "GPTQ-INT8-INT4"
+
+
+def random_block(
+    shape: str, settings: Calibration, device: str
+) -> tuple[tuple[Block, Block], tuple[Tensor, Tensor], dict[str, Rule]]:
+    """Returns what quantize_block() takes, with random weights: a block of full attention, hidden states, rules."""
+    import torch
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
+
+    from quantize_gemma.tasks.quantize.blocks import Block
+
+    config = text_config(shape)
+    number = config.layer_types.index("full_attention")
+    random = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Gemma3DecoderLayer(config, number).state_dict().items()}
+    weights = {
+        name: torch.randn(size, generator=random).mul_(0.02).bfloat16().to(device) for name, size in shapes.items()
+    }
+    hidden = torch.randn(settings.sequences, settings.length, config.hidden_size, generator=random)
+    states = (hidden.to(device), (hidden + 0.01).to(device))
+    pair = Block(config, number, weights), Block(config, number, weights)
+    rule = next(rule for rule in load_recipe(RECIPE).rules if rule.algorithm == "gptq")
+    return pair, states, dict.fromkeys(pair[0].linears, rule)
+
+
+def text_config(shape: str) -> Gemma3TextConfig:
+    """Returns the decoder's configuration of a shape."""
+    from transformers import Gemma3TextConfig
+
+    config = Gemma3TextConfig(**SHAPES[shape].get("text_config", SHAPES[shape]))
+    config._attn_implementation = "sdpa"
+    return config
 
 
 def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any]:
     """Quantizes a block of full attention; returns its seconds, and check's estimate of the decoder's."""
     import torch
-    from transformers import Gemma3TextConfig
 
     from quantize_gemma.tasks.check import estimate_calibration, measure_speed
     from quantize_gemma.tasks.models.float32 import fast_products
-    from quantize_gemma.tasks.models.recipe import Calibration, Recipe, Rule
-    from quantize_gemma.tasks.quantize.blocks import Block, quantize_block
+    from quantize_gemma.tasks.quantize.blocks import quantize_block
 
-    recipe = load_recipe("GPTQ-INT8-INT4")
-    rule = next(rule for rule in recipe.rules if rule.algorithm == "gptq")
-    assert isinstance(rule, Rule)
-    settings = recipe.calibration
-    assert settings is not None
-    settings = Calibration(**{**vars(settings), "sequences": sequences, "answers": 0})
-    config = Gemma3TextConfig(**SHAPES[shape].get("text_config", SHAPES[shape]))
-    config._attn_implementation = "sdpa"
-    number = config.layer_types.index("full_attention")
-    random = torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
-
-        shapes = {name: tensor.shape for name, tensor in Gemma3DecoderLayer(config, number).state_dict().items()}
-    weights = {
-        name: torch.randn(size, generator=random).mul_(0.02).bfloat16().to(device) for name, size in shapes.items()
-    }
-    hidden = torch.randn(sequences, settings.length, config.hidden_size, generator=random)
-    states = (hidden.to(device), (hidden + 0.01).to(device))
-    del hidden
+    settings = Calibration(sequences=sequences, answers=0)
+    pair, states, rules = random_block(shape, settings, device)
     # Compiling the kernels is once a machine.
     started = time.monotonic()
-    pair = Block(config, number, weights), Block(config, number, weights)
-    rules = dict.fromkeys(pair[0].linears, rule)
     with torch.no_grad(), fast_products():
         quantize_block(pair, states, rules, settings)
     seconds = time.monotonic() - started
+    config, recipe = text_config(shape), replace(load_recipe(RECIPE), calibration=settings)
     speed = measure_speed()
-    estimate, memory = estimate_calibration(config, Recipe(recipe.name, recipe.rules, None, settings), speed)
+    estimate, memory = estimate_calibration(config, recipe, speed)
     return {
         "block_seconds": round(seconds, 1),
         "blocks": config.num_hidden_layers,
