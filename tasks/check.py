@@ -46,7 +46,7 @@ WRITTEN_BY_CALIBRATION = 0.53
 # numbers are on the way while a piece of the calibration tokens runs through a block.
 ANSWERED_AT_ONCE = 8
 BYTES_PER_SECOND = 2e10
-PIECES = 4 * 2**24
+PIECES = 8 * 2**23
 # The smoke tests' prompts and a few generated tokens; an image is added to that.
 SHORTEST_SEQ_LEN = 64
 SECONDS_TO_CONNECT = 10.0

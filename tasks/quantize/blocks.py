@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Sequences that run through a block at once, fewer if gate_proj's output has more numbers than PIECE.
 SEQUENCES = 8
-PIECE = 2**24
+PIECE = 2**23
 # Columns of a Hessian that are computed at once: only the blocks on and over its diagonal are.
 PANEL = 512
 # Digits of an error: sums over tokens may be in another order with other threads.
@@ -114,8 +114,12 @@ class StoredLinear(torch.nn.Module):
         """Return the outputs, [..., rows]."""
         rows, columns = self.weight.shape
         step = gptq.rows_at_once(columns)
-        outputs = [inputs @ self.rows(first, step).T for first in range(0, rows, step)]
-        return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        if rows <= step:
+            return inputs @ self.rows(0, rows).T
+        outputs = inputs.new_empty(*inputs.shape[:-1], rows)
+        for first in range(0, rows, step):
+            outputs[..., first : first + step] = inputs @ self.rows(first, step).T
+        return outputs
 
 
 class Block:
