@@ -42,6 +42,10 @@ MEMORY_FACTOR = 2.0
 MEMORY_OF_LIBRARIES = 1_000_000_000
 # What a calibrated recipe keeps of its decoder blocks besides, a byte for each weight.
 WRITTEN_BY_CALIBRATION = 0.53
+# What is reached of the speed of a matrix product, with all that is none, and what the libraries and kernels take there:
+# by measurements of gemma-3-270m and of a block of gemma-3-4b's shape.
+SHARE_OF_SPEED = 0.6
+MEMORY_OF_CALIBRATION = 1_750_000_000
 # How many answers of the base model are generated at once, how fast a processor reads weights from memory, and how many
 # numbers are on the way while a piece of the calibration tokens runs through a block.
 ANSWERED_AT_ONCE = 8
@@ -135,7 +139,8 @@ def estimate_calibration(text: TextConfig, recipe: Recipe, operations_per_second
     rounding = (9 + 2 * settings.passes) * hidden * (hidden * (queries + 2 * keys + 2 * mlp) + queries**2 + mlp**2)
     has_head = any(rule.match == "lm_head" and rule.algorithm == "gptq" for rule in recipe.rules)
     head = text.vocab_size * hidden * ((9 + 2 * settings.passes) * hidden) * has_head
-    seconds = (text.num_hidden_layers * (forward + moments + rounding) + head) / operations_per_second
+    operations = text.num_hidden_layers * (forward + moments + rounding) + head
+    seconds = operations / (operations_per_second * SHARE_OF_SPEED)
     # Each token of a batch of answers reads all weights, which are in bfloat16.
     steps = math.ceil(settings.answers * settings.length / ANSWERED_AT_ONCE)
     model_bytes = 2 * (text.num_hidden_layers * weights + text.vocab_size * hidden)
@@ -143,7 +148,7 @@ def estimate_calibration(text: TextConfig, recipe: Recipe, operations_per_second
     # The hidden states of both models, two matrices of the largest Hessian's size, some pieces on the way; a block's
     # weights in bfloat16 and quantized, a byte each.
     floats = 2 * tokens * hidden + 2 * max(inputs) ** 2 + hidden * mlp + PIECES
-    return seconds, int(MEMORY_OF_LIBRARIES + 4 * floats + 3.1 * weights)
+    return seconds, int(MEMORY_OF_CALIBRATION + 4 * floats + 3.1 * weights)
 
 
 def measure_speed() -> float:
