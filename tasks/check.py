@@ -42,7 +42,7 @@ MEMORY_FACTOR = 2.0
 MEMORY_OF_LIBRARIES = 1_000_000_000
 # What a calibrated recipe keeps of its decoder blocks besides, a byte for each weight.
 WRITTEN_BY_CALIBRATION = 0.53
-# What is reached of the speed of a matrix product, with all that is none, and what the libraries and kernels take there:
+# How much of the speed of a matrix product is reached, with all that is none, and what the libraries and kernels take:
 # by measurements of gemma-3-270m and of a block of gemma-3-4b's shape.
 SHARE_OF_SPEED = 0.6
 MEMORY_OF_CALIBRATION = 1_750_000_000
