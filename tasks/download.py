@@ -28,7 +28,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     weight_files,
 )
 from quantize_gemma.tasks.models.config import ModelConfig
-from quantize_gemma.tasks.models.datasets import TEXT_FILE, WIKITEXT, WIKITEXT_FILES, check_dataset, read_wikitext
+from quantize_gemma.tasks.models.datasets import TEXT_FILE, WIKITEXT, WIKITEXT_FILES, read_wikitext
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.load_check import check_loads
@@ -40,7 +40,7 @@ from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.hub_client import find_token, read_environment
 from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.retries import is_retryable
-from quantize_gemma.tasks.runtime.stage import Output, stage
+from quantize_gemma.tasks.runtime.stage import Output, import_function, stage
 from quantize_gemma.tasks.runtime.store import canonical_json
 
 logger = logging.getLogger(__name__)
@@ -284,10 +284,10 @@ def download_dataset(
     source: str,
     revision: str,
     offline: bool,
-    benchmark: str,
     files: Sequence[str],
     skipped_files: Sequence[str],
-    resources: Sequence[dict[str, str]] = (),
+    resources: Sequence[dict[str, str]],
+    check: str,
 ) -> Output:
     """Fill `target` with the files of a benchmark's dataset.
 
@@ -298,10 +298,10 @@ def download_dataset(
         source: A directory, or a repository on the Hub.
         revision: The digest of the directory's files, or a commit.
         offline: Do not contact the Hub.
-        benchmark: The benchmark's name.
         files: Patterns of the files.
         skipped_files: Patterns of those that are not needed.
         resources: What the benchmark's task needs besides, see Resource; fetched here, never when it is imported.
+        check: The function that checks the files, as "module:name".
 
     Raises:
         UserError: The dataset has another layout; the message says where it differs.
@@ -317,7 +317,7 @@ def download_dataset(
                 store.copy(Path(source) / name, target / name)
     else:
         _move(_fetch(target, "dataset", source, revision, offline, is_needed), target, is_needed)
-    check_dataset(benchmark, target, source)
+    import_function(check)(target, source)
     for resource in [Resource(**one) for one in resources]:
         if (target / resource.folder).is_dir():
             continue

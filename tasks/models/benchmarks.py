@@ -30,6 +30,8 @@ PERCENT_METRICS = {
     *("bleu", "chrf", "chrf++", "ter", "exact"),
     *(f"{name}_{what}" for name in ("bleu", "rouge1", "rouge2", "rougeL") for what in ("max", "diff")),
 }
+# Where the checks of datasets are.
+DATASETS = "quantize_gemma.tasks.models.datasets"
 # What a dataset's repository may consist of.
 DATA_FILES = ("README.md", "*.parquet", "*.json", "*.jsonl", "*.csv", "*.txt")
 
@@ -82,10 +84,10 @@ class ScoreInputs(RequestInputs):
 class FileInputs(TypedDict):
     """Which files a benchmark needs; see Benchmark."""
 
-    benchmark: str
     files: list[str]
     skipped_files: list[str]
     resources: list[dict[str, str]]
+    check: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,7 @@ class Benchmark:
         needs_images: Whether its prompts have images, which a text-only model does not see.
         files: Patterns of the dataset's files.
         skipped_files: Patterns of those that are not needed.
+        check: The function that checks the layout of a dataset's files, as "module:name"; see datasets.py.
         resources: What its task needs besides the dataset.
         fixture: The built-in dataset of the same layout, if there is one.
         task_type: The type of task, as the Hub's model index names it.
@@ -132,6 +135,7 @@ class Benchmark:
     needs_images: bool = False
     files: tuple[str, ...] = DATA_FILES
     skipped_files: tuple[str, ...] = ()
+    check: str = f"{DATASETS}:check_files"
     resources: tuple[Resource, ...] = ()
     fixture: str | None = None
     task_type: str = "text-generation"
@@ -163,10 +167,10 @@ class Benchmark:
     def file_inputs(self) -> FileInputs:
         """Return which files of a dataset's repository are needed, and what else."""
         return {
-            "benchmark": self.name,
             "files": list(self.patterns()),
             "skipped_files": list(self.skipped_files),
             "resources": [asdict(resource) for resource in self.resources],
+            "check": self.check,
         }
 
     def card_inputs(self) -> JsonObject:
@@ -200,6 +204,7 @@ BENCHMARKS = {
             # Without the configurations that hold all subjects a second time.
             files=("README.md", "*/test-*.parquet", "*/validation-*.parquet", "*/dev-*.parquet"),
             skipped_files=("all/*", "auxiliary_train/*"),
+            check=f"{DATASETS}:check_mmlu",
             fixture="mmlu-mini",
             task_type="multiple-choice",
             words="It is zero-shot.",
@@ -222,6 +227,7 @@ BENCHMARKS = {
             needs_images=True,
             # The other splits are ten times as large.
             files=("README.md", "data/test-*.parquet"),
+            check=f"{DATASETS}:check_chartqa",
             fixture="chartqa-mini",
             task_type="visual-question-answering",
             is_own_task=True,

@@ -23,12 +23,8 @@ CHARTQA_COLUMNS = {"image": IMAGE, "query": TEXT, "label": TEXTS, "human_or_mach
 CHARTQA_SPLITS = ("human", "augmented")
 
 
-def check_dataset(benchmark: str, folder: Path, source: str) -> None:
-    """Raise UserError unless the files of `source` can be read, and have the benchmark's layout where it is known."""
-    checks = {"mmlu": check_mmlu, "chartqa": check_chartqa}
-    if benchmark in checks:
-        checks[benchmark](folder, source)
-        return
+def check_files(folder: Path, source: str) -> None:
+    """Raise UserError unless `source` has data files, and those in parquet can be read; whatever their layout."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
     if not files:
         raise UserError(f"{source} has no data files: use a dataset in the layout of the benchmark's own")
