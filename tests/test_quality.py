@@ -27,7 +27,9 @@ def test_recipes_are_compared_by_what_they_keep_of_a_model_and_by_their_size(tmp
     base, hqq, gptq = json.loads(done.stdout.splitlines()[-1])["recipes"]
     assert [row["name"] for row in (base, hqq, gptq)] == ["base", "HQQ-INT8-INT4", "GPTQ-INT8-INT4"]
     assert all(tuple(row) == COLUMNS for row in (base, hqq, gptq))
-    assert base["packed_bytes"] > hqq["packed_bytes"] == gptq["packed_bytes"]
+    # The built-in model's vision tower is int8 in a calibrated recipe, which takes 22,080 bytes more.
+    assert gptq["packed_bytes"] - hqq["packed_bytes"] == 22_080
+    assert base["packed_bytes"] > gptq["packed_bytes"]
     assert (base["kl_mean"], base["same_top"]) == (0, 1)
     assert 0.05 < gptq["kl_mean"] < hqq["kl_mean"] < 0.2
     table = done.stdout.splitlines()[:-1]

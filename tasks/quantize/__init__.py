@@ -162,6 +162,8 @@ def _quantize_decoder(
         "calibration": asdict(recipe.calibration) if recipe.calibration else None,
         "tokens": digest_tokens(tokens),
         "device": device,
+        # A product's last bits can depend on how many threads share it.
+        "threads": torch.get_num_threads(),
     }
     try:
         identity["checkpoint"], root = store.read_artifact(checkpoint).digest, store.root_of(checkpoint)

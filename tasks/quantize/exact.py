@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantize_gemma.tasks.quantize.hqq import BOUNDS
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -71,6 +69,9 @@ def find_scales(rows: Tensor, group_size: int, dtype: str) -> tuple[Tensor, Tens
 def _fit(groups: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best integers, scales, and largest errors, 0 for a group on the grid, of groups, [groups, size]."""
     import torch
+
+    # Here, because a run's own process imports this module: numba takes settings from where that is started.
+    from quantize_gemma.tasks.quantize.hqq import BOUNDS
 
     low, high = BOUNDS[dtype]
     largest = groups.abs().amax(1).float()
