@@ -8,8 +8,8 @@ the columns that follow, by the inverse of the Hessian of the layer's squared ou
 - The columns go in the order of their inputs' size, whole groups first, so that groups stay what the format says.
 - Then passes of coordinate descent over scales and integers, on the whole Hessian: GPTQ never returns to a column.
 
-Rows are independent: they are worked on in tiles, transposed, with one row per vector lane. The kernels here split no sum
-by the number of threads; the products of matrices around them may.
+Rows are independent: they are worked on in tiles, transposed, with one row per vector lane. The kernels here split no
+sum by the number of threads; the products of matrices around them may.
 """
 
 from __future__ import annotations
