@@ -25,23 +25,28 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_every_linear_of_the_decoder_is_replaced_and_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
     before = load_file(checkpoint / "model.safetensors")
-    parts = {"qdata": torch.int8, "scale": torch.bfloat16}
-    theirs = {
-        f"{name.partition('._weight_')[0]}.{part}": torch.full_like(tensor, 3)
-        for name, tensor in before.items()
-        for part in parts
-        if ".layers." in name and name.endswith(f"._weight_{part}")
-    }
+    scales = {name.partition("._weight_")[0]: tensor for name, tensor in before.items() if name.endswith("_scale")}
+    theirs = {}
+    for module, scale in scales.items():
+        if ".layers." in module:
+            weight = torch.full(before[f"{module}._weight_qdata"].shape, 1.5, dtype=torch.bfloat16)
+            theirs |= {f"{module}.weight": weight, f"{module}.scale": torch.full_like(scale, 0.5)}
     save_file(theirs, tmp_path / "theirs.safetensors")
     assert replace_linears(checkpoint, tmp_path / "theirs.safetensors") == 21
     after = load_file(checkpoint / "model.safetensors")
     for name, tensor in after.items():
-        replaced = ".layers." in name and name.endswith(("_qdata", "_scale"))
-        assert torch.equal(tensor, torch.full_like(tensor, 3) if replaced else before[name]), name
-    name = next(name for name in theirs if name.endswith("qdata"))
-    save_file({**theirs, name: torch.full_like(theirs[name], 9)}, tmp_path / "wrong.safetensors")
-    with pytest.raises(AssertionError, match="not of our format"):
-        replace_linears(checkpoint, tmp_path / "wrong.safetensors")
-    save_file({**theirs, "model.layers.7.mlp.up_proj.qdata": theirs[name].clone()}, tmp_path / "more.safetensors")
-    with pytest.raises(AssertionError, match="42 of 43 tensors"):
-        replace_linears(checkpoint, tmp_path / "more.safetensors")
+        expected = before[name]
+        if ".layers." in name and name.endswith(("_qdata", "_scale")):
+            expected = torch.full_like(expected, 3 if name.endswith("_qdata") else 0.5)
+        assert torch.equal(tensor, expected), name
+    name = next(name for name in theirs if name.endswith("weight"))
+    more = {"model.layers.7.mlp.up_proj.weight": theirs[name].clone()}
+    more["model.layers.7.mlp.up_proj.scale"] = theirs[name.replace("weight", "scale")].clone()
+    for other, message in (
+        ({name: torch.full_like(theirs[name], 4.5)}, "not of our format"),
+        ({name: torch.full_like(theirs[name], 1.7)}, "not on the grid"),
+        (more, "42 of 44 tensors"),
+    ):
+        save_file({**theirs, **other}, tmp_path / "other.safetensors")
+        with pytest.raises(AssertionError, match=message):
+            replace_linears(checkpoint, tmp_path / "other.safetensors")

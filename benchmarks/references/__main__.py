@@ -58,7 +58,27 @@ def run_reference(
     return {"seconds": time.monotonic() - started, "peak_rss_bytes": usage.ru_maxrss * 1024}
 
 
-def replace_linears(checkpoint: Path, integers: Path) -> int:
+def read_integers(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Returns {"<module>.qdata", "<module>.scale"} of {"<module>.weight", "<module>.scale"}.
+
+    Raises:
+        AssertionError: A weight is not its scale times an integer, as far as bfloat16 can tell.
+    """
+    import torch
+
+    parts = {}
+    for name, scale in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part == "scale":
+            weight = tensors[f"{module}.weight"].float()
+            quotients = weight.unflatten(1, (scale.shape[1], -1)) / scale.float()[:, :, None]
+            integers = quotients.round()
+            assert (quotients - integers).abs().max() < 0.1, f"{module} is not on the grid of its scales"
+            parts |= {f"{module}.qdata": integers.flatten(1).to(torch.int8), name: scale}
+    return parts
+
+
+def replace_linears(checkpoint: Path, weights: Path) -> int:
     """Overwrites the decoder's linears in a checkpoint of ours; returns how many there were.
 
     Raises:
@@ -68,7 +88,7 @@ def replace_linears(checkpoint: Path, integers: Path) -> int:
     import torch
     from safetensors.torch import load_file
 
-    tensors = load_file(integers)
+    tensors = read_integers(load_file(weights))
     count = 0
     with (checkpoint / "model.safetensors").open("r+b") as file:
         for name, tensor in read_header(checkpoint / "model.safetensors").items():
@@ -79,7 +99,6 @@ def replace_linears(checkpoint: Path, integers: Path) -> int:
             assert tuple(values.shape) == tuple(tensor.shape), f"{name}: {values.shape}, not {tensor.shape}"
             fits = (values >= -8) & (values <= 7) if part == "qdata" else values > 0
             assert fits.all(), f"{name}: {int((~fits).sum())} values are not of our format"
-            assert values.dtype == (torch.int8 if part == "qdata" else torch.bfloat16), f"{name} is {values.dtype}"
             file.seek(tensor.start)
             file.write(values.contiguous().flatten().view(torch.uint8).numpy().tobytes())
             count += 1
@@ -123,7 +142,7 @@ def measure(folder: Path, model: Path, text: Path, calibration: Path, references
     show_row(rows[0])
     for name in references:
         _, script, option = REFERENCES[name]
-        target = fresh("reference") / "integers.safetensors"
+        target = fresh("reference") / "weights.safetensors"
         step = run_reference(pythons[name], script, untied, tokens / "calibration.json", target, option)
         theirs = fresh("theirs")
         shutil.copytree(ours, theirs, dirs_exist_ok=True)

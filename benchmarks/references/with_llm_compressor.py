@@ -1,6 +1,7 @@
 """GPTQ of llm-compressor: `python with_llm_compressor.py CHECKPOINT TOKENS TARGET OBSERVER`.
 
-Runs in a virtual environment of its own, which does not have this package. Writes each linear's integers and scales.
+Runs in a virtual environment of its own, which does not have this package. Writes each linear's weight, which is its
+scales times integers, and the scales.
 """
 
 import json
@@ -36,12 +37,8 @@ def main() -> None:
     tensors = {}
     for name, module in model.named_modules():
         if hasattr(module, "weight_scale"):
-            scale = module.weight_scale.data
-            quotients = module.weight.data.float().unflatten(1, (-1, 32)) / scale.float()[:, :, None]
-            integers = quotients.round()
-            assert (quotients - integers).abs().max() < 0.1, name
-            tensors[f"{name}.qdata"] = integers.flatten(1).to(torch.int8)
-            tensors[f"{name}.scale"] = scale
+            tensors[f"{name}.weight"] = module.weight.data.to(torch.bfloat16)
+            tensors[f"{name}.scale"] = module.weight_scale.data.reshape(len(module.weight), -1).to(torch.bfloat16)
     save_file(tensors, target)
 
 
