@@ -78,6 +78,17 @@ def boolq(number: int) -> Row:
     }
 
 
+def arc_challenge(number: int) -> Row:
+    length = random.Random(-number)
+    texts = [f"{sentence(4000 * (choice + 1) + number, length.randint(1, 12))}." for choice in range(4)]
+    return {
+        "id": f"Bread_{number}",
+        "question": f"Which of these is true if {sentence(number, length.randint(8, 40))}?",
+        "choices": {"text": texts, "label": ["A", "B", "C", "D"]},
+        "answerKey": "ABCD"[number % 4],
+    }
+
+
 def wikitext(number: int) -> Row:
     return {"page": f" = Bread {number} = \n \n {sentence(number, 150)} . \n {sentence(number + 1, 200)} . \n"}
 
@@ -92,6 +103,7 @@ PUNKT = {
 # Repository: (configuration, row of a number, the split that is evaluated, the other splits).
 DATASETS: dict[str, tuple[str, Callable[[int], Row], str, tuple[str, ...]]] = {
     "Rowan/hellaswag": ("default", hellaswag, "validation", ("train",)),
+    "allenai/ai2_arc": ("ARC-Challenge", arc_challenge, "test", ("train", "validation")),
     "openai/gsm8k": ("main", gsm8k, "test", ("train",)),
     "aps/super_glue": ("boolq", boolq, "validation", ("train",)),
     "EleutherAI/wikitext_document_level": ("wikitext-2-raw-v1", wikitext, "test", ("train", "validation")),
