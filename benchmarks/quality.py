@@ -18,7 +18,14 @@ from quantize_gemma.tasks.models.checkpoint import linear_shapes, read_headers
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import Recipe, decide, load_recipe, packed_bytes
 
-RECIPES = ("HQQ-INT8-INT4", "SEARCH-INT8-INT4", "GPTQ-INT8-INT4", "GPTQ-INT8-INT4-HEAD8")
+RECIPES = (
+    "HQQ-INT8-INT4",
+    "SEARCH-INT8-INT4",
+    "GPTQ-INT8-INT4",
+    "GPTQ-INT8-INT4-HEAD8",
+    "DISTILL-INT8-INT4",
+    "DISTILL-INT8-INT4-HEAD8",
+)
 # What export() takes besides the checkpoint.
 EXPORT = {"max_seq_len": 1024, "custom_sdpa": True, "custom_kv_cache": True, "last_logits_only": True}
 COLUMNS = ("name", "program_bytes", "packed_bytes", "ppl", "kl_mean", "same_top", "seconds", "peak_rss_bytes")
@@ -39,11 +46,20 @@ def our_quantize(target: str, checkpoint: str, recipe: str, calibration: str | N
     return quantize(Path(target), Path(checkpoint), load_recipe(recipe).to_json(), "cpu", source)
 
 
+def our_distill(target: str, checkpoint: str, base: str, recipe: str, calibration: str) -> dict[str, Any]:
+    """Distill as the flow does."""
+    from quantize_gemma.tasks.quantize.distill import distill
+
+    content = load_recipe(recipe).to_json()
+    return distill(Path(target), Path(checkpoint), Path(base), content, "cpu", Path(calibration))
+
+
 def our_calibrate(target: str, checkpoint: str, text: str, recipe: str, fidelity_text: str) -> dict[str, Any]:
     """Prepare the calibration tokens as the flow does."""
     from quantize_gemma.tasks.calibrate import calibrate, digest_text
 
-    settings = load_recipe(recipe).calibration
+    loaded = load_recipe(recipe)
+    settings = loaded.calibration
     assert settings is not None, f"{recipe} needs no calibration"
     return calibrate(
         Path(target),
@@ -54,6 +70,7 @@ def our_calibrate(target: str, checkpoint: str, text: str, recipe: str, fidelity
         text=text,
         digest=digest_text(text),
         fidelity_text=Path(fidelity_text),
+        distilled=loaded.distillation.sequences if loaded.distillation else 0,
     )
 
 
@@ -121,6 +138,13 @@ def measure(
         step = run(
             "benchmarks.quality:our_quantize", target=quantized, checkpoint=untied, recipe=name, calibration=tokens
         )
+        if recipe.distillation is not None:
+            distilled = fresh("distilled")
+            inputs = {"checkpoint": quantized, "base": untied, "recipe": name, "calibration": tokens}
+            training = run("benchmarks.quality:our_distill", target=distilled, **inputs)
+            step["seconds"] += training["seconds"]
+            step["peak_rss_bytes"] = max(step["peak_rss_bytes"], training["peak_rss_bytes"])
+            quantized = distilled
         run("benchmarks.quality:our_fidelity", target=results, base=untied, states=states, checkpoint=quantized)
         metrics = json.loads((results / "results.json").read_text(encoding="utf-8"))["weights_only"]
         rows[0]["ppl"] = metrics["ppl_base"]

@@ -9,15 +9,14 @@ from prefect import flow
 from prefect.artifacts import create_image_artifact, create_table_artifact
 from prefect.logging import get_run_logger
 
-from quantize_gemma.flows.calibration import submit_calibration
 from quantize_gemma.flows.options import Count, DiagnoseOptions, Flag, ModelName, OptionalText, Text, Texts
-from quantize_gemma.flows.plan import Plan, check_download, download_inputs, make_plan, quantize_inputs
+from quantize_gemma.flows.plan import Plan, check_download, download_inputs, make_plan
+from quantize_gemma.flows.quantization import submit_quantization
 from quantize_gemma.flows.run import start_run
 from quantize_gemma.tasks.download import download, download_text
 from quantize_gemma.tasks.fidelity.diagnose import HEAT_MAP
 from quantize_gemma.tasks.fidelity.diagnose import diagnose as diagnose_modules
 from quantize_gemma.tasks.models.text_fidelity import KINDS, damage_rows, parse_damages
-from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.artifact_ref import open_artifact
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
@@ -71,8 +70,7 @@ def diagnose(
         plan = check_download(plan, base)
         untied = run.submit(untie, checkpoint=base)
         passages = run.submit(download_text, **download_inputs(plan.text, offline))
-        tokens = submit_calibration(run, plan, base, passages)
-        quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe), **tokens)
+        quantized = submit_quantization(run, plan, base, untied, passages)
         damage = run.submit(
             diagnose_modules,
             base=base,

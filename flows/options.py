@@ -22,6 +22,8 @@ from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 
 # The upper limit of every count.
 LARGEST = 1_000_000
+# The stages that make the quantized checkpoint, in order.
+QUANTIZING = ("download", "untie", "download_text", "download_calibration", "calibrate", "quantize", "distill")
 # Shown on the card even if they have their default values, which may change in a later version.
 ALWAYS_SHOWN = {"model", "recipe", "tasks", "max_seq_len", "program_samples", "max_new_tokens"}
 # Options that do not affect what is in a release.
@@ -393,7 +395,7 @@ class DiagnoseOptions(Options):
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
-        stages = ("download", "untie", "download_text", "download_calibration", "calibrate", "quantize", "diagnose")
+        stages = [*QUANTIZING, "diagnose"]
         if unknown := [name for name in self.refresh if name not in stages]:
             raise ValueError(f"refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
         return self
@@ -401,7 +403,7 @@ class DiagnoseOptions(Options):
 
 def stage_names(benchmarks: list[str]) -> list[str]:
     """Return the names of all stages of a run, in order."""
-    names = ["download", "untie", "download_text", "download_calibration", "calibrate", "quantize", "smoke", "export"]
+    names = [*QUANTIZING, "smoke", "export"]
     names += ["fidelity_base", "fidelity_quantized", "fidelity_program", "fidelity"]
     for benchmark in benchmarks:
         names += [f"download_{benchmark}", f"record_{benchmark}"]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.logging import get_run_logger
 
-from quantize_gemma.flows.calibration import resolve_calibration
 from quantize_gemma.flows.options import RunOptions, command_line
+from quantize_gemma.flows.quantization import quantize_inputs, resolve_calibration
 from quantize_gemma.tasks.check import (
     check_checkpoint,
     check_disk,
@@ -227,6 +227,9 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     if cost := plan_calibration(read_model_config(path).text, plan.recipe):
         minutes, memory = cost["calibration_seconds"] / 60, cost["calibration_memory_bytes"] / 1e9
         get_run_logger().info("calibration: about %.0f minutes and %.1f GB of memory here", max(minutes, 1), memory)
+    if "distillation_seconds" in cost:
+        minutes, memory = cost["distillation_seconds"] / 60, cost["distillation_memory_bytes"] / 1e9
+        get_run_logger().info("distillation: about %.0f minutes and %.1f GB of memory here", max(minutes, 1), memory)
     if "vision_config" in read_config(path):
         return plan
     rows = _without_images([one.row for one in plan.benchmarks])
@@ -237,14 +240,6 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
 def download_inputs(source: ResolvedDataset, offline: bool) -> Inputs:
     """Return where a download comes from."""
     return {"source": source.source, "revision": source.revision, "offline": offline}
-
-
-def quantize_inputs(options: RunOptions, recipe: Recipe) -> Inputs:
-    """Return how the checkpoint is quantized."""
-    evaluation = options.evaluation
-    # Results are the same bytes on every machine unless a GPU is requested: it sums in another order.
-    device = "cuda" if evaluation.device == "cuda" and evaluation.cluster is None else "cpu"
-    return {"recipe": recipe.to_json(), "device": device}
 
 
 def export_inputs(options: RunOptions) -> Inputs:

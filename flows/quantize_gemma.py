@@ -9,7 +9,6 @@ from prefect import flow, runtime
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
-from quantize_gemma.flows.calibration import submit_calibration
 from quantize_gemma.flows.options import (
     EvaluationOptions,
     ExportOptions,
@@ -30,8 +29,8 @@ from quantize_gemma.flows.plan import (
     export_inputs,
     make_plan,
     publishing_target,
-    quantize_inputs,
 )
+from quantize_gemma.flows.quantization import submit_quantization
 from quantize_gemma.flows.report import create_artifacts
 from quantize_gemma.flows.run import Future, Run, start_run
 from quantize_gemma.tasks.card import card
@@ -49,7 +48,6 @@ from quantize_gemma.tasks.gate.checks import compare_with_published, require_pas
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, to_json
 from quantize_gemma.tasks.models.tables import COLUMNS
 from quantize_gemma.tasks.publish import publish, published_metrics
-from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
 from quantize_gemma.tasks.smoke import smoke
@@ -111,8 +109,7 @@ def quantize_gemma(
         plan = check_download(plan, base)
         untied = run.submit(untie, checkpoint=base)
         text = run.submit(download_text, **download_inputs(plan.text, offline))
-        tokens = submit_calibration(run, plan, base, text)
-        quantized = run.submit(quantize, checkpoint=untied, **quantize_inputs(options, plan.recipe), **tokens)
+        quantized = submit_quantization(run, plan, base, untied, text)
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
         measure_fidelity(run, plan, text, base, quantized, program)

@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize_gemma.tasks.models.calibration import PROMPTS, write_calibration
+from quantize_gemma.tasks.models.calibration import DISTILLATION, PROMPTS, write_calibration
 from quantize_gemma.tasks.models.chat import has_chat_template
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.reporting import report_progress
@@ -36,10 +36,12 @@ def calibrate(
     digest: str | None = None,
     dataset: Path | None = None,
     fidelity_text: Path | None = None,
+    distilled: int = 0,
 ) -> Output:
     """Fill `target` with calibration.json: sequences of token ids, each <bos> and consecutive tokens.
 
-    It takes more than seven parameters because each is a value of the stage's key.
+    For a distilled recipe, distillation.json has more of them, and the same answers. It takes more than seven
+    parameters because each is a value of the stage's key.
 
     Args:
         target: An empty directory.
@@ -51,6 +53,7 @@ def calibrate(
         digest: The SHA-256 that the file had when the run started.
         dataset: The directory of a dataset's files, text or parquet with the column `text`.
         fidelity_text: What the result is measured on, if anything: a text file, or a directory with one.
+        distilled: How many sequences of the text to distill from; 0 for a recipe that is not distilled.
 
     Raises:
         UserError: The text is too short, is not UTF-8, has changed, or shares OVERLAP tokens in a row with the
@@ -78,6 +81,10 @@ def calibrate(
         conversations = answer_prompts(checkpoint, tokenizer, answers * (length - 1))
         added = spread_windows(conversations, tokenizer.bos_token_id, answers, length)
     write_calibration(target, chosen + added)
+    if distilled:
+        write_calibration(
+            target, spread_windows(tokens, tokenizer.bos_token_id, distilled, length) + added, DISTILLATION
+        )
     counts = {"sequences": len(chosen), "answers": len(added), "length": length}
     return {"metadata": {**counts, "tokens": (len(chosen) + len(added)) * length}}
 

@@ -26,7 +26,15 @@ from quantize_gemma.tasks.models.checkpoint import (
 )
 from quantize_gemma.tasks.models.config import TextConfig
 from quantize_gemma.tasks.models.float32 import fast_products
-from quantize_gemma.tasks.models.recipe import Recipe, decide, load_recipe
+from quantize_gemma.tasks.models.recipe import (
+    LOGITS,
+    MEASUREMENTS,
+    STEP_POSITIONS,
+    STEP_SEQUENCES,
+    Recipe,
+    decide,
+    load_recipe,
+)
 from quantize_gemma.tasks.runtime import machine, pruning, store, store_layout
 from quantize_gemma.tasks.runtime.errors import UserError
 
@@ -51,6 +59,11 @@ MEMORY_OF_CALIBRATION = 1_750_000_000
 ANSWERED_AT_ONCE = 8
 BYTES_PER_SECOND = 2e10
 PIECES = 8 * 2**23
+# One of so many sequences is measured on in a distillation; how many operations an NVIDIA H200 does in a second there,
+# in float32, and what it takes to start those of a step.
+HELD_OUT = 16
+GPU_OPERATIONS_PER_SECOND = 2e13
+GPU_SECONDS_PER_STEP = 0.5
 # The smoke tests' prompts and a few generated tokens; an image is added to that.
 SHORTEST_SEQ_LEN = 64
 SECONDS_TO_CONNECT = 10.0
@@ -109,11 +122,22 @@ def check_calibration(recipe: Recipe, text: str | None) -> None:
 
 
 def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:
-    """Return {"calibration_seconds", "calibration_memory_bytes"} on this machine; nothing if the recipe needs none."""
+    """Return what calibration takes on this machine, and distillation here and on a GPU; nothing of what is not done.
+
+    The names are "calibration_seconds", "calibration_memory_bytes", "distillation_seconds",
+    "distillation_memory_bytes", and "distillation_seconds_on_gpu".
+    """
     if recipe.calibration is None:
         return {}
-    seconds, memory = estimate_calibration(text, recipe, measure_speed())
-    return {"calibration_seconds": round(seconds), "calibration_memory_bytes": memory}
+    speed = measure_speed()
+    seconds, memory = estimate_calibration(text, recipe, speed)
+    plan = {"calibration_seconds": round(seconds), "calibration_memory_bytes": memory}
+    if recipe.distillation is not None:
+        operations, memory = estimate_distillation(text, recipe)
+        on_gpu = operations / GPU_OPERATIONS_PER_SECOND + recipe.distillation.steps * GPU_SECONDS_PER_STEP
+        plan["distillation_seconds"] = round(operations / (speed * SHARE_OF_SPEED))
+        plan |= {"distillation_memory_bytes": memory, "distillation_seconds_on_gpu": round(on_gpu)}
+    return plan
 
 
 def estimate_calibration(text: TextConfig, recipe: Recipe, operations_per_second: float) -> tuple[float, int]:
@@ -149,6 +173,32 @@ def estimate_calibration(text: TextConfig, recipe: Recipe, operations_per_second
     # weights in bfloat16 and quantized, a byte each.
     floats = 2 * tokens * hidden + 2 * max(inputs) ** 2 + hidden * mlp + PIECES
     return seconds, int(MEMORY_OF_CALIBRATION + 4 * floats + 3.1 * weights)
+
+
+def estimate_distillation(text: TextConfig, recipe: Recipe) -> tuple[int, int]:
+    """Return how many operations a decoder's distillation takes, in matrix products, and its peak memory in bytes.
+
+    Args:
+        text: The decoder's shape.
+        recipe: A recipe with a distillation.
+    """
+    settings, calibration = recipe.distillation, recipe.calibration
+    assert settings is not None, f"{recipe.name} has no distillation"
+    assert calibration is not None, f"{recipe.name} has no calibration"
+    hidden, head = text.hidden_size, text.vocab_size * text.hidden_size
+    queries, keys = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
+    weights = text.num_hidden_layers * hidden * (2 * queries + 2 * keys + 3 * text.intermediate_size)
+    sequences, length = settings.sequences + calibration.answers, calibration.length
+    # A step runs each block forward twice, and backward to its inputs and to its weights; the head once and the base
+    # model's head besides. The held-out sequences run forward, and so do all in the base model.
+    step = STEP_SEQUENCES * (8 * length * weights + 8 * STEP_POSITIONS * head)
+    held_out = (MEASUREMENTS + 1) * (sequences // HELD_OUT) * (2 * length * weights + 4 * STEP_POSITIONS * head)
+    operations = settings.steps * step + held_out + 2 * sequences * length * weights
+    # Integers; for each scale itself, what is trained, its best, its gradient and two moments, in float32; the base
+    # model's hidden states, its head in bfloat16, and logits of both models with what the loss makes of them.
+    memory = weights + 3 * head + (weights + head) // 32 * 24
+    memory += 4 * (sequences * length * hidden + 6 * LOGITS * text.vocab_size + PIECES)
+    return operations, MEMORY_OF_LIBRARIES + memory
 
 
 def measure_speed() -> float:

@@ -18,6 +18,7 @@ from quantize_gemma.tasks.models.metrics import (
     CalibrationData,
     Columns,
     Dataset,
+    DistillationData,
     Metrics,
     Program,
     Quantized,
@@ -102,6 +103,7 @@ def collect_metrics(
         stages=costs,
         gate=add_missing(judge(infos, columns, pairs, limits), required),
         calibration=collect_calibration(artifacts, resolved),
+        distillation=collect_distillation(artifacts),
     )
 
 
@@ -112,6 +114,13 @@ def collect_calibration(artifacts: Artifacts, resolved: dict[str, Any]) -> Calib
     return TypeAdapter(CalibrationData).validate_python(
         {"dataset": resolved["calibration"], **artifacts["calibrate"].metadata}
     )
+
+
+def collect_distillation(artifacts: Artifacts) -> DistillationData | None:
+    """Return how the recipe was distilled; None if it was not."""
+    if "distill" not in artifacts:
+        return None
+    return TypeAdapter(DistillationData).validate_python(artifacts["distill"].metadata)
 
 
 def add_up(parts: list[Artifact]) -> StageCost:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE = "calibration.json"
+# What a distilled recipe learns from: more of the same.
+DISTILLATION = "distillation.json"
 # A dataset's files, if no others are named.
 DATASET_FILES = ("*.parquet", "*.txt")
 # What the base model answers, if it has a chat template. None is one of fidelity's prompts.
@@ -68,12 +70,12 @@ def parse_source(text: str) -> CalibrationSource:
     return CalibrationSource(name, True, revision or None, files or None)
 
 
-def write_calibration(target: Path, sequences: list[list[int]]) -> None:
+def write_calibration(target: Path, sequences: list[list[int]], file: str = FILE) -> None:
     """Write token ids, [sequences, length]."""
-    (target / FILE).write_text(json.dumps(sequences) + "\n", encoding="utf-8")
+    (target / file).write_text(json.dumps(sequences) + "\n", encoding="utf-8")
 
 
-def read_calibration(folder: Path) -> list[list[int]]:
+def read_calibration(folder: Path, file: str = FILE) -> list[list[int]]:
     """Return token ids, [sequences, length]."""
-    sequences: list[list[int]] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    sequences: list[list[int]] = json.loads((folder / file).read_text(encoding="utf-8"))
     return sequences

@@ -289,6 +289,23 @@ class CalibrationData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The KL divergence from the base model, in nats, on sequences that are not learned from, after so many steps."""
+
+    step: int
+    kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationData:
+    """How a distilled recipe's scales and norms were trained: on how many sequences, for how many steps."""
+
+    sequences: int
+    steps: int
+    held_out_kl: list[HeldOut]
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkInfo:
     """What a benchmark is: its title and those of its further metrics, and its dataset; see benchmarks.py."""
 
@@ -372,6 +389,7 @@ class Metrics(Columns):
     stages: dict[str, StageCost]
     gate: Verdict
     calibration: CalibrationData | None = None
+    distillation: DistillationData | None = None
 
 
 # The columns of the quality table.

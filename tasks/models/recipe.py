@@ -37,6 +37,10 @@ CALIBRATION_REASONS = {
         "is not a setting of a calibration: use sequences, answers, length, damping, order, passes, compensation"
     ),
 }
+DISTILLATION_REASONS = {
+    "int_type": "must be an integer",
+    "unexpected_keyword_argument": "is not a setting of a distillation: use sequences, steps, learning_rate",
+}
 RECIPES = Path(__file__).parent / "recipes"
 # `affine` and `hqq_scale_only` are torchao's `intx_choose_qparams_algorithm`; `search` needs no data either, and `gptq`
 # needs the recipe's calibration. `exact` is for weights that are on a grid already.
@@ -102,27 +106,58 @@ class Calibration:
     compensation: float = 0.5
 
 
+# Sequences of a step of distillation, and positions of each whose next token counts: there the head is most of the
+# work.
+STEP_SEQUENCES = 4
+STEP_POSITIONS = 128
+# Positions whose logits are in memory at once.
+LOGITS = 256
+# How often the held-out sequences are measured.
+MEASUREMENTS = 12
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How the scales and the norms are trained after quantization.
+
+    Attributes:
+        sequences: How many sequences of the calibration text to learn from, evenly spread; fewer if it is shorter.
+        steps: Steps of Adam, at most.
+        learning_rate: The largest; scales and norms change by about that share in a step.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    sequences: int = 256
+    steps: int = 160
+    learning_rate: float = 0.001
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A name, rules that decide every quantizable module once, and the calibration that rules with `gptq` need."""
+    """A name, rules that decide every quantizable module once, and what rules with `gptq` and what training need."""
 
     name: str
     rules: tuple[Rule, ...]
     description: str | None = None
     calibration: Calibration | None = None
+    distillation: Distillation | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Recipe":
         """Return the recipe of what `to_json` returned; for a file that a person wrote, see load_recipe."""
         rules = tuple(Rule(**rule) for rule in value["rules"])
         calibration = Calibration(**value["calibration"]) if "calibration" in value else None
-        return cls(value["name"], rules, value.get("description"), calibration)
+        distillation = Distillation(**value["distillation"]) if "distillation" in value else None
+        return cls(value["name"], rules, value.get("description"), calibration, distillation)
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON values: what a stage takes, and what counts in its key."""
         value: dict[str, Any] = {"name": self.name, "rules": [asdict(rule) for rule in self.rules]}
         if self.calibration is not None:
             value["calibration"] = asdict(self.calibration)
+        if self.distillation is not None:
+            value["distillation"] = asdict(self.distillation)
         return value if self.description is None else {**value, "description": self.description}
 
 
@@ -147,8 +182,9 @@ def load_recipe(name: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         reason = REASONS.get(first["type"]) or f"is not valid ({first['msg']})"
-        if first["loc"][0] == "calibration":
-            reason = CALIBRATION_REASONS.get(first["type"], reason)
+        if first["loc"][0] in ("calibration", "distillation"):
+            reasons = CALIBRATION_REASONS if first["loc"][0] == "calibration" else DISTILLATION_REASONS
+            reason = reasons.get(first["type"], reason)
         if first["type"] == "literal_error":
             reason = f"must be {first['ctx']['expected']}"
         _refuse(path, content, first["loc"], reason)
@@ -168,13 +204,20 @@ def load_recipe(name: str) -> Recipe:
                 "sequences >= 1, answers >= 0, length >= 2, passes >= 0, 0 < damping < 1 and 0 <= compensation <= 1"
             )
             _refuse(path, content, ("calibration",), f"needs {ranges}")
+    if (training := recipe.distillation) is not None:
+        if recipe.calibration is None:
+            _refuse(path, content, ("distillation",), "needs a calibrated recipe: it learns from the calibration text")
+        if not (training.sequences >= 2 and training.steps >= 1 and 0 < training.learning_rate < 1):
+            ranges = "sequences >= 2, steps >= 1 and 0 < learning_rate < 1"
+            _refuse(path, content, ("distillation",), f"needs {ranges}")
     return recipe
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Return the SHA-256 of the recipe's rules and calibration; its name and description do not count."""
+    """Return the SHA-256 of the recipe's rules and settings; its name and description do not count."""
     content = recipe.to_json()
-    counted = [content["rules"], content["calibration"]] if recipe.calibration else content["rules"]
+    settings = [content[name] for name in ("calibration", "distillation") if name in content]
+    counted = [content["rules"], *settings] if settings else content["rules"]
     return hashlib.sha256(canonical_json(counted)).hexdigest()
 
 

@@ -21,13 +21,12 @@ from quantize_gemma.tasks.models.checkpoint import (
     linear_shapes,
     read_config,
     read_header,
-    weight_files,
 )
 from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.load_check import check_shapes
 from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide, packed_bytes, recipe_hash, torchao_config
-from quantize_gemma.tasks.quantize.source import SourceTensor
+from quantize_gemma.tasks.quantize.source import SourceTensor, open_tensors
 from quantize_gemma.tasks.quantize.writer import CheckpointWriter
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
@@ -69,7 +68,7 @@ def quantize(
     multimodal = is_multimodal(read_config(checkpoint))
     if (parsed.calibration is None) != (calibration is None):
         raise UserError(f"the recipe {parsed.name} needs {'a' if parsed.calibration else 'no'} calibration text")
-    with _open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
+    with open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
         shapes = {name: source.shape for name, source in sources.items()}
         rules = decide(parsed, linear_shapes(shapes))
         quantized, calibrated = {}, {}
@@ -111,25 +110,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _open_tensors(checkpoint: Path) -> Iterator[dict[str, SourceTensor]]:
-    """Yield the checkpoint's tensors by their names in the loaded model, sorted; their files stay open meanwhile."""
-    import torch
-
-    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-    sources = {}
-    with contextlib.ExitStack() as stack:
-        for path in weight_files(checkpoint):
-            file = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, file)
-            for name, tensor in read_header(path).items():
-                if tensor.dtype not in dtypes:
-                    raise UserError(f"the weight {name} in {path} is {tensor.dtype}: use the unquantized checkpoint")
-                source = SourceTensor(file, tensor.start, dtypes[tensor.dtype], tensor.shape)
-                sources[GEMMA3.runtime_name(name)] = source
-        yield dict(sorted(sources.items()))
 
 
 def _quantize_decoder(

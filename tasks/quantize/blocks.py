@@ -14,7 +14,7 @@ rounding is gptq.py's, on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,24 +125,39 @@ class StoredLinear(torch.nn.Module):
 class Block:
     """A decoder block of transformers, in the parts between its linears' inputs."""
 
-    def __init__(self, config: Gemma3TextConfig, number: int, weights: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        config: Gemma3TextConfig,
+        number: int,
+        weights: Mapping[str, Tensor],
+        linears: Mapping[str, torch.nn.Module] | None = None,
+    ) -> None:
+        """Build the block.
+
+        Args:
+            config: The decoder's configuration.
+            number: The block's.
+            weights: The block's weights by their names in it.
+            linears: Its linears by their names in it. [default: StoredLinears of the weights]
+        """
         from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3RotaryEmbedding
 
         with torch.device("meta"):
             layer: Gemma3DecoderLayer = Gemma3DecoderLayer(config, number)
-        self.linears: dict[str, StoredLinear] = {}
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, torch.nn.Linear):
-                self.linears[name] = StoredLinear(weights[f"{name}.weight"])
-                layer.set_submodule(name, self.linears[name])
-        names = layer.state_dict()
-        layer.load_state_dict({name: weights[name].float() for name in names}, assign=True)
+        names = [name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
+        norms = [name for name in layer.state_dict() if name.removesuffix(".weight") not in names]
+        layer.load_state_dict({name: weights[name].float() for name in norms}, strict=False, assign=True)
         self.layer = layer.eval().requires_grad_(False)
-        self.o_proj, self.down_proj = self.linears["self_attn.o_proj"], self.linears["mlp.down_proj"]
+        self.linears: dict[str, StoredLinear] = {}
+        if linears is None:
+            linears = self.linears = {name: StoredLinear(weights[f"{name}.weight"]) for name in names}
+        for name in names:
+            layer.set_submodule(name, linears[name])
+        self.o_proj, self.down_proj = linears["self_attn.o_proj"], linears["mlp.down_proj"]
         layer.self_attn.o_proj = layer.mlp.down_proj = torch.nn.Identity()
         self.kind = config.layer_types[number]
         self.window = config.sliding_window if self.kind == "sliding_attention" else None
-        self.rotary = Gemma3RotaryEmbedding(config).to(self.o_proj.weight.device)
+        self.rotary = Gemma3RotaryEmbedding(config).to(weights[norms[0]].device)
         self.width = config.intermediate_size
 
     def attention(self, hidden: Tensor) -> Tensor:

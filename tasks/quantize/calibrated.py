@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import Calibration, Recipe, Rule
 from quantize_gemma.tasks.quantize.algorithms import quantize_rows
-from quantize_gemma.tasks.quantize.source import SourceTensor, read_rows
+from quantize_gemma.tasks.quantize.source import SourceTensor, read_block, read_rows
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.runtime.reporting import log, report_progress
@@ -118,7 +118,7 @@ def quantize_decoder(
     def load(number: int) -> tuple[tuple[Block, Block], dict[str, Rule]]:
         """Return a block, twice, and the rules of the linears that are calibrated."""
         start = f"{prefix}layers.{number}."
-        weights = _read_block(sources, start, device)
+        weights = read_block(sources, start, device)
         pair = Block(config, number, weights), Block(config, number, weights)
         of_block = {name: rules[start + name] for name in pair[0].linears}
         for name, rule in of_block.items():
@@ -158,12 +158,6 @@ def quantize_decoder(
     if head in rules and rules[head].algorithm == "gptq":
         blocks.finish(head, compute_head, rules[head])
     report_progress(total, total, "blocks")
-
-
-def _read_block(sources: Mapping[str, SourceTensor], start: str, device: str) -> dict[str, Tensor]:
-    """Return the weights whose names start with `start`, by the rest of their names."""
-    names = [name for name in sources if name.startswith(start)]
-    return {name.removeprefix(start): read_rows(sources[name]).view(sources[name].shape).to(device) for name in names}
 
 
 def digest_tokens(tokens: Tensor) -> str:

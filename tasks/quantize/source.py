@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.models.checkpoint import read_header, weight_files
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 
 if TYPE_CHECKING:
     import torch
+
+# The names of a base checkpoint's dtypes in safetensors and in torch, and those of a quantized one.
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+QUANTIZED = {"I8": "int8", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,30 @@ def read_rows(source: SourceTensor, first: int = 0, count: int | None = None) ->
     buffer = bytearray(count * width * source.dtype.itemsize)
     _read(source.file, buffer, source.offset + first * width * source.dtype.itemsize)
     return torch.frombuffer(buffer, dtype=source.dtype).view(count, width)
+
+
+@contextlib.contextmanager
+def open_tensors(checkpoint: Path, dtypes: Mapping[str, str] = FLOATS) -> Iterator[dict[str, SourceTensor]]:
+    """Yield the checkpoint's tensors by their names in the loaded model, sorted; their files stay open meanwhile."""
+    import torch
+
+    sources = {}
+    with contextlib.ExitStack() as stack:
+        for path in weight_files(checkpoint):
+            file = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, file)
+            for name, tensor in read_header(path).items():
+                if tensor.dtype not in dtypes:
+                    raise UserError(f"the weight {name} in {path} is {tensor.dtype}: use the unquantized checkpoint")
+                dtype: torch.dtype = getattr(torch, dtypes[tensor.dtype])
+                sources[GEMMA3.runtime_name(name)] = SourceTensor(file, tensor.start, dtype, tensor.shape)
+        yield dict(sorted(sources.items()))
+
+
+def read_block(sources: Mapping[str, SourceTensor], start: str, device: str) -> dict[str, torch.Tensor]:
+    """Return the tensors whose names start with `start`, by the rest of their names."""
+    names = [name for name in sources if name.startswith(start)]
+    return {name.removeprefix(start): read_rows(sources[name]).view(sources[name].shape).to(device) for name in names}
 
 
 def _read(file: int, buffer: bytearray, offset: int) -> None:

@@ -1,4 +1,4 @@
-"""What a calibrated recipe is calibrated on: a text file or a dataset on the Hub, resolved and prepared for it."""
+"""How a run quantizes: on which text or dataset a recipe is calibrated, and the stages up to the checkpoint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,10 @@ from quantize_gemma.tasks.calibrate import calibrate, digest_text
 from quantize_gemma.tasks.download import download_dataset, resolve_dataset
 from quantize_gemma.tasks.models.benchmarks import Benchmark
 from quantize_gemma.tasks.models.calibration import parse_source
+from quantize_gemma.tasks.models.recipe import Recipe
 from quantize_gemma.tasks.models.resolved import ResolvedDataset
+from quantize_gemma.tasks.quantize import quantize
+from quantize_gemma.tasks.quantize.distill import distill
 
 if TYPE_CHECKING:
     from quantize_gemma.flows.options import RunOptions
@@ -27,7 +30,24 @@ def resolve_calibration(run: "Run", options: "RunOptions") -> ResolvedDataset | 
     return ResolvedDataset(path.name, digest_text(source.name), str(path.resolve()), fixture=False, on_hub=False)
 
 
-def submit_calibration(run: "Run", plan: "Plan", base: "Future", text: "Future") -> dict[str, Any]:
+def quantize_inputs(options: "RunOptions", recipe: Recipe) -> dict[str, Any]:
+    """Return how the checkpoint is quantized."""
+    evaluation = options.evaluation
+    # Results are the same bytes on every machine unless a GPU is requested: it sums in another order.
+    device = "cuda" if evaluation.device == "cuda" and evaluation.cluster is None else "cpu"
+    return {"recipe": recipe.to_json(), "device": device}
+
+
+def submit_quantization(run: "Run", plan: "Plan", base: "Future", untied: "Future", text: "Future") -> "Future":
+    """Submit what makes the quantized checkpoint by the plan's recipe; return its future."""
+    inputs = quantize_inputs(plan.options, plan.recipe) | _submit_calibration(run, plan, base, text)
+    quantized = run.submit(quantize, checkpoint=untied, **inputs)
+    if plan.recipe.distillation is None:
+        return quantized
+    return run.submit(distill, checkpoint=quantized, base=untied, **inputs)
+
+
+def _submit_calibration(run: "Run", plan: "Plan", base: "Future", text: "Future") -> dict[str, Any]:
     """Submit the preparation of the calibration tokens, none of them of the fidelity text.
 
     Returns:
@@ -55,6 +75,7 @@ def submit_calibration(run: "Run", plan: "Plan", base: "Future", text: "Future")
         sequences=settings.sequences,
         length=settings.length,
         answers=settings.answers,
+        distilled=plan.recipe.distillation.sequences if plan.recipe.distillation else 0,
         **inputs,
     )
     return {"calibration": tokens}

@@ -1,0 +1,265 @@
+"""Distill: train the scales and the norms of a quantized checkpoint for the smallest KL divergence from its base model.
+
+The integers, the embedding and the vision tower stay, and so do format and size: scales end as positive bfloat16
+numbers, norms in the checkpoint's dtype. Activations are quantized in training as the program quantizes them.
+
+The base model runs once over all tokens, a block at a time; its last hidden states are an artifact of the store. So is
+the state of the training at its last measurement, from which a run that is killed goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize_gemma.tasks.models.calibration import DISTILLATION, read_calibration
+from quantize_gemma.tasks.models.checkpoint import linear_shapes, read_header
+from quantize_gemma.tasks.models.float32 import fast_products
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide
+from quantize_gemma.tasks.quantize.calibrated import digest_tokens
+from quantize_gemma.tasks.quantize.source import QUANTIZED, SourceTensor, open_tensors, read_block, read_rows
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.fingerprint import fingerprint
+from quantize_gemma.tasks.runtime.reporting import report_progress
+from quantize_gemma.tasks.runtime.stage import Output, stage
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import Gemma3TextConfig
+
+    from quantize_gemma.tasks.quantize.student import Student
+    from quantize_gemma.tasks.quantize.training import State
+
+TARGETS, STATE = "distill-targets", "distill-state"
+WEIGHTS = "model.safetensors"
+# Digits of a KL divergence: sums may be in another order with other threads.
+DIGITS = 5
+Sources = Mapping[str, SourceTensor]
+
+
+@stage(accelerated=True, resumes=True)
+def distill(
+    target: Path,
+    checkpoint: Path,
+    base: Path,
+    recipe: dict[str, object],
+    device: str,
+    calibration: Path,
+    refresh: bool = False,
+) -> Output:
+    """Fill `target` with the quantized checkpoint, its scales and norms trained.
+
+    Args:
+        target: An empty directory.
+        checkpoint: The quantized checkpoint.
+        base: The untied checkpoint that it was quantized from.
+        recipe: The recipe as JSON values; see Recipe.to_json.
+        device: cpu, or cuda, which adds up in another order.
+        calibration: What calibrate() wrote: the tokens to learn from.
+        refresh: Start again, even if the store has a state to go on from.
+
+    Returns:
+        The number of sequences and of steps, and how the KL divergence on the held-out sequences fell, in nats.
+
+    Raises:
+        UserError: There are too few tokens to learn from and to measure.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from quantize_gemma.tasks.quantize.training import Lesson
+
+    parsed = Recipe.from_json(recipe)
+    assert parsed.distillation is not None, f"{parsed.name} has no distillation"
+    tokens = torch.tensor(read_calibration(calibration, DISTILLATION))
+    if len(tokens) < 2:
+        raise UserError("the calibration text is one sequence, and none is left to measure on: use a longer text")
+    config: Gemma3TextConfig = AutoConfig.from_pretrained(base, attn_implementation="sdpa").get_text_config()
+    with contextlib.ExitStack() as stack:
+        sources = stack.enter_context(open_tensors(base))
+        quantized = stack.enter_context(open_tensors(checkpoint, QUANTIZED))
+        root, digests = stack.enter_context(store.open_store({"checkpoint": checkpoint, "base": base}))
+        stack.enter_context(fast_products())
+        rules = decide(parsed, linear_shapes({name: source.shape for name, source in sources.items()}))
+        ran = {"tokens": digest_tokens(tokens), "device": device, "threads": torch.get_num_threads()}
+        targets = _base_states(config, sources, tokens, device, root, {"base": digests.get("base"), **ran})
+        student = _load_student(config, quantized, rules, device)
+        head = _base_head(sources, device)
+        embed = _Embedding(quantized, config, device)
+        lesson = Lesson(embed, tokens, targets.to(device), head)
+        identity = {"checkpoint": digests.get("checkpoint"), "settings": asdict(parsed.distillation), **ran}
+        state = _train_in_store(student, lesson, parsed, root, identity, refresh)
+    changed = _trained_tensors(student)
+    _write(target, checkpoint, changed)
+    return {
+        "metadata": {
+            "sequences": len(tokens),
+            "steps": state.step,
+            "held_out_kl": [{"step": step, "kl": float(f"{kl:.{DIGITS}g}")} for step, kl in state.history],
+        }
+    }
+
+
+class _Embedding:
+    """Embeds token ids with a quantized checkpoint's rows, as its decoder reads them."""
+
+    def __init__(self, quantized: Sources, config: Gemma3TextConfig, device: str) -> None:
+        import torch
+
+        module = f"{_prefix(quantized)}{GEMMA3.embedding_module}"
+        self.integers, self.scales = quantized[f"{module}._weight_qdata"], quantized[f"{module}._weight_scale"]
+        # The model keeps the factor in the checkpoint's dtype.
+        self.factor = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16).float()
+        self.device = device
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings, float32, [..., width]."""
+        import torch
+
+        ids, places = torch.unique(tokens, return_inverse=True)
+        integers, scales = (
+            torch.cat([read_rows(source, int(token), 1) for token in ids]).float()
+            for source in (self.integers, self.scales)
+        )
+        rows = integers * scales.repeat_interleave(integers.shape[1] // scales.shape[1], 1)
+        embedded: Tensor = (rows * self.factor)[places].to(self.device)
+        return embedded
+
+
+def _prefix(sources: Sources) -> str:
+    """Return what the names of the decoder's modules start with."""
+    return next(name for name in sources if ".layers.0." in name and not GEMMA3.is_vision(name)).split("layers.0.")[0]
+
+
+def _base_states(
+    config: Gemma3TextConfig, sources: Sources, tokens: Tensor, device: str, root: Path, identity: JsonObject
+) -> Tensor:
+    """Return the base model's last hidden states, normalized, float32, [sequences, length, width], from the store."""
+    from safetensors.torch import load_file, save_file
+
+    def write(target: Path) -> JsonObject:
+        save_file({"states": _run_base(config, sources, tokens, device).cpu()}, target / "states.safetensors")
+        return {"metadata": {}}
+
+    key = store.key(TARGETS, [], identity, fingerprint(f"{__name__}:_run_base"))
+    with store.keep_pinned():
+        artifact = store.produce(TARGETS, key, write, root, pinned=True)
+        states: Tensor = load_file(artifact.path / "states.safetensors")["states"]
+        return states
+
+
+def _run_base(config: Gemma3TextConfig, sources: Sources, tokens: Tensor, device: str) -> Tensor:
+    import torch
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    from quantize_gemma.tasks.quantize.blocks import Block, run_full_block
+
+    prefix = _prefix(sources)
+    source = sources[f"{prefix}{GEMMA3.embedding_module}.weight"]
+    ids, places = torch.unique(tokens, return_inverse=True)
+    rows = torch.cat([read_rows(source, int(token), 1) for token in ids]).float()
+    hidden = (rows * torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16).float())[places].to(device)
+    norm = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    norm.weight.data = read_rows(sources[f"{prefix}norm.weight"]).flatten().float().to(device)
+    with torch.no_grad():
+        for number in range(config.num_hidden_layers):
+            block = Block(config, number, read_block(sources, f"{prefix}layers.{number}.", device))
+            for _, pieces in run_full_block(block, hidden):
+                for _piece in pieces:
+                    pass
+            report_progress(number + 1, config.num_hidden_layers, "blocks of the base model")
+        for one in hidden:
+            one.copy_(norm(one))
+    return hidden
+
+
+def _load_student(config: Gemma3TextConfig, quantized: Sources, rules: Mapping[str, Rule], device: str) -> Student:
+    from quantize_gemma.tasks.quantize.student import Student, TrainedLinear
+
+    prefix = _prefix(quantized)
+    linears, weights = {}, {}
+    for name, source in quantized.items():
+        module, _, part = name.rpartition(".")
+        if not name.startswith((f"{prefix}layers.", f"{prefix}norm.", f"{GEMMA3.head_module}.")):
+            continue
+        if part == "weight":
+            weights[name] = read_rows(source).view(source.shape).to(device)
+        elif part == "_weight_qdata":
+            scales = read_rows(quantized[f"{module}._weight_scale"]).to(device)
+            linears[module] = TrainedLinear(read_rows(source).to(device), scales, rules[module].activation is not None)
+    return Student(config, prefix, weights, linears)
+
+
+def _base_head(sources: Sources, device: str) -> torch.nn.Module:
+    from quantize_gemma.tasks.quantize.blocks import StoredLinear
+
+    return StoredLinear(read_rows(sources[f"{GEMMA3.head_module}.weight"]).to(device))
+
+
+def _train_in_store(
+    student: Student, lesson: Any, recipe: Recipe, root: Path, identity: JsonObject, refresh: bool
+) -> State:
+    """Train the student from the state in the store, if there is one, and keep that there; return the last one."""
+    from safetensors.torch import load_file, save_file
+
+    from quantize_gemma.tasks.quantize.training import State, train
+
+    assert recipe.distillation is not None
+    key = store.key(STATE, [], identity, fingerprint("quantize_gemma.tasks.quantize.training:train"))
+    state = State()
+    found = None if refresh else store.load(STATE, key, root)
+    if found is not None:
+        state = State(**found.metadata["state"], tensors=load_file(found.path / "state.safetensors"))
+
+    def save(now: State) -> None:
+        def write(target: Path) -> JsonObject:
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in now.tensors.items()}
+            save_file(tensors, target / "state.safetensors")
+            return {"metadata": {"state": {"step": now.step, "best": now.best, "history": now.history}}}
+
+        store.produce(STATE, key, write, root, refresh=True)
+
+    train(student, lesson, recipe.distillation, state, save)
+    return state
+
+
+def _trained_tensors(student: Student) -> dict[str, Tensor]:
+    """Return what training changed, as it is stored, by name in the loaded model."""
+    import torch
+
+    from quantize_gemma.tasks.quantize.student import TrainedLinear
+
+    with torch.no_grad():
+        return {
+            f"{name}.{'_weight_scale' if isinstance(module, TrainedLinear) else 'weight'}": module.trained()
+            .to(torch.bfloat16)
+            .cpu()
+            for name, module in student.places.items()
+        }
+
+
+def _write(target: Path, checkpoint: Path, changed: Mapping[str, Tensor]) -> None:
+    """Write the checkpoint with other values in some of its tensors; its other files are linked."""
+    import torch
+
+    for path in checkpoint.iterdir():
+        (store.copy if path.name == WEIGHTS else store.link)(path, target / path.name)
+    written = 0
+    with (target / WEIGHTS).open("r+b") as file:
+        for name, tensor in read_header(checkpoint / WEIGHTS).items():
+            values = changed.get(GEMMA3.runtime_name(name))
+            if values is None:
+                continue
+            assert (tuple(values.shape), tensor.end - tensor.start) == (tensor.shape, 2 * prod(tensor.shape)), name
+            file.seek(tensor.start)
+            file.write(values.contiguous().view(torch.uint8).numpy().data)
+            written += 1
+    assert written == len(changed), f"{len(changed) - written} trained tensors have no place in {checkpoint}"

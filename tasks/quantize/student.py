@@ -1,0 +1,199 @@
+"""A quantized decoder whose scales and norms are trained; its integers stay as they are.
+
+It computes in float32 with activations quantized as the program quantizes them. Gradients pass through that rounding,
+and through the rounding of scales and norms to bfloat16, as if it were not there (straight-through).
+
+Memory is that of the integers, of what is trained, of one block's activations at a time (the blocks run again in the
+backward pass), and of a part of one matrix in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from quantize_gemma.tasks.models.dequantize import quantize_dequantize
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.quantize import gptq
+from quantize_gemma.tasks.quantize.blocks import Block
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Gemma3TextConfig
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+
+class TrainedLinear(torch.nn.Module):
+    """A quantized linear with a trained factor for each scale.
+
+    Attributes:
+        integers: int8, [rows, columns].
+        stored: The scales before training, float32, [rows, groups].
+        change: The logarithm of each scale's factor, [rows, groups].
+        quantizes_inputs: Whether activations are quantized.
+    """
+
+    def __init__(self, integers: Tensor, scales: Tensor, quantizes_inputs: bool) -> None:
+        super().__init__()
+        self.integers, self.stored, self.quantizes_inputs = integers, scales.float(), quantizes_inputs
+        self.change = torch.nn.Parameter(torch.zeros_like(self.stored))
+
+    def trained(self) -> Tensor:
+        """Return the scales, positive bfloat16 numbers in float32, [rows, groups]."""
+        return _round_to_bfloat16(self.stored * self.change.exp())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the outputs, [..., rows]."""
+        if self.quantizes_inputs:
+            inputs = inputs + (quantize_dequantize(inputs.detach()) - inputs).detach()
+        outputs: Tensor = _Product.apply(inputs, self.trained(), self.integers)
+        return outputs
+
+
+class TrainedNorm(torch.nn.Module):
+    """An RMS norm of Gemma 3 with a trained factor for each element of what it multiplies with.
+
+    Attributes:
+        stored: The weight before training, float32, [width]; the norm multiplies with 1 more than that.
+        change: The logarithm of each factor, [width].
+    """
+
+    def __init__(self, norm: Gemma3RMSNorm) -> None:
+        super().__init__()
+        # In a tuple, so that its weight is no parameter of this module.
+        self.norm = (norm,)
+        self.stored = norm.weight.detach().clone()
+        self.change = torch.nn.Parameter(torch.zeros_like(self.stored))
+
+    def trained(self) -> Tensor:
+        """Return the weight, bfloat16 numbers in float32, [width]."""
+        return _round_to_bfloat16((1 + self.stored) * self.change.exp() - 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the normalized inputs, [..., width]."""
+        outputs: Tensor = torch.func.functional_call(self.norm[0], {"weight": self.trained()}, (inputs,))
+        return outputs
+
+
+class Student(torch.nn.Module):
+    """The decoder and the head of a quantized checkpoint.
+
+    Attributes:
+        blocks: The decoder's blocks.
+        norm: The norm after the last block.
+        head: The output head.
+        places: The names, in the loaded model, of the modules that are trained.
+    """
+
+    def __init__(
+        self,
+        config: Gemma3TextConfig,
+        prefix: str,
+        weights: Mapping[str, Tensor],
+        linears: Mapping[str, TrainedLinear],
+    ) -> None:
+        """Build the modules.
+
+        Args:
+            config: The decoder's configuration.
+            prefix: What the names of the decoder's modules start with.
+            weights: What is not quantized, by name in the loaded model.
+            linears: The decoder's linears and the head, by name.
+        """
+        from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+        super().__init__()
+        self.places: dict[str, TrainedLinear | TrainedNorm] = dict(linears)
+        self.head = linears[GEMMA3.head_module]
+        self.blocks = []
+        for number in range(config.num_hidden_layers):
+            start = f"{prefix}layers.{number}."
+            of_block = {name.removeprefix(start): one for name, one in linears.items() if name.startswith(start)}
+            norms = {name.removeprefix(start): one for name, one in weights.items() if name.startswith(start)}
+            block = Block(config, number, norms, of_block)
+            for name, module in list(block.layer.named_modules()):
+                if isinstance(module, Gemma3RMSNorm):
+                    self.places[start + name] = TrainedNorm(module)
+                    block.layer.set_submodule(name, self.places[start + name])
+            self.blocks.append(block)
+        last = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        last.weight.data = weights[f"{prefix}norm.weight"].float()
+        self.norm = self.places[f"{prefix}norm"] = TrainedNorm(last)
+        self.modules_by_place = torch.nn.ModuleDict(
+            {name.replace(".", "/"): module for name, module in self.places.items()}
+        )
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        """Return the head's inputs, [sequences, length, width], from embeddings of the same shape."""
+        hidden = embedded.requires_grad_()
+        for block in self.blocks:
+            hidden = checkpoint(_run, block, hidden, use_reentrant=False)
+        outputs: Tensor = self.norm(hidden)
+        return outputs
+
+    def changes(self) -> dict[str, torch.nn.Parameter]:
+        """Return what is trained, by the names of the modules."""
+        return {name: module.change for name, module in self.places.items()}
+
+
+def kl_divergence(head: torch.nn.Module, inputs: Tensor, base_head: torch.nn.Module, targets: Tensor) -> Tensor:
+    """Return the mean KL divergence, in nats, of the student's next tokens from the base model's.
+
+    Args:
+        head: The student's head.
+        inputs: What it takes, [tokens, width].
+        base_head: The base model's head.
+        targets: What that takes, [tokens, width].
+    """
+    with torch.no_grad():
+        wanted = torch.log_softmax(base_head(targets), dim=-1)
+    return torch.nn.functional.kl_div(
+        torch.log_softmax(head(inputs), dim=-1), wanted, log_target=True, reduction="batchmean"
+    )
+
+
+def _run(block: Block, hidden: Tensor) -> Tensor:
+    attended = block.add_attention(hidden, block.attention(hidden))
+    return block.add_mlp(attended, block.mlp(attended))
+
+
+def _round_to_bfloat16(values: Tensor) -> Tensor:
+    return values + (values.detach().to(torch.bfloat16).float() - values).detach()
+
+
+class _Product(torch.autograd.Function):
+    """inputs @ (integers * scales).T, whose weights are made some rows at a time, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, scales: Tensor, integers: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, scales, integers)
+        outputs = inputs.new_empty(*inputs.shape[:-1], len(integers))
+        for rows, weight in _dequantize(integers, scales):
+            outputs[..., rows] = inputs @ weight.T
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        inputs, scales, integers = ctx.saved_tensors
+        gradient = gradients[0].flatten(0, -2)
+        flat = inputs.flatten(0, -2)
+        of_inputs, of_scales = torch.zeros_like(flat), torch.empty_like(scales)
+        for rows, weight in _dequantize(integers, scales):
+            of_rows = gradient[:, rows]
+            of_inputs.addmm_(of_rows, weight)
+            of_weight = of_rows.T @ flat
+            of_scales[rows] = of_weight.mul_(integers[rows]).view(len(of_weight), scales.shape[1], -1).sum(-1)
+        return of_inputs.view_as(inputs), of_scales, None
+
+
+def _dequantize(integers: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    step = gptq.rows_at_once(integers.shape[1])
+    for first in range(0, len(integers), step):
+        rows = slice(first, first + step)
+        values = integers[rows].float()
+        # A view, so that the weights are made in place.
+        values.view(len(values), scales.shape[1], -1).mul_(scales[rows].unsqueeze(-1))
+        yield rows, values

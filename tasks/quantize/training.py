@@ -1,0 +1,199 @@
+"""Trains a student: which tokens a step sees, how far it goes, when it stops, and its state between steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantize_gemma.tasks.models.recipe import LOGITS, MEASUREMENTS, STEP_POSITIONS, STEP_SEQUENCES
+from quantize_gemma.tasks.quantize.student import Student, kl_divergence
+from quantize_gemma.tasks.runtime.reporting import log, report_progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantize_gemma.tasks.models.recipe import Distillation
+
+# Steps in which the learning rate rises.
+WARMUP = 10
+# The held-out part: one of so many sequences.
+HELD_OUT = 16
+# It stops after so many measurements in a row that are no better than the best.
+PATIENCE = 6
+BETAS = 0.9, 0.95
+SEED = 0
+
+
+@dataclass
+class State:
+    """Where a training is.
+
+    Attributes:
+        step: The number of steps done.
+        best: The lowest KL divergence on the held-out sequences so far.
+        history: All of them, with their steps.
+        tensors: What is trained ("change"), at its best ("best"), and Adam's moments ("first", "second"), by
+            "<kind>/<module>".
+    """
+
+    step: int = 0
+    best: float = math.inf
+    history: list[tuple[int, float]] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def stops(self, steps: int) -> bool:
+        """Tell whether the training is over: all steps are done, or PATIENCE measurements were no better."""
+        kls = [kl for _, kl in self.history]
+        return self.step >= steps or (bool(kls) and len(kls) - 1 - kls.index(min(kls)) >= PATIENCE)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student learns from.
+
+    Attributes:
+        embed: Embeds sequences of token ids: float32, [sequences, length, width].
+        tokens: Token ids, [sequences, length].
+        targets: The base model's last hidden states for them, normalized, [sequences, length, width].
+        base_head: The base model's head.
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    tokens: Tensor
+    targets: Tensor
+    base_head: torch.nn.Module
+
+
+def train(
+    student: Student, lesson: Lesson, settings: Distillation, state: State, save: Callable[[State], None]
+) -> None:
+    """Train a student, and give it what was best on the held-out sequences.
+
+    Args:
+        student: The student.
+        lesson: What it learns from.
+        settings: The recipe's.
+        state: Where to start.
+        save: Called with the state after each measurement.
+    """
+    changes = student.changes()
+    _load(changes, state)
+    optimizer = torch.optim.Adam(changes.values(), lr=settings.learning_rate, betas=BETAS)
+    _load_moments(optimizer, changes, state)
+    held_out, learned = _split(len(lesson.tokens))
+    every = max(settings.steps // MEASUREMENTS, 1)
+    if not state.history:
+        state.history.append((0, measure(student, lesson, held_out)))
+        state.best = state.history[0][1]
+        state.tensors |= {f"best/{name}": change.detach().clone() for name, change in changes.items()}
+        log(f"KL before distillation: {state.best:.4f}")
+    while not state.stops(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _schedule(state.step, settings.steps)
+        sequences, positions = choose(learned, state.step, lesson.tokens.shape[1])
+        optimizer.zero_grad()
+        _add_gradients(student, lesson, sequences, positions)
+        optimizer.step()
+        state.step += 1
+        report_progress(state.step, settings.steps, "steps")
+        if state.step % every and state.step != settings.steps:
+            continue
+        kl = measure(student, lesson, held_out)
+        state.history.append((state.step, kl))
+        log(f"KL after {state.step} steps: {kl:.4f}")
+        if kl < state.best:
+            state.best = kl
+            state.tensors |= {f"best/{name}": change.detach().clone() for name, change in changes.items()}
+        _store(optimizer, changes, state)
+        save(state)
+    with torch.no_grad():
+        for name, change in changes.items():
+            change.copy_(state.tensors[f"best/{name}"])
+
+
+def measure(student: Student, lesson: Lesson, held_out: list[int]) -> float:
+    """Return the mean KL divergence, in nats, on the held-out sequences."""
+    length = lesson.tokens.shape[1]
+    positions = torch.arange(0, length, max(length // STEP_POSITIONS, 1))[None]
+    losses = []
+    with torch.no_grad():
+        for one in held_out:
+            inputs, targets = _states(student, lesson, torch.tensor([one]), positions)
+            losses.append(float(kl_divergence(student.head, inputs, lesson.base_head, targets)))
+    return sum(losses) / len(losses)
+
+
+def choose(learned: list[int], step: int, length: int) -> tuple[Tensor, Tensor]:
+    """Return the sequences of a step, and the positions of each that count, [STEP_SEQUENCES, STEP_POSITIONS].
+
+    They depend on the step alone. Every sequence comes once before any comes again.
+    """
+    places = [step * STEP_SEQUENCES + number for number in range(STEP_SEQUENCES)]
+    generator = torch.Generator()
+    sequences = []
+    for place in places:
+        epoch, within = divmod(place, len(learned))
+        order = torch.randperm(len(learned), generator=generator.manual_seed(SEED + epoch))
+        sequences.append(learned[int(order[within])])
+    generator.manual_seed(SEED + 2**32 + step)
+    positions = [torch.randperm(length, generator=generator)[:STEP_POSITIONS].sort().values for _ in places]
+    return torch.tensor(sequences), torch.stack(positions)
+
+
+def _add_gradients(student: Student, lesson: Lesson, sequences: Tensor, positions: Tensor) -> None:
+    """Add the gradients of the mean KL divergence at some positions; the head works on LOGITS of them at a time."""
+    outputs, targets = _states(student, lesson, sequences, positions)
+    inputs = outputs.detach().requires_grad_()
+    for piece, target in zip(torch.split(inputs, LOGITS), torch.split(targets, LOGITS), strict=True):
+        loss = kl_divergence(student.head, piece, lesson.base_head, target) * (len(piece) / len(inputs))
+        loss.backward()  # type: ignore[no-untyped-call]
+    outputs.backward(inputs.grad)  # type: ignore[no-untyped-call]
+
+
+def _states(student: Student, lesson: Lesson, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what goes into the student's head and into the base model's at some positions, [tokens, width]."""
+    outputs = student(lesson.embed(lesson.tokens[sequences]))
+    device = outputs.device
+    rows = torch.arange(len(sequences), device=device)[:, None]
+    targets = lesson.targets[sequences[:, None].to(device), positions.to(device)]
+    return outputs[rows, positions.to(device)].flatten(0, 1), targets.flatten(0, 1)
+
+
+def _split(count: int) -> tuple[list[int], list[int]]:
+    """Return which sequences are held out, and the others."""
+    held_out = [number for number in range(count) if number % HELD_OUT == HELD_OUT // 2]
+    held_out = held_out or [count - 1]
+    return held_out, [number for number in range(count) if number not in held_out] or held_out
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Return the learning rate's factor: it rises for WARMUP steps, and falls as a cosine does."""
+    return min((step + 1) / WARMUP, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _load(changes: dict[str, torch.nn.Parameter], state: State) -> None:
+    with torch.no_grad():
+        for name, change in changes.items():
+            if f"change/{name}" in state.tensors:
+                change.copy_(state.tensors[f"change/{name}"])
+
+
+def _load_moments(optimizer: torch.optim.Adam, changes: dict[str, torch.nn.Parameter], state: State) -> None:
+    for name, change in changes.items():
+        if f"first/{name}" in state.tensors:
+            optimizer.state[change] = {
+                "step": torch.tensor(float(state.step)),
+                "exp_avg": state.tensors[f"first/{name}"].to(change.device),
+                "exp_avg_sq": state.tensors[f"second/{name}"].to(change.device),
+            }
+
+
+def _store(optimizer: torch.optim.Adam, changes: dict[str, torch.nn.Parameter], state: State) -> None:
+    for name, change in changes.items():
+        moments = optimizer.state[change]
+        state.tensors[f"change/{name}"] = change.detach()
+        state.tensors[f"first/{name}"], state.tensors[f"second/{name}"] = moments["exp_avg"], moments["exp_avg_sq"]

@@ -1,0 +1,210 @@
+"""Distillation brings a quantized checkpoint closer to its base model, in the same format, and goes on where it was."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
+from quantize_gemma.tasks.calibrate import calibrate, digest_text
+from quantize_gemma.tasks.models.calibration import DISTILLATION, read_calibration, write_calibration
+from quantize_gemma.tasks.models.checkpoint import load_model
+from quantize_gemma.tasks.models.recipe import STEP_SEQUENCES, Distillation, load_recipe
+from quantize_gemma.tasks.quantize import distill as stages
+from quantize_gemma.tasks.quantize import quantize, student, training
+from quantize_gemma.tasks.quantize.distill import distill
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.untie import untie
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module", params=["DISTILL-INT8-INT4", "DISTILL-INT8-INT4-HEAD8"])
+def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The arguments of distill(), but for `target`: artifacts of a store, and a recipe of a few steps."""
+    root = tmp_path_factory.mktemp("store")
+    recipe = replace(load_recipe(request.param), distillation=Distillation(sequences=40, steps=STEPS))
+    base = store.produce("untie", "0" * 64, lambda target: untie(target, BUILTIN["tiny-gemma3"]), root).path
+    text = str(BUILTIN_TEXTS["tiny-text"] / "text.txt")
+
+    def make_tokens(target: Path) -> dict[str, Any]:
+        return calibrate(target, base, 8, 96, text=text, digest=digest_text(text), distilled=40)
+
+    def make_checkpoint(target: Path) -> dict[str, Any]:
+        return quantize(target, base, recipe.to_json(), "cpu", tokens)
+
+    tokens = store.produce("calibrate", "0" * 64, make_tokens, root).path
+    checkpoint = store.produce("quantize", "0" * 64, make_checkpoint, root).path
+    arguments = {"checkpoint": checkpoint, "base": base, "recipe": recipe.to_json(), "calibration": tokens}
+    return {**arguments, "device": "cpu"}
+
+
+def run(target: Path, inputs: dict[str, Any], **changed: Any) -> tuple[bytes, dict[str, Any]]:
+    target.mkdir()
+    output: dict[str, Any] = distill(target, **inputs, **changed)["metadata"]  # type: ignore[assignment]
+    return (target / "model.safetensors").read_bytes(), output
+
+
+def divergence(inputs: dict[str, Any], checkpoint: Path) -> float:
+    """The mean KL divergence of a checkpoint from the base model on the sequences that were held out, in nats."""
+    tokens = torch.tensor(read_calibration(inputs["calibration"], DISTILLATION))[training.HELD_OUT // 2 :: 16]
+    wanted, given = (
+        torch.log_softmax(load_model(path, torch.float32)(tokens).logits.detach(), -1)
+        for path in (inputs["base"], checkpoint)
+    )
+    return float((wanted.exp() * (wanted - given)).sum(-1).mean())
+
+
+def test_scales_and_norms_are_trained_and_nothing_else_changes(inputs: dict[str, Any], tmp_path: Path) -> None:
+    _, output = run(tmp_path / "distilled", inputs)
+    measured = [one["kl"] for one in output["held_out_kl"]]
+    assert min(measured) < 0.95 * measured[0]
+    before, after = (load_file(path / "model.safetensors") for path in (inputs["checkpoint"], tmp_path / "distilled"))
+    assert {name: tensor.dtype for name, tensor in before.items()} == {
+        name: tensor.dtype for name, tensor in after.items()
+    }
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    for name in changed:
+        assert name.endswith(("_weight_scale", "norm.weight"))
+        assert not any(part in name for part in ("vision", "embed_tokens"))
+    assert any("lm_head" in name for name in changed)
+    assert any("layernorm" in name for name in changed)
+    assert all((tensor > 0).all() for name, tensor in after.items() if name.endswith("_weight_scale"))
+    # The checkpoint as torchao and transformers load it says the same.
+    assert divergence(inputs, tmp_path / "distilled") < 0.97 * divergence(inputs, inputs["checkpoint"])
+
+
+def test_a_student_is_the_checkpoint_as_transformers_loads_it(inputs: dict[str, Any]) -> None:
+    tokens = torch.tensor(read_calibration(inputs["calibration"]))[:2]
+    loaded = []
+    real = training.train
+
+    def keep(one: student.Student, lesson: training.Lesson, *_: Any) -> None:
+        loaded.append(torch.log_softmax(one.head(one(lesson.embed(tokens))), -1).detach())
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train", keep)
+        with pytest.raises(KeyboardInterrupt):
+            distill(Path("/nonexistent"), **inputs)
+    assert training.train is real
+    expected = torch.log_softmax(load_model(inputs["checkpoint"], torch.float32)(tokens).logits.detach(), -1)
+    # A last bit can round one of the activations to another of its 256 levels.
+    assert float((expected.exp() * (expected - loaded[0])).sum(-1).mean()) < 1e-4
+
+
+def test_a_killed_training_goes_on_at_its_last_measurement_and_ends_with_the_same_bytes(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, said = run(tmp_path / "whole", inputs, refresh=True)
+    # Other settings have a state of their own; the same ones start again with `refresh`.
+    done: list[int] = []
+
+    def stop_at_nine(step: int, _total: int, unit: str) -> None:
+        if unit == "steps":
+            done.append(step)
+            if step == 9:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "report_progress", stop_at_nine)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", inputs, refresh=True)
+    assert list((tmp_path / "killed").iterdir()) == []
+    done.clear()
+    monkeypatch.setattr(training, "report_progress", lambda step, *_: done.append(step))
+    assert run(tmp_path / "resumed", inputs) == (expected, said)
+    assert done == list(range(9, said["steps"] + 1))
+
+
+def test_the_base_models_states_are_computed_once(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "first", inputs)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the base model ran again")
+
+    monkeypatch.setattr(stages, "_run_base", refuse)
+    other = {**inputs["recipe"], "distillation": {"sequences": 40, "steps": 2, "learning_rate": 0.001}}
+    run(tmp_path / "second", {**inputs, "recipe": other})
+
+
+def test_one_sequence_is_too_little_to_learn_from_and_to_measure_on(inputs: dict[str, Any], tmp_path: Path) -> None:
+    write_calibration(tmp_path, [[2, 3, 4]], DISTILLATION)
+    with pytest.raises(UserError, match="use a longer text"):
+        distill(tmp_path / "none", **{**inputs, "calibration": tmp_path})
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gradients_are_those_of_the_dequantized_product(groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-8, 8, (70, 64), dtype=torch.int8, generator=generator)
+    activations = torch.randn(2, 5, 64, generator=generator)
+    scales = torch.rand(70, groups, generator=generator) + 0.5
+    wanted = torch.randn(2, 5, 70, generator=generator)
+    gradients = []
+    for dense in (False, True):
+        inputs, trained = activations.clone().requires_grad_(), scales.clone().requires_grad_()
+        if dense:
+            outputs = inputs @ (integers * trained.repeat_interleave(64 // groups, 1)).T
+        else:
+            outputs = student._Product.apply(inputs, trained, integers)
+        (outputs * wanted).sum().backward()
+        gradients.append((outputs.detach(), inputs.grad, trained.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_every_sequence_is_learned_from_before_any_comes_again() -> None:
+    learned = list(range(3, 3 + 5 * STEP_SEQUENCES))
+    steps = [training.choose(learned, step, 600) for step in range(10)]
+    for first in (0, 5):
+        epoch = [int(one) for sequences, _ in steps[first : first + 5] for one in sequences]
+        assert sorted(epoch) == learned
+    assert not torch.equal(steps[0][0], steps[5][0])
+    for sequences, positions in steps:
+        assert len(positions) == len(sequences)
+        assert all(len(set(row.tolist())) == len(row) for row in positions)
+        assert all(0 <= place < 600 for place in itertools.chain(*positions.tolist()))
+    assert all(torch.equal(*pair) for pair in zip(steps[3], training.choose(learned, 3, 600), strict=True))
+
+
+def test_a_training_that_gets_no_better_stops_with_its_best() -> None:
+    history = [(0, 0.2), (10, 0.1), *((20, 0.1 + number / 100) for number in range(training.PATIENCE))]
+    assert training.State(step=30, history=history).stops(100)
+    assert not training.State(step=30, history=history[:-1]).stops(100)
+    assert not training.State(step=30, history=[*history[1:], (30, 0.05)]).stops(100)
+    assert training.State(step=100, history=history[:1]).stops(100)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "mine.json"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distillation": {"steps": 0}}, "distillation needs sequences >= 2, steps >= 1"),
+        ({"distillation": {"learning_rate": 1.5}}, "0 < learning_rate < 1"),
+        ({"distillation": {"epochs": 3}}, "distillation.epochs is not a setting of a distillation"),
+        ({"distillation": {"steps": "many"}}, "distillation.steps must be an integer"),
+    ],
+)
+def test_a_distillation_is_checked_before_anything_starts(file: Path, changes: dict[str, Any], message: str) -> None:
+    content = {**load_recipe("DISTILL-INT8-INT4").to_json(), "name": "mine", **changes}
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(file))
+
+
+def test_only_a_calibrated_recipe_is_distilled(file: Path) -> None:
+    file.write_text(json.dumps({**load_recipe("SEARCH-INT8-INT4").to_json(), "distillation": {}}))
+    with pytest.raises(UserError, match="distillation needs a calibrated recipe"):
+        load_recipe(str(file))
