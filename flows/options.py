@@ -32,7 +32,7 @@ NOT_IN_RELEASE = {
     *("branch", "create_pr", "private", "tag", "adopt"),
 }
 MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER, DATASET_PLACEHOLDER = "MODEL", "RECIPE.json", "DATASET"
-TEXT_PLACEHOLDER, CALIBRATION_PLACEHOLDER = "./TEXT", "CALIBRATION.txt"
+TEXT_PLACEHOLDER, CALIBRATION_PLACEHOLDER, REFERENCE_PLACEHOLDER = "./TEXT", "CALIBRATION.txt", "./REFERENCE"
 # The text of the built-in model.
 FIXTURE_TEXT = "tiny-text"
 
@@ -109,6 +109,13 @@ class EvaluationOptions(Options):
             f"{WIKITEXT} or a mirror of it, @REVISION after it. [default: {WIKITEXT}; of the built-in model, tiny-text]"
         ),
     )
+    reference_model: OptionalText = Field(
+        default=None,
+        description=(
+            "Another model to compare the release with on that text, such as the one before quantization-aware "
+            "training: Hub repository, @REVISION after it, or local directory. [default: none]"
+        ),
+    )
     text_windows: Count = Field(
         default=16, description="Number of windows of that text, 511 tokens each; the limit bounds it, too."
     )
@@ -156,6 +163,10 @@ class EvaluationOptions(Options):
     def text_source(self, fixture_model: bool) -> tuple[str, str | None]:
         """Return the text (file, fixture, or repository) and its revision; `fixture_model`: of the built-in model."""
         return _split_revision(self.text or (FIXTURE_TEXT if fixture_model else WIKITEXT))
+
+    def reference_source(self) -> tuple[str, str | None] | None:
+        """Return the reference model and its revision; None if there is none."""
+        return None if self.reference_model is None else _split_revision(self.reference_model)
 
     def windows(self) -> int:
         """Return the number of windows of the text."""
@@ -404,6 +415,7 @@ class DiagnoseOptions(Options):
 def stage_names(benchmarks: list[str]) -> list[str]:
     """Return the names of all stages of a run, in order."""
     names = [*QUANTIZING, "smoke", "export"]
+    names += ["download_reference", "fidelity_reference_base", "fidelity_reference"]
     names += ["fidelity_base", "fidelity_quantized", "fidelity_program", "fidelity"]
     for benchmark in benchmarks:
         names += [f"download_{benchmark}", f"record_{benchmark}"]
@@ -418,6 +430,7 @@ def command_line(
     text: ResolvedDataset,
     recipe_hash: str,
     calibration: ResolvedDataset | None = None,
+    reference: ResolvedModel | None = None,
 ) -> str:
     """Return the command that reproduces the release, with every revision pinned.
 
@@ -430,6 +443,7 @@ def command_line(
         text: The resolved text.
         recipe_hash: The hash of the recipe.
         calibration: The resolved calibration text or dataset.
+        reference: The resolved reference model.
     """
     pinned: dict[str, object] = {"model": model.name, "tasks": ",".join(datasets)}
     pinned["revision"] = model.revision if model.on_hub else None
@@ -458,6 +472,11 @@ def command_line(
     elif calibration is not None:
         pinned["calibration"] = CALIBRATION_PLACEHOLDER
         comment += f"  # {CALIBRATION_PLACEHOLDER}: the text with the SHA-256 {calibration.revision}"
+    if reference is not None:
+        pinned["reference_model"] = _pin(reference)
+        if not reference.on_hub and not reference.fixture:
+            pinned["reference_model"] = REFERENCE_PLACEHOLDER
+            comment += f"  # {REFERENCE_PLACEHOLDER}: the directory whose files have the digest {reference.revision}"
     words = ["quantize-gemma", "run"]
     for name, field, value in _release_options(options):
         value = pinned.get(name, value)
@@ -471,9 +490,9 @@ def command_line(
     return shlex.join(words) + comment
 
 
-def _pin(dataset: ResolvedDataset) -> str:
-    """Return a dataset's name, on the Hub with its commit."""
-    return f"{dataset.name}@{dataset.revision}" if dataset.on_hub else dataset.name
+def _pin(source: ResolvedDataset | ResolvedModel) -> str:
+    """Return a dataset's or a model's name, on the Hub with its commit."""
+    return f"{source.name}@{source.revision}" if source.on_hub else source.name
 
 
 def _release_options(options: RunOptions) -> Iterator[tuple[str, FieldInfo, object]]:

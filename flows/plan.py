@@ -1,6 +1,7 @@
 """The plan of a run: what its names stand for, checked against the machine before any long stage starts."""
 
 import dataclasses
+import json
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.publish import Target, check_target
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime.artifact_ref import open_artifact
+from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.fingerprint import versions
 from quantize_gemma.tasks.runtime.prefect_stage import missing
 from quantize_gemma.tasks.runtime.stage import Stage
@@ -72,6 +74,7 @@ class Plan:
         recipe: The recipe.
         device: Where the evaluation runs, "cpu" or "cuda".
         calibration: The resolved text or dataset that the recipe is calibrated on; None if it needs none.
+        reference: The resolved reference model; None if there is none.
         multimodal: Whether the model reads images; known once the checkpoint is there.
     """
 
@@ -82,6 +85,7 @@ class Plan:
     recipe: Recipe
     device: str
     calibration: ResolvedDataset | None = None
+    reference: ResolvedModel | None = None
     multimodal: bool = True
 
     def column_inputs(self, row: Benchmark, column: str) -> Inputs:
@@ -107,6 +111,7 @@ class Plan:
                 "datasets": {one.row.name: _dataset(one.dataset) for one in self.benchmarks},
                 "text": _dataset(self.text),
                 "calibration": _dataset(self.calibration) if self.calibration else None,
+                **({"reference": _name_and_revision(self.reference)} if self.reference else {}),
             },
             "benchmarks": {one.row.name: one.row.card_inputs() for one in self.benchmarks},
             "recipe": self.recipe.to_json(),
@@ -118,6 +123,7 @@ class Plan:
                 self.text,
                 recipe_hash(self.recipe),
                 self.calibration,
+                self.reference,
             ),
             "limits": {**self.drop_limits(), **{name: getattr(options.gate, name) for name in LIMITS}},
             "versions": versions(LIBRARIES),
@@ -148,6 +154,8 @@ class Plan:
             remember(one.dataset, one.requested_revision)
         if self.calibration is not None:
             remember(self.calibration, parse_source(self.options.calibration or "").revision)
+        if (source := self.options.evaluation.reference_source()) is not None and self.reference is not None:
+            remember(self.reference, source[1])
 
     def run_name(self) -> str:
         """Return the name of the flow run."""
@@ -173,14 +181,37 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     source, revision = options.evaluation.text_source(model.fixture)
     text = run.call("resolve_text", resolve_text, source, revision, options.offline)
     calibration = resolve_calibration(run, options)
+    reference = resolve_reference(run, options)
     planned = plan_benchmarks(run, options, model) if benchmarks else ()
-    plan = Plan(options, model, text, planned, recipe, device, calibration)
+    plan = Plan(options, model, text, planned, recipe, device, calibration, reference)
     run.rename(plan.run_name())
-    memory = check_memory(model.weights, options.local_workers())
+    memory = check_memory(max(one.weights for one in (model, reference) if one), options.local_workers())
     missing_stages = missing(writing_stages(options, model, recipe), options.refresh)
     check_disk(model.weight_bytes, missing_stages, model.revision, recipe.calibration is not None)
     run.fit_into_memory(memory)
     return plan
+
+
+def resolve_reference(run: "Run", options: RunOptions) -> ResolvedModel | None:
+    """Return the resolved reference model; None if there is none."""
+    source = options.evaluation.reference_source()
+    if source is None:
+        return None
+    resolved: ResolvedModel = run.call("resolve_reference_model", resolve_model, *source, options.offline)
+    return resolved
+
+
+def check_reference(base: "PrefectFuture[ArtifactRef]", reference: "PrefectFuture[ArtifactRef]") -> None:
+    """Raise UserError if the two models' tokens are not the same: they could not be compared token by token."""
+    paths = [open_artifact(future.result()).path for future in (base, reference)]
+    sizes = [read_model_config(path).text.vocab_size for path in paths]
+    # What else is in the file, such as the chat template's tokens, does not change how text is cut.
+    vocabularies = [json.loads((path / "tokenizer.json").read_bytes())["model"] for path in paths]
+    if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"the reference model has another vocabulary than the model ({sizes[1]:,} and {sizes[0]:,} tokens): "
+            "use one with the same, or leave out --reference-model"
+        )
 
 
 def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tuple[PlannedBenchmark, ...]:
@@ -255,6 +286,10 @@ def writing_stages(options: RunOptions, model: ResolvedModel, recipe: Recipe) ->
         (quantize, quantize_inputs(options, recipe)),
         (export, export_inputs(options)),
     ]
+
+
+def _name_and_revision(model: ResolvedModel) -> Inputs:
+    return {"name": model.name, "revision": model.revision}
 
 
 def _dataset(source: ResolvedDataset) -> Inputs:

@@ -25,6 +25,7 @@ from quantize_gemma.flows.plan import (
     Plan,
     PlannedBenchmark,
     check_download,
+    check_reference,
     download_inputs,
     export_inputs,
     make_plan,
@@ -46,6 +47,7 @@ from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
 from quantize_gemma.tasks.gate import gate as judge_release
 from quantize_gemma.tasks.gate.checks import compare_with_published, require_pass
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, to_json
+from quantize_gemma.tasks.models.resolved import ResolvedModel
 from quantize_gemma.tasks.models.tables import COLUMNS
 from quantize_gemma.tasks.publish import publish, published_metrics
 from quantize_gemma.tasks.runtime import store
@@ -145,7 +147,24 @@ def measure_fidelity(run: Run, plan: Plan, text: Future, base: Future, quantized
     program_tokens = run.map(
         fidelity_program, "fidelity_program", *spread, program=program, windows=PROGRAM_WINDOWS, **against
     )
-    run.submit(fidelity, quantized=tokens, program=program_tokens)
+    inputs: dict[str, Any] = {"quantized": tokens, "program": program_tokens}
+    if plan.reference is not None:
+        inputs["reference"] = compare_with_reference(run, plan, plan.reference, text, base, quantized)
+    run.submit(fidelity, **inputs)
+
+
+def compare_with_reference(
+    run: Run, plan: Plan, reference: ResolvedModel, text: Future, base: Future, quantized: Future
+) -> list[Future] | Future:
+    """Submit the comparison of the checkpoint with a reference model; return the future of its parts."""
+    evaluation = plan.options.evaluation
+    spread = evaluation.workers, evaluation.cluster
+    other = run.submit(download, name="download_reference", **download_inputs(reference, plan.options.offline))
+    check_reference(base, other)
+    windows: dict[str, Any] = {"windows": evaluation.windows(), "device": plan.device}
+    states = run.map(fidelity_base, "fidelity_reference_base", *spread, checkpoint=other, text=text, **windows)
+    compared: dict[str, Any] = {"base": other, "states": states, "device": plan.device}
+    return run.map(fidelity_quantized, "fidelity_reference", *spread, checkpoint=quantized, **compared)
 
 
 def evaluate_columns(

@@ -37,15 +37,20 @@ SCORED = WINDOW - 1
 
 
 @stage()
-def fidelity(target: Path, quantized: list[Path], program: list[Path]) -> Output:
+def fidelity(target: Path, quantized: list[Path], program: list[Path], reference: list[Path] | None = None) -> Output:
     """Write results.json: {"quantized": text_fidelity.Fidelity, "program": text_fidelity.ProgramFidelity}.
+
+    With a reference model, its fields `reference` are a text_fidelity.Fidelity, too.
 
     Args:
         target: The directory to write to.
         quantized: What the parts of fidelity_quantized() wrote.
         program: What the parts of fidelity_program() wrote.
+        reference: What the parts of fidelity_quantized() wrote for the reference model, if there is one.
     """
     results = {"quantized": summarize_quantized(quantized), "program": summarize_program(quantized, program)}
+    if reference is not None:
+        results["reference"] = summarize_quantized(reference)
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     shown = ("kl_mean", "same_top", "ppl", "ppl_base", "tokens")
     return {"metadata": {name: results["quantized"][name] for name in shown}}

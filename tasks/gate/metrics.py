@@ -72,7 +72,7 @@ def collect_metrics(
     fidelity = json.loads((artifacts["fidelity"].path / "results.json").read_text(encoding="utf-8"))
     columns = Columns(
         base=collect_base(artifacts, infos),
-        quantized=collect_quantized(artifacts, infos, fidelity["quantized"]),
+        quantized=collect_quantized(artifacts, infos, fidelity, resolved),
         program=collect_program(artifacts, infos, fidelity["program"]),
     )
     check_devices(columns.base, columns.quantized)
@@ -148,13 +148,19 @@ def collect_base(artifacts: Artifacts, benchmarks: Iterable[str]) -> Base:
     )
 
 
-def collect_quantized(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: JsonObject) -> Quantized:
+def collect_quantized(
+    artifacts: Artifacts, benchmarks: Iterable[str], fidelity: JsonObject, resolved: dict[str, Any]
+) -> Quantized:
     """Return the quantized checkpoint's column; `fidelity` is as the stage of that name has written it."""
+    reference = None
+    if "reference" in fidelity:
+        reference = {**resolved["reference"], "fidelity": fidelity["reference"]}
     made = artifacts["quantize"]
     return TypeAdapter(Quantized).validate_python(
         {
             "bytes": made.files["model.safetensors"].size,
-            "fidelity": fidelity,
+            "fidelity": fidelity["quantized"],
+            "reference": reference,
             **{
                 name: artifacts["quantize"].metadata.get(name)
                 for name in ("weight_error", "packed_bytes", "output_error")

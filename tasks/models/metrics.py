@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from quantize_gemma.tasks.models.text_fidelity import Fidelity, ProgramFidelity
+from quantize_gemma.tasks.models.text_fidelity import Fidelity, ProgramFidelity, ReferenceFidelity
 from quantize_gemma.tasks.runtime.paired_stats import Pairs
 
 SCHEMA_VERSION = 2
@@ -220,6 +220,7 @@ class Quantized(Base):
 
     Attributes:
         fidelity: Its distance from the base model on text.
+        reference: Its distance from a reference model, if one was named.
         weight_error: A relative squared error by role.
         packed_bytes: The size of its integers at their width, its scales, and what is not quantized.
         output_error: Of a calibrated recipe, the relative squared error of each module's outputs, on the calibration
@@ -231,6 +232,7 @@ class Quantized(Base):
     smoke: Smoke
     packed_bytes: int | None = None
     output_error: dict[str, float] | None = None
+    reference: ReferenceFidelity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,8 @@ def distance_rows(columns: Columns, checks: Sequence[Check]) -> list[Row]:
         for check in checks
         if check.name in names
     ]
-    return fidelity_rows(columns.quantized.fidelity, columns.program.fidelity, results)
+    quantized = columns.quantized
+    return fidelity_rows(quantized.fidelity, columns.program.fidelity, results, quantized.reference)
 
 
 def verdict_rows(checks: Sequence[Check]) -> list[dict[str, str]]:

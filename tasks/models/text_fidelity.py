@@ -68,6 +68,15 @@ class Fidelity(Distances):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferenceFidelity:
+    """The quantized checkpoint's distances from a model that is not its base, such as the one before fine-tuning."""
+
+    name: str
+    revision: str
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProgramFidelity(Distances):
     """The program's distances on a sample of tokens; `checkpoint` are the checkpoint's on the same tokens."""
 
@@ -125,19 +134,29 @@ def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
     ]
 
 
-def fidelity_rows(quantized: Fidelity, program: ProgramFidelity, checks: Sequence[str]) -> list[dict[str, str]]:
+def reference_rows(reference: ReferenceFidelity) -> dict[str, Distances]:
+    """Return the distances from a reference model by what the table calls them."""
+    name, distances = reference.name, reference.fidelity
+    return {f"from {name}, as shipped": distances, f"from {name}, weights only": distances.weights_only}
+
+
+def fidelity_rows(
+    quantized: Fidelity, program: ProgramFidelity, checks: Sequence[str], reference: ReferenceFidelity | None = None
+) -> list[dict[str, str]]:
     """Return the rows of the table of fidelity, the most important first.
 
     Args:
         quantized: The quantized checkpoint's.
         program: The program's.
         checks: The limits of the quantized checkpoint as shipped, with the results of the gate's checks.
+        reference: Its distances from a reference model, if there is one.
     """
     columns: dict[str, Distances] = {
         "as shipped": quantized,
         "program": program,
         "weights only": quantized.weights_only,
         **({} if quantized.chat is None else {"chat": quantized.chat}),
+        **({} if reference is None else reference_rows(reference)),
     }
     return [
         {

@@ -676,7 +676,10 @@ def check_calibration(outcome: Outcome, digest: str) -> None:
 
 @pytest.mark.longest
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", ["SEARCH-INT8-INT4", "GPTQ-INT8-INT4", "GPTQ-INT8-INT4-HEAD8"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["SEARCH-INT8-INT4", "GPTQ-INT8-INT4", "GPTQ-INT8-INT4-HEAD8", "DISTILL-INT8-INT4", "DISTILL-INT8-INT4-HEAD8"],
+)
 def test_every_recipe_of_ours_goes_from_the_checkpoint_to_a_program_that_passes_the_gate(
     command_line: CommandLine, recipe: str, tmp_path: Path
 ) -> None:
@@ -685,7 +688,7 @@ def test_every_recipe_of_ours_goes_from_the_checkpoint_to_a_program_that_passes_
     for place, name in enumerate(("calibration", "text")):
         (tmp_path / f"{name}.txt").write_text("".join(lines[len(lines) // 2 * place :][: len(lines) // 2]), "utf-8")
     texts = ["--text", str(tmp_path / "text.txt")]
-    texts += ["--calibration", str(tmp_path / "calibration.txt")] if recipe.startswith("GPTQ") else []
+    texts += ["--calibration", str(tmp_path / "calibration.txt")] if recipe.startswith(("GPTQ", "DISTILL")) else []
     outcome = command_line("run", "--recipe", recipe, *texts, "--limit", "2", "--json")
     assert outcome.code == 0, outcome.stderr
     metrics = metrics_of(outcome)
@@ -704,6 +707,7 @@ def test_a_checkpoint_on_the_grid_becomes_a_program_that_differs_by_its_activati
     model = write_grid_checkpoint(BUILTIN["tiny-gemma3"], tmp_path / "grid")
     text = BUILTIN_TEXTS["tiny-text"] / "text.txt"
     arguments = ("--recipe", "EXACT", "--text", str(text), "--limit", "2", "--json", *FIXTURES)
+    arguments += ("--reference-model", "tiny-gemma3")
     outcome = command_line("run", "--model", str(model), *arguments)
     assert outcome.code == 0, outcome.stderr
     metrics = metrics_of(outcome)
@@ -716,6 +720,12 @@ def test_a_checkpoint_on_the_grid_becomes_a_program_that_differs_by_its_activati
     assert agreement["kl_program"] < agreement["kl_act_quant"]
     card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
     assert "**Lossless:** every weight of the language model" in card
+    # The model before its weights were put on the grid is further away, and named.
+    reference = metrics["quantized"]["reference"]
+    assert reference["name"] == "tiny-gemma3"
+    assert reference["fidelity"]["weights_only"]["kl_mean"] > 10 * fidelity["weights_only"]["kl_mean"]
+    assert "| from tiny-gemma3, weights only | " in card
+    assert "--reference-model tiny-gemma3" in card
 
 
 @pytest.mark.long
@@ -725,13 +735,18 @@ def test_a_text_only_checkpoint_and_a_calibrated_recipe_go_through_the_same_flow
     target = write_text_only(BUILTIN["tiny-gemma3"], tmp_path / "tiny-text")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md"))), encoding="utf-8")
-    recipe = json.loads((RECIPES / "GPTQ-INT8-INT4.json").read_text(encoding="utf-8"))
+    recipe = json.loads((RECIPES / "DISTILL-INT8-INT4.json").read_text(encoding="utf-8"))
     recipe["calibration"] = {"sequences": 4, "length": 96, "answers": 1}
+    recipe["distillation"] = {"sequences": 16, "steps": 8}
     (tmp_path / "mine.json").write_text(json.dumps(recipe), encoding="utf-8")
     arguments = ("--recipe", str(tmp_path / "mine.json"), "--calibration", str(text), "--max-seq-len", "256")
     outcome = command_line("run", "--model", str(target), *arguments, "--limit", "2", "--json", *FIXTURES)
     assert outcome.code == 0, outcome.stderr
     check_calibration(outcome, hashlib.sha256(text.read_bytes()).hexdigest())
+    distillation = metrics_of(outcome)["distillation"]
+    assert (distillation["sequences"], distillation["steps"]) == (17, 8)
+    card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
+    assert "were trained for 8 steps on 17 such sequences" in card
     program = outcome.summary["metrics"]["program"]
     assert program["task"] == "text-generation"
     assert program["text"]["response"].startswith("I can talk to you")
