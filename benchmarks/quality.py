@@ -180,6 +180,40 @@ def format_row(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the recipes' KL divergence over their packed size, as a file of the kind that its name says."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    figure = Figure(figsize=(7, 3.8), facecolor="white")
+    axes = figure.add_axes((0.09, 0.13, 0.87, 0.76))
+    shown = [row for row in rows if row["name"] != "base"]
+    for row in shown:
+        size, kl = row["packed_bytes"] / 1e6, row["kl_mean"]
+        # Labels of points that are close to each other, one over the other, are moved apart.
+        ratios = [other["kl_mean"] / kl for other in shown if other["packed_bytes"] == row["packed_bytes"]]
+        shift = 5 * (any(0.8 < ratio < 1 for ratio in ratios) - any(1 < ratio < 1.25 for ratio in ratios))
+        axes.plot(size, kl, "o", color="#E69F00" if row["name"].startswith("HQQ") else "#0072B2", markersize=7)
+        axes.annotate(
+            f"{row['name']}  {kl:.3f}", (size, kl), (9, shift), textcoords="offset points", va="center", fontsize=9
+        )
+    sizes, kls = [row["packed_bytes"] / 1e6 for row in shown], [row["kl_mean"] for row in shown]
+    spread = max(max(sizes) - min(sizes), 0.1 * max(sizes))
+    axes.set(
+        yscale="log", xlim=(min(sizes) - 0.1 * spread, max(sizes) + 0.8 * spread), ylim=(0.8 * min(kls), 1.3 * max(kls))
+    )
+    ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1) if 0.8 * min(kls) < tick < 1.3 * max(kls)]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("packed size, MB")
+    figure.text(0.015, 0.94, "KL divergence from the base model, nats, weights only: lower is better", fontsize=11)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
@@ -194,6 +228,7 @@ def main() -> None:
         default=True,
         help="export each recipe's program, for its size [default: export]",
     )
+    parser.add_argument("--plot", type=Path, help="draw KL divergence over size into this file, .png or .svg")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     print("| recipe | program, bytes | packed, bytes | PPL | KL | same top token, % | seconds | peak memory, GB |")
@@ -208,6 +243,8 @@ def main() -> None:
             options.windows,
             options.export,
         )
+    if options.plot:
+        draw(rows, options.plot)
     if options.json:
         result = {"model": str(options.model), "machine": machine(), "text": options.text.name, "recipes": rows}
         print(json.dumps(result))

@@ -193,7 +193,6 @@ def check(*, options: AllOptions = RunOptions()) -> int:
         plan = check_run(**options.check_inputs())
         _check_data(options)
         recipe = load_recipe(options.recipe)
-        calibrated = recipe.calibration is not None
         local = local_checkpoint(options.model)
         if local is not None:
             function = "quantize_gemma.tasks.models.load_check:check_directory"
@@ -202,10 +201,10 @@ def check(*, options: AllOptions = RunOptions()) -> int:
             # The Hub token may be in a Secret block on the Prefect server.
             check_api()
             model = resolve_model(options.model, options.revision, options.offline)
-            plan["disk_bytes_needed"] = disk_needed(model.weight_bytes, calibrated=calibrated)
+            plan["disk_bytes_needed"] = disk_needed(model.weight_bytes, recipe=recipe)
             plan["memory_bytes_needed"] = check_memory(model.weights, options.local_workers())
-            check_disk(model.weight_bytes, _missing_stages(options, model), model.revision, calibrated)
-        if calibrated and not (local is None and options.offline):
+            check_disk(model.weight_bytes, _missing_stages(options, model), model.revision, recipe)
+        if recipe.calibration is not None and not (local is None and options.offline):
             config = read_model_config(local) if local is not None else read_config_on_hub(model)
             plan |= plan_calibration(config.text, recipe)
     except UserError as error:

@@ -187,7 +187,7 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     run.rename(plan.run_name())
     memory = check_memory(max(one.weights for one in (model, reference) if one), options.local_workers())
     missing_stages = missing(writing_stages(options, model, recipe), options.refresh)
-    check_disk(model.weight_bytes, missing_stages, model.revision, recipe.calibration is not None)
+    check_disk(model.weight_bytes, missing_stages, model.revision, recipe)
     run.fit_into_memory(memory)
     return plan
 

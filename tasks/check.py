@@ -48,8 +48,10 @@ LARGE_BYTES = 5_000_000_000
 # of the base weights in bf16, measured with gemma-3-4b's shape: 17.2 GB; and what Python and the libraries take.
 MEMORY_FACTOR = 2.0
 MEMORY_OF_LIBRARIES = 1_000_000_000
-# What a calibrated recipe keeps of its decoder blocks besides, a byte for each weight.
+# What a calibrated recipe keeps of its decoder blocks besides, a byte for each weight; and what distillation writes:
+# another checkpoint, the state of its training twice while it is replaced, and the base model's hidden states.
 WRITTEN_BY_CALIBRATION = 0.53
+WRITTEN_BY_DISTILLATION = 1.9
 # How much of the speed of a matrix product is reached, with all that is none, and what the libraries and kernels take:
 # by measurements of gemma-3-270m and of a block of gemma-3-4b's shape.
 SHARE_OF_SPEED = 0.6
@@ -98,13 +100,13 @@ def check_run(
     if path is not None:
         source_files(path)
         weight_bytes = sum(file.stat().st_size for file in weight_files(path))
-        plan["disk_bytes_needed"] = disk_needed(weight_bytes, calibrated=loaded.calibration is not None)
+        plan["disk_bytes_needed"] = disk_needed(weight_bytes, recipe=loaded)
         # Memory first: a person can free disk space, but not add memory.
         local_workers = workers if cluster is None else 1
         plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len, custom_kv_cache, local_workers)
         # Whether an earlier run left its files in the store is known only when they are hashed.
         if not may_be_stored(weight_bytes):
-            check_disk(weight_bytes, calibrated=loaded.calibration is not None)
+            check_disk(weight_bytes, recipe=loaded)
     return plan
 
 
@@ -249,24 +251,27 @@ def check_memory(weights: int, workers: int = 1) -> int:
     return one * workers
 
 
-def disk_needed(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN), calibrated: bool = False) -> int:
-    """Return about how many bytes these stages write, for base weights of this size."""
+def disk_needed(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN), recipe: Recipe | None = None) -> int:
+    """Return about how many bytes these stages write, for base weights of this size, with a recipe."""
     written = WRITTEN_BY_LARGE_MODELS if weight_bytes > LARGE_BYTES else WRITTEN
-    blocks = WRITTEN_BY_CALIBRATION if calibrated and "quantize" in stages else 0.0
-    return int(weight_bytes * (sum(written[stage] for stage in stages) + blocks))
+    parts = [written[stage] for stage in stages]
+    if recipe is not None and "quantize" in stages:
+        parts += [WRITTEN_BY_CALIBRATION] if recipe.calibration is not None else []
+        parts += [WRITTEN_BY_DISTILLATION] if recipe.distillation is not None else []
+    return int(weight_bytes * sum(parts))
 
 
 def check_disk(
     weight_bytes: int,
     stages: Collection[str] = tuple(WRITTEN),
     revision: str | None = None,
-    calibrated: bool = False,
+    recipe: Recipe | None = None,
 ) -> None:
     """Raise UserError if the store's disk has no room for what these stages will write.
 
     What an interrupted download of this revision left in the store counts as written.
     """
-    needed = disk_needed(weight_bytes, stages, calibrated)
+    needed = disk_needed(weight_bytes, stages, recipe)
     if revision is not None and "download" in stages:
         needed -= min(weight_bytes, pruning.incoming_size("download", revision))
     free = shutil.disk_usage(_existing(store.home())).free

@@ -22,6 +22,7 @@ def test_recipes_are_compared_by_what_they_keep_of_a_model_and_by_their_size(tmp
     command = [sys.executable, "-m", "benchmarks.quality", "--model", BUILTIN["tiny-gemma3"], "--json", "--no-export"]
     command += ["--text", tmp_path / "text.txt", "--calibration", tmp_path / "calibration.txt"]
     command += ["--windows", "4", "--recipes", "HQQ-INT8-INT4", "GPTQ-INT8-INT4"]
+    command += ["--plot", tmp_path / "plot.png"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     base, hqq, gptq = json.loads(done.stdout.splitlines()[-1])["recipes"]
@@ -32,6 +33,7 @@ def test_recipes_are_compared_by_what_they_keep_of_a_model_and_by_their_size(tmp
     assert base["packed_bytes"] > gptq["packed_bytes"]
     assert (base["kl_mean"], base["same_top"]) == (0, 1)
     assert 0.05 < gptq["kl_mean"] < hqq["kl_mean"] < 0.2
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     table = done.stdout.splitlines()[:-1]
     assert table[3].startswith(
         f"| HQQ-INT8-INT4 |  | {hqq['packed_bytes']:,} | {hqq['ppl']:.2f} | {hqq['kl_mean']:.4f} |"

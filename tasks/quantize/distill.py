@@ -90,12 +90,13 @@ def distill(
         stack.enter_context(fast_products())
         rules = decide(parsed, linear_shapes({name: source.shape for name, source in sources.items()}))
         ran = {"tokens": digest_tokens(tokens), "device": device, "threads": torch.get_num_threads()}
-        targets = _base_states(config, sources, tokens, device, root, {"base": digests.get("base"), **ran})
+        of_base = {"base": digests["base"]} if digests else {}
+        targets = _base_states(config, sources, tokens, device, root, {**of_base, **ran})
         student = _load_student(config, quantized, rules, device)
         head = _base_head(sources, device)
         embed = _Embedding(quantized, config, device)
         lesson = Lesson(embed, tokens, targets.to(device), head)
-        identity = {"checkpoint": digests.get("checkpoint"), "settings": asdict(parsed.distillation), **ran}
+        identity = {**digests, "settings": asdict(parsed.distillation), **ran}
         state = _train_in_store(student, lesson, parsed, root, identity, refresh)
     changed = _trained_tensors(student)
     _write(target, checkpoint, changed)
@@ -213,7 +214,7 @@ def _train_in_store(
     from quantize_gemma.tasks.quantize.training import State, train
 
     assert recipe.distillation is not None
-    key = store.key(STATE, [], identity, fingerprint("quantize_gemma.tasks.quantize.training:train"))
+    key = store.key(STATE, [], identity, fingerprint(f"{__name__}:distill"))
     state = State()
     found = None if refresh else store.load(STATE, key, root)
     if found is not None:

@@ -17,6 +17,7 @@ from quantize_gemma.tasks.check import (
     check_run,
     disk_needed,
     estimate_calibration,
+    estimate_distillation,
     plan_calibration,
 )
 from quantize_gemma.tasks.models.config import TextConfig
@@ -159,4 +160,16 @@ def test_the_plan_of_a_calibrated_recipe_says_what_calibration_costs_and_needs_a
     assert plan["calibration_memory_bytes"] > 1e9
     with pytest.raises(UserError, match="set --calibration"):
         check_run("google/gemma-3-4b-it", "GPTQ-INT8-INT4", 1024, "cpu", None)
-    assert disk_needed(10**10, calibrated=True) == disk_needed(10**10) + 5.3e9
+    assert disk_needed(10**10, recipe=load_recipe("GPTQ-INT8-INT4")) == disk_needed(10**10) + 5.3e9
+    distilled = load_recipe("DISTILL-INT8-INT4")
+    assert disk_needed(10**10, recipe=distilled) == disk_needed(10**10) + 24.3e9
+    costs = plan_calibration(text, distilled)
+    assert costs["distillation_seconds_on_gpu"] >= 80
+    assert costs["distillation_memory_bytes"] > costs["calibration_memory_bytes"] / 2
+
+
+def test_the_estimate_of_a_distillation_at_4b_is_hours_here_and_minutes_on_a_gpu() -> None:
+    text = TextConfig(**{key: SHAPES["4b"]["text_config"][key] for key in SIZES})
+    operations, memory = estimate_distillation(text, load_recipe("DISTILL-INT8-INT4"))
+    assert 5e15 < operations < 5e16
+    assert 8e9 < memory < 16e9
