@@ -187,7 +187,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 3.8), facecolor="white")
     axes = figure.add_axes((0.09, 0.13, 0.87, 0.76))
-    shown = [row for row in rows if row["name"] != "base"]
+    # On a logarithmic scale there is no place for a recipe that loses nothing.
+    shown = [row for row in rows if row["kl_mean"] > 0]
     for row in shown:
         size, kl = row["packed_bytes"] / 1e6, row["kl_mean"]
         # Labels of points that are close to each other, one over the other, are moved apart.
@@ -243,11 +244,11 @@ def main() -> None:
             options.windows,
             options.export,
         )
-    if options.plot:
-        draw(rows, options.plot)
     if options.json:
         result = {"model": str(options.model), "machine": machine(), "text": options.text.name, "recipes": rows}
         print(json.dumps(result))
+    if options.plot:
+        draw(rows, options.plot)
 
 
 if __name__ == "__main__":

@@ -255,6 +255,7 @@ def _check_data(options: RunOptions) -> None:
     from quantize_gemma.tasks.builtin import BUILTIN
     from quantize_gemma.tasks.download import is_path, resolve_dataset, resolve_text
     from quantize_gemma.tasks.models.benchmarks import describe
+    from quantize_gemma.tasks.models.checkpoint import local_checkpoint
 
     rows = [describe(name) for name in options.evaluation.benchmark_names(options.model in BUILTIN)]
     sources = options.evaluation.dataset_sources()
@@ -265,6 +266,8 @@ def _check_data(options: RunOptions) -> None:
     source, revision = options.evaluation.text_source(fixture_model=False)
     if is_path(source):
         resolve_text(source, revision, offline=True)
+    if (reference := options.evaluation.reference_source()) is not None:
+        local_checkpoint(reference[0])
 
 
 def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:

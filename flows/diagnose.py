@@ -1,6 +1,7 @@
 """The flow that shows where the damage is: what quantizing each module alone brings, weights and activations apart."""
 
 import base64
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from prefect.logging import get_run_logger
 
 from quantize_gemma.flows.options import Count, DiagnoseOptions, Flag, ModelName, OptionalText, Text, Texts
 from quantize_gemma.flows.plan import Plan, check_download, download_inputs, make_plan
-from quantize_gemma.flows.quantization import submit_quantization
+from quantize_gemma.flows.quantization import submit_quantization, without_distillation
 from quantize_gemma.flows.run import start_run
 from quantize_gemma.tasks.download import download, download_text
 from quantize_gemma.tasks.fidelity.diagnose import HEAT_MAP
@@ -66,6 +67,8 @@ def diagnose(
     ).run_options()
     with start_run(f"{model} · {recipe}", refresh) as run:
         plan = make_plan(run, options, benchmarks=False)
+        # Modules are put into the base model one by one; scales that were trained together with the norms do not fit.
+        plan = dataclasses.replace(plan, recipe=without_distillation(plan.recipe))
         base = run.submit(download, **download_inputs(plan.model, offline))
         plan = check_download(plan, base)
         untied = run.submit(untie, checkpoint=base)

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 from prefect.logging import get_run_logger
 
 from quantize_gemma.flows.options import RunOptions, command_line
-from quantize_gemma.flows.quantization import quantize_inputs, resolve_calibration
+from quantize_gemma.flows.quantization import (
+    plan_tokens,
+    quantize_inputs,
+    resolve_calibration,
+    without_distillation,
+)
 from quantize_gemma.tasks.check import (
     check_checkpoint,
     check_disk,
@@ -17,7 +22,14 @@ from quantize_gemma.tasks.check import (
     check_run,
     plan_calibration,
 )
-from quantize_gemma.tasks.download import download, remember, resolve_dataset, resolve_model, resolve_text
+from quantize_gemma.tasks.download import (
+    download,
+    download_text,
+    remember,
+    resolve_dataset,
+    resolve_model,
+    resolve_text,
+)
 from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
 from quantize_gemma.tasks.gate.metrics import LIBRARIES
@@ -28,11 +40,11 @@ from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.publish import Target, check_target
 from quantize_gemma.tasks.quantize import quantize
+from quantize_gemma.tasks.quantize.distill import distill
 from quantize_gemma.tasks.runtime.artifact_ref import open_artifact
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.fingerprint import versions
-from quantize_gemma.tasks.runtime.prefect_stage import missing
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.prefect_stage import Planned, missing
 from quantize_gemma.tasks.untie import untie
 
 if TYPE_CHECKING:
@@ -186,7 +198,7 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     plan = Plan(options, model, text, planned, recipe, device, calibration, reference)
     run.rename(plan.run_name())
     memory = check_memory(max(one.weights for one in (model, reference) if one), options.local_workers())
-    missing_stages = missing(writing_stages(options, model, recipe), options.refresh)
+    missing_stages = missing(writing_stages(options, model, recipe, text, calibration), options.refresh)
     check_disk(model.weight_bytes, missing_stages, model.revision, recipe)
     run.fit_into_memory(memory)
     return plan
@@ -201,7 +213,7 @@ def resolve_reference(run: "Run", options: RunOptions) -> ResolvedModel | None:
     return resolved
 
 
-def check_reference(base: "PrefectFuture[ArtifactRef]", reference: "PrefectFuture[ArtifactRef]") -> None:
+def check_reference(plan: Plan, base: "PrefectFuture[ArtifactRef]", reference: "PrefectFuture[ArtifactRef]") -> None:
     """Raise UserError if the two models' tokens are not the same: they could not be compared token by token."""
     paths = [open_artifact(future.result()).path for future in (base, reference)]
     sizes = [read_model_config(path).text.vocab_size for path in paths]
@@ -209,8 +221,8 @@ def check_reference(base: "PrefectFuture[ArtifactRef]", reference: "PrefectFutur
     vocabularies = [json.loads((path / "tokenizer.json").read_bytes())["model"] for path in paths]
     if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
         raise UserError(
-            f"the reference model has another vocabulary than the model ({sizes[1]:,} and {sizes[0]:,} tokens): "
-            "use one with the same, or leave out --reference-model"
+            f"the reference model has another vocabulary than {plan.model.name}: use one with the same, or leave out "
+            "--reference-model"
         )
 
 
@@ -255,17 +267,25 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     export_options = plan.options.export
     workers = plan.options.local_workers()
     check_checkpoint(path, plan.recipe, export_options.max_seq_len, export_options.custom_kv_cache, workers)
-    if cost := plan_calibration(read_model_config(path).text, plan.recipe):
-        minutes, memory = cost["calibration_seconds"] / 60, cost["calibration_memory_bytes"] / 1e9
-        get_run_logger().info("calibration: about %.0f minutes and %.1f GB of memory here", max(minutes, 1), memory)
-    if "distillation_seconds" in cost:
-        minutes, memory = cost["distillation_seconds"] / 60, cost["distillation_memory_bytes"] / 1e9
-        get_run_logger().info("distillation: about %.0f minutes and %.1f GB of memory here", max(minutes, 1), memory)
+    _log_costs(plan, plan_calibration(read_model_config(path).text, plan.recipe))
     if "vision_config" in read_config(path):
         return plan
     rows = _without_images([one.row for one in plan.benchmarks])
     seen = tuple(one for one in plan.benchmarks if one.row in rows)
     return dataclasses.replace(plan, multimodal=False, benchmarks=seen)
+
+
+def _log_costs(plan: Plan, costs: dict[str, int]) -> None:
+    """Log what calibration and distillation take, where they run."""
+    on_gpu = quantize_inputs(plan.options, plan.recipe)["device"] == "cuda"
+    for step in ("calibration", "distillation"):
+        if f"{step}_seconds" not in costs or on_gpu:
+            continue
+        minutes, memory = costs[f"{step}_seconds"] / 60, costs[f"{step}_memory_bytes"] / 1e9
+        get_run_logger().info("%s: about %.0f minutes and %.1f GB of memory here", step, max(minutes, 1), memory)
+    if "distillation_seconds" in costs:
+        minutes = max(costs["distillation_seconds_on_gpu"] / 60, 1)
+        get_run_logger().info("distillation on an NVIDIA H200, with --device cuda: about %.0f minutes", minutes)
 
 
 def download_inputs(source: ResolvedDataset, offline: bool) -> Inputs:
@@ -278,14 +298,33 @@ def export_inputs(options: RunOptions) -> Inputs:
     return options.export.model_dump()
 
 
-def writing_stages(options: RunOptions, model: ResolvedModel, recipe: Recipe) -> list[tuple[Stage[...], Inputs]]:
-    """Return the stages that write the most, in order, with their inputs besides the checkpoint."""
-    return [
-        (download, download_inputs(model, options.offline)),
-        (untie, {}),
-        (quantize, quantize_inputs(options, recipe)),
-        (export, export_inputs(options)),
+def writing_stages(
+    options: RunOptions,
+    model: ResolvedModel,
+    recipe: Recipe,
+    text: ResolvedDataset | None = None,
+    calibration: ResolvedDataset | None = None,
+) -> list[Planned]:
+    """Return the stages that write the most, and those that they need; without what a recipe is calibrated on, as far
+    as they do not need that.
+    """
+    planned = [
+        Planned(download, download_inputs(model, options.offline)),
+        Planned(untie, {}, {"checkpoint": "download"}),
     ]
+    made_of = {"checkpoint": "untie"}
+    if recipe.calibration is not None:
+        if text is None or calibration is None:
+            return planned
+        planned.append(Planned(download_text, download_inputs(text, options.offline)))
+        planned += plan_tokens(options, recipe, calibration)
+        made_of["calibration"] = "calibrate"
+    planned.append(Planned(quantize, quantize_inputs(options, without_distillation(recipe)), made_of))
+    if recipe.distillation is not None:
+        trained = {"checkpoint": "quantize", "base": "untie", "calibration": "calibrate"}
+        planned.append(Planned(distill, quantize_inputs(options, recipe), trained))
+    last = planned[-1].stage.name
+    return [*planned, Planned(export, export_inputs(options), {"checkpoint": last})]
 
 
 def _name_and_revision(model: ResolvedModel) -> Inputs:

@@ -1,5 +1,6 @@
 """How a run quantizes: on which text or dataset a recipe is calibrated, and the stages up to the checkpoint."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from quantize_gemma.tasks.models.recipe import Recipe
 from quantize_gemma.tasks.models.resolved import ResolvedDataset
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.quantize.distill import distill
+from quantize_gemma.tasks.runtime.prefect_stage import Planned
 
 if TYPE_CHECKING:
     from quantize_gemma.flows.options import RunOptions
@@ -40,11 +42,31 @@ def quantize_inputs(options: "RunOptions", recipe: Recipe) -> dict[str, Any]:
 
 def submit_quantization(run: "Run", plan: "Plan", base: "Future", untied: "Future", text: "Future") -> "Future":
     """Submit what makes the quantized checkpoint by the plan's recipe; return its future."""
-    inputs = quantize_inputs(plan.options, plan.recipe) | _submit_calibration(run, plan, base, text)
-    quantized = run.submit(quantize, checkpoint=untied, **inputs)
+    tokens = _submit_calibration(run, plan, base, text)
+    inputs = quantize_inputs(plan.options, without_distillation(plan.recipe))
+    quantized = run.submit(quantize, checkpoint=untied, **inputs, **tokens)
     if plan.recipe.distillation is None:
         return quantized
-    return run.submit(distill, checkpoint=quantized, base=untied, **inputs)
+    return run.submit(
+        distill, checkpoint=quantized, base=untied, **quantize_inputs(plan.options, plan.recipe), **tokens
+    )
+
+
+def without_distillation(recipe: Recipe) -> Recipe:
+    """Return the recipe without what only training needs, so that its settings do not run `quantize` again."""
+    return dataclasses.replace(recipe, distillation=None)
+
+
+def plan_tokens(options: "RunOptions", recipe: Recipe, source: ResolvedDataset) -> list[Planned]:
+    """Return the stages that prepare the calibration tokens."""
+    artifacts = {"checkpoint": "download", "fidelity_text": "download_text"}
+    planned, inputs = [], _calibrate_inputs(recipe)
+    if source.on_hub:
+        planned.append(Planned(download_dataset, _dataset_inputs(options, source)))
+        artifacts["dataset"] = "download_dataset"
+    else:
+        inputs |= {"text": source.source, "digest": source.revision}
+    return [*planned, Planned(calibrate, inputs, artifacts)]
 
 
 def _submit_calibration(run: "Run", plan: "Plan", base: "Future", text: "Future") -> dict[str, Any]:
@@ -59,26 +81,22 @@ def _submit_calibration(run: "Run", plan: "Plan", base: "Future", text: "Future"
     assert source is not None, f"{plan.recipe.name} has no calibration text"
     inputs: dict[str, Any] = {"text": source.source, "digest": source.revision}
     if source.on_hub:
-        dataset = run.submit(
-            download_dataset,
-            name="download_calibration",
-            source=source.source,
-            revision=source.revision,
-            offline=plan.options.offline,
-            **_describe_dataset(plan.options).file_inputs(),
-        )
+        dataset = run.submit(download_dataset, name="download_calibration", **_dataset_inputs(plan.options, source))
         inputs = {"dataset": dataset}
-    tokens = run.submit(
-        calibrate,
-        checkpoint=base,
-        fidelity_text=text,
-        sequences=settings.sequences,
-        length=settings.length,
-        answers=settings.answers,
-        distilled=plan.recipe.distillation.sequences if plan.recipe.distillation else 0,
-        **inputs,
-    )
+    tokens = run.submit(calibrate, checkpoint=base, fidelity_text=text, **_calibrate_inputs(plan.recipe), **inputs)
     return {"calibration": tokens}
+
+
+def _calibrate_inputs(recipe: Recipe) -> dict[str, Any]:
+    settings = recipe.calibration
+    assert settings is not None, f"{recipe.name} has no calibration"
+    counts = {"sequences": settings.sequences, "length": settings.length, "answers": settings.answers}
+    return {**counts, "distilled": recipe.distillation.sequences if recipe.distillation else 0}
+
+
+def _dataset_inputs(options: "RunOptions", source: ResolvedDataset) -> dict[str, Any]:
+    inputs = {"source": source.source, "revision": source.revision, "offline": options.offline}
+    return {**inputs, **_describe_dataset(options).file_inputs()}
 
 
 def _describe_dataset(options: "RunOptions") -> Benchmark:

@@ -47,7 +47,6 @@ from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
 from quantize_gemma.tasks.gate import gate as judge_release
 from quantize_gemma.tasks.gate.checks import compare_with_published, require_pass
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, to_json
-from quantize_gemma.tasks.models.resolved import ResolvedModel
 from quantize_gemma.tasks.models.tables import COLUMNS
 from quantize_gemma.tasks.publish import publish, published_metrics
 from quantize_gemma.tasks.runtime import store
@@ -108,13 +107,16 @@ def quantize_gemma(
     with start_run(f"{model} · {recipe}", refresh) as run:
         plan = make_plan(run, options)
         base = run.submit(download, **download_inputs(plan.model, offline))
+        reference = submit_reference(run, plan)
         plan = check_download(plan, base)
+        if reference is not None:
+            check_reference(plan, base, reference)
         untied = run.submit(untie, checkpoint=base)
         text = run.submit(download_text, **download_inputs(plan.text, offline))
         quantized = submit_quantization(run, plan, base, untied, text)
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
-        measure_fidelity(run, plan, text, base, quantized, program)
+        measure_fidelity(run, plan, text, base, quantized, program, reference)
         for benchmark in plan.benchmarks:
             evaluate_columns(run, plan, benchmark, base, quantized, program)
         run.submit(verify, exclusive=True, checkpoint=quantized, program=program, **plan.verify_inputs())
@@ -127,44 +129,33 @@ def quantize_gemma(
     return run.summary.to_json()
 
 
-def measure_fidelity(run: Run, plan: Plan, text: Future, base: Future, quantized: Future, program: Future) -> None:
+def submit_reference(run: Run, plan: Plan) -> Future | None:
+    """Submit the download of the reference model, if there is one."""
+    if plan.reference is None:
+        return None
+    return run.submit(download, name="download_reference", **download_inputs(plan.reference, plan.options.offline))
+
+
+def measure_fidelity(
+    run: Run, plan: Plan, text: Future, base: Future, quantized: Future, program: Future, reference: Future | None
+) -> None:
     """Submit the comparison of checkpoint and program with the base model on text, token by token."""
     evaluation = plan.options.evaluation
-    spread = evaluation.workers, evaluation.cluster
-    states = run.map(
-        fidelity_base,
-        "fidelity_base",
-        *spread,
-        checkpoint=base,
-        text=text,
-        windows=evaluation.windows(),
-        device=plan.device,
-    )
-    against: dict[str, Any] = {"base": base, "states": states}
-    tokens = run.map(
-        fidelity_quantized, "fidelity_quantized", *spread, checkpoint=quantized, device=plan.device, **against
-    )
+    spread: dict[str, Any] = {"parts": evaluation.workers, "cluster": evaluation.cluster}
+    states: dict[str, Any] = {"text": text, "windows": evaluation.windows(), "device": plan.device}
+    against: dict[str, Any] = {"base": base}
+    against["states"] = run.map(fidelity_base, "fidelity_base", **spread, checkpoint=base, **states)
+    checkpoint: dict[str, Any] = {"checkpoint": quantized, "device": plan.device}
+    tokens = run.map(fidelity_quantized, "fidelity_quantized", **spread, **checkpoint, **against)
     program_tokens = run.map(
-        fidelity_program, "fidelity_program", *spread, program=program, windows=PROGRAM_WINDOWS, **against
+        fidelity_program, "fidelity_program", **spread, program=program, windows=PROGRAM_WINDOWS, **against
     )
-    inputs: dict[str, Any] = {"quantized": tokens, "program": program_tokens}
-    if plan.reference is not None:
-        inputs["reference"] = compare_with_reference(run, plan, plan.reference, text, base, quantized)
-    run.submit(fidelity, **inputs)
-
-
-def compare_with_reference(
-    run: Run, plan: Plan, reference: ResolvedModel, text: Future, base: Future, quantized: Future
-) -> list[Future] | Future:
-    """Submit the comparison of the checkpoint with a reference model; return the future of its parts."""
-    evaluation = plan.options.evaluation
-    spread = evaluation.workers, evaluation.cluster
-    other = run.submit(download, name="download_reference", **download_inputs(reference, plan.options.offline))
-    check_reference(base, other)
-    windows: dict[str, Any] = {"windows": evaluation.windows(), "device": plan.device}
-    states = run.map(fidelity_base, "fidelity_reference_base", *spread, checkpoint=other, text=text, **windows)
-    compared: dict[str, Any] = {"base": other, "states": states, "device": plan.device}
-    return run.map(fidelity_quantized, "fidelity_reference", *spread, checkpoint=quantized, **compared)
+    measured: dict[str, Any] = {"quantized": tokens, "program": program_tokens}
+    if reference is not None:
+        against = {"base": reference}
+        against["states"] = run.map(fidelity_base, "fidelity_reference_base", **spread, checkpoint=reference, **states)
+        measured["reference"] = run.map(fidelity_quantized, "fidelity_reference", **spread, **checkpoint, **against)
+    run.submit(fidelity, **measured)
 
 
 def evaluate_columns(

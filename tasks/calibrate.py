@@ -81,6 +81,10 @@ def calibrate(
         conversations = answer_prompts(checkpoint, tokenizer, answers * (length - 1))
         added = spread_windows(conversations, tokenizer.bos_token_id, answers, length)
     write_calibration(target, chosen + added)
+    if distilled and len(added) + len(chosen) < 2:
+        raise UserError(
+            "the calibration text is one sequence, and distillation needs another one to measure on: use a longer text"
+        )
     if distilled:
         write_calibration(
             target, spread_windows(tokens, tokenizer.bos_token_id, distilled, length) + added, DISTILLATION

@@ -27,6 +27,7 @@ from quantize_gemma.tasks.models.checkpoint import (
 from quantize_gemma.tasks.models.config import TextConfig
 from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.recipe import (
+    HELD_OUT,
     LOGITS,
     MEASUREMENTS,
     STEP_POSITIONS,
@@ -61,9 +62,7 @@ MEMORY_OF_CALIBRATION = 1_750_000_000
 ANSWERED_AT_ONCE = 8
 BYTES_PER_SECOND = 2e10
 PIECES = 8 * 2**23
-# One of so many sequences is measured on in a distillation; how many operations an NVIDIA H200 does in a second there,
-# in float32, and what it takes to start those of a step.
-HELD_OUT = 16
+# Float32 operations per second of an NVIDIA H200 in a distillation, and the time it takes to start those of a step.
 GPU_OPERATIONS_PER_SECOND = 2e13
 GPU_SECONDS_PER_STEP = 0.5
 # The smoke tests' prompts and a few generated tokens; an image is added to that.
@@ -128,6 +127,9 @@ def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:
 
     The names are "calibration_seconds", "calibration_memory_bytes", "distillation_seconds",
     "distillation_memory_bytes", and "distillation_seconds_on_gpu".
+
+    Raises:
+        UserError: The machine has less memory than distillation takes.
     """
     if recipe.calibration is None:
         return {}
@@ -137,6 +139,11 @@ def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:
     if recipe.distillation is not None:
         operations, memory = estimate_distillation(text, recipe)
         on_gpu = operations / GPU_OPERATIONS_PER_SECOND + recipe.distillation.steps * GPU_SECONDS_PER_STEP
+        if memory > machine.total_memory():
+            raise UserError(
+                f"distilling this model takes about {memory / 1e9:,.1f} GB of memory, but this machine has "
+                f"{machine.total_memory() / 1e9:,.1f} GB: use a larger one, or a recipe that is not distilled"
+            )
         plan["distillation_seconds"] = round(operations / (speed * SHARE_OF_SPEED))
         plan |= {"distillation_memory_bytes": memory, "distillation_seconds_on_gpu": round(on_gpu)}
     return plan
@@ -199,7 +206,9 @@ def estimate_distillation(text: TextConfig, recipe: Recipe) -> tuple[int, int]:
     # Integers; for each scale itself, what is trained, its best, its gradient and two moments, in float32; the base
     # model's hidden states, its head in bfloat16, and logits of both models with what the loss makes of them.
     memory = weights + 3 * head + (weights + head) // 32 * 24
-    memory += 4 * (sequences * length * hidden + 6 * LOGITS * text.vocab_size + PIECES)
+    # The inputs of all blocks, and what one block keeps for its backward pass.
+    activations = STEP_SEQUENCES * length * ((text.num_hidden_layers + 12) * hidden + 6 * text.intermediate_size)
+    memory += 4 * (sequences * length * hidden + 6 * LOGITS * text.vocab_size + activations + PIECES)
     return operations, MEMORY_OF_LIBRARIES + memory
 
 

@@ -221,7 +221,7 @@ class Quantized(Base):
     Attributes:
         fidelity: Its distance from the base model on text.
         reference: Its distance from a reference model, if one was named.
-        weight_error: A relative squared error by role.
+        weight_error: A relative squared error by role; of a distilled recipe, before distillation, as `output_error`.
         packed_bytes: The size of its integers at their width, its scales, and what is not quantized.
         output_error: Of a calibrated recipe, the relative squared error of each module's outputs, on the calibration
             tokens.
@@ -300,9 +300,13 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationData:
-    """How a distilled recipe's scales and norms were trained: on how many sequences, for how many steps."""
+    """How a distilled recipe's scales and norms were trained: on how many sequences, for how many steps.
+
+    `held_out` counts the sequences that are not learned from, and `held_out_kl` has the measurements on them.
+    """
 
     sequences: int
+    held_out: int
     steps: int
     held_out_kl: list[HeldOut]
 

@@ -112,7 +112,8 @@ STEP_SEQUENCES = 4
 STEP_POSITIONS = 128
 # Positions whose logits are in memory at once.
 LOGITS = 256
-# How often the held-out sequences are measured.
+# One sequence in HELD_OUT is not learned from but measured, and how often.
+HELD_OUT = 16
 MEASUREMENTS = 12
 
 

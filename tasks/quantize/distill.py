@@ -1,10 +1,10 @@
-"""Distill: train the scales and the norms of a quantized checkpoint for the smallest KL divergence from its base model.
+"""Distill: train the scales and the norms of a quantized checkpoint to minimize the KL divergence from its base model.
 
 The integers, the embedding and the vision tower stay, and so do format and size: scales end as positive bfloat16
 numbers, norms in the checkpoint's dtype. Activations are quantized in training as the program quantizes them.
 
 The base model runs once over all tokens, a block at a time; its last hidden states are an artifact of the store. So is
-the state of the training at its last measurement, from which a run that is killed goes on.
+the state of the training at its last measurement, from which a run that is killed continues.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.models.calibration import DISTILLATION, read_calibration
 from quantize_gemma.tasks.models.checkpoint import linear_shapes, read_header
@@ -24,7 +24,6 @@ from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide
 from quantize_gemma.tasks.quantize.calibrated import digest_tokens
 from quantize_gemma.tasks.quantize.source import QUANTIZED, SourceTensor, open_tensors, read_block, read_rows
 from quantize_gemma.tasks.runtime import store
-from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import Gemma3TextConfig
 
     from quantize_gemma.tasks.quantize.student import Student
-    from quantize_gemma.tasks.quantize.training import State
+    from quantize_gemma.tasks.quantize.training import Lesson, State
 
 TARGETS, STATE = "distill-targets", "distill-state"
 WEIGHTS = "model.safetensors"
@@ -45,7 +44,7 @@ DIGITS = 5
 Sources = Mapping[str, SourceTensor]
 
 
-@stage(accelerated=True, resumes=True)
+@stage(accelerated=True, resumes=True, memory=1.5)
 def distill(
     target: Path,
     checkpoint: Path,
@@ -70,18 +69,16 @@ def distill(
         The number of sequences and of steps, and how the KL divergence on the held-out sequences fell, in nats.
 
     Raises:
-        UserError: There are too few tokens to learn from and to measure.
+        UserError: The training diverges.
     """
     import torch
     from transformers import AutoConfig
 
-    from quantize_gemma.tasks.quantize.training import Lesson
+    from quantize_gemma.tasks.quantize.training import Lesson, split
 
     parsed = Recipe.from_json(recipe)
     assert parsed.distillation is not None, f"{parsed.name} has no distillation"
     tokens = torch.tensor(read_calibration(calibration, DISTILLATION))
-    if len(tokens) < 2:
-        raise UserError("the calibration text is one sequence, and none is left to measure on: use a longer text")
     config: Gemma3TextConfig = AutoConfig.from_pretrained(base, attn_implementation="sdpa").get_text_config()
     with contextlib.ExitStack() as stack:
         sources = stack.enter_context(open_tensors(base))
@@ -89,20 +86,21 @@ def distill(
         root, digests = stack.enter_context(store.open_store({"checkpoint": checkpoint, "base": base}))
         stack.enter_context(fast_products())
         rules = decide(parsed, linear_shapes({name: source.shape for name, source in sources.items()}))
-        ran = {"tokens": digest_tokens(tokens), "device": device, "threads": torch.get_num_threads()}
-        of_base = {"base": digests["base"]} if digests else {}
-        targets = _base_states(config, sources, tokens, device, root, {**of_base, **ran})
+        run_identity = {"tokens": digest_tokens(tokens), "device": device, "threads": torch.get_num_threads()}
+        base_identity = {"base": digests["base"], **run_identity} if digests else run_identity
+        targets = _base_states(config, sources, tokens, device, root, base_identity)
         student = _load_student(config, quantized, rules, device)
         head = _base_head(sources, device)
         embed = _Embedding(quantized, config, device)
         lesson = Lesson(embed, tokens, targets.to(device), head)
-        identity = {**digests, "settings": asdict(parsed.distillation), **ran}
+        identity = {**digests, "settings": asdict(parsed.distillation), **run_identity}
         state = _train_in_store(student, lesson, parsed, root, identity, refresh)
     changed = _trained_tensors(student)
     _write(target, checkpoint, changed)
     return {
         "metadata": {
-            "sequences": len(tokens),
+            "sequences": len(tokens) - len(split(len(tokens))[0]),
+            "held_out": len(split(len(tokens))[0]),
             "steps": state.step,
             "held_out_kl": [{"step": step, "kl": float(f"{kl:.{DIGITS}g}")} for step, kl in state.history],
         }
@@ -150,7 +148,7 @@ def _base_states(
         save_file({"states": _run_base(config, sources, tokens, device).cpu()}, target / "states.safetensors")
         return {"metadata": {}}
 
-    key = store.key(TARGETS, [], identity, fingerprint(f"{__name__}:_run_base"))
+    key = store.key(TARGETS, [], identity, fingerprint(f"{__name__}:distill"))
     with store.keep_pinned():
         artifact = store.produce(TARGETS, key, write, root, pinned=True)
         states: Tensor = load_file(artifact.path / "states.safetensors")["states"]
@@ -206,7 +204,7 @@ def _base_head(sources: Sources, device: str) -> torch.nn.Module:
 
 
 def _train_in_store(
-    student: Student, lesson: Any, recipe: Recipe, root: Path, identity: JsonObject, refresh: bool
+    student: Student, lesson: Lesson, recipe: Recipe, root: Path, identity: JsonObject, refresh: bool
 ) -> State:
     """Train the student from the state in the store, if there is one, and keep that there; return the last one."""
     from safetensors.torch import load_file, save_file
@@ -216,9 +214,9 @@ def _train_in_store(
     assert recipe.distillation is not None
     key = store.key(STATE, [], identity, fingerprint(f"{__name__}:distill"))
     state = State()
-    found = None if refresh else store.load(STATE, key, root)
-    if found is not None:
-        state = State(**found.metadata["state"], tensors=load_file(found.path / "state.safetensors"))
+    stored = None if refresh else store.load(STATE, key, root)
+    if stored is not None:
+        state = State(**stored.metadata["state"], tensors=load_file(stored.path / "state.safetensors"))
 
     def save(now: State) -> None:
         def write(target: Path) -> JsonObject:

@@ -43,7 +43,7 @@ class TrainedLinear(torch.nn.Module):
 
     def trained(self) -> Tensor:
         """Return the scales, positive bfloat16 numbers in float32, [rows, groups]."""
-        return _round_to_bfloat16(self.stored * self.change.exp())
+        return _round_to_bfloat16((self.stored * self.change.exp()).clamp_min(float(gptq.TINIEST)))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the outputs, [..., rows]."""
@@ -70,7 +70,7 @@ class TrainedNorm(torch.nn.Module):
 
     def trained(self) -> Tensor:
         """Return the weight, bfloat16 numbers in float32, [width]."""
-        return _round_to_bfloat16((1 + self.stored) * self.change.exp() - 1)
+        return _round_to_bfloat16(self.stored + (1 + self.stored) * self.change.expm1())
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the normalized inputs, [..., width]."""
@@ -78,14 +78,14 @@ class TrainedNorm(torch.nn.Module):
         return outputs
 
 
-class Student(torch.nn.Module):
+class Student:
     """The decoder and the head of a quantized checkpoint.
 
     Attributes:
         blocks: The decoder's blocks.
         norm: The norm after the last block.
         head: The output head.
-        places: The names, in the loaded model, of the modules that are trained.
+        places: The modules that are trained, by their names in the loaded model.
     """
 
     def __init__(
@@ -105,7 +105,6 @@ class Student(torch.nn.Module):
         """
         from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-        super().__init__()
         self.places: dict[str, TrainedLinear | TrainedNorm] = dict(linears)
         self.head = linears[GEMMA3.head_module]
         self.blocks = []
@@ -122,13 +121,10 @@ class Student(torch.nn.Module):
         last = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         last.weight.data = weights[f"{prefix}norm.weight"].float()
         self.norm = self.places[f"{prefix}norm"] = TrainedNorm(last)
-        self.modules_by_place = torch.nn.ModuleDict(
-            {name.replace(".", "/"): module for name, module in self.places.items()}
-        )
 
-    def forward(self, embedded: Tensor) -> Tensor:
+    def __call__(self, embedded: Tensor) -> Tensor:
         """Return the head's inputs, [sequences, length, width], from embeddings of the same shape."""
-        hidden = embedded.requires_grad_()
+        hidden = embedded
         for block in self.blocks:
             hidden = checkpoint(_run, block, hidden, use_reentrant=False)
         outputs: Tensor = self.norm(hidden)
@@ -149,10 +145,9 @@ def kl_divergence(head: torch.nn.Module, inputs: Tensor, base_head: torch.nn.Mod
         targets: What that takes, [tokens, width].
     """
     with torch.no_grad():
-        wanted = torch.log_softmax(base_head(targets), dim=-1)
-    return torch.nn.functional.kl_div(
-        torch.log_softmax(head(inputs), dim=-1), wanted, log_target=True, reduction="batchmean"
-    )
+        base_log_probs = torch.log_softmax(base_head(targets), dim=-1)
+    log_probs = torch.log_softmax(head(inputs), dim=-1)
+    return torch.nn.functional.kl_div(log_probs, base_log_probs, log_target=True, reduction="batchmean")
 
 
 def _run(block: Block, hidden: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantize_gemma.tasks.models.recipe import LOGITS, MEASUREMENTS, STEP_POSITIONS, STEP_SEQUENCES
+from quantize_gemma.tasks.models.recipe import HELD_OUT, LOGITS, MEASUREMENTS, STEP_POSITIONS, STEP_SEQUENCES
 from quantize_gemma.tasks.quantize.student import Student, kl_divergence
+from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.reporting import log, report_progress
 
 if TYPE_CHECKING:
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
 # Steps in which the learning rate rises.
 WARMUP = 10
-# The held-out part: one of so many sequences.
-HELD_OUT = 16
-# It stops after so many measurements in a row that are no better than the best.
+# Measurements in a row without an improvement after which the training stops.
 PATIENCE = 6
 BETAS = 0.9, 0.95
 SEED = 0
@@ -79,18 +78,18 @@ def train(
         settings: The recipe's.
         state: Where to start.
         save: Called with the state after each measurement.
+
+    Raises:
+        UserError: The training diverges.
     """
     changes = student.changes()
     _load(changes, state)
     optimizer = torch.optim.Adam(changes.values(), lr=settings.learning_rate, betas=BETAS)
     _load_moments(optimizer, changes, state)
-    held_out, learned = _split(len(lesson.tokens))
-    every = max(settings.steps // MEASUREMENTS, 1)
+    held_out, learned = split(len(lesson.tokens))
+    every = -(-settings.steps // MEASUREMENTS)
     if not state.history:
-        state.history.append((0, measure(student, lesson, held_out)))
-        state.best = state.history[0][1]
-        state.tensors |= {f"best/{name}": change.detach().clone() for name, change in changes.items()}
-        log(f"KL before distillation: {state.best:.4f}")
+        _add_measurement(state, measure(student, lesson, held_out), changes)
     while not state.stops(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(state.step, settings.steps)
@@ -102,17 +101,26 @@ def train(
         report_progress(state.step, settings.steps, "steps")
         if state.step % every and state.step != settings.steps:
             continue
-        kl = measure(student, lesson, held_out)
-        state.history.append((state.step, kl))
-        log(f"KL after {state.step} steps: {kl:.4f}")
-        if kl < state.best:
-            state.best = kl
-            state.tensors |= {f"best/{name}": change.detach().clone() for name, change in changes.items()}
+        _add_measurement(state, measure(student, lesson, held_out), changes)
         _store(optimizer, changes, state)
         save(state)
     with torch.no_grad():
         for name, change in changes.items():
             change.copy_(state.tensors[f"best/{name}"])
+
+
+def _add_measurement(state: State, kl: float, changes: dict[str, torch.nn.Parameter]) -> None:
+    """Add a measurement to the state, and what was measured if it is the best. Raises UserError if it diverges."""
+    if not math.isfinite(kl):
+        raise UserError(
+            f"the distillation diverged: after {state.step} steps the KL divergence is {kl}: use a smaller "
+            "learning_rate in the recipe"
+        )
+    log(f"KL divergence on the held-out sequences after {state.step} steps: {kl:.4f} nats")
+    state.history.append((state.step, kl))
+    if kl < state.best:
+        state.best = kl
+        state.tensors |= {f"best/{name}": change.detach().clone() for name, change in changes.items()}
 
 
 def measure(student: Student, lesson: Lesson, held_out: list[int]) -> float:
@@ -163,11 +171,12 @@ def _states(student: Student, lesson: Lesson, sequences: Tensor, positions: Tens
     return outputs[rows, positions.to(device)].flatten(0, 1), targets.flatten(0, 1)
 
 
-def _split(count: int) -> tuple[list[int], list[int]]:
+def split(count: int) -> tuple[list[int], list[int]]:
     """Return which sequences are held out, and the others."""
     held_out = [number for number in range(count) if number % HELD_OUT == HELD_OUT // 2]
+    # Of a few sequences, the last one.
     held_out = held_out or [count - 1]
-    return held_out, [number for number in range(count) if number not in held_out] or held_out
+    return held_out, [number for number in range(count) if number not in held_out]
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -7,7 +7,8 @@ removed or damaged is a miss and runs again.
 import logging
 import math
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -100,22 +101,39 @@ def _refs(value: object) -> list[ArtifactRef]:
     return [one for one in values if isinstance(one, ArtifactRef)]
 
 
-def missing(chain: list[tuple[Stage[...], Inputs]], refresh: Collection[str]) -> list[str]:
-    """Return the stages of a chain that have to run, because the store does not have what they make.
+@dataclass(frozen=True)
+class Planned:
+    """A stage that a run will submit.
+
+    Attributes:
+        stage: The stage.
+        inputs: Its inputs, except for artifacts.
+        artifacts: The names of the stages whose artifacts it takes, by its inputs.
+    """
+
+    stage: Stage[...]
+    inputs: Inputs
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+
+
+def missing(planned: Iterable[Planned], refresh: Collection[str]) -> list[str]:
+    """Return the stages that have to run, because the store does not have what they make.
 
     Args:
-        chain: The stages with their inputs; each stage's `checkpoint` is what the stage before it makes.
+        planned: The stages, each after those whose artifacts it takes.
         refresh: The stages that run again although the store has what they make.
     """
     to_run: list[str] = []
-    checkpoint: Inputs = {}
-    for number, (stage, inputs) in enumerate(chain):
-        artifact = store.load(stage.name, key_of(stage, {**inputs, **checkpoint}))
-        if artifact is None:
-            return to_run + [stage.name for stage, _ in chain[number:]]
-        if stage.name in refresh:
-            to_run.append(stage.name)
-        checkpoint = {"checkpoint": ref_of(artifact)}
+    refs: dict[str, ArtifactRef] = {}
+    for one in planned:
+        name, artifact = one.stage.name, None
+        if all(stage in refs for stage in one.artifacts.values()):
+            inputs = {key: refs[stage] for key, stage in one.artifacts.items()}
+            artifact = store.load(name, key_of(one.stage, {**one.inputs, **inputs}))
+        if artifact is None or name in refresh:
+            to_run.append(name)
+        if artifact is not None:
+            refs[name] = ref_of(artifact)
     return to_run
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
 from quantize_gemma.tasks.calibrate import calibrate, digest_text
-from quantize_gemma.tasks.models.calibration import DISTILLATION, read_calibration, write_calibration
+from quantize_gemma.tasks.models.calibration import DISTILLATION, read_calibration
 from quantize_gemma.tasks.models.checkpoint import load_model
-from quantize_gemma.tasks.models.recipe import STEP_SEQUENCES, Distillation, load_recipe
+from quantize_gemma.tasks.models.recipe import HELD_OUT, STEP_SEQUENCES, Distillation, load_recipe
 from quantize_gemma.tasks.quantize import distill as stages
 from quantize_gemma.tasks.quantize import quantize, student, training
 from quantize_gemma.tasks.quantize.distill import distill
@@ -53,7 +53,7 @@ def run(target: Path, inputs: dict[str, Any], **changed: Any) -> tuple[bytes, di
 
 def divergence(inputs: dict[str, Any], checkpoint: Path) -> float:
     """The mean KL divergence of a checkpoint from the base model on the sequences that were held out, in nats."""
-    tokens = torch.tensor(read_calibration(inputs["calibration"], DISTILLATION))[training.HELD_OUT // 2 :: 16]
+    tokens = torch.tensor(read_calibration(inputs["calibration"], DISTILLATION))[HELD_OUT // 2 :: HELD_OUT]
     wanted, given = (
         torch.log_softmax(load_model(path, torch.float32)(tokens).logits.detach(), -1)
         for path in (inputs["base"], checkpoint)
@@ -137,9 +137,20 @@ def test_the_base_models_states_are_computed_once(
 
 
 def test_one_sequence_is_too_little_to_learn_from_and_to_measure_on(inputs: dict[str, Any], tmp_path: Path) -> None:
-    write_calibration(tmp_path, [[2, 3, 4]], DISTILLATION)
-    with pytest.raises(UserError, match="use a longer text"):
-        distill(tmp_path / "none", **{**inputs, "calibration": tmp_path})
+    (tmp_path / "text.txt").write_text("One sequence of a few words is all there is.")
+    text = str(tmp_path / "text.txt")
+    with pytest.raises(UserError, match="distillation needs another one to measure on"):
+        calibrate(tmp_path, inputs["base"], 8, 10, text=text, digest=digest_text(text), distilled=8)
+
+
+def test_a_training_that_diverges_says_so_and_keeps_nothing(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measurements = iter([0.1, 0.09, float("nan")])
+    monkeypatch.setattr(training, "measure", lambda *_: next(measurements))
+    with pytest.raises(UserError, match=r"the distillation diverged: after 4 steps .* use a smaller learning_rate"):
+        run(tmp_path / "distilled", inputs, refresh=True)
+    assert list((tmp_path / "distilled").iterdir()) == []
 
 
 @pytest.mark.parametrize("groups", [1, 4])

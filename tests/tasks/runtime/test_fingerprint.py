@@ -77,7 +77,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.runtime.worker_main:call": set(),
     "quantize_gemma.tasks.calibrate:OVERLAP": {"calibrate"},
     "quantize_gemma.tasks.quantize.gptq:CANDIDATES": {"quantize", "blocks"},
-    "quantize_gemma.tasks.quantize.training:HELD_OUT": {"distill"},
+    "quantize_gemma.tasks.quantize.training:PATIENCE": {"distill"},
     "quantize_gemma.tasks.quantize.hqq:BOUNDS": {"quantize"},
     "quantize_gemma.tasks.models.recipe:decide": {"quantize", "distill", "diagnose"},
     "quantize_gemma.tasks.fidelity.states:generate": {"fidelity_base"},
