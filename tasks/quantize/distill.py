@@ -63,7 +63,7 @@ def distill(
         recipe: The recipe as JSON values; see Recipe.to_json.
         device: cpu, or cuda, which adds up in another order.
         calibration: What calibrate() wrote: the tokens to learn from.
-        refresh: Start again, even if the store has a state to go on from.
+        refresh: Start again, even if the store has a state to resume from.
 
     Returns:
         The number of sequences and of steps, and how the KL divergence on the held-out sequences fell, in nats.
