@@ -109,7 +109,7 @@ class Calibration:
 # Sequences of a step of distillation, and positions of each whose next token counts: there the head is most of the
 # work.
 STEP_SEQUENCES = 4
-STEP_POSITIONS = 128
+STEP_POSITIONS = 64
 # Positions whose logits are in memory at once.
 LOGITS = 256
 # One sequence in HELD_OUT is not learned from but measured, and how often.
@@ -130,7 +130,7 @@ class Distillation:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     sequences: int = 256
-    steps: int = 160
+    steps: int = 100
     learning_rate: float = 0.001
 
 
