@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
@@ -242,6 +244,29 @@ def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_it
     assert first[2].startswith(f"| as shipped | {checks['max_kl']['value']:.4f} ± ")
     assert "KL ≤ 0.25: fail" in first[2]
     assert f"- {reason}" in card
+
+
+@pytest.mark.long
+def test_a_recipe_is_calibrated_on_a_dataset_at_its_commit(
+    hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md"))]
+    for name, texts in (("train/rows.parquet", rows), ("test/rows.parquet", ["Nobody reads this."])):
+        (tmp_path / "corpus" / name).parent.mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "corpus" / name)
+    hub.add("dataset", "team/corpus", tmp_path / "corpus")
+    recipe = load_recipe("GPTQ-INT8-INT4").to_json() | {"calibration": {"sequences": 4, "length": 96, "answers": 0}}
+    (tmp_path / "mine.json").write_text(json.dumps(recipe))
+    arguments = ("--recipe", str(tmp_path / "mine.json"), "--calibration", "team/corpus:train/*", "--limit", "2")
+    outcome = command_line(*RUN, *arguments, **environment)
+    assert outcome.code == 0, outcome.stderr
+    head = hub.head("dataset", "team/corpus")
+    calibration = metrics_of(outcome)["calibration"]
+    assert calibration["dataset"] == {"name": "team/corpus", "revision": head, "fixture": False}
+    assert (calibration["sequences"], calibration["tokens"]) == (4, 4 * 96)
+    assert not any("test/rows" in line["path"] for line in hub.log if "corpus" in line["path"])
+    command = (Path(outcome.summary["release"]) / "README.md").read_text("utf-8")
+    assert f"--calibration 'team/corpus@{head}:train/*'" in command
 
 
 @pytest.mark.long

@@ -18,11 +18,16 @@ import httpx
 import psutil
 import pytest
 
-from quantize_gemma.flows.options import stage_names
+from quantize_gemma.flows.options import ExportOptions, RunOptions, stage_names
+from quantize_gemma.flows.plan import writing_stages
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS, BUILTIN_TEXTS
+from quantize_gemma.tasks.calibrate import digest_text
 from quantize_gemma.tasks.check import resolve_device
+from quantize_gemma.tasks.download import resolve_model, resolve_text
 from quantize_gemma.tasks.models.benchmarks import FIXTURE_TASKS, describe
-from quantize_gemma.tasks.models.recipe import RECIPES
+from quantize_gemma.tasks.models.recipe import RECIPES, load_recipe
+from quantize_gemma.tasks.models.resolved import ResolvedDataset
+from quantize_gemma.tasks.runtime.prefect_stage import missing
 from tests.campaigns.starting_place import hostile_directory
 from tests.compatibility.loading import read_section
 from tests.conftest import CommandLine, FinishedRun, Outcome
@@ -33,10 +38,13 @@ from tests.processes import stage_processes
 from tests.text_only import write_text_only
 
 FIXTURES = ("--text", "tiny-text", "--dataset", "mmlu=mmlu-mini", "chartqa=chartqa-mini")
-# Of ChartQA the program is not asked, and the card's recipe needs no calibration.
+# The card's recipe is neither calibrated nor distilled, and there is no reference model.
+OPTIONAL = ("download_calibration", "calibrate", "distill", "download_reference", "fidelity_reference")
 # The program answers no questions about images, and only log-likelihoods are compared without quantized activations.
 NOT_MEASURED = ("chartqa_program", "chartqa_no_act_quant", "gsm8k_no_act_quant")
-ALL = {name for name in stage_names([*FIXTURE_TASKS]) if not name.endswith(NOT_MEASURED) and "calibrat" not in name}
+ALL = {
+    name for name in stage_names([*FIXTURE_TASKS]) if not name.endswith(NOT_MEASURED) and not name.startswith(OPTIONAL)
+}
 
 
 @pytest.fixture
@@ -747,6 +755,15 @@ def test_a_text_only_checkpoint_and_a_calibrated_recipe_go_through_the_same_flow
     assert [distillation[name] for name in ("sequences", "held_out", "steps")] == [16, 1, 8]
     card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
     assert "were trained for 8 steps on 16 such sequences" in card
+    # The plan of another run knows what is in the store.
+    monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(command_line.home))
+    options = RunOptions(model=str(target), calibration=str(text), export=ExportOptions(max_seq_len=256))
+    resolved = resolve_model(str(target), None, True), load_recipe(str(tmp_path / "mine.json"))
+    calibrated_on = ResolvedDataset("text.txt", digest_text(str(text)), str(text), fixture=False, on_hub=False)
+    stages = writing_stages(options, *resolved, resolve_text("tiny-text", None, True), calibrated_on)
+    assert [one.stage.name for one in stages][-4:] == ["calibrate", "quantize", "distill", "export"]
+    assert missing(stages, []) == []
+    assert missing(stages, ["distill"]) == ["distill"]
     program = outcome.summary["metrics"]["program"]
     assert program["task"] == "text-generation"
     assert program["text"]["response"].startswith("I can talk to you")
