@@ -45,6 +45,8 @@ from quantize_gemma.tasks.runtime.errors import UserError
 WRITTEN = {"download": 1.0, "untie": 0.65, "quantize": 0.82, "export": 0.73}
 WRITTEN_BY_LARGE_MODELS = {"download": 1.0, "untie": 0.16, "quantize": 0.65, "export": 0.39}
 LARGE_BYTES = 5_000_000_000
+# The stages that write much.
+WRITING = (*WRITTEN, "distill")
 # The peak memory of evaluating a quantized checkpoint on ChartQA, which takes more than any other stage, in multiples
 # of the base weights in bf16, measured with gemma-3-4b's shape: 17.2 GB; and what Python and the libraries take.
 MEMORY_FACTOR = 2.0
@@ -260,19 +262,20 @@ def check_memory(weights: int, workers: int = 1) -> int:
     return one * workers
 
 
-def disk_needed(weight_bytes: int, stages: Collection[str] = tuple(WRITTEN), recipe: Recipe | None = None) -> int:
+def disk_needed(weight_bytes: int, stages: Collection[str] = WRITING, recipe: Recipe | None = None) -> int:
     """Return about how many bytes these stages write, for base weights of this size, with a recipe."""
     written = WRITTEN_BY_LARGE_MODELS if weight_bytes > LARGE_BYTES else WRITTEN
-    parts = [written[stage] for stage in stages]
-    if recipe is not None and "quantize" in stages:
-        parts += [WRITTEN_BY_CALIBRATION] if recipe.calibration is not None else []
-        parts += [WRITTEN_BY_DISTILLATION] if recipe.distillation is not None else []
+    parts = [written[stage] for stage in stages if stage in written]
+    if recipe is not None and recipe.calibration is not None and "quantize" in stages:
+        parts.append(WRITTEN_BY_CALIBRATION)
+    if recipe is not None and recipe.distillation is not None and "distill" in stages:
+        parts.append(WRITTEN_BY_DISTILLATION)
     return int(weight_bytes * sum(parts))
 
 
 def check_disk(
     weight_bytes: int,
-    stages: Collection[str] = tuple(WRITTEN),
+    stages: Collection[str] = WRITING,
     revision: str | None = None,
     recipe: Recipe | None = None,
 ) -> None:

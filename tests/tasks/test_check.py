@@ -163,6 +163,7 @@ def test_the_plan_of_a_calibrated_recipe_says_what_calibration_costs_and_needs_a
     assert disk_needed(10**10, recipe=load_recipe("GPTQ-INT8-INT4")) == disk_needed(10**10) + 5.3e9
     distilled = load_recipe("DISTILL-INT8-INT4")
     assert disk_needed(10**10, recipe=distilled) == disk_needed(10**10) + 24.3e9
+    assert disk_needed(10**10, ["download_text", "distill"], distilled) == 19e9
     costs = plan_calibration(text, distilled)
     assert costs["distillation_seconds_on_gpu"] >= 50
     assert costs["distillation_memory_bytes"] > costs["calibration_memory_bytes"] / 2
