@@ -131,7 +131,7 @@ class Distillation:
 
     sequences: int = 256
     steps: int = 100
-    learning_rate: float = 0.001
+    learning_rate: float = 0.0005
 
 
 @dataclass(frozen=True)
