@@ -29,7 +29,7 @@ STEPS = 24
 def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The arguments of distill(), but for `target`: artifacts of a store, and a recipe of a few steps."""
     root = tmp_path_factory.mktemp("store")
-    recipe = replace(load_recipe(request.param), distillation=Distillation(sequences=40, steps=STEPS))
+    recipe = replace(load_recipe(request.param), distillation=Distillation(40, STEPS, 0.002))
     base = store.produce("untie", "0" * 64, lambda target: untie(target, BUILTIN["tiny-gemma3"]), root).path
     text = str(BUILTIN_TEXTS["tiny-text"] / "text.txt")
 
