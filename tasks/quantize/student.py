@@ -165,22 +165,22 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, scales: Tensor, integers: Tensor) -> Tensor:
         ctx.save_for_backward(inputs, scales, integers)
-        outputs = inputs.new_empty(*inputs.shape[:-1], len(integers))
-        for rows, weight in _dequantize(integers, scales):
-            outputs[..., rows] = inputs @ weight.T
-        return outputs
+        pieces = [inputs @ weight.T for _, weight in _dequantize(integers, scales)]
+        return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         inputs, scales, integers = ctx.saved_tensors
         gradient = gradients[0].flatten(0, -2)
         flat = inputs.flatten(0, -2)
-        of_inputs, of_scales = torch.zeros_like(flat), torch.empty_like(scales)
+        of_inputs: Tensor | None = None
+        of_scales = torch.empty_like(scales)
         for rows, weight in _dequantize(integers, scales):
             of_rows = gradient[:, rows]
-            of_inputs.addmm_(of_rows, weight)
+            of_inputs = of_rows @ weight if of_inputs is None else of_inputs.addmm_(of_rows, weight)
             of_weight = of_rows.T @ flat
             of_scales[rows] = of_weight.mul_(integers[rows]).view(len(of_weight), scales.shape[1], -1).sum(-1)
+        assert of_inputs is not None, "a linear has no rows"
         return of_inputs.view_as(inputs), of_scales, None
 
 
