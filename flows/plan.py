@@ -305,8 +305,9 @@ def writing_stages(
     text: ResolvedDataset | None = None,
     calibration: ResolvedDataset | None = None,
 ) -> list[Planned]:
-    """Return the stages that write the most, and those that they need; without what a recipe is calibrated on, as far
-    as they do not need that.
+    """Return the stages that write the most, and those that they need.
+
+    Of a calibrated recipe without its calibration text, these are the ones before calibration.
     """
     planned = [
         Planned(download, download_inputs(model, options.offline)),

@@ -270,9 +270,14 @@ def quantize_block(
 def replay_block(blocks: tuple[Block, Block], hidden: tuple[Tensor, Tensor]) -> None:
     """Replace a block's inputs by its outputs, as quantize_block does, when its linears are quantized already."""
     for run, block, states in zip((run_block, run_full_block), blocks, hidden, strict=True):
-        for _, inputs in run(block, states):
-            for _piece in inputs:
-                pass
+        run_to_end(run(block, states))
+
+
+def run_to_end(steps: Iterator[Step]) -> None:
+    """Take all inputs of a block's steps, so that its input is replaced by its output."""
+    for _, inputs in steps:
+        for _piece in inputs:
+            pass
 
 
 def prepare_linears(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import Calibration, Recipe, Rule
 from quantize_gemma.tasks.quantize.algorithms import quantize_rows
-from quantize_gemma.tasks.quantize.source import SourceTensor, read_block, read_rows
+from quantize_gemma.tasks.quantize.source import SourceTensor, embedding_factor, look_up, read_block, read_rows
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.runtime.reporting import log, report_progress
@@ -169,14 +169,12 @@ def _embed(source: SourceTensor, rule: Rule, tokens: Tensor) -> tuple[Tensor, Te
     """Return the embeddings of tokens, quantized and not, [sequences, length, width], as the decoder reads them."""
     import torch
 
-    ids, places = torch.unique(tokens, return_inverse=True)
-    rows = torch.cat([read_rows(source, int(token), 1) for token in ids]).to(torch.bfloat16)
-    stored = quantize_rows(rows, rule, "cpu").tensors
+    rows, places = look_up(source, tokens)
+    stored = quantize_rows(rows.to(torch.bfloat16), rule, "cpu").tensors
     size = rows.shape[1] // stored["scale"].shape[1]
     quantized = stored["qdata"] * stored["scale"].float().repeat_interleave(size, 1)
-    # The model keeps the factor in the checkpoint's dtype.
-    factor = torch.tensor(rows.shape[1] ** 0.5, dtype=torch.bfloat16).float()
-    return (quantized * factor)[places], (rows.float() * factor)[places]
+    factor = embedding_factor(rows.shape[1])
+    return (quantized * factor)[places], (rows.to(torch.bfloat16).float() * factor)[places]
 
 
 def _quantize_head(

@@ -22,7 +22,15 @@ from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide
 from quantize_gemma.tasks.quantize.calibrated import digest_tokens
-from quantize_gemma.tasks.quantize.source import QUANTIZED, SourceTensor, open_tensors, read_block, read_rows
+from quantize_gemma.tasks.quantize.source import (
+    QUANTIZED,
+    SourceTensor,
+    embedding_factor,
+    look_up,
+    open_tensors,
+    read_block,
+    read_rows,
+)
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.runtime.reporting import report_progress
@@ -111,24 +119,16 @@ class _Embedding:
     """Embeds token ids with a quantized checkpoint's rows, as its decoder reads them."""
 
     def __init__(self, quantized: Sources, config: Gemma3TextConfig, device: str) -> None:
-        import torch
-
         module = f"{_prefix(quantized)}{GEMMA3.embedding_module}"
         self.integers, self.scales = quantized[f"{module}._weight_qdata"], quantized[f"{module}._weight_scale"]
-        # The model keeps the factor in the checkpoint's dtype.
-        self.factor = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16).float()
+        self.factor = embedding_factor(config.hidden_size)
         self.device = device
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the embeddings, float32, [..., width]."""
-        import torch
-
-        ids, places = torch.unique(tokens, return_inverse=True)
-        integers, scales = (
-            torch.cat([read_rows(source, int(token), 1) for token in ids]).float()
-            for source in (self.integers, self.scales)
-        )
-        rows = integers * scales.repeat_interleave(integers.shape[1] // scales.shape[1], 1)
+        integers, places = look_up(self.integers, tokens)
+        scales = look_up(self.scales, tokens)[0].float()
+        rows = integers.float() * scales.repeat_interleave(integers.shape[1] // scales.shape[1], 1)
         embedded: Tensor = (rows * self.factor)[places].to(self.device)
         return embedded
 
@@ -159,21 +159,17 @@ def _run_base(config: Gemma3TextConfig, sources: Sources, tokens: Tensor, device
     import torch
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-    from quantize_gemma.tasks.quantize.blocks import Block, run_full_block
+    from quantize_gemma.tasks.quantize.blocks import Block, run_full_block, run_to_end
 
     prefix = _prefix(sources)
-    source = sources[f"{prefix}{GEMMA3.embedding_module}.weight"]
-    ids, places = torch.unique(tokens, return_inverse=True)
-    rows = torch.cat([read_rows(source, int(token), 1) for token in ids]).float()
-    hidden = (rows * torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16).float())[places].to(device)
+    rows, places = look_up(sources[f"{prefix}{GEMMA3.embedding_module}.weight"], tokens)
+    hidden = (rows.float() * embedding_factor(config.hidden_size))[places].to(device)
     norm = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     norm.weight.data = read_rows(sources[f"{prefix}norm.weight"]).flatten().float().to(device)
     with torch.no_grad():
         for number in range(config.num_hidden_layers):
             block = Block(config, number, read_block(sources, f"{prefix}layers.{number}.", device))
-            for _, pieces in run_full_block(block, hidden):
-                for _piece in pieces:
-                    pass
+            run_to_end(run_full_block(block, hidden))
             report_progress(number + 1, config.num_hidden_layers, "blocks of the base model")
         for one in hidden:
             one.copy_(norm(one))

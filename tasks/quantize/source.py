@@ -68,6 +68,21 @@ def read_block(sources: Mapping[str, SourceTensor], start: str, device: str) -> 
     return {name.removeprefix(start): read_rows(sources[name]).view(sources[name].shape).to(device) for name in names}
 
 
+def look_up(source: SourceTensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows of the distinct tokens, [distinct, columns], and the number of each token's row in them."""
+    import torch
+
+    ids, places = torch.unique(tokens, return_inverse=True)
+    return torch.cat([read_rows(source, int(token), 1) for token in ids]), places
+
+
+def embedding_factor(width: int) -> torch.Tensor:
+    """Return what the model multiplies embeddings with: in the checkpoint's dtype, here as float32."""
+    import torch
+
+    return torch.tensor(width**0.5, dtype=torch.bfloat16).float()
+
+
 def _read(file: int, buffer: bytearray, offset: int) -> None:
     view = memoryview(buffer)
     while view:
