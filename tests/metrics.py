@@ -103,6 +103,7 @@ METRICS: dict[str, Any] = {
     },
     "stages": {"quantize": {"seconds": 1.5, "peak_rss_bytes": 10, "bytes": 500}},
     "calibration": None,
+    "distillation": None,
     "gate": {"passed": True, "low_confidence": False, "limits": {}, "checks": []},
 }
 
