@@ -190,11 +190,18 @@ class ExportOptions(Options):
     last_logits_only: bool = Field(
         default=True, description="Return the logits of the last token only, which is all that generation needs."
     )
+    bidirectional_images: bool = Field(
+        default=True,
+        description="Let the tokens of an image attend to each other in both directions, as in the model; requires "
+        "custom_kv_cache. Without it, attention is causal, as in the programs of optimum-executorch.",
+    )
 
     @model_validator(mode="after")
     def _check_kernels(self) -> Self:
         if self.custom_kv_cache and not self.custom_sdpa:
             raise ValueError("custom_kv_cache requires custom_sdpa: turn off custom_kv_cache, too")
+        if self.bidirectional_images and not self.custom_kv_cache:
+            raise ValueError("bidirectional_images requires custom_kv_cache: turn off bidirectional_images, too")
         return self
 
 

@@ -8,6 +8,7 @@ honored, scales are as wide as XNNPACK wants them, and the program's metadata sa
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import shutil
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize_gemma.tasks.models.checkpoint import task_of, weight_files
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.pte import IMAGE_CHANNEL
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.patches import patched_export, patched_loading
@@ -54,12 +56,14 @@ def export(
     custom_sdpa: bool = True,
     custom_kv_cache: bool = True,
     last_logits_only: bool = True,
+    bidirectional_images: bool = True,
 ) -> Output:
     """Write model.pte, for sequences up to `max_seq_len` tokens, and delegation.json: which kernels run what.
 
     With `custom_sdpa` and `custom_kv_cache` attention and its cache are ExecuTorch's own kernels. With
     `last_logits_only` the decoder returns the logits of the last of its input tokens, [1, 1, vocabulary], which is all
-    that generating needs.
+    that generating needs. With `bidirectional_images` the tokens of an image attend to each other in both directions,
+    as in the model, and embeddings have one more channel; see image_attention.py.
 
     Raises:
         UserError: The checkpoint is not a quantized Gemma 3, or the disk is full.
@@ -67,18 +71,28 @@ def export(
     """
     from optimum.exporters.executorch.convert import export_to_executorch
 
-    from quantize_gemma.tasks.models.kv_cache import unlimited_chunks
+    from quantize_gemma.tasks.models.image_attention import bidirectional_attention
+    from quantize_gemma.tasks.models.kv_cache import make_masks, unlimited_chunks
 
     check_exportable(target, checkpoint)
     report_progress(0, 3, "loading")
     module = _load_exportable(checkpoint, max_seq_len, custom_sdpa, custom_kv_cache)
     if last_logits_only:
         module.model.lm_head = _last_position(module.model.lm_head)
+    task = task_of(module.config.to_dict())
+    bidirectional_images = bidirectional_images and task == GEMMA3.multimodal.task
     expected = expected_metadata(checkpoint, max_seq_len)
+    if bidirectional_images:
+        expected[IMAGE_CHANNEL] = True
     module.metadata.update(expected)
     report_progress(1, 3, "lowering")
-    task = task_of(module.config.to_dict())
-    with example_image(_blank_image(module.config)), unlimited_chunks(max_seq_len), patched_export():
+    with contextlib.ExitStack() as stack:
+        if bidirectional_images:
+            window = module.config.get_text_config().sliding_window
+            stack.enter_context(bidirectional_attention(module, make_masks(max_seq_len, window)))
+        stack.enter_context(example_image(_blank_image(module.config)))
+        stack.enter_context(unlimited_chunks(max_seq_len))
+        stack.enter_context(patched_export())
         program = export_to_executorch(module, task, BACKEND, str(target))["model"]
     delegation = {
         name: count_operators(program.exported_program(name).graph_module) for name in sorted(program.methods)
@@ -90,6 +104,7 @@ def export(
     report_progress(2, 3, "verifying the program's metadata")
     metadata = _check_metadata(target / "model.pte", expected)
     settings = {"backend": BACKEND, "dtype": DTYPE, "custom_sdpa": custom_sdpa, "custom_kv_cache": custom_kv_cache}
+    settings |= {"bidirectional_images": bidirectional_images}
     settings |= {"max_seq_len": max_seq_len, "last_logits_only": last_logits_only, "task": task}
     return {"metadata": {**settings, "program": metadata, "delegation": delegation}}
 

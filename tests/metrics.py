@@ -94,6 +94,7 @@ METRICS: dict[str, Any] = {
         "custom_sdpa": True,
         "custom_kv_cache": True,
         "last_logits_only": True,
+        "bidirectional_images": True,
         "delegation": {"forward": {"xnnpack": {"linear": 22}, "custom": {}, "portable": {}}},
         "text": RESPONSE,
         "image": None,

@@ -25,6 +25,7 @@ STAGE = "responses"
 RESPOND = "quantize_gemma.tasks.evaluate.answer:_respond"
 CHECKPOINT = "quantize_gemma.tasks.evaluate.packed_lm:load_checkpoint_scorer"
 IMAGES = "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_scorer"
+IMAGES_PROGRAM = "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_program_scorer"
 PROGRAM = "quantize_gemma.tasks.evaluate.program_lm:load_program_scorer"
 # Small shards are answered together until there are so many questions, which fills batches and hides a task's cost.
 QUESTIONS = 100
@@ -147,10 +148,12 @@ def choose_scorer(
     kind: str,
     exact: bool = False,
 ) -> Scorer:
-    """Return what answers: a program, or a checkpoint, which sees a dataset's images if there are any.
+    """Return what answers: a program, or a checkpoint. Either sees a dataset's images if there are any.
 
     `kind` is the requests'; the other parameters are those of the stage.
     """
+    if program is not None and images is not None:
+        return Scorer(IMAGES_PROGRAM, {"checkpoint": checkpoint, "program": program, "dataset": images})
     if program is not None:
         return Scorer(PROGRAM, {"checkpoint": checkpoint, "program": program})
     if images is not None:

@@ -20,18 +20,21 @@ from typing import TYPE_CHECKING, Any
 from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.checkpoint import is_multimodal
 from quantize_gemma.tasks.models.datasets import CHARTQA_SPLITS, read_chartqa
+from quantize_gemma.tasks.models.pte import PteProgram, insert_image_features
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import ProcessorMixin
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 POST_PROMPT = "\nAnswer the question with a single word."
 # lm-eval's placeholder for an image.
 PLACEHOLDER = "<image>"
-GENERATION = {"until": [], "max_gen_toks": 16, "do_sample": False, "temperature": 0.0}
+GENERATION_TOKENS = 16
+GENERATION = {"until": [], "max_gen_toks": GENERATION_TOKENS, "do_sample": False, "temperature": 0.0}
 # How far a number may be from the label, relative to the label.
 TOLERANCE = 0.05
 # fmt: off
@@ -55,15 +58,49 @@ def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Callable[
     if not is_multimodal(AutoConfig.from_pretrained(checkpoint).to_dict()):
         raise UserError(f"{checkpoint} is a text-only checkpoint: it cannot be evaluated on ChartQA")
     model = ChartQALM(Path(checkpoint), device)
-    table = read_chartqa(Path(dataset))
+    return _answer_rows(
+        Path(dataset),
+        lambda row: model.generate_from_image(open_image(row), make_messages(row["query"]), GENERATION),
+    )
+
+
+def load_chartqa_program_scorer(
+    checkpoint: str, program: str, dataset: str
+) -> Callable[[list[Request]], list[JsonValue]]:
+    """Load a program as what answers requests: None to those whose prompt is longer than its sequences."""
+    from transformers import AutoProcessor
+
+    pte = PteProgram(Path(program) / "model.pte")
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    image_token = processor.image_token_id
+
+    def respond(row: dict[str, Any]) -> str | None:
+        prompt = make_prompt(processor, make_messages(row["query"]))
+        inputs = processor(images=[[open_image(row).convert("RGB")]], text=[prompt], return_tensors="pt")
+        ids = inputs["input_ids"]
+        if ids.shape[1] >= pte.max_seq_len:
+            return None
+        is_image = ids[0] == image_token
+        features = pte.encode_image(inputs["pixel_values"])
+        embeddings = insert_image_features(features, pte.embed_tokens(ids.masked_fill(is_image, 0)), is_image)
+        tokens, _ = pte.generate_until(embeddings, lambda answer: len(answer) >= GENERATION_TOKENS)
+        return str(processor.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    return _answer_rows(Path(dataset), respond)
+
+
+def _answer_rows(
+    dataset: Path, answer: Callable[[dict[str, Any]], str | None]
+) -> Callable[[list[Request]], list[JsonValue]]:
+    """Return what answers requests, each about a row of the dataset, with an answer to a row."""
+    table = read_chartqa(dataset)
 
     def respond(requests: list[Request]) -> list[JsonValue]:
         texts: list[JsonValue] = []
         for request in requests:
             *_, image = request.arguments
             assert isinstance(image, dict)
-            row = table.slice(image["row"], 1).to_pylist()[0]
-            texts.append(model.generate_from_image(open_image(row), make_messages(row["query"]), GENERATION))
+            texts.append(answer(table.slice(image["row"], 1).to_pylist()[0]))
             report_progress(len(texts), len(requests), "questions")
         return texts
 
@@ -83,6 +120,17 @@ def make_messages(query: str) -> list[dict[str, object]]:
         {"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"{query}{POST_PROMPT}"}]},
     ]
+
+
+def make_prompt(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> str:
+    """Return the text of a chat; a base model, which has no chat template, gets the image and the user's text."""
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if template is None:
+        _system, user = messages
+        return f"{processor.boi_token}{user['content'][1]['text']}"
+    text = processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True)
+    # The tokenizer adds one to every text.
+    return str(text).removeprefix(processor.tokenizer.bos_token)
 
 
 def make_chartqa_task(dataset: Path, limit: int | None) -> dict[str, object]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.hf_vlms import HFMultimodalLM
 
+from quantize_gemma.tasks.evaluate.chartqa import make_prompt
 from quantize_gemma.tasks.models.dequantize import dequantize_once
 from quantize_gemma.tasks.runtime.patches import patched_loading
 
@@ -40,19 +41,9 @@ class ChartQALM(HFMultimodalLM):  # type: ignore[misc]
         self, image: Image, messages: list[dict[str, object]], generation: dict[str, object]
     ) -> str:
         """Return the response to a chat with one image; `generation` are lm-eval's generation_kwargs."""
-        arguments = (self.prompt(messages), generation, {"visual": [image]})
+        arguments = (make_prompt(self.processor, messages), generation, {"visual": [image]})
         request = Instance(request_type="generate_until", doc={}, arguments=arguments, idx=0)
         return str(self.generate_until([request], disable_tqdm=True)[0])
-
-    def prompt(self, messages: list[dict[str, Any]]) -> str:
-        """Return the text of a chat; a base model, which has no chat template, gets the image and the user's text."""
-        template = self.processor.chat_template or self.tokenizer.chat_template
-        if template is None:
-            _system, user = messages
-            return f"{self.processor.boi_token}{user['content'][1]['text']}"
-        text = self.processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True)
-        # The tokenizer adds one to every text.
-        return str(text).removeprefix(self.tokenizer.bos_token)
 
     def _encode_image_once(self, pixel_values: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """Return the features of an image, computed unless it is the last one again."""

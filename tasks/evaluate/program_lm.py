@@ -84,7 +84,8 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
             tail = self.tokenizer.decode(tokens[-STOP_TOKENS:])
             return len(tokens) >= settings["max_gen_toks"] or any(text in tail for text in stop if text)
 
-        tokens, is_complete = self.program.generate_until(context_ids, is_finished)
+        prompt = self.program.embed_tokens(torch.tensor([context_ids]))
+        tokens, is_complete = self.program.generate_until(prompt, is_finished)
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return postprocess_generated_text(text, stop, None) if is_complete else None
 

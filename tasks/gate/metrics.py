@@ -43,7 +43,16 @@ LIBRARIES = (
     "prefect",
 )
 # The fields of the export's metadata that go into metrics.json.
-EXPORT_FIELDS = ("task", "delegation", "backend", "dtype", "custom_sdpa", "custom_kv_cache", "last_logits_only")
+EXPORT_FIELDS = (
+    "task",
+    "delegation",
+    "backend",
+    "dtype",
+    "custom_sdpa",
+    "custom_kv_cache",
+    "last_logits_only",
+    "bidirectional_images",
+)
 # The artifact of a stage, or those of its parts, by the stage's name in the run.
 Artifacts = dict[str, Artifact]
 

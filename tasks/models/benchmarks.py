@@ -145,10 +145,9 @@ class Benchmark:
     def columns(self) -> tuple[str, ...]:
         """Return the columns that are measured.
 
-        The program's runtime answers no questions about images yet, and its sequences are shorter than the windows of a
-        perplexity, which would not be the same measure.
+        The program's sequences are shorter than the windows of a perplexity, which would not be the same measure.
         """
-        if self.needs_images or self.kind == "loglikelihood_rolling":
+        if self.kind == "loglikelihood_rolling":
             return ALL_COLUMNS[:2]
         return ALL_COLUMNS if self.kind == "loglikelihood" else ALL_COLUMNS[:3]
 
@@ -224,6 +223,7 @@ BENCHMARKS = {
             num_fewshot=0,
             chat_template=True,
             max_drop=10.0,
+            program_samples=50,
             needs_images=True,
             # The other splits are ten times as large.
             files=("README.md", "data/test-*.parquet"),

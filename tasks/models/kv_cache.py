@@ -23,6 +23,7 @@ from optimum.executorch.attentions import custom_kv_cache
 from optimum.executorch.attentions.custom_sdpa import custom_sdpa_with_start_pos_forward
 from optimum.exporters.executorch import integrations
 
+from quantize_gemma.tasks.models.image_attention import MakeMasks, attend_in_image
 from quantize_gemma.tasks.runtime.patches import replaced
 from quantize_gemma.tasks.runtime.patches.private_api import require
 
@@ -66,10 +67,11 @@ class RingCache(torch.nn.Module):
         return combined.transpose(1, 2)
 
 
-def sliding_mask(positions: Tensor, window: int) -> Tensor:
+def sliding_mask(positions: Tensor, window: int, is_image: Tensor | None = None) -> Tensor:
     """Return the attention mask, float [tokens, window + tokens], of tokens at `positions` over the ring and the chunk.
 
-    Slots that were not written in this sequence are masked, whatever an earlier sequence left there.
+    Slots that were not written in this sequence are masked, whatever an earlier sequence left there. If `is_image`, a
+    bool scalar, the tokens of the chunk attend to all of it.
     """
     before = positions[:1] - 1
     # ExecuTorch's remainder of a negative integer is C's, not Python's.
@@ -78,7 +80,19 @@ def sliding_mask(positions: Tensor, window: int) -> Tensor:
     cached = torch.where(cached < 0, torch.iinfo(torch.long).max, cached)
     keys, queries = torch.cat([cached, positions]), positions[:, None]
     visible = (keys <= queries) & (keys > queries - window)
+    if is_image is not None:
+        visible = visible | (is_image & (keys >= positions[:1]) & (keys <= positions[-1:]))
     return torch.where(visible, 0.0, float("-inf"))
+
+
+def make_masks(max_seq_len: int, window: int) -> MakeMasks:
+    """Return what makes the masks of a decoder whose tokens may be an image's."""
+
+    def make(positions: Tensor, is_image: Tensor) -> dict[str, Tensor]:
+        sliding = is_image if max_seq_len <= window else sliding_mask(positions, window, is_image)
+        return {"full_attention": is_image, "sliding_attention": sliding}
+
+    return make
 
 
 @contextlib.contextmanager
@@ -124,13 +138,21 @@ def unlimited_chunks(max_seq_len: int) -> Iterator[None]:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
+        position_ids: Tensor,
+        scaling: float,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
-        masked = attention_mask is not None
-        output: tuple[Tensor, None] = custom_sdpa_with_start_pos_forward(
-            module, query, key, value, attention_mask, is_sliding=masked, **kwargs
+        # A scalar says whether the tokens are an image's.
+        is_image = attention_mask if attention_mask is not None and attention_mask.dim() == 0 else None
+        masked = attention_mask is not None and is_image is None
+        attended: Tensor
+        attended, _ = custom_sdpa_with_start_pos_forward(
+            module, query, key, value, attention_mask, position_ids, scaling, is_sliding=masked, **kwargs
         )
-        return output
+        if is_image is not None:
+            query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+            attended = attend_in_image(attended, is_image, query, key, value, position_ids[0, -1:], scaling)
+        return attended, None
 
     require("optimum-executorch", "1.1.0", custom_kv_cache, "replace_with_et_custom_kv_cache")
     require("optimum-executorch", "1.1.0", integrations, "sdpa_mask_passthrough", "get_custom_sdpa_for_ring_kv_cache")

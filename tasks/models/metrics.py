@@ -138,7 +138,7 @@ class PromptDivergence(Divergence):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDivergence(Divergence):
-    """KL divergences of the text after an image; `kl_causal_image` is what the program's causal mask causes."""
+    """KL divergences of the text after an image; `kl_causal_image` is what causal attention would cause."""
 
     kl_causal_image: float | None = None
 
@@ -251,6 +251,7 @@ class Program:
     custom_sdpa: bool
     custom_kv_cache: bool
     last_logits_only: bool
+    bidirectional_images: bool
     delegation: dict[str, dict[str, dict[str, int]]]
     text: Response
     image: Response | None

@@ -10,11 +10,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# The constant method of a program that tells images from text by one more channel of the embeddings.
+IMAGE_CHANNEL = "has_image_channel"
+
+
+def has_image_channel(path: Path) -> bool:
+    """Tell whether a program lets the tokens of an image attend to each other in both directions."""
+    from executorch.runtime import Runtime
+
+    return IMAGE_CHANNEL in Runtime.get().load_program(path).method_names
+
+
+def insert_image_features(features: Tensor, embeddings: Tensor, is_image: Tensor) -> Tensor:
+    """Return a copy of `embeddings`, [1, tokens, width], with an image's features where `is_image` is true."""
+    merged = embeddings.clone()
+    merged[0, is_image] = features.reshape(-1, embeddings.shape[-1])
+    return merged
+
+
 class PteProgram:
     """A loaded program: embed tokens, encode images, and decode with a key-value cache.
 
     Attributes:
         multimodal: Whether the program takes images; a text-only program has the method `forward` alone.
+        has_image_channel: Whether embeddings have one more channel, which says whether a token is an image's.
         max_seq_len: The longest sequence, in tokens.
         max_chunk: The most tokens that one call of the decoder takes.
         eos_ids: The tokens that end a turn.
@@ -28,6 +47,7 @@ class PteProgram:
 
         self._program = Runtime.get().load_program(path)
         self.multimodal = "text_decoder" in self._program.method_names
+        self.has_image_channel = IMAGE_CHANNEL in self._program.method_names
         self._embedding = self._program.load_method("token_embedding") if self.multimodal else None
         self._encoder = self._program.load_method("vision_encoder") if self.multimodal else None
         self._decoder = self._program.load_method("text_decoder" if self.multimodal else "forward")
@@ -37,7 +57,10 @@ class PteProgram:
         self.max_chunk = self.max_seq_len - 1
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
-        """Return the embeddings of `ids`, [1, tokens, hidden size]; for a text-only program, `ids` themselves."""
+        """Return the embeddings of `ids`, [1, tokens, width]; for a text-only program, `ids` themselves.
+
+        The width is the hidden size, and one more with an image channel.
+        """
         import torch
 
         if self._embedding is None:
@@ -46,16 +69,21 @@ class PteProgram:
         return torch.cat(chunks, dim=1)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """Return the image's embeddings, [1, tokens per image, hidden size], of pixels [1, channels, height, width]."""
+        """Return the image's embeddings, [1, tokens per image, width], of pixels [1, channels, height, width]."""
         assert self._encoder is not None, "a text-only program encodes no images"
         features: Tensor = self._encoder.execute([pixel_values])[0].clone()
         return features
+
+    def without_channel(self, embeddings: Tensor) -> Tensor:
+        """Return embeddings without the channel that says whether they are an image's."""
+        return embeddings[..., :-1] if self.has_image_channel else embeddings
 
     def decode(self, inputs: Tensor, positions: set[int]) -> Tensor:
         """Return the logits at `positions`, [positions, vocabulary], of a new sequence.
 
         The sequence is read in chunks that end at these positions, because a program may return the logits of the last
-        token only. Position 0 empties the cache. All methods share their memory: run nothing else between two chunks.
+        token only, and so that an image is a chunk of its own. Position 0 empties the cache. All methods share their
+        memory: run nothing else between two chunks.
 
         Args:
             inputs: What embed_tokens() returns.
@@ -81,19 +109,20 @@ class PteProgram:
             tokens.append(int(logits[-1].argmax()))
         return tokens, torch.stack(logits).float()
 
-    def generate_until(self, ids: list[int], is_finished: Callable[[list[int]], bool]) -> tuple[list[int], bool]:
+    def generate_until(self, prompt: Tensor, is_finished: Callable[[list[int]], bool]) -> tuple[list[int], bool]:
         """Return the greedy answer to a prompt, and whether it ended before the end of the longest sequence.
 
         Args:
-            ids: The prompt.
+            prompt: What embed_tokens() returns, maybe with an image's features.
             is_finished: Called with the tokens so far; the answer also ends with the turn.
         """
         import torch
 
-        logits = self._decode(self.embed_tokens(torch.tensor([ids])), {len(ids) - 1}, 0)
+        length = prompt.shape[1]
+        logits = self._decode(prompt, {length - 1}, 0)
         tokens = [int(logits[0].argmax())]
         while tokens[-1] not in self.eos_ids and not is_finished(tokens):
-            position = len(ids) + len(tokens) - 1
+            position = length + len(tokens) - 1
             if position >= self.max_seq_len:
                 return tokens, False
             logits = self._decode(self.embed_tokens(torch.tensor([tokens[-1:]])), {position}, position)
@@ -104,7 +133,7 @@ class PteProgram:
         import torch
 
         first, stop = start, start + inputs.shape[1]
-        ends = sorted({position + 1 for position in positions} | {stop})
+        ends = sorted({position + 1 for position in positions} | {stop} | self._image_edges(inputs, start))
         logits = []
         while start < stop:
             end = min(start + self.max_chunk, next(end for end in ends if end > start))
@@ -113,3 +142,10 @@ class PteProgram:
                 logits.append(output[0, -1].clone())
             start = end
         return logits
+
+    def _image_edges(self, inputs: Tensor, start: int) -> set[int]:
+        """Return the positions at which an image begins, or a text after one."""
+        if not self.has_image_channel:
+            return set()
+        is_image = inputs[0, :, -1] > 0
+        return {start + 1 + int(before) for before in (is_image[1:] != is_image[:-1]).nonzero()}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
-from quantize_gemma.tasks.models.pte import PteProgram
+from quantize_gemma.tasks.models.pte import PteProgram, has_image_channel, insert_image_features
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.verify.distances import (
     absolute_difference,
@@ -24,7 +24,7 @@ from quantize_gemma.tasks.verify.distances import (
     same_argmax,
     squared_error,
 )
-from quantize_gemma.tasks.verify.image_inputs import ImageInput, insert_image_features, make_image_input
+from quantize_gemma.tasks.verify.image_inputs import ImageInput, make_image_input
 from quantize_gemma.tasks.verify.long_prompts import TEXT, AnsweredPrompt, answer_prompts, prompt_lengths
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class ImageDivergence(Divergence):
     """That of the text after an image.
 
     Attributes:
-        kl_causal_image: What the program's causal mask makes of it: the model lets an image's tokens attend to each
-            other in both directions.
+        kl_causal_image: What causal attention makes of it, in the checkpoint: the model lets an image's tokens attend
+            to each other in both directions.
     """
 
     kl_causal_image: float
@@ -157,13 +157,14 @@ class _Reference:
         act_quant: Outputs with quantized activations, what the program is compared with.
         no_act_quant: Outputs without.
         embeddings: The text's token embeddings, [1, tokens, width].
-        bidirectional_image: Logits of the text after an image whose tokens attend in both directions.
+        other_image: Logits of the text after an image with causal attention if the program has that of the model, and
+            the other way around.
     """
 
     act_quant: _CheckpointOutputs
     no_act_quant: _CheckpointOutputs
     embeddings: Tensor
-    bidirectional_image: Tensor | None
+    other_image: Tensor | None
 
 
 def compare(program: Path, checkpoint: Path, config: PreTrainedConfig, max_seq_len: int) -> Agreement:
@@ -178,7 +179,8 @@ def compare(program: Path, checkpoint: Path, config: PreTrainedConfig, max_seq_l
     prompts = answer_prompts(program, checkpoint, prompt_lengths(config.get_text_config().sliding_window, max_seq_len))
     text = _make_text_input(tokenizer, prompts[-1], max_seq_len)
     image = make_image_input(checkpoint, config.image_token_id) if hasattr(config, "vision_config") else None
-    reference = _run_checkpoint(checkpoint, text, prompts[:-1], image)
+    is_bidirectional = has_image_channel(program / "model.pte")
+    reference = _run_checkpoint(checkpoint, text, prompts[:-1], image, is_bidirectional)
     gc.collect()  # The model's modules refer to themselves, and the program takes as much again.
     agreement = _compare_outputs(PteProgram(program / "model.pte"), reference, text, prompts, image)
     report = json.dumps(agreement.to_json())
@@ -199,7 +201,7 @@ def _make_text_input(tokenizer: PreTrainedTokenizerBase, longest: AnsweredPrompt
 
 
 def _run_checkpoint(
-    checkpoint: Path, text: _TextInput, shorter: list[AnsweredPrompt], image: ImageInput | None
+    checkpoint: Path, text: _TextInput, shorter: list[AnsweredPrompt], image: ImageInput | None, is_bidirectional: bool
 ) -> _Reference:
     """Run the checkpoint in float32 with and without quantized activations."""
     import torch
@@ -207,18 +209,19 @@ def _run_checkpoint(
     model = load_model(checkpoint, torch.float32)
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(text.ids)
-        act_quant = _checkpoint_outputs(model, text, shorter, image)
-        bidirectional = None
-        if image is not None:
-            types = {"token_type_ids": image.is_image[None].long()}
-            bidirectional = _image_logits(model, image, act_quant.features[0], **types)
+        act_quant = _checkpoint_outputs(model, text, shorter, image, is_bidirectional)
+        other = None if image is None else _image_logits(model, image, act_quant.features[0], not is_bidirectional)
         disable_activation_quantization(model)
-        no_act_quant = _checkpoint_outputs(model, text, shorter, image)
-    return _Reference(act_quant, no_act_quant, embeddings, bidirectional)
+        no_act_quant = _checkpoint_outputs(model, text, shorter, image, is_bidirectional)
+    return _Reference(act_quant, no_act_quant, embeddings, other)
 
 
 def _checkpoint_outputs(
-    model: PreTrainedModel, text: _TextInput, shorter: list[AnsweredPrompt], image: ImageInput | None
+    model: PreTrainedModel,
+    text: _TextInput,
+    shorter: list[AnsweredPrompt],
+    image: ImageInput | None,
+    is_bidirectional: bool,
 ) -> _CheckpointOutputs:
     import torch
 
@@ -227,7 +230,7 @@ def _checkpoint_outputs(
     if image is None:
         return _CheckpointOutputs(logits, prompts, [])
     features = [model.get_image_features(pixels) for pixels in image.pixel_values]
-    return _CheckpointOutputs(logits, prompts, features, _image_logits(model, image, features[0]))
+    return _CheckpointOutputs(logits, prompts, features, _image_logits(model, image, features[0], is_bidirectional))
 
 
 def _answer_logits(model: PreTrainedModel, prompt: AnsweredPrompt) -> Tensor:
@@ -239,11 +242,13 @@ def _answer_logits(model: PreTrainedModel, prompt: AnsweredPrompt) -> Tensor:
     return logits
 
 
-def _image_logits(model: PreTrainedModel, image: ImageInput, features: Tensor, **inputs: Tensor) -> Tensor:
+def _image_logits(model: PreTrainedModel, image: ImageInput, features: Tensor, is_bidirectional: bool) -> Tensor:
     """Return the logits at the positions of text. The features are passed in, for encoding takes most of the time."""
+    # Without token types the attention is causal.
+    types = {"token_type_ids": image.is_image[None].long()} if is_bidirectional else {}
     embeddings = model.get_input_embeddings()(image.ids.masked_fill(image.is_image, 0))
     merged = insert_image_features(features, embeddings, image.is_image)
-    logits: Tensor = model(inputs_embeds=merged, logits_to_keep=image.text_positions, **inputs).logits[0].float()
+    logits: Tensor = model(inputs_embeds=merged, logits_to_keep=image.text_positions, **types).logits[0].float()
     return logits
 
 
@@ -258,8 +263,9 @@ def _compare_outputs(
     eager, baseline = reference.act_quant, reference.no_act_quant
     ids = text.ids
     first, length = min(COMPARED_TOKENS, ids.shape[1]), ids.shape[1]
-    logits = program.decode(program.embed_tokens(ids), {int(position) for position in text.positions})
-    steps = program.decode(program.embed_tokens(ids[:, : 2 * STEPS]), set(range(STEPS, 2 * STEPS)))
+    embedded = program.embed_tokens(ids)
+    logits = program.decode(embedded, {int(position) for position in text.positions})
+    steps = program.decode(embedded[:, : 2 * STEPS], set(range(STEPS, 2 * STEPS)))
     stepped, last = slice(STEPS, 2 * STEPS), slice(-LAST_TOKENS, None)
     vision_encoder, after_image = _compare_image(program, reference, image) if image else (None, None)
     return Agreement(
@@ -273,7 +279,7 @@ def _compare_outputs(
         last=_diverge(length, eager.text[last], logits[last], baseline.text[last]),
         step_by_step=_diverge(STEPS, eager.text[stepped], steps, baseline.text[stepped]),
         prompts=_compare_prompts(reference, prompts),
-        token_embedding=absolute_difference(reference.embeddings, program.embed_tokens(ids)) if image else None,
+        token_embedding=absolute_difference(reference.embeddings, program.without_channel(embedded)) if image else None,
         vision_encoder=vision_encoder,
         image=after_image,
     )
@@ -304,11 +310,15 @@ def _compare_image(
     eager, baseline = reference.act_quant, reference.no_act_quant
     assert eager.image is not None
     assert baseline.image is not None
-    assert reference.bidirectional_image is not None
+    assert reference.other_image is not None
     features = [program.encode_image(pixels) for pixels in image.pixel_values]
     embeddings = insert_image_features(features[0], program.embed_tokens(image.ids), image.is_image)
     logits = program.decode(embeddings, set(image.text_positions.tolist()))
-    flat = [_flatten(each) for each in (eager.features, features, baseline.features)]
+    causal, bidirectional = (
+        (reference.other_image, eager.image) if program.has_image_channel else (eager.image, reference.other_image)
+    )
+    encoded = [program.without_channel(each) for each in features]
+    flat = [_flatten(each) for each in (eager.features, encoded, baseline.features)]
     vision_encoder = VisionError(
         images=len(features),
         **absolute_difference(flat[0], flat[1]),
@@ -319,7 +329,7 @@ def _compare_image(
         tokens=len(image.is_image),
         kl_program=mean_kl(eager.image, logits),
         kl_act_quant=mean_kl(eager.image, baseline.image),
-        kl_causal_image=mean_kl(reference.bidirectional_image, eager.image),
+        kl_causal_image=mean_kl(bidirectional, causal),
     )
     return vision_encoder, after_image
 

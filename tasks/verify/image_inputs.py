@@ -58,10 +58,3 @@ def format_image_prompt(processor: ProcessorMixin) -> str:
         return f"{processor.boi_token}{IMAGE_PROMPT}"
     content = [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]
     return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-
-
-def insert_image_features(features: Tensor, embeddings: Tensor, is_image: Tensor) -> Tensor:
-    """Return a copy of `embeddings`, [1, tokens, width], with an image's features where `is_image` is true."""
-    merged = embeddings.clone()
-    merged[0, is_image] = features.reshape(-1, embeddings.shape[-1])
-    return merged

@@ -153,7 +153,11 @@ REVISION = {"revision": "a" * 40, "dataset": PINNED, "text": f"Salesforce/wikite
             (FIXTURES[0], {"mmlu": MINI["mmlu"]}, TINY_TEXT),
             {"tasks": "mmlu", "dataset": MINI_SOURCES[:1]},
         ),
-        ({"custom_sdpa": False, "custom_kv_cache": False, "last_logits_only": False}, FIXTURES, {}),
+        (
+            {"custom_sdpa": False, "custom_kv_cache": False, "bidirectional_images": False, "last_logits_only": False},
+            FIXTURES,
+            {},
+        ),
         ({"limit_drop": "mmlu=2.5,chartqa=0", "min_recovery": 99.5}, FIXTURES, {}),
         ({"max_disagreement": 1e-7, "max_kl_ratio": 3.0, "max_new_tokens": 8, "program_samples": 7}, FIXTURES, {}),
         ({"recipe": "AFFINE-INT8-INT4"}, FIXTURES, {}),

@@ -87,7 +87,7 @@ def test_without_the_custom_cache_a_program_is_correct_within_the_sliding_window
     custom_sdpa: bool, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    values = {"max_seq_len": 64, "custom_sdpa": custom_sdpa, "custom_kv_cache": False}
+    values = {"max_seq_len": 64, "custom_sdpa": custom_sdpa, "custom_kv_cache": False, "bidirectional_images": False}
     call = {"function": "quantize_gemma.tasks.export:export", "target": str(tmp_path), "values": values}
     call["paths"] = {"checkpoint": str(quantized)}
     metadata = worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None)["metadata"]

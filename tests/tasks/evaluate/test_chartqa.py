@@ -273,3 +273,50 @@ def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.M
 def test_a_score_is_the_one_by_hand(answer: str, label: str, official: bool, normalized: bool) -> None:
     assert is_relaxed_correct(answer, label) is official
     assert is_normalized_correct(answer, label) is normalized
+
+
+def answer_all(checkpoint: str, program: str) -> dict[str, Any]:
+    """Returns the program's answers to all questions, in this process."""
+    from quantize_gemma.tasks.evaluate.chartqa import load_chartqa_program_scorer
+    from quantize_gemma.tasks.models.datasets import read_chartqa
+
+    count = len(read_chartqa(CHARTS))
+    requests = [Request("chartqa", row, 0, "generate_until", ["", {}, {"row": row}]) for row in range(count)]
+    return {"answers": load_chartqa_program_scorer(checkpoint, program, str(CHARTS))(requests)}
+
+
+@pytest.mark.long
+def test_a_program_answers_as_its_checkpoint_and_with_causal_attention_over_images_it_does_not(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    _, samples = evaluated(checkpoints["quantized"], tmp_path / "checkpoint", None)
+    scores, agreements = {}, {}
+    for is_bidirectional in (True, False):
+        program = tmp_path / str(is_bidirectional)
+        program.mkdir()
+        export = "quantize_gemma.tasks.export:export"
+        inputs = {"checkpoint": checkpoints["quantized"]}
+        run_stage(export, program, inputs, max_seq_len=256, bidirectional_images=is_bidirectional)
+        function = f"{answer_all.__module__}:{answer_all.__name__}"
+        paths = {"checkpoint": str(checkpoints["quantized"]), "program": str(program)}
+        answers = in_its_process(function, monkeypatch, **paths)["answers"]
+        pairs = list(zip(answers, samples, strict=True))
+        scores[is_bidirectional] = sum(is_relaxed_correct(one, row["target"]) for one, row in pairs) / len(pairs)
+        agreements[is_bidirectional] = sum(one == row["prediction"] for one, row in pairs) / len(pairs)
+    assert agreements[True] > 0.95
+    assert scores[True] > 0.7
+    assert scores[False] < 0.5
+    assert agreements[False] < 0.6
+
+
+@pytest.mark.long
+def test_a_question_that_is_longer_than_the_programs_sequences_has_no_answer(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run_stage("quantize_gemma.tasks.export:export", tmp_path, {"checkpoint": checkpoints["quantized"]}, max_seq_len=64)
+    function = f"{answer_all.__module__}:{answer_all.__name__}"
+    paths = {"checkpoint": str(checkpoints["quantized"]), "program": str(tmp_path)}
+    answers = in_its_process(function, monkeypatch, **paths)["answers"]
+    assert None in answers

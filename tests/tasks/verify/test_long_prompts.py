@@ -224,3 +224,40 @@ def test_the_mask_shows_a_window_and_nothing_of_an_earlier_sequence() -> None:
                 for q in range(start, start + count)
             ]
             assert found.tolist() == expected, (start, count)
+
+
+def test_the_mask_shows_an_image_its_whole_chunk_and_nothing_else_than_before() -> None:
+    import torch
+
+    from quantize_gemma.tasks.models.kv_cache import sliding_mask
+
+    window = 5
+    for start in range(17):
+        for count in (1, 2, 5, 6, 12):
+            positions = torch.arange(start, start + count)
+            causal = sliding_mask(positions, window)
+            image = sliding_mask(positions, window, torch.tensor(data=True))
+            assert torch.equal(sliding_mask(positions, window, torch.tensor(data=False)), causal)
+            # Before the chunk, what each token sees is the same.
+            assert torch.equal(image[:, :window], causal[:, :window])
+            assert torch.equal(image[:, window:], torch.zeros(count, count))
+
+
+def test_full_attention_over_an_image_is_bidirectional_and_over_text_causal() -> None:
+    import torch
+
+    from quantize_gemma.tasks.models.image_attention import attend_in_image
+
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 3, 4, 32, generator=generator)
+    key, value = (torch.randn(1, 20, 4, 32, generator=generator) for _ in range(2))
+    # Three tokens at the positions 5, 6 and 7; what is in the cache behind them is not theirs.
+    causal = torch.ops.llama.custom_sdpa(query, key, value, 5, None, 0.0, True, 0.5)
+    visible = torch.arange(20) <= 7
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(each.transpose(1, 2) for each in (query, key, value)), attn_mask=visible.expand(3, 20), scale=0.5
+    ).transpose(1, 2)
+    for is_image, attended in ((True, expected), (False, causal)):
+        found = attend_in_image(causal, torch.tensor(is_image), query, key, value, torch.tensor([7]), 0.5)
+        assert torch.allclose(found, attended, atol=1e-6)
+    assert not torch.allclose(causal, expected, atol=1e-2)

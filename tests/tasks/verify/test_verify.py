@@ -7,8 +7,9 @@ import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.export import expected_metadata
+from quantize_gemma.tasks.models.pte import insert_image_features
 from quantize_gemma.tasks.runtime import worker
-from quantize_gemma.tasks.verify.image_inputs import insert_image_features, make_image_input
+from quantize_gemma.tasks.verify.image_inputs import make_image_input
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
 
@@ -40,8 +41,10 @@ def test_inserted_image_features_give_the_logits_of_transformers(both_ways: bool
     assert torch.equal(logits, expected)
 
 
-def test_the_causal_mask_moves_the_text_after_an_image(released: Outcome) -> None:
-    image = metrics_of(released)["program"]["agreement"]["image"]
+def test_an_images_tokens_attend_to_each_other_in_the_program_as_in_the_model(released: Outcome) -> None:
+    program = metrics_of(released)["program"]
+    assert program["bidirectional_images"]
+    image = program["agreement"]["image"]
     assert image["kl_causal_image"] > 10 * image["kl_program"]
 
 
