@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.runtime.machine import processor
 from quantize_gemma.tasks.runtime.units import human_size
 
 ROOT = Path(__file__).parents[1]
@@ -45,11 +46,8 @@ def forget(folder: Path) -> None:
 
 def machine() -> str:
     """Returns what the numbers were measured on."""
-    models = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{models[0]}, {os.cpu_count()} cores, {memory / 2**30:.0f} GiB, {platform.system()} {platform.machine()}"
+    return f"{processor()}, {os.cpu_count()} cores, {memory / 2**30:.0f} GiB, {platform.system()} {platform.machine()}"
 
 
 def version() -> str:

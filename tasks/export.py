@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.models.checkpoint import task_of, weight_files
+from quantize_gemma.tasks.models.checkpoint import end_token_ids, task_of, weight_files
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.pte import IMAGE_CHANNEL
 from quantize_gemma.tasks.runtime import worker
@@ -212,10 +212,6 @@ def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
 
     config = AutoConfig.from_pretrained(checkpoint)
     text = config.get_text_config()
-    generation = checkpoint / "generation_config.json"
-    eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.exists() else None
-    if eos is None:
-        eos = config.eos_token_id if getattr(config, "eos_token_id", None) is not None else text.eos_token_id
     vision = {}
     if hasattr(config, "vision_config"):
         vision = {"modality": "vision", "vision_token_id": config.image_token_id}
@@ -227,7 +223,7 @@ def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
         "get_n_kv_heads": text.num_key_value_heads,
         "get_vocab_size": text.vocab_size,
         "get_bos_id": text.bos_token_id,
-        "get_eos_ids": eos if isinstance(eos, list) else [eos],
+        "get_eos_ids": end_token_ids(checkpoint),
         **vision,
     }
 

@@ -20,11 +20,13 @@ from quantize_gemma.tasks.models.metrics import (
     Metrics,
     Positions,
     PromptDivergence,
+    RunnerCheck,
     SampleScore,
     Score,
     Verdict,
     to_json,
 )
+from quantize_gemma.tasks.models.runner_checks import RUNNER_CHECKS, runner_checks
 from quantize_gemma.tasks.models.tables import format_percent, verdict_text
 from quantize_gemma.tasks.models.text_fidelity import Distances
 from quantize_gemma.tasks.runtime.errors import RunError
@@ -74,6 +76,7 @@ def required_checks(multimodal: bool, benchmarks: Sequence[Benchmark]) -> list[s
         *(f"{row.name}_program_drop" for row in benchmarks if row.columns()[-1] == "program"),
         *(f"program_kl{part}" for part in parts),
         *["vision_encoder"] * multimodal,
+        *(f"runner_{name}" for name in runner_checks(multimodal)),
     ]
 
 
@@ -250,6 +253,7 @@ def judge(
             else:
                 checks.append(_unpaired_program_drop(name, info, sample, limit))
     checks += _distances(columns.program.agreement, _set(limits, "max_kl_ratio"))
+    checks += [_runner(check) for check in columns.program.runner]
     return _verdict(checks, limits)
 
 
@@ -392,6 +396,17 @@ def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:
         what = f"the vision encoder's relative squared error is {error:.2g}"
         checks.append(_at_most("vision_encoder", what, error, max(max_ratio * baseline, FLOOR)))
     return checks
+
+
+def _runner(check: RunnerCheck) -> Check:
+    """Return the check that the C++ runner does something as the program in Python does."""
+    name, what = f"runner_{check.name}", RUNNER_CHECKS[check.name]
+    failed = len(check.failures)
+    if not check.cases:
+        tried = _check(name, "", 0, 0, True, 0, None)
+        return _uninformative(tried, f"{what} was not tried: the program's sequences are too short, or no turn ends")
+    first = f": {check.failures[0]}" if failed else ""
+    return _at_most(name, f"{what} fails in {failed} of {check.cases} cases{first}", failed, 0)
 
 
 def _stderr_of_excess(positions: Positions, max_ratio: float) -> float | None:

@@ -190,7 +190,7 @@ def collect_program(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: J
             **{name: program.metadata[name] for name in EXPORT_FIELDS},
             "image": None,
             **verified.metadata,
-            "speed": verified.measured["speed"],
+            **verified.measured["speed"],
             "scores": {name: collect_sample(artifacts, name) for name in benchmarks},
         }
     )

@@ -111,6 +111,18 @@ def is_multimodal(config: Mapping[str, object]) -> bool:
     return task_of(config) == GEMMA3.multimodal.task
 
 
+def end_token_ids(checkpoint: Path) -> list[int]:
+    """Return the ids of the tokens that end a response: those of generation_config.json, or else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = checkpoint / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for part in (content, content.get("text_config", {})):
+            if (found := part.get("eos_token_id")) is not None:
+                return found if isinstance(found, list) else [found]
+    # Gemma 3's default, which a configuration may leave out.
+    return [1]
+
+
 def source_files(checkpoint: Path) -> list[str]:
     """Return the names of all files of a model directory that go into a release.
 

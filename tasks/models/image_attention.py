@@ -4,7 +4,7 @@ The model lets the tokens of an image attend to each other, in sliding and in fu
 optimum-executorch exports takes embeddings and positions only, so it cannot tell an image from a text, and is causal.
 
 MultimodalRunner calls `text_decoder` once for each part of a prompt, with what `token_embedding` returns for a text or
-`vision_encoder` for an image, whatever its width (v1.4.1, extension/llm/runner/multimodal_prefiller.cpp). So both
+`vision_encoder` for an image, whatever its width (extension/llm/runner/multimodal_prefiller.cpp). So both
 return one more channel, 0 for a text and 1 for an image. A call is an image's if its first token has a 1 there.
 """
 

@@ -197,13 +197,28 @@ class Smoke(Response):
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """The C++ runner's speed and peak memory for one prompt."""
+    """The C++ runner's speed and peak memory for one prompt, which it answers `rounds` times.
 
+    `first_token_seconds` and `prefill_tokens_per_second` include the encoding of an image.
+    """
+
+    rounds: int
     prompt_tokens: int
     generated_tokens: int
+    load_seconds: float
+    first_token_seconds: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     peak_rss_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerCheck:
+    """What the C++ runner does with a kind of prompt: how many cases there were, and what went wrong."""
+
+    name: str
+    cases: int
+    failures: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +271,9 @@ class Program:
     text: Response
     image: Response | None
     agreement: Agreement
+    runner: list[RunnerCheck]
+    processor: str
+    threads: int
     speed: dict[str, Speed]
     scores: dict[str, SampleScore | None]
 

@@ -93,18 +93,22 @@ class PteProgram:
 
         return torch.stack(self._decode(inputs, positions, 0)).float()
 
-    def generate(self, ids: list[int], max_new_tokens: int) -> tuple[list[int], Tensor]:
+    def generate(self, prompt: Tensor, max_new_tokens: int) -> tuple[list[int], Tensor]:
         """Return the greedy answer to a prompt, and the logits that chose it, [tokens, vocabulary].
 
-        The prompt is read in one chunk, as the C++ runners do. The answer ends with the turn or after
-        `max_new_tokens`.
+        A text is read in one chunk, as the C++ runners do. The answer ends with the turn or after `max_new_tokens`.
+
+        Args:
+            prompt: What embed_tokens() returns, maybe with an image's features.
+            max_new_tokens: The most tokens to generate.
         """
         import torch
 
-        logits = self._decode(self.embed_tokens(torch.tensor([ids])), {len(ids) - 1}, 0)
+        length = prompt.shape[1]
+        logits = self._decode(prompt, {length - 1}, 0)
         tokens = [int(logits[0].argmax())]
         while len(tokens) < max_new_tokens and tokens[-1] not in self.eos_ids:
-            position = len(ids) + len(tokens) - 1
+            position = length + len(tokens) - 1
             logits += self._decode(self.embed_tokens(torch.tensor([tokens[-1:]])), {position}, position)
             tokens.append(int(logits[-1].argmax()))
         return tokens, torch.stack(logits).float()

@@ -7,6 +7,7 @@ below it, so every group on the way up counts. Functions take the root of the fi
 import contextlib
 import ctypes
 import os
+import platform
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,12 @@ def threads(processes: int = 1, root: Path = ROOT) -> dict[str, str]:
         return {}
     available = int(os.environ.get("OMP_NUM_THREADS") or cores(root))
     return {"OMP_NUM_THREADS": str(max(1, available // processes))}
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    lines = (line.partition(":") for line in _text(Path("/proc/cpuinfo")).splitlines())
+    return next((value.strip() for key, _, value in lines if key.strip() == "model name"), platform.machine())
 
 
 def has_cuda_driver() -> bool:

@@ -1,17 +1,21 @@
 """Verify: generate from model.pte in the C++ runner, and compare the program with its checkpoint.
 
-runner.py generates, long_prompts.py feeds prompts of every length, compare.py compares method by method.
+runner.py generates, scenarios.py has the runner answer prompts, conversations and images, tokenizer.py compares
+tokenizers, and compare.py compares method by method.
 (Card sections: Mobile Inference, Exporting to ExecuTorch.)
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from quantize_gemma.tasks.models.checkpoint import is_multimodal
+from quantize_gemma.tasks.runtime import machine
 from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.verify.compare import compare
 from quantize_gemma.tasks.verify.runner import generate_from_image, generate_from_text
+from quantize_gemma.tasks.verify.tokenizer import check_tokenizer
 
 
 @stage(memory=1.7)
@@ -30,10 +34,16 @@ def verify(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_
     if multimodal:
         generations["image"] = generate_from_image(program, checkpoint, max_new_tokens)
     report_progress(1, 3, "comparing with the checkpoint")
-    agreement = compare(program, checkpoint, config, max_seq_len)
+    agreement, checks = compare(program, checkpoint, config, max_seq_len)
     result = {
         **{name: {"prompt": each.prompt, "response": each.response} for name, each in generations.items()},
         "agreement": agreement.to_json(),
+        "runner": [asdict(check) for check in [check_tokenizer(checkpoint), *checks]],
+    }
+    speed = {
+        "processor": machine.processor(),
+        "threads": machine.logical_cores(),
+        "speed": {name: each.speed for name, each in generations.items()},
     }
     (target / "verify.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return {"metadata": result, "extra": {"speed": {name: each.speed for name, each in generations.items()}}}
+    return {"metadata": result, "extra": {"speed": speed}}

@@ -25,7 +25,8 @@ from quantize_gemma.tasks.verify.distances import (
     squared_error,
 )
 from quantize_gemma.tasks.verify.image_inputs import ImageInput, make_image_input
-from quantize_gemma.tasks.verify.long_prompts import TEXT, AnsweredPrompt, answer_prompts, prompt_lengths
+from quantize_gemma.tasks.verify.long_prompts import TEXT, prompt_lengths
+from quantize_gemma.tasks.verify.scenarios import AnsweredPrompt, RunnerCheck, run_scenarios
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,8 +168,10 @@ class _Reference:
     other_image: Tensor | None
 
 
-def compare(program: Path, checkpoint: Path, config: PreTrainedConfig, max_seq_len: int) -> Agreement:
-    """Return how far `program`/model.pte is from the checkpoint.
+def compare(
+    program: Path, checkpoint: Path, config: PreTrainedConfig, max_seq_len: int
+) -> tuple[Agreement, list[RunnerCheck]]:
+    """Return how far `program`/model.pte is from the checkpoint, and what the C++ runner makes of it.
 
     Raises:
         StageFailed: The C++ runner fails at a prompt, or logits are not finite.
@@ -176,7 +179,8 @@ def compare(program: Path, checkpoint: Path, config: PreTrainedConfig, max_seq_l
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    prompts = answer_prompts(program, checkpoint, prompt_lengths(config.get_text_config().sliding_window, max_seq_len))
+    lengths = prompt_lengths(config.get_text_config().sliding_window, max_seq_len)
+    prompts, checks = run_scenarios(program, checkpoint, lengths)
     text = _make_text_input(tokenizer, prompts[-1], max_seq_len)
     image = make_image_input(checkpoint, config.image_token_id) if hasattr(config, "vision_config") else None
     is_bidirectional = has_image_channel(program / "model.pte")
@@ -186,7 +190,7 @@ def compare(program: Path, checkpoint: Path, config: PreTrainedConfig, max_seq_l
     report = json.dumps(agreement.to_json())
     if "NaN" in report or "Infinity" in report:
         raise StageFailed(f"the logits of the checkpoint or of the program are not finite: {report}")
-    return agreement
+    return agreement, checks
 
 
 def _make_text_input(tokenizer: PreTrainedTokenizerBase, longest: AnsweredPrompt, max_seq_len: int) -> _TextInput:

@@ -52,9 +52,28 @@ def make_image_input(checkpoint: Path, image_token_id: int) -> ImageInput:
     return ImageInput(ids, ids[0] == image_token_id, [pixels, torch.full_like(pixels, 0.25), random])
 
 
-def format_image_prompt(processor: ProcessorMixin) -> str:
-    """Return IMAGE_PROMPT after an image, in the chat template if there is one."""
+def solid_image(processor: ProcessorMixin, color: tuple[int, int, int]) -> Tensor:
+    """Return an image of one color as the model takes it, [1, channels, height, width]."""
+    from PIL import Image
+
+    image = Image.new("RGB", (256, 192), color)
+    pixels: Tensor = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def image_segments(processor: ProcessorMixin, images: list[Tensor]) -> list[str | Tensor]:
+    """Return IMAGE_PROMPT after some images as the C++ runner takes it: texts, and images between them."""
+    first, *texts = format_image_prompt(processor, len(images)).split(processor.boi_token)
+    segments: list[str | Tensor] = [f"{first}\n\n{processor.boi_token}"]
+    for number, (image, text) in enumerate(zip(images, texts, strict=True), 1):
+        start = f"\n\n{processor.boi_token}" if number < len(images) else ""
+        segments += [image, f"{processor.tokenizer.eoi_token}\n\n{text}{start}"]
+    return segments
+
+
+def format_image_prompt(processor: ProcessorMixin, images: int = 1) -> str:
+    """Return IMAGE_PROMPT after some images, in the chat template if there is one."""
     if not (processor.chat_template or processor.tokenizer.chat_template):
-        return f"{processor.boi_token}{IMAGE_PROMPT}"
-    content = [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]
+        return f"{processor.boi_token * images}{IMAGE_PROMPT}"
+    content = [*[{"type": "image"}] * images, {"type": "text", "text": IMAGE_PROMPT}]
     return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))

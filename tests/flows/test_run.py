@@ -713,8 +713,7 @@ def test_a_checkpoint_on_the_grid_becomes_a_program_that_differs_by_its_activati
 ) -> None:
     """As Google's checkpoints of quantization-aware training are, which cannot be had in a test."""
     model = write_grid_checkpoint(BUILTIN["tiny-gemma3"], tmp_path / "grid")
-    text = BUILTIN_TEXTS["tiny-text"] / "text.txt"
-    arguments = ("--recipe", "EXACT", "--text", str(text), "--limit", "2", "--json", *FIXTURES)
+    arguments = ("--recipe", "EXACT", "--limit", "2", "--json", *FIXTURES)
     arguments += ("--reference-model", "tiny-gemma3")
     outcome = command_line("run", "--model", str(model), *arguments)
     assert outcome.code == 0, outcome.stderr

@@ -7,35 +7,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks.shapes import ALONE, TEXT, quantized_checkpoint, write_checkpoint
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.gate.checks import judge
 from quantize_gemma.tasks.models.metrics import parse_metrics
-from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.patches import patched_export
-from quantize_gemma.tasks.verify.long_prompts import answer_prompts, make_prompt, prompt_lengths
+from quantize_gemma.tasks.verify.long_prompts import make_prompt, prompt_lengths
+from quantize_gemma.tasks.verify.scenarios import run_scenarios
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
+from tests.tasks.verify.conftest import MAX_SEQ_LEN, WINDOW, export
 
-WINDOW = 32
-# Six windows: the ring is written over again and again.
-MAX_SEQ_LEN = 200
 LENGTHS = [31, 32, 33, 64, 192]
-SMALL = {
-    **TEXT,
-    **ALONE,
-    "vocab_size": 2048,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "query_pre_attn_scalar": 32,
-    "sliding_window": WINDOW,
-}
 
 
 @pytest.mark.parametrize(
@@ -68,35 +51,6 @@ def test_a_prompt_has_exactly_the_requested_tokens() -> None:
         assert library(text)["input_ids"] == tokenizer.encode(text, 1, 0)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quantized text-only checkpoint with random weights."""
-    folder = tmp_path_factory.mktemp("small")
-    write_checkpoint(folder / "base", SMALL)
-    (folder / "quantized").mkdir()
-    quantized_checkpoint(folder / "base", folder / "quantized")
-    return folder / "quantized"
-
-
-@pytest.fixture(scope="module")
-def program(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export("quantize_gemma.tasks.export:export", small, tmp_path_factory.mktemp("program"))
-
-
-def export(function: str, checkpoint: Path, target: Path) -> Path:
-    """Exports in a process of its own, as the flow does."""
-    call = {"function": function, "target": str(target), "paths": {"checkpoint": str(checkpoint)}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
-        worker.run(
-            "quantize_gemma.tasks.runtime.worker_main:call",
-            {**call, "values": {"max_seq_len": MAX_SEQ_LEN}},
-            lambda *_: None,
-            None,
-        )
-    return target
-
-
 def export_as_the_library(target: Path, checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
     """Exports with optimum-executorch's own cache, a ring of twice the sliding window."""
     import torch
@@ -119,7 +73,7 @@ def agreement(program: Path, checkpoint: Path) -> dict[str, Any]:
 
     from quantize_gemma.tasks.verify.compare import compare
 
-    return compare(program, checkpoint, AutoConfig.from_pretrained(checkpoint), MAX_SEQ_LEN).to_json()
+    return compare(program, checkpoint, AutoConfig.from_pretrained(checkpoint), MAX_SEQ_LEN)[0].to_json()
 
 
 def failed_checks(released: Outcome, measured: dict[str, Any]) -> set[str]:
@@ -143,7 +97,7 @@ def test_a_multimodal_program_answers_prompts_of_any_length_in_the_stock_runner(
     release = Path(released.summary["release"])
     # After a long one a short one again: nothing of the long one is left.
     lengths = [40, 63, 64, 65, 128, 300, 1016, 40]
-    answers = answer_prompts(release, release, lengths)
+    answers, _ = run_scenarios(release, release, lengths)
     assert [len(answer.ids) for answer in answers] == lengths
     assert answers[0].answer == answers[-1].answer
     assert answers[0].logits.equal(answers[-1].logits)

@@ -1,0 +1,18 @@
+"""The checks of what the C++ runner of phone apps does with a program: their names, and what they are about."""
+
+RUNNER_CHECKS = {
+    "tokenizer": "reading texts as the model's own tokenizer does",
+    "prompts": "prompts as long as the sliding window and longer",
+    "past_window": "generating past the end of the sliding window",
+    "full_length": "generating up to the longest sequence",
+    "stop": "stopping at the end of the turn",
+    "conversations": "a conversation after longer ones",
+    "two_images": "two images in one prompt",
+    "late_image": "an image after a text as long as the sliding window",
+}
+IMAGE_CHECKS = ("two_images", "late_image")
+
+
+def runner_checks(multimodal: bool) -> list[str]:
+    """Return the names of a program's checks."""
+    return [name for name in RUNNER_CHECKS if multimodal or name not in IMAGE_CHECKS]

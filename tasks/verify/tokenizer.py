@@ -1,0 +1,36 @@
+"""The C++ tokenizer that the runner uses must cut text as the one that the model was trained with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from quantize_gemma.tasks.verify.scenarios import RunnerCheck, load_runner_tokenizer
+
+# Many scripts, emoji, whitespace, code, chat markers, and prompts like those of benchmarks.
+TEXTS = Path(__file__).with_name("tokenizer_texts.json")
+
+
+def check_tokenizer(checkpoint: Path) -> RunnerCheck:
+    """Return the check that both tokenizers give the same token ids for TEXTS."""
+    from transformers import AutoTokenizer
+
+    library, runner = AutoTokenizer.from_pretrained(checkpoint), load_runner_tokenizer(checkpoint)
+    texts: list[str] = json.loads(TEXTS.read_text(encoding="utf-8"))
+    failures = []
+    for text in texts:
+        expected, found = library(text)["input_ids"], runner.encode(text, 1, 0)
+        if found != expected:
+            place = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+            failures.append(
+                f"the runner's tokenizer reads {text!r} as {_around(found, place)} where transformers reads "
+                f"{_around(expected, place)}"
+            )
+    return RunnerCheck("tokenizer", len(texts), failures)
+
+
+def _around(ids: list[int], place: int) -> str:
+    """Return the token ids near a place."""
+    start, end = max(place - 2, 0), place + 3
+    before, after = "…, " if start else "", ", …" if end < len(ids) else ""
+    return f"[{before}{', '.join(map(str, ids[start:end]))}{after}]"

@@ -1,0 +1,135 @@
+"""The C++ runner is asked what people ask it, and what it does otherwise than the program fails the gate by name."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.gate.checks import judge
+from quantize_gemma.tasks.models.metrics import parse_metrics
+from quantize_gemma.tasks.models.runner_checks import RUNNER_CHECKS
+from quantize_gemma.tasks.runtime.errors import StageFailed
+from quantize_gemma.tasks.verify.long_prompts import prompt_lengths
+from quantize_gemma.tasks.verify.scenarios import RunnerCheck, run_scenarios
+from quantize_gemma.tasks.verify.tokenizer import TEXTS, check_tokenizer
+from tests.conftest import Outcome
+from tests.flows.test_run import metrics_of
+from tests.metrics import example_json
+from tests.tasks.test_gate import LIMITS
+from tests.tasks.verify.conftest import MAX_SEQ_LEN, WINDOW, export
+
+
+def failed_checks(checks: list[RunnerCheck]) -> dict[str, str]:
+    """Judges a release whose runner did this; returns the messages of the failed checks."""
+    metrics = example_json()
+    metrics["program"]["runner"] = [asdict(check) for check in checks]
+    parsed = parse_metrics(metrics)
+    verdict = judge(parsed.benchmarks, parsed, parsed.pairs, LIMITS)
+    return {check.name: check.message for check in verdict.checks if check.status == "fail"}
+
+
+def scenarios(program: Path, checkpoint: Path) -> dict[str, RunnerCheck]:
+    _, checks = run_scenarios(program, checkpoint, prompt_lengths(WINDOW, MAX_SEQ_LEN))
+    return {check.name: check for check in checks}
+
+
+def with_end_tokens(checkpoint: Path, target: Path, ids: list[int]) -> Path:
+    shutil.copytree(checkpoint, target)
+    path = target / "generation_config.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, "eos_token_id": ids}))
+    return target
+
+
+def test_the_released_program_passes_every_check_of_the_runner(released: Outcome) -> None:
+    found = {check["name"]: check for check in metrics_of(released)["program"]["runner"]}
+    assert found.keys() == RUNNER_CHECKS.keys()
+    assert all(check["cases"] > 0 and not check["failures"] for check in found.values())
+    gate = {check["name"]: check["status"] for check in metrics_of(released)["gate"]["checks"]}
+    assert all(gate[f"runner_{name}"] == "pass" for name in RUNNER_CHECKS)
+
+
+def test_a_text_only_program_is_asked_for_no_images(small: Path, program: Path) -> None:
+    found = scenarios(program, small)
+    assert list(found) == ["prompts", "past_window", "full_length", "stop", "conversations"]
+    # Random weights end no turn.
+    assert found["stop"].cases == 0
+    assert all(found[name].cases for name in ("prompts", "past_window", "full_length", "conversations"))
+    assert failed_checks(list(found.values())) == {}
+
+
+def first_tokens(program: Path, count: int) -> list[int]:
+    """Returns the greedy answer of a program to the short question, as the runner's check reads it."""
+    from transformers import AutoTokenizer
+
+    from quantize_gemma.tasks.models.chat import TEXT_PROMPT
+    from quantize_gemma.tasks.models.pte import PteProgram
+
+    chat = [{"role": "user", "content": TEXT_PROMPT}]
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN["tiny-gemma3"])
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    return PteProgram(program / "model.pte").generate(prompt["input_ids"], count)[0]
+
+
+@pytest.mark.slow
+def test_the_runner_stops_at_every_end_token_and_one_that_the_program_does_not_know_fails(
+    small: Path, program: Path, tmp_path: Path
+) -> None:
+    """The end tokens are those that random weights generate, the first of them in second place."""
+    answer = first_tokens(program, 24)
+    second, last = next(one for one in answer[1:] if one != answer[0]), 2047
+    assert last not in answer
+    for ids in ([second, last], [last, second]):
+        checkpoint = with_end_tokens(small, tmp_path / str(ids[0]), ids)
+        (tmp_path / f"{ids[0]}-program").mkdir()
+        stops = export("quantize_gemma.tasks.export:export", checkpoint, tmp_path / f"{ids[0]}-program")
+        check = scenarios(stops, checkpoint)["stop"]
+        assert (check.cases, check.failures) == (1, [])
+    # The program of the same weights that does not know the token goes on.
+    check = scenarios(program, checkpoint)["stop"]
+    assert check.cases == 1
+    (failure,) = check.failures
+    assert "TextLLMRunner answers a short question with" in failure
+    failed = failed_checks([check])
+    assert list(failed) == ["runner_stop"]
+    assert failed["runner_stop"].startswith("stopping at the end of the turn fails in 1 of 1 cases: TextLLMRunner")
+
+
+def test_both_tokenizers_read_every_text_alike(small: Path) -> None:
+    check = check_tokenizer(BUILTIN["tiny-gemma3"])
+    assert (check.cases, check.failures) == (len(json.loads(TEXTS.read_text())), [])
+
+
+def with_tokenizer(target: Path, **changes: Any) -> Path:
+    """Returns the built-in model with other values in tokenizer.json."""
+    shutil.copytree(BUILTIN["tiny-gemma3"], target)
+    path = target / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return target
+
+
+def test_texts_that_the_runner_reads_otherwise_are_shown_with_both_readings(tmp_path: Path) -> None:
+    """Its tokenizer ignores that a special token takes the space before it with it."""
+    tokens = json.loads((BUILTIN["tiny-gemma3"] / "tokenizer.json").read_text())["added_tokens"]
+    check = check_tokenizer(
+        with_tokenizer(tmp_path / "model", added_tokens=[{**one, "lstrip": True} for one in tokens])
+    )
+    assert 0 < len(check.failures) < check.cases
+    shown = next(failure for failure in check.failures if "text <start_of_turn> in the middle" in failure)
+    assert "the runner's tokenizer reads 'text <start_of_turn> in the middle" in shown
+    assert "where transformers reads [" in shown
+    assert list(failed_checks([check])) == ["runner_tokenizer"]
+
+
+def test_a_tokenizer_that_the_runner_cannot_read_ends_the_stage_with_the_reason(tmp_path: Path) -> None:
+    model = with_tokenizer(tmp_path / "model", normalizer={"type": "Lowercase"})
+    with pytest.raises(StageFailed, match=r"the C\+\+ tokenizer of phone apps cannot read .*tokenizer.json"):
+        check_tokenizer(model)
+
+
+def test_what_was_not_tried_says_nothing_and_does_not_fail() -> None:
+    assert failed_checks([RunnerCheck("two_images", 0, [])]) == {}
