@@ -10,8 +10,10 @@ import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.gate.checks import judge
+from quantize_gemma.tasks.models.chat import TEXT_PROMPT
 from quantize_gemma.tasks.models.metrics import parse_metrics
 from quantize_gemma.tasks.models.runner_checks import RUNNER_CHECKS
+from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.verify.long_prompts import prompt_lengths
 from quantize_gemma.tasks.verify.scenarios import RunnerCheck, run_scenarios
@@ -62,17 +64,25 @@ def test_a_text_only_program_is_asked_for_no_images(small: Path, program: Path) 
     assert failed_checks(list(found.values())) == {}
 
 
-def first_tokens(program: Path, count: int) -> list[int]:
-    """Returns the greedy answer of a program to the short question, as the runner's check reads it."""
+def chat_prompt() -> str:
+    """Returns the short question that the runner's check asks, in the chat template."""
     from transformers import AutoTokenizer
-
-    from quantize_gemma.tasks.models.chat import TEXT_PROMPT
-    from quantize_gemma.tasks.models.pte import PteProgram
 
     chat = [{"role": "user", "content": TEXT_PROMPT}]
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN["tiny-gemma3"])
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    return PteProgram(program / "model.pte").generate(prompt["input_ids"], count)[0]
+    return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+
+
+def first_tokens(program: Path, count: int) -> list[int]:
+    """Returns a program's greedy answer to the short question."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from quantize_gemma.tasks.models.pte import PteProgram
+
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN["tiny-gemma3"])
+    prompt = torch.tensor([tokenizer(chat_prompt(), add_special_tokens=False)["input_ids"]])
+    return PteProgram(program / "model.pte").generate(prompt, count)[0]
 
 
 @pytest.mark.slow
@@ -97,6 +107,35 @@ def test_the_runner_stops_at_every_end_token_and_one_that_the_program_does_not_k
     failed = failed_checks([check])
     assert list(failed) == ["runner_stop"]
     assert failed["runner_stop"].startswith("stopping at the end of the turn fails in 1 of 1 cases: TextLLMRunner")
+
+
+def generate_with_the_runner(program: str, prompt: str) -> dict[str, Any]:
+    """Returns how many tokens the stock runner generates of at most 8, in this process."""
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
+    import executorch.kernels.quantized  # noqa: F401 (registers operators)
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    tokens: list[str] = []
+    runner = TextLLMRunner(program, str(BUILTIN["tiny-gemma3"] / "tokenizer.json"))
+    runner.generate(prompt, GenerationConfig(max_new_tokens=8, temperature=0.0, echo=False), tokens.append)
+    return {"tokens": len(tokens)}
+
+
+@pytest.mark.slow
+def test_a_turn_that_ends_with_its_first_token_passes_although_the_stock_runner_goes_on(
+    small: Path, program: Path, tmp_path: Path
+) -> None:
+    checkpoint = with_end_tokens(small, tmp_path / "checkpoint", [2047, first_tokens(program, 1)[0]])
+    (tmp_path / "program").mkdir()
+    stops = export("quantize_gemma.tasks.export:export", checkpoint, tmp_path / "program")
+    check = scenarios(stops, checkpoint)["stop"]
+    assert (check.cases, check.failures) == (1, [])
+    function = f"{generate_with_the_runner.__module__}:{generate_with_the_runner.__name__}"
+    arguments = {"program": str(stops / "model.pte"), "prompt": chat_prompt()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+        # Of a runner that stops, remove what scenarios.py does about it, and docs/upstream.md's entry.
+        assert worker.run(function, arguments, lambda *_: None, None)["tokens"] > 1
 
 
 def test_both_tokenizers_read_every_text_alike(small: Path) -> None:
