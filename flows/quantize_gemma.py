@@ -117,12 +117,12 @@ def quantize_gemma(
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
         measure_fidelity(run, plan, text, base, quantized, program, reference)
-        for benchmark in plan.benchmarks:
-            evaluate_columns(run, plan, benchmark, base, quantized, program)
-        run.submit(verify, exclusive=True, checkpoint=quantized, program=program, **plan.verify_inputs())
+        requests = [evaluate_columns(run, plan, benchmark, base, quantized, program) for benchmark in plan.benchmarks]
+        inputs: dict[str, Any] = {"checkpoint": quantized, "program": program, "requests": requests}
+        run.submit(verify, exclusive=True, **inputs, **plan.verify_inputs())
         verdict = run.submit(judge_release, run_id=str(runtime.flow_run.id), **(plan.gate_inputs() | run.futures))
-        inputs = plan.card_inputs(run.futures)
-        release = run.submit(card, checkpoint=quantized, program=program, gate=verdict, **inputs)
+        about = plan.card_inputs(run.futures)
+        release = run.submit(card, checkpoint=quantized, program=program, gate=verdict, **about)
         metrics = report_release(run, plan, release)
         check_release(run, plan, metrics)
         publish_release(run, plan, release)
@@ -160,8 +160,12 @@ def measure_fidelity(
 
 def evaluate_columns(
     run: Run, plan: Plan, benchmark: PlannedBenchmark, base: Future, quantized: Future, program: Future
-) -> None:
-    """Submit one row of the evaluation: a benchmark's requests are answered, and scored, for each column."""
+) -> Future:
+    """Submit one row of the evaluation: a benchmark's requests are answered, and scored, for each column.
+
+    Returns:
+        The future of the requests.
+    """
     row, evaluation = benchmark.row, plan.options.evaluation
     dataset = run.submit(
         download_dataset,
@@ -199,6 +203,7 @@ def evaluate_columns(
             device=inputs["device"],
             **limited,
         )
+    return requests
 
 
 def report_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) -> Metrics:

@@ -22,8 +22,8 @@ from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.evaluate import evaluate
 from quantize_gemma.tasks.evaluate.answer import Scorer, answer, choose_part, respond
 from quantize_gemma.tasks.evaluate.record import record
-from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.requests import Request
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact, ref_of
 from quantize_gemma.tasks.runtime.errors import RunError

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.evaluate.lm_eval_run import run_lm_eval
-from quantize_gemma.tasks.evaluate.requests import Request, Shards, read_requests
 from quantize_gemma.tasks.evaluate.scores import make_samples, summarize
+from quantize_gemma.tasks.models.requests import Request, Shards, read_requests
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.strict_json import JsonObject as JsonObject

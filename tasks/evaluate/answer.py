@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
-from quantize_gemma.tasks.evaluate.requests import Request, Shards, count_documents, read_requests
+from quantize_gemma.tasks.models.requests import Request, Shards, count_documents, read_requests
 from quantize_gemma.tasks.runtime import machine, reporting, store
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint

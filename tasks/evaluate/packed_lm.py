@@ -25,10 +25,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantize_gemma.tasks.evaluate.packed_generation import KeyValues, LastTokens, Text, take_next
 from quantize_gemma.tasks.evaluate.packed_row import Limits, PackedRow, PrefixGroup, Tokens, group_by_prefix
-from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_encoder
 from quantize_gemma.tasks.models.dequantize import dequantize_once, reorder_weights
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.requests import Request
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.machine import trim_memory
 from quantize_gemma.tasks.runtime.patches import patched_loading

@@ -18,8 +18,8 @@ from quantize_gemma.tasks.evaluate.packed_lm import (
     score_continuation,
     share_rows,
 )
-from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.pte import PteProgram
+from quantize_gemma.tasks.models.requests import Request
 from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.strict_json import JsonValue
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.evaluate.lm_eval_run import run_lm_eval
-from quantize_gemma.tasks.evaluate.requests import count_documents, shard_requests, write_requests
+from quantize_gemma.tasks.models.requests import count_documents, shard_requests, write_requests
 from quantize_gemma.tasks.runtime.stage import Output, stage
 
 if TYPE_CHECKING:

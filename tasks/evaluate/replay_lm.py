@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from transformers import AutoTokenizer
 
-from quantize_gemma.tasks.evaluate.requests import Request, to_request
+from quantize_gemma.tasks.models.requests import Request, to_request
 from quantize_gemma.tasks.runtime.errors import StageFailed
 
 # What a recorded request is answered with; nobody reads the scores.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.models.benchmarks import PERCENT_METRICS
+from quantize_gemma.tasks.models.requests import Request
 
 Json = dict[str, Any]
 

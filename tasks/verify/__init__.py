@@ -19,8 +19,18 @@ from quantize_gemma.tasks.verify.tokenizer import check_tokenizer
 
 
 @stage(memory=1.7)
-def verify(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_new_tokens: int) -> Output:
+def verify(
+    target: Path, checkpoint: Path, program: Path, requests: list[Path], max_seq_len: int, max_new_tokens: int
+) -> Output:
     """Write verify.json: what the program generates from a text and an image, and how far it is from the checkpoint.
+
+    Args:
+        target: The directory to write to.
+        checkpoint: The quantized checkpoint.
+        program: The directory of its model.pte.
+        requests: The recorded requests of the benchmarks, as texts for the tokenizers.
+        max_seq_len: The longest sequence of the program, in tokens.
+        max_new_tokens: The most tokens that are generated from a prompt.
 
     Raises:
         StageFailed: The program generates nothing, fails at a prompt, or returns logits that are not finite.
@@ -38,7 +48,7 @@ def verify(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_
     result = {
         **{name: {"prompt": each.prompt, "response": each.response} for name, each in generations.items()},
         "agreement": agreement.to_json(),
-        "runner": [asdict(check) for check in [check_tokenizer(checkpoint), *checks]],
+        "runner": [asdict(check) for check in [check_tokenizer(checkpoint, requests), *checks]],
     }
     speed = {
         "processor": machine.processor(),

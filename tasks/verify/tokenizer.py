@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from quantize_gemma.tasks.models.requests import read_requests
 from quantize_gemma.tasks.verify.scenarios import RunnerCheck, load_runner_tokenizer
 
-# Many scripts, emoji, whitespace, code, chat markers, and prompts like those of benchmarks.
+# Many scripts, emoji, whitespace, code, and chat markers.
 TEXTS = Path(__file__).with_name("tokenizer_texts.json")
+# So many prompts of each benchmark are read, evenly spread.
+PROMPTS = 200
 
 
-def check_tokenizer(checkpoint: Path) -> RunnerCheck:
-    """Return the check that both tokenizers give the same token ids for TEXTS."""
+def check_tokenizer(checkpoint: Path, requests: list[Path]) -> RunnerCheck:
+    """Return the check that both tokenizers give the same token ids for TEXTS and for prompts of recorded requests."""
     from transformers import AutoTokenizer
 
     library, runner = AutoTokenizer.from_pretrained(checkpoint), load_runner_tokenizer(checkpoint)
     texts: list[str] = json.loads(TEXTS.read_text(encoding="utf-8"))
+    for folder in requests:
+        texts += read_prompts(folder)
     failures = []
     for text in texts:
         expected, found = library(text)["input_ids"], runner.encode(text, 1, 0)
@@ -27,6 +32,14 @@ def check_tokenizer(checkpoint: Path) -> RunnerCheck:
                 f"{_around(expected, place)}"
             )
     return RunnerCheck("tokenizer", len(texts), failures)
+
+
+def read_prompts(folder: Path) -> list[str]:
+    """Return PROMPTS of the prompts of recorded requests, or all if there are fewer, each once."""
+    shards = read_requests(folder).values()
+    prompts = list(dict.fromkeys(str(request.arguments[0]) for shard in shards for request in shard))
+    step = max(len(prompts) / PROMPTS, 1)
+    return [prompts[int(step * number)] for number in range(min(len(prompts), PROMPTS))]
 
 
 def _around(ids: list[int], place: int) -> str:

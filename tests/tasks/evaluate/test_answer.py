@@ -10,7 +10,7 @@ import pytest
 
 from quantize_gemma.tasks.evaluate import answer
 from quantize_gemma.tasks.evaluate.answer import Scorer, choose_part, choose_scorer, draw_sample, group_shards, respond
-from quantize_gemma.tasks.evaluate.requests import Request, Shards, read_requests, shard_requests, write_requests
+from quantize_gemma.tasks.models.requests import Request, Shards, read_requests, shard_requests, write_requests
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import UserError
 

@@ -10,10 +10,10 @@ import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.evaluate.chartqa import is_normalized_correct, is_relaxed_correct
-from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.gate.metrics import read_samples
 from quantize_gemma.tasks.models.benchmarks import describe
 from quantize_gemma.tasks.models.recipe import load_recipe
+from quantize_gemma.tasks.models.requests import Request
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import UserError

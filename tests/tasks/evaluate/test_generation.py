@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN
-from quantize_gemma.tasks.evaluate.requests import Request
+from quantize_gemma.tasks.models.requests import Request
 from quantize_gemma.tasks.runtime.errors import UserError
 from tests.conftest import Outcome
 

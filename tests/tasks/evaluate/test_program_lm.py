@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.evaluate.requests import Request
 from quantize_gemma.tasks.gate.metrics import read_samples
 from quantize_gemma.tasks.gate.program_sample import compare_answers
+from quantize_gemma.tasks.models.requests import Request
 from tests.conftest import CommandLine, Outcome
 from tests.evaluation import evaluate, run_stage
 from tests.flows.test_run import artifact, metrics_of, swap_rows_of_release

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.evaluate.answer import STAGE, Scorer, respond
-from quantize_gemma.tasks.evaluate.requests import Request
+from quantize_gemma.tasks.models.requests import Request
 from quantize_gemma.tasks.runtime import pruning, store, store_layout
 from quantize_gemma.tasks.runtime.errors import UserError
 from tests.tasks.runtime.test_store import KEY, write_file

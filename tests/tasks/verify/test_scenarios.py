@@ -51,6 +51,8 @@ def test_the_released_program_passes_every_check_of_the_runner(released: Outcome
     found = {check["name"]: check for check in metrics_of(released)["program"]["runner"]}
     assert found.keys() == RUNNER_CHECKS.keys()
     assert all(check["cases"] > 0 and not check["failures"] for check in found.values())
+    # The texts, and the prompts of MMLU, ChartQA and GSM8K.
+    assert found["tokenizer"]["cases"] > len(json.loads(TEXTS.read_text())) + 200
     gate = {check["name"]: check["status"] for check in metrics_of(released)["gate"]["checks"]}
     assert all(gate[f"runner_{name}"] == "pass" for name in RUNNER_CHECKS)
 
@@ -139,7 +141,7 @@ def test_a_turn_that_ends_with_its_first_token_passes_although_the_stock_runner_
 
 
 def test_both_tokenizers_read_every_text_alike(small: Path) -> None:
-    check = check_tokenizer(BUILTIN["tiny-gemma3"])
+    check = check_tokenizer(BUILTIN["tiny-gemma3"], [])
     assert (check.cases, check.failures) == (len(json.loads(TEXTS.read_text())), [])
 
 
@@ -154,9 +156,8 @@ def with_tokenizer(target: Path, **changes: Any) -> Path:
 def test_texts_that_the_runner_reads_otherwise_are_shown_with_both_readings(tmp_path: Path) -> None:
     """Its tokenizer ignores that a special token takes the space before it with it."""
     tokens = json.loads((BUILTIN["tiny-gemma3"] / "tokenizer.json").read_text())["added_tokens"]
-    check = check_tokenizer(
-        with_tokenizer(tmp_path / "model", added_tokens=[{**one, "lstrip": True} for one in tokens])
-    )
+    model = with_tokenizer(tmp_path / "model", added_tokens=[{**one, "lstrip": True} for one in tokens])
+    check = check_tokenizer(model, [])
     assert 0 < len(check.failures) < check.cases
     shown = next(failure for failure in check.failures if "text <start_of_turn> in the middle" in failure)
     assert "the runner's tokenizer reads 'text <start_of_turn> in the middle" in shown
@@ -167,7 +168,7 @@ def test_texts_that_the_runner_reads_otherwise_are_shown_with_both_readings(tmp_
 def test_a_tokenizer_that_the_runner_cannot_read_ends_the_stage_with_the_reason(tmp_path: Path) -> None:
     model = with_tokenizer(tmp_path / "model", normalizer={"type": "Lowercase"})
     with pytest.raises(StageFailed, match=r"the C\+\+ tokenizer of phone apps cannot read .*tokenizer.json"):
-        check_tokenizer(model)
+        check_tokenizer(model, [])
 
 
 def test_what_was_not_tried_says_nothing_and_does_not_fail() -> None:
