@@ -1,7 +1,7 @@
 """Quantize activations to int8 and back, per token, as torchao's dynamic quantization does it, to the bit.
 
-torchao makes some ten passes over the tensor; here a token stays in the processor's cache. Every step is rounded to
-bfloat16, as torch does, which computes in float32.
+torchao makes some ten passes over the tensor; here a token stays in the processor's cache. Of bfloat16, every step is
+rounded to bfloat16, as torch does, which computes in float32.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ if TYPE_CHECKING:
 
 # Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
 ROUNDER = np.float32(12582912.0)
-# bfloat16's smallest normal number.
+# The smallest normal number of bfloat16 and of float32.
 SMALLEST = np.float32(2.0**-126)
 LOW, HIGH, STEPS = np.float32(-128), np.float32(127), np.float32(255)
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
 def fake_quantize_per_token(activations: Tensor) -> Tensor:
-    """Return a bfloat16 tensor of the CPU, [..., width], with each token rounded to its own 256 levels."""
+    """Return a tensor of the CPU, [..., width], bfloat16 or float32, with each token rounded to its own 256 levels."""
     import torch
 
-    inputs = activations.contiguous()
+    inputs = activations.detach().contiguous()
     outputs = torch.empty_like(inputs)
-    source, target = (t.view(torch.uint16).numpy().reshape(-1, inputs.shape[-1]) for t in (inputs, outputs))
+    bits, kernel = (torch.uint16, _round) if inputs.dtype == torch.bfloat16 else (torch.float32, _round_float32)
+    source, target = (t.view(bits).numpy().reshape(-1, inputs.shape[-1]) for t in (inputs, outputs))
     threads = torch.get_num_threads()
     step = -(-len(source) // threads)
     starts = range(0, len(source), max(step, 1))
-    list(_pool(threads).map(lambda first: _round(source[first : first + step], target[first : first + step]), starts))
+    list(_pool(threads).map(lambda first: kernel(source[first : first + step], target[first : first + step]), starts))
     return outputs
 
 
@@ -97,3 +98,30 @@ def _round(source: NDArray[np.uint16], target: NDArray[np.uint16]) -> None:
         _to_bfloat16(bits)
         for k in range(width):
             target[token, k] = np.uint16(bits[k] >> np.uint32(16))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _round_float32(source: NDArray[np.float32], target: NDArray[np.float32]) -> None:
+    """Quantize and dequantize tokens, [tokens, width]."""
+    count, width = source.shape
+    for token in range(count):
+        low = high = ZERO
+        is_nan = False
+        for k in range(width):
+            value = source[token, k]
+            is_nan |= value != value
+            low = value if value < low else low
+            high = value if value > high else high
+        if is_nan:
+            target[token] = np.float32(np.nan)
+            continue
+        scale = (high - low) / STEPS
+        scale = scale if scale > SMALLEST else SMALLEST
+        zero = LOW - ((low / scale + ROUNDER) - ROUNDER)
+        zero = min(max(zero, LOW), HIGH)
+        inverse = ONE / scale
+        for k in range(width):
+            level = ((source[token, k] * inverse + ROUNDER) - ROUNDER) + zero
+            level = level if level < HIGH else HIGH
+            level = level if level > LOW else LOW
+            target[token, k] = (level - zero) * scale

@@ -36,7 +36,7 @@ def dequantize_once(model: torch.nn.Module, head: bool = False, linears: bool = 
     With `head`, lm_head is dequantized once too: generating needs it for every token. Without `linears`, only
     embeddings are replaced: torchao's linears then dequantize in every forward, in less memory.
     """
-    fake_quantize = _FakeQuantize()
+    fake_quantize = FakeQuantize()
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if not isinstance(getattr(module, "weight", None), IntxUnpackedToInt8Tensor):
@@ -70,7 +70,7 @@ def reorder_weights(model: torch.nn.Module, head: bool) -> None:
 
 
 class _Product(torch.nn.Module):
-    def __init__(self, product: Callable[[Tensor], Tensor], fake_quantize: _FakeQuantize | None) -> None:
+    def __init__(self, product: Callable[[Tensor], Tensor], fake_quantize: FakeQuantize | None) -> None:
         super().__init__()
         self.product, self.fake_quantize = product, fake_quantize
 
@@ -78,19 +78,20 @@ class _Product(torch.nn.Module):
         return self.product(activations if self.fake_quantize is None else self.fake_quantize(activations))
 
 
-class _FakeQuantize:
-    """Quantize and dequantize activations. Modules with the same input, as q, k and v, share the work."""
+class FakeQuantize:
+    """Quantize and dequantize activations, per token. Modules with the same input, as q, k and v, share the work."""
 
     def __init__(self) -> None:
         self.last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, activations: Tensor) -> Tensor:
+        """Return the activations as torchao's linear quantizes them, without a gradient."""
         if self.last is None or self.last[0] is not activations:
             self.last = None
-            if activations.device.type == "cpu" and activations.dtype == torch.bfloat16:
+            if activations.device.type == "cpu" and activations.dtype in (torch.bfloat16, torch.float32):
                 self.last = activations, fake_quantize_per_token(activations)
             else:
-                self.last = activations, quantize_dequantize(activations)
+                self.last = activations, quantize_dequantize(activations.detach())
         return self.last[1]
 
 
@@ -116,7 +117,7 @@ def quantize_dequantize(activations: Tensor) -> Tensor:
 class _Linear(torch.nn.Module):
     weight: Tensor
 
-    def __init__(self, linear: torch.nn.Linear, fake_quantize: _FakeQuantize) -> None:
+    def __init__(self, linear: torch.nn.Linear, fake_quantize: FakeQuantize) -> None:
         super().__init__()
         weight: IntxUnpackedToInt8Tensor = linear.weight
         self.fake_quantize = fake_quantize if weight.activation_quantization is not None else None
@@ -134,7 +135,7 @@ class _Linear(torch.nn.Module):
 class _Head(torch.nn.Module):
     weight: IntxUnpackedToInt8Tensor
 
-    def __init__(self, linear: torch.nn.Linear, fake_quantize: _FakeQuantize) -> None:
+    def __init__(self, linear: torch.nn.Linear, fake_quantize: FakeQuantize) -> None:
         super().__init__()
         self.weight = linear.weight
         self.fake_quantize = fake_quantize if self.weight.activation_quantization is not None else None

@@ -177,10 +177,12 @@ def _run_base(config: Gemma3TextConfig, sources: Sources, tokens: Tensor, device
 
 
 def _load_student(config: Gemma3TextConfig, quantized: Sources, rules: Mapping[str, Rule], device: str) -> Student:
+    from quantize_gemma.tasks.models.dequantize import FakeQuantize
     from quantize_gemma.tasks.quantize.student import Student, TrainedLinear
 
     prefix = _prefix(quantized)
     linears, weights = {}, {}
+    fake_quantize = FakeQuantize()
     for name, source in quantized.items():
         module, _, part = name.rpartition(".")
         if not name.startswith((f"{prefix}layers.", f"{prefix}norm.", f"{GEMMA3.head_module}.")):
@@ -189,7 +191,8 @@ def _load_student(config: Gemma3TextConfig, quantized: Sources, rules: Mapping[s
             weights[name] = read_rows(source).view(source.shape).to(device)
         elif part == "_weight_qdata":
             scales = read_rows(quantized[f"{module}._weight_scale"]).to(device)
-            linears[module] = TrainedLinear(read_rows(source).to(device), scales, rules[module].activation is not None)
+            activation = None if rules[module].activation is None else fake_quantize
+            linears[module] = TrainedLinear(read_rows(source).to(device), scales, activation)
     return Student(config, prefix, weights, linears)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from quantize_gemma.tasks.models.dequantize import quantize_dequantize
+from quantize_gemma.tasks.models.dequantize import FakeQuantize
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.quantize import gptq
 from quantize_gemma.tasks.quantize.blocks import Block
@@ -33,12 +33,12 @@ class TrainedLinear(torch.nn.Module):
         integers: int8, [rows, columns].
         stored: The scales before training, float32, [rows, groups].
         change: The logarithm of each scale's factor, [rows, groups].
-        quantizes_inputs: Whether activations are quantized.
+        fake_quantize: Quantizes activations; None if they are not quantized.
     """
 
-    def __init__(self, integers: Tensor, scales: Tensor, quantizes_inputs: bool) -> None:
+    def __init__(self, integers: Tensor, scales: Tensor, fake_quantize: FakeQuantize | None) -> None:
         super().__init__()
-        self.integers, self.stored, self.quantizes_inputs = integers, scales.float(), quantizes_inputs
+        self.integers, self.stored, self.fake_quantize = integers, scales.float(), fake_quantize
         self.change = torch.nn.Parameter(torch.zeros_like(self.stored))
 
     def trained(self) -> Tensor:
@@ -47,9 +47,8 @@ class TrainedLinear(torch.nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the outputs, [..., rows]."""
-        if self.quantizes_inputs:
-            inputs = inputs + (quantize_dequantize(inputs.detach()) - inputs).detach()
-        outputs: Tensor = _Product.apply(inputs, self.trained(), self.integers)
+        rounded = inputs if self.fake_quantize is None else self.fake_quantize(inputs)
+        outputs: Tensor = _Product.apply(inputs, rounded, self.trained(), self.integers)
         return outputs
 
 
@@ -160,19 +159,22 @@ def _round_to_bfloat16(values: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """inputs @ (integers * scales).T, whose weights are made some rows at a time, forward and backward."""
+    """rounded @ (integers * scales).T, whose weights are made some rows at a time, forward and backward.
+
+    `rounded` are the inputs, quantized; the inputs get its gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, scales: Tensor, integers: Tensor) -> Tensor:
-        ctx.save_for_backward(inputs, scales, integers)
-        pieces = [inputs @ weight.T for _, weight in _dequantize(integers, scales)]
+    def forward(ctx: Any, inputs: Tensor, rounded: Tensor, scales: Tensor, integers: Tensor) -> Tensor:
+        ctx.save_for_backward(rounded, scales, integers)
+        pieces = [rounded @ weight.T for _, weight in _dequantize(integers, scales)]
         return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        inputs, scales, integers = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        rounded, scales, integers = ctx.saved_tensors
         gradient = gradients[0].flatten(0, -2)
-        flat = inputs.flatten(0, -2)
+        flat = rounded.flatten(0, -2)
         of_inputs: Tensor | None = None
         of_scales = torch.empty_like(scales)
         for rows, weight in _dequantize(integers, scales):
@@ -181,7 +183,7 @@ class _Product(torch.autograd.Function):
             of_weight = of_rows.T @ flat
             of_scales[rows] = of_weight.mul_(integers[rows]).view(len(of_weight), scales.shape[1], -1).sum(-1)
         assert of_inputs is not None, "a linear has no rows"
-        return of_inputs.view_as(inputs), of_scales, None
+        return of_inputs.view_as(rounded), None, of_scales, None
 
 
 def _dequantize(integers: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor]]:

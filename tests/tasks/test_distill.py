@@ -27,18 +27,25 @@ STEPS = 24
 
 @pytest.fixture(scope="module", params=["DISTILL-INT8-INT4", "DISTILL-INT8-INT4-HEAD8"])
 def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The arguments of distill(), but for `target`: artifacts of a store, and a recipe of a few steps."""
+    """The arguments of distill(), but for `target`: artifacts of a store, and a recipe of a few steps.
+
+    The checkpoint is calibrated on one short sequence, so that there is something to gain.
+    """
     root = tmp_path_factory.mktemp("store")
-    recipe = replace(load_recipe(request.param), distillation=Distillation(40, STEPS, 0.002))
+    recipe = replace(load_recipe(request.param), distillation=Distillation(120, STEPS, 0.004))
     base = store.produce("untie", "0" * 64, lambda target: untie(target, BUILTIN["tiny-gemma3"]), root).path
     text = str(BUILTIN_TEXTS["tiny-text"] / "text.txt")
 
+    def make_few_tokens(target: Path) -> dict[str, Any]:
+        return calibrate(target, base, 1, 32, text=text, digest=digest_text(text))
+
     def make_tokens(target: Path) -> dict[str, Any]:
-        return calibrate(target, base, 8, 96, text=text, digest=digest_text(text), distilled=40)
+        return calibrate(target, base, 8, 96, text=text, digest=digest_text(text), distilled=120)
 
     def make_checkpoint(target: Path) -> dict[str, Any]:
-        return quantize(target, base, recipe.to_json(), "cpu", tokens)
+        return quantize(target, base, recipe.to_json(), "cpu", few_tokens)
 
+    few_tokens = store.produce("calibrate", "1" * 64, make_few_tokens, root).path
     tokens = store.produce("calibrate", "0" * 64, make_tokens, root).path
     checkpoint = store.produce("quantize", "0" * 64, make_checkpoint, root).path
     arguments = {"checkpoint": checkpoint, "base": base, "recipe": recipe.to_json(), "calibration": tokens}
@@ -164,7 +171,7 @@ def test_gradients_are_those_of_the_dequantized_product(groups: int) -> None:
         if dense:
             outputs = inputs @ (integers * trained.repeat_interleave(64 // groups, 1)).T
         else:
-            outputs = student._Product.apply(inputs, trained, integers)
+            outputs = student._Product.apply(inputs, inputs, trained, integers)
         (outputs * wanted).sum().backward()
         gradients.append((outputs.detach(), inputs.grad, trained.grad))
     torch.testing.assert_close(gradients[0], gradients[1])

@@ -290,9 +290,10 @@ def test_chunks_of_a_weight_give_the_same_logits(checkpoints: dict[str, Path], m
         assert torch.equal(model(tokens).logits, expected)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("width", [64, 640, 1001])
 @pytest.mark.parametrize("size", [1e-38, 1e-3, 1.0, 50.0, 1e30])
-def test_activations_are_quantized_as_by_torchao(size: float, width: int) -> None:
+def test_activations_are_quantized_as_by_torchao(size: float, width: int, dtype: str) -> None:
     """The reference is tested against torchao's own linear, by logits in float32."""
     import torch
 
@@ -304,7 +305,7 @@ def test_activations_are_quantized_as_by_torchao(size: float, width: int) -> Non
     activations[0, 1] = activations[0, 1].abs()
     activations[0, 2] = -activations[0, 2].abs()
     activations[0, 3, 5] = size * 1e5
-    activations = activations.bfloat16()
+    activations = activations.to(getattr(torch, dtype))
     assert torch.equal(fake_quantize_per_token(activations), reference(activations))
     broken = activations.clone()
     broken[1, 3, 2] = torch.nan
