@@ -118,15 +118,36 @@ def make_checkpoint(shape: str, folder: Path) -> Path:
 
 
 def write_checkpoint(target: Path, config: dict[str, Any]) -> None:
-    """Writes a bf16 checkpoint of this configuration, with the tiny model's tokenizer."""
+    """Writes a bf16 checkpoint of this configuration, with the tiny model's tokenizer and special tokens."""
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in BUILTIN["tiny-gemma3"].iterdir():
+    tiny = BUILTIN["tiny-gemma3"]
+    for path in tiny.iterdir():
         if path.name not in ("config.json", "README.md") and path.suffix != ".safetensors":
             copy(path, target / path.name)
+    if "vision_config" in config:
+        tokens = {name: value for name, value in _read(tiny / "config.json").items() if "token_i" in name}
+        config = {**config, **tokens}
+        size, length = config["vision_config"]["image_size"], config["mm_tokens_per_image"]
+        images = {"size": {"height": size, "width": size}, "image_seq_length": length}
+        processor = _read(tiny / "processor_config.json")
+        _write(target / "preprocessor_config.json", {**_read(tiny / "preprocessor_config.json"), **images})
+        inner = {**processor["image_processor"], **images}
+        _write(target / "processor_config.json", {**processor, "image_processor": inner, "image_seq_length": length})
+    _write(target / "config.json", config)
     partial = target / "model.partial"
     write_random_weights(partial, weight_shapes(target))
     partial.rename(target / "model.safetensors")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    # Not through a link to the built-in model's file.
+    path.unlink(missing_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def quantized_checkpoint(checkpoint: Path, target: Path) -> None:

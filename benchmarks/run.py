@@ -1,0 +1,112 @@
+"""A whole run on random weights, stage by stage: `python -m benchmarks.run --shape 4b`.
+
+With `--reference`, what the published card does in the place of untie, quantize and export runs after it, on the same
+checkpoint.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shapes import SHAPES, make_checkpoint
+from benchmarks.side_by_side import ROOT, machine, run, show, version
+from quantize_gemma.tasks.runtime.patches import DISABLE
+from quantize_gemma.tasks.runtime.units import human_size
+
+RECIPE = "HQQ-INT8-INT4"
+# As little of the evaluation as shows every stage. Random weights pass no gate, which does not matter here.
+OPTIONS = (
+    *(
+        "--text",
+        "tiny-text",
+        "--text-windows",
+        "2",
+        "--tasks",
+        "mmlu,chartqa",
+        "--limit",
+        "1",
+        "--program-samples",
+        "4",
+    ),
+    *("--dataset", "mmlu=mmlu-mini", "--dataset", "chartqa=chartqa-mini", "--max-kl", "none", "--min-same-top", "none"),
+)
+
+
+def measure(shape: str, folder: Path, max_seq_len: int, reference: bool) -> dict[str, Any]:
+    """Runs everything. Returns the figures, and the lines that say them."""
+    checkpoint = make_checkpoint(shape, folder)
+    home = folder / "home"
+    shutil.rmtree(home, ignore_errors=True)
+    environment = {**os.environ, "QUANTIZE_GEMMA_HOME": str(home / "store"), "PREFECT_HOME": str(home / "prefect")}
+    command = [sys.executable, "-m", "quantize_gemma.flows.cli", "run", "--model", str(checkpoint)]
+    command += ["--max-seq-len", str(max_seq_len), *OPTIONS, "--json"]
+    done = subprocess.run(command, env={**environment, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    summary = json.loads(done.stdout.splitlines()[-1])
+    stages = [stage for stage in summary["stages"] if stage["key"]]
+    if failed := [stage["name"] for stage in stages if stage["state"] != "COMPLETED"]:
+        raise SystemExit(f"{', '.join(failed)} did not complete: {summary['error']}")
+    shutil.rmtree(home)
+    steps = {stage["name"]: {name: stage[name] for name in ("seconds", "peak_rss_bytes")} for stage in stages}
+    stock = run_references(checkpoint, folder, max_seq_len) if reference else {}
+    lines = [
+        f"{shape}, max_seq_len {max_seq_len}, {version()}, {machine()}",
+        "",
+        "| stage | time | peak memory | the card's way | peak memory |",
+        "|---|---:|---:|---:|---:|",
+        *(f"| {name.replace('_', ' ')} | {_cells(step)} | {_cells(stock.get(name))} |" for name, step in steps.items()),
+        f"| all | {sum(step['seconds'] for step in steps.values()):.1f} s | | | |",
+    ]
+    case = {"shape": shape, "max_seq_len": max_seq_len}
+    result = {"name": "run", "machine": machine(), "version": version(), "case": case, "equal": None}
+    return {**result, "ours": steps, "reference": stock, "lines": lines}
+
+
+def run_references(checkpoint: Path, folder: Path, max_seq_len: int) -> dict[str, Any]:
+    """Runs the card's own way; returns time and memory by the names of our stages."""
+    steps: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        untied, quantized, program = (Path(made) / name for name in ("untied", "quantized", "program"))
+        for target in (untied, quantized, program):
+            target.mkdir()
+        steps["untie"] = run("benchmarks.quantize:reference_untie", {}, target=untied, checkpoint=checkpoint)
+        inputs: dict[str, Any] = {"target": quantized, "checkpoint": untied, "recipe": RECIPE}
+        steps["quantize"] = run("benchmarks.quantize:reference_quantize", {}, **inputs)
+        # What torchao writes has no place for the rest of a checkpoint: the export takes ours, which is equal.
+        shutil.rmtree(quantized)
+        quantized.mkdir()
+        run("benchmarks.quantize:our_quantize", {}, **inputs, device="cpu")
+        arguments = {"target": program, "checkpoint": quantized, "max_seq_len": max_seq_len}
+        steps["export"] = run("benchmarks.export:export", {DISABLE: "all"}, **arguments)
+    return {name: {what: step[what] for what in ("seconds", "peak_rss_bytes")} for name, step in steps.items()}
+
+
+def _cells(step: dict[str, Any] | None) -> str:
+    if step is None:
+        return " | "
+    memory = "" if step["peak_rss_bytes"] is None else human_size(step["peak_rss_bytes"])
+    return f"{step['seconds']:.1f} s | {memory}"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
+    parser.add_argument("--max-seq-len", type=int, default=1024)
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is made, and kept for the next time")
+    parser.add_argument("--reference", action="store_true", help="also measure the card's own way, which takes long")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        show(measure(given.shape, folder, given.max_seq_len, given.reference), given.json)
+
+
+if __name__ == "__main__":
+    main()
