@@ -33,6 +33,7 @@ NOT_IN_RELEASE = {
 }
 MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER, DATASET_PLACEHOLDER = "MODEL", "RECIPE.json", "DATASET"
 TEXT_PLACEHOLDER, CALIBRATION_PLACEHOLDER, REFERENCE_PLACEHOLDER = "./TEXT", "CALIBRATION.txt", "./REFERENCE"
+DEVICE_REPORT_PLACEHOLDER = "DEVICE_REPORT.json"
 # The text of the built-in model.
 FIXTURE_TEXT = "tiny-text"
 
@@ -146,6 +147,14 @@ class EvaluationOptions(Options):
         description=(
             "Address of the cluster that runs the evaluation: tcp://… (Dask) or ray://… (Ray); it must share the "
             "store. [default: none, run on this machine]"
+        ),
+    )
+
+    device_report: OptionalText = Field(
+        default=None,
+        description=(
+            "Report of the program's speed on a phone, a JSON file of `python -m benchmarks.device_report`, for the "
+            "card. [default: none]"
         ),
     )
 
@@ -342,6 +351,7 @@ class RunOptions(Options):
             "custom_kv_cache": self.export.custom_kv_cache,
             "workers": self.evaluation.workers,
             "calibration": self.calibration,
+            "device_report": self.evaluation.device_report,
         }
 
     def local_workers(self) -> int:
@@ -484,6 +494,9 @@ def command_line(
         if not reference.on_hub and not reference.fixture:
             pinned["reference_model"] = REFERENCE_PLACEHOLDER
             comment += f"  # {REFERENCE_PLACEHOLDER}: the directory whose files have the digest {reference.revision}"
+    if options.evaluation.device_report is not None:
+        pinned["device_report"] = DEVICE_REPORT_PLACEHOLDER
+        comment += f"  # {DEVICE_REPORT_PLACEHOLDER}: the object device_report in metrics.json"
     words = ["quantize-gemma", "run"]
     for name, field, value in _release_options(options):
         value = pinned.get(name, value)

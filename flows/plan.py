@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect.logging import get_run_logger
@@ -36,15 +37,16 @@ from quantize_gemma.tasks.gate.metrics import LIBRARIES
 from quantize_gemma.tasks.models.benchmarks import Benchmark, describe
 from quantize_gemma.tasks.models.calibration import parse_source
 from quantize_gemma.tasks.models.checkpoint import read_config, read_model_config
+from quantize_gemma.tasks.models.device_report import DeviceReport, read_device_report, require_program
 from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.publish import Target, check_target
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.quantize.distill import distill
-from quantize_gemma.tasks.runtime.artifact_ref import open_artifact
+from quantize_gemma.tasks.runtime.artifact_ref import load_artifact, open_artifact
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.fingerprint import versions
-from quantize_gemma.tasks.runtime.prefect_stage import Planned, missing
+from quantize_gemma.tasks.runtime.prefect_stage import Planned, missing, stored
 from quantize_gemma.tasks.untie import untie
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class Plan:
         calibration: The resolved text or dataset that the recipe is calibrated on; None if it needs none.
         reference: The resolved reference model; None if there is none.
         multimodal: Whether the model reads images; known once the checkpoint is there.
+        device_report: The program's speed on a phone; None if it was not measured.
     """
 
     options: RunOptions
@@ -99,6 +102,7 @@ class Plan:
     calibration: ResolvedDataset | None = None
     reference: ResolvedModel | None = None
     multimodal: bool = True
+    device_report: DeviceReport | None = None
 
     def column_inputs(self, row: Benchmark, column: str) -> Inputs:
         """Return how a column answers a benchmark's requests, besides its artifacts."""
@@ -142,10 +146,11 @@ class Plan:
         }
 
     def card_inputs(self, futures: "Futures") -> Inputs:
-        """Return the recipe, and the evaluations whose samples are published: all of the run's, or none."""
+        """Return the recipe, the device report, and the evaluations whose samples are published: all, or none."""
         published = self.options.publishing.publish_samples
         samples = {name: future for name, future in futures.items() if published and name.startswith("evaluate_")}
-        return {"recipe": self.recipe.to_json(), **samples}
+        report = dataclasses.asdict(self.device_report) if self.device_report else None
+        return {"recipe": self.recipe.to_json(), "device_report": report, **samples}
 
     def drop_limits(self) -> dict[str, float]:
         """Return the limits on the drop of each benchmark that has one, by the limit's name."""
@@ -186,6 +191,8 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
         UserError: Something cannot work; the message says what, and what to do.
     """
     recipe = load_recipe(options.recipe)
+    path = options.evaluation.device_report
+    report = read_device_report(Path(path)) if path is not None else None
     device: str = run.call("check", check_run, **options.check_inputs())["device"]
     if (target := publishing_target(options)) is not None:
         run.call("check_target", check_target, target)
@@ -195,11 +202,13 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     calibration = resolve_calibration(run, options)
     reference = resolve_reference(run, options)
     planned = plan_benchmarks(run, options, model) if benchmarks else ()
-    plan = Plan(options, model, text, planned, recipe, device, calibration, reference)
+    plan = Plan(options, model, text, planned, recipe, device, calibration, reference, device_report=report)
     run.rename(plan.run_name())
     memory = check_memory(max(one.weights for one in (model, reference) if one), options.local_workers())
-    missing_stages = missing(writing_stages(options, model, recipe, text, calibration), options.refresh)
-    check_disk(model.weight_bytes, missing_stages, model.revision, recipe)
+    stages = writing_stages(options, model, recipe, text, calibration)
+    check_disk(model.weight_bytes, missing(stages, options.refresh), model.revision, recipe)
+    if report is not None and (program := stored(stages).get("export")) is not None:
+        require_program(report, load_artifact(program).files["model.pte"].sha256)
     run.fit_into_memory(memory)
     return plan
 
@@ -273,6 +282,12 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     rows = _without_images([one.row for one in plan.benchmarks])
     seen = tuple(one for one in plan.benchmarks if one.row in rows)
     return dataclasses.replace(plan, multimodal=False, benchmarks=seen)
+
+
+def check_device_report(plan: Plan, program: "PrefectFuture[ArtifactRef]") -> None:
+    """Wait for the program if there is a device report. Raises UserError if it is of another program."""
+    if plan.device_report is not None:
+        require_program(plan.device_report, open_artifact(program.result()).files["model.pte"].sha256)
 
 
 def _log_costs(plan: Plan, costs: dict[str, int]) -> None:

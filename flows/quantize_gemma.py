@@ -24,6 +24,7 @@ from quantize_gemma.flows.options import (
 from quantize_gemma.flows.plan import (
     Plan,
     PlannedBenchmark,
+    check_device_report,
     check_download,
     check_reference,
     download_inputs,
@@ -116,6 +117,7 @@ def quantize_gemma(
         quantized = submit_quantization(run, plan, base, untied, text)
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
+        check_device_report(plan, program)
         measure_fidelity(run, plan, text, base, quantized, program, reference)
         requests = [evaluate_columns(run, plan, benchmark, base, quantized, program) for benchmark in plan.benchmarks]
         inputs: dict[str, Any] = {"checkpoint": quantized, "program": program, "requests": requests}

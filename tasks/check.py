@@ -25,6 +25,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     weight_files,
 )
 from quantize_gemma.tasks.models.config import TextConfig
+from quantize_gemma.tasks.models.device_report import read_device_report
 from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.recipe import (
     HELD_OUT,
@@ -81,6 +82,7 @@ def check_run(
     custom_kv_cache: bool = True,
     workers: int = 1,
     calibration: str | None = None,
+    device_report: str | None = None,
 ) -> dict[str, Any]:
     """Return the plan of a run: {"recipe", "model", "device", "memory_bytes_needed", "disk_bytes_needed"}.
 
@@ -91,6 +93,8 @@ def check_run(
     """
     loaded = load_recipe(recipe)
     check_calibration(loaded, calibration)
+    if device_report is not None:
+        read_device_report(Path(device_report))
     _check_store(store.home())
     if cluster is None:
         _check_device(device)

@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 
 from quantize_gemma.tasks.card import render
 from quantize_gemma.tasks.card.front_matter import front_matter
+from quantize_gemma.tasks.models.device_report import Device, DeviceReport, DeviceSpeed, MeasuredProgram, Runner
 from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.metrics import Metrics, Response, Score
 from quantize_gemma.tasks.models.recipe import Recipe, Rule
@@ -43,6 +44,11 @@ PLACES = (
     "license",
     "license_name",
     "license_link",
+    "device",
+    "processor",
+    "android",
+    "runner",
+    "executorch",
 )
 
 
@@ -113,6 +119,7 @@ def card_with(metrics: Metrics, texts: dict[str, str]) -> tuple[str, Metrics]:
         benchmarks={**metrics.benchmarks, "mmlu": replace(info, dataset=dataset)},
         **{name: texts[name] for name in ("recipe", "recipe_hash", "run_id")},
         commands={**metrics.commands, "run": texts["run"]},
+        device_report=_device_report(texts),
         license={name: texts[name] for name in ("license", "license_name", "license_link")},
         fixture_model=False,
         stages={texts["stage"]: next(iter(metrics.stages.values()))},
@@ -130,6 +137,31 @@ def card_with(metrics: Metrics, texts: dict[str, str]) -> tuple[str, Metrics]:
     rule = Rule(f"re:{texts['pattern']}", weight="int4", group_size=32, activation="int8", algorithm="affine")
     recipe = Recipe(texts["recipe"], description=texts["description"], rules=(rule,))
     return render(m, recipe, {texts["file"]: 5}), m
+
+
+def _device_report(texts: dict[str, str]) -> DeviceReport:
+    speed = DeviceSpeed(
+        prompt="text",
+        runs=5,
+        prompt_tokens=100,
+        generated_tokens=156,
+        load_seconds=None,
+        first_token_seconds=0.25,
+        prefill_tokens_per_second=400.0,
+        decode_tokens_per_second=30.0,
+        peak_rss_bytes=10**9,
+    )
+    return DeviceReport(
+        schema_version=1,
+        device=Device(
+            model=texts["device"], processor=texts["processor"], android=texts["android"], memory_bytes=8 * 10**9
+        ),
+        runner=Runner(name=texts["runner"], executorch=texts["executorch"]),
+        threads=4,
+        program=MeasuredProgram(sha256="a" * 64, bytes=400),
+        date="2026-11-26",
+        measurements=[speed],
+    )
 
 
 def faults(metrics: Metrics, texts: dict[str, str]) -> list[str]:

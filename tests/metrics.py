@@ -108,6 +108,7 @@ METRICS: dict[str, Any] = {
     "stages": {"quantize": {"seconds": 1.5, "peak_rss_bytes": 10, "bytes": 500}},
     "calibration": None,
     "distillation": None,
+    "device_report": None,
     "gate": {"passed": True, "low_confidence": False, "limits": {}, "checks": []},
 }
 

@@ -15,6 +15,7 @@ from quantize_gemma.tasks.card.chart import (
 )
 from quantize_gemma.tasks.card.eval_results import eval_results
 from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
+from quantize_gemma.tasks.models.device_report import parse_device_report, require_program
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, write_metrics
@@ -40,7 +41,14 @@ class RuleCode:
 
 @stage()
 def card(
-    target: Path, /, recipe: dict[str, object], checkpoint: Path, program: Path, gate: Path, **evaluations: Path
+    target: Path,
+    /,
+    recipe: dict[str, object],
+    checkpoint: Path,
+    program: Path,
+    gate: Path,
+    device_report: dict[str, object] | None = None,
+    **evaluations: Path,
 ) -> Output:
     """Fill `target` with a release that can be pushed to the Hub as it is.
 
@@ -50,11 +58,15 @@ def card(
         checkpoint: The artifact of `quantize`.
         program: The artifact of `export`.
         gate: The artifact of `gate`, with metrics.json.
+        device_report: The program's speed on a phone, as JSON; None if it was not measured.
         **evaluations: The artifacts of `evaluate` by the stage's name in the run, whose samples become part of it.
     """
     parsed = Recipe.from_json(recipe)
     content = json.loads(store.read_file(store.read_artifact(gate), "metrics.json"))
-    metrics = replace(parse_metrics(content), loads_in=read_loading_environments())
+    report = parse_device_report(device_report) if device_report is not None else None
+    if report is not None:
+        require_program(report, store.read_artifact(program).files["model.pte"].sha256)
+    metrics = replace(parse_metrics(content), loads_in=read_loading_environments(), device_report=report)
     hashes: dict[str, str] = {}
     for artifact in (store.read_artifact(checkpoint), store.read_artifact(program)):
         hashes |= {name: add_file(target, name, artifact, name) for name in artifact.files}
@@ -129,6 +141,7 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
     for name in ("line", "code", "fenced", "link_target", "python", "python_pattern"):
         environment.filters[name] = getattr(markdown, name)
     environment.filters["size"] = human_size
+    environment.filters["rounded"] = lambda value, digits: NOT_MEASURED if value is None else f"{value:.{digits}f}"
     environment.filters["percent"] = lambda value: NOT_MEASURED if value is None else f"{100 * value:.2f}%"
     environment.filters["small"] = lambda value: NOT_MEASURED if value is None else f"{value:.2g}"
     loading = environment.get_template("loading.py.j2").render(

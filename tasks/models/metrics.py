@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from quantize_gemma.tasks.models.device_report import DeviceReport
 from quantize_gemma.tasks.models.text_fidelity import Fidelity, ProgramFidelity, ReferenceFidelity
 from quantize_gemma.tasks.runtime.paired_stats import Pairs
 
@@ -415,6 +416,7 @@ class Metrics(Columns):
     gate: Verdict
     calibration: CalibrationData | None = None
     distillation: DistillationData | None = None
+    device_report: DeviceReport | None = None
 
 
 # The columns of the quality table.

@@ -116,25 +116,27 @@ class Planned:
     artifacts: Mapping[str, str] = field(default_factory=dict)
 
 
-def missing(planned: Iterable[Planned], refresh: Collection[str]) -> list[str]:
+def missing(planned: Collection[Planned], refresh: Collection[str]) -> list[str]:
     """Return the stages that have to run, because the store does not have what they make.
 
     Args:
         planned: The stages, each after those whose artifacts it takes.
         refresh: The stages that run again although the store has what they make.
     """
-    to_run: list[str] = []
+    in_store = stored(planned)
+    return [name for name in (one.stage.name for one in planned) if name not in in_store or name in refresh]
+
+
+def stored(planned: Iterable[Planned]) -> dict[str, ArtifactRef]:
+    """Return the artifacts of planned stages that the store has, by stage; each stage is after those it needs."""
     refs: dict[str, ArtifactRef] = {}
     for one in planned:
-        name, artifact = one.stage.name, None
         if all(stage in refs for stage in one.artifacts.values()):
             inputs = {key: refs[stage] for key, stage in one.artifacts.items()}
-            artifact = store.load(name, key_of(one.stage, {**one.inputs, **inputs}))
-        if artifact is None or name in refresh:
-            to_run.append(name)
-        if artifact is not None:
-            refs[name] = ref_of(artifact)
-    return to_run
+            artifact = store.load(one.stage.name, key_of(one.stage, {**one.inputs, **inputs}))
+            if artifact is not None:
+                refs[one.stage.name] = ref_of(artifact)
+    return refs
 
 
 def retried(times: int) -> RetryOptions:

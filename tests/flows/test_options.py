@@ -164,6 +164,7 @@ REVISION = {"revision": "a" * 40, "dataset": PINNED, "text": f"Salesforce/wikite
         ({"recipe": "/home/me/it's mine; rm -rf $HOME.json"}, FIXTURES, {"recipe": "RECIPE.json"}),
         ({"model": "./my finetune", "revision": None}, LOCAL, {"model": "MODEL", "text": "./TEXT"}),
         ({"max_kl": None, "min_same_top": 75.5, "text_windows": 3}, FIXTURES, {}),
+        ({"device_report": "/home/me/phone.json"}, FIXTURES, {"device_report": "DEVICE_REPORT.json"}),
     ],
 )
 def test_the_command_on_the_card_gives_the_runs_parameters(

@@ -35,6 +35,7 @@ from tests.evaluation import record, run_stage
 from tests.grid import write_grid_checkpoint
 from tests.operate import another_program
 from tests.processes import stage_processes
+from tests.tasks.test_device_report import REPORT
 from tests.text_only import write_text_only
 
 FIXTURES = ("--text", "tiny-text", "--dataset", "mmlu=mmlu-mini", "chartqa=chartqa-mini")
@@ -198,6 +199,33 @@ def test_the_samples_of_every_score_become_part_of_the_release_if_asked_for(
     card = (release / "README.md").read_text()
     assert "are in `samples`" in card
     assert "--publish-samples" in card
+
+
+def test_a_device_report_makes_only_the_card_again_and_that_of_another_program_starts_nothing(
+    released: Outcome, command_line: CommandLine, tmp_path: Path
+) -> None:
+    program = Path(released.summary["release"]) / "model.pte"
+    sha256 = hashlib.sha256(program.read_bytes()).hexdigest()
+    report = {**REPORT, "program": {"sha256": sha256, "bytes": program.stat().st_size}}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    outcome = command_line("run", "--json", "--device-report", str(path))
+    assert outcome.code == 0, outcome.stderr
+    # The gate only writes the run's new command.
+    assert {name for name, cached in outcome.cached.items() if not cached} == {"gate", "card"}
+    assert metrics_of(outcome)["device_report"] == report
+    card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
+    assert "Device: Acme One (Acme A1" in card
+    assert "--device-report DEVICE_REPORT.json" in metrics_of(outcome)["commands"]["run"]
+    assert str(tmp_path) not in card
+    # Its content counts, not its place.
+    moved = path.rename(tmp_path / "moved.json")
+    assert all(command_line("run", "--json", "--device-report", str(moved)).cached.values())
+    moved.write_text(json.dumps(REPORT))
+    refused = command_line("run", "--json", "--device-report", str(moved))
+    assert refused.code == 2
+    assert refused.cached == {}
+    assert f"SHA-256 {REPORT['program']['sha256']}, but this release's has {sha256}" in refused.summary["error"]
 
 
 def test_a_run_believes_nothing_of_the_directory_where_it_starts(

@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import hashlib
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ import pytest
 
 from quantize_gemma.tasks.runtime import fingerprint
 from tests.conftest import CommandLine, Outcome
+from tests.tasks.test_device_report import REPORT
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = Path(fingerprint.__file__).parents[2]
@@ -352,16 +354,20 @@ def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, s
         return str(folder)
 
     recipe = load_recipe("HQQ-INT8-INT4").to_json()
+    values: dict[str, Any]
     if stage == "untie":
         return {"checkpoint": data("download")}, {}
     if stage == "quantize":
         return {"checkpoint": data("untie")}, {"recipe": recipe, "device": "cpu"}
     if stage == "card":
-        return {"checkpoint": data("quantize"), "program": data("export"), "gate": data("gate")}, {"recipe": recipe}
+        program = Path(data("export"))
+        measured = {"sha256": hashlib.sha256((program / "model.pte").read_bytes()).hexdigest(), "bytes": 1}
+        values = {"recipe": recipe, "device_report": {**REPORT, "program": measured}}
+        return {"checkpoint": data("quantize"), "program": str(program), "gate": data("gate")}, values
     fixture = {"name": "tiny-gemma3", "revision": "0", "fixture": True}
     benchmarks = {name: describe(name).card_inputs() for name in ("mmlu", "chartqa")}
     resolved = {"model": {**fixture, "license": {}}, "datasets": dict.fromkeys(benchmarks, fixture), "text": fixture}
-    values: dict[str, Any] = {"resolved": resolved, "recipe": recipe, "required": ["mmlu_drop"]}
+    values = {"resolved": resolved, "recipe": recipe, "required": ["mmlu_drop"]}
     values["benchmarks"] = benchmarks
     limits = {
         "max_kl": 0.25,

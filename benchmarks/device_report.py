@@ -1,0 +1,269 @@
+"""The speed of a program on a phone, for `quantize-gemma run --device-report`:
+`python -m benchmarks.device_report --program model.pte --tokenizer tokenizer.json --runner llama_main --output FILE`.
+
+The runner is a binary for Android that you build from ExecuTorch: the one of examples/models/llama for a text-only
+program, or the one of examples/models/gemma3 for a program that reads images, with `--image photo.jpg`. Each run is a
+new process; the report has the medians.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from quantize_gemma.tasks.models.device_report import (
+    Device,
+    DeviceReport,
+    DeviceSpeed,
+    MeasuredProgram,
+    Runner,
+)
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.runtime.errors import UserError
+
+# On the phone: where apps and `adb shell` may both execute files.
+FOLDER = "/data/local/tmp/quantize-gemma"
+# The prompt has about 100 tokens, and llama_main generates up to this many together with it; gemma3's runner, 100.
+SEQ_LEN = 256
+STORY = (
+    "Write a long story about the keeper of a lighthouse on a small island in the north. In autumn, when the storms "
+    "come and the ships stay in their harbors, she finds a bottle on the beach with a letter in it. The letter is a "
+    "hundred years old, and it asks for help. Tell what the letter says, who wrote it, and how the keeper finds out "
+    "what happened to him. Describe the island, the sea, and the people of the village, and let the story end well."
+)
+TEXT_PROMPT = f"{GEMMA3.bos_token}<start_of_turn>user\n{STORY}<end_of_turn>\n<start_of_turn>model\n"
+# gemma3's runner puts the image and the chat template around it.
+IMAGE_PROMPT = "Describe this image in detail."
+# What is read of the runner's statistics. It does not print its own rates in every version of ExecuTorch.
+STATISTICS = (
+    *("prompt_tokens", "generated_tokens", "model_load_start_ms", "model_load_end_ms"),
+    *("inference_start_ms", "prompt_eval_end_ms", "first_token_ms", "inference_end_ms"),
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run of the program on the phone."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    load_seconds: float | None
+    first_token_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_rss_bytes: int
+
+
+def measure(files: dict[str, Path], command: str, runs: int) -> tuple[Device, list[Measurement]]:
+    """Runs a program on the connected phone.
+
+    Args:
+        files: What is copied to FOLDER on the phone, by the name there.
+        command: The phone's shell command; see runner_command().
+        runs: How often it runs.
+
+    Returns:
+        The phone, and one measurement for each run.
+
+    Raises:
+        UserError: A file is missing, there is no adb, no phone, or not one; or the runner fails.
+    """
+    for path in files.values():
+        if not path.is_file():
+            raise UserError(f"there is no file {path}")
+    require_one_phone()
+    try:
+        adb("shell", f"mkdir -p {FOLDER}")
+        for name, path in files.items():
+            print(f"copying {path}", file=sys.stderr)
+            adb("push", str(path), f"{FOLDER}/{name}")
+        measured = []
+        for number in range(1, runs + 1):
+            print(f"run {number} of {runs}", file=sys.stderr)
+            measured.append(parse_output(adb("shell", command, name="the runner")))
+        return read_device(), measured
+    finally:
+        # Without a check: it must not hide why the rest failed.
+        subprocess.run(["adb", "shell", f"rm -rf {FOLDER}"], stdin=subprocess.DEVNULL, capture_output=True)
+
+
+def require_one_phone() -> None:
+    """Raises UserError unless adb has one phone to talk to."""
+    states = dict(line.split("\t", 1) for line in adb("devices").splitlines() if "\t" in line)
+    chosen = os.environ.get("ANDROID_SERIAL")
+    if chosen is not None and chosen not in states:
+        raise UserError(f"adb sees no phone {chosen}: set ANDROID_SERIAL to one that `adb devices` lists, or unset it")
+    if not states:
+        raise UserError("adb sees no phone: connect one, and turn on USB debugging in its developer options")
+    if chosen is None and len(states) > 1:
+        raise UserError(f"adb sees several phones: set ANDROID_SERIAL to one of {', '.join(states)}")
+    serial = chosen or next(iter(states))
+    if states[serial] != "device":
+        raise UserError(f"the phone {serial} is {states[serial]}: unlock it, and allow USB debugging from this machine")
+
+
+def adb(*words: str, name: str | None = None) -> str:
+    """Returns what adb prints. Raises UserError if it is missing or fails; `name` says what it ran."""
+    try:
+        done = subprocess.run(["adb", *words], stdin=subprocess.DEVNULL, capture_output=True)
+    except FileNotFoundError:
+        raise UserError("there is no adb: install Android's platform-tools, and put adb on the PATH") from None
+    printed, errors = (stream.decode("utf-8", errors="replace") for stream in (done.stdout, done.stderr))
+    if done.returncode != 0:
+        raise UserError(
+            f"{name or f'adb {words[0]}'} failed with exit code {done.returncode}; its last lines are: "
+            f"{_last_lines(errors + printed)}"
+        )
+    return printed
+
+
+def runner_command(image: str | None, threads: int) -> str:
+    """Returns the phone's shell command that runs the program once; `image` is the image's name on the phone.
+
+    It prints the peak memory of the runner's process, VmHWM, five times a second until it ends, and then the runner's
+    output. The kernel keeps that peak, so only one in the last fifth of a second would be missed.
+    """
+    flags = ["--model_path=model.pte", "--tokenizer_path=tokenizer.json", "--temperature=0", f"--cpu_threads={threads}"]
+    if image is None:
+        flags += [f"--seq_len={SEQ_LEN}", f"--prompt={TEXT_PROMPT}"]
+    else:
+        flags += [f"--image_path={image}", f"--prompt={IMAGE_PROMPT}"]
+    return (
+        f"cd {FOLDER} || exit 1; chmod 755 runner; {shlex.join(['./runner', *flags])} > output 2>&1 & "
+        "while grep VmHWM /proc/$!/status 2> /dev/null; do sleep 0.2; done; "
+        "wait $!; code=$?; cat output; exit $code"
+    )
+
+
+def parse_output(output: str) -> Measurement:
+    """Returns the times in the runner's own statistics, and the peak memory. Raises UserError if there are none."""
+    found = re.findall(r"^PyTorchObserver (\{.*\})\s*$", output, re.MULTILINE)
+    try:
+        fields = json.loads(found[-1])
+        stats = {name: int(fields[name]) for name in STATISTICS}
+    except (IndexError, KeyError, TypeError, ValueError):
+        raise UserError(
+            "the runner printed no line `PyTorchObserver {…}` with its statistics: use the one of "
+            "examples/models/llama, or, with --image, the one of examples/models/gemma3; its last lines are: "
+            f"{_last_lines(output)}"
+        ) from None
+    if stats["generated_tokens"] < 1:
+        raise UserError(f"the runner generated no tokens: check that the tokenizer is the program's; it says {stats}")
+    peaks = [int(kilobytes) for kilobytes in re.findall(r"^VmHWM:\s+(\d+) kB", output, re.MULTILINE)]
+    if not peaks:
+        raise UserError("the phone does not tell the runner's peak memory in /proc/PID/status: use another phone")
+
+    def seconds(start: str, end: str) -> float:
+        return max(stats[f"{end}_ms"] - stats[f"{start}_ms"], 1) / 1000
+
+    return Measurement(
+        prompt_tokens=stats["prompt_tokens"],
+        generated_tokens=stats["generated_tokens"],
+        # Runners that load the program before they generate leave these at 0.
+        load_seconds=seconds("model_load_start", "model_load_end") if stats["model_load_end_ms"] else None,
+        first_token_seconds=seconds("inference_start", "first_token"),
+        prefill_tokens_per_second=stats["prompt_tokens"] / seconds("inference_start", "prompt_eval_end"),
+        decode_tokens_per_second=stats["generated_tokens"] / seconds("prompt_eval_end", "inference_end"),
+        peak_rss_bytes=1024 * max(peaks),
+    )
+
+
+def medians(measured: list[Measurement], prompt: str) -> DeviceSpeed:
+    """Returns the median of each number."""
+    rows = [dataclasses.asdict(one) for one in measured]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    # Counts stay integers; what is not known of one run is not known.
+    middle = {name: None if None in values else statistics.median_high(values) for name, values in columns.items()}
+    return DeviceSpeed(prompt=prompt, runs=len(rows), **middle)
+
+
+def read_device() -> Device:
+    """Returns what the phone says it is."""
+    name = " ".join(_properties("ro.product.manufacturer", "ro.product.model"))
+    # The first two exist since Android 12.
+    processor = " ".join(_properties("ro.soc.manufacturer", "ro.soc.model") or _properties("ro.board.platform"))
+    memory = re.search(r"^MemTotal:\s+(\d+) kB", adb("shell", "cat /proc/meminfo"), re.MULTILINE)
+    if memory is None:
+        raise UserError("the phone does not tell its memory in /proc/meminfo: use another phone")
+    return Device(
+        model=name or "unknown",
+        processor=processor or "unknown",
+        android=" ".join(_properties("ro.build.version.release")) or "unknown",
+        memory_bytes=1024 * int(memory[1]),
+    )
+
+
+def digest(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _properties(*names: str) -> list[str]:
+    values = [adb("shell", f"getprop {name}").strip() for name in names]
+    return [value for value in values if value]
+
+
+def _last_lines(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("VmHWM")]
+    return " / ".join(lines[-5:]) or "none"
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device_report", description=__doc__)
+    parser.add_argument("--program", type=Path, required=True, help="the release's model.pte")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="the release's tokenizer.json")
+    parser.add_argument("--runner", type=Path, required=True, help="the runner's binary for Android")
+    installed = version("executorch")
+    parser.add_argument(
+        "--executorch", default=installed, help=f"version that the runner was built from [default: {installed}]"
+    )
+    parser.add_argument("--image", type=Path, help="image of the prompt, for a program that reads images")
+    parser.add_argument("--threads", type=_count, default=4, help="CPU threads [default: 4]")
+    parser.add_argument("--runs", type=_count, default=5, help="how often the program runs [default: 5]")
+    parser.add_argument("--output", type=Path, required=True, help="where the report is written")
+    args = parser.parse_args()
+    files = {"model.pte": args.program, "tokenizer.json": args.tokenizer, "runner": args.runner}
+    image = f"image{args.image.suffix.lower()}" if args.image else None
+    if image is not None:
+        files[image] = args.image
+    try:
+        if not args.output.absolute().parent.is_dir():
+            raise UserError(f"there is no directory {args.output.parent}")
+        device, measured = measure(files, runner_command(image, args.threads), args.runs)
+    except UserError as error:
+        print(f"device_report: {error}", file=sys.stderr)
+        sys.exit(2)
+    report = DeviceReport(
+        schema_version=1,
+        device=device,
+        runner=Runner(name=args.runner.name, executorch=args.executorch),
+        threads=args.threads,
+        program=MeasuredProgram(sha256=digest(args.program), bytes=args.program.stat().st_size),
+        date=datetime.now(UTC).date().isoformat(),
+        measurements=[medians(measured, "text" if image is None else "image")],
+    )
+    args.output.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {args.output}: pass it to quantize-gemma run as --device-report")
+
+
+if __name__ == "__main__":
+    main()
