@@ -702,7 +702,7 @@ def check_calibration(outcome: Outcome, digest: str) -> None:
     assert calibration["dataset"] == {"name": "text.txt", "revision": digest, "fixture": False}
     assert calibration["tokens"] == 96 * (calibration["sequences"] + calibration["answers"])
     card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
-    assert f"4 sequences of 96 tokens of text.txt at revision `{digest}`" in card
+    assert f"4 sequences of 96 tokens from text.txt at revision `{digest}`" in card
     assert "(output-error.png)" in card
     assert (Path(outcome.summary["release"]) / "output-error.png").read_bytes().startswith(b"\x89PNG")
     errors = metrics_of(outcome)["quantized"]["output_error"]
