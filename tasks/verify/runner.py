@@ -155,14 +155,14 @@ def run_program(
 def _speed(rounds: list[Stats]) -> dict[str, float]:
     """Return the means of several generations from the same prompt."""
     prompt_tokens = rounds[0].num_prompt_tokens
-    prefill = sum(stats.prompt_eval_end_ms - stats.inference_start_ms for stats in rounds) / len(rounds) / 1000
+    prefill = sum(stats.prompt_eval_end_ms - stats.inference_start_ms for stats in rounds) / 1000
     return {
         "rounds": len(rounds),
         "prompt_tokens": prompt_tokens,
         "generated_tokens": rounds[0].num_generated_tokens,
         "load_seconds": (rounds[0].model_load_end_ms - rounds[0].model_load_start_ms) / 1000,
-        "first_token_seconds": round(prefill, 4),
-        "prefill_tokens_per_second": round(prompt_tokens / max(prefill, 1e-3), 1),
+        "first_token_seconds": round(prefill / len(rounds), 4),
+        "prefill_tokens_per_second": round(prompt_tokens * len(rounds) / max(prefill, 1e-3), 1),
         "decode_tokens_per_second": round(_decoded(rounds) / max(_decode_seconds(rounds), 1e-3), 1),
     }
 
