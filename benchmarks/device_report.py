@@ -27,6 +27,7 @@ from quantize_gemma.tasks.models.device_report import (
     DeviceSpeed,
     MeasuredProgram,
     Runner,
+    parse_device_report,
 )
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -261,7 +262,9 @@ def main() -> None:
         date=datetime.now(UTC).date().isoformat(),
         measurements=[medians(measured, "text" if image is None else "image")],
     )
-    args.output.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
+    content = dataclasses.asdict(report)
+    parse_device_report(content)
+    args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {args.output}: pass it to quantize-gemma run as --device-report")
 
 

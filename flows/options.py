@@ -209,8 +209,6 @@ class ExportOptions(Options):
     def _check_kernels(self) -> Self:
         if self.custom_kv_cache and not self.custom_sdpa:
             raise ValueError("custom_kv_cache requires custom_sdpa: turn off custom_kv_cache, too")
-        if self.bidirectional_images and not self.custom_kv_cache:
-            raise ValueError("bidirectional_images requires custom_kv_cache: turn off bidirectional_images, too")
         return self
 
 
@@ -349,6 +347,7 @@ class RunOptions(Options):
             "device": self.evaluation.device,
             "cluster": self.evaluation.cluster,
             "custom_kv_cache": self.export.custom_kv_cache,
+            "bidirectional_images": self.export.bidirectional_images,
             "workers": self.evaluation.workers,
             "calibration": self.calibration,
             "device_report": self.evaluation.device_report,

@@ -275,7 +275,14 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     path = open_artifact(base.result()).path
     export_options = plan.options.export
     workers = plan.options.local_workers()
-    check_checkpoint(path, plan.recipe, export_options.max_seq_len, export_options.custom_kv_cache, workers)
+    check_checkpoint(
+        path,
+        plan.recipe,
+        export_options.max_seq_len,
+        export_options.custom_kv_cache,
+        workers,
+        export_options.bidirectional_images,
+    )
     _log_costs(plan, plan_calibration(read_model_config(path).text, plan.recipe))
     if "vision_config" in read_config(path):
         return plan

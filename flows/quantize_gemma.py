@@ -117,11 +117,11 @@ def quantize_gemma(
         quantized = submit_quantization(run, plan, base, untied, text)
         run.submit(smoke, checkpoint=quantized, max_new_tokens=evaluation.max_new_tokens)
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
-        check_device_report(plan, program)
         measure_fidelity(run, plan, text, base, quantized, program, reference)
         requests = [evaluate_columns(run, plan, benchmark, base, quantized, program) for benchmark in plan.benchmarks]
         inputs: dict[str, Any] = {"checkpoint": quantized, "program": program, "requests": requests}
         run.submit(verify, exclusive=True, **inputs, **plan.verify_inputs())
+        check_device_report(plan, program)
         verdict = run.submit(judge_release, run_id=str(runtime.flow_run.id), **(plan.gate_inputs() | run.futures))
         about = plan.card_inputs(run.futures)
         release = run.submit(card, checkpoint=quantized, program=program, gate=verdict, **about)

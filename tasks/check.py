@@ -83,6 +83,7 @@ def check_run(
     workers: int = 1,
     calibration: str | None = None,
     device_report: str | None = None,
+    bidirectional_images: bool = True,
 ) -> dict[str, Any]:
     """Return the plan of a run: {"recipe", "model", "device", "memory_bytes_needed", "disk_bytes_needed"}.
 
@@ -108,7 +109,9 @@ def check_run(
         plan["disk_bytes_needed"] = disk_needed(weight_bytes, recipe=loaded)
         # Memory first: a person can free disk space, but not add memory.
         local_workers = workers if cluster is None else 1
-        plan["memory_bytes_needed"] = check_checkpoint(path, loaded, max_seq_len, custom_kv_cache, local_workers)
+        plan["memory_bytes_needed"] = check_checkpoint(
+            path, loaded, max_seq_len, custom_kv_cache, local_workers, bidirectional_images
+        )
         # Whether an earlier run left its files in the store is known only when they are hashed.
         if not may_be_stored(weight_bytes):
             check_disk(weight_bytes, recipe=loaded)
@@ -308,7 +311,12 @@ def may_be_stored(weight_bytes: int) -> bool:
 
 
 def check_checkpoint(
-    path: Path, recipe: Recipe, max_seq_len: int, custom_kv_cache: bool = True, workers: int = 1
+    path: Path,
+    recipe: Recipe,
+    max_seq_len: int,
+    custom_kv_cache: bool = True,
+    workers: int = 1,
+    bidirectional_images: bool = True,
 ) -> int:
     """Return about how many bytes of memory the run will take.
 
@@ -327,6 +335,8 @@ def check_checkpoint(
     window = config.text.sliding_window
     if not custom_kv_cache and not config.multimodal:
         raise UserError("without custom_kv_cache the program of a text-only model cannot prefill a prompt: leave it on")
+    if not custom_kv_cache and bidirectional_images:
+        raise UserError("bidirectional_images requires custom_kv_cache: turn off bidirectional_images, too")
     if not custom_kv_cache and max_seq_len > window:
         raise UserError(
             f"without custom_kv_cache a program goes up to the sliding window, here {window:,} tokens: "

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 BACKEND = "xnnpack"
 DTYPE = "float32"
 # Nodes of a graph that are no operators.
-NO_OPERATORS = {"alloc", "getitem", "sym_size"}
+NO_OPERATORS = {"alloc", "getitem", "sym_size", "cond"}
 # ExecuTorch's own kernels for attention, its cache, and quantized embeddings.
 CUSTOM = ("llama_", "update_cache", "quantized_decomposed_embedding")
 # Operators that are too slow in the portable kernels.
@@ -81,6 +82,7 @@ def export(
         module.model.lm_head = _last_position(module.model.lm_head)
     task = task_of(module.config.to_dict())
     bidirectional_images = bidirectional_images and task == GEMMA3.multimodal.task
+    assert custom_kv_cache or not bidirectional_images, "the library's cache has no mask for images"
     expected = expected_metadata(checkpoint, max_seq_len)
     if bidirectional_images:
         expected[IMAGE_CHANNEL] = True
@@ -182,18 +184,22 @@ def _last_position(head: Module) -> Module:
 
 
 def count_operators(method: GraphModule) -> OperatorCounts:
-    """Return how often each operator of a method's graph is run by XNNPACK, custom and portable kernels."""
-    from executorch.devtools.backend_debug import get_delegation_info
+    """Return how often each operator of a method's graph is run by XNNPACK, custom and portable kernels.
 
-    counts: OperatorCounts = {"xnnpack": {}, "custom": {}, "portable": {}}
-    for name, usage in sorted(get_delegation_info(method).delegation_by_operator.items()):
-        if name in NO_OPERATORS:
-            continue
-        if usage.delegated:
-            counts["xnnpack"][name] = usage.delegated
-        if usage.non_delegated:
-            counts["custom" if name.startswith(CUSTOM) else "portable"][name] = usage.non_delegated
-    return counts
+    Of a condition, both branches count.
+    """
+    from executorch.devtools.backend_debug import get_delegation_info
+    from torch.fx import GraphModule
+
+    counts: dict[str, Counter[str]] = {"xnnpack": Counter(), "custom": Counter(), "portable": Counter()}
+    attributes = [getattr(method, str(node.target), None) for node in method.graph.nodes if node.op == "get_attr"]
+    for graph in [method, *(one for one in attributes if isinstance(one, GraphModule))]:
+        for name, usage in get_delegation_info(graph).delegation_by_operator.items():
+            if name in NO_OPERATORS:
+                continue
+            counts["xnnpack"][name] += usage.delegated
+            counts["custom" if name.startswith(CUSTOM) else "portable"][name] += usage.non_delegated
+    return {kernel: dict(sorted((+calls).items())) for kernel, calls in counts.items()}
 
 
 def check_delegation(delegation: dict[str, OperatorCounts]) -> None:

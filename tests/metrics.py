@@ -99,7 +99,7 @@ METRICS: dict[str, Any] = {
         "text": RESPONSE,
         "image": None,
         "agreement": {"kl_program": 0.0, "kl_act_quant": 0.03, "tokens": 128},
-        "runner": [{"name": "stop", "cases": 1, "failures": []}],
+        "runner": [{"name": "stop", "cases": 1, "failed": 0, "examples": []}],
         "processor": "A processor",
         "threads": 2,
         "speed": {},

@@ -27,6 +27,7 @@ from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
     from transformers import ProcessorMixin
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -67,24 +68,28 @@ def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Callable[
 def load_chartqa_program_scorer(
     checkpoint: str, program: str, dataset: str
 ) -> Callable[[list[Request]], list[JsonValue]]:
-    """Load a program as what answers requests: None to those whose prompt is longer than its sequences."""
+    """Load a program as what answers requests: None where prompt and answer are longer than its sequences."""
     from transformers import AutoProcessor
 
     pte = PteProgram(Path(program) / "model.pte")
     processor = AutoProcessor.from_pretrained(checkpoint)
     image_token = processor.image_token_id
+    encoded: tuple[bytes, Tensor] | None = None
 
     def respond(row: dict[str, Any]) -> str | None:
+        nonlocal encoded
         prompt = make_prompt(processor, make_messages(row["query"]))
         inputs = processor(images=[[open_image(row).convert("RGB")]], text=[prompt], return_tensors="pt")
         ids = inputs["input_ids"]
         if ids.shape[1] >= pte.max_seq_len:
             return None
         is_image = ids[0] == image_token
-        features = pte.encode_image(inputs["pixel_values"])
-        embeddings = insert_image_features(features, pte.embed_tokens(ids.masked_fill(is_image, 0)), is_image)
-        tokens, _ = pte.generate_until(embeddings, lambda answer: len(answer) >= GENERATION_TOKENS)
-        return str(processor.tokenizer.decode(tokens, skip_special_tokens=True))
+        # Neighbors are about the same image.
+        if encoded is None or encoded[0] != row["image"]["bytes"]:
+            encoded = row["image"]["bytes"], pte.encode_image(inputs["pixel_values"])
+        embeddings = insert_image_features(encoded[1], pte.embed_tokens(ids.masked_fill(is_image, 0)), is_image)
+        tokens, is_complete = pte.generate_until(embeddings, lambda answer: len(answer) >= GENERATION_TOKENS)
+        return str(processor.tokenizer.decode(tokens, skip_special_tokens=True)) if is_complete else None
 
     return _answer_rows(Path(dataset), respond)
 

@@ -380,6 +380,7 @@ def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:
         "program_kl_step_by_step": (" when decoding one token at a time", agreement.step_by_step),
         "program_kl_prompts": (" in the answers to long prompts", agreement.prompts),
         "program_kl_image": (" after an image", agreement.image),
+        "program_kl_late_image": (" after an image that follows a long text", agreement.late_image),
     }
     checks = []
     for name, (where, part) in parts.items():
@@ -400,13 +401,12 @@ def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:
 
 def _runner(check: RunnerCheck) -> Check:
     """Return the check that the C++ runner does something as the program in Python does."""
-    name, what = f"runner_{check.name}", RUNNER_CHECKS[check.name]
-    failed = len(check.failures)
+    name, what = f"runner_{check.name}", f"the C++ runner, {RUNNER_CHECKS[check.name]}"
     if not check.cases:
-        tried = _check(name, "", 0, 0, True, 0, None)
-        return _uninformative(tried, f"{what} was not tried: the program's sequences are too short, or no turn ends")
-    first = f": {check.failures[0]}" if failed else ""
-    return _at_most(name, f"{what} fails in {failed} of {check.cases} cases{first}", failed, 0)
+        why = "the model did not end its turn" if check.name == "stop" else "the program's sequences are too short"
+        return _uninformative(_check(name, "", 0, 0, True, 0, None), f"{what}: not tried, {why}")
+    first = f": {check.examples[0]}" if check.failed else ""
+    return _at_most(name, f"{what}: {check.failed} of {check.cases} cases differ{first}", check.failed, 0)
 
 
 def _stderr_of_excess(positions: Positions, max_ratio: float) -> float | None:

@@ -1,7 +1,7 @@
 """Quantize activations to int8 and back, per token, as torchao's dynamic quantization does it, to the bit.
 
-torchao makes some ten passes over the tensor; here a token stays in the processor's cache. Of bfloat16, every step is
-rounded to bfloat16, as torch does, which computes in float32.
+torchao makes some ten passes over the tensor; here a token stays in the processor's cache. For a bfloat16 tensor, every
+step is rounded to bfloat16, as in torch, which computes in float32.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ lm_head, unless the model generates, and of the embedding only the rows that are
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -82,16 +83,21 @@ class FakeQuantize:
     """Quantize and dequantize activations, per token. Modules with the same input, as q, k and v, share the work."""
 
     def __init__(self) -> None:
-        self.last: tuple[Tensor, Tensor] | None = None
+        # The last input, which is not kept alive, and its result.
+        self.last: tuple[weakref.ref[Tensor], Tensor] | None = None
 
     def __call__(self, activations: Tensor) -> Tensor:
-        """Return the activations as torchao's linear quantizes them, without a gradient."""
-        if self.last is None or self.last[0] is not activations:
+        """Return the activations as torchao's linear quantizes them, without a gradient.
+
+        They must not be changed in place between two calls.
+        """
+        if self.last is None or self.last[0]() is not activations:
             self.last = None
             if activations.device.type == "cpu" and activations.dtype in (torch.bfloat16, torch.float32):
-                self.last = activations, fake_quantize_per_token(activations)
+                rounded = fake_quantize_per_token(activations)
             else:
-                self.last = activations, quantize_dequantize(activations.detach())
+                rounded = quantize_dequantize(activations.detach())
+            self.last = weakref.ref(activations), rounded
         return self.last[1]
 
 

@@ -33,6 +33,7 @@ REASONS = {
     "greater_than": "must be greater than 0",
     "less_than_equal": "is too large",
     "too_short": "must have at least one entry",
+    "too_long": "must have at most two entries",
     "string_too_short": "must not be empty",
     "string_too_long": "is too long",
     "string_pattern_mismatch": "must be a SHA-256, in 64 hexadecimal digits",
@@ -51,7 +52,7 @@ def _require_date(value: str) -> str:
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(strict=True, gt=0, le=LARGEST)]
-Amount = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Day = Annotated[str, AfterValidator(_require_date), Field(json_schema_extra={"format": "date"})]
 
@@ -100,6 +101,12 @@ class DeviceSpeed:
     peak_rss_bytes: Count
 
 
+def _require_each_once(measurements: list[DeviceSpeed]) -> list[DeviceSpeed]:
+    if len({one.prompt for one in measurements}) < len(measurements):
+        raise ValueError("must have each prompt once")
+    return measurements
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceReport:
     """The content of a device report. `date` is the day of the measurements in UTC."""
@@ -112,7 +119,7 @@ class DeviceReport:
     threads: Count
     program: MeasuredProgram
     date: Day
-    measurements: Annotated[list[DeviceSpeed], Field(min_length=1)]
+    measurements: Annotated[list[DeviceSpeed], Field(min_length=1, max_length=2), AfterValidator(_require_each_once)]
 
 
 def read_device_report(path: Path) -> DeviceReport:

@@ -174,6 +174,7 @@ class Agreement(Divergence):
     step_by_step: Divergence | None = None
     prompts: PromptDivergence | None = None
     image: ImageDivergence | None = None
+    late_image: Divergence | None = None
     vision_encoder: VisionError | None = None
     text_decoder: Distance | None = None
     token_embedding: Distance | None = None
@@ -215,11 +216,12 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerCheck:
-    """What the C++ runner does with a kind of prompt: how many cases there were, and what went wrong."""
+    """In how many cases of a kind the C++ runner differs from the program, and what is wrong in the first of them."""
 
     name: str
     cases: int
-    failures: list[str]
+    failed: int
+    examples: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)

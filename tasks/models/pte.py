@@ -137,7 +137,11 @@ class PteProgram:
         import torch
 
         first, stop = start, start + inputs.shape[1]
-        ends = sorted({position + 1 for position in positions} | {stop} | self._image_edges(inputs, start))
+        edges = self._image_edges(inputs, start)
+        ends = sorted({position + 1 for position in positions} | {stop} | edges)
+        if self.has_image_channel:
+            inside = {end for end in ends if end < stop and inputs[0, end - first, -1] > 0} - edges
+            assert not inside, f"an image would be cut at {inside}, and its tokens would not see each other"
         logits = []
         while start < stop:
             end = min(start + self.max_chunk, next(end for end in ends if end > start))

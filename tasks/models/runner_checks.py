@@ -1,12 +1,12 @@
 """The checks of what the C++ runner of phone apps does with a program: their names, and what they are about."""
 
 RUNNER_CHECKS = {
-    "tokenizer": "reading texts as the model's own tokenizer does",
-    "prompts": "prompts as long as the sliding window and longer",
+    "tokenizer": "texts as its tokenizer reads them",
+    "prompts": "prompts up to the longest that the program takes",
     "past_window": "generating past the end of the sliding window",
     "full_length": "generating up to the longest sequence",
-    "stop": "stopping at the end of the turn",
-    "conversations": "a conversation after longer ones",
+    "stop": "stopping at the end of a turn",
+    "conversations": "a new conversation after longer ones",
     "two_images": "two images in one prompt",
     "late_image": "an image after a text as long as the sliding window",
 }

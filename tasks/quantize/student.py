@@ -161,7 +161,7 @@ def _round_to_bfloat16(values: Tensor) -> Tensor:
 class _Product(torch.autograd.Function):
     """rounded @ (integers * scales).T, whose weights are made some rows at a time, forward and backward.
 
-    `rounded` are the inputs, quantized; the inputs get its gradient.
+    `rounded` are the quantized inputs. Its gradient goes to the inputs (straight-through).
     """
 
     @staticmethod

@@ -52,7 +52,7 @@ def verify(
     }
     speed = {
         "processor": machine.processor(),
-        "threads": machine.logical_cores(),
+        "threads": generations["text"].threads,
         "speed": {name: each.speed for name, each in generations.items()},
     }
     (target / "verify.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

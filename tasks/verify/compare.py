@@ -105,6 +105,7 @@ class VisionError:
 class Agreement(Divergence):
     """How far model.pte is from its checkpoint. What a text-only program does not have is None.
 
+    `late_image` is an image after a text as long as the sliding window, if the program's sequences are long enough.
     The first fields are those of the first COMPARED_TOKENS tokens of a text; `text_decoder` and `token_embedding` are
     absolute differences, {"max", "mean"}, of logits and of embeddings; `nll_…` are nats per token.
     """
@@ -119,6 +120,7 @@ class Agreement(Divergence):
     token_embedding: dict[str, float] | None = None
     vision_encoder: VisionError | None = None
     image: ImageDivergence | None = None
+    late_image: Divergence | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the agreement as metrics.json has it."""
@@ -148,6 +150,7 @@ class _CheckpointOutputs:
     prompts: Tensor
     features: list[Tensor]
     image: Tensor | None = None
+    late_image: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,10 @@ def compare(
     prompts, checks = run_scenarios(program, checkpoint, lengths)
     text = _make_text_input(tokenizer, prompts[-1], max_seq_len)
     image = make_image_input(checkpoint, config.image_token_id) if hasattr(config, "vision_config") else None
+    if image is not None:
+        image = image.with_late_prompt(
+            tokenizer(TEXT * 99)["input_ids"][: config.text_config.sliding_window], max_seq_len
+        )
     is_bidirectional = has_image_channel(program / "model.pte")
     reference = _run_checkpoint(checkpoint, text, prompts[:-1], image, is_bidirectional)
     gc.collect()  # The model's modules refer to themselves, and the program takes as much again.
@@ -234,7 +241,9 @@ def _checkpoint_outputs(
     if image is None:
         return _CheckpointOutputs(logits, prompts, [])
     features = [model.get_image_features(pixels) for pixels in image.pixel_values]
-    return _CheckpointOutputs(logits, prompts, features, _image_logits(model, image, features[0], is_bidirectional))
+    after = _image_logits(model, image, features[0], is_bidirectional)
+    late = None if image.late is None else _image_logits(model, image.late, features[0], is_bidirectional)
+    return _CheckpointOutputs(logits, prompts, features, after, late)
 
 
 def _answer_logits(model: PreTrainedModel, prompt: AnsweredPrompt) -> Tensor:
@@ -247,12 +256,12 @@ def _answer_logits(model: PreTrainedModel, prompt: AnsweredPrompt) -> Tensor:
 
 
 def _image_logits(model: PreTrainedModel, image: ImageInput, features: Tensor, is_bidirectional: bool) -> Tensor:
-    """Return the logits at the positions of text. The features are passed in, for encoding takes most of the time."""
+    """Return the logits at the compared positions. The features are passed in, for encoding takes most of the time."""
     # Without token types the attention is causal.
     types = {"token_type_ids": image.is_image[None].long()} if is_bidirectional else {}
     embeddings = model.get_input_embeddings()(image.ids.masked_fill(image.is_image, 0))
     merged = insert_image_features(features, embeddings, image.is_image)
-    logits: Tensor = model(inputs_embeds=merged, logits_to_keep=image.text_positions, **types).logits[0].float()
+    logits: Tensor = model(inputs_embeds=merged, logits_to_keep=image.compared, **types).logits[0].float()
     return logits
 
 
@@ -271,7 +280,9 @@ def _compare_outputs(
     logits = program.decode(embedded, {int(position) for position in text.positions})
     steps = program.decode(embedded[:, : 2 * STEPS], set(range(STEPS, 2 * STEPS)))
     stepped, last = slice(STEPS, 2 * STEPS), slice(-LAST_TOKENS, None)
-    vision_encoder, after_image = _compare_image(program, reference, image) if image else (None, None)
+    vision_encoder, after_image, after_late_image = (
+        _compare_image(program, reference, image) if image else (None, None, None)
+    )
     return Agreement(
         tokens=first,
         kl_program=mean_kl(eager.text[:first], logits[:first]),
@@ -286,6 +297,7 @@ def _compare_outputs(
         token_embedding=absolute_difference(reference.embeddings, program.without_channel(embedded)) if image else None,
         vision_encoder=vision_encoder,
         image=after_image,
+        late_image=after_late_image,
     )
 
 
@@ -310,14 +322,13 @@ def _compare_prompts(reference: _Reference, prompts: list[AnsweredPrompt]) -> Pr
 
 def _compare_image(
     program: PteProgram, reference: _Reference, image: ImageInput
-) -> tuple[VisionError, ImageDivergence]:
+) -> tuple[VisionError, ImageDivergence, Divergence | None]:
     eager, baseline = reference.act_quant, reference.no_act_quant
     assert eager.image is not None
     assert baseline.image is not None
     assert reference.other_image is not None
     features = [program.encode_image(pixels) for pixels in image.pixel_values]
-    embeddings = insert_image_features(features[0], program.embed_tokens(image.ids), image.is_image)
-    logits = program.decode(embeddings, set(image.text_positions.tolist()))
+    logits = _decode_image(program, image, features[0])
     causal, bidirectional = (
         (reference.other_image, eager.image) if program.has_image_channel else (eager.image, reference.other_image)
     )
@@ -335,7 +346,19 @@ def _compare_image(
         kl_act_quant=mean_kl(eager.image, baseline.image),
         kl_causal_image=mean_kl(bidirectional, causal),
     )
-    return vision_encoder, after_image
+    late = None
+    if image.late is not None:
+        assert eager.late_image is not None
+        assert baseline.late_image is not None
+        logits = _decode_image(program, image.late, features[0])
+        late = _diverge(len(image.late.is_image), eager.late_image, logits, baseline.late_image)
+    return vision_encoder, after_image, late
+
+
+def _decode_image(program: PteProgram, image: ImageInput, features: Tensor) -> Tensor:
+    """Return the program's logits at the compared positions."""
+    embeddings = insert_image_features(features, program.embed_tokens(image.ids), image.is_image)
+    return program.decode(embeddings, set(image.compared.tolist()))
 
 
 def _flatten(features: list[Tensor]) -> Tensor:

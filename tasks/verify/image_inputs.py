@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +22,31 @@ class ImageInput:
         is_image: Which of the tokens stand for the image, bool, [tokens].
         pixel_values: Three images, [1, channels, height, width] each: the prompt's, one of one color, and random
             pixels. The prompt uses the first only.
+        first: The first position whose logits are compared.
+        late: The same prompt after a long text, if the program's sequences are long enough.
     """
 
     ids: Tensor
     is_image: Tensor
     pixel_values: list[Tensor]
+    first: int = 0
+    late: ImageInput | None = None
 
     @property
-    def text_positions(self) -> Tensor:
-        """The positions of the tokens that are text."""
-        return (~self.is_image).nonzero()[:, 0]
+    def compared(self) -> Tensor:
+        """The positions whose logits are compared: those of text."""
+        return (~self.is_image[self.first :]).nonzero()[:, 0] + self.first
+
+    def with_late_prompt(self, text: list[int], max_seq_len: int) -> ImageInput:
+        """Return the input with the prompt after a text, which begins with the BOS token."""
+        import torch
+
+        # The prompt's own BOS token is the text's.
+        ids = torch.cat([torch.tensor([text]), self.ids[:, 1:]], dim=1)
+        if ids.shape[1] > max_seq_len:
+            return self
+        is_image = torch.cat([torch.zeros(len(text), dtype=torch.bool), self.is_image[1:]])
+        return replace(self, late=ImageInput(ids, is_image, self.pixel_values, len(text)))
 
 
 def make_image_input(checkpoint: Path, image_token_id: int) -> ImageInput:

@@ -30,11 +30,12 @@ IMAGE_COLOR = (30, 50, 220)
 
 @dataclass(frozen=True)
 class Generation:
-    """A greedy response, and the runner's tokens per second and peak memory in bytes."""
+    """A greedy response, and the runner's speed and peak memory; see Speed in metrics.py."""
 
     prompt: str
     response: str
     speed: dict[str, float]
+    threads: int
 
 
 def generate_from_text(program: Path, checkpoint: Path, multimodal: bool, max_new_tokens: int) -> Generation:
@@ -88,7 +89,7 @@ def _generate(
     if not result["response"]:
         raise StageFailed(f"the program generates nothing from {prompt!r}")
     speed = {**result["speed"], "peak_rss_bytes": result["measured"]["peak_rss_bytes"]}
-    return Generation(prompt, result["response"], speed)
+    return Generation(prompt, result["response"], speed, result["threads"])
 
 
 def run_program(
@@ -105,7 +106,7 @@ def run_program(
         max_new_tokens: The most tokens to generate.
 
     Returns:
-        {"response": text without stop tokens, "speed": see _speed()}.
+        {"response": text without stop tokens, "speed": see _speed(), "threads": those of ExecuTorch's pool}.
     """
     import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
     import executorch.kernels.quantized  # noqa: F401 (registers operators)
@@ -117,6 +118,8 @@ def run_program(
         make_text_input,
     )
     from safetensors.torch import load_file
+
+    from quantize_gemma.tasks.runtime.patches.private_api import thread_count
 
     num_bos = 0 if segments[0]["text"].startswith(GEMMA3.bos_token) else 1
     runner = (MultimodalRunner if multimodal else TextLLMRunner)(program, tokenizer)
@@ -140,7 +143,9 @@ def run_program(
         return tokens, stats
 
     tokens, rounds = generate(max_new_tokens)
-    most = max_new_tokens if rounds else max(len(tokens), 1)
+    if not tokens:
+        raise StageFailed("the first token that the program generates is a part of a character: it cannot be measured")
+    most = max_new_tokens if rounds else len(tokens)
     started = time.monotonic()
     while _decoded(rounds) < DECODED_TOKENS or _decode_seconds(rounds) < DECODE_SECONDS:
         rounds += generate(most)[1]
@@ -149,7 +154,11 @@ def run_program(
     response = "".join(tokens)
     for token in GEMMA3.stop_tokens:
         response = response.replace(token, "")
-    return {"response": response.strip(), "speed": _speed(rounds)}
+    return {
+        "response": response.strip(),
+        "speed": {**_speed(rounds), "generated_tokens": len(tokens)},
+        "threads": thread_count(),
+    }
 
 
 def _speed(rounds: list[Stats]) -> dict[str, float]:
@@ -159,7 +168,6 @@ def _speed(rounds: list[Stats]) -> dict[str, float]:
     return {
         "rounds": len(rounds),
         "prompt_tokens": prompt_tokens,
-        "generated_tokens": rounds[0].num_generated_tokens,
         "load_seconds": (rounds[0].model_load_end_ms - rounds[0].model_load_start_ms) / 1000,
         "first_token_seconds": round(prefill / len(rounds), 4),
         "prefill_tokens_per_second": round(prompt_tokens * len(rounds) / max(prefill, 1e-3), 1),

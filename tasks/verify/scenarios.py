@@ -1,7 +1,7 @@
-"""What the C++ runner of phone apps makes of prompts, images and conversations, beside the program itself.
+"""The C++ runner of phone apps answers prompts, images and conversations as the program itself does.
 
 The runner must generate what the program generates in ExecuTorch's Python runtime, token for token. Each comparison
-belongs to a named check of the gate. compare.py compares the logits behind the answers to text with the checkpoint's.
+belongs to a named check of the gate. compare.py compares the logits behind the answers with the checkpoint's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.runner_checks import runner_checks
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
-from quantize_gemma.tasks.verify.image_inputs import image_segments, solid_image
+from quantize_gemma.tasks.verify.image_inputs import IMAGE_PROMPT, image_segments, solid_image
 from quantize_gemma.tasks.verify.long_prompts import ANSWER_TOKENS, make_prompt
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 FULL_TOKENS = 2
 # Enough for a model that ends its turn at all to a short question.
 TURN_TOKENS = 64
+SHORT_QUESTION = "What is the capital of France? Answer with one word."
+COLORS = (30, 50, 220), (220, 30, 30)
+# The most failures whose messages are kept.
+MAX_EXAMPLES = 5
+# Characters of an answer in a message.
+MAX_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,19 @@ class AnsweredPrompt:
 
 @dataclass(frozen=True)
 class RunnerCheck:
-    """What the runner was asked to do; see RUNNER_CHECKS.
+    """How often the runner differs from the program; see RUNNER_CHECKS.
 
     Attributes:
         name: The name of the check.
-        cases: How often it was tried; 0 if the program's sequences are too short, or the model ends no turn.
-        failures: What went wrong.
+        cases: How often it was tried; 0 if nothing could show it.
+        failed: In how many cases they differ.
+        examples: What is wrong in the first of them.
     """
 
     name: str
     cases: int
-    failures: list[str]
+    failed: int
+    examples: list[str]
 
 
 @dataclass(frozen=True)
@@ -77,19 +86,21 @@ class Scenario:
 
     Attributes:
         checks: The checks that it belongs to.
-        what: What it is, for messages.
+        title: What it is called in messages.
         segments: Texts, and the pixels of images, [1, channels, height, width].
-        max_new_tokens: The most tokens that are generated.
+        max_new_tokens: The most tokens to ask for.
+        room: The tokens that must be left for the answer.
     """
 
     checks: tuple[str, ...]
-    what: str
+    title: str
     segments: Sequence[str | Tensor]
     max_new_tokens: int = ANSWER_TOKENS
+    room: int = ANSWER_TOKENS
 
 
 @dataclass(frozen=True)
-class _Expected:
+class Expected:
     """What the program generates.
 
     Attributes:
@@ -97,26 +108,38 @@ class _Expected:
         ids: The token ids of a text; None with images.
         tokens: The generated tokens.
         logits: The logits that chose them.
-        shows: The checks that it says something about: a turn that does not end shows no stop.
+        ends: Whether the answer ends with an end token.
+        mistake: What is wrong with the answer itself; None if nothing is.
     """
 
     length: int
     ids: list[int] | None
     tokens: list[int]
     logits: Tensor
-    shows: tuple[str, ...]
+    ends: bool
+    mistake: str | None = None
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
     """What the runner generates: the UTF-8 bytes of each token.
 
-    The runner's Python binding stops at a token that is only part of a character: there the answer is cut off.
+    The runner's Python binding stops at a token that is only part of a character. There the answer is cut off, and the
+    runner does not report the tokens of the prompt.
     """
 
     tokens: list[bytes]
     is_cut_off: bool
-    prompt_tokens: int
+    prompt_tokens: int | None
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """The program's sizes in tokens: the sliding window, the longest sequence, and an image."""
+
+    window: int
+    sequence: int
+    image: int
 
 
 def run_scenarios(
@@ -161,32 +184,57 @@ def run_in_process(program: str, checkpoint: str, lengths: list[int], logits: st
 
     config = AutoConfig.from_pretrained(checkpoint)
     tokenizer = load_runner_tokenizer(Path(checkpoint))
-    window = config.get_text_config().sliding_window
-    scenarios = list(_make_scenarios(Path(checkpoint), tokenizer, lengths, window))
     pte = PteProgram(Path(program))
-    # Those of the model: a runner that does not know them all goes on.
+    # Those of the model: a runner that does not know all of them continues.
     pte.eos_ids = set(end_token_ids(Path(checkpoint)))
+    limits = _Limits(
+        config.get_text_config().sliding_window, pte.max_seq_len, getattr(config, "mm_tokens_per_image", 0)
+    )
+    scenarios = [
+        scenario
+        for scenario in _make_scenarios(Path(checkpoint), tokenizer, lengths, limits)
+        if _count(tokenizer, scenario, limits) + scenario.room <= limits.sequence
+    ]
     # The first conversation comes first here, and last in the runner, after longer ones.
-    expected = {number: _expect(pte, tokenizer, scenario, window) for number, scenario in enumerate(scenarios)}
-    fitting = {number: one for number, one in expected.items() if one is not None}
+    expected = [_expect(pte, tokenizer, scenario) for scenario in scenarios]
     multimodal = pte.multimodal
     del pte
     gc.collect()  # The program is loaded once more, and takes as much again.
-    order = sorted(fitting, key=lambda number: "conversations" in scenarios[number].checks)
     runner = _load_runner(program, checkpoint, multimodal)
+    order = sorted(range(len(scenarios)), key=lambda number: "conversations" in scenarios[number].checks)
     answers = {number: _ask(runner, scenarios[number], multimodal) for number in order}
-    checks = {name: RunnerCheck(name, 0, []) for name in runner_checks(multimodal) if name != "tokenizer"}
-    for number, one in fitting.items():
-        failure = _compare(tokenizer, scenarios[number], one, answers[number], _runner_name(multimodal))
-        for name in one.shows:
-            before = checks[name]
-            checks[name] = RunnerCheck(name, before.cases + 1, before.failures + ([failure] if failure else []))
-    prompts = [one for number, one in fitting.items() if "prompts" in scenarios[number].checks]
+    checks = {name: RunnerCheck(name, 0, 0, []) for name in runner_checks(multimodal) if name != "tokenizer"}
+    for number, (scenario, wanted) in enumerate(zip(scenarios, expected, strict=True)):
+        answer = answers[number]
+        failure = wanted.mistake or compare_answers(tokenizer, scenario, wanted, answer, _runner_name(multimodal))
+        for name in scenario.checks:
+            if failure or _shows(name, wanted, answer, limits):
+                checks[name] = _add_case(checks[name], failure)
+    prompts = [one for scenario, one in zip(scenarios, expected, strict=True) if "prompts" in scenario.checks]
     save_file({str(number): one.logits for number, one in enumerate(prompts)}, logits)
     return {
         "prompts": [{"ids": one.ids, "answer": one.tokens} for one in prompts],
         "checks": [asdict(check) for check in checks.values()],
     }
+
+
+def _add_case(check: RunnerCheck, failure: str | None) -> RunnerCheck:
+    if failure is None:
+        return replace(check, cases=check.cases + 1)
+    examples = [*check.examples, failure][:MAX_EXAMPLES]
+    return RunnerCheck(check.name, check.cases + 1, check.failed + 1, examples)
+
+
+def _shows(check: str, expected: Expected, answer: Answer, limits: _Limits) -> bool:
+    """Tell whether an answer says something about a check: a turn that does not end shows no stop."""
+    compared = len(answer.tokens) if answer.is_cut_off else len(expected.tokens)
+    end = expected.length + compared
+    happened = {
+        "past_window": end > limits.window,
+        "full_length": end == limits.sequence,
+        "stop": expected.ends and not answer.is_cut_off,
+    }
+    return happened.get(check, compared > 0)
 
 
 def load_runner_tokenizer(checkpoint: Path) -> CppHFTokenizer:
@@ -202,34 +250,44 @@ def load_runner_tokenizer(checkpoint: Path) -> CppHFTokenizer:
     return tokenizer
 
 
-def _make_scenarios(checkpoint: Path, tokenizer: CppHFTokenizer, lengths: list[int], window: int) -> Iterator[Scenario]:
-    from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+def _make_scenarios(
+    checkpoint: Path, tokenizer: CppHFTokenizer, lengths: list[int], limits: _Limits
+) -> Iterator[Scenario]:
+    from transformers import AutoProcessor, AutoTokenizer
 
     library = AutoTokenizer.from_pretrained(checkpoint)
-    turn = TEXT_PROMPT
-    if has_chat_template(library):
-        chat = [{"role": "user", "content": TEXT_PROMPT}]
-        turn = str(library.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-    yield Scenario(("stop", "conversations"), "a short question", [turn], TURN_TOKENS)
+    for question, checks in ((TEXT_PROMPT, ("stop", "conversations")), (SHORT_QUESTION, ("stop",))):
+        turn = question
+        if has_chat_template(library):
+            chat = [{"role": "user", "content": question}]
+            turn = str(library.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        yield Scenario(checks, f"the question {question!r}", [turn], TURN_TOKENS)
     for length in lengths:
-        checks = ("prompts", "past_window") if length < window else ("prompts",)
+        checks = ("prompts", "past_window") if length < limits.window else ("prompts",)
         yield Scenario(checks, f"a prompt of {length:,} tokens", [make_prompt(tokenizer, length)])
-    # The last prompt leaves room for an answer, which may be shorter. This one is full after its second token.
-    length = lengths[-1] + ANSWER_TOKENS - FULL_TOKENS
-    full = [make_prompt(tokenizer, length)]
-    yield Scenario(("full_length",), f"a prompt of {length:,} tokens", full, FULL_TOKENS)
-    if hasattr(AutoConfig.from_pretrained(checkpoint), "vision_config"):
+    # The answer to the last prompt may end early. This one is full after its second token, where the runner must stop.
+    length = limits.sequence - FULL_TOKENS
+    title = f"a prompt of {length:,} tokens"
+    yield Scenario(("full_length",), title, [make_prompt(tokenizer, length)], ANSWER_TOKENS, FULL_TOKENS)
+    if limits.image:
         processor = AutoProcessor.from_pretrained(checkpoint)
-        images = [solid_image(processor, color) for color in ((30, 50, 220), (220, 30, 30))]
+        images = [solid_image(processor, color) for color in COLORS]
         yield Scenario(("two_images",), "a prompt with two images", image_segments(processor, images))
-        early = f"{make_prompt(tokenizer, window)}\n\n"
-        after = f"{processor.tokenizer.eoi_token}\n\n{turn}"
-        late: list[str | Tensor] = [f"{early}{processor.boi_token}", images[0], after]
-        yield Scenario(("late_image",), f"an image after {window:,} tokens", late)
+        if limits.window + limits.image + ANSWER_TOKENS < limits.sequence:
+            before = f"{make_prompt(tokenizer, limits.window)}\n\n{processor.boi_token}"
+            late: list[str | Tensor] = [before, images[0], f"{processor.tokenizer.eoi_token}\n\n{IMAGE_PROMPT}"]
+            yield Scenario(("late_image",), f"an image after {limits.window:,} tokens", late)
 
 
-def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario, window: int) -> _Expected | None:
-    """Return what the program generates in the Python runtime; None if its sequences are too short."""
+def _count(tokenizer: CppHFTokenizer, scenario: Scenario, limits: _Limits) -> int:
+    """Return the tokens of a prompt."""
+    return sum(
+        len(tokenizer.encode(one, 0, 0)) if isinstance(one, str) else limits.image for one in scenario.segments
+    ) + _num_bos(scenario.segments[0])
+
+
+def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario) -> Expected:
+    """Return what the program generates in the Python runtime."""
     import torch
 
     parts: list[Tensor] = []
@@ -241,19 +299,23 @@ def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario, wind
         else:
             parts.append(pte.encode_image(segment))
     prompt = torch.cat(parts, dim=1)
-    room = pte.max_seq_len - prompt.shape[1]
-    if room < min(scenario.max_new_tokens, ANSWER_TOKENS):
-        return None
-    tokens, logits = pte.generate(prompt, min(scenario.max_new_tokens, room))
-    end = prompt.shape[1] + len(tokens)
-    happened = {"past_window": end > window, "full_length": end == pte.max_seq_len, "stop": tokens[-1] in pte.eos_ids}
-    shows = tuple(name for name in scenario.checks if happened.get(name, True))
-    return _Expected(prompt.shape[1], texts[0] if len(parts) == 1 else None, tokens, logits, shows)
+    length = prompt.shape[1]
+    tokens, logits = pte.generate(prompt, min(scenario.max_new_tokens, pte.max_seq_len - length))
+    ids = texts[0] if len(parts) == 1 else None
+    unknown = [token for token in GEMMA3.stop_tokens if token.encode() in map(partial(_decode, tokenizer), tokens[:-1])]
+    mistake = None
+    if unknown:
+        mistake = (
+            f"the model ends its turn with {unknown[0]}, which is not an eos_token_id of generation_config.json: no "
+            "runner stops there"
+        )
+    return Expected(length, ids, tokens, logits, tokens[-1] in pte.eos_ids, mistake)
 
 
-def _num_bos(text: str) -> int:
+def _num_bos(first: str | Tensor) -> int:
     """Return how many BOS tokens the runner is told to put before a prompt: a chat template has written one."""
-    return 0 if text.startswith(GEMMA3.bos_token) else 1
+    assert isinstance(first, str), "a prompt begins with a text"
+    return 0 if first.startswith(GEMMA3.bos_token) else 1
 
 
 def _load_runner(program: str, checkpoint: str, multimodal: bool) -> MultimodalRunner | TextLLMRunner:
@@ -264,12 +326,11 @@ def _load_runner(program: str, checkpoint: str, multimodal: bool) -> MultimodalR
     return (MultimodalRunner if multimodal else TextLLMRunner)(program, f"{checkpoint}/tokenizer.json")
 
 
-def _ask(runner: MultimodalRunner | TextLLMRunner, scenario: Scenario, multimodal: bool) -> _Answer:
+def _ask(runner: MultimodalRunner | TextLLMRunner, scenario: Scenario, multimodal: bool) -> Answer:
     """Return the runner's greedy answer in a new conversation. Raises StageFailed if it fails."""
     from executorch.extension.llm.runner import GenerationConfig, make_image_input, make_text_input
 
     first = scenario.segments[0]
-    assert isinstance(first, str), "a prompt begins with a text"
     config = GenerationConfig(
         max_new_tokens=scenario.max_new_tokens, temperature=0.0, echo=False, num_bos=_num_bos(first)
     )
@@ -282,33 +343,39 @@ def _ask(runner: MultimodalRunner | TextLLMRunner, scenario: Scenario, multimoda
         runner.generate(prompt if multimodal else first, config, lambda one: tokens.append(one.encode()), stats.append)
     except RuntimeError as error:
         name = _runner_name(multimodal)
-        raise StageFailed(f"the program fails in {name} at {scenario.what}: {error}") from None
+        raise StageFailed(f"the program fails in {name} at {scenario.title}: {error}") from None
     except UnicodeDecodeError as error:
         tokens.append(error.object)
         is_cut_off = True
-    return _Answer(tokens, is_cut_off, stats[-1].num_prompt_tokens if stats else -1)
+    return Answer(tokens, is_cut_off, stats[-1].num_prompt_tokens if stats else None)
 
 
-def _compare(
-    tokenizer: CppHFTokenizer, scenario: Scenario, expected: _Expected, answer: _Answer, runner: str
+def compare_answers(
+    tokenizer: CppHFTokenizer, scenario: Scenario, expected: Expected, answer: Answer, runner: str
 ) -> str | None:
     """Return what is wrong with the runner's answer; None if nothing is."""
-    if answer.prompt_tokens not in (-1, expected.length):
-        return f"{runner} reads {answer.prompt_tokens:,} tokens of {scenario.what}, which has {expected.length:,}"
-    tokens = [_decode_bytes(tokenizer, token) for token in expected.tokens]
-    found = answer.tokens
-    if len(tokens) < min(scenario.max_new_tokens, FULL_TOKENS):
-        # The runner does not stop at the token that follows the prompt: docs/upstream.md.
-        found = found[: len(tokens)]
-    if found == (tokens[: len(found)] if answer.is_cut_off else tokens):
+    if answer.prompt_tokens != expected.length and not (answer.is_cut_off and answer.prompt_tokens is None):
+        return f"{runner} reads {answer.prompt_tokens} tokens of {scenario.title}, which has {expected.length}"
+    tokens = [_decode(tokenizer, token) for token in expected.tokens]
+    generated = answer.tokens
+    if expected.ends and len(tokens) == 1:
+        # The runner does not stop at an end token that follows the prompt: docs/upstream.md.
+        generated = generated[:1]
+    if generated == (tokens[: len(generated)] if answer.is_cut_off else tokens):
         return None
     return (
-        f"{runner} answers {scenario.what} with {b''.join(answer.tokens)!r}, but the program's own logits say "
-        f"{b''.join(tokens)!r}"
+        f"{runner} answers {scenario.title} with {_shorten(generated)}, but the program's own logits say "
+        f"{_shorten(tokens)}"
     )
 
 
-def _decode_bytes(tokenizer: CppHFTokenizer, token: int) -> bytes:
+def _shorten(tokens: list[bytes]) -> str:
+    text = b"".join(tokens)
+    return repr(text) if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]!r}…"
+
+
+def _decode(tokenizer: CppHFTokenizer, token: int) -> bytes:
+    """Return the UTF-8 bytes of a token, which may be a part of a character."""
     try:
         return str(tokenizer.decode(token)).encode()
     except UnicodeDecodeError as error:

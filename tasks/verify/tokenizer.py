@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 from quantize_gemma.tasks.models.requests import read_requests
-from quantize_gemma.tasks.verify.scenarios import RunnerCheck, load_runner_tokenizer
+from quantize_gemma.tasks.verify.scenarios import MAX_EXAMPLES, RunnerCheck, load_runner_tokenizer
 
 # Many scripts, emoji, whitespace, code, and chat markers.
 TEXTS = Path(__file__).with_name("tokenizer_texts.json")
+# Characters of a text in a message.
+SHOWN = 60
 # So many prompts of each benchmark are read, evenly spread.
 PROMPTS = 200
 
@@ -22,16 +24,18 @@ def check_tokenizer(checkpoint: Path, requests: list[Path]) -> RunnerCheck:
     texts: list[str] = json.loads(TEXTS.read_text(encoding="utf-8"))
     for folder in requests:
         texts += read_prompts(folder)
-    failures = []
+    differences = []
     for text in texts:
-        expected, found = library(text)["input_ids"], runner.encode(text, 1, 0)
-        if found != expected:
-            place = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
-            failures.append(
-                f"the runner's tokenizer reads {text!r} as {_around(found, place)} where transformers reads "
-                f"{_around(expected, place)}"
+        expected, ids = library(text)["input_ids"], runner.encode(text, 1, 0)
+        if ids != expected:
+            place = next((n for n, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), len(expected))
+            before = len(library.decode(expected[:place], skip_special_tokens=True))
+            start = max(before - SHOWN // 2, 0)
+            differences.append(
+                f"the runner's tokenizer reads {text[start : start + SHOWN]!r} as {_around(ids, place)} where "
+                f"transformers reads {_around(expected, place)}"
             )
-    return RunnerCheck("tokenizer", len(texts), failures)
+    return RunnerCheck("tokenizer", len(texts), len(differences), differences[:MAX_EXAMPLES])
 
 
 def read_prompts(folder: Path) -> list[str]:

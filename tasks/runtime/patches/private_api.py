@@ -125,6 +125,18 @@ def reorder_weight(weight: "Tensor") -> "Callable[[Tensor], Tensor] | None":
     return lambda activations: multiply(activations, reordered, None, "none", [], "")
 
 
+def thread_count() -> int:
+    """Return the threads of ExecuTorch's pool, which does not heed the limits of this process.
+
+    Written for executorch 1.5.1; without this name, the number of the machine's processors, which is its default.
+    Unnecessary once the runners' statistics say it.
+    """
+    from executorch.extension.pybindings import portable_lib
+
+    count = getattr(portable_lib, "_threadpool_get_thread_count", os.cpu_count)
+    return int(count() or 1)
+
+
 def require(package: str, version: str, owner: Any, *names: str) -> None:
     """Check names of a library that are about to be replaced: a new name in their place would be called by nobody.
 

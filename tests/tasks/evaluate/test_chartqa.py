@@ -311,12 +311,20 @@ def test_a_program_answers_as_its_checkpoint_and_with_causal_attention_over_imag
 
 
 @pytest.mark.long
-def test_a_question_that_is_longer_than_the_programs_sequences_has_no_answer(
+def test_an_answer_that_the_programs_sequences_cut_off_does_not_count(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    run_stage("quantize_gemma.tasks.export:export", tmp_path, {"checkpoint": checkpoints["quantized"]}, max_seq_len=64)
     function = f"{answer_all.__module__}:{answer_all.__name__}"
-    paths = {"checkpoint": str(checkpoints["quantized"]), "program": str(tmp_path)}
-    answers = in_its_process(function, monkeypatch, **paths)["answers"]
-    assert None in answers
+    answers = {}
+    # The prompts have 53 to 65 tokens.
+    for length in (64, 256):
+        program = tmp_path / str(length)
+        inputs = {"checkpoint": checkpoints["quantized"]}
+        run_stage("quantize_gemma.tasks.export:export", program, inputs, max_seq_len=length)
+        paths = {"checkpoint": str(checkpoints["quantized"]), "program": str(program)}
+        answers[length] = in_its_process(function, monkeypatch, **paths)["answers"]
+    assert None not in answers[256]
+    complete = [(one, whole) for one, whole in zip(answers[64], answers[256], strict=True) if one is not None]
+    assert 0 < len(complete) < len(answers[256])
+    assert all(one == whole for one, whole in complete)
