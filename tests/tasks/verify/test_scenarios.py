@@ -110,7 +110,8 @@ def test_the_runner_stops_at_every_end_token_and_one_that_the_program_does_not_k
         (tmp_path / f"{ids[0]}-program").mkdir()
         stops = export("quantize_gemma.tasks.export:export", checkpoint, tmp_path / f"{ids[0]}-program")
         check = ask(stops, checkpoint)["stop"]
-        assert (check.cases, check.failed) == (2, 0)
+        assert check.cases
+        assert not check.failed
     # The program of the same weights that does not know the token continues.
     check = ask(program, checkpoint)["stop"]
     assert check.failed == 1
@@ -140,7 +141,8 @@ def test_a_turn_that_ends_with_its_first_token_passes_although_the_stock_runner_
     (tmp_path / "program").mkdir()
     stops = export("quantize_gemma.tasks.export:export", checkpoint, tmp_path / "program")
     check = ask(stops, checkpoint)["stop"]
-    assert (check.cases, check.failed) == (2, 0)
+    assert check.cases
+    assert not check.failed
     function = f"{generate_with_the_runner.__module__}:{generate_with_the_runner.__name__}"
     arguments = {"program": str(stops / "model.pte"), "prompt": chat_prompt()}
     with pytest.MonkeyPatch.context() as patch:
