@@ -1,7 +1,7 @@
 """Distill: train the scales and the norms of a quantized checkpoint to minimize the KL divergence from its base model.
 
 The integers, the embedding and the vision tower stay, and so do format and size: scales end as positive bfloat16
-numbers, norms in the checkpoint's dtype. Activations are quantized in training as the program quantizes them.
+numbers, and norms as bfloat16. Activations are quantized in training as the program quantizes them.
 
 The base model runs once over all tokens, a block at a time; its last hidden states are an artifact of the store. So is
 the state of the training at its last measurement, from which a run that is killed continues.
