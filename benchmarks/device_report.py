@@ -77,7 +77,7 @@ def measure(files: dict[str, Path], command: str, runs: int) -> tuple[Device, li
         The phone, and one measurement for each run.
 
     Raises:
-        UserError: A file is missing, there is no adb, no phone, or not one; or the runner fails.
+        UserError: A file is missing, there is no adb, no phone, or more than one; or the runner fails.
     """
     for path in files.values():
         if not path.is_file():
