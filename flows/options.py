@@ -436,7 +436,7 @@ def stage_names(benchmarks: list[str]) -> list[str]:
     for benchmark in benchmarks:
         names += [f"download_{benchmark}", f"record_{benchmark}"]
         names += [f"{stage}_{benchmark}_{column}" for column in ALL_COLUMNS for stage in ("answer", "evaluate")]
-    return [*names, "verify", "gate", "card"]
+    return [*names, "verify_tokenizer", "verify", "gate", "card"]
 
 
 def command_line(

@@ -55,6 +55,7 @@ from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
 from quantize_gemma.tasks.smoke import smoke
 from quantize_gemma.tasks.untie import untie
 from quantize_gemma.tasks.verify import verify
+from quantize_gemma.tasks.verify.tokenizer import verify_tokenizer
 
 
 @flow(name="quantize-gemma", flow_run_name="{model} {recipe}", persist_result=False, result_serializer="json")
@@ -119,12 +120,12 @@ def quantize_gemma(
         program = run.submit(export_program, checkpoint=quantized, **export_inputs(options))
         measure_fidelity(run, plan, text, base, quantized, program, reference)
         requests = [evaluate_columns(run, plan, benchmark, base, quantized, program) for benchmark in plan.benchmarks]
-        inputs: dict[str, Any] = {"checkpoint": quantized, "program": program, "requests": requests}
-        run.submit(verify, exclusive=True, **inputs, **plan.verify_inputs())
+        run.submit(verify_tokenizer, checkpoint=quantized, requests=requests)
+        run.submit(verify, exclusive=True, checkpoint=quantized, program=program, **plan.verify_inputs())
         check_device_report(plan, program)
         verdict = run.submit(judge_release, run_id=str(runtime.flow_run.id), **(plan.gate_inputs() | run.futures))
-        about = plan.card_inputs(run.futures)
-        release = run.submit(card, checkpoint=quantized, program=program, gate=verdict, **about)
+        inputs = plan.card_inputs(run.futures)
+        release = run.submit(card, checkpoint=quantized, program=program, gate=verdict, **inputs)
         metrics = report_release(run, plan, release)
         check_release(run, plan, metrics)
         publish_release(run, plan, release)

@@ -182,7 +182,7 @@ def collect_quantized(
 
 def collect_program(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: JsonObject) -> Program:
     """Return the program's column; `fidelity` is as the stage of that name has written it."""
-    program, verified = artifacts["export"], artifacts["verify"]
+    program, verified, tokenizer = (artifacts[name] for name in ("export", "verify", "verify_tokenizer"))
     return TypeAdapter(Program).validate_python(
         {
             "bytes": program.files["model.pte"].size,
@@ -190,6 +190,7 @@ def collect_program(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: J
             **{name: program.metadata[name] for name in EXPORT_FIELDS},
             "image": None,
             **verified.metadata,
+            "runner": [*tokenizer.metadata["runner"], *verified.metadata["runner"]],
             **verified.measured["speed"],
             "scores": {name: collect_sample(artifacts, name) for name in benchmarks},
         }

@@ -1,7 +1,7 @@
 """Verify: generate from model.pte in the C++ runner, and compare the program with its checkpoint.
 
-runner.py generates, scenarios.py has the runner answer prompts, conversations and images, tokenizer.py compares
-tokenizers, and compare.py compares method by method.
+runner.py generates, scenarios.py has the runner answer prompts, conversations and images, and compare.py compares
+method by method. tokenizer.py is a stage of its own, which depends on the benchmarks.
 (Card sections: Mobile Inference, Exporting to ExecuTorch.)
 """
 
@@ -15,20 +15,16 @@ from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.verify.compare import compare
 from quantize_gemma.tasks.verify.runner import generate_from_image, generate_from_text
-from quantize_gemma.tasks.verify.tokenizer import check_tokenizer
 
 
 @stage(memory=1.7)
-def verify(
-    target: Path, checkpoint: Path, program: Path, requests: list[Path], max_seq_len: int, max_new_tokens: int
-) -> Output:
+def verify(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_new_tokens: int) -> Output:
     """Write verify.json: what the program generates from a text and an image, and how far it is from the checkpoint.
 
     Args:
         target: The directory to write to.
         checkpoint: The quantized checkpoint.
         program: The directory of its model.pte.
-        requests: The recorded requests of the benchmarks, as texts for the tokenizers.
         max_seq_len: The longest sequence of the program, in tokens.
         max_new_tokens: The most tokens that are generated from a prompt.
 
@@ -48,7 +44,7 @@ def verify(
     result = {
         **{name: {"prompt": each.prompt, "response": each.response} for name, each in generations.items()},
         "agreement": agreement.to_json(),
-        "runner": [asdict(check) for check in [check_tokenizer(checkpoint, requests), *checks]],
+        "runner": [asdict(check) for check in checks],
     }
     speed = {
         "processor": machine.processor(),

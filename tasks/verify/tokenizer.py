@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from quantize_gemma.tasks.models.requests import read_requests
+from quantize_gemma.tasks.runtime.stage import Output, stage
+from quantize_gemma.tasks.runtime.strict_json import JsonObject
 from quantize_gemma.tasks.verify.scenarios import MAX_EXAMPLES, RunnerCheck, load_runner_tokenizer
 
 # Many scripts, emoji, whitespace, code, and chat markers.
@@ -14,6 +17,23 @@ TEXTS = Path(__file__).with_name("tokenizer_texts.json")
 SHOWN = 60
 # So many prompts of each benchmark are read, evenly spread.
 PROMPTS = 200
+
+
+@stage()
+def verify_tokenizer(target: Path, checkpoint: Path, requests: list[Path]) -> Output:
+    """Write tokenizer.json: how many texts the C++ tokenizer reads differently from transformers', and which.
+
+    Args:
+        target: The directory to write to.
+        checkpoint: The checkpoint, for its tokenizer.
+        requests: The recorded requests of the benchmarks, whose prompts are read, too.
+
+    Raises:
+        StageFailed: The C++ tokenizer cannot read the checkpoint's.
+    """
+    result: JsonObject = {"runner": [asdict(check_tokenizer(checkpoint, requests))]}
+    (target / "tokenizer.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return {"metadata": result}
 
 
 def check_tokenizer(checkpoint: Path, requests: list[Path]) -> RunnerCheck:

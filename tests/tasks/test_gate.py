@@ -341,7 +341,11 @@ def test_the_verdict_says_that_there_is_nothing_to_compare_with(published: dict[
     [
         (False, ["mmlu"], {"mmlu_drop", "mmlu_recovery", "mmlu_disagreement"}),
         (True, ["mmlu"], {"mmlu_drop", "mmlu_recovery", "mmlu_disagreement", "program_kl_image", "vision_encoder"}),
-        (True, ["chartqa"], {"chartqa_drop", "chartqa_recovery", "program_kl_image", "vision_encoder"}),
+        (
+            True,
+            ["chartqa"],
+            {"chartqa_drop", "chartqa_recovery", "chartqa_program_drop", "program_kl_image", "vision_encoder"},
+        ),
         (False, ["gsm8k", "wikitext"], {"gsm8k_drop", "gsm8k_recovery", "gsm8k_program_drop", "wikitext_drop"}),
     ],
 )
@@ -349,7 +353,9 @@ def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[
     required = required_checks(multimodal, [describe(name) for name in names])
     kl = {"program_kl", "program_kl_last", "program_kl_step_by_step", "program_kl_prompts"}
     assert required[:2] == ["max_kl", "min_same_top"]
-    assert set(required) == {*required[:2], *kl, *more}
+    runner = {f"runner_{name}" for name in ("tokenizer", "prompts", "past_window", "full_length", "stop")}
+    runner |= {"runner_conversations", *(("runner_two_images", "runner_late_image") if multimodal else ())}
+    assert set(required) == {*required[:2], *kl, *runner, *more}
     measured = parse_metrics(example_json())
     verdict = verdict_on(example_json())
     every = [replace(verdict.checks[0], name=name) for name in required]
@@ -406,6 +412,7 @@ def test_a_failure_shows_all_checks_and_the_questions_that_the_program_answers_d
         "mmlu recovery",
         "mmlu disagreement",
         "program kl",
+        "runner stop",
     ]
     assert [line.rsplit("  ")[-1] for line in table.splitlines()[1:]] == [
         "pass",
@@ -413,6 +420,7 @@ def test_a_failure_shows_all_checks_and_the_questions_that_the_program_answers_d
         "fail",
         "pass (low confidence)",
         "fail",
+        "pass",
         "pass",
     ]
     assert questions.splitlines()[0] == "8 questions that the program and the checkpoint answer differently:"

@@ -197,10 +197,10 @@ def test_a_base_model_without_chat_template_gets_image_and_question(
 
 
 def prompt_of(checkpoint: str) -> dict[str, Any]:
-    from quantize_gemma.tasks.evaluate.chartqa import make_messages
+    from quantize_gemma.tasks.evaluate.chartqa import make_messages, make_prompt
     from quantize_gemma.tasks.evaluate.chartqa_model import ChartQALM
 
-    return {"prompt": ChartQALM(Path(checkpoint), "cpu").prompt(make_messages("How many?"))}
+    return {"prompt": make_prompt(ChartQALM(Path(checkpoint), "cpu").processor, make_messages("How many?"))}
 
 
 def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

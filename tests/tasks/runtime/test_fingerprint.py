@@ -43,6 +43,7 @@ STAGES = {
     "fidelity": "quantize_gemma.tasks.fidelity:fidelity",
     "diagnose": "quantize_gemma.tasks.fidelity.diagnose:diagnose",
     "verify": "quantize_gemma.tasks.verify:verify",
+    "verify_tokenizer": "quantize_gemma.tasks.verify.tokenizer:verify_tokenizer",
     "gate": "quantize_gemma.tasks.gate:gate",
     "card": "quantize_gemma.tasks.card:card",
     # Whose blocks are kept on their own.
@@ -66,7 +67,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.evaluate.packed_row:BLOCK": {"answer", "responses"},
     "quantize_gemma.tasks.evaluate.packed_lm:share_rows": {"answer", "responses", "program responses"},
     "quantize_gemma.tasks.models.benchmarks:describe": set(),
-    "quantize_gemma.tasks.models.activation_quantization:_round": MODEL | FIDELITY,
+    "quantize_gemma.tasks.models.activation_quantization:_round": MODEL | FIDELITY | {"distill"},
     "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
     "quantize_gemma.tasks.gate.checks:require_pass": set(),
     "quantize_gemma.tasks.runtime.hub:download_files": set(),
