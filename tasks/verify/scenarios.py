@@ -287,7 +287,7 @@ def _count(tokenizer: CppHFTokenizer, scenario: Scenario, limits: _Limits) -> in
 
 
 def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario) -> Expected:
-    """Return what the program generates in the Python runtime."""
+    """Return what the program generates in the Python runtime. Raises StageFailed if it fails."""
     import torch
 
     parts: list[Tensor] = []
@@ -300,7 +300,10 @@ def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario) -> E
             parts.append(pte.encode_image(segment))
     prompt = torch.cat(parts, dim=1)
     length = prompt.shape[1]
-    tokens, logits = pte.generate(prompt, min(scenario.max_new_tokens, pte.max_seq_len - length))
+    try:
+        tokens, logits = pte.generate(prompt, min(scenario.max_new_tokens, pte.max_seq_len - length))
+    except RuntimeError as error:
+        raise StageFailed(f"the program fails at {scenario.title}: {error}") from None
     ids = texts[0] if len(parts) == 1 else None
     unknown = [token for token in GEMMA3.stop_tokens if token.encode() in map(partial(_decode, tokenizer), tokens[:-1])]
     mistake = None

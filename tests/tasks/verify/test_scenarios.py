@@ -1,5 +1,6 @@
 """Where the C++ runner differs from the program, a check of the gate fails by name."""
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -249,7 +250,9 @@ def run_without_reset(release: str) -> dict[str, Any]:
             """Forgets nothing."""
 
         def generate(self, *arguments: Any) -> None:
-            self.runner.generate(*arguments)
+            # When the cache is full, it fails.
+            with contextlib.suppress(RuntimeError):
+                self.runner.generate(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(stage, "_load_runner", Remembering)
