@@ -48,7 +48,7 @@ def open_artifact(ref: ArtifactRef, whole: bool = False) -> Artifact:
     if artifact is not None:
         return artifact
     if store.load(ref.stage, ref.key) is not None:
-        raise StageFailed(f"{ref} was made again by another run, with another content: start this run again")
+        raise StageFailed(f"{ref} was rebuilt by another run with different content: start this run again")
     raise StageFailed(f"{ref} was damaged in the store, or has gone from it: start the run again")
 
 

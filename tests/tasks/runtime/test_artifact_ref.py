@@ -65,7 +65,7 @@ def test_a_replaced_artifact_that_nobody_reads_is_removed_and_its_reference_fail
     assert not old.path.exists()
     with (
         store.keep_pinned(),
-        pytest.raises(StageFailed, match="was made again by another run, with another content: start this run again"),
+        pytest.raises(StageFailed, match="was rebuilt by another run with different content: start this run again"),
     ):
         open_artifact(ref_of(old))
     shutil.rmtree(tmp_path)
