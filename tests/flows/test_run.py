@@ -27,6 +27,7 @@ from quantize_gemma.tasks.download import resolve_model, resolve_text
 from quantize_gemma.tasks.models.benchmarks import FIXTURE_TASKS, describe
 from quantize_gemma.tasks.models.recipe import RECIPES, load_recipe
 from quantize_gemma.tasks.models.resolved import ResolvedDataset
+from quantize_gemma.tasks.models.runner_checks import RUNNER_CHECKS
 from quantize_gemma.tasks.runtime.prefect_stage import missing
 from tests.campaigns.starting_place import hostile_directory
 from tests.compatibility.loading import read_section
@@ -137,15 +138,16 @@ def test_one_command_leaves_a_release_that_passed_the_gate(released: Outcome) ->
         *(f"evaluate_gsm8k_{column}" for column in ("base", "quantized", "program")),
     }
     assert summary["gate"]["passed"]
-    kl = {f"program_kl{part}" for part in ("", "_last", "_step_by_step", "_prompts", "_image")}
+    kl = {f"program_kl{part}" for part in ("", "_last", "_step_by_step", "_prompts", "_image", "_late_image")}
     answered = {f"{name}_{check}" for name in FIXTURE_TASKS for check in ("drop", "recovery")}
-    answered |= {"mmlu_disagreement", "gsm8k_program_drop"}
+    answered |= {"mmlu_disagreement", "chartqa_program_drop", "gsm8k_program_drop"}
     assert {check["name"] for check in summary["gate"]["checks"]} == {
         "max_kl",
         "min_same_top",
         *answered,
         "vision_encoder",
         *kl,
+        *(f"runner_{name}" for name in RUNNER_CHECKS),
     }
     assert summary["published"] is None
     assert [check["name"] for check in summary["gate"]["checks"][:2]] == ["max_kl", "min_same_top"]
