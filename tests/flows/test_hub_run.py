@@ -117,6 +117,8 @@ def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome
         "download_text",
         "download_mmlu",
         "download_chartqa",
+        # Without the prompts of GSM8K, which the Hub of this test does not have.
+        "verify_tokenizer",
         "gate",
         "card",
     }
