@@ -316,7 +316,7 @@ def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario) -> E
 
 
 def _num_bos(first: str | Tensor) -> int:
-    """Return how many BOS tokens the runner is told to put before a prompt: a chat template has written one."""
+    """Return the runner's `num_bos` for a prompt: 0 if it starts with a BOS token, as the chat template's do."""
     assert isinstance(first, str), "a prompt begins with a text"
     return 0 if first.startswith(GEMMA3.bos_token) else 1
 
