@@ -280,7 +280,7 @@ def _losses(
     if base is None or not info.higher_is_better or not base.is_at_chance(info.chance):
         return checks
     score = f"{100 * base.value:.1f}" + ("" if base.stderr is None else f" ± {100 * base.stderr:.1f}")
-    why = f"the base model's {score}% on {info.title} is within chance ({100 * (info.chance or 0):.0f}%)"
+    why = f"the base model's {score}% on {info.title} cannot be told from guessing ({100 * (info.chance or 0):.0f}%)"
     return [_uninformative(check, f"{check.name.replace('_', ' ')} says nothing: {why}") for check in checks]
 
 
