@@ -74,6 +74,7 @@ def export(
 
     from quantize_gemma.tasks.models.image_attention import bidirectional_attention
     from quantize_gemma.tasks.models.kv_cache import make_masks, unlimited_chunks
+    from quantize_gemma.tasks.models.rotary import shared_rotary_tables
 
     check_exportable(target, checkpoint)
     report_progress(0, 3, "loading")
@@ -94,6 +95,7 @@ def export(
             stack.enter_context(bidirectional_attention(module, make_masks(max_seq_len, window)))
         stack.enter_context(example_image(_blank_image(module.config)))
         stack.enter_context(unlimited_chunks(max_seq_len))
+        stack.enter_context(shared_rotary_tables())
         stack.enter_context(patched_export())
         program = export_to_executorch(module, task, BACKEND, str(target))["model"]
     delegation = {

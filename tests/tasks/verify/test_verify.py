@@ -67,3 +67,26 @@ def test_the_programs_metadata_is_the_models(released: Outcome) -> None:
     arguments = {"program": str(release / "model.pte"), "names": list(expected)}
     metadata = worker.run("quantize_gemma.tasks.export:read_metadata", arguments, lambda *_: None, None)["metadata"]
     assert metadata == expected
+
+
+def rotary_tables(program: str) -> dict[str, Any]:
+    """Returns how many tables of cosines and sines, [1, 1, tokens, head_dim], the decoder's plan has memory for."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+    from executorch.exir.schema import KernelCall
+
+    plans = deserialize_pte_binary(Path(program).read_bytes()).program.execution_plan
+    decoder = next(plan for plan in plans if plan.name == "text_decoder")
+    calls = [instruction.instr_args for instruction in decoder.chains[0].instructions]
+    outputs = [
+        decoder.values[call.args[-1]].val
+        for call in calls
+        if isinstance(call, KernelCall) and decoder.operators[call.op_index].name == "aten::unsqueeze_copy"
+    ]
+    return {"tables": sum(list(output.sizes) == [1, 1, 1023, 32] for output in outputs)}
+
+
+def test_the_layers_share_one_cosine_and_one_sine_of_each_kind(released: Outcome) -> None:
+    """tiny-gemma3 has three layers, of two kinds."""
+    arguments = {"program": f"{released.summary['release']}/model.pte"}
+    found = worker.run("tests.tasks.verify.test_verify:rotary_tables", arguments, lambda *_: None, None)
+    assert found == {"tables": 4}
