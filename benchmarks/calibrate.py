@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.shapes import SHAPES
@@ -18,22 +20,23 @@ from quantize_gemma.tasks.models.recipe import Calibration, Rule, load_recipe
 from quantize_gemma.tasks.runtime.units import human_size
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import Gemma3TextConfig
 
     from quantize_gemma.tasks.quantize.blocks import Block
+    from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 
 RECIPE = "GPTQ-INT8-INT4"
 
 
 def random_block(
     shape: str, settings: Calibration, device: str
-) -> tuple[tuple[Block, Block], tuple[Tensor, Tensor], dict[str, Rule]]:
+) -> tuple[tuple[Block, Block], tuple[HiddenStates, HiddenStates], dict[str, Rule]]:
     """Returns what quantize_block() takes, with random weights: a block of full attention, hidden states, rules."""
     import torch
     from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
     from quantize_gemma.tasks.quantize.blocks import Block
+    from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 
     config = text_config(shape)
     number = config.layer_types.index("full_attention")
@@ -44,7 +47,8 @@ def random_block(
         name: torch.randn(size, generator=random).mul_(0.02).bfloat16().to(device) for name, size in shapes.items()
     }
     hidden = torch.randn(settings.sequences, settings.length, config.hidden_size, generator=random)
-    states = (hidden.to(device), (hidden + 0.01).to(device))
+    folder = Path(tempfile.gettempdir())
+    states = HiddenStates(hidden, folder, device), HiddenStates(hidden + 0.01, folder, device)
     pair = Block(config, number, weights), Block(config, number, weights)
     rule = next(rule for rule in load_recipe(RECIPE).rules if rule.algorithm == "gptq")
     return pair, states, dict.fromkeys(pair[0].linears, rule)

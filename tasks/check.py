@@ -187,9 +187,9 @@ def estimate_calibration(text: TextConfig, recipe: Recipe, operations_per_second
     steps = math.ceil(settings.answers * settings.length / ANSWERED_AT_ONCE)
     model_bytes = 2 * (text.num_hidden_layers * weights + text.vocab_size * hidden)
     seconds += steps * model_bytes / BYTES_PER_SECOND
-    # The hidden states of both models, two matrices of the largest Hessian's size, some pieces on the way; a block's
-    # weights in bfloat16 and quantized, a byte each.
-    floats = 2 * tokens * hidden + 2 * max(inputs) ** 2 + hidden * mlp + PIECES
+    # Two matrices of the largest Hessian's size or, before, the embeddings of both models' tokens; some pieces on the
+    # way; a block's weights in bfloat16 and quantized, a byte each.
+    floats = max(2 * max(inputs) ** 2 + hidden * mlp, 3 * tokens * hidden) + PIECES
     return seconds, int(MEMORY_OF_CALIBRATION + 4 * floats + 3.1 * weights)
 
 

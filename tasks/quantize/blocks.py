@@ -4,8 +4,8 @@ Two models run side by side: the full-precision one, and the one whose blocks ar
 a block the linears are quantized in the order of the data: q, k and v, which share one input and one Hessian; o_proj on
 the attention of the quantized q, k and v; gate_proj and up_proj; down_proj.
 
-Memory is that of the tokens' hidden states in both models, of a block's weights as they are stored, and of two matrices
-of down_proj's size: its Hessian and the cross products, later its factor. So down_proj's inputs are not kept but
+Memory is that of a block's weights as they are stored, and of two matrices of down_proj's size: its Hessian and the
+cross products, later its factor. So the tokens' hidden states are on the disk, down_proj's inputs are not kept but
 computed twice, and a weight is in float32 a few rows at a time.
 
 The blocks run, and Hessians are added up and inverted, on the device that the weights and the hidden states are on; the
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Gemma3TextConfig
     from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
+
+    from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 
 # Sequences that run through a block at once, fewer if gate_proj's output has more numbers than PIECE.
 SEQUENCES = 8
@@ -194,7 +196,7 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
-def run_block(block: Block, hidden: Tensor) -> Iterator[Step]:
+def run_block(block: Block, hidden: Tensor | HiddenStates) -> Iterator[Step]:
     """Yield the inputs of a block's linears, and replace its input, [sequences, length, width], by its output.
 
     How the linears of a step are changed before the next step is asked for counts for what follows.
@@ -212,7 +214,7 @@ def run_block(block: Block, hidden: Tensor) -> Iterator[Step]:
         hidden[piece] = block.add_mlp(hidden[piece], block.mlp(hidden[piece]))
 
 
-def run_full_block(block: Block, hidden: Tensor) -> Iterator[Step]:
+def run_full_block(block: Block, hidden: Tensor | HiddenStates) -> Iterator[Step]:
     """Do what run_block does for a block that does not change: an input is not kept beyond its piece.
 
     All pieces of a step have to be taken before the next step.
@@ -238,7 +240,10 @@ def run_full_block(block: Block, hidden: Tensor) -> Iterator[Step]:
 
 
 def quantize_block(
-    blocks: tuple[Block, Block], hidden: tuple[Tensor, Tensor], rules: dict[str, Rule], settings: Calibration
+    blocks: tuple[Block, Block],
+    hidden: tuple[HiddenStates, HiddenStates],
+    rules: dict[str, Rule],
+    settings: Calibration,
 ) -> dict[str, QuantizedMatrix]:
     """Quantize a block's linears, and replace its inputs, [sequences, length, width], by its outputs.
 
@@ -267,7 +272,7 @@ def quantize_block(
     return matrices
 
 
-def replay_block(blocks: tuple[Block, Block], hidden: tuple[Tensor, Tensor]) -> None:
+def replay_block(blocks: tuple[Block, Block], hidden: tuple[HiddenStates, HiddenStates]) -> None:
     """Replace a block's inputs by its outputs, as quantize_block does, when its linears are quantized already."""
     for run, block, states in zip((run_block, run_full_block), blocks, hidden, strict=True):
         run_to_end(run(block, states))
@@ -344,6 +349,6 @@ def quantize_matrix(
     return QuantizedMatrix(integers, scales, float(f"{error / square if square else 0.0:.{DIGITS}g}"))
 
 
-def _pieces(block: Block, hidden: Tensor) -> list[slice]:
+def _pieces(block: Block, hidden: Tensor | HiddenStates) -> list[slice]:
     count = max(min(PIECE // (hidden.shape[1] * block.width), SEQUENCES), 1)
     return [slice(first, first + count) for first in range(0, len(hidden), count)]

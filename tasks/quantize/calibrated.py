@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from transformers import Gemma3TextConfig
 
     from quantize_gemma.tasks.quantize.blocks import QuantizedMatrix
+    from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 
 # Of the quantized and of the full-precision model.
-Pair = tuple["Tensor", "Tensor"]
+Pair = tuple["HiddenStates", "HiddenStates"]
 STAGE = "quantize-blocks"
 FILE = "block.safetensors"
 
@@ -105,13 +106,15 @@ def quantize_decoder(
     from safetensors.torch import load_file
 
     from quantize_gemma.tasks.quantize.blocks import Block, QuantizedMatrix, quantize_block, replay_block
+    from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 
     assert recipe.calibration is not None, f"{recipe.name} has no calibration"
     settings = recipe.calibration
     embedding = next(name for name in sources if name.endswith(f"{GEMMA3.embedding_module}.weight"))
     prefix = embedding.removesuffix(f"{GEMMA3.embedding_module}.weight")
     embedded = _embed(sources[embedding], rules[embedding.removesuffix(".weight")], tokens)
-    hidden = embedded[0].to(device), embedded[1].to(device)
+    hidden = HiddenStates(embedded[0], blocks.root, device), HiddenStates(embedded[1], blocks.root, device)
+    del embedded
     # Blocks that are in the store, which the tokens have not run through: only what is left to do needs them to.
     finished: list[int] = []
 
@@ -189,7 +192,8 @@ def _quantize_head(
     module = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     module.weight.data = norm.float()
     with torch.no_grad():
-        inputs, targets = ((module(piece) for piece in torch.split(states, blocks.SEQUENCES)) for states in hidden)
+        pieces = [slice(first, first + blocks.SEQUENCES) for first in range(0, len(hidden[0]), blocks.SEQUENCES)]
+        inputs, targets = ((module(states[piece]) for piece in pieces) for states in hidden)
         moments = blocks.Moments.of(inputs, targets)
     cross = moments.cross.cpu()
     size = rule.group_size or source.shape[1]

@@ -23,6 +23,7 @@ from quantize_gemma.tasks.models.calibration import CalibrationSource, parse_sou
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import blocks, gptq, quantize
+from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 from quantize_gemma.tasks.quantize.search import search_scales
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -160,6 +161,19 @@ def test_a_block_returns_what_the_librarys_own_does(untied: Path) -> None:
         assert torch.equal(hidden, full)
         if number + 1 < len(config.layer_types):  # The last one is normalized.
             torch.testing.assert_close(hidden, expected[number + 1], rtol=1e-4, atol=1e-3, msg=kind)
+
+
+def test_hidden_states_in_a_file_are_read_and_replaced_a_few_sequences_at_a_time(tmp_path: Path) -> None:
+    expected = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    states = HiddenStates(expected, tmp_path, "cpu")
+    assert len(states) == 5
+    assert torch.equal(states[:], expected)
+    assert torch.equal(states[4:6], expected[4:])
+    # Not contiguous in memory.
+    expected[1:3] = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(1)).permute(2, 1, 0)
+    states[1:3] = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(1)).permute(2, 1, 0)
+    assert torch.equal(states[:], expected)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_search_without_data_chooses_positive_scales_that_lose_less_than_the_largest_weights() -> None:

@@ -1,0 +1,60 @@
+"""Hidden states of the calibration tokens, kept in a file: some sequences at a time are in memory."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class HiddenStates:
+    """What a tensor [sequences, length, width] of float32 holds, on the disk.
+
+    For 64 sequences of 512 tokens that saves 0.34 GB of memory at gemma-3-4b's width and 0.70 GB at gemma-3-27b's, and
+    there are two of them. The file has no name: it is gone when the process is.
+    """
+
+    def __init__(self, states: Tensor, folder: Path, device: str) -> None:
+        """Write the file.
+
+        Args:
+            states: What it holds at first, on the CPU.
+            folder: A directory on the disk where it goes.
+            device: Where the sequences are read to.
+        """
+        self.shape = states.shape
+        self._device = device
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed with the object)
+        weakref.finalize(self, self._file.close)
+        self[:] = states
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return self.shape[0]
+
+    def __getitem__(self, piece: slice) -> Tensor:
+        """Return some sequences, [sequences, length, width], on the device."""
+        states = torch.empty(self._seek(piece), *self.shape[1:])
+        view = states.numpy().data.cast("B")
+        while view:  # The kernel reads at most 2 GiB at once.
+            view = view[self._file.readinto(view) :]
+        return states.to(self._device)
+
+    def __setitem__(self, piece: slice, states: Tensor) -> None:
+        """Replace some sequences."""
+        assert self._seek(piece) == len(states), f"{len(states)} sequences for {piece}"
+        view = states.cpu().contiguous().numpy().data.cast("B")
+        while view:
+            view = view[self._file.write(view) :]
+
+    def _seek(self, piece: slice) -> int:
+        """Go to the first of some sequences; return how many they are."""
+        first, last, _ = piece.indices(len(self))
+        self._file.seek(4 * first * self.shape[1] * self.shape[2])
+        return last - first
