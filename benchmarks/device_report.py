@@ -34,6 +34,8 @@ from quantize_gemma.tasks.runtime.errors import UserError
 
 # On the phone: where apps and `adb shell` may both execute files.
 FOLDER = "/data/local/tmp/quantize-gemma"
+# The most that one command of adb may take: 3 GB over USB 2.0 take two minutes, a run of a large program a few.
+SECONDS = 1800
 # The prompt has about 100 tokens, and llama_main generates up to this many together with it; gemma3's runner, 100.
 SEQ_LEN = 256
 STORY = (
@@ -116,9 +118,13 @@ def require_one_phone() -> None:
 def adb(*words: str, name: str | None = None) -> str:
     """Returns what adb prints. Raises UserError if it is missing or fails; `name` says what it ran."""
     try:
-        done = subprocess.run(["adb", *words], stdin=subprocess.DEVNULL, capture_output=True)
+        done = subprocess.run(["adb", *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
     except FileNotFoundError:
         raise UserError("there is no adb: install Android's platform-tools, and put adb on the PATH") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{name or f'adb {words[0]}'} did not end within {SECONDS} s: see that the phone is connected and unlocked"
+        ) from None
     printed, errors = (stream.decode("utf-8", errors="replace") for stream in (done.stdout, done.stderr))
     if done.returncode != 0:
         raise UserError(

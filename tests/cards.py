@@ -90,7 +90,7 @@ PARTS = (
         "1e3",
         "on",
     ),
-    *("javascript:a", "https://a.b/(c)", "LICENSE", "mit", "re:", "~"),
+    *("javascript:a", "https://a.b/(c)", "www.a.b", "LICENSE", "mit", "re:", "~"),
 )
 
 
@@ -179,6 +179,8 @@ def faults(metrics: Metrics, texts: dict[str, str]) -> list[str]:
         problems.append("the Markdown has another structure")
     if any(re.match(r"(?!https?:|LICENSE|NOTICE)\w*:", target) for target in _targets(text)):
         problems.append("a link leads elsewhere than to a page")
+    if any(re.search(r"://|www\.", words, re.IGNORECASE) for words in _texts(text)):
+        problems.append("an address that is written out becomes a link on the Hub")
     problems += _python_faults(text, harmless, texts["base_model"])
     return problems
 
@@ -192,7 +194,8 @@ def _read(text: str) -> Any:
 
 def _tokens(text: str) -> list[Any]:
     body = text.split("\n---\n", 1)[1]
-    return MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(body)
+    # Texts that are written as entities stay apart.
+    return MarkdownIt("commonmark").enable(["table", "strikethrough"]).disable("text_join").parse(body)
 
 
 def _structure(text: str) -> list[tuple[str, str, int, tuple[str, ...]]]:
@@ -216,6 +219,16 @@ def _targets(text: str) -> list[str]:
         for name in ("href", "src")
         if name in child.attrs
     ]
+
+
+def _texts(text: str) -> list[str]:
+    """Return the texts outside of links and code, less what is written as an entity."""
+    found, inside = [], 0
+    for child in (child for token in _tokens(text) for child in token.children or []):
+        inside += {"link_open": 1, "link_close": -1}.get(child.type, 0)
+        if child.type == "text" and not inside:
+            found.append(child.content)
+    return found
 
 
 def _python_faults(text: str, harmless: str, model: str) -> list[str]:

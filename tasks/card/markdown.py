@@ -8,6 +8,8 @@ from urllib.parse import quote
 
 # An underscore inside a word has no meaning in Markdown.
 SPECIAL = re.compile(r"[`*\[\]<>&|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+# What starts an address that is written out, and the character without which it is none.
+LINKED = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
 # Zero-width joiners, which Persian words and emoji need.
 JOINERS = "\u200c\u200d"
 
@@ -24,6 +26,8 @@ def inline(value: object) -> object:
         return value
     # A backslash becomes an entity: two of them and a parenthesis start a formula on the Hub.
     escaped = SPECIAL.sub(lambda match: f"\\{match[0]}", one_line(value).replace("\\", "\0"))
+    # The Hub makes links of addresses, too.
+    escaped = LINKED.sub(lambda match: f"&#{ord(match[0])};", escaped)
     return Markdown(escaped.replace("\0", "&#92;"))
 
 

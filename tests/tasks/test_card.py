@@ -336,6 +336,7 @@ def test_the_chart_is_for_a_phone_and_its_bars_are_as_long_as_the_accuracy(tmp_p
         "<img src=x onerror=a>",
         "[a](javascript:b)",
         "*a* _b_ `c` ~~d~~ $$e$$",
+        "see https://a.b/c, WWW.a.b and http://",
         '" + evil() + r"\\',
         "\\",
         "12e34",
