@@ -1,0 +1,196 @@
+"""The commands in the documentation: what README.md, docs/, and the other pages tell people to type is valid.
+
+Nothing is run here but the parsers of command lines. What the commands do is tested where they are: runs, checks,
+diagnoses and pruning in tests/flows, `make serve`, `make deploy`, the worker and the images in tests/operate,
+`make hub-demo` in tests/hub, the card's code in tests/compatibility, campaigns in tests/campaigns, and the benchmark of
+recipes and the report of a phone in tests/test_quality.py and tests/tasks/test_device_report.py. The other benchmarks
+run by hand, and in `make update`.
+"""
+
+import importlib.util
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quantize_gemma.flows import cli
+from quantize_gemma.flows.diagnose import diagnose
+from quantize_gemma.flows.options import DiagnoseOptions, RunOptions
+from quantize_gemma.flows.prune_store import prune_store
+from quantize_gemma.flows.quantize_gemma import quantize_gemma
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix()
+    for page in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        ROOT / "benchmarks/README.md",
+        ROOT / "docker/README.md",
+    )
+)
+FLOWS = {"quantize_gemma": quantize_gemma, "diagnose": diagnose, "prune_store": prune_store}
+# What a command may start with, besides what is checked below.
+OTHER_PROGRAMS = {"cd", "cp", "export", "mkdir", "pip", "pre-commit", "rmdir", "source"}
+# The parts of prefect's command line that are used here.
+PREFECT = {"deployment run", "profile use", "server start", "work-pool create", "work-pool pause", "work-pool resume"}
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """Yields the words of every command: in blocks of Shell, and in the text between backticks."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for block in re.findall(r"^ *```Shell\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r" (?:&&|\|) ", re.sub(r"\s# .*|^#.*|\$\(.*?\)", "", line).strip()):
+                words = shlex.split(part)
+                # Variables that are set for the command alone.
+                while words and re.match(r"[A-Z_]+=", words[0]):
+                    words.pop(0)
+                if words:
+                    yield words
+    text = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for code in re.findall(r"`((?:quantize-gemma|make|prefect|python -m) [^`]*)`", text.replace("\n", " ")):
+        # Not what stands for several commands.
+        if not re.search(r"[…|<]", code):
+            yield shlex.split(code)
+
+
+@cache
+def targets() -> frozenset[str]:
+    return frozenset(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@cache
+def deployments() -> dict[str, object]:
+    """Returns {"flow/deployment": the flow}, of those that `make deploy` creates."""
+    rows = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+    flows = {row["entrypoint"].rpartition(".")[2] for row in rows}
+    assert flows == set(FLOWS)
+    names = ((FLOWS[row["entrypoint"].rpartition(".")[2]], row["name"]) for row in rows)
+    return {f"{flow.name}/{name}": flow for flow, name in names}
+
+
+@cache
+def help_of(module: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+
+
+def check(words: list[str]) -> None:
+    """Raises AssertionError or UserError if a command is not valid."""
+    program, arguments = words[0], words[1:]
+    if program == "quantize-gemma":
+        if "--help" not in arguments:
+            cli.parse(arguments)
+    elif program == "make":
+        named = {word for word in arguments if "=" not in word}
+        assert named <= targets(), f"no target of the Makefile: {named - targets()}"
+    elif program in ("python", "python3"):
+        check_python(arguments)
+    elif program == "pytest":
+        path, name = ROOT / arguments[0], arguments[arguments.index("-k") + 1]
+        assert re.search(rf"^def test_\w*{name}", path.read_text(), re.MULTILINE), f"no test {name} in {path}"
+    elif program == "prefect":
+        check_prefect(arguments)
+    elif program == "docker":
+        assert arguments[0] in ("build", "compose", "run")
+        files = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "-f"]
+        assert all((ROOT / file).is_file() for file in files), files
+        if "exec" in arguments and "prefect" in arguments and "work-pool" in arguments:
+            check_prefect(arguments[arguments.index("work-pool") :])
+    else:
+        assert program in OTHER_PROGRAMS
+
+
+def check_python(arguments: list[str]) -> None:
+    if arguments[0] != "-m":
+        assert arguments[0] == "-c" or (ROOT / arguments[0]).is_file(), arguments[0]
+        return
+    module, flags = arguments[1], [word.strip("[]") for word in arguments[2:] if word.strip("[").startswith("--")]
+    assert module.split(".")[0] in ("benchmarks", "tests", "http", "quantize_gemma")
+    assert importlib.util.find_spec(module) is not None, f"no module {module}"
+    missing = [flag for flag in flags if flag not in help_of(module)]
+    if module == "tests.hub.demo":
+        # Its other flags are those of a run.
+        start = next((number for number, word in enumerate(arguments) if word in missing), len(arguments))
+        cli.parse(["run", *arguments[start:]])
+        return
+    assert not missing, f"python -m {module} has no {missing}"
+
+
+def check_prefect(arguments: list[str]) -> None:
+    if arguments[0] == "--profile":
+        arguments = arguments[2:]
+    command = " ".join(arguments[:2])
+    assert command in PREFECT
+    if command == "work-pool create":
+        assert (ROOT / arguments[arguments.index("--base-job-template") + 1]).is_file()
+    if command == "deployment run":
+        flow = deployments()[arguments[2]]
+        texts = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--param"]
+        check_parameters(flow, dict(text.split("=", 1) for text in texts))
+
+
+def check_parameters(flow: object, texts: dict[str, str]) -> None:
+    """Raises if a flow has no such parameters, or does not take such values. A value is JSON, or else a text."""
+    values = {}
+    for name, text in texts.items():
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    if flow is quantize_gemma:
+        RunOptions(**values)
+    elif flow is diagnose:
+        DiagnoseOptions(**values)
+    else:
+        assert values.keys() <= inspect.signature(prune_store.fn).parameters.keys()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_on_a_page_are_valid(page: str) -> None:
+    wrong = []
+    for words in commands(page):
+        try:
+            check(words)
+        except Exception as error:
+            wrong.append(f"{shlex.join(words)}: {type(error).__name__}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_commands_are_found_in_the_main_pages_of_every_kind() -> None:
+    programs = {words[0] for page in PAGES for words in commands(page)}
+    assert {"quantize-gemma", "make", "prefect", "python", "docker", "pytest"} <= programs
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize-gemma run --modle tiny-gemma3",
+        "quantize-gemma run --max-kl much",
+        "quantize-gemma report",
+        "make releases",
+        "python -m benchmarks.speed",
+        "python -m benchmarks.quality --shape 4b",
+        "python docs/nothing.py",
+        "prefect deployment run quantize-gemma/weekly",
+        "prefect deployment run quantize-gemma/default --param recipes=mine",
+        "prefect deployment run prune-store/prune --param gigabytes=5",
+        "pytest tests/test_docs.py -k nothing_of_the_kind",
+        "docker build -f docker/Containerfile .",
+        "quantized-gemma run",
+    ],
+)
+def test_a_command_with_a_mistake_is_noticed(command: str) -> None:
+    with pytest.raises(Exception, match=".") as failure:
+        check(shlex.split(command))
+    assert not isinstance(failure.value, (IndexError, TypeError))
