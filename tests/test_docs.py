@@ -170,6 +170,49 @@ def test_the_commands_on_a_page_are_valid(page: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_files_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names = set(re.findall(r"`((?:benchmarks|deployments|docker|docs|flows|tasks|tests)/[\w./-]*)`", text))
+    # Without .py, a module.
+    missing = [name for name in names if not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists()]
+    assert not missing
+
+
+def test_the_links_of_the_pages_outside_the_site_lead_to_files() -> None:
+    """mkdocs checks those between the pages of the site."""
+    missing = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8")):
+            if not re.match(r"https?:", target) and not (ROOT / page).parent.joinpath(target).exists():
+                missing.append(f"{page}: {target}")
+    assert not missing
+
+
+def test_pre_commit_runs_what_make_check_runs() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    entries = {hook["entry"].removesuffix(" --force-exclude") for hook in hooks}
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    lines = {line.strip().replace("$(BIN)", ".venv/bin").removesuffix(" .") for line in recipe[1].splitlines()}
+    assert entries == lines
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [("bug.yml", "github-issue-forms"), ("idea.yml", "github-issue-forms"), ("config.yml", "github-issue-config")],
+)
+def test_the_issue_templates_follow_their_schemas(name: str, schema: str) -> None:
+    command = [Path(sys.executable).parent / "check-jsonschema", "--builtin-schema", f"vendor.{schema}"]
+    done = subprocess.run([*command, ROOT / ".github/ISSUE_TEMPLATE" / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_make_help_lists_every_target() -> None:
+    done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {line.split()[1] for line in done.stdout.splitlines()} == targets()
+
+
 def test_commands_are_found_in_the_main_pages_of_every_kind() -> None:
     programs = {words[0] for page in PAGES for words in commands(page)}
     assert {"quantize-gemma", "make", "prefect", "python", "docker", "pytest"} <= programs
