@@ -189,6 +189,15 @@ def test_the_links_of_the_pages_outside_the_site_lead_to_files() -> None:
     assert not missing
 
 
+def test_the_pages_that_the_code_names_exist() -> None:
+    folders = ("benchmarks", "deployments", "docker", "flows", "tasks", "tests")
+    files = [file for folder in folders for kind in ("*.py", "*.j2", "*.yaml") for file in (ROOT / folder).rglob(kind)]
+    texts = {file: file.read_text(encoding="utf-8") for file in files if file != Path(__file__)}
+    names = {name for text in texts.values() for name in re.findall(r"\bdocs/[\w/-]+\.md", text)}
+    assert "docs/upstream.md" in names
+    assert not [name for name in names if not (ROOT / name).is_file()]
+
+
 def test_pre_commit_runs_what_make_check_runs() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     entries = {hook["entry"].removesuffix(" --force-exclude") for hook in hooks}
