@@ -63,8 +63,11 @@ def metrics() -> str:
 def _section(name: str, definition: dict[str, Any]) -> str:
     text, meanings = _split(definition.get("description", ""))
     lines = [f"## {name}", "", text, "", "| field | type | meaning |", "|---|---|---|"]
+    if not meanings:
+        lines[-2:] = ["| field | type |", "|---|---|"]
     for field, value in definition.get("properties", {}).items():
-        lines.append(f"| `{field}` | {_type(value)} | {meanings.get(field, '')} |")
+        row = f"| `{field}` | {_type(value)} |"
+        lines.append(f"{row} {meanings.get(field, '')} |" if meanings else row)
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Makes the screenshots of the dashboard: `python docs/hooks/screenshots.py`. It needs Chromium.
 
-Starts `make serve`'s server with a store and a Prefect home of their own, runs the built-in model there, signs a browser
-in, and writes docs/run.png and docs/card.png. Takes a few minutes.
+Starts `make serve`'s server with a store and a Prefect home of their own, runs the built-in model there, signs a
+browser in, and writes docs/run.png and docs/card.png. Takes a few minutes.
 """
 
 import os
