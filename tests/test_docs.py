@@ -42,7 +42,7 @@ PAGES = sorted(
 )
 FLOWS = {"quantize_gemma": quantize_gemma, "diagnose": diagnose, "prune_store": prune_store}
 # What a command may start with, besides what is checked below.
-OTHER_PROGRAMS = {"cd", "cp", "export", "mkdir", "pip", "pre-commit", "rmdir", "source"}
+OTHER_PROGRAMS = {"cd", "cp", "dask", "export", "mkdir", "pip", "pre-commit", "ray", "rmdir", "source"}
 # The parts of prefect's command line that are used here.
 PREFECT = {"deployment run", "profile use", "server start", "work-pool create", "work-pool pause", "work-pool resume"}
 
