@@ -28,6 +28,9 @@ from quantize_gemma.flows.diagnose import diagnose
 from quantize_gemma.flows.options import DiagnoseOptions, RunOptions
 from quantize_gemma.flows.prune_store import prune_store
 from quantize_gemma.flows.quantize_gemma import quantize_gemma
+from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.models.checkpoint import quantizable_modules, read_headers
+from quantize_gemma.tasks.models.recipe import decide, load_recipe
 from quantize_gemma.tasks.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -196,6 +199,14 @@ def test_the_pages_that_the_code_names_exist() -> None:
     names = {name for text in texts.values() for name in re.findall(r"\bdocs/[\w/-]+\.md", text)}
     assert "docs/upstream.md" in names
     assert not [name for name in names if not (ROOT / name).is_file()]
+
+
+def test_the_recipe_in_the_how_to_is_one_that_decides_every_module(tmp_path: Path) -> None:
+    text = (ROOT / "docs/how-to/recipe.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^ *```json\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.json").write_text(block, encoding="utf-8")
+    rules = decide(load_recipe(str(tmp_path / "mine.json")), quantizable_modules(read_headers(BUILTIN["tiny-gemma3"])))
+    assert {rule.weight for name, rule in rules.items() if name.endswith("lm_head")} == {"int8"}
 
 
 def test_pre_commit_runs_what_make_check_runs() -> None:
