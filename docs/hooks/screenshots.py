@@ -32,9 +32,11 @@ def main() -> None:
         environment |= {"PREFECT_HOME": f"{home}/prefect", "QUANTIZE_GEMMA_HOME": f"{home}/store"}
         served = {**environment, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-P", "-m", "quantize_gemma.deployments.serve"]
-        server = subprocess.Popen(command, env=served, stdout=subprocess.PIPE, text=True)
+        log = home / "log"
+        with log.open("wb") as stream:
+            server = subprocess.Popen(command, env=served, stdout=stream, stderr=stream)
         try:
-            wait_until_deployed(server)
+            wait_until_deployed(server, log)
             run = [sys.executable, "-m", "prefect", "deployment", "run", "quantize-gemma/tiny", "--watch"]
             subprocess.run(run, env=environment, check=True)
             password = (home / "prefect" / "quantize-gemma-password").read_text()
@@ -44,14 +46,12 @@ def main() -> None:
             server.wait()
 
 
-def wait_until_deployed(server: "subprocess.Popen[str]") -> None:
+def wait_until_deployed(server: "subprocess.Popen[bytes]", log: Path) -> None:
     """Return when the server says how to run a deployment."""
-    assert server.stdout is not None
-    for line in server.stdout:
-        print(line, end="")
-        if "deployment run quantize-gemma/tiny" in line:
-            return
-    sys.exit("screenshots: the server ended")
+    while "deployment run quantize-gemma/tiny" not in log.read_text():
+        if server.poll() is not None:
+            sys.exit(f"screenshots: the server ended\n{log.read_text()}")
+        time.sleep(0.5)
 
 
 def shoot(chromium: str, ui: str, password: str, profile: Path) -> None:
