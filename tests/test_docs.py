@@ -7,6 +7,7 @@ recipes and the report of a phone in tests/test_quality.py and tests/tasks/test_
 run by hand, and in `make update`.
 """
 
+import ast
 import importlib.util
 import inspect
 import json
@@ -207,6 +208,33 @@ def test_the_recipe_in_the_how_to_is_one_that_decides_every_module(tmp_path: Pat
     (tmp_path / "mine.json").write_text(block, encoding="utf-8")
     rules = decide(load_recipe(str(tmp_path / "mine.json")), quantizable_modules(read_headers(BUILTIN["tiny-gemma3"])))
     assert {rule.weight for name, rule in rules.items() if name.endswith("lm_head")} == {"int8"}
+
+
+def test_the_messages_on_their_page_are_in_the_code() -> None:
+    """Up to four words in a row are: a message has names and numbers in it, and on the page "…" in their place."""
+    texts = " ".join(text for folder in ("deployments", "flows", "tasks") for text in texts_of(ROOT / folder))
+    page = (ROOT / "docs/reference/messages.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE)
+    messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 20
+    missing = []
+    for message in messages:
+        words = max((part.split() for part in message.split("…")), key=len)
+        length = min(4, len(words))
+        runs = [" ".join(words[start : start + length]) for start in range(len(words) - length + 1)]
+        if not any(run in texts for run in runs):
+            missing.append(message)
+    assert not missing
+
+
+def texts_of(folder: Path) -> Iterator[str]:
+    """Yields the string literals of a folder's modules, an f-string as a whole."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
 
 
 def test_pre_commit_runs_what_make_check_runs() -> None:
