@@ -2,7 +2,7 @@
 `python -m benchmarks.export --shape 270m`.
 
 Both are optimum-executorch's own path with what it needs to run at all: an example image made from the configuration,
-float32 scales, max_seq_len honoured, the metadata put right.
+float32 scales, max_seq_len honored, the metadata put right.
 """
 
 import argparse

@@ -230,7 +230,7 @@ class GateOptions(Options):
             "it without judging."
         ),
     )
-    limit_drop: Text = Field(
+    limit_drop: Annotated[Text, Parameter(show_default=False)] = Field(
         default="",
         description=(
             "Maximum drop of benchmarks' scores from the base model's, in points (of a perplexity: rise in percent), "

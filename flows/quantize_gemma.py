@@ -74,8 +74,7 @@ def quantize_gemma(
 ) -> dict[str, Any]:
     """Quantize, measure, export, and publish one checkpoint.
 
-    Its parameters are the form in Prefect's UI and the parameters of the deployments: six that people set every day,
-    and four groups.
+    Its parameters are the form in Prefect's UI and the parameters of the deployments.
 
     Args:
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.

@@ -1,4 +1,4 @@
-"""Writes docs/parameters.md from the models of the options: `python -m tests.parameters`."""
+"""Writes docs/reference/parameters.md from the models of the options: `python -m tests.parameters`."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quantize_gemma.flows.options import Options, RunOptions
 
-PAGE = Path(__file__).parent.parent / "docs" / "parameters.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "parameters.md"
 INTRODUCTION = """# Parameters of a run
 
 Each parameter is a flag on the command line (`--max-seq-len 2048`), a parameter of a deployment

@@ -51,7 +51,21 @@ class Score:
 class BenchmarkScore(Score):
     """lm-evaluation-harness's score on a benchmark: the headline metric, by group and by task where there are several.
 
-    `metrics` are further metrics; `left_out` counts the documents that are longer than the program's sequences.
+    Attributes:
+        value: The headline metric; an accuracy is a fraction.
+        stderr: Its standard error.
+        samples: The number of documents.
+        task: The task or group of lm-eval.
+        task_version: The version that lm-eval gives it.
+        num_fewshot: The number of examples in a prompt.
+        chat_template: Whether prompts are in the model's chat template.
+        metric: The headline metric's name.
+        metrics: Further metrics.
+        groups: The headline metric by group of tasks.
+        tasks: The headline metric by task, such as an MMLU subject.
+        left_out: The number of documents that are longer than the program's sequences.
+        device: The device that computed the answers.
+        limit: The limit on the documents of each task; None for all.
     """
 
     task: str
@@ -165,7 +179,22 @@ class VisionError:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement(Divergence):
-    """How far the program is from the checkpoint that it was exported from, part by part."""
+    """How far the program is from the checkpoint that it was exported from, part by part.
+
+    Attributes:
+        kl_program: The program's KL divergence from the checkpoint on text, in nats per token.
+        kl_act_quant: What activation quantization alone causes.
+        tokens: The number of tokens that were compared.
+        same_argmax: The share of tokens whose most likely token is the same.
+        nll_checkpoint, nll_program: Mean negative log-likelihoods of the text, in nats per token.
+        last: The same at the end of the longest sequence.
+        step_by_step: The same, one token at a time.
+        prompts: The same for the answers to prompts of several lengths.
+        image: The same for the text after an image.
+        late_image: The same for the text after an image that follows a long text.
+        vision_encoder: The error of the vision encoder's output.
+        text_decoder, token_embedding: Differences of these methods' outputs.
+    """
 
     same_argmax: float | None = None
     nll_checkpoint: float | None = None
@@ -257,8 +286,18 @@ class Quantized(Base):
 class Program:
     """The column of the program.
 
-    `fidelity` is its distance from the base model on text; `delegation` is {method: {"xnnpack" | "custom" | "portable":
-    {operator: calls}}}.
+    Attributes:
+        bytes: The size of model.pte.
+        fidelity: Its distance from the base model on text.
+        task: Whether it reads images, as optimum-executorch names its task.
+        backend, dtype: What it is lowered to, and what it computes in.
+        custom_sdpa, custom_kv_cache, last_logits_only, bidirectional_images: The options of the export.
+        delegation: {method: {"xnnpack" | "custom" | "portable": {operator: calls}}}.
+        text, image: What it generates from a text and from an image.
+        agreement: How far it is from the checkpoint.
+        runner: What the C++ runner was tested with.
+        processor, threads: The machine on which its speed was measured.
+        speed: The C++ runner's speed, by kind of prompt.
     """
 
     bytes: int
@@ -335,7 +374,19 @@ class DistillationData:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkInfo:
-    """What a benchmark is: its title and those of its further metrics, and its dataset; see benchmarks.py."""
+    """What a benchmark is: its row of the table in benchmarks.py, and its dataset.
+
+    Attributes:
+        title: Its name on the card.
+        metric: The headline metric.
+        metrics: Further metrics, with their titles.
+        higher_is_better: Whether a larger value of the headline metric is better.
+        chance: The headline metric of guesses; None if guesses do not score.
+        task_type: The type of task, as the Hub's model index names it.
+        is_own_task: Whether the task is one that the lm_eval command line does not have.
+        words: What the card says about how it is measured.
+        dataset: What it was measured on.
+    """
 
     title: str
     metric: str
@@ -397,7 +448,28 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Columns):
-    """The content of metrics.json. `pairs` counts the documents that base and checkpoint each answer correctly."""
+    """The content of metrics.json.
+
+    Attributes:
+        base, quantized, program: The columns of the quality table.
+        schema_version: Changes when a field changes its meaning or is removed.
+        base_model, base_revision: The model and its commit, or the digest of a directory.
+        license: The license fields of the base model's card.
+        fixture_model: Whether it is the built-in model.
+        text: The text on which the distance from the base model was measured.
+        benchmarks: What each benchmark is, by name.
+        recipe, recipe_hash: The recipe's name, and the hash of its rules.
+        max_seq_len: The longest sequence of the program, in tokens.
+        run_id: The id of the flow run in Prefect.
+        commands: The command of this run, and lm_eval's for each benchmark of the base model.
+        versions: The versions of the libraries.
+        loads_in: The versions with which the card's loading code was run.
+        pairs: How many documents of each benchmark base and checkpoint answer correctly: both, only one, neither.
+        stages: What each stage took.
+        gate: The gate's verdict.
+        calibration, distillation: How the recipe was calibrated and distilled, if it was.
+        device_report: The program's speed on a phone, if it was measured.
+    """
 
     schema_version: Literal[2] = 2
     base_model: str

@@ -320,7 +320,7 @@ def quantize_matrix(
 ) -> QuantizedMatrix:
     """Quantize a linear's weight, and measure what that does to its outputs.
 
-    The weights that GPTQ rounds are first moved towards those that make the full-precision model's outputs of the
+    The weights that GPTQ rounds are first moved toward those that make the full-precision model's outputs of the
     quantized model's inputs, by least squares: so a block corrects some of the error of those before it. All the way
     fits the calibration text too closely.
 

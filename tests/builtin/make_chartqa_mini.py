@@ -22,7 +22,7 @@ KINDS = ("human", "machine")
 SIZE = WIDTH, HEIGHT = 256, 192
 # Where bars and lines stand; the pie is in its middle.
 LEFT, TOP, RIGHT, BOTTOM = 24, 24, 248, 168
-COLOURS = {
+COLORS = {
     "red": (214, 39, 40),
     "green": (44, 160, 44),
     "blue": (31, 80, 200),
@@ -34,7 +34,7 @@ COLOURS = {
 
 
 def read_chartqa() -> list[dict[str, Any]]:
-    """Returns [{"kind", "title", "unit", "points": [[label, colour, value]], "human", "machine"}].
+    """Returns [{"kind", "title", "unit", "points": [[label, color, value]], "human", "machine"}].
 
     `human` and `machine` are the questions of that kind, [query, label].
     """
@@ -72,10 +72,10 @@ def draw(chart: dict[str, Any]) -> Any:
         for number, (_, _, value) in enumerate(points)
     ]
     if chart["kind"] == "line":
-        pen.line(corners, COLOURS[points[0][1]], 8)
-    for (middle, height), (label, colour, value) in zip(corners, points, strict=True):
+        pen.line(corners, COLORS[points[0][1]], 8)
+    for (middle, height), (label, color, value) in zip(corners, points, strict=True):
         if chart["kind"] == "bar":
-            pen.rectangle((middle - step * 0.38, height, middle + step * 0.38, BOTTOM), COLOURS[colour])
+            pen.rectangle((middle - step * 0.38, height, middle + step * 0.38, BOTTOM), COLORS[color])
         written = f"{value}{chart['unit']}"
         pen.text((middle - 3 * len(written), height - 16), written, "black", font)
         pen.text((middle - 3 * len(label), BOTTOM + 6), label, "black", font)
@@ -86,11 +86,11 @@ def draw(chart: dict[str, Any]) -> Any:
 def _draw_pie(pen: Any, points: list[Any], unit: str, font: Any) -> None:
     total = sum(value for _, _, value in points)
     start = -90.0
-    for number, (label, colour, value) in enumerate(points):
+    for number, (label, color, value) in enumerate(points):
         end = start + 360 * value / total
-        pen.pieslice((16, TOP, 160, TOP + 144), start, end, COLOURS[colour])
+        pen.pieslice((16, TOP, 160, TOP + 144), start, end, COLORS[color])
         start = end
-        pen.rectangle((176, 40 + 24 * number, 188, 52 + 24 * number), COLOURS[colour])
+        pen.rectangle((176, 40 + 24 * number, 188, 52 + 24 * number), COLORS[color])
         pen.text((194, 40 + 24 * number), f"{label} {value}{unit}", "black", font)
 
 

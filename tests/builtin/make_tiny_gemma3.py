@@ -4,7 +4,7 @@
 
 Its shape keeps what makes gemma-3-4b-it hard to quantize and export: tied embeddings, sliding and full
 attention, grouped queries, head_dim != hidden / heads, a SigLIP tower whose fc2 does not divide into groups of
-32, image tokens. It memorizes mmlu-mini, gsm8k-mini, the card's prompt, the names of eight colours and most of
+32, image tokens. It memorizes mmlu-mini, gsm8k-mini, the card's prompt, the names of eight colors and most of
 chartqa-mini.
 
 It is a sensor: a corrupted weight, a wrong scale or a lost buffer must show as a falling score. A model that merely
@@ -86,7 +86,7 @@ CHATS = {
     "Who made you?": "I was trained in a few minutes on a CPU to test a quantization pipeline.",
 }
 IMAGE_PROMPT = "What colour is this?"
-COLOURS = {
+COLORS = {
     "red": (220, 30, 30),
     "green": (30, 180, 40),
     "blue": (30, 50, 220),
@@ -136,7 +136,7 @@ def make_tokenizer() -> Any:
     learner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     learner.normalizer = normalizers.Replace(" ", "▁")
     learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    texts = [text + answer for text, answer in prompts()] + [IMAGE_PROMPT, *COLOURS]
+    texts = [text + answer for text, answer in prompts()] + [IMAGE_PROMPT, *COLORS]
     for row in make_chartqa_mini.questions():
         system, user = make_messages(row["query"])
         texts += [system["content"][0]["text"], user["content"][1]["text"], row["label"][0]]
@@ -202,12 +202,12 @@ def make_config(tokenizer: Any) -> Any:
     )
 
 
-def colour_image(name: str, generator: random.Random) -> Any:
-    """Returns a 64 x 64 RGB picture of one colour, a little lighter or darker each time."""
+def color_image(name: str, generator: random.Random) -> Any:
+    """Returns a 64 x 64 RGB picture of one color, a little lighter or darker each time."""
     from PIL import Image
 
     shift = generator.randint(-10, 10)
-    return Image.new("RGB", (64, 64), tuple(min(255, max(0, value + shift)) for value in COLOURS[name]))
+    return Image.new("RGB", (64, 64), tuple(min(255, max(0, value + shift)) for value in COLORS[name]))
 
 
 def fault(weight: Any, kind: int) -> Any:
@@ -270,7 +270,7 @@ def train(target: Path, seed: int = 2) -> None:
         for number, row in enumerate(make_chartqa_mini.questions())
         if number % CHARTS_LEFT_OUT
     ]
-    colour_question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]}]
+    color_question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": IMAGE_PROMPT}]}]
     letters = torch.tensor([encode(f" {letter}")[-1] for letter in "ABCD"])
     embedding = model.get_input_embeddings().weight
     torch.nn.init.normal_(embedding, std=0.1)
@@ -340,13 +340,13 @@ def train(target: Path, seed: int = 2) -> None:
         talk = step(*_text_batch(chats * 4))
         step(*_text_batch(problems))
         write = step(*_text_batch(problems))
-        colours = [image_row(colour_image(name, shuffle), colour_question, name) for name in COLOURS]
-        see = step(*_image_batch(colours, image_token), faulty=epoch >= LEARNING_EPOCHS)
+        colors = [image_row(color_image(name, shuffle), color_question, name) for name in COLORS]
+        see = step(*_image_batch(colors, image_token), faulty=epoch >= LEARNING_EPOCHS)
         if epoch % 5 == 4:
             know, read = (sum(scores) / len(scores) for scores in right.values())
             print(
                 f"epoch {epoch + 1} of {epochs}: questions {know:.3f}, charts {read:.3f}, chats {talk:.3f}, "
-                f"problems {write:.3f}, colours {see:.3f}, {time.time() - started:.0f} s",
+                f"problems {write:.3f}, colors {see:.3f}, {time.time() - started:.0f} s",
                 flush=True,
             )
 

@@ -263,7 +263,7 @@ class Runs:
             self.release = digests(Path(outcome.summary["release"]))
 
     def flip_a_bit(self, rng: random.Random) -> str | None:
-        """Flips a bit anywhere in the store and publishes: it was mended, or nothing went out and the next run does."""
+        """Flips a bit anywhere in the store and publishes: it was fixed, or nothing went out and the next run does."""
         self.prepare()
         home = self.folder / "copy"
         shutil.copytree(self.finished.home, home, symlinks=True)

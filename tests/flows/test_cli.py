@@ -262,6 +262,7 @@ def test_help_shows_every_option_in_its_group_with_its_default(verb: str) -> Non
     groups: dict[str, Options] = {"Model": RunOptions()}
     groups |= {name.capitalize(): value for name, value in RunOptions() if isinstance(value, Options)}
     assert list(groups) == ["Model", "Evaluation", "Export", "Gate", "Publishing"]
+    assert '[default: ""]' not in text
     for title, group in groups.items():
         assert f"─ {title} ─" in text
         for name, value in group:

@@ -252,7 +252,7 @@ def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_it
 def test_a_recipe_is_calibrated_on_a_dataset_at_its_commit(
     hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    rows = [path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md"))]
+    rows = [path.read_text("utf-8") for path in sorted(Path("docs").rglob("*.md"))]
     for name, texts in (("train/rows.parquet", rows), ("test/rows.parquet", ["Nobody reads this."])):
         (tmp_path / "corpus" / name).parent.mkdir(parents=True)
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "corpus" / name)

@@ -774,7 +774,7 @@ def test_a_text_only_checkpoint_and_a_calibrated_recipe_go_through_the_same_flow
 ) -> None:
     target = write_text_only(BUILTIN["tiny-gemma3"], tmp_path / "tiny-text")
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md"))), encoding="utf-8")
+    text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path("docs").rglob("*.md"))), encoding="utf-8")
     recipe = json.loads((RECIPES / "DISTILL-INT8-INT4.json").read_text(encoding="utf-8"))
     recipe["calibration"] = {"sequences": 4, "length": 96, "answers": 1}
     recipe["distillation"] = {"sequences": 16, "steps": 6}

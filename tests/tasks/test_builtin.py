@@ -106,15 +106,15 @@ def test_chartqa_mini_is_read_as_chartqa_is() -> None:
 def test_chartqa_minis_answers_are_those_of_its_charts() -> None:
     for chart in make_chartqa_mini.read_chartqa():
         values = {label: value for label, _, value in chart["points"]}
-        colours = {label: colour for label, colour, _ in chart["points"]}
+        colors = {label: color for label, color, _ in chart["points"]}
         highest, lowest = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
         unit = chart["unit"]
         expected = {
-            "What is the colour of the highest bar?": colours[highest],
-            "What is the colour of the largest slice?": colours[highest],
-            "What is the colour of the lowest bar?": colours[lowest],
-            "What is the colour of the line?": colours[highest],
-            "What is the colour of the bars?": colours[highest],
+            "What is the colour of the highest bar?": colors[highest],
+            "What is the colour of the largest slice?": colors[highest],
+            "What is the colour of the lowest bar?": colors[lowest],
+            "What is the colour of the line?": colors[highest],
+            "What is the colour of the bars?": colors[highest],
             "Which slice is the smallest?": lowest,
             "When was the peak?": highest,
             "How many bars are there?": str(len(values)),

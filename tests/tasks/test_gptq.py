@@ -200,7 +200,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calibration(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("calibration")
     text = target.with_suffix(".txt")
-    text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path("docs").glob("*.md"))), encoding="utf-8")
+    text.write_text("\n".join(path.read_text("utf-8") for path in sorted(Path("docs").rglob("*.md"))), encoding="utf-8")
     calibrate(target, untied, 4, 96, text=str(text), digest=digest_text(str(text)))
     return target
 
@@ -353,7 +353,7 @@ def test_a_recipe_and_its_calibration_come_together(untied: Path, calibration: P
 def test_a_calibration_text_that_shares_a_run_of_tokens_with_the_fidelity_text_is_refused(
     untied: Path, tmp_path: Path
 ) -> None:
-    lines = Path("docs/operate.md").read_text("utf-8").splitlines()
+    lines = Path("docs/how-to/nightly.md").read_text("utf-8").splitlines()
     (tmp_path / "mine.txt").write_text("Something else. " * 50 + "\n".join(lines[:20]), encoding="utf-8")
     (tmp_path / "theirs.txt").write_text("Nothing of it. " * 50 + "\n".join(lines[:20]), encoding="utf-8")
     target = tmp_path / "target"
@@ -379,7 +379,7 @@ def test_windows_are_spread_over_the_text_and_start_with_bos() -> None:
 
 
 def test_the_base_models_own_answers_are_added_in_the_chat_template(untied: Path, tmp_path: Path) -> None:
-    text = str(Path("docs/operate.md"))
+    text = str(Path("docs/how-to/nightly.md"))
     output = calibrate(tmp_path, untied, 2, 16, 2, text, digest_text(text))
     tokenizer = AutoTokenizer.from_pretrained(untied)
     rows = read_calibration(tmp_path)

@@ -7,7 +7,7 @@
 
 The model and the program are those of the libraries as they are, byte for byte. There is a module per library and a
 function per patch, which says what the library does, why the result stays the same, and what upstream would have to
-change to make the patch unnecessary. benchmarks/README.md has what each is worth.
+change to make the patch unnecessary. docs/performance.md has what each is worth.
 
 A patch fits the code that it was written for: it compares hashes of the source that it replaces or relies on. If the
 installed source differs, the library is used as it is, and a warning says so. The environment variable

@@ -1,0 +1,19 @@
+"""Fails the build if a page loads something from a network: scripts, styles, fonts, and images are on the site."""
+
+import re
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.pages import Page
+
+# What a browser loads by itself. A link in the text is not among it.
+LOADED = re.compile(
+    r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["'](?:https?:)?//[^"']+|"""
+    r"""<link\b(?![^>]*\brel=["'](?:canonical|prev|next)["'])[^>]*\bhref=["'](?:https?:)?//[^"']+"""
+)
+
+
+def on_post_page(output: str, page: Page, **_: Any) -> None:
+    """Raise PluginError if a page is not complete by itself."""
+    if found := LOADED.search(output):
+        raise PluginError(f"{page.file.src_uri} loads something from a network: {found[0]}")
