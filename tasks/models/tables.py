@@ -64,8 +64,8 @@ def summary_rows(columns: Columns) -> list[Row]:
         {"metric": "size", **{name: human_size(getattr(columns, name).bytes) for name in COLUMNS}},
         {
             "metric": "KL divergence from the base model, nats",
-            "quantized": _with_stderr(quantized.kl_mean, quantized.kl_mean_stderr),
-            "program": _with_stderr(program.kl_mean, program.kl_mean_stderr),
+            "quantized": _four_digits(quantized.kl_mean, quantized.kl_mean_stderr),
+            "program": _four_digits(program.kl_mean, program.kl_mean_stderr),
         },
         {
             "metric": "same top token as the base model",
@@ -155,6 +155,10 @@ def format_percent(share: float) -> str:
 
 def _two_digits(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:.2g}"
+
+
+def _four_digits(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
 def _limit(check: Check) -> str:
