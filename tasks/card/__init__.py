@@ -20,7 +20,13 @@ from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.license import GEMMA_TERMS, clean_license
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics, write_metrics
 from quantize_gemma.tasks.models.recipe import Recipe, Rule
-from quantize_gemma.tasks.models.tables import NOT_MEASURED, benchmark_rows, distance_rows, verdict_rows
+from quantize_gemma.tasks.models.tables import (
+    NOT_MEASURED,
+    benchmark_rows,
+    distance_rows,
+    summary_rows,
+    verdict_rows,
+)
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.stage import Output, stage
@@ -144,16 +150,21 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
     environment.filters["rounded"] = lambda value, digits: NOT_MEASURED if value is None else f"{value:.{digits}f}"
     environment.filters["percent"] = lambda value: NOT_MEASURED if value is None else f"{100 * value:.2f}%"
     environment.filters["small"] = lambda value: NOT_MEASURED if value is None else f"{value:.2g}"
-    loading = environment.get_template("loading.py.j2").render(
-        multimodal=metrics.program.task == "multimodal-text-to-text", smoke=metrics.quantized.smoke
+    loading, running = (
+        environment.get_template(template).render(
+            multimodal=metrics.program.task == "multimodal-text-to-text", smoke=metrics.quantized.smoke
+        )
+        for template in ("loading.py.j2", "running.py.j2")
     )
     return environment.get_template("README.md.j2").render(
         m=metrics,
         loading=loading,
+        running=running,
         front_matter=markdown.Markdown(as_yaml(front_matter(metrics))),
         license=clean_license(metrics.license) or GEMMA_TERMS,
         benchmarks={name: benchmark_rows(metrics, name) for name in metrics.benchmarks},
         charts={metrics.benchmarks[name].title: chart for name, chart in charts(metrics).items()},
+        summary=summary_rows(metrics),
         distances=distance_rows(metrics, metrics.gate.checks),
         kl_chart=KL_CHART,
         error_chart=ERROR_CHART,

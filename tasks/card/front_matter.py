@@ -34,10 +34,19 @@ def front_matter(metrics: Metrics) -> dict[str, object]:
         "pipeline_tag": "image-text-to-text" if multimodal else "text-generation",
         "language": ["en"],
         "tags": ["transformers", "torchao", "executorch", "gemma3"],
+        **_calibrated_on(metrics),
         "model-index": [
             {"name": f"{metrics.base_model.split('/')[-1]}-{metrics.recipe}", "results": _results(metrics)}
         ],
     }
+
+
+def _calibrated_on(metrics: Metrics) -> dict[str, object]:
+    """Return the calibration's dataset if it is on the Hub; a text file has no page there."""
+    calibration = metrics.calibration
+    if calibration is None or calibration.dataset.fixture or "/" not in calibration.dataset.name:
+        return {}
+    return {"datasets": [calibration.dataset.name]}
 
 
 def as_yaml(content: Mapping[str, object] | Sequence[Mapping[str, object]]) -> str:

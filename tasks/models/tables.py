@@ -56,6 +56,37 @@ def benchmark_rows(columns: Columns, name: str) -> dict[str, Row]:
     return rows
 
 
+def summary_rows(columns: Columns) -> list[Row]:
+    """Return what a reader wants to know first: size, distance from the base model, main scores, and speed."""
+    quantized, program = columns.quantized.fidelity, columns.program.fidelity
+    speed = columns.program.speed["text"]
+    rows = [
+        {"metric": "size", **{name: human_size(getattr(columns, name).bytes) for name in COLUMNS}},
+        {
+            "metric": "KL divergence from the base model, nats",
+            "quantized": _four_digits(quantized.kl_mean, quantized.kl_mean_stderr),
+            "program": _four_digits(program.kl_mean, program.kl_mean_stderr),
+        },
+        {
+            "metric": "same top token as the base model",
+            "quantized": f"{100 * quantized.same_top:.1f}%",
+            "program": f"{100 * program.same_top:.1f}%",
+        },
+    ]
+    for name in dict.fromkeys([*columns.base.scores, *columns.quantized.scores, *columns.program.scores]):
+        benchmark = list(benchmark_rows(columns, name).items())
+        if not benchmark:
+            continue
+        sample = columns.program.scores.get(name)
+        # The first row has the scores on all samples, the last one those on the program's.
+        cells = dict(benchmark[0][1])
+        if sample is not None:
+            cells["program"] = f"{benchmark[-1][1]['program']} ({sample.samples:,} samples)"
+        rows.append({"metric": title_of(name), **cells})
+    rows.append({"metric": "speed, tokens/s", "program": f"{speed.decode_tokens_per_second:,.0f}"})
+    return [{"metric": "", **dict.fromkeys(COLUMNS, NOT_MEASURED), **row} for row in rows]
+
+
 def quality_rows(columns: Columns) -> list[Row]:
     """Return the quality table of a run: one row per metric, one cell per column."""
     agreement = columns.program.agreement
@@ -124,6 +155,10 @@ def format_percent(share: float) -> str:
 
 def _two_digits(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:.2g}"
+
+
+def _four_digits(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
 def _limit(check: Check) -> str:

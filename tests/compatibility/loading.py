@@ -7,9 +7,9 @@ newest transformers in its place, runs the card's code in both, as it stands the
 code's prompt and, if the model has a vision tower, of a prompt about an image. Exits with 1 and prints both if they
 differ. Takes minutes and about 15 GB of disk space, PyTorch's twice.
 
-RELEASE is a directory with README.md and the checkpoint. Without one, the releases are those of the built-in model and
-of its language model alone, made in a temporary store; if both pass, the versions go into tasks/card/loads_in.json,
-from which cards quote them.
+RELEASE is a directory with README.md and the checkpoint. Without one, the releases are those of the built-in model, of
+its language model alone, and of the built-in model with a calibrated recipe, made in a temporary store; if all pass,
+the versions go into tasks/card/loads_in.json, from which cards quote them.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.builtin import BUILTIN
+from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
 from tests.conftest import CommandLine
 from tests.text_only import write_text_only
 
@@ -44,11 +44,20 @@ def main() -> int:
 
 
 def make_releases(root: Path) -> list[Path]:
-    """Returns the releases of the built-in model and of its language model alone."""
+    """Returns the releases of the built-in model, of its language model alone, and with a calibrated recipe."""
     run = CommandLine(root / "store", root / "prefect")
     text_only = write_text_only(BUILTIN["tiny-gemma3"], root / "tiny-text")
+    text, calibration = root / "text.txt", root / "calibration.txt"
+    lines = (BUILTIN_TEXTS["tiny-text"] / "text.txt").read_text("utf-8").splitlines(keepends=True)
+    text.write_text("".join(lines[: len(lines) // 2]), "utf-8")
+    calibration.write_text("".join(lines[len(lines) // 2 :]), "utf-8")
+    calibrated = ["--recipe", "GPTQ-INT8-INT4", "--calibration", str(calibration), "--text", str(text)]
     releases = []
-    for arguments in ([], ["--model", str(text_only), "--text", "tiny-text", "--limit", "2"]):
+    for arguments in (
+        [],
+        ["--model", str(text_only), "--text", "tiny-text", "--limit", "2"],
+        [*calibrated, "--limit", "2"],
+    ):
         outcome = run("run", *arguments, "--max-seq-len", "256", "--json")
         if outcome.code != 0:
             sys.exit(outcome.stderr)

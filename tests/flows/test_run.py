@@ -364,6 +364,14 @@ def test_the_cards_loading_code_gives_the_releases_model_and_its_answer(
         assert torch.equal(names["model"](ids).logits, load_model(release, torch.bfloat16)(ids).logits)
 
 
+def test_the_cards_python_code_generates_what_the_card_says(released: Outcome) -> None:
+    release = Path(released.summary["release"])
+    section = (release / "README.md").read_text().split("\n# Running `model.pte` in Python\n")[1]
+    code = section.split("```Py\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=release, capture_output=True, text=True, check=True)
+    assert metrics_of(released)["program"]["text"]["response"] in done.stdout
+
+
 def swap_rows(tensors: dict[str, Any], name: str) -> None:
     tensors[f"{name}._weight_qdata"] = tensors[f"{name}._weight_qdata"].roll(1, 0)
 

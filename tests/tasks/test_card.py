@@ -359,6 +359,27 @@ def test_any_texts_leave_a_card_as_it_is(texts: dict[str, str], released: Outcom
     assert faults(parse_metrics(metrics_of(released)), texts) == []
 
 
+def test_a_calibration_dataset_on_the_hub_is_in_the_metadata_and_a_text_file_is_not(measured: dict[str, Any]) -> None:
+    counts = {"sequences": 64, "answers": 0, "length": 512, "tokens": 32768}
+    for name, expected in (("Salesforce/wikitext", ["Salesforce/wikitext"]), ("notes.txt", None)):
+        dataset = {"name": name, "revision": "a" * 40, "fixture": False}
+        text = card({**measured, "calibration": {"dataset": dataset, **counts}})
+        assert yaml.safe_load(text.split("---")[1]).get("datasets") == expected
+
+
+def test_the_card_starts_with_what_it_is_how_good_how_large_and_how_fast(measured: dict[str, Any]) -> None:
+    summary = card(measured).split("\n# Running with transformers\n")[0]
+    for row in (
+        "size",
+        "KL divergence from the base model, nats",
+        "same top token as the base model",
+        "speed, tokens/s",
+    ):
+        assert f"| {row} |" in summary, row
+    for benchmark in measured["benchmarks"].values():
+        assert f"| {benchmark['title']} |" in summary
+
+
 def test_a_number_to_yaml_1_2_stays_a_text(measured: dict[str, Any]) -> None:
     measured["benchmarks"]["mmlu"]["dataset"]["revision"] = "12e34"
     assert 'revision: "12e34"' in card(measured)

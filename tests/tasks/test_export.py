@@ -82,6 +82,7 @@ def divergences(program: str, checkpoint: str) -> dict[str, Any]:
 
 
 @pytest.mark.long
+@pytest.mark.longest
 @pytest.mark.parametrize("custom_sdpa", [True, False])
 def test_without_the_custom_cache_a_program_is_correct_within_the_sliding_window(
     custom_sdpa: bool, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

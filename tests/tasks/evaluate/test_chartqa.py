@@ -311,6 +311,7 @@ def test_a_program_answers_as_its_checkpoint_and_with_causal_attention_over_imag
 
 
 @pytest.mark.long
+@pytest.mark.longest
 def test_an_answer_that_the_programs_sequences_cut_off_does_not_count(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
