@@ -44,9 +44,9 @@ def diagnose(
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.
         recipe: Name of a built-in recipe, or path to a JSON recipe file.
         revision: Branch, tag, or commit of the model repository. [default: the default branch]
-        calibration: What a calibrated recipe is calibrated on, as in a run. [default: none]
-        text: A text file, or a mirror of WikiText-2. [default: that of a run]
-        text_windows: Number of windows of the text, 511 tokens each.
+        calibration: Text to calibrate on, for a calibrated recipe, as in a run. [default: none]
+        text: Text to measure on: a file, or a mirror of WikiText-2. [default: as in a run]
+        text_windows: Number of windows of that text; the first 256 tokens of each are used.
         device: Device; auto: a GPU if there is one.
         refresh: Stages to run again even if their results are cached. [default: none]
         offline: Use only what is already in the store, without contacting the Hub.

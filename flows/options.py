@@ -91,45 +91,46 @@ class EvaluationOptions(Options):
     tasks: OptionalText = Field(
         default=None,
         description=(
-            f"Benchmarks, separated by commas: {', '.join(BENCHMARKS)}, or any other task or group of lm-eval. Those "
-            f"with images are left out for a text-only model. [default: {','.join(DEFAULT_TASKS)}; of the built-in "
-            f"model, {','.join(FIXTURE_TASKS)}]"
+            f"Benchmarks, separated by commas: {', '.join(BENCHMARKS)}, or any other lm-eval task or group. Those with "
+            f"images are skipped for a text-only model. [default: {','.join(DEFAULT_TASKS)}; for the built-in model, "
+            f"{','.join(FIXTURE_TASKS)}]"
         ),
     )
     dataset: Texts = Field(
         default=(),
         description=(
-            "Other source of a benchmark's dataset, of the same layout, as in mmlu=./mirror or "
-            "mmlu=org/mirror@revision. [default: the benchmark's own; of the built-in model, the built-in fixtures]"
+            "Another source with the same layout for a benchmark's dataset, as in mmlu=./mirror or "
+            "mmlu=org/mirror@revision. [default: the benchmark's own; for the built-in model, the built-in fixtures]"
         ),
     )
     text: OptionalText = Field(
         default=None,
         description=(
             "Text on which the release is compared with its base model, token by token: a file such as ./notes.txt, or "
-            f"{WIKITEXT} or a mirror of it, @REVISION after it. [default: {WIKITEXT}; of the built-in model, tiny-text]"
+            f"{WIKITEXT} or a mirror of it, optionally with @REVISION. [default: {WIKITEXT}; for the built-in model, "
+            "tiny-text]"
         ),
     )
     reference_model: OptionalText = Field(
         default=None,
         description=(
             "Another model to compare the release with on that text, such as the one before quantization-aware "
-            "training: Hub repository, @REVISION after it, or local directory. [default: none]"
+            "training: Hub repository, optionally with @REVISION, or local directory. [default: none]"
         ),
     )
     text_windows: Count = Field(
-        default=16, description="Number of windows of that text, 511 tokens each; the limit bounds it, too."
+        default=16, description="Maximum number of windows of that text, 511 tokens each; limit caps it, too."
     )
     limit: Count | None = Field(
-        default=None, description="Number of documents per task, such as an MMLU subject. [default: all]"
+        default=None, description="Maximum number of documents per task; each MMLU subject is a task. [default: all]"
     )
     batch_size: Count | Literal["auto"] = Field(
         default="auto",
-        description=("Maximum number of requests per batch; auto: as many as fit into 4,096 tokens (32,768 on a GPU)."),
+        description=("Maximum number of requests per batch; auto: as many as fit in 4,096 tokens (32,768 on a GPU)."),
     )
     program_samples: Count = Field(
         default=100,
-        description="Size of the fixed sample of each benchmark that the exported program is evaluated on, at most.",
+        description="Maximum size of the fixed sample of each benchmark on which the exported program is evaluated.",
     )
     max_new_tokens: Count = Field(default=64, description="Maximum number of tokens generated in each smoke test.")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -140,21 +141,21 @@ class EvaluationOptions(Options):
         default=1,
         ge=1,
         le=1000,
-        description="Number of parts in which requests are answered; each is a process that loads its own model.",
+        description="Number of processes that answer the requests; each loads its own copy of the model.",
     )
     cluster: OptionalText = Field(
         default=None,
         description=(
-            "Address of the cluster that runs the evaluation: tcp://… (Dask) or ray://… (Ray); it must share the "
-            "store. [default: none, run on this machine]"
+            "Address of the cluster that runs the evaluation: tcp://… (Dask) or ray://… (Ray); its machines must share "
+            "the store. [default: none, run on this machine]"
         ),
     )
 
     device_report: OptionalText = Field(
         default=None,
         description=(
-            "Report of the program's speed on a phone, a JSON file of `python -m benchmarks.device_report`, for the "
-            "card. [default: none]"
+            "JSON file from `python -m benchmarks.device_report` with the program's speed on a phone, for the card. "
+            "[default: none]"
         ),
     )
 
@@ -197,12 +198,12 @@ class ExportOptions(Options):
         default=True, description="Use ExecuTorch's custom KV cache kernels; requires custom_sdpa."
     )
     last_logits_only: bool = Field(
-        default=True, description="Return the logits of the last token only, which is all that generation needs."
+        default=True, description="Return only the logits of the last token, which is all that generation needs."
     )
     bidirectional_images: bool = Field(
         default=True,
         description="Let the tokens of an image attend to each other in both directions, as in the model; requires "
-        "custom_kv_cache. Without it, attention is causal, as in the programs of optimum-executorch.",
+        "custom_kv_cache. If off, attention is causal, as in optimum-executorch's programs.",
     )
 
     @model_validator(mode="after")
@@ -219,22 +220,22 @@ class GateOptions(Options):
     max_kl: Limit = Field(
         default=0.25,
         description=(
-            "Maximum mean KL divergence of the quantized checkpoint from the base model on text, in nats; none: record "
-            "it without judging."
+            "Maximum mean KL divergence of the quantized checkpoint from the base model on the text, in nats; none: "
+            "record it without a limit."
         ),
     )
     min_same_top: Limit = Field(
         default=70.0,
         description=(
-            "Minimum share of that text's tokens whose most likely token is the base model's, in percent; none: record "
-            "it without judging."
+            "Minimum share of positions in the text at which the most likely token is also the base model's, in "
+            "percent; none: record it without a limit."
         ),
     )
     limit_drop: Annotated[Text, Parameter(show_default=False)] = Field(
         default="",
         description=(
-            "Maximum drop of benchmarks' scores from the base model's, in points (of a perplexity: rise in percent), "
-            f"as in mmlu=2,gsm8k=5. [default: {', '.join(_default_drops())}]"
+            "Maximum drop of each benchmark's score from the base model's, in points (for a perplexity, maximum "
+            f"increase in percent), as in mmlu=2,gsm8k=5. [default: {', '.join(_default_drops())}]"
         ),
     )
     min_recovery: float = Field(
@@ -244,20 +245,20 @@ class GateOptions(Options):
         default=2.0,
         ge=0,
         description=(
-            "Maximum share of answers that the program changes beyond those that activation quantization changes, "
-            "in points."
+            "Maximum share of answers that the program changes, in points above the share that activation quantization "
+            "alone changes."
         ),
     )
     max_kl_ratio: float = Field(
         default=2.0,
         gt=0,
         description=(
-            "Maximum KL divergence of the program from the checkpoint, as a multiple of the KL divergence due to "
-            "activation quantization."
+            "Maximum KL divergence of the program from the checkpoint, as a multiple of the KL divergence that "
+            "activation quantization alone causes."
         ),
     )
     max_regression: float = Field(
-        default=1.0, ge=0, description="Maximum drop of a score from the published release, in points."
+        default=1.0, ge=0, description="Maximum drop of a score from the published release's, in points."
     )
 
     def drops(self) -> dict[str, float]:
@@ -291,8 +292,8 @@ class PublishingOptions(Options):
     publish_samples: Flag = Field(
         default=False,
         description=(
-            "Put the prompts and responses of every score into the release, with the questions of the benchmarks' "
-            "datasets in them."
+            "Add the prompts and responses behind every score to the release, which include the questions of the "
+            "benchmarks' datasets."
         ),
     )
     adopt: Flag = Field(
@@ -319,7 +320,10 @@ class RunOptions(Options):
     )
     calibration: OptionalText = Field(
         default=None,
-        description="Text file, or Hub dataset as in org/name@revision:files, for a calibrated recipe. [default: none]",
+        description=(
+            "Text to calibrate on, for a calibrated recipe: a file, or a Hub dataset as in org/name@revision:files. "
+            "[default: none]"
+        ),
     )
     target: OptionalText = Field(
         default=None, description="Hub repository to publish the release to. [default: none, not published]"
@@ -399,13 +403,15 @@ class DiagnoseOptions(Options):
         default=None, description="Branch, tag, or commit of the model repository. [default: the default branch]"
     )
     calibration: OptionalText = Field(
-        default=None, description="What a calibrated recipe is calibrated on, as in a run. [default: none]"
+        default=None, description="Text to calibrate on, for a calibrated recipe, as in a run. [default: none]"
     )
     text: OptionalText = Field(
         default=None,
-        description=f"Text: a file such as ./notes.txt, or a mirror of {WIKITEXT}. [default: that of a run]",
+        description=f"Text to measure on: a file, such as ./a.txt, or a mirror of {WIKITEXT}. [default: as in a run]",
     )
-    text_windows: Count = Field(default=2, description="Number of windows of that text, 511 tokens each.")
+    text_windows: Count = Field(
+        default=2, description="Number of windows of that text; the first 256 tokens of each are used."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Device; auto: a GPU if there is one.")
     refresh: Texts = Field(
         default=(), description="Stages to run again even if their results are cached. [default: none]"

@@ -9,9 +9,10 @@ from quantize_gemma.flows.options import Options, RunOptions
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "parameters.md"
 INTRODUCTION = """# Parameters of a run
 
-Each parameter is a flag on the command line (`--max-seq-len 2048`), a parameter of a deployment
-(`--param 'export={"max_seq_len": 2048}'`), and a field of the form in Prefect's UI. Those without a group are top-level
-(`--param model=…`). A group that you pass replaces the deployment's whole group.
+Each parameter is a flag on the command line (`--max-seq-len 2048`), a parameter of a deployment, and a field of the
+form in Prefect's UI. For a deployment, the parameters below a group's heading are passed together
+(`--param 'export={"max_seq_len": 2048}'`), and replace the deployment's values for the whole group. The parameters of
+the first table have no group (`--param model=…`).
 """
 
 

@@ -206,7 +206,7 @@ BENCHMARKS = {
             check=f"{DATASETS}:check_mmlu",
             fixture="mmlu-mini",
             task_type="multiple-choice",
-            words="It is zero-shot.",
+            words="The evaluation is zero-shot.",
         ),
         Benchmark(
             name="chartqa",
@@ -232,10 +232,10 @@ BENCHMARKS = {
             task_type="visual-question-answering",
             is_own_task=True,
             words=(
-                'It is evaluated with the lmms-eval protocol: the prompt "Answer the question with a single word.", '
-                "16 new tokens, and relaxed accuracy. Normalized accuracy also accepts equivalent forms of an answer, "
-                'such as "two" for 2. It is a custom task of quantize-gemma that uses the hf-multimodal model of '
-                "lm-evaluation-harness: the command in the next section runs it."
+                'It follows the lmms-eval protocol: the prompt "Answer the question with a single word.", at most 16 '
+                "new tokens, and relaxed accuracy. Normalized accuracy also accepts equivalent forms of an answer, "
+                'such as "two" for 2. The task is part of quantize-gemma and uses the hf-multimodal model of '
+                "lm-evaluation-harness; the command in the next section runs it."
             ),
         ),
         Benchmark(
@@ -271,7 +271,7 @@ BENCHMARKS = {
             kind="generate_until",
             num_fewshot=5,
             max_drop=10.0,
-            words="The last number of the answer counts; strict match wants it after ####.",
+            words="The last number in the response counts as the answer; strict match requires it after ####.",
             program_samples=50,
             files=("README.md", "main/*.parquet"),
             fixture="gsm8k-mini",
@@ -279,7 +279,7 @@ BENCHMARKS = {
         Benchmark(
             name="ifeval",
             title="IFEval",
-            words="It is the share of the prompts whose instructions are all followed, checked strictly.",
+            words="This is the share of prompts whose instructions are all followed, with strict checks.",
             task="ifeval",
             dataset="google/IFEval",
             metric="prompt_level_strict_acc",
@@ -298,7 +298,7 @@ BENCHMARKS = {
         Benchmark(
             name="wikitext",
             title="WikiText-2",
-            words="It is the perplexity per word of the test split.",
+            words="This is the perplexity per word on the test split.",
             task="wikitext",
             dataset="EleutherAI/wikitext_document_level",
             metric="word_perplexity",

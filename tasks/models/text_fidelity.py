@@ -162,10 +162,10 @@ def fidelity_rows(
         {
             "measurement": title,
             "KL, nats": _with_stderr(one.kl_mean, one.kl_mean_stderr, 4),
-            "99 %": f"{one.kl_99:.3f}",
+            "KL p99": f"{one.kl_99:.3f}",
             "same top, %": _with_stderr(100 * one.same_top, _percent(one.same_top_stderr), 1),
             "perplexity": _perplexity(one.ppl),
-            "base": _perplexity(one.ppl_base),
+            "base perplexity": _perplexity(one.ppl_base),
             "tokens": f"{one.tokens:,}",
             "gate": ", ".join(checks) if one is quantized else "",
         }

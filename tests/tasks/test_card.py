@@ -87,7 +87,9 @@ def test_the_first_table_is_the_distance_from_the_base_model_and_says_why_a_rele
 ) -> None:
     text = card(measured)
     first = text[text.index("\n| ") :].split("\n\n")[0].strip().splitlines()
-    assert first[0] == "| measurement | KL, nats | 99 % | same top, % | perplexity | base | tokens | gate |"
+    assert (
+        first[0] == "| measurement | KL, nats | KL p99 | same top, % | perplexity | base perplexity | tokens | gate |"
+    )
     assert [line.split("|")[1].strip() for line in first[2:]] == ["as shipped", "program", "weights only", "chat"]
     assert first[2].endswith("| 7,154 | KL ≤ 0.25: pass, same top ≥ 70: pass |")
     assert "fails the gate" not in text
