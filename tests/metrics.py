@@ -28,6 +28,16 @@ CHARTQA_INFO = {
     "dataset": {"name": "HuggingFaceM4/ChartQA", "revision": "d" * 40, "fixture": False},
 }
 RESPONSE = {"prompt": "Hey?", "response": "Hello."}
+SPEED: dict[str, Any] = {
+    "rounds": 2,
+    "prompt_tokens": 20,
+    "generated_tokens": 32,
+    "load_seconds": 0.5,
+    "first_token_seconds": 0.1,
+    "prefill_tokens_per_second": 200.0,
+    "decode_tokens_per_second": 12.5,
+    "peak_rss_bytes": 10,
+}
 SAMPLE = {
     **MMLU,
     "samples": 100,
@@ -72,7 +82,14 @@ METRICS: dict[str, Any] = {
     "max_seq_len": 1024,
     "run_id": "c0ffee",
     "commands": {"run": "quantize-gemma run", "mmlu": "lm_eval --tasks mmlu"},
-    "versions": {"lm-eval": "0.4.13", "torch": "2", "torchao": "0", "transformers": "5", "optimum-executorch": "1"},
+    "versions": {
+        "lm-eval": "0.4.13",
+        "torch": "2",
+        "torchao": "0",
+        "transformers": "5",
+        "optimum-executorch": "1",
+        "executorch": "1",
+    },
     "loads_in": [],
     "pairs": {"mmlu": {"both": 90, "first": 0, "second": 0, "neither": 10}},
     "base": {"bytes": 1000, "mmlu": MMLU},
@@ -102,7 +119,7 @@ METRICS: dict[str, Any] = {
         "runner": [{"name": "stop", "cases": 1, "failed": 0, "examples": []}],
         "processor": "A processor",
         "threads": 2,
-        "speed": {},
+        "speed": {"text": SPEED},
         "mmlu": SAMPLE,
     },
     "stages": {"quantize": {"seconds": 1.5, "peak_rss_bytes": 10, "bytes": 500}},
