@@ -91,37 +91,38 @@ class EvaluationOptions(Options):
     tasks: OptionalText = Field(
         default=None,
         description=(
-            f"Benchmarks, separated by commas: {', '.join(BENCHMARKS)}, or any other task or group of lm-eval. Those "
-            f"with images are left out for a text-only model. [default: {','.join(DEFAULT_TASKS)}; of the built-in "
+            f"Comma-separated benchmarks: {', '.join(BENCHMARKS)}, or any other lm-eval task or group. Benchmarks "
+            f"with images are skipped for a text-only model. [default: {','.join(DEFAULT_TASKS)}; for the built-in "
             f"model, {','.join(FIXTURE_TASKS)}]"
         ),
     )
     dataset: Texts = Field(
         default=(),
         description=(
-            "Other source of a benchmark's dataset, of the same layout, as in mmlu=./mirror or "
-            "mmlu=org/mirror@revision. [default: the benchmark's own; of the built-in model, the built-in fixtures]"
+            "Another source with the same layout for a benchmark's dataset, for example mmlu=./mirror or "
+            "mmlu=org/mirror@revision. [default: the benchmark's own; for the built-in model, the built-in fixtures]"
         ),
     )
     text: OptionalText = Field(
         default=None,
         description=(
             "Text on which the release is compared with its base model, token by token: a file such as ./notes.txt, or "
-            f"{WIKITEXT} or a mirror of it, @REVISION after it. [default: {WIKITEXT}; of the built-in model, tiny-text]"
+            f"{WIKITEXT} or a mirror of it, optionally with @REVISION. [default: {WIKITEXT}; for the built-in model, "
+            "tiny-text]"
         ),
     )
     reference_model: OptionalText = Field(
         default=None,
         description=(
-            "Another model to compare the release with on that text, such as the one before quantization-aware "
-            "training: Hub repository, @REVISION after it, or local directory. [default: none]"
+            "Another model to compare the release with on the same text, such as the one before quantization-aware "
+            "training: a Hub repository, optionally with @REVISION, or a local directory. [default: none]"
         ),
     )
     text_windows: Count = Field(
-        default=16, description="Number of windows of that text, 511 tokens each; the limit bounds it, too."
+        default=16, description="Maximum number of windows of the text, 511 tokens each; limit caps it, too."
     )
     limit: Count | None = Field(
-        default=None, description="Number of documents per task, such as an MMLU subject. [default: all]"
+        default=None, description="Maximum number of documents per task; each MMLU subject is a task. [default: all]"
     )
     batch_size: Count | Literal["auto"] = Field(
         default="auto",
@@ -129,18 +130,18 @@ class EvaluationOptions(Options):
     )
     program_samples: Count = Field(
         default=100,
-        description="Size of the fixed sample of each benchmark that the exported program is evaluated on, at most.",
+        description="Maximum size of the fixed sample of each benchmark that the exported program is evaluated on.",
     )
     max_new_tokens: Count = Field(default=64, description="Maximum number of tokens generated in each smoke test.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
-        description="Device for the evaluation; auto: a GPU if there is one; cuda: quantize on the GPU, too.",
+        description="Device for the evaluation; auto: a GPU if there is one; cuda: also quantize on the GPU.",
     )
     workers: int = Field(
         default=1,
         ge=1,
         le=1000,
-        description="Number of parts in which requests are answered; each is a process that loads its own model.",
+        description="Number of parallel evaluation workers; each is a process that loads its own copy of the model.",
     )
     cluster: OptionalText = Field(
         default=None,
@@ -153,8 +154,8 @@ class EvaluationOptions(Options):
     device_report: OptionalText = Field(
         default=None,
         description=(
-            "Report of the program's speed on a phone, a JSON file of `python -m benchmarks.device_report`, for the "
-            "card. [default: none]"
+            "JSON file with the program's speed on a phone, written by `python -m benchmarks.device_report`; shown on "
+            "the card. [default: none]"
         ),
     )
 
@@ -219,22 +220,22 @@ class GateOptions(Options):
     max_kl: Limit = Field(
         default=0.25,
         description=(
-            "Maximum mean KL divergence of the quantized checkpoint from the base model on text, in nats; none: record "
-            "it without judging."
+            "Maximum mean KL divergence of the quantized checkpoint from the base model on text, in nats; none: report "
+            "it without a limit."
         ),
     )
     min_same_top: Limit = Field(
         default=70.0,
         description=(
-            "Minimum share of that text's tokens whose most likely token is the base model's, in percent; none: record "
-            "it without judging."
+            "Minimum share of the text's positions at which the quantized checkpoint's most likely token is the base "
+            "model's, in percent; none: report it without a limit."
         ),
     )
     limit_drop: Annotated[Text, Parameter(show_default=False)] = Field(
         default="",
         description=(
-            "Maximum drop of benchmarks' scores from the base model's, in points (of a perplexity: rise in percent), "
-            f"as in mmlu=2,gsm8k=5. [default: {', '.join(_default_drops())}]"
+            "Maximum drop of a benchmark's score below the base model's, in points (for a perplexity: maximum rise, in "
+            f"percent), for example mmlu=2,gsm8k=5. [default: {', '.join(_default_drops())}]"
         ),
     )
     min_recovery: float = Field(
@@ -244,8 +245,8 @@ class GateOptions(Options):
         default=2.0,
         ge=0,
         description=(
-            "Maximum share of answers that the program changes beyond those that activation quantization changes, "
-            "in points."
+            "Maximum share of answers that the program changes, in points, after subtracting the share that "
+            "activation quantization alone changes."
         ),
     )
     max_kl_ratio: float = Field(
@@ -261,7 +262,7 @@ class GateOptions(Options):
     )
 
     def drops(self) -> dict[str, float]:
-        """Return {benchmark: maximum drop} as far as limit_drop says."""
+        """Return {benchmark: maximum drop} for the benchmarks in limit_drop."""
         pairs = [text.partition("=") for text in self.limit_drop.split(",") if text.strip()]
         return {name.strip(): float(value) for name, _, value in pairs}
 
@@ -273,7 +274,7 @@ class GateOptions(Options):
             valid = False
         if not valid:
             raise ValueError(
-                f"limit_drop {self.limit_drop!r}: must be BENCHMARK=POINTS, separated by commas, at least 0"
+                f"limit_drop {self.limit_drop!r}: must be comma-separated BENCHMARK=POINTS, with points of at least 0"
             )
         return self
 
@@ -291,8 +292,8 @@ class PublishingOptions(Options):
     publish_samples: Flag = Field(
         default=False,
         description=(
-            "Put the prompts and responses of every score into the release, with the questions of the benchmarks' "
-            "datasets in them."
+            "Include the prompts and responses behind every score in the release; they contain the benchmarks' "
+            "questions."
         ),
     )
     adopt: Flag = Field(
@@ -319,7 +320,9 @@ class RunOptions(Options):
     )
     calibration: OptionalText = Field(
         default=None,
-        description="Text file, or Hub dataset as in org/name@revision:files, for a calibrated recipe. [default: none]",
+        description=(
+            "Text file, or Hub dataset such as org/name@revision:files, for a calibrated recipe. [default: none]"
+        ),
     )
     target: OptionalText = Field(
         default=None, description="Hub repository to publish the release to. [default: none, not published]"
@@ -361,7 +364,7 @@ class RunOptions(Options):
     def _check_names(self) -> Self:
         names = self.evaluation.benchmark_names(self.model in BUILTIN)
         if not names:
-            raise ValueError(f"tasks names no benchmark: use {', '.join(BENCHMARKS)}, or a task of lm-eval")
+            raise ValueError(f"tasks is empty: use {', '.join(BENCHMARKS)}, or an lm-eval task")
         for text in self.evaluation.dataset:
             name, sign, source = text.partition("=")
             if not sign or not source or name not in names:
@@ -386,7 +389,7 @@ class RunOptions(Options):
 
 @Parameter(name="*", group=Group.create_ordered("Diagnosis"))
 class DiagnoseOptions(Options):
-    """What is diagnosed: the model and the recipe, and the texts."""
+    """The model, the recipe, and the text of a diagnosis."""
 
     model: ModelName = Field(
         default="tiny-gemma3",
@@ -399,14 +402,19 @@ class DiagnoseOptions(Options):
         default=None, description="Branch, tag, or commit of the model repository. [default: the default branch]"
     )
     calibration: OptionalText = Field(
-        default=None, description="What a calibrated recipe is calibrated on, as in a run. [default: none]"
+        default=None,
+        description=(
+            "Text file, or Hub dataset such as org/name@revision:files, for a calibrated recipe. [default: none]"
+        ),
     )
     text: OptionalText = Field(
         default=None,
-        description=f"Text: a file such as ./notes.txt, or a mirror of {WIKITEXT}. [default: that of a run]",
+        description=f"Text file such as ./notes.txt, or a mirror of {WIKITEXT}. [default: as in a run]",
     )
-    text_windows: Count = Field(default=2, description="Number of windows of that text, 511 tokens each.")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Device; auto: a GPU if there is one.")
+    text_windows: Count = Field(default=2, description="Number of windows of the text, 511 tokens each.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Device to run on; auto: a GPU if there is one."
+    )
     refresh: Texts = Field(
         default=(), description="Stages to run again even if their results are cached. [default: none]"
     )
