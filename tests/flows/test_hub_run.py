@@ -188,7 +188,7 @@ def test_offline_a_run_goes_on_with_what_it_has_and_says_so(
         (("--revision", "v9"), {}, ["no revision 'v9'"]),
         (("--target", "stranger/tiny"), {}, ["stranger", "robot"]),
         (("--target", TARGET), {"HF_TOKEN_WRITE": "hf_MARKEDwrong00"}, ["refuses the token"]),
-        (("--target", TARGET), {"HF_TOKEN_WRITE": READER}, ["may only read"]),
+        (("--target", TARGET), {"HF_TOKEN_WRITE": READER}, ["is read-only"]),
         (("--target", MODEL), {}, ["target is the model itself"]),
         (
             ("--target", NOTES),

@@ -354,7 +354,7 @@ def test_of_an_archive_that_a_task_needs_the_pinned_folder_is_unpacked_and_nothi
     _fetch_resource(tmp_path / "target", archive)
     files = [path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*.*")]
     assert files == ["data/english/list.txt"]
-    with pytest.raises(StageFailed, match="has another SHA-256 than 000: it is not used"):
+    with pytest.raises(StageFailed, match="does not have the pinned SHA-256 000: it is not used"):
         _fetch_resource(tmp_path / "other", replace(archive, sha256="000"))
     with pytest.raises(StageFailed, match=r"nothing\.zip cannot be fetched: .*404"):
         _fetch_resource(tmp_path / "other", replace(archive, url=archive.url.replace("words", "nothing")))

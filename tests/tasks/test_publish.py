@@ -261,14 +261,14 @@ def test_a_repository_that_holds_something_else_than_was_sent_is_named(
         return commit(kind, name, ref, {n: file for n, file in added.items() if n != "model.pte"}, *rest, **more)
 
     monkeypatch.setattr(hub.storage, "commit", lose_a_file)
-    with pytest.raises(StageFailed, match=f"{TARGET} at .* does not hold what was uploaded: model.pte"):
+    with pytest.raises(StageFailed, match=f"{TARGET} at .* differs from the release after the upload: check model.pte"):
         publish(hub, release)
 
 
 @pytest.mark.parametrize(
     ("token", "repository", "words"),
     [
-        (READER, TARGET, ["may only read", "HF_TOKEN_WRITE"]),
+        (READER, TARGET, ["is read-only", "HF_TOKEN_WRITE"]),
         ("hf_unknown00000", TARGET, ["refuses the token", "valid"]),
         (WRITER, "stranger/tiny", ["stranger", "me"]),
         (WRITER, "not a name", ["not a name"]),
