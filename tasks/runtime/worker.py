@@ -167,7 +167,7 @@ class Worker:
             message = redact(event["message"]) + (f"\n{tail}" if event["event"] == "error" else "")
             raise StageFailed(message.strip(), event["transient"], event["retry_after"])
         if seconds_allowed and time.monotonic() - started >= seconds_allowed:
-            raise StageFailed(f"it was ended after {seconds_allowed:,.0f} s, the longest that it may take")
+            raise StageFailed(f"it was stopped after {seconds_allowed:,.0f} s, the time limit of a stage")
         raise StageFailed(f"its process ended with {describe_exit(code)}\n{tail}".strip())
 
     def _next_event(self, progress: Progress, logger: Logger | None) -> Event:

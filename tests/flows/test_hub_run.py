@@ -284,7 +284,7 @@ def test_what_the_hub_refuses_when_all_is_made_is_a_failure_not_a_mistake(
     summary = refused.summary
     assert (
         summary["error"]
-        == f"publish: the quota for {TARGET}-full is used up (no room): make room there or ask for more"
+        == f"publish: the quota for {TARGET}-full is used up (no room): free some space there, or ask for more"
     )
     assert refused.stderr.count(summary["error"]) == 1
     assert "publish: failed" in refused.stderr

@@ -468,7 +468,7 @@ def test_a_hub_that_wants_to_be_left_alone_for_years_ends_the_upload_at_once(
     hub: Hub, release: Path, path: str
 ) -> None:
     hub.faults.add(method="POST", path=path, status=429, headers={"Retry-After": "99999999999"})
-    with pytest.raises(StageFailed, match="not to be asked again for more than a year") as failure:
+    with pytest.raises(StageFailed, match="does not allow another request for more than a year") as failure:
         publish(hub, release)
     assert not failure.value.transient
     assert len(hub.served("POST", path)) == 1
