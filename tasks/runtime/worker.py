@@ -1,7 +1,7 @@
-"""Runs a stage's work in a process of its own: its memory comes back, and its death is the stage's failure.
+"""Runs a stage's work in its own process: its memory is freed at the end, and if it dies, only the stage fails.
 
-Four modules share this: here is the side of the run, fork_server.py starts the processes, worker_main.py is what they
-do, and reporting.py is how code in them reports. What they report and return are lines of JSON in a pipe.
+Four modules share this: this one is the side of the run, fork_server.py starts the processes, worker_main.py runs in
+them, and reporting.py is how their code reports. Reports and results are lines of JSON in a pipe.
 """
 
 import contextlib
