@@ -42,7 +42,7 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
     text = (release / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
     described = {KL_CHART: "KL divergence from the base model"}
     if metrics.quantized.output_error:
-        described[ERROR_CHART] = "Error of the outputs after calibration, by block"
+        described[ERROR_CHART] = "Output error after calibration, by decoder block"
     described |= {
         name: f"{metrics.benchmarks[benchmark].title} by subject" for benchmark, name in charts(metrics).items()
     }

@@ -108,7 +108,7 @@ def draw_output_error(metrics: Metrics, path: Path) -> None:
     axes.set(yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label(axes, "decoder block", "squared error of the outputs, %")
-    figure.text(0.04, 0.94, "Error of the outputs after calibration, by block", fontsize=10.5)
+    figure.text(0.04, 0.94, "Output error after calibration, by decoder block", fontsize=10.5)
     figure.legend(
         loc="upper left", bbox_to_anchor=(0.02, 0.93), ncols=4, fontsize=FONT_SIZE, frameon=False, handlelength=1.2
     )
