@@ -301,7 +301,7 @@ def check_disk(
     if free < needed:
         raise UserError(
             f"the run needs about {needed / 1e9:,.1f} GB in {store.home()}, but {free / 1e9:,.1f} GB are free: "
-            "make room, or set QUANTIZE_GEMMA_HOME to a larger disk"
+            "free some space, or set QUANTIZE_GEMMA_HOME to a larger disk"
         )
 
 

@@ -126,7 +126,7 @@ def check_exportable(target: Path, checkpoint: Path) -> None:
     if free < needed:
         raise UserError(
             f"the program takes about {human_size(needed)}, but {human_size(free)} are free where {target} is: "
-            "make room, or set QUANTIZE_GEMMA_HOME to a larger disk"
+            "free some space, or set QUANTIZE_GEMMA_HOME to a larger disk"
         )
 
 

@@ -272,7 +272,7 @@ def test_a_repository_that_holds_something_else_than_was_sent_is_named(
         ("hf_unknown00000", TARGET, ["refuses the token", "valid"]),
         (WRITER, "stranger/tiny", ["stranger", "me"]),
         (WRITER, "not a name", ["not a name"]),
-        (SCOPED, "me/tiny", ["'me'", "in team"]),
+        (SCOPED, "me/tiny", ["'me'", "(team)"]),
     ],
 )
 def test_a_target_that_cannot_be_written_is_found_before_anything_starts(
