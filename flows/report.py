@@ -130,7 +130,7 @@ class Terminal(logging.Handler):
             if self.has_shown(message):
                 return
             self._reasons.add(message.partition(": ")[2])
-        # A terminal that was closed is no reason to fail.
+        # A closed terminal must not fail the run.
         with contextlib.suppress(OSError):
             tqdm.write(f"quantize-gemma: {message}", file=sys.stderr)
 

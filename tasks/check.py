@@ -88,7 +88,7 @@ def check_run(
 ) -> dict[str, Any]:
     """Return the plan of a run: {"recipe", "model", "device", "memory_bytes_needed", "disk_bytes_needed"}.
 
-    Of a model on the Hub only the name is checked, and the last two are missing.
+    For a model on the Hub, only the name is checked, and the last two are missing.
 
     Raises:
         UserError: The run cannot work.

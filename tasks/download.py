@@ -116,7 +116,7 @@ def resolve_text(source: str, revision: str | None, offline: bool) -> ResolvedDa
         return _dataset_on_hub(source, revision, offline)
     path = fixture / TEXT_FILE if fixture else Path(source).expanduser().resolve()
     if not path.is_file():
-        raise UserError(f"there is no text file {source}: use a text file, or {WIKITEXT}")
+        raise UserError(f"there is no text file {source}: check the path, or use {WIKITEXT}")
     name = source if fixture else path.name
     if not name.isprintable():
         raise UserError(f"the text file's name, {name!r}, is not one line of text: rename it")

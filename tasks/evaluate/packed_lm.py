@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 
 # More tokens per batch make no matrix product faster, only the memory larger.
 TOKENS = {"cpu": 4096, "cuda": 32_768}
-# The most positions of a batch; each is a row of logits over the vocabulary.
+# The maximum number of positions in a batch; each is a row of logits over the vocabulary.
 POSITIONS = 256
 # The last tokens of a text in which a stop sequence is looked for.
 STOP_TOKENS = 32
 
-# The most tokens of texts that are generated together, prompts included. For gemma-3-4b, 16,384 take 2.3 GB.
+# The maximum number of tokens of texts generated together, prompts included. For gemma-3-4b, 16,384 take 2.3 GB.
 CACHED_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 
 # lm-eval's: (strings or None, context, continuation), the last two as tokens.
@@ -270,7 +270,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         Args:
             groups: The sequences.
             counts: How many positions of each sequence.
-            caches: Of each group, if any, to be filled.
+            caches: The caches of the groups to fill, if any.
         """
         row = PackedRow(self.model.config, groups, self.device, caches, exact=not caches or self.exact)
         sequences = [sequence for group in groups for sequence in group.sequences]

@@ -45,7 +45,7 @@ def make_samples(output: Json, name: str, metric: str, requests: dict[tuple[str,
 
     A row has "task", "doc_id", "target", "prompt", "choices" of a multiple-choice task, "responses" (the choices'
     log-likelihoods in nats, or the text), "prediction" (the number of a choice, or what a filter left of the text), and
-    "score", the headline metric, None if it is no number for one document.
+    "score", the headline metric, None if it is not defined for one document.
     """
     rows = []
     column, _, filter_name = metric.partition(",")

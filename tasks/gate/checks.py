@@ -439,7 +439,7 @@ def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: floa
     Args:
         fidelity: The quantized checkpoint's, as shipped.
         max_kl: The largest mean KL divergence in nats; None records it without judging.
-        min_same_top: The smallest share of tokens with the same most likely token, in percent; None likewise.
+        min_same_top: The smallest share of tokens with the same most likely token, in percent; None as above.
     """
     kl, kl_stderr = _or_nan(fidelity.kl_mean), fidelity.kl_mean_stderr
     top, top_stderr = 100 * _or_nan(fidelity.same_top), fidelity.same_top_stderr

@@ -22,7 +22,7 @@ KINDS = {
     "loglikelihood_rolling": "loglikelihood_rolling",
     "generate_until": "generate_until",
 }
-# The columns of the evaluation. The last one is no release: the quantized checkpoint in float32 without quantized
+# The columns of the evaluation. The last one is not released: the quantized checkpoint in float32 without quantized
 # activations, which says how many of the program's differences activation quantization explains.
 ALL_COLUMNS = ("base", "quantized", "program", "no_act_quant")
 # The metrics that lm-eval gives in percent, unlike all others.

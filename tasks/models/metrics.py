@@ -414,8 +414,8 @@ class Check:
 
     Attributes:
         name: For example "mmlu_drop".
-        status: "uninformative", which is no failure, where there was nothing to compare, the base model answers by
-            chance, or no limit was set.
+        status: "uninformative", which does not fail the gate, if there was nothing to compare, the base model answers
+            by chance, or no limit was set.
         low_confidence: It passes, with a confidence below 95 %.
         value: What was measured; None if it is not a finite number.
         limit: What the value is compared with; None if it is recorded only.
