@@ -1,6 +1,6 @@
 """One decoder block through GPTQ at a model's shape, with random weights: `python -m benchmarks.calibrate --shape 4b`.
 
-Prints its time and peak memory, what the whole decoder takes at that rate, and what `quantize-gemma check` estimates.
+Prints its time and peak memory, the time of the whole decoder at that rate, and the estimate of `quantize-gemma check`.
 Random weights and hidden states take as long as real ones: nothing depends on their values but the order of columns.
 """
 
@@ -73,7 +73,7 @@ def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any
 
     settings = Calibration(sequences=sequences, answers=0)
     pair, states, rules = random_block(shape, settings, device)
-    # Compiling the kernels is once a machine.
+    # Kernels are compiled once per machine.
     started = time.monotonic()
     with torch.no_grad(), fast_products():
         quantize_block(pair, states, rules, settings)
@@ -113,8 +113,8 @@ def main() -> None:
         return
     hours = found["block_seconds"] * found["blocks"] / 3600
     print(f"{arguments.shape}, {arguments.sequences} x 512 tokens, on {arguments.device}:")
-    print(f"  {found['block_seconds']} s a block, {hours:.2f} hours for {found['blocks']} blocks without the head")
-    print(f"  {human_size(found['peak_rss_bytes'])} of memory at most")
+    print(f"  {found['block_seconds']} s per block, {hours:.2f} hours for {found['blocks']} blocks without the head")
+    print(f"  {human_size(found['peak_rss_bytes'])} of peak memory")
     print(
         f"  check: {found['check_seconds'] / 3600:.2f} hours with the head, {human_size(found['check_bytes'])}, "
         f"at {found['operations_per_second'] / 1e9:.0f} GFLOP/s"

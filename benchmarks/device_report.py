@@ -101,7 +101,7 @@ def measure(files: dict[str, Path], command: str, runs: int) -> tuple[Device, li
 
 
 def require_one_phone() -> None:
-    """Raises UserError unless adb has one phone to talk to."""
+    """Raises UserError unless adb has exactly one phone to use."""
     states = dict(line.split("\t", 1) for line in adb("devices").splitlines() if "\t" in line)
     chosen = os.environ.get("ANDROID_SERIAL")
     if chosen is not None and chosen not in states:
@@ -123,7 +123,7 @@ def adb(*words: str, name: str | None = None) -> str:
         raise UserError("there is no adb: install Android's platform-tools, and put adb on the PATH") from None
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"{name or f'adb {words[0]}'} did not end within {SECONDS} s: see that the phone is connected and unlocked"
+            f"{name or f'adb {words[0]}'} took more than {SECONDS} s: check that the phone is connected and unlocked"
         ) from None
     printed, errors = (stream.decode("utf-8", errors="replace") for stream in (done.stdout, done.stderr))
     if done.returncode != 0:
@@ -168,7 +168,7 @@ def parse_output(output: str) -> Measurement:
         raise UserError(f"the runner generated no tokens: check that the tokenizer is the program's; it says {stats}")
     peaks = [int(kilobytes) for kilobytes in re.findall(r"^VmHWM:\s+(\d+) kB", output, re.MULTILINE)]
     if not peaks:
-        raise UserError("the phone does not tell the runner's peak memory in /proc/PID/status: use another phone")
+        raise UserError("the phone does not report the runner's peak memory in /proc/PID/status: use another phone")
 
     def seconds(start: str, end: str) -> float:
         return max(stats[f"{end}_ms"] - stats[f"{start}_ms"], 1) / 1000
@@ -189,7 +189,7 @@ def medians(measured: list[Measurement], prompt: str) -> DeviceSpeed:
     """Returns the median of each number."""
     rows = [dataclasses.asdict(one) for one in measured]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    # Counts stay integers; what is not known of one run is not known.
+    # Counts stay integers; a value that is missing in one run is missing in the median.
     middle = {name: None if None in values else statistics.median_high(values) for name, values in columns.items()}
     return DeviceSpeed(prompt=prompt, runs=len(rows), **middle)
 
@@ -201,7 +201,7 @@ def read_device() -> Device:
     processor = " ".join(_properties("ro.soc.manufacturer", "ro.soc.model") or _properties("ro.board.platform"))
     memory = re.search(r"^MemTotal:\s+(\d+) kB", adb("shell", "cat /proc/meminfo"), re.MULTILINE)
     if memory is None:
-        raise UserError("the phone does not tell its memory in /proc/meminfo: use another phone")
+        raise UserError("the phone does not report its memory in /proc/meminfo: use another phone")
     return Device(
         model=name or "unknown",
         processor=processor or "unknown",

@@ -155,7 +155,7 @@ def measure(
     device: str,
     folder: Path,
 ) -> dict[str, Any]:
-    """Runs both. Returns the figures, and the lines that say them."""
+    """Runs both. Returns the figures, and the lines to print."""
     row = describe(task)
     common = {"dataset": str(dataset), "task": task, "limit": limit, "device": device}
     references = {}

@@ -1,8 +1,8 @@
 """Export, with optimum-executorch and ExecuTorch as they are and as the flow does it, in turn:
 `python -m benchmarks.export --shape 270m`.
 
-Both are optimum-executorch's own path with what it needs to run at all: an example image made from the configuration,
-float32 scales, max_seq_len honored, the metadata put right.
+Both use optimum-executorch's own path with the fixes that it needs to run at all: an example image made from the
+configuration, float32 scales, max_seq_len honored, and corrected metadata.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from benchmarks.side_by_side import compared, line, machine, run, show, version
 from quantize_gemma.tasks.runtime.patches import DISABLE
 from quantize_gemma.tasks.runtime.units import human_size
 
-# Prompts of these many tokens are given to both programs when their bytes differ.
+# If the programs' bytes differ, both run on prompts of this many tokens.
 LENGTHS = 1, 7, 60
 
 
 def measure(shape: str, max_seq_len: int, folder: Path) -> dict[str, Any]:
-    """Exports both ways. Returns the figures, and the lines that say them."""
+    """Exports both ways. Returns the figures, and the lines to print."""
     checkpoint = folder / f"quantized-{shape}"
     if not (checkpoint / "config.json").exists():
         checkpoint.mkdir(parents=True)
@@ -56,7 +56,7 @@ def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
 
 
 def compare(programs: list[str]) -> dict[str, Any]:
-    """Returns {"equal": in what two programs are}; runs them only if their bytes differ."""
+    """Returns {"equal": what two programs have in common}; runs them only if their bytes differ."""
     import filecmp
 
     import torch

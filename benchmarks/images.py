@@ -19,7 +19,7 @@ ROUNDS = 5
 
 
 def measure(shape: str, folder: Path) -> dict[str, Any]:
-    """Exports both programs and runs both in turn. Returns the figures, and the lines that say them."""
+    """Exports both programs and runs both in turn. Returns the figures, and the lines to print."""
     checkpoint = folder / f"quantized-{shape}"
     if not (checkpoint / "config.json").exists():
         checkpoint.mkdir(parents=True)
@@ -56,7 +56,7 @@ def measure(shape: str, folder: Path) -> dict[str, Any]:
         ),
         line("causal", causal),
         line("both directions", both),
-        f"size: {sizes['causal']:,} and {sizes['both directions']:,} bytes, {size:.4f} times as large",
+        f"size: {sizes['causal']:,} and {sizes['both directions']:,} bytes, ratio {size:.4f}",
         "the same logits of text" if equal else "DIFFERENT logits of text",
     ]
     return {**result, "ratio": ratios, "bytes": sizes, "lines": lines}

@@ -14,7 +14,7 @@ TOKENS = 1000
 
 
 def measure(shape: str, folder: Path) -> dict[str, Any]:
-    """Exports both programs and reads the same prompt with each. Returns the figures, and the lines that say them."""
+    """Exports both programs and reads the same prompt with each. Returns the figures, and the lines to print."""
     checkpoint = folder / f"quantized-{shape}"
     if not (checkpoint / "config.json").exists():
         checkpoint.mkdir(parents=True)

@@ -1,9 +1,9 @@
-"""What each recipe keeps of a model, and what it costs: `python -m benchmarks.quality --model DIR --text FILE`.
+"""Quality and size of each recipe on a model: `python -m benchmarks.quality --model DIR --text FILE`.
 
-Every recipe goes through the flow's own stages, each in a process of its own. Quality is fidelity's, of the weights
-alone: both models in float32 without quantized activations, on the first windows of the text. On disk an int4 weight
-takes a byte, so sizes are compared by the program and by `packed_bytes`: the bits of integers and scales, and what is
-not quantized.
+Every recipe runs through the flow's own stages, each in its own process. Quality is fidelity, weights only: both models
+in float32 without quantized activations, on the first windows of the text. On disk an int4 weight takes a byte, so
+sizes are compared by the program and by `packed_bytes`: the bits of integers and scales, and weights that are not
+quantized.
 """
 
 import argparse
@@ -181,17 +181,17 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the recipes' KL divergence over their packed size, as a file of the kind that its name says."""
+    """Draw the recipes' KL divergence over their packed size; the file name's extension sets the format."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, NullLocator
 
     figure = Figure(figsize=(7, 3.8), facecolor="white")
     axes = figure.add_axes((0.09, 0.13, 0.87, 0.76))
-    # On a logarithmic scale there is no place for a recipe that loses nothing.
+    # A lossless recipe cannot be drawn on a logarithmic scale.
     shown = [row for row in rows if row["kl_mean"] > 0]
     for row in shown:
         size, kl = row["packed_bytes"] / 1e6, row["kl_mean"]
-        # Labels of points that are close to each other, one over the other, are moved apart.
+        # Move overlapping labels of close points apart.
         ratios = [other["kl_mean"] / kl for other in shown if other["packed_bytes"] == row["packed_bytes"]]
         shift = 5 * (any(0.8 < ratio < 1 for ratio in ratios) - any(1 < ratio < 1.25 for ratio in ratios))
         axes.plot(size, kl, "o", color="#E69F00" if row["name"].startswith("HQQ") else "#0072B2", markersize=7)

@@ -88,7 +88,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def measure(shape: str, folder: Path, recipe: str, device: str, reference: bool) -> dict[str, Any]:
-    """Runs every step in turn. Returns the figures, and the lines that say them."""
+    """Runs every step in turn. Returns the figures, and the lines to print."""
     base = make_checkpoint(shape, folder)
     made: dict[str, Path] = {}
 

@@ -1,6 +1,6 @@
 """A whole run on random weights, stage by stage: `python -m benchmarks.run --shape 4b`.
 
-With `--reference`, what the published card does in the place of untie, quantize and export runs after it, on the same
+With `--reference`, it then runs the published card's own commands for untie, quantize and export on the same
 checkpoint.
 """
 
@@ -39,7 +39,7 @@ OPTIONS = (
 
 
 def measure(shape: str, folder: Path, max_seq_len: int, reference: bool) -> dict[str, Any]:
-    """Runs everything. Returns the figures, and the lines that say them."""
+    """Runs everything. Returns the figures, and the lines to print."""
     checkpoint = make_checkpoint(shape, folder)
     home = folder / "home"
     shutil.rmtree(home, ignore_errors=True)

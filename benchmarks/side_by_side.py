@@ -36,7 +36,7 @@ def run(function: str, environment: dict[str, str] | None = None, /, **arguments
 
 
 def forget(folder: Path) -> None:
-    """Drops a directory's files from the page cache, so that the next who reads them reads the disk."""
+    """Drops a directory's files from the page cache, so that the next read goes to the disk."""
     os.sync()
     for path in folder.iterdir():
         file = os.open(path, os.O_RDONLY)

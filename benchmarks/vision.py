@@ -1,4 +1,4 @@
-"""What int4 and int8 do to the vision tower: `python -m benchmarks.vision [--shape 4b]`.
+"""The error of int4 and int8 in the vision tower: `python -m benchmarks.vision [--shape 4b]`.
 
 Prints, for each way to quantize its linears, the bytes of the tower, the relative squared error of its output, and, for
 the built-in model, the KL divergence of the text after an image. SigLIP's shape has random weights with outliers:

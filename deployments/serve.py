@@ -75,8 +75,8 @@ def listen(url: str) -> socket.socket:
         return socket.create_server((address.hostname, address.port or 80))
     except OSError as error:
         raise UserError(
-            f"no server can be started at {url} ({error.strerror}): end the program that has this port, or set "
-            "PREFECT_API_URL to another, such as http://127.0.0.1:4201/api"
+            f"no server can be started at {url} ({error.strerror}): stop the program that uses this port, or set "
+            "PREFECT_API_URL to another URL, such as http://127.0.0.1:4201/api"
         ) from None
 
 

@@ -29,7 +29,7 @@ Turn a Gemma 3 checkpoint into a quantized, evaluated, on-device release.
 For example:
   quantize-gemma run                                 try it on the tiny model
   quantize-gemma run --model google/gemma-3-4b-it --tasks mmlu,gsm8k
-  quantize-gemma diagnose --model DIR                where a recipe does damage
+  quantize-gemma diagnose --model DIR                see which modules lose quality
   quantize-gemma check --model DIR --recipe NAME     find errors before a run
   quantize-gemma prune                               clean up the store
 
@@ -163,7 +163,7 @@ def diagnose(
     options: DiagnosisOptions = DiagnoseOptions(),
     json_: Annotated[bool, Parameter(name="--json", negative=(), group=OUTPUT)] = False,
 ) -> int:
-    """Measure what quantizing each module alone brings, weights and activations apart: where a recipe does damage.
+    """Show where a recipe does damage: quantize one module at a time, and measure the KL divergence.
 
     Args:
         json_: Print the results as one JSON object on the last line of stdout.
@@ -248,9 +248,9 @@ def _limit(value: float | None) -> float:
 
 
 def _check_data(options: RunOptions) -> None:
-    """Raise UserError if there is no such task, or no such dataset or text on this machine.
+    """Raise UserError if a task does not exist, or a local dataset or text is missing.
 
-    What is on the Hub is resolved when a run starts.
+    Names on the Hub are resolved when a run starts.
     """
     from quantize_gemma.tasks.builtin import BUILTIN
     from quantize_gemma.tasks.download import is_path, resolve_dataset, resolve_text
@@ -285,7 +285,7 @@ def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
 
 
 def no_diagnosis() -> dict[str, Any]:
-    """Return what `quantize-gemma diagnose --json` prints of a diagnosis that has not begun."""
+    """Return what `quantize-gemma diagnose --json` prints if the diagnosis did not start."""
     return {"rows": [], "heat_map": None, "stages": [], "error": None}
 
 
@@ -298,7 +298,7 @@ def _run_flow(
     """Run a flow; return its summary and the exit code, whatever happens.
 
     Args:
-        options: What is checked before anything starts.
+        options: The options to check before anything starts.
         load: Imports the flow, which takes seconds.
         arguments: The flow's parameters.
         empty: The summary of a run that did nothing.
@@ -353,7 +353,7 @@ def _run_on_server(
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     # The terminal shows our own log lines; Prefect's go to its API and are shown in the UI.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    # Log lines that the API rejects are not reported: where it matters, the run fails and says why.
+    # Do not report log lines that the API rejects: if the API is really down, the run fails and says why.
     logging.raiseExceptions = False
     terminal.attach()
     from quantize_gemma.flows.local_server import start_local_server
@@ -376,7 +376,7 @@ def _explain_unexpected(error: Exception) -> str:
 
     full_disk = disk_failure(error, *output_folders())
     if full_disk is None:
-        # A bug of ours, or a Prefect API that stopped: the traceback helps to fix it.
+        # Our own bug, or a Prefect API that went down: the traceback helps to find the cause.
         print(redact(traceback.format_exc()), file=sys.stderr)
     return str(full_disk or redact(f"{type(error).__name__}: {error}"))
 

@@ -1,4 +1,4 @@
-"""The flow that shows where the damage is: what quantizing each module alone brings, weights and activations apart."""
+"""The flow that measures where a recipe does damage: it quantizes one module at a time, its weights or its input."""
 
 import base64
 import dataclasses
@@ -36,7 +36,7 @@ def diagnose(
     refresh: Texts = (),
     offline: Flag = False,
 ) -> dict[str, Any]:
-    """Measure the KL divergence from the base model that quantizing one module alone brings, for every module.
+    """Measure the KL divergence from the base model that quantizing each module alone causes.
 
     Its parameters are the form in Prefect's UI and the parameters of the deployment.
 
@@ -106,10 +106,10 @@ def show_damage(folder: Path, results: JsonObject) -> None:
     """Show the tables and the heat map in Prefect's UI."""
     damages = parse_damages(results["rows"])
     for kind in KINDS:
-        description = f"KL divergence that the quantized {kind} of one module alone bring, nats"
+        description = f"KL divergence from quantizing the {kind} of one module alone, nats"
         create_table_artifact(key=f"damage-{kind}", table=damage_rows(damages, kind), description=description)
     image = "data:image/png;base64," + base64.b64encode((folder / HEAT_MAP).read_bytes()).decode()
-    create_image_artifact(image, key="damage", description="Where quantizing damages the model")
+    create_image_artifact(image, key="damage", description="KL divergence from quantizing one module alone, nats")
     worst = max(damages, key=lambda one: one.weights)
     where = worst.role if worst.block is None else f"block {worst.block}, {worst.role}"
-    get_run_logger().info("the weights of %s bring the most: %.4f nats", where, worst.weights)
+    get_run_logger().info("quantizing the weights of %s does the most damage: %.4f nats", where, worst.weights)

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 SECONDS_TO_START = 120.0
 SECONDS_TO_STOP = 10.0
-# How long a configured server may take to answer that it is there.
+# How long a configured server may take to answer.
 SECONDS_TO_ANSWER = 15.0
-# This server lives for one run: deployments that are in the same database are another server's to start.
+# This server lives for one run: it must not start deployments that are in the same database.
 NO_SCHEDULES = {
     "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
@@ -56,8 +56,8 @@ class LocalServer:
     def __init__(self, listener: socket.socket, log: IO[str] | None = None, **settings: str) -> None:
         """Start the server with these environment variables; its output goes to `log`, or to stderr.
 
-        It takes over the socket. This process keeps the socket open, too, so that no other program can take the port
-        of a server that died and be sent what was meant for it. Raises UserError if Prefect's home cannot be written.
+        It takes over the socket. This process keeps the socket open, too: if the server dies, no other program can
+        bind the port and receive its requests. Raises UserError if Prefect's home is not writable.
         """
         host, port = listener.getsockname()[:2]
         self.listener = listener
@@ -68,8 +68,8 @@ class LocalServer:
         self.ready = False
         self.stopped = False
         self.process = subprocess.Popen(
-            # -P, and a directory of ours: the directory where the run was started is no place to import from, or to
-            # take settings from.
+            # -P, and our own directory: neither modules nor settings may come from the directory where the run was
+            # started.
             [sys.executable, "-P", "-m", "quantize_gemma.flows.local_server", str(listener.fileno()), str(os.getpid())],
             cwd=Path(__file__).parent,
             stdin=subprocess.PIPE,
@@ -83,7 +83,7 @@ class LocalServer:
                 "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"{self.ui},http://localhost:{port}",
                 **settings,
             },
-            # A session of its own: Ctrl-C ends the run, which still has to tell the server so.
+            # In its own session: Ctrl-C ends the run, which still has to report that to the server.
             start_new_session=True,
         )
         threading.Thread(target=self._refuse_when_it_ended, daemon=True).start()
@@ -117,8 +117,8 @@ class LocalServer:
         if full is not None:
             raise UserError(str(full))
         raise UserError(
-            f"{self.how_it_ended()}: see that Prefect's home, {prefect_home()}, can be written and is not of a newer "
-            "Prefect, or set PREFECT_HOME to another"
+            f"{self.how_it_ended()}: check that Prefect's home {prefect_home()} is writable and was not written by a "
+            "newer version of Prefect, or set PREFECT_HOME to another directory"
         )
 
     def printed(self) -> str:
@@ -129,10 +129,12 @@ class LocalServer:
         return self.log.read().strip()
 
     def how_it_ended(self) -> str:
-        """Return the exit code of a server that has ended and, in parentheses, the last line that it printed."""
+        """Return how a server ended: its exit code or signal and, in parentheses, the last line that it printed."""
+        from quantize_gemma.tasks.runtime.fork_server import describe_exit
+
         printed = self.printed()
         last = f" ({printed.splitlines()[-1]})" if printed else ""
-        return f"the local Prefect server ended with {self.process.returncode}{last}"
+        return f"the local Prefect server ended with {describe_exit(self.process.returncode)}{last}"
 
     def stop(self) -> None:
         """Stop the server after it has stored what it received."""
@@ -155,11 +157,11 @@ class LocalServer:
         if not self.stopped:
             from prefect.context import refresh_global_settings_context
 
-            # Nobody starts it again: a request that waits to be tried again is tried once more, instead of for minutes.
+            # Nobody restarts the server: pending retries try once more instead of for minutes.
             os.environ["PREFECT_CLIENT_MAX_RETRIES"] = "1"
             refresh_global_settings_context()
         with contextlib.suppress(OSError):
-            # The server, which shares the socket, has made it one that does not wait.
+            # The server, which shares the socket, has made it non-blocking.
             self.listener.setblocking(True)
             while True:
                 self.listener.accept()[0].close()
@@ -174,7 +176,7 @@ def start_local_server() -> LocalServer | None:
     """
     _check_address()
     with warnings.catch_warnings():
-        # A sentence of our own says so below.
+        # The UserError of password() says so in one sentence.
         warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")
         from prefect.context import refresh_global_settings_context
         from prefect.settings import PREFECT_API_URL
@@ -203,16 +205,16 @@ def check_api() -> None:
     if not url:
         return
     remedy = (
-        "start that server, or unset PREFECT_API_URL (or change the Prefect profile that has it) to use a local one"
+        "start that server, or unset PREFECT_API_URL (or change the Prefect profile that sets it) to use a local one"
     )
     try:
         with get_client(httpx_settings={"timeout": SECONDS_TO_ANSWER}, sync_client=True) as client:
             if not isinstance(client.api_version(), str):
-                raise ValueError("what answers is no Prefect server")
+                raise ValueError("the response is not from a Prefect server")
     except httpx.HTTPStatusError as error:
         if error.response.status_code in (401, 403):
             remedy = "set PREFECT_API_AUTH_STRING to its password"
-        raise UserError(f"the Prefect server at {url} answers {error.response.status_code}: {remedy}") from None
+        raise UserError(f"the Prefect server at {url} answers HTTP {error.response.status_code}: {remedy}") from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the Prefect server at {url} cannot be reached ({error}): {remedy}") from None
 
@@ -223,7 +225,7 @@ def _check_address() -> None:
     try:
         _ = urlsplit(url).port
     except ValueError as error:
-        raise UserError(f"PREFECT_API_URL {url} is no address ({error}): correct it, or unset it") from None
+        raise UserError(f"PREFECT_API_URL {url} is not a valid URL ({error}): fix it, or unset it") from None
 
 
 def prefect_home() -> Path:
@@ -239,7 +241,7 @@ def password_file() -> Path:
 def password() -> str:
     """Return this user's password for local servers, as user:password; create it at the first call.
 
-    Only the user may read its file: one that others could read is made anew. Raises UserError if it cannot be written.
+    Only the user may read its file; a file that others can read is replaced. Raises UserError if it is not writable.
     """
     path = password_file()
     try:
@@ -247,7 +249,7 @@ def password() -> str:
         if path.exists() and path.stat().st_mode & 0o077:
             path.unlink()
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="utf-8") as stream:
-            # Of two runs that start at once, one makes it and both read it.
+            # If two runs start at the same time, one writes the password and both read it.
             fcntl.flock(stream, fcntl.LOCK_EX)
             value = stream.read().strip()
             if not value:
@@ -256,7 +258,7 @@ def password() -> str:
             return value
     except OSError as error:
         raise UserError(
-            f"Prefect's home {path.parent} cannot be written ({error.strerror}): set PREFECT_HOME to another directory"
+            f"Prefect's home {path.parent} is not writable ({error.strerror}): set PREFECT_HOME to another directory"
         ) from None
 
 
@@ -276,9 +278,9 @@ def _app(host: str) -> "FastAPI":
 
     app = create_app(final=True)
     headers = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
-    # Before Prefect's own routes, the last of which takes everything.
+    # Before Prefect's own routes, the last of which is a catch-all.
     app.router.routes.insert(0, Route("/sign-in", lambda _: HTMLResponse(SIGN_IN, headers=headers)))
-    # A page whose name was made to stand for this machine is of the same origin, to a browser.
+    # Against DNS rebinding: for a browser, a page whose host name resolves to this machine has the same origin.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "127.0.0.1", "localhost"])
     return app
 

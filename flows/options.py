@@ -135,7 +135,7 @@ class EvaluationOptions(Options):
     max_new_tokens: Count = Field(default=64, description="Maximum number of tokens generated in each smoke test.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
-        description="Device for the evaluation; auto: a GPU if there is one; cuda: quantize on the GPU, too.",
+        description="Device for the evaluation; auto: a GPU if there is one; cuda: also quantize on the GPU.",
     )
     workers: int = Field(
         default=1,
@@ -262,7 +262,7 @@ class GateOptions(Options):
     )
 
     def drops(self) -> dict[str, float]:
-        """Return {benchmark: maximum drop} as far as limit_drop says."""
+        """Return {benchmark: maximum drop} for the benchmarks in limit_drop."""
         pairs = [text.partition("=") for text in self.limit_drop.split(",") if text.strip()]
         return {name.strip(): float(value) for name, _, value in pairs}
 
@@ -274,7 +274,7 @@ class GateOptions(Options):
             valid = False
         if not valid:
             raise ValueError(
-                f"limit_drop {self.limit_drop!r}: must be BENCHMARK=POINTS, separated by commas, at least 0"
+                f"limit_drop {self.limit_drop!r}: must be comma-separated BENCHMARK=POINTS, with points of at least 0"
             )
         return self
 
@@ -365,7 +365,7 @@ class RunOptions(Options):
     def _check_names(self) -> Self:
         names = self.evaluation.benchmark_names(self.model in BUILTIN)
         if not names:
-            raise ValueError(f"tasks names no benchmark: use {', '.join(BENCHMARKS)}, or a task of lm-eval")
+            raise ValueError(f"tasks is empty: use {', '.join(BENCHMARKS)}, or an lm-eval task")
         for text in self.evaluation.dataset:
             name, sign, source = text.partition("=")
             if not sign or not source or name not in names:
@@ -390,7 +390,7 @@ class RunOptions(Options):
 
 @Parameter(name="*", group=Group.create_ordered("Diagnosis"))
 class DiagnoseOptions(Options):
-    """What is diagnosed: the model and the recipe, and the texts."""
+    """The model, the recipe, and the text of a diagnosis."""
 
     model: ModelName = Field(
         default="tiny-gemma3",

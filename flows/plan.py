@@ -1,4 +1,4 @@
-"""The plan of a run: what its names stand for, checked against the machine before any long stage starts."""
+"""The plan of a run: its names resolved and checked against the machine before any long stage starts."""
 
 import dataclasses
 import json
@@ -84,12 +84,12 @@ class Plan:
         options: The run's options.
         model: The resolved model.
         text: The text that the release is compared with its base model on.
-        benchmarks: What is measured.
+        benchmarks: The benchmarks to evaluate.
         recipe: The recipe.
         device: Where the evaluation runs, "cpu" or "cuda".
         calibration: The resolved text or dataset that the recipe is calibrated on; None if it needs none.
         reference: The resolved reference model; None if there is none.
-        multimodal: Whether the model reads images; known once the checkpoint is there.
+        multimodal: Whether the model reads images; final once the checkpoint is downloaded.
         device_report: The program's speed on a phone; None if it was not measured.
     """
 
@@ -105,7 +105,7 @@ class Plan:
     device_report: DeviceReport | None = None
 
     def column_inputs(self, row: Benchmark, column: str) -> Inputs:
-        """Return how a column answers a benchmark's requests, besides its artifacts."""
+        """Return the inputs of `answer` for one column of a benchmark, except for its artifacts."""
         evaluation = self.options.evaluation
         if column in ("base", "quantized"):
             exact = row.kind == "generate_until" and evaluation.batch_size == 1
@@ -114,12 +114,12 @@ class Plan:
         return {"device": "cpu", "sample_size": size, "no_act_quant": column == "no_act_quant"}
 
     def verify_inputs(self) -> Inputs:
-        """Return how long the prompts and responses of the program may get."""
+        """Return the inputs of `verify`, except for its artifacts."""
         options = self.options
         return {"max_seq_len": options.export.max_seq_len, "max_new_tokens": options.evaluation.max_new_tokens}
 
     def gate_inputs(self) -> Inputs:
-        """Return what metrics.json says besides what the stages measured, and what the release has to meet."""
+        """Return the inputs of `gate`, except for its artifacts: the metadata of metrics.json, and the limits."""
         options = self.options
         return {
             "resolved": {
@@ -164,7 +164,7 @@ class Plan:
         return required_checks(self.multimodal, limited)
 
     def remember_revisions(self) -> None:
-        """Note which revisions the names stand for, so that `--offline` finds them."""
+        """Record which commits the names resolved to, so that `--offline` finds them."""
         remember(self.model, self.options.revision)
         remember(self.text, self.options.evaluation.text_source(self.model.fixture)[1])
         for one in self.benchmarks:
@@ -188,7 +188,7 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
         benchmarks: Whether benchmarks are measured, too.
 
     Raises:
-        UserError: Something cannot work; the message says what, and what to do.
+        UserError: The run cannot work; the message says why, and what to do.
     """
     recipe = load_recipe(options.recipe)
     path = options.evaluation.device_report
@@ -226,19 +226,19 @@ def check_reference(plan: Plan, base: "PrefectFuture[ArtifactRef]", reference: "
     """Raise UserError if the two models' tokens are not the same: they could not be compared token by token."""
     paths = [open_artifact(future.result()).path for future in (base, reference)]
     sizes = [read_model_config(path).text.vocab_size for path in paths]
-    # What else is in the file, such as the chat template's tokens, does not change how text is cut.
+    # The rest of the file, such as the chat template's tokens, does not affect how text is tokenized.
     vocabularies = [json.loads((path / "tokenizer.json").read_bytes())["model"] for path in paths]
     if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
         raise UserError(
-            f"the reference model has another vocabulary than {plan.model.name}: use one with the same, or leave out "
-            "--reference-model"
+            f"the reference model's vocabulary differs from that of {plan.model.name}: use a model with the same "
+            "vocabulary, or leave out --reference-model"
         )
 
 
 def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tuple[PlannedBenchmark, ...]:
-    """Resolve the benchmarks' datasets, except for those of benchmarks that the model cannot see.
+    """Resolve the benchmarks' datasets; skip benchmarks with images if the model is text-only.
 
-    The built-in model is evaluated on the built-in fixtures, as far as there are any.
+    The built-in model is evaluated on the built-in fixtures where there are any.
     """
     rows = [describe(name) for name in options.evaluation.benchmark_names(model.fixture)]
     if not model.multimodal:
@@ -256,7 +256,7 @@ def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tu
 def _without_images(rows: list[Benchmark]) -> list[Benchmark]:
     for row in rows:
         if row.needs_images:
-            logger.info("%s is left out: the model is text-only", row.title)
+            logger.info("%s is skipped: the model is text-only", row.title)
     return [row for row in rows if not row.needs_images]
 
 
@@ -267,7 +267,7 @@ def publishing_target(options: RunOptions) -> Target | None:
 
 
 def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
-    """Return the plan for the checkpoint that was downloaded: a text-only model is not measured on images.
+    """Check the downloaded checkpoint, and return the plan without images if the model is text-only.
 
     Raises:
         UserError: The checkpoint is damaged, or does not fit the recipe, the options, or this machine.
@@ -292,31 +292,31 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
 
 
 def check_device_report(plan: Plan, program: "PrefectFuture[ArtifactRef]") -> None:
-    """Wait for the program if there is a device report. Raises UserError if it is of another program."""
+    """If there is a device report, wait for the program. Raises UserError if the report is for another one."""
     if plan.device_report is not None:
         require_program(plan.device_report, open_artifact(program.result()).files["model.pte"].sha256)
 
 
 def _log_costs(plan: Plan, costs: dict[str, int]) -> None:
-    """Log what calibration and distillation take, where they run."""
+    """Log the estimated time and memory of calibration and distillation on the CPU."""
     on_gpu = quantize_inputs(plan.options, plan.recipe)["device"] == "cuda"
     for step in ("calibration", "distillation"):
         if f"{step}_seconds" not in costs or on_gpu:
             continue
         minutes, memory = costs[f"{step}_seconds"] / 60, costs[f"{step}_memory_bytes"] / 1e9
-        get_run_logger().info("%s: about %.0f minutes and %.1f GB of memory here", step, max(minutes, 1), memory)
+        get_run_logger().info("%s takes about %.0f minutes and %.1f GB of memory", step, max(minutes, 1), memory)
     if "distillation_seconds" in costs:
         minutes = max(costs["distillation_seconds_on_gpu"] / 60, 1)
-        get_run_logger().info("distillation on an NVIDIA H200, with --device cuda: about %.0f minutes", minutes)
+        get_run_logger().info("with --device cuda, it takes about %.0f minutes on an NVIDIA H200", minutes)
 
 
 def download_inputs(source: ResolvedDataset, offline: bool) -> Inputs:
-    """Return where a download comes from."""
+    """Return the inputs of a download stage."""
     return {"source": source.source, "revision": source.revision, "offline": offline}
 
 
 def export_inputs(options: RunOptions) -> Inputs:
-    """Return how the program is exported."""
+    """Return the inputs of `export`, except for the checkpoint."""
     return options.export.model_dump()
 
 
@@ -327,9 +327,9 @@ def writing_stages(
     text: ResolvedDataset | None = None,
     calibration: ResolvedDataset | None = None,
 ) -> list[Planned]:
-    """Return the stages that write the most, and those that they need.
+    """Return the stages that write the most, and the stages that they depend on.
 
-    Of a calibrated recipe without its calibration text, these are the ones before calibration.
+    Without the calibration text of a calibrated recipe, return only the stages before calibration.
     """
     planned = [
         Planned(download, download_inputs(model, options.offline)),
@@ -355,5 +355,5 @@ def _name_and_revision(model: ResolvedModel) -> Inputs:
 
 
 def _dataset(source: ResolvedDataset) -> Inputs:
-    """Return what the card says of a dataset."""
+    """Return the fields of a dataset that metrics.json has."""
     return {"name": source.name, "revision": source.revision, "fixture": source.fixture}

@@ -1,4 +1,4 @@
-"""How a run quantizes: on which text or dataset a recipe is calibrated, and the stages up to the checkpoint."""
+"""The quantizing part of a run: the calibration data, and the stages up to the quantized checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -33,15 +33,15 @@ def resolve_calibration(run: "Run", options: "RunOptions") -> ResolvedDataset | 
 
 
 def quantize_inputs(options: "RunOptions", recipe: Recipe) -> dict[str, Any]:
-    """Return how the checkpoint is quantized."""
+    """Return the inputs of `quantize`, except for its artifacts."""
     evaluation = options.evaluation
-    # Results are the same bytes on every machine unless a GPU is requested: it sums in another order.
+    # Results are byte-identical on every machine unless a GPU is requested: it sums in another order.
     device = "cuda" if evaluation.device == "cuda" and evaluation.cluster is None else "cpu"
     return {"recipe": recipe.to_json(), "device": device}
 
 
 def submit_quantization(run: "Run", plan: "Plan", base: "Future", untied: "Future", text: "Future") -> "Future":
-    """Submit what makes the quantized checkpoint by the plan's recipe; return its future."""
+    """Submit the stages that quantize the checkpoint by the plan's recipe; return its future."""
     tokens = _submit_calibration(run, plan, base, text)
     inputs = quantize_inputs(plan.options, without_distillation(plan.recipe))
     quantized = run.submit(quantize, checkpoint=untied, **inputs, **tokens)
@@ -53,7 +53,7 @@ def submit_quantization(run: "Run", plan: "Plan", base: "Future", untied: "Futur
 
 
 def without_distillation(recipe: Recipe) -> Recipe:
-    """Return the recipe without what only training needs, so that its settings do not run `quantize` again."""
+    """Return the recipe without its distillation, so that a change of those settings does not rerun `quantize`."""
     return dataclasses.replace(recipe, distillation=None)
 
 
@@ -70,10 +70,10 @@ def plan_tokens(options: "RunOptions", recipe: Recipe, source: ResolvedDataset) 
 
 
 def _submit_calibration(run: "Run", plan: "Plan", base: "Future", text: "Future") -> dict[str, Any]:
-    """Submit the preparation of the calibration tokens, none of them of the fidelity text.
+    """Submit the preparation of the calibration tokens, which must not overlap with the fidelity text.
 
     Returns:
-        Their future as `calibration`, nothing if the recipe is not calibrated.
+        Their future as `calibration`; empty if the recipe is not calibrated.
     """
     settings, source = plan.recipe.calibration, plan.calibration
     if settings is None:
@@ -100,7 +100,7 @@ def _dataset_inputs(options: "RunOptions", source: ResolvedDataset) -> dict[str,
 
 
 def _describe_dataset(options: "RunOptions") -> Benchmark:
-    """Return which files of a calibration dataset are downloaded, as a benchmark says it."""
+    """Return the calibration dataset as a benchmark, which says which files are downloaded."""
     source = parse_source(options.calibration or "")
     return Benchmark(
         name="calibration", title="calibration", task="", dataset=source.name, metric="", files=source.patterns()

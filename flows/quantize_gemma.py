@@ -79,7 +79,7 @@ def quantize_gemma(
     Args:
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.
         recipe: Name of a built-in recipe, or path to a JSON recipe file.
-        calibration: Text file, or Hub dataset as in org/name@revision:files, for a calibrated recipe. [default: none]
+        calibration: Text file, or Hub dataset such as org/name@revision:files, for a calibrated recipe. [default: none]
         target: Hub repository to publish the release to. [default: none, not published]
         revision: Branch, tag, or commit of the model repository. [default: the default branch]
         refresh: Stages to run again even if their results are cached. [default: none]

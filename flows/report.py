@@ -36,22 +36,22 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
 
     distances = distance_rows(metrics, metrics.gate.checks)
     create_table_artifact(key="fidelity", table=distances, description="Distance from the base model on text")
-    create_table_artifact(key="quality", table=quality_rows(metrics), description="Base, quantized, and program")
-    create_table_artifact(key="gate", table=verdict_rows(metrics.gate.checks), description="The gate's checks")
+    create_table_artifact(key="quality", table=quality_rows(metrics), description="Scores by column")
+    create_table_artifact(key="gate", table=verdict_rows(metrics.gate.checks), description="Checks of the gate")
     # Without its YAML front matter, and with the charts embedded.
     text = (release / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
     described = {KL_CHART: "KL divergence from the base model"}
     if metrics.quantized.output_error:
-        described[ERROR_CHART] = "Error of the outputs after calibration, by block"
+        described[ERROR_CHART] = "Output error after calibration, by decoder block"
     described |= {
-        name: f"{metrics.benchmarks[benchmark].title} per subject" for benchmark, name in charts(metrics).items()
+        name: f"{metrics.benchmarks[benchmark].title} by subject" for benchmark, name in charts(metrics).items()
     }
     for name, description in described.items():
         chart = "data:image/png;base64," + base64.b64encode((release / name).read_bytes()).decode()
         create_image_artifact(chart, key=name.removesuffix(".png").replace("_", "-"), description=description)
         text = text.replace(f"({name})", f"({chart})")
     create_markdown_artifact(text, key="card")
-    create_link_artifact(release.as_uri(), link_text="the release's files", key="release")
+    create_link_artifact(release.as_uri(), link_text="Files of the release", key="release")
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ def print_damage(results: JsonObject) -> None:
     console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
     damages = parse_damages(results["rows"])
     for kind in KINDS:
-        console.print(_table(f"KL divergence of quantized {kind} alone, nats", damage_rows(damages, kind)))
+        console.print(_table(f"KL divergence from quantizing {kind} alone, nats", damage_rows(damages, kind)))
     console.print(f"heat map: {results['heat_map']}", soft_wrap=True)
 
 
@@ -115,7 +115,7 @@ def _publish_line(summary: dict[str, Any]) -> str:
 
 
 class Terminal(logging.Handler):
-    """Writes log lines above the progress bars, and every reason of a failure only once."""
+    """Writes log lines above the progress bars, and the reason for a failure only once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Terminal(logging.Handler):
             if self.has_shown(message):
                 return
             self._reasons.add(message.partition(": ")[2])
-        # A terminal that was closed is no reason to fail.
+        # A closed terminal must not fail the run.
         with contextlib.suppress(OSError):
             tqdm.write(f"quantize-gemma: {message}", file=sys.stderr)
 

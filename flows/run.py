@@ -104,7 +104,7 @@ class Run:
         Args:
             stage: The stage.
             name: Its name in this run, if the run has the stage several times.
-            exclusive: It uses every core, or measures speed: it waits for the exclusive stages before it.
+            exclusive: It uses every core, or measures speed: it waits for earlier exclusive stages.
             **inputs: The stage's inputs: futures of other stages, and plain values.
 
         Returns:
@@ -120,13 +120,13 @@ class Run:
     def map(
         self, stage: Stage[...], name: str, parts: int, cluster: str | None = None, **inputs: Any
     ) -> list[Future] | Future:
-        """Submit the parts of a stage, which use every core together: it waits for the exclusive stages before it.
+        """Submit the parts of a stage, which together use every core: they wait for earlier exclusive stages.
 
         Args:
             stage: The stage, with the inputs `part` and `parts`.
             name: Its name in this run.
-            parts: How many parts there are.
-            cluster: The address of a Dask or Ray cluster that does them.
+            parts: The number of parts.
+            cluster: The address of a Dask or Ray cluster that runs them.
             **inputs: The stage's other inputs.
 
         Returns:
@@ -167,7 +167,7 @@ class Run:
         return futures if isinstance(futures, list) else [futures]
 
     def call(self, name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call, as a task in this process, a function that takes seconds and leaves no artifact."""
+        """Call a function that takes seconds and writes no artifact, as a task in this process."""
         started = time.monotonic()
         state = "FAILED"
         task_run_name = f"{name.replace('_', ' ')} · {self.label}"
@@ -181,7 +181,7 @@ class Run:
         return value
 
     def fit_into_memory(self, bytes_per_stage: int) -> None:
-        """Run one stage at a time if the memory that is available now does not hold as many as could run together."""
+        """Run one stage at a time if the available memory is not enough for CONCURRENT_STAGES."""
         self._one_at_a_time = bytes_per_stage * CONCURRENT_STAGES > machine.available_memory()
 
     def rename(self, name: str) -> None:
@@ -230,9 +230,9 @@ class Run:
 
 
 def summarize(name: str, futures: list[Future]) -> StageSummary:
-    """Return what a stage took and whether it was cached; UNKNOWN if Prefect's API does not answer any more.
+    """Return the cost of a stage and whether it was cached; UNKNOWN if Prefect's API does not answer anymore.
 
-    A stage in parts took as long as its longest part; it was cached if all of them were.
+    A stage in parts takes as long as its longest part, and is cached if all of its parts are.
     """
     state_name, cached = "UNKNOWN", False
     artifacts: list[Artifact] = []

@@ -42,16 +42,18 @@ def ignore_working_directory() -> None:
                 del os.environ[name]
         home = os.environ.get("PREFECT_HOME") or Path("~/.prefect").expanduser()
     except FileNotFoundError:
-        raise UserError(f"the working directory was removed, and {name} is relative to it") from None
+        raise UserError(
+            f"the working directory was removed, but {name} is relative to it: set {name} to an absolute path"
+        ) from None
     except RuntimeError:
-        raise UserError("there is no home directory of this user: set HOME") from None
+        raise UserError("this user has no home directory: set HOME") from None
     # Prefect would look for it in those files otherwise.
     os.environ.setdefault("PREFECT_PROFILES_PATH", str(Path(home) / "profiles.toml"))
     ignore_settings_files()
 
 
 def require_working_directory() -> None:
-    """Raise UserError if the working directory was removed: MKL, which torch multiplies with, ends the process."""
+    """Raise UserError if the working directory was removed: MKL, which torch uses, would abort the process."""
     try:
         os.getcwd()
     except FileNotFoundError:

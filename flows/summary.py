@@ -11,7 +11,7 @@ from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 @dataclass(frozen=True)
 class StageSummary:
-    """What one stage took. A stage without an artifact has no key; times are in seconds, sizes in bytes."""
+    """The cost of one stage. A stage without an artifact has no key; times are in seconds, sizes in bytes."""
 
     name: str
     state: str

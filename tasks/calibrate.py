@@ -1,6 +1,6 @@
 """Calibrate: the token sequences that a calibrated recipe sends through the model.
 
-They are of a text, and, if the model has a chat template, of the base model's own greedy answers to fixed prompts.
+They come from a text and, if the model has a chat template, from the base model's own greedy answers to fixed prompts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from quantize_gemma.tasks.runtime.stage import Output, stage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# So many equal tokens in a row are no chance: the text is measured with what it was calibrated on.
+# This many equal tokens in a row are no coincidence: the model would be measured on its own calibration text.
 OVERLAP = 32
-# Prompts that are answered at once, and the length of an answer in tokens, at most.
+# The number of prompts that are answered at once, and the maximum length of an answer in tokens.
 BATCH = 8
 ANSWER = 384
 
@@ -52,7 +52,8 @@ def calibrate(
         text: The path of a text file; None for a dataset.
         digest: The SHA-256 that the file had when the run started.
         dataset: The directory of a dataset's files, text or parquet with the column `text`.
-        fidelity_text: What the result is measured on, if anything: a text file, or a directory with one.
+        fidelity_text: The text that fidelity is measured on: a text file, or a directory with one; None to skip the
+            check for overlap.
         distilled: How many sequences of the text to distill from; 0 for a recipe that is not distilled.
 
     Raises:
@@ -63,7 +64,7 @@ def calibrate(
 
     assert (text is None) != (dataset is None), "a text file or a dataset, not both"
     if text is not None and digest_text(text) != digest:
-        raise UserError(f"the calibration text {text} changed while the run was going on: start it again")
+        raise UserError(f"the calibration text {text} changed during the run: start the run again")
     content = _read(Path(text)) if text is not None else read_dataset(dataset or Path())
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     tokens: list[int] = tokenizer(content, add_special_tokens=False)["input_ids"]
@@ -71,7 +72,7 @@ def calibrate(
     if not chosen:
         raise UserError(
             f"the calibration text has {len(tokens):,} tokens, fewer than the {length - 1:,} of one sequence: "
-            "use a longer one"
+            "use a longer text"
         )
     if fidelity_text is not None:
         measured: list[int] = tokenizer(_read(fidelity_text), add_special_tokens=False)["input_ids"]
@@ -83,7 +84,8 @@ def calibrate(
     write_calibration(target, chosen + added)
     if distilled and len(added) + len(chosen) < 2:
         raise UserError(
-            "the calibration text is one sequence, and distillation needs another one to measure on: use a longer text"
+            "the calibration text is only one sequence long, and distillation needs another to measure on: "
+            "use a longer text"
         )
     if distilled:
         write_calibration(
@@ -140,12 +142,12 @@ def refuse_overlap(tokens: list[int], measured: list[int], tokenizer: PreTrained
     if shared is not None:
         raise UserError(
             f"the calibration text shares {OVERLAP} tokens in a row with the fidelity text "
-            f"({tokenizer.decode(tokens[shared : shared + OVERLAP])!r}): use another text for one of them"
+            f"({tokenizer.decode(tokens[shared : shared + OVERLAP])!r}): use a different text for one of the two"
         )
 
 
 def find_overlap(tokens: list[int], others: list[int]) -> int | None:
-    """Return where the first run of OVERLAP tokens starts that is in both; None if there is none."""
+    """Return the start of the first run of OVERLAP tokens that is in both lists; None if there is none."""
     runs = {tuple(others[start : start + OVERLAP]) for start in range(len(others) - OVERLAP + 1)}
     for start in range(len(tokens) - OVERLAP + 1):
         if tuple(tokens[start : start + OVERLAP]) in runs:
@@ -154,10 +156,10 @@ def find_overlap(tokens: list[int], others: list[int]) -> int | None:
 
 
 def answer_prompts(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
-    """Return the tokens of conversations, one after the other without <bos>, until `needed` are there.
+    """Return the tokens of concatenated conversations without <bos>, at least `needed` if there are enough prompts.
 
-    Each is a prompt in the chat template and the model's greedy answer. They are those of the machine that ran it: in
-    bfloat16, another one may choose another token where two are equally likely.
+    A conversation is a prompt in the chat template and the model's greedy answer. Answers can differ between machines:
+    in bfloat16, another machine may choose another token where two are equally likely.
     """
     import torch
 

@@ -46,29 +46,30 @@ from quantize_gemma.tasks.runtime.errors import UserError
 WRITTEN = {"download": 1.0, "untie": 0.65, "quantize": 0.82, "export": 0.73}
 WRITTEN_BY_LARGE_MODELS = {"download": 1.0, "untie": 0.16, "quantize": 0.65, "export": 0.39}
 LARGE_BYTES = 5_000_000_000
-# The stages that write much.
+# The stages that write a lot.
 WRITING = (*WRITTEN, "distill")
 # The peak memory of evaluating a quantized checkpoint on ChartQA, which takes more than any other stage, in multiples
 # of the base weights in bf16, measured with gemma-3-4b's shape: 17.2 GB; and what Python and the libraries take.
 MEMORY_FACTOR = 2.0
 MEMORY_OF_LIBRARIES = 1_000_000_000
-# What a calibrated recipe keeps of its decoder blocks besides, a byte for each weight; and what distillation writes:
-# another checkpoint, the state of its training twice while it is replaced, and the base model's hidden states.
+# What a calibrated recipe writes in addition: the quantized decoder blocks, one byte per weight. And what distillation
+# writes: another checkpoint, two copies of its training state while one replaces the other, and the base model's hidden
+# states.
 WRITTEN_BY_CALIBRATION = 0.53
 WRITTEN_BY_DISTILLATION = 1.9
-# How much of the speed of a matrix product is reached, with all that is none, and what the libraries and kernels take:
-# by measurements of gemma-3-270m and of a block of gemma-3-4b's shape.
+# The share of a matrix product's speed that calibration reaches overall, and the memory of the libraries and kernels,
+# measured on gemma-3-270m and on a block of gemma-3-4b's shape.
 SHARE_OF_SPEED = 0.6
 MEMORY_OF_CALIBRATION = 1_750_000_000
-# How many answers of the base model are generated at once, how fast a processor reads weights from memory, and how many
-# numbers are on the way while a piece of the calibration tokens runs through a block.
+# The number of base-model answers that are generated at once, the memory bandwidth of a processor in bytes per second,
+# and the number of intermediate values while some of the calibration tokens run through a block.
 ANSWERED_AT_ONCE = 8
 BYTES_PER_SECOND = 2e10
 PIECES = 8 * 2**23
-# Float32 operations per second of an NVIDIA H200 in a distillation, and the time it takes to start those of a step.
+# Float32 operations per second of an NVIDIA H200 in a distillation, and the launch overhead of a step.
 GPU_OPERATIONS_PER_SECOND = 2e13
 GPU_SECONDS_PER_STEP = 0.5
-# The smoke tests' prompts and a few generated tokens; an image is added to that.
+# Enough for the smoke tests' prompts and a few generated tokens; an image's tokens are added.
 SHORTEST_SEQ_LEN = 64
 SECONDS_TO_CONNECT = 10.0
 
@@ -87,7 +88,7 @@ def check_run(
 ) -> dict[str, Any]:
     """Return the plan of a run: {"recipe", "model", "device", "memory_bytes_needed", "disk_bytes_needed"}.
 
-    Of a model on the Hub only the name is checked, and the last two are missing.
+    For a model on the Hub, only the name is checked, and the last two are missing.
 
     Raises:
         UserError: The run cannot work.
@@ -119,9 +120,11 @@ def check_run(
 
 
 def check_calibration(recipe: Recipe, text: str | None) -> None:
-    """Raise UserError unless a calibrated recipe comes with a text or a dataset, and any other recipe without."""
+    """Raise UserError unless a calibrated recipe has a calibration text or dataset, and any other recipe has none."""
     if recipe.calibration is not None and text is None:
-        raise UserError(f"the recipe {recipe.name} is calibrated: set --calibration to a text file or a dataset")
+        raise UserError(
+            f"the recipe {recipe.name} needs calibration data: set --calibration to a text file or a Hub dataset"
+        )
     if recipe.calibration is None and text is not None:
         raise UserError(f"the recipe {recipe.name} needs no calibration: leave out --calibration")
     source = parse_source(text) if text is not None else None
@@ -132,13 +135,14 @@ def check_calibration(recipe: Recipe, text: str | None) -> None:
 
 
 def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:
-    """Return what calibration takes on this machine, and distillation here and on a GPU; nothing of what is not done.
+    """Estimate time and memory of calibration and distillation on this machine, and of distillation on a GPU.
 
-    The names are "calibration_seconds", "calibration_memory_bytes", "distillation_seconds",
-    "distillation_memory_bytes", and "distillation_seconds_on_gpu".
+    Returns:
+        "calibration_seconds" and "calibration_memory_bytes" if the recipe is calibrated; "distillation_seconds",
+        "distillation_memory_bytes", and "distillation_seconds_on_gpu" if it is distilled.
 
     Raises:
-        UserError: The machine has less memory than distillation takes.
+        UserError: The machine does not have enough memory for distillation.
     """
     if recipe.calibration is None:
         return {}
@@ -151,7 +155,7 @@ def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:
         if memory > machine.total_memory():
             raise UserError(
                 f"distilling this model takes about {memory / 1e9:,.1f} GB of memory, but this machine has "
-                f"{machine.total_memory() / 1e9:,.1f} GB: use a larger one, or a recipe that is not distilled"
+                f"{machine.total_memory() / 1e9:,.1f} GB: use a larger machine, or a recipe without distillation"
             )
         plan["distillation_seconds"] = round(operations / (speed * SHARE_OF_SPEED))
         plan |= {"distillation_memory_bytes": memory, "distillation_seconds_on_gpu": round(on_gpu)}
@@ -159,12 +163,12 @@ def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:
 
 
 def estimate_calibration(text: TextConfig, recipe: Recipe, operations_per_second: float) -> tuple[float, int]:
-    """Return about how many seconds a decoder's calibration takes, and its peak memory in bytes.
+    """Estimate the seconds that a decoder's calibration takes, and its peak memory in bytes.
 
     Args:
         text: The decoder's shape.
         recipe: A recipe with a calibration.
-        operations_per_second: Of this machine, in a float32 matrix product; see measure_speed().
+        operations_per_second: The speed of this machine in a float32 matrix product; see measure_speed().
     """
     settings = recipe.calibration
     assert settings is not None, f"{recipe.name} has no calibration"
@@ -173,28 +177,28 @@ def estimate_calibration(text: TextConfig, recipe: Recipe, operations_per_second
     tokens = (settings.sequences + settings.answers) * settings.length
     weights = hidden * (2 * queries + 2 * keys + 3 * mlp)
     inputs = (hidden, queries, hidden, mlp)
-    # Two models run, one of them gate_proj and up_proj twice; of each input the products with itself (on and over the
-    # diagonal) and with the other model's.
+    # Both models run forward, one of them with gate_proj and up_proj twice. Each input is multiplied with itself (only
+    # on and above the diagonal) and with the other model's input.
     forward = tokens * (4 * weights + 4 * hidden * mlp + 8 * settings.length * queries)
     moments = tokens * sum(int(3.2 * columns**2) for columns in inputs)
-    # GPTQ, the passes, compensation and the measured error: products of each matrix with a Hessian.
+    # GPTQ, the passes, compensation, and measuring the error each multiply every matrix with a Hessian.
     rounding = (9 + 2 * settings.passes) * hidden * (hidden * (queries + 2 * keys + 2 * mlp) + queries**2 + mlp**2)
     has_head = any(rule.match == "lm_head" and rule.algorithm == "gptq" for rule in recipe.rules)
     head = text.vocab_size * hidden * ((9 + 2 * settings.passes) * hidden) * has_head
     operations = text.num_hidden_layers * (forward + moments + rounding) + head
     seconds = operations / (operations_per_second * SHARE_OF_SPEED)
-    # Each token of a batch of answers reads all weights, which are in bfloat16.
+    # Generating a token for a batch of answers reads all weights, which are in bfloat16.
     steps = math.ceil(settings.answers * settings.length / ANSWERED_AT_ONCE)
     model_bytes = 2 * (text.num_hidden_layers * weights + text.vocab_size * hidden)
     seconds += steps * model_bytes / BYTES_PER_SECOND
-    # Two matrices of the largest Hessian's size or, before, the embeddings of both models' tokens; some pieces on the
-    # way; a block's weights in bfloat16 and quantized, a byte each.
+    # Two matrices of the largest Hessian's size or, earlier, the embeddings of both models' tokens; intermediate
+    # values; a block's weights in bfloat16, and quantized at one byte each.
     floats = max(2 * max(inputs) ** 2 + hidden * mlp, 3 * tokens * hidden) + PIECES
     return seconds, int(MEMORY_OF_CALIBRATION + 4 * floats + 3.1 * weights)
 
 
 def estimate_distillation(text: TextConfig, recipe: Recipe) -> tuple[int, int]:
-    """Return how many operations a decoder's distillation takes, in matrix products, and its peak memory in bytes.
+    """Estimate the operations of a decoder's distillation in matrix products, and its peak memory in bytes.
 
     Args:
         text: The decoder's shape.
@@ -207,15 +211,15 @@ def estimate_distillation(text: TextConfig, recipe: Recipe) -> tuple[int, int]:
     queries, keys = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
     weights = text.num_hidden_layers * hidden * (2 * queries + 2 * keys + 3 * text.intermediate_size)
     sequences, length = settings.sequences + calibration.answers, calibration.length
-    # A step runs each block forward twice, and backward to its inputs and to its weights; the head once and the base
-    # model's head besides. The held-out sequences run forward, and so do all in the base model.
+    # A step runs each block forward twice, and backward to its inputs and to its weights; it runs the head once, and
+    # the base model's head. The held-out sequences only run forward, and so do all sequences in the base model.
     step = STEP_SEQUENCES * (8 * length * weights + 8 * STEP_POSITIONS * head)
     held_out = (MEASUREMENTS + 1) * (sequences // HELD_OUT) * (2 * length * weights + 4 * STEP_POSITIONS * head)
     operations = settings.steps * step + held_out + 2 * sequences * length * weights
-    # Integers; for each scale itself, what is trained, its best, its gradient and two moments, in float32; the base
-    # model's hidden states, its head in bfloat16, and logits of both models with what the loss makes of them.
+    # The integers; for each scale, in float32: the scale, the trained parameter, its best value, its gradient, and two
+    # moments; the base model's hidden states and its bfloat16 head; both models' logits and the loss's intermediates.
     memory = weights + 3 * head + (weights + head) // 32 * 24
-    # The inputs of all blocks, and what one block keeps for its backward pass.
+    # The inputs of all blocks, and the activations that one block saves for its backward pass.
     activations = STEP_SEQUENCES * length * ((text.num_hidden_layers + 12) * hidden + 6 * text.intermediate_size)
     memory += 4 * (sequences * length * hidden + 6 * LOGITS * text.vocab_size + activations + PIECES)
     return operations, MEMORY_OF_LIBRARIES + memory
@@ -234,9 +238,9 @@ def measure_speed() -> float:
 
 
 def resolve_device(device: str) -> str:
-    """Return where the evaluation runs: "auto" is the GPU of this machine, if it has one.
+    """Return the device of the evaluation: "auto" is this machine's GPU if it has one, else its CPU.
 
-    Call it before keys are made, so that results of a CPU and of a GPU never share a key.
+    Call it before keys are computed, so that results of a CPU and of a GPU never share a key.
     """
     if device != "auto":
         return device
@@ -249,17 +253,17 @@ def resolve_device(device: str) -> str:
 
 
 def check_memory(weights: int, workers: int = 1) -> int:
-    """Return about how many bytes of memory the workers' models take, with this number of weights each.
+    """Estimate the memory in bytes that the workers' models take, with this number of weights each.
 
     Raises:
-        UserError: The machine has less.
+        UserError: The machine does not have enough memory.
     """
     one = int(MEMORY_OF_LIBRARIES + 2 * weights * MEMORY_FACTOR)
     total = machine.total_memory()
     if total < one:
         raise UserError(
             f"running this model takes about {one / 1e9:,.1f} GB of memory, but this machine has "
-            f"{total / 1e9:,.1f} GB: use a larger one, or a smaller model"
+            f"{total / 1e9:,.1f} GB: use a larger machine, or a smaller model"
         )
     if total < one * workers:
         raise UserError(
@@ -270,7 +274,7 @@ def check_memory(weights: int, workers: int = 1) -> int:
 
 
 def disk_needed(weight_bytes: int, stages: Collection[str] = WRITING, recipe: Recipe | None = None) -> int:
-    """Return about how many bytes these stages write, for base weights of this size, with a recipe."""
+    """Estimate the bytes that these stages write, for base weights of this size and a recipe."""
     written = WRITTEN_BY_LARGE_MODELS if weight_bytes > LARGE_BYTES else WRITTEN
     parts = [written[stage] for stage in stages if stage in written]
     if recipe is not None and recipe.calibration is not None and "quantize" in stages:
@@ -286,9 +290,9 @@ def check_disk(
     revision: str | None = None,
     recipe: Recipe | None = None,
 ) -> None:
-    """Raise UserError if the store's disk has no room for what these stages will write.
+    """Raise UserError if the store's disk does not have enough space for the output of these stages.
 
-    What an interrupted download of this revision left in the store counts as written.
+    Bytes that an interrupted download of this revision left in the store count as written.
     """
     needed = disk_needed(weight_bytes, stages, recipe)
     if revision is not None and "download" in stages:
@@ -297,7 +301,7 @@ def check_disk(
     if free < needed:
         raise UserError(
             f"the run needs about {needed / 1e9:,.1f} GB in {store.home()}, but {free / 1e9:,.1f} GB are free: "
-            "make room, or set QUANTIZE_GEMMA_HOME to a larger disk"
+            "free some space, or set QUANTIZE_GEMMA_HOME to a larger disk"
         )
 
 
@@ -318,7 +322,7 @@ def check_checkpoint(
     workers: int = 1,
     bidirectional_images: bool = True,
 ) -> int:
-    """Return about how many bytes of memory the run will take.
+    """Check a checkpoint, and estimate the memory in bytes that the run takes.
 
     Raises:
         UserError: The checkpoint is not a Gemma 3, is damaged, or does not fit the recipe, max_seq_len or this machine.
@@ -327,20 +331,20 @@ def check_checkpoint(
     longest = config.text.max_position_embeddings
     shortest = SHORTEST_SEQ_LEN + (config.mm_tokens_per_image if config.multimodal else 0)
     if max_seq_len > longest:
-        raise UserError(f"max_seq_len is {max_seq_len:,}, but the model goes up to {longest:,}: use at most that")
+        raise UserError(f"max_seq_len is {max_seq_len:,}, but the model supports {longest:,} tokens: use at most that")
     if max_seq_len < shortest:
         raise UserError(
-            f"max_seq_len is {max_seq_len:,}: this model's smoke tests need {shortest:,}, use at least that"
+            f"max_seq_len is {max_seq_len:,}, but this model's smoke tests need {shortest:,} tokens: use at least that"
         )
     window = config.text.sliding_window
     if not custom_kv_cache and not config.multimodal:
-        raise UserError("without custom_kv_cache the program of a text-only model cannot prefill a prompt: leave it on")
+        raise UserError("without custom_kv_cache the program of a text-only model cannot prefill a prompt: turn it on")
     if not custom_kv_cache and bidirectional_images:
         raise UserError("bidirectional_images requires custom_kv_cache: turn off bidirectional_images, too")
     if not custom_kv_cache and max_seq_len > window:
         raise UserError(
-            f"without custom_kv_cache a program goes up to the sliding window, here {window:,} tokens: "
-            "use at most that as max_seq_len, or leave custom_kv_cache on"
+            f"without custom_kv_cache, max_seq_len can be at most the sliding window, {window:,} tokens: "
+            "lower max_seq_len, or turn on custom_kv_cache"
         )
     tensors = read_headers(path)
     check_weights(tensors, path)
@@ -372,7 +376,7 @@ def _check_cluster(address: str) -> None:
     parts = re.fullmatch(r"(tcp|ray)://(.+):(\d+)", address)
     if parts is None:
         raise UserError(
-            f"cluster {address!r} is not the address of one: use tcp://host:8786 (Dask) or ray://host:10001 (Ray)"
+            f"cluster {address!r} is not a cluster's address: use tcp://host:8786 (Dask) or ray://host:10001 (Ray)"
         )
     extra = {"tcp": "dask", "ray": "ray"}[parts[1]]
     if importlib.util.find_spec(f"prefect_{extra}") is None:

@@ -49,7 +49,7 @@ SECONDS_TO_ANSWER = 60.0
 
 
 def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedModel:
-    """Return what a built-in model's name, a directory, or a repository on the Hub stands for at this revision.
+    """Resolve the name of a built-in model, a directory, or a repository on the Hub to a pinned revision.
 
     Raises:
         UserError: There is no such model.
@@ -75,7 +75,7 @@ def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedMo
 
 
 def resolve_dataset(row: Benchmark, source: str, revision: str | None, offline: bool) -> ResolvedDataset:
-    """Return what a fixture's name, a directory (./, ../, / or ~/), or a dataset on the Hub stands for.
+    """Resolve the name of a fixture, a directory (./, ../, / or ~/), or a dataset on the Hub to a pinned revision.
 
     Args:
         row: The benchmark, whose layout the dataset has.
@@ -91,17 +91,17 @@ def resolve_dataset(row: Benchmark, source: str, revision: str | None, offline: 
     if fixture is not None or is_path(source):
         path = fixture or Path(source).expanduser().resolve()
         if not path.is_dir():
-            raise UserError(f"there is no directory {source}, the dataset of {row.title}")
+            raise UserError(f"there is no directory {source}, the dataset of {row.title}: check the path")
         names = _data_files(path, row.patterns(), row.skipped_files)
         if not names:
-            raise UserError(f"{source} has no file of a dataset in the layout of {row.dataset}")
+            raise UserError(f"{source} has no data files: use a dataset in the layout of {row.dataset}")
         name = source if fixture else path.name
         return ResolvedDataset(name, _digest_of(path, names), str(path), fixture=fixture is not None, on_hub=False)
     return _dataset_on_hub(source, revision, offline)
 
 
 def resolve_text(source: str, revision: str | None, offline: bool) -> ResolvedDataset:
-    """Return what a built-in text's name, a text file (./, ../, / or ~/), or WikiText on the Hub stands for.
+    """Resolve the name of a built-in text, a text file (./, ../, / or ~/), or WikiText on the Hub to a pinned revision.
 
     Args:
         source: The name or the path.
@@ -116,7 +116,7 @@ def resolve_text(source: str, revision: str | None, offline: bool) -> ResolvedDa
         return _dataset_on_hub(source, revision, offline)
     path = fixture / TEXT_FILE if fixture else Path(source).expanduser().resolve()
     if not path.is_file():
-        raise UserError(f"there is no text file {source}: use a file of text, or {WIKITEXT}")
+        raise UserError(f"there is no text file {source}: check the path, or use {WIKITEXT}")
     name = source if fixture else path.name
     if not name.isprintable():
         raise UserError(f"the text file's name, {name!r}, is not one line of text: rename it")
@@ -137,7 +137,7 @@ def is_path(source: str) -> bool:
 
 
 def _data_files(folder: Path, files: Sequence[str], skipped_files: Sequence[str]) -> list[str]:
-    """Return the names of the files of a dataset in a directory that are needed."""
+    """Return the names of the data files that a benchmark needs from a directory."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return [name for name in names if is_data_file(name, files, skipped_files)]
 
@@ -157,7 +157,7 @@ def _model_on_hub(name: str, revision: str | None) -> ResolvedModel:
         on_hub=True,
         license=clean_license(info.card_data),
         weight_bytes=weight_bytes,
-        # The Hub counts the weights; where a Hub does not, their size says how many there are at least.
+        # The Hub counts the weights; for a Hub that does not, derive a lower bound from their size.
         weights=counts.total if counts else _fewest_weights(weight_bytes),
         multimodal=(getattr(info, "config", None) or {}).get("model_type") != GEMMA3.text_only.model_type,
     )
@@ -174,7 +174,7 @@ def _remembered_model(name: str, revision: str | None) -> ResolvedModel:
         license=clean_license(fields["license"]),
         weight_bytes=fields["weight_bytes"],
         weights=fields["weights"],
-        # A name that an earlier version has remembered may stand for either.
+        # Records of earlier versions do not have this field.
         multimodal=fields.get("multimodal", True),
     )
 
@@ -198,7 +198,7 @@ def _fewest_weights(size: int) -> int:
 
 
 def remember(resolved: ResolvedDataset, revision: str | None) -> None:
-    """Write down what a name on the Hub stood for, for `--offline`; call it once its files are in the store."""
+    """Record what a name on the Hub resolved to, for `--offline`; call it once its files are in the store."""
     if not resolved.on_hub:
         return
     kind = "model" if isinstance(resolved, ResolvedModel) else "dataset"
@@ -223,14 +223,14 @@ def download(target: Path, source: str, revision: str, offline: bool) -> Output:
     repository is fetched at exactly this commit, and each file is checked against the Hub's own hash.
 
     Raises:
-        UserError: The checkpoint is not a sound Gemma 3.
+        UserError: The checkpoint is not a valid Gemma 3 checkpoint.
     """
     local = Path(source).is_dir()
     if local:
         with _unchanged(target, source, revision):
             for name in source_files(Path(source)):
                 with open_source(Path(source), name) as reader:
-                    # Through its descriptor, since the path may lead to another file by now.
+                    # Through its descriptor, since the path may point to another file by now.
                     store.copy(Path(f"/proc/self/fd/{reader.fileno()}"), target / name)
     else:
         _fetch_checkpoint(target, source, revision, offline)
@@ -362,7 +362,7 @@ def _fetch_resource(target: Path, resource: Resource) -> None:
     """Fetch an archive, check its hash, and write the files of the folder in it that is needed.
 
     Raises:
-        StageFailed: It cannot be fetched, or is not the archive that is pinned.
+        StageFailed: It cannot be fetched, or its hash is not the pinned one.
     """
     import httpx
 
@@ -372,7 +372,7 @@ def _fetch_resource(target: Path, resource: Resource) -> None:
         raise StageFailed(f"{resource.url} cannot be fetched: {error}", *is_retryable(error)) from None
     content = response.content
     if hashlib.sha256(content).hexdigest() != resource.sha256:
-        raise StageFailed(f"{resource.url} has another SHA-256 than {resource.sha256}: it is not used")
+        raise StageFailed(f"{resource.url} does not have the pinned SHA-256 {resource.sha256}: it is not used")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for info in archive.infolist():
             name = info.filename.removeprefix(resource.member)
@@ -447,7 +447,7 @@ def _digest_of_text(path: Path) -> str:
 
 
 def _read_card_metadata(folder: Path) -> dict[str, Any] | None:
-    """Return the metadata of a directory's model card; None if it has none, or a malformed one, which is no error."""
+    """Return the metadata of a directory's model card; None if it is missing or malformed, which is not an error."""
     from huggingface_hub import metadata_load
 
     try:

@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 # optimum-executorch's recipe, and the dtype of activations and scales: XNNPACK takes no bfloat16.
 BACKEND = "xnnpack"
 DTYPE = "float32"
-# Nodes of a graph that are no operators.
+# Nodes of a graph that are not operators.
 NO_OPERATORS = {"alloc", "getitem", "sym_size", "cond"}
 # ExecuTorch's own kernels for attention, its cache, and quantized embeddings.
 CUSTOM = ("llama_", "update_cache", "quantized_decomposed_embedding")
 # Operators that are too slow in the portable kernels.
 HEAVY = ("linear", "mm", "addmm", "bmm", "convolution", "_softmax", "scaled_dot_product")
-# The program's size in times of the quantized checkpoint's, whose int4 weights take a byte each; 4B: 3.18 / 5.37.
+# The program's size as a multiple of the quantized checkpoint's, whose int4 weights take a byte each; 4B: 3.18 / 5.37.
 PROGRAM_FACTOR = 0.75
 
 # {"xnnpack" | "custom" | "portable": {operator: how often}}
@@ -114,19 +114,19 @@ def export(
 
 
 def check_exportable(target: Path, checkpoint: Path) -> None:
-    """Raise UserError if the checkpoint is not one of ours, or if `target` has no room for its program."""
+    """Raise UserError if the checkpoint is not from the quantize stage, or `target` has no space for its program."""
     path = checkpoint / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if (config.get("architectures") or [None])[0] not in GEMMA3.architectures:
-        raise UserError(f"{checkpoint} is not a checkpoint of Gemma 3: export what the quantize stage has written")
+        raise UserError(f"{checkpoint} is not a Gemma 3 checkpoint: export the output of the quantize stage")
     if config.get("quantization_config", {}).get("quant_method") != "torchao":
-        raise UserError(f"{checkpoint} is not quantized with torchao: export what the quantize stage has written")
+        raise UserError(f"{checkpoint} is not quantized with torchao: export the output of the quantize stage")
     needed = int(PROGRAM_FACTOR * sum(file.stat().st_size for file in weight_files(checkpoint)))
     free = shutil.disk_usage(target).free
     if free < needed:
         raise UserError(
             f"the program takes about {human_size(needed)}, but {human_size(free)} are free where {target} is: "
-            "make room, or set QUANTIZE_GEMMA_HOME to a larger disk"
+            "free some space, or set QUANTIZE_GEMMA_HOME to a larger disk"
         )
 
 
@@ -188,7 +188,7 @@ def _last_position(head: Module) -> Module:
 def count_operators(method: GraphModule) -> OperatorCounts:
     """Return how often each operator of a method's graph is run by XNNPACK, custom and portable kernels.
 
-    Of a condition, both branches count.
+    Both branches of a condition count.
     """
     from executorch.devtools.backend_debug import get_delegation_info
     from torch.fx import GraphModule
@@ -210,7 +210,8 @@ def check_delegation(delegation: dict[str, OperatorCounts]) -> None:
         slow = [name for name in counts["portable"] if any(f"aten_{word}_" in name for word in HEAVY)]
         if slow:
             raise StageFailed(
-                f"{method} of the program runs {', '.join(slow)} outside of XNNPACK and the custom kernels"
+                f"{method} of the program runs {', '.join(slow)} on portable kernels, which are slow, instead of on "
+                "XNNPACK or custom kernels"
             )
 
 
@@ -244,7 +245,7 @@ def _check_metadata(program: Path, expected: dict[str, Any]) -> dict[str, Any]:
     metadata: dict[str, Any] = result["metadata"]
     wrong = {name: metadata.get(name) for name, value in expected.items() if metadata.get(name) != value}
     if wrong:
-        raise StageFailed(f"the program's metadata differ from the model's: {wrong} instead of {expected}")
+        raise StageFailed(f"the program's metadata differs from the model's: {wrong} instead of {expected}")
     return metadata
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often the head may move during an upload before a person has to look.
+# How often the head may move during an upload before the run gives up.
 ATTEMPTS = 5
 # Lists the other files of a release, which the next release may delete.
 MANIFEST = "release.json"
@@ -74,7 +74,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Publication:
-    """What came of publishing a release: its URL, the commit, and the tag if there is one."""
+    """A published release: its URL, its commit, and its tag if there is one."""
 
     state: Literal["published", "already published"]
     url: str
@@ -98,7 +98,7 @@ def publish(release: Artifact, target: Target, private: bool = False, tagged: bo
 
     Raises:
         UserError: The Hub refuses, or the repository holds files that no release of ours wrote.
-        StageFailed: A file here or on the Hub is not what it should be.
+        StageFailed: A file differs from the release's manifest, here or on the Hub.
     """
     from huggingface_hub import HfApi
 
@@ -126,7 +126,7 @@ def publish(release: Artifact, target: Target, private: bool = False, tagged: bo
         else:
             raise UserError(
                 f"the head of {target.repository} moved {ATTEMPTS} times during the upload: "
-                "find out what else writes to it"
+                "stop whatever else writes to it, and start the run again"
             )
         _verify_upload(api, target.repository, commit.pr_revision or commit.oid, release, contents)
         name = _tag(api, target.repository, tag, commit.oid) if tag else None
@@ -243,7 +243,7 @@ def check_target(target: Target) -> None:
         me = api.whoami()
         if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise UserError(
-                f"the token may only read, not publish to {repository}: set HF_TOKEN_WRITE to one with write access"
+                f"the token is read-only and cannot publish to {repository}: set HF_TOKEN_WRITE to one that can write"
             )
         try:
             api.auth_check(repository, write=not target.create_pr)
@@ -260,7 +260,7 @@ def check_target(target: Target) -> None:
         if repository.split("/")[0] not in allowed:
             raise UserError(
                 f"the token cannot create a repository in {repository.split('/')[0]!r}: "
-                f"it can in {', '.join(allowed) or 'none'}"
+                f"use another token, or a namespace that it can write to ({', '.join(allowed) or 'none'})"
             )
 
 
@@ -393,7 +393,10 @@ def _verify_upload(api: "HfApi", repository: str, revision: str, release: Artifa
     remote_files = _files(api.model_info(repository, revision=revision, files_metadata=True))
     wrong = [name for name in release.files if not _is_same(release, contents, name, remote_files)]
     if wrong:
-        raise StageFailed(f"{repository} at {revision} does not hold what was uploaded: {', '.join(wrong)}")
+        raise StageFailed(
+            f"{repository} at {revision} differs from the release after the upload: check {', '.join(wrong)} there, "
+            "and start the run again"
+        )
 
 
 def _publication(

@@ -18,7 +18,7 @@ BASE = "model-base.safetensors"
 
 @stage()
 def untie(target: Path, checkpoint: Path) -> Output:
-    """Fill `target` with the checkpoint, lm_head.weight a tensor of its own with the embedding's bytes.
+    """Fill `target` with the checkpoint, in which lm_head.weight is a separate tensor with the embedding's bytes.
 
     Files that do not change are hard links. A checkpoint that is untied already passes through unchanged.
     (Card section: Untie weights.)
@@ -34,7 +34,7 @@ def untie(target: Path, checkpoint: Path) -> Output:
     tied = not any(name.endswith(f"{GEMMA3.head_module}.weight") for name in tensors)
     if tied:
         if embedding not in GEMMA3.heads:
-            raise UserError(f"the embedding's name, {embedding}, is none of Gemma 3's: {', '.join(GEMMA3.heads)}")
+            raise UserError(f"the embedding {embedding} is not one of Gemma 3's: {', '.join(GEMMA3.heads)}")
         head = GEMMA3.heads[embedding]
         _write_shard(target / SHARD, head, checkpoint, tensors[embedding])
         weight_map[head] = SHARD
@@ -80,7 +80,7 @@ def _write_shard(shard: Path, head: str, checkpoint: Path, embedding: TensorInfo
             # sendfile: copy_file_range fails between file systems, and the store may be on another one.
             copied = os.sendfile(target, source, start, end - start)
             if not copied:
-                raise StageFailed(f"{checkpoint / embedding.file} became shorter while it was read")
+                raise StageFailed(f"{checkpoint / embedding.file} was truncated while it was read: start the run again")
             start += copied
     finally:
         os.close(source)

@@ -1,4 +1,4 @@
-"""Card: assembles the release from checkpoint, program and metrics.json, with a README.md of what was measured."""
+"""Card: assembles the release from checkpoint, program and metrics.json, and renders its README.md."""
 
 import json
 from dataclasses import dataclass, replace
@@ -180,11 +180,11 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
 
 
 def check_front_matter(readme: Path, metrics: Metrics) -> None:
-    """Raise StageFailed if the Hub's own client reads other metadata from the card than were written."""
+    """Raise StageFailed if the Hub's own client does not read back the metadata that was written to the card."""
     from huggingface_hub import metadata_load
 
     if metadata_load(readme) != front_matter(metrics):
-        raise StageFailed(f"the metadata of {readme} do not read back as they were written: it is not published")
+        raise StageFailed(f"the metadata of {readme} does not read back as it was written: it is not published")
 
 
 def _rule_code(rule: Rule) -> RuleCode:

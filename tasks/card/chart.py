@@ -48,14 +48,14 @@ def draw_subjects(metrics: Metrics, benchmark: str, path: Path) -> None:
         axes = figure.add_axes((0.05, bottom / height, 0.9, row * len(scores[1].tasks) / height))
         names = (f"{metrics.base_model.split('/')[-1]}, base", f"{metrics.recipe}, quantized")
         _draw_bars(axes, dict(zip(names, scores, strict=True)), info.chance)
-        _draw_legend(figure, axes, height, f"Accuracy per subject of {info.dataset.name}")
+        _draw_legend(figure, axes, height, f"Accuracy by subject on {info.dataset.name}")
         figure.savefig(path, dpi=200, metadata={"Software": None})
 
 
 def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
     """Draw how many tokens have which KL divergence from the base model, as a PNG that is readable on a phone.
 
-    Bins are on a logarithmic scale; below its first edge, a divergence counts as 0. Of the program there are fewer
+    Bins are on a logarithmic scale; a divergence below the first edge counts as 0. The program is measured on fewer
     tokens, so the bars are shares.
 
     Args:
@@ -69,7 +69,7 @@ def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
     figure = Figure(figsize=(4, 3.1), facecolor="white")
     axes = figure.add_axes((0.14, 0.16, 0.82, 0.56))
     for (name, one), color in zip(shown.items(), (*COLORS, "#009E73"), strict=True):
-        # The first bin starts at 0, which a logarithmic scale has not.
+        # The first bin starts at 0, which is not on a logarithmic scale.
         edges = [one.kl_histogram.edges[1] / 10 ** (1 / 4), *one.kl_histogram.edges[1:]]
         shares = [100 * count / one.tokens for count in one.kl_histogram.counts]
         axes.stairs(shares, edges, color=color, linewidth=1.4, label=f"{name}, mean {one.kl_mean:.3f}")
@@ -84,7 +84,7 @@ def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
 
 
 def draw_output_error(metrics: Metrics, path: Path) -> None:
-    """Draw what a calibrated recipe left of the outputs' error, by role over the blocks, readable on a phone.
+    """Draw the output error that remains after calibration, by role over the blocks, readable on a phone.
 
     Args:
         metrics: The metrics, of a calibrated recipe.
@@ -108,7 +108,7 @@ def draw_output_error(metrics: Metrics, path: Path) -> None:
     axes.set(yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label(axes, "decoder block", "squared error of the outputs, %")
-    figure.text(0.04, 0.94, "Error of the outputs after calibration, by block", fontsize=10.5)
+    figure.text(0.04, 0.94, "Output error after calibration, by decoder block", fontsize=10.5)
     figure.legend(
         loc="upper left", bbox_to_anchor=(0.02, 0.93), ncols=4, fontsize=FONT_SIZE, frameon=False, handlelength=1.2
     )

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 # An underscore inside a word has no meaning in Markdown.
 SPECIAL = re.compile(r"[`*\[\]<>&|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-# What starts an address that is written out, and the character without which it is none.
+# What starts a bare URL or e-mail address, and the character that makes it one.
 LINKED = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
 # Zero-width joiners, which Persian words and emoji need.
 JOINERS = "\u200c\u200d"

@@ -42,7 +42,7 @@ def evaluate(
         device: Where the answers were computed.
 
     Raises:
-        UserError: No document was answered.
+        UserError: No document fits into the program's sequence length.
     """
     name, metric = benchmark["name"], benchmark["metric"]
     recorded = read_requests(requests)
@@ -51,7 +51,7 @@ def evaluate(
         by_document.setdefault((request.task, request.doc_id), []).append(request)
     stored, left_out = _read_answers(recorded, answers)
     if not stored:
-        raise UserError(f"no question of {name} fits into the program: raise max_seq_len")
+        raise UserError(f"no document of {name} fits into the program's sequence length: raise max_seq_len")
     doc_ids = _documents_of_a_sample(stored, len(by_document))
     with run_lm_eval(dataset, benchmark) as evaluate_with_lm_eval:
         from quantize_gemma.tasks.evaluate.replay_lm import ReplayLM

@@ -27,7 +27,7 @@ CHECKPOINT = "quantize_gemma.tasks.evaluate.packed_lm:load_checkpoint_scorer"
 IMAGES = "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_scorer"
 IMAGES_PROGRAM = "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_program_scorer"
 PROGRAM = "quantize_gemma.tasks.evaluate.program_lm:load_program_scorer"
-# Small shards are answered together until there are so many questions, which fills batches and hides a task's cost.
+# Small shards are answered together, at least this many questions: that fills batches and hides per-task overhead.
 QUESTIONS = 100
 # Fixed: with another seed for each run, a release that fails could be run until a sample passes.
 SEED = 20
@@ -38,13 +38,14 @@ Score = Callable[[list[Request]], list[JsonValue]]
 
 @dataclass(frozen=True)
 class Scorer:
-    """What answers.
+    """How to load the model that answers requests.
 
     Attributes:
-        load: The function "module:name" that loads the model from `paths` and `settings`, and returns what answers.
-        paths: Its artifacts, whose content shapes the answers.
-        settings: Its other arguments, which shape the answers, too, except for `batch_size` on a CPU.
-        together: How many questions it answers at a time, at least.
+        load: The function "module:name" that loads the model from `paths` and `settings`, and returns a function that
+            answers requests.
+        paths: Its artifacts, whose content affects the answers.
+        settings: Its other arguments, which affect the answers, too, except for `batch_size` on a CPU.
+        together: The minimum number of questions that it answers at a time.
     """
 
     load: str
@@ -84,7 +85,7 @@ def answer(
         program: The directory of model.pte, if that answers.
         no_act_quant: The checkpoint answers in float32 without quantized activations, for reference.
         sample_size: Documents to draw, always the same ones; None for all.
-        batch_size: The most sequences of a batch; "auto" limits the tokens only.
+        batch_size: The maximum number of sequences in a batch; "auto" limits only the tokens.
         exact: Generate text as lm-eval's own model does with one sequence at a time, to the bit, which is slower.
         part: The number of the part, from 0.
         parts: The number of the parts.
@@ -148,7 +149,7 @@ def choose_scorer(
     kind: str,
     exact: bool = False,
 ) -> Scorer:
-    """Return what answers: a program, or a checkpoint. Either sees a dataset's images if there are any.
+    """Return the scorer of a program or a checkpoint, which reads the dataset's images if there are any.
 
     `kind` is the requests'; the other parameters are those of the stage.
     """
@@ -166,8 +167,8 @@ def choose_scorer(
         "generates": generates,
         "exact": exact,
     }
-    # A GPU's sums depend on the batch, and so does a CPU's last bit in float32, now and then: the batch must not depend
-    # on who answers, or on what was interrupted. A shard of texts fills a batch.
+    # Sums on a GPU depend on the batch, and sometimes so does the last float32 bit on a CPU: the batch must not depend
+    # on the number of workers or on interruptions. A shard of texts fills a batch.
     together = QUESTIONS if device == "cpu" and not generates and not no_act_quant else 1
     return Scorer(CHECKPOINT, {"checkpoint": checkpoint}, settings, together)
 

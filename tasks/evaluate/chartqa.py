@@ -1,4 +1,4 @@
-"""ChartQA: its test split, as an lm-eval task of ours, and what answers it. (Card section: Model Quality.)
+"""ChartQA: its test split as our own lm-eval task, and its scorers. (Card section: Model Quality.)
 
 Prompt, generation and score are those of lmms-eval's `chartqa` task and its gemma3 model, which measured the card's
 row: the system prompt "You are a helpful assistant.", image, question and "Answer the question with a single word."
@@ -47,7 +47,7 @@ CURRENCIES = "$€£¥₹"
 
 
 def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Callable[[list[Request]], list[JsonValue]]:
-    """Load a checkpoint as what answers requests, each about a row of the dataset.
+    """Load a checkpoint; return a function that answers requests, each about a row of the dataset.
 
     Raises:
         UserError: The checkpoint is text-only.
@@ -57,7 +57,7 @@ def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Callable[
     from quantize_gemma.tasks.evaluate.chartqa_model import ChartQALM
 
     if not is_multimodal(AutoConfig.from_pretrained(checkpoint).to_dict()):
-        raise UserError(f"{checkpoint} is a text-only checkpoint: it cannot be evaluated on ChartQA")
+        raise UserError(f"{checkpoint} is text-only and cannot be evaluated on ChartQA: leave chartqa out of tasks")
     model = ChartQALM(Path(checkpoint), device)
     return _answer_rows(
         Path(dataset),
@@ -68,7 +68,7 @@ def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Callable[
 def load_chartqa_program_scorer(
     checkpoint: str, program: str, dataset: str
 ) -> Callable[[list[Request]], list[JsonValue]]:
-    """Load a program as what answers requests: None where prompt and answer are longer than its sequences."""
+    """Load a program; return a function that answers requests, None where prompt and answer exceed its sequences."""
     from transformers import AutoProcessor
 
     pte = PteProgram(Path(program) / "model.pte")
@@ -97,7 +97,7 @@ def load_chartqa_program_scorer(
 def _answer_rows(
     dataset: Path, answer: Callable[[dict[str, Any]], str | None]
 ) -> Callable[[list[Request]], list[JsonValue]]:
-    """Return what answers requests, each about a row of the dataset, with an answer to a row."""
+    """Return a function that answers requests, each about a row of the dataset, from one that answers a row."""
     table = read_chartqa(dataset)
 
     def respond(requests: list[Request]) -> list[JsonValue]:

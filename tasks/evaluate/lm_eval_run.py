@@ -54,7 +54,7 @@ def run_lm_eval(dataset: Path, benchmark: RequestInputs) -> Iterator[Evaluate]:
                 tasks, limit, use_template = [import_function(OWN_TASKS[name])(dataset, limit)], None, False
                 manager = TaskManager(include_defaults=False)
             else:
-                # Of a group, only the tasks with documents: lm-eval would ask all questions of the others.
+                # Only the tasks of a group that have documents: lm-eval would run the others in full.
                 names = [name] if doc_ids is None else list(doc_ids)
                 manager = make_task_manager(name, write_group(Path(folder) / "tasks", names, dataset))
                 tasks = list(manager.load([GROUP])["groups"][GROUP])

@@ -22,7 +22,7 @@ class KeyValues:
     """The keys and values of one sequence in each layer; those of `length` tokens are complete."""
 
     def __init__(self, capacity: int) -> None:
-        """Take the most tokens that the sequence can have."""
+        """Create an empty cache for up to `capacity` tokens."""
         self.capacity = capacity
         self.length = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -50,7 +50,7 @@ class Text:
 
     Attributes:
         prompt: The prompt's tokens.
-        max_tokens: The most tokens of the text.
+        max_tokens: The maximum number of tokens of the text.
         ends: Tells from the tokens so far whether the text has ended.
         tokens: The text's tokens so far.
         cache: The keys and values of the prompt and the text.
@@ -109,9 +109,9 @@ def take_next(
     Args:
         waiting: Texts, in order.
         running: Texts that are being generated.
-        max_texts: The most texts at a time; None for no limit.
-        max_tokens: The most tokens at a time, those included that may still be generated.
-        max_prompt_tokens: The most tokens of the prompts that start together, unless one alone has more.
+        max_texts: The maximum number of texts at a time; None for no limit.
+        max_tokens: The maximum number of tokens at a time, including those that may still be generated.
+        max_prompt_tokens: The maximum number of tokens of the prompts that start together, unless one alone has more.
     """
     count, total, prompt_tokens = 0, sum(text.cache.capacity for text in running), 0
     for text in waiting:

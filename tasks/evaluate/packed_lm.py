@@ -1,4 +1,4 @@
-"""lm-eval's own `hf` model, with log-likelihoods and texts that cost less; the former are the same to the bit on a CPU.
+"""lm-eval's own `hf` model, faster; on a CPU, log-likelihoods are the same to the bit.
 
 The command line's default is one request per forward, without padding. Padding changes the last bits of the results,
 through the attention's blocks; the number of rows of a matrix product does not. So several sequences are packed into
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 
 # More tokens per batch make no matrix product faster, only the memory larger.
 TOKENS = {"cpu": 4096, "cuda": 32_768}
-# The most positions of a batch; each is a row of logits over the vocabulary.
+# The maximum number of positions in a batch; each is a row of logits over the vocabulary.
 POSITIONS = 256
 # The last tokens of a text in which a stop sequence is looked for.
 STOP_TOKENS = 32
 
-# The most tokens of texts that are generated together, prompts included. For gemma-3-4b, 16,384 take 2.3 GB.
+# The maximum number of tokens of texts generated together, prompts included. For gemma-3-4b, 16,384 take 2.3 GB.
 CACHED_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 
 # lm-eval's: (strings or None, context, continuation), the last two as tokens.
@@ -59,12 +59,12 @@ Score = Callable[[list[Request]], list[JsonValue]]
 def load_checkpoint_scorer(
     checkpoint: str, device: str, batch_size: int | str, no_act_quant: bool, generates: bool, exact: bool
 ) -> Score:
-    """Load a checkpoint as what answers requests."""
+    """Load a checkpoint; return a function that answers requests."""
     return make_scorer(PackedLM(Path(checkpoint), device, batch_size, no_act_quant, generates, exact))
 
 
 def make_scorer(model: LM) -> Score:
-    """Return an lm-eval model as what answers requests, all of one kind."""
+    """Return a function that answers requests, all of one kind, with an lm-eval model."""
 
     def score(requests: list[Request]) -> list[JsonValue]:
         instances = [Instance(request.kind, {}, tuple(request.arguments), 0) for request in requests]
@@ -91,7 +91,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         Args:
             checkpoint: Its directory.
             device: "cpu" or "cuda", or "cuda:0" and so on.
-            batch_size: The most sequences of a batch; "auto" limits the tokens only.
+            batch_size: The maximum number of sequences in a batch; "auto" limits only the tokens.
             no_act_quant: For reference: in float32 and without quantized activations. Slow, in the same memory.
             generates: It generates text, for which lm_head is dequantized, too.
             exact: Text is that of lm-eval's own model with one sequence at a time, to the bit. Otherwise it can differ
@@ -235,7 +235,10 @@ class PackedLM(HFLM):  # type: ignore[misc]
 
         room = self.max_length - settings["max_gen_toks"]
         if room < 1:
-            raise UserError(f"the task asks for {settings['max_gen_toks']:,} tokens of text, but the model has no more")
+            raise UserError(
+                f"the task generates up to {settings['max_gen_toks']:,} tokens, but the model's sequences have at most "
+                f"{self.max_length:,}, prompt included: choose another task"
+            )
         tokens, _ = self.tok_batch_encode([context], left_truncate_len=room, truncation=self.truncation)
         return Text(tokens[0].tolist(), settings["max_gen_toks"], has_ended)
 
@@ -267,7 +270,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         Args:
             groups: The sequences.
             counts: How many positions of each sequence.
-            caches: Of each group, if any, to be filled.
+            caches: The caches of the groups to fill, if any.
         """
         row = PackedRow(self.model.config, groups, self.device, caches, exact=not caches or self.exact)
         sequences = [sequence for group in groups for sequence in group.sequences]

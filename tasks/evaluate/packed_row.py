@@ -192,7 +192,7 @@ class PackedRow:
         outputs = []
         for start in range(0, length, step):
             stop = min(start + step, length)
-            # Of a sliding window, no query of the block sees what is before.
+            # With a sliding window, no query of the block attends to earlier positions.
             first = max(start + 1 - module.sliding_window, 0) if step < length and module.sliding_window else 0
             query, key, value = parts[0][:, :, start:stop], *(part[:, :, first:stop] for part in parts[1:])
             seen = None if mask is None else mask[:, :, start:stop, first:stop]

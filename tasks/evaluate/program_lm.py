@@ -91,7 +91,7 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
 
 
 def load_program_scorer(checkpoint: str, program: str) -> Score:
-    """Load a program as what answers requests: None to those that are longer than its sequences."""
+    """Load a program; return a function that answers requests, None to those that are longer than its sequences."""
     model = ProgramLM(Path(checkpoint), Path(program))
     score_all = make_scorer(model)
 

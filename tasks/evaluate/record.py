@@ -1,4 +1,4 @@
-"""Record: what lm-eval asks a model in one benchmark, without a model.
+"""Record: the requests that lm-eval makes in one benchmark, without a model.
 
 The requests depend on the dataset, the chat template, and the task's settings, not on the weights, so they are recorded
 once for all columns. They are divided into shards, which are answered and stored one by one; see answer.py.

@@ -85,11 +85,11 @@ class ReplayLM(LM):  # type: ignore[misc]
         return [self._answer(_request_of(instance)) for instance in instances]
 
     def _answer(self, request: Request) -> Any:
-        # Of a sample, lm-eval's requests have the numbers of the documents in the sample.
+        # With a sample, lm-eval numbers the documents within the sample.
         doc_id = request.doc_id if self.doc_ids is None else self.doc_ids[request.task][request.doc_id]
         key = request.task, doc_id, request.index
         if key not in self.answers:
-            raise StageFailed(f"lm-eval asks what was not recorded: document {doc_id} of {request.task}")
+            raise StageFailed(f"lm-eval made a request that was not recorded: document {doc_id} of {request.task}")
         answer = self.answers[key]
         return tuple(answer) if isinstance(answer, list) else answer
 

@@ -1,4 +1,4 @@
-"""What an evaluation writes: the scores in lm-eval's output, and a row for each document."""
+"""The output of an evaluation: scores from lm-eval's output, and a row for each document."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_samples(output: Json, name: str, metric: str, requests: dict[tuple[str,
 
     A row has "task", "doc_id", "target", "prompt", "choices" of a multiple-choice task, "responses" (the choices'
     log-likelihoods in nats, or the text), "prediction" (the number of a choice, or what a filter left of the text), and
-    "score", the headline metric, None if it is no number for one document.
+    "score", the headline metric, None if it is not defined for one document.
     """
     rows = []
     column, _, filter_name = metric.partition(",")
@@ -73,7 +73,7 @@ def documents(rows: list[Json], filter_name: str | None = None) -> dict[int, Jso
 
 
 def _answers(sample: Json, asked: list[Request]) -> Json:
-    """Return what a document was answered with."""
+    """Return the answers to a document."""
     responses = sample["filtered_resps"]
     if asked[0].kind != "loglikelihood":
         return {"responses": [response[0] for response in sample["resps"]], "prediction": str(responses[0])}
@@ -113,7 +113,7 @@ def _key(metric: str) -> str:
 
 
 def _count(samples: Json, metric: str) -> int:
-    """Return how many documents have a metric: some are about a part of them only."""
+    """Return how many documents have a metric: some metrics cover only a part of them."""
     name = metric.partition(",")[0]
     return sum(len({row["doc_id"] for row in rows if name in row}) for rows in samples.values())
 

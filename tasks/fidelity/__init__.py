@@ -1,8 +1,9 @@
 """Fidelity: how far a release is from its base model on text, token by token. (First table of the card.)
 
-Accuracy on a benchmark says nothing of a model that answers it by chance; this does. The base model's hidden states are
-kept as an artifact, and each column's are compared with them through both models' own heads, so no two models are in
-memory at once, and logits only of a few tokens. The names are those of llama.cpp's --kl-divergence.
+Accuracy on a benchmark says nothing about a model that answers it by chance; fidelity does. The base model's hidden
+states are stored as an artifact, and each column's hidden states are compared with them through the models' own heads,
+so that two models are never in memory at once, and logits of only a few tokens are. The metrics have the names of
+llama.cpp's --kl-divergence.
 
 The protocol is fixed; sequences.py says what is read, tokens.py how it is compared, summary.py what is reported:
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     Columns = dict[str, NDArray[np.float32]]
 
-# Tokens of a window that predict one.
+# The tokens of a window that predict a next token.
 SCORED = WINDOW - 1
 
 

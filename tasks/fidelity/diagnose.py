@@ -1,9 +1,9 @@
-"""Where the damage is: the KL divergence that quantizing one module alone brings, weights and activations apart.
+"""Diagnose: the KL divergence that quantizing one module alone causes, for weights and activations separately.
 
-The base model computes in float32. For each linear in turn, the checkpoint's weight takes the place of the base
-model's, and then the linear's input is quantized instead; everything else stays as it is. What is before the module's
-block does not change, so each time the model is read from that block on. The numbers of all modules do not add up to
-the whole checkpoint's: damage compounds, and partly cancels.
+The base model computes in float32. For each linear in turn, first its weight is replaced with the checkpoint's, then
+its input is quantized instead; everything else stays as it is. Nothing before the module's block changes, so the model
+runs from that block on. The divergences of all modules do not add up to that of the whole checkpoint: damage compounds,
+and partly cancels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from quantize_gemma.tasks.fidelity.tokens import Head
 
-# Of a window, the first half is read, and every fourth token is scored: the model is read some hundred times, and
+# Only the first half of a window is read, and every fourth token is scored: the model runs hundreds of times, and
 # lm_head costs as much as the layers.
 LENGTH = WINDOW // 2
 POSITIONS = slice(3, LENGTH, 4)
@@ -202,7 +202,7 @@ class Probe:
         return torch.cat(parts)
 
     def run(self, block: int, hidden: Tensor) -> Tensor:
-        """Return what the layers from a block on, and the last norm, make of that block's input."""
+        """Run the layers from a block on, and the last norm; return the result."""
         text = _language_model(self.layers[0])
         every = text.layers
         text.layers = every[block:]
@@ -214,7 +214,7 @@ class Probe:
 
     @contextlib.contextmanager
     def swapped(self, name: str) -> Iterator[None]:
-        """Put the checkpoint's module in the place of the base model's."""
+        """Replace the base model's module with the checkpoint's within the context."""
         parent, _, child = name.rpartition(".")
         owner, own = self.layers[0].get_submodule(parent), self.layers[0].get_submodule(name)
         setattr(owner, child, self.layers[1].get_submodule(name))
@@ -225,7 +225,7 @@ class Probe:
 
     @contextlib.contextmanager
     def hooked(self, name: str) -> Iterator[None]:
-        """Quantize the input of the base model's module."""
+        """Quantize the input of the base model's module within the context."""
         hook = (
             self.layers[0]
             .get_submodule(name)
@@ -275,7 +275,7 @@ class Probe:
 
     @functools.cached_property
     def log_probabilities(self) -> Tensor:
-        """The base model's, [scored tokens, vocabulary]."""
+        """The base model's log-probabilities, [scored tokens, vocabulary]."""
         import torch
 
         scored = self.states[-1][:, POSITIONS].flatten(0, 1)

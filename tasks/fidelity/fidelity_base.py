@@ -1,4 +1,4 @@
-"""What the base model's layers make of the text, kept for the comparison: two models are never in memory at once."""
+"""The base model's hidden states on the text, stored so that two models are never in memory at once."""
 
 import gc
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What base model and program say of a sample of tokens: the program runs in the ExecuTorch runtime."""
+"""Compare the predictions of base model and program on a sample of tokens, in the ExecuTorch runtime."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from quantize_gemma.tasks.fidelity.tokens import Head
     from quantize_gemma.tasks.models.pte import PteProgram
 
-# The program returns the logits of the last token of what it reads: each scored token costs a call.
+# The program returns the logits of the last token only, so each scored token costs a call.
 PROGRAM_STEP = 8
-# Of the text's windows, the program reads so many.
+# The number of the text's windows that the program reads.
 PROGRAM_WINDOWS = 4
 COMPARE = (
     "quantize_gemma.tasks.fidelity.fidelity_program:compare_window",

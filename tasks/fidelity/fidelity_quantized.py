@@ -1,4 +1,4 @@
-"""What base model and quantized checkpoint say of each token: both heads are applied to the hidden states of both."""
+"""Compare the predictions of base model and quantized checkpoint: each head is applied to its own hidden states."""
 
 from __future__ import annotations
 

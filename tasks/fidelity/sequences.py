@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WINDOW = 512
-# Sequences that are read at once, and lost at most if a stage is killed.
+# Sequences per group: they run at once, and at most one group is lost if a stage is killed.
 GROUP = 4
 # How models compute: in bfloat16 with quantized activations, or in float32 without.
 Variant = Literal["as_shipped", "weights_only"]

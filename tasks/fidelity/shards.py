@@ -1,4 +1,4 @@
-"""Finished shards of a stage's work as artifacts of their own: a stage that is killed continues where it was."""
+"""Finished shards of a stage's work as artifacts of their own: a stage that was killed resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE = "shard.safetensors"
 
 @dataclass(frozen=True)
 class ShardStore:
-    """Where the shards of one stage are.
+    """The shards of one stage in the store.
 
     Attributes:
         root: The store that they are in.

@@ -1,7 +1,7 @@
-"""Hidden states: what a checkpoint's layers hand to its lm_head, at the scored positions of token sequences.
+"""Hidden states: the inputs of a checkpoint's lm_head at the scored positions of token sequences.
 
-They take some 10 kB a token in the shape of gemma-3-4b-it, where logits take 1 MB: so the hidden states of two models
-are kept instead of the two models, and lm_head makes the same logits of them later.
+They take some 10 kB per token for gemma-3-4b-it, while logits take 1 MB: so the hidden states of two models are stored
+instead of keeping both models in memory, and lm_head computes the same logits from them later.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ANSWERS = (f"{HERE}:load_layers", f"{HERE}:generate")
 
 
 def load_layers(checkpoint: Path, variant: Variant, device: str) -> PreTrainedModel:
-    """Load a plain or quantized checkpoint to compute hidden states, in the memory of its stored weights at most."""
+    """Load a plain or quantized checkpoint to compute hidden states, in no more memory than its stored weights take."""
     model = load_model(checkpoint, torch.bfloat16)
     drop_vision_encoder(model)
     model.to(device)
@@ -108,7 +108,7 @@ def group_states(
 def hidden_states(model: PreTrainedModel, rows: list[Sequence]) -> Tensor:
     """Return the hidden states at the scored positions, [positions, width], on the CPU.
 
-    Sequences of the same length are read at once, without padding: what it adds would change the last bits.
+    Sequences of the same length run as a batch, without padding, which would change the last bits.
     """
     states = []
     for _, same in itertools.groupby(rows, key=lambda row: len(row.ids)):

@@ -1,6 +1,6 @@
-"""Statistics of what two models say about each token, with standard errors that know that tokens of a text depend.
+"""Statistics of two models' predictions per token, with standard errors for tokens that depend on each other.
 
-Tokens of one window are alike, so a window counts as one observation: standard errors are those of a mean over
+Tokens of one window are correlated, so a window counts as one observation: standard errors are those of a mean over
 clusters, linearized where the number of tokens differs (W. G. Cochran, Sampling Techniques, 3rd ed., 1977, section 9A).
 A quantile's is Woodruff's: the standard error of the share of tokens below it, read off the distribution (R. S.
 Woodruff, Confidence intervals for medians and other position measures, JASA 47, 1952). A maximum has none.

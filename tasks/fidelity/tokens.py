@@ -1,6 +1,6 @@
-"""What two models say about each token: their heads are applied to hidden states a few positions at a time.
+"""Compare two models' predictions for each token: their heads are applied to hidden states a few positions at a time.
 
-The logits of 512 tokens over Gemma's 262,144 words take 0.5 GB for each model; those of CHUNK positions are all that is
+The logits of 512 tokens over Gemma's vocabulary of 262,144 take 0.5 GB per model, so only those of CHUNK positions are
 in memory at once.
 """
 
@@ -30,7 +30,7 @@ Head = Callable[["Tensor"], "Tensor"]
 
 
 def load_head(checkpoint: Path, variant: Variant, device: str) -> Head:
-    """Load a checkpoint's lm_head, with what the model's own code makes of its output (a final softcap)."""
+    """Load a checkpoint's lm_head, with the model's own postprocessing of its output (a final softcap)."""
     model = load_model(checkpoint, torch.bfloat16)
     model.model = _Given()
     gc.collect()
@@ -83,7 +83,7 @@ def compare_logits(base: Tensor, other: Tensor, targets: Tensor) -> dict[str, Te
         the most likely token is the same; `nll_base` and `nll`, the token's negative log-likelihood in nats.
     """
     logs, other_logs = (torch.log_softmax(logits.float(), dim=-1) for logits in (base, other))
-    # Of equal logits, which bfloat16 has, the first is the top token in both.
+    # bfloat16 logits can tie; the first of them is the top token in both models.
     same_top = logs.argmax(-1) == other_logs.argmax(-1)
     nll_base, nll = (-each.gather(1, targets[:, None])[:, 0] for each in (logs, other_logs))
     differences = logs - other_logs
@@ -93,7 +93,7 @@ def compare_logits(base: Tensor, other: Tensor, targets: Tensor) -> dict[str, Te
 
 
 class _Given(torch.nn.Module):
-    """In place of a model's layers: its hidden states are given as `inputs_embeds`."""
+    """Replaces a model's layers: returns `inputs_embeds` as their hidden states."""
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
         from transformers.models.gemma3.modeling_gemma3 import Gemma3ModelOutputWithPast

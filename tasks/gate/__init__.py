@@ -28,7 +28,7 @@ def gate(
 ) -> Output:
     """Write metrics.json: every number of the release, and the verdict on them.
 
-    Its parameters are many because they are JSON values of the stage's key, each with its own origin in the flow.
+    It takes many parameters because each is a JSON value in the stage's key with its own origin in the flow.
 
     Args:
         target: The artifact's directory.

@@ -65,7 +65,7 @@ def required_checks(multimodal: bool, benchmarks: Sequence[Benchmark]) -> list[s
 
     Args:
         multimodal: Whether the model has a vision tower.
-        benchmarks: What is measured, and has a limit on its drop.
+        benchmarks: The benchmarks with a limit on their drop.
     """
     parts = ["", "_last", "_step_by_step", "_prompts", *["_image"] * multimodal]
     return [
@@ -221,8 +221,8 @@ def judge(
     prompts. Their samples are small, and activations quantize differently even in a correct program, so they fail only
     beyond sampling error, when the confidence is below 5%.
 
-    The distance from the base model comes first. A benchmark that the base model answers by chance says nothing of the
-    loss: its drop and its recovery are uninformative. Where nothing else says how much is lost, the verdict fails.
+    The distance from the base model comes first. A benchmark that the base model answers by chance cannot show a loss:
+    its drop and its recovery are uninformative. If no check measures the loss, the verdict fails.
 
     Args:
         benchmarks: What was measured.
@@ -230,10 +230,10 @@ def judge(
         pairs: By benchmark, the documents that base (first) and checkpoint (second) answer correctly.
         limits: Values by the names in LIMITS, and `max_<benchmark>_drop`, in points, for each benchmark that has a
             limit. `max_kl`, in nats, and `min_same_top`, in percent, may be None: they are recorded and not judged.
-            `min_recovery` is in percent of the base model's score; `max_disagreement`, in points, is the share
-            of answers that the program changes more than the checkpoint; `max_kl_ratio` bounds the KL divergence
-            between checkpoint and program, and the vision encoder's squared error, as a multiple of what activation
-            quantization alone causes.
+            `min_recovery` is in percent of the base model's score; `max_disagreement`, in points, is the share of
+            answers that the program changes minus the share that activation quantization alone changes;
+            `max_kl_ratio` bounds the KL divergence between checkpoint and program, and the vision encoder's squared
+            error, as a multiple of what activation quantization alone causes.
     """
     checks = judge_fidelity(columns.quantized.fidelity, limits["max_kl"], limits["min_same_top"])
     for name, info in benchmarks.items():
@@ -280,8 +280,9 @@ def _losses(
     if base is None or not info.higher_is_better or not base.is_at_chance(info.chance):
         return checks
     score = f"{100 * base.value:.1f}" + ("" if base.stderr is None else f" ± {100 * base.stderr:.1f}")
-    why = f"the base model's {score}% on {info.title} cannot be told from guessing ({100 * (info.chance or 0):.0f}%)"
-    return [_uninformative(check, f"{check.name.replace('_', ' ')} says nothing: {why}") for check in checks]
+    guessing = f"guessing ({100 * (info.chance or 0):.0f}%)"
+    why = f"the base model's {score}% on {info.title} cannot be distinguished from {guessing}"
+    return [_uninformative(check, f"{check.name.replace('_', ' ')} is uninformative: {why}") for check in checks]
 
 
 def _uninformative(check: Check, message: str) -> Check:
@@ -289,11 +290,11 @@ def _uninformative(check: Check, message: str) -> Check:
 
 
 def _nothing_is_known() -> Check:
-    """Return the failed check of a release of which nothing says how much it has lost."""
+    """Return the failed check of a release whose quality loss no check measures."""
     check = _check("informative", "", math.nan, math.nan, False, math.nan, None)
     message = (
-        "nothing says how much the release has lost: its distance from the base model has no limit, and the base model "
-        "answers the benchmarks by chance: set max_kl"
+        "no check measures how much quality the release lost: its distance from the base model has no limit, and the "
+        "base model answers the benchmarks by chance: set max_kl"
     )
     return replace(check, message=message)
 
@@ -312,7 +313,7 @@ def _recovery(name: str, title: str, pairs: Pairs, limit: float) -> Check:
 
 
 def _unpaired_drop(name: str, info: BenchmarkInfo, base: Score, quantized: Score, limit: float) -> Check:
-    """Return the check on a metric that is no mean over documents: how far it falls, or by how much a perplexity rises.
+    """Return the check on a metric that is not a mean over documents: its drop, or the rise of a perplexity.
 
     Its standard error is not known.
     """
@@ -335,7 +336,7 @@ def _disagreement(name: str, title: str, differing: Pairs, limit: float) -> Chec
     both = differing["both"]
     what = (
         f"of {sum(differing.values())} answers to {title} without activation quantization, the program changes "
-        f"{both + differing['first']} and activation quantization alone {both + differing['second']}: "
+        f"{both + differing['first']} and activation quantization alone changes {both + differing['second']}: "
         f"{value:.2f} ± {stderr:.2f} points more (limit ≤ {limit:.4g})"
     )
     margin = round(limit - value, 4)
@@ -360,7 +361,9 @@ def _unpaired_program_drop(name: str, info: BenchmarkInfo, sample: SampleScore, 
     if checkpoint is None:
         check = _check(f"{name}_program_drop", "", math.nan, limit, True, math.nan, None)
         return _uninformative(
-            check, f"{info.title} says nothing of the program: it is no mean over documents, so a sample has no score"
+            check,
+            f"{info.title} is not measured on the program: it is not a mean over documents, so a sample of them "
+            "has no score",
         )
     drop = checkpoint.value - sample.value if info.higher_is_better else sample.value - checkpoint.value
     value = round(100 * drop, 4)
@@ -400,11 +403,11 @@ def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:
 
 
 def _runner(check: RunnerCheck) -> Check:
-    """Return the check that the C++ runner does something as the program in Python does."""
+    """Return the check that the C++ runner behaves like the program in the Python runtime."""
     name, what = f"runner_{check.name}", f"the C++ runner, {RUNNER_CHECKS[check.name]}"
     if not check.cases:
         why = "the model did not end its turn" if check.name == "stop" else "the program's sequences are too short"
-        return _uninformative(_check(name, "", 0, 0, True, 0, None), f"{what}: not tried, {why}")
+        return _uninformative(_check(name, "", 0, 0, True, 0, None), f"{what}: not tested, {why}")
     first = f": {check.examples[0]}" if check.failed else ""
     return _at_most(name, f"{what}: {check.failed} of {check.cases} cases differ{first}", check.failed, 0)
 
@@ -436,13 +439,13 @@ def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: floa
     Args:
         fidelity: The quantized checkpoint's, as shipped.
         max_kl: The largest mean KL divergence in nats; None records it without judging.
-        min_same_top: The smallest share of tokens with the same most likely token, in percent; None likewise.
+        min_same_top: The smallest share of tokens with the same most likely token, in percent; None as above.
     """
     kl, kl_stderr = _or_nan(fidelity.kl_mean), fidelity.kl_mean_stderr
     top, top_stderr = 100 * _or_nan(fidelity.same_top), fidelity.same_top_stderr
     top_stderr = None if top_stderr is None else 100 * top_stderr
     text = f"on {fidelity.tokens:,} tokens of text, the KL divergence from the base model is {kl:.4f}"
-    tops = f"{top:.1f}% of its most likely tokens are those of the base model"
+    tops = f"its most likely token is the base model's at {top:.1f}% of the positions"
     return [
         _recorded("max_kl", f"{text} nats", kl, kl_stderr)
         if max_kl is None

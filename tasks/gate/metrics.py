@@ -1,4 +1,4 @@
-"""Collects what metrics.json says from the artifacts of a run."""
+"""Collects the content of metrics.json from the artifacts of a run."""
 
 import json
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ from quantize_gemma.tasks.runtime.paired_stats import Pairs, count_pairs
 from quantize_gemma.tasks.runtime.store import Artifact
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
-# Whose versions the card names.
+# The libraries whose versions the card lists.
 LIBRARIES = (
     "torch",
     "torchao",
@@ -133,7 +133,7 @@ def collect_distillation(artifacts: Artifacts) -> DistillationData | None:
 
 
 def add_up(parts: list[Artifact]) -> StageCost:
-    """Return what a stage took whose parts ran at the same time."""
+    """Return the cost of a stage whose parts ran at the same time: longest time, highest memory, total size."""
     return StageCost(
         seconds=max(part.measured["seconds"] for part in parts),
         peak_rss_bytes=max(part.measured["peak_rss_bytes"] for part in parts),
@@ -198,7 +198,7 @@ def collect_program(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: J
 
 
 def collect_scores(artifacts: Artifacts, benchmarks: Iterable[str], column: str) -> dict[str, BenchmarkScore | None]:
-    """Return the scores of a column by benchmark, None of what was not measured."""
+    """Return the scores of a column by benchmark, None for those that were not measured."""
     return {name: _score(artifacts.get(f"evaluate_{name}_{column}")) for name in benchmarks}
 
 

@@ -1,8 +1,8 @@
 """How the program answers a sample of a benchmark's documents, beside the checkpoint that it was exported from.
 
-Quantized activations, and bfloat16, change answers whose scores are close: in the program other ones than in the
-checkpoint. The activation-quantization baseline says how many: the checkpoint in float32 without quantized activations
-answers, too. A correct program is no further from that than the checkpoint is.
+Quantized activations and bfloat16 change answers whose scores are close, and not the same ones in the program as in the
+checkpoint. The activation-quantization baseline shows how many to expect: the checkpoint also answers in float32
+without quantized activations. A correct program is no further from that baseline than the checkpoint is.
 """
 
 import math
@@ -18,12 +18,12 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def compare_answers(
     program: Sequence[Row], checkpoint: Sequence[Row], no_act_quant: Sequence[Row] | None
 ) -> dict[str, Any]:
-    """Return what SampleScore says besides the program's score.
+    """Return the fields of SampleScore other than the program's score.
 
     Args:
         program: The rows of the program's samples.jsonl.
-        checkpoint: Those of the checkpoint's, on the same documents at least.
-        no_act_quant: Those of the checkpoint without activation quantization, if it was measured.
+        checkpoint: The checkpoint's rows, which include these documents.
+        no_act_quant: The rows of the checkpoint without activation quantization, if it was measured.
     """
     by_document = {(row["task"], row["doc_id"]): row for row in checkpoint}
     checkpoint = [by_document[row["task"], row["doc_id"]] for row in program]
@@ -57,7 +57,7 @@ def compare_answers(
 
 
 def mean_score(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Return the mean score and its standard error, None of a single document; None if scores are no numbers."""
+    """Return the mean score and its standard error (None for one document); None if a score is not a number."""
     scores = [row["score"] for row in rows]
     if not scores or None in scores:
         return None

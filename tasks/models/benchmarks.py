@@ -22,7 +22,7 @@ KINDS = {
     "loglikelihood_rolling": "loglikelihood_rolling",
     "generate_until": "generate_until",
 }
-# The columns of the evaluation. The last one is no release: the quantized checkpoint in float32 without quantized
+# The columns of the evaluation. The last one is not released: the quantized checkpoint in float32 without quantized
 # activations, which says how many of the program's differences activation quantization explains.
 ALL_COLUMNS = ("base", "quantized", "program", "no_act_quant")
 # The metrics that lm-eval gives in percent, unlike all others.
@@ -103,7 +103,7 @@ class Benchmark:
         metrics: Further metrics that the card shows, with their titles.
         kind: The kind of its requests: "loglikelihood", "loglikelihood_rolling", or "generate_until".
         higher_is_better: Whether a larger value of the headline metric is better.
-        chance: The headline metric of guesses, if guesses score at all.
+        chance: The headline metric of random guessing; None if guesses never score.
         num_fewshot: The number of examples in a prompt; None for the task's own.
         chat_template: Whether prompts are in the model's chat template, if it has one.
         max_drop: The default limit on the drop of the headline metric, in points; None for no limit.
@@ -116,7 +116,7 @@ class Benchmark:
         fixture: The built-in dataset of the same layout, if there is one.
         task_type: The type of task, as the Hub's model index names it.
         is_own_task: The task is one of ours, which the lm_eval command line does not have.
-        words: What the card says about how it is measured.
+        words: A sentence for the card about how it is measured.
     """
 
     name: str
@@ -164,7 +164,7 @@ class Benchmark:
         return (*self.files, *(f"{resource.folder}/*" for resource in self.resources))
 
     def file_inputs(self) -> FileInputs:
-        """Return which files of a dataset's repository are needed, and what else."""
+        """Return the files of a dataset's repository, and the other resources, that the benchmark needs."""
         return {
             "files": list(self.patterns()),
             "skipped_files": list(self.skipped_files),
@@ -173,7 +173,7 @@ class Benchmark:
         }
 
     def card_inputs(self) -> JsonObject:
-        """Return what metrics.json, and with it the card, says of the benchmark."""
+        """Return the benchmark's entry in metrics.json, which the card shows."""
         return {
             "title": self.title,
             "metric": self.metric,
@@ -324,7 +324,7 @@ def title_of(name: str) -> str:
 
 
 def describe(name: str) -> Benchmark:
-    """Return a benchmark: its row, or what lm-eval's YAML file says of a task or a group.
+    """Return a benchmark: its row, or one made from lm-eval's YAML file of a task or a group.
 
     Raises:
         UserError: lm-eval has no such task, or one that cannot be evaluated here.
@@ -344,9 +344,9 @@ def _describe_task(name: str) -> Benchmark:
     kinds = sorted({str(config.get("output_type", "generate_until")) for config in configs})
     metrics = {_first_metric(config) for config in configs}
     if len(datasets) != 1 or "/" not in datasets[0]:
-        raise UserError(f"the lm-eval task {name} does not have one dataset on the Hub ({', '.join(datasets)})")
+        raise UserError(f"the lm-eval task {name} does not have exactly one dataset on the Hub ({', '.join(datasets)})")
     if len(kinds) != 1 or kinds[0] not in KINDS:
-        raise UserError(f"the lm-eval task {name} makes requests that cannot be answered here: {', '.join(kinds)}")
+        raise UserError(f"the lm-eval task {name} makes requests of an unsupported kind: {', '.join(kinds)}")
     if len(metrics) != 1:
         raise UserError(
             f"the tasks of {name} do not have the same first metric: "
@@ -378,11 +378,11 @@ def _task_manager() -> "TaskManager":
 def _unsupported(config: dict[str, Any]) -> str | None:
     """Return why a task cannot be evaluated, None if it can."""
     if "doc_to_image" in config or "doc_to_audio" in config:
-        return "has images or sound: of those, only chartqa can be evaluated"
+        return "has images or audio: the only such benchmark that is supported is chartqa"
     if config.get("unsafe_code"):
-        return "runs code that the model writes, which is not done here"
+        return "runs code that the model writes, which is not supported"
     if config.get("repeats", 1) != 1 or (config.get("generation_kwargs") or {}).get("do_sample"):
-        return "samples its texts: only tasks with greedy texts, one for each document, can be evaluated"
+        return "samples its responses: only greedy generation of one response per document is supported"
     return None
 
 

@@ -1,15 +1,15 @@
-"""What a recipe is calibrated on: where it comes from, and the tokens between the stages that write and read them."""
+"""Calibration data: its source, and the file of tokens that one stage writes and others read."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 FILE = "calibration.json"
-# What a distilled recipe learns from: more of the same.
+# The sequences that a distilled recipe learns from.
 DISTILLATION = "distillation.json"
 # A dataset's files, if no others are named.
 DATASET_FILES = ("*.parquet", "*.txt")
-# What the base model answers, if it has a chat template. None is one of fidelity's prompts.
+# Prompts for the base model, if it has a chat template. None of them is a fidelity prompt.
 PROMPTS = (
     "How does a bicycle stay upright while it is moving?",
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",

@@ -1,4 +1,4 @@
-"""Checkpoints: what their files say without loading any weight, and loading their model."""
+"""Checkpoints: reading their files without loading weights, and loading their models."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def read_config(checkpoint: Path) -> dict[str, object]:
     """Return the content of config.json.
 
     Raises:
-        UserError: It is missing, cannot be read, or is not that of an unquantized Gemma 3.
+        UserError: It is missing, cannot be read, or does not describe an unquantized Gemma 3.
     """
     path = checkpoint / "config.json"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The files of benchmarks, and of the text: read them, and check that they have the layout that they should have."""
+"""The files of benchmarks and of the text: read them, and check their layout."""
 
 import io
 from collections.abc import Callable

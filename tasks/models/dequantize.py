@@ -1,7 +1,7 @@
 """Dequantize a quantized checkpoint's weights once, with the same outputs to the bit.
 
-torchao's linear quantizes the activations to int8, per token, and multiplies with the dequantized weight, which it
-makes anew in every forward. lm_head and the embedding stay quantized, which halves their memory: few tokens reach
+torchao's linear quantizes the activations to int8, per token, and multiplies with the weight, which it dequantizes in
+every forward. lm_head and the embedding stay quantized, which halves their memory: few tokens reach
 lm_head, unless the model generates, and of the embedding only the rows that are looked up are dequantized.
 """
 

@@ -19,8 +19,8 @@ from quantize_gemma.tasks.runtime.strict_json import read_object
 SCHEMA = Path(__file__).parent / "device_report.schema.json"
 # The upper limit of every count, bytes among them.
 LARGEST = 10**15
-WHAT_TO_DO = "make it with `python -m benchmarks.device_report`"
-# What pydantic calls the mistakes that people make.
+WHAT_TO_DO = "create it with `python -m benchmarks.device_report`"
+# Messages for pydantic's error types.
 REASONS = {
     "missing": "is missing",
     "unexpected_keyword_argument": "is not a field of a device report",
@@ -103,7 +103,7 @@ class DeviceSpeed:
 
 def _require_each_once(measurements: list[DeviceSpeed]) -> list[DeviceSpeed]:
     if len({one.prompt for one in measurements}) < len(measurements):
-        raise ValueError("must have each prompt once")
+        raise ValueError("must have one entry for each prompt")
     return measurements
 
 
@@ -146,10 +146,10 @@ def parse_device_report(content: Mapping[str, object]) -> DeviceReport:
 
 
 def require_program(report: DeviceReport, sha256: str) -> None:
-    """Raise UserError if the report is not of the program with this SHA-256."""
+    """Raise UserError if the report is not for the program with this SHA-256."""
     if report.program.sha256 != sha256:
         raise UserError(
-            f"the device report is of another program: it measured a model.pte with the SHA-256 "
+            f"the device report is for another program: it measured a model.pte with the SHA-256 "
             f"{report.program.sha256}, but this release's has {sha256}: measure the release's model.pte, or leave out "
             "--device-report"
         )

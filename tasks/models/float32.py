@@ -11,7 +11,7 @@ SIZE, EXACT = 256, 1e-5
 def fast_products() -> Iterator[None]:
     """Have oneDNN multiply float32 matrices on the CPU, unless it would round them to bfloat16.
 
-    By default torch takes MKL, which reaches half of the speed of AMD's processors. It takes oneDNN only if oneDNN may
+    By default torch uses MKL, which reaches half of the speed of AMD's processors. It uses oneDNN only if oneDNN may
     compute in bfloat16. On a processor where oneDNN does so, torch keeps MKL.
     """
     import torch

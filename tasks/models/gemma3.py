@@ -1,4 +1,4 @@
-"""What we know of the Gemma 3 family: every name and token that its code or its files use, in one place.
+"""The facts of the Gemma 3 family: every name and token that its code or its files use, in one place.
 
 Numbers of one model (layers, hidden size, the length of the sliding window) are read from its config.json; see
 config.py. This module imports nothing, so that everything may import it.

@@ -44,7 +44,7 @@ class TextEmbedding(torch.nn.Module):
 def attend_in_image(
     causal: Tensor, is_image: Tensor, query: Tensor, key: Tensor, value: Tensor, last: Tensor, scale: float
 ) -> Tensor:
-    """Return the attention of a full layer: that of an image if `is_image`, a bool scalar, else `causal`.
+    """Return the attention of a full layer: bidirectional over an image if `is_image`, a bool scalar, else `causal`.
 
     Args:
         causal: The causal attention, [1, tokens, heads, head_dim].
@@ -75,7 +75,7 @@ def bidirectional_attention(module: Any, make_masks: MakeMasks) -> Iterator[None
     """Export this module, optimum-executorch's of a multimodal model, with the channel, within the context.
 
     Raises:
-        UserError: The installed libraries are so different that a causal program would be exported.
+        UserError: With the installed libraries, a causal program would be exported.
     """
     require("optimum-executorch", "1.1.0", type(module), EXAMPLE_INPUTS)
     embedding, example_inputs = module.model.get_input_embeddings(), getattr(module, EXAMPLE_INPUTS)

@@ -100,7 +100,7 @@ def unlimited_chunks(max_seq_len: int) -> Iterator[None]:
     """Export modules with this cache, and the attention and mask that go with it, within the context.
 
     Raises:
-        UserError: The installed optimum-executorch is so different that its own cache would be exported.
+        UserError: The installed optimum-executorch would export its own cache.
     """
 
     class Cache(custom_kv_cache.ETCustomHybridCache):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The license fields of a model card. A malformed field is dropped: it is no reason not to quantize."""
+"""The license fields of a model card. Malformed fields are dropped: they are no reason to fail a run."""
 
 import re
 from collections.abc import Mapping

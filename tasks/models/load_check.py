@@ -31,7 +31,7 @@ TEXT = "Hey, are you conscious? Can you talk to me?"
 
 
 def check_loads(checkpoint: Path) -> None:
-    """Check that transformers can make the model, its tokenizer and its processor, without loading a weight.
+    """Check that transformers can load the model, its tokenizer and its processor, without loading a weight.
 
     Raises:
         UserError: It cannot, or the files belong to different models.
@@ -57,7 +57,7 @@ def check_loads(checkpoint: Path) -> None:
         tokens = _tokenize(tokenizer)
     if not tokens or max(tokens) >= config.text.vocab_size:
         raise UserError(
-            f"the tokenizer of {checkpoint} makes tokens that its model does not have: they belong to different models"
+            f"the tokenizer of {checkpoint} has token ids that its model does not: they belong to different models"
         )
 
 
@@ -136,7 +136,7 @@ def check_directory(checkpoint: str) -> dict[str, object]:
 
 
 def check_shapes(checkpoint: Path, config: "PreTrainedConfig", shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise UserError if the weights are not those of the model that transformers makes of this configuration.
+    """Raise UserError if the weights do not match the model that transformers builds from this configuration.
 
     `shapes` are the weights' shapes by their names in the loaded model.
     """
@@ -147,7 +147,7 @@ def check_shapes(checkpoint: Path, config: "PreTrainedConfig", shapes: Mapping[s
         if tuple(shapes[name]) != shape:
             raise UserError(
                 f"the weight {name} in {checkpoint} has the shape {list(shapes[name])}, "
-                f"but config.json makes it {list(shape)}: they belong to different models"
+                f"but config.json implies {list(shape)}: they belong to different models"
             )
     unknown = sorted(set(shapes) - set(expected))
     if unknown:
@@ -204,7 +204,7 @@ def _check_generation(checkpoint: Path) -> None:
 
 @contextlib.contextmanager
 def _transformers_errors(path: Path) -> Iterator[None]:
-    """Turn any exception that transformers raises for a file that it cannot read into a UserError of one sentence."""
+    """Turn any exception that transformers raises for a file into a UserError with one sentence."""
     try:
         yield
     except UserError:

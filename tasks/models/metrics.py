@@ -17,7 +17,7 @@ from quantize_gemma.tasks.runtime.paired_stats import Pairs
 
 SCHEMA_VERSION = 2
 SCHEMA = Path(__file__).parent / "metrics.schema.json"
-# A score so many standard errors above chance is chance with a probability of 5 %.
+# Guessing scores this many standard errors above chance, or more, with a probability of 5 %.
 ABOVE_CHANCE = 1.645
 # A field that this version does not know is an error, not something to drop silently.
 STRICT = {"extra": "forbid"}
@@ -34,12 +34,12 @@ class Score:
     samples: int | None = None
 
     def is_at_chance(self, chance: float | None) -> bool:
-        """Tell whether guesses explain an accuracy: it is no more than ABOVE_CHANCE standard errors above theirs.
+        """Tell whether an accuracy is at chance: at most ABOVE_CHANCE standard errors above that of guessing.
 
-        A single document's may always be a guess; where no standard error is known, the value decides.
+        The score of a single document is always at chance; without a standard error, the value alone is compared.
 
         Args:
-            chance: The accuracy of guesses; None for 0.
+            chance: The accuracy of random guessing; None for 0.
         """
         above = self.value - (chance or 0.0)
         if self.stderr is None:
@@ -187,11 +187,11 @@ class Agreement(Divergence):
         tokens: The number of tokens that were compared.
         same_argmax: The share of tokens whose most likely token is the same.
         nll_checkpoint, nll_program: Mean negative log-likelihoods of the text, in nats per token.
-        last: The same at the end of the longest sequence.
-        step_by_step: The same, one token at a time.
-        prompts: The same for the answers to prompts of several lengths.
-        image: The same for the text after an image.
-        late_image: The same for the text after an image that follows a long text.
+        last: The KL divergences at the end of the longest sequence.
+        step_by_step: The KL divergences when decoding one token at a time.
+        prompts: The KL divergences of the answers to prompts of several lengths.
+        image: The KL divergences of the text after an image.
+        late_image: The KL divergences of the text after an image that follows a long text.
         vision_encoder: The error of the vision encoder's output.
         text_decoder, token_embedding: Differences of these methods' outputs.
     """
@@ -268,9 +268,9 @@ class Quantized(Base):
     Attributes:
         fidelity: Its distance from the base model on text.
         reference: Its distance from a reference model, if one was named.
-        weight_error: A relative squared error by role; of a distilled recipe, before distillation, as `output_error`.
-        packed_bytes: The size of its integers at their width, its scales, and what is not quantized.
-        output_error: Of a calibrated recipe, the relative squared error of each module's outputs, on the calibration
+        weight_error: The relative squared error of the weights by role; like `output_error`, before distillation.
+        packed_bytes: Its size with integers packed at their bit width, scales, and weights that are not quantized.
+        output_error: For a calibrated recipe, the relative squared error of each module's outputs on the calibration
             tokens.
     """
 
@@ -295,7 +295,7 @@ class Program:
         delegation: {method: {"xnnpack" | "custom" | "portable": {operator: calls}}}.
         text, image: What it generates from a text and from an image.
         agreement: How far it is from the checkpoint.
-        runner: What the C++ runner was tested with.
+        runner: The checks of the C++ runner.
         processor, threads: The machine on which its speed was measured.
         speed: The C++ runner's speed, by kind of prompt.
     """
@@ -353,7 +353,7 @@ class CalibrationData:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The KL divergence from the base model, in nats, on sequences that are not learned from, after so many steps."""
+    """The KL divergence from the base model on held-out sequences, in nats, after a number of steps."""
 
     step: int
     kl: float
@@ -363,7 +363,7 @@ class HeldOut:
 class DistillationData:
     """How a distilled recipe's scales and norms were trained: on how many sequences, for how many steps.
 
-    `held_out` counts the sequences that are not learned from, and `held_out_kl` has the measurements on them.
+    `held_out` is the number of sequences that are not trained on, and `held_out_kl` the measurements on them.
     """
 
     sequences: int
@@ -381,10 +381,10 @@ class BenchmarkInfo:
         metric: The headline metric.
         metrics: Further metrics, with their titles.
         higher_is_better: Whether a larger value of the headline metric is better.
-        chance: The headline metric of guesses; None if guesses do not score.
+        chance: The headline metric of random guessing; None if guesses never score.
         task_type: The type of task, as the Hub's model index names it.
         is_own_task: Whether the task is one that the lm_eval command line does not have.
-        words: What the card says about how it is measured.
+        words: A sentence for the card about how it is measured.
         dataset: What it was measured on.
     """
 
@@ -401,7 +401,7 @@ class BenchmarkInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """What a stage took: wall time, peak memory of its process, and the size of what it wrote."""
+    """The cost of a stage: wall time, peak memory of its process, and the size of its output."""
 
     seconds: float
     peak_rss_bytes: int
@@ -414,8 +414,8 @@ class Check:
 
     Attributes:
         name: For example "mmlu_drop".
-        status: "uninformative", which is no failure, where there was nothing to compare, the base model answers by
-            chance, or no limit was set.
+        status: "uninformative", which does not fail the gate, if there was nothing to compare, the base model answers
+            by chance, or no limit was set.
         low_confidence: It passes, with a confidence below 95 %.
         value: What was measured; None if it is not a finite number.
         limit: What the value is compared with; None if it is recorded only.
@@ -465,7 +465,7 @@ class Metrics(Columns):
         versions: The versions of the libraries.
         loads_in: The versions with which the card's loading code was run.
         pairs: How many documents of each benchmark base and checkpoint answer correctly: both, only one, neither.
-        stages: What each stage took.
+        stages: The cost of each stage.
         gate: The gate's verdict.
         calibration, distillation: How the recipe was calibrated and distilled, if it was.
         device_report: The program's speed on a phone, if it was measured.
@@ -528,7 +528,7 @@ def to_json(value: Metrics | Columns | Verdict | Check) -> Json:
 
 
 def column_fields(column: str) -> set[str]:
-    """Return the names of a column's fields, which are no benchmark's."""
+    """Return the names of a column's fields other than the benchmarks."""
     return {field.name for field in dataclasses.fields(COLUMNS[column])} - {"scores"}
 
 

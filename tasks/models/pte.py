@@ -35,7 +35,7 @@ class PteProgram:
         multimodal: Whether the program takes images; a text-only program has the method `forward` alone.
         has_image_channel: Whether embeddings have one more channel, which says whether a token is an image's.
         max_seq_len: The longest sequence, in tokens.
-        max_chunk: The most tokens that one call of the decoder takes.
+        max_chunk: The maximum number of tokens that one call of the decoder takes.
         eos_ids: The tokens that end a turn.
     """
 
@@ -100,7 +100,7 @@ class PteProgram:
 
         Args:
             prompt: What embed_tokens() returns, maybe with an image's features.
-            max_new_tokens: The most tokens to generate.
+            max_new_tokens: The maximum number of tokens to generate.
         """
         import torch
 

@@ -1,4 +1,4 @@
-"""Recipes: which weights are quantized how. A recipe is data; it compiles to torchao's own configurations.
+"""Recipes: how each weight is quantized. A recipe is data that compiles to torchao's own configurations.
 
 A recipe is a JSON file: a name, a description and rules. To add one, put its file into recipes/; its name is the file's
 name without .json. A rule names a role of the family (or `re:<regular expression>` on module names) and, for these
@@ -22,7 +22,7 @@ from quantize_gemma.tasks.runtime.strict_json import read_object
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
 
-# What our files call what pydantic finds.
+# Messages for pydantic's error types.
 REASONS = {
     "string_type": "must be one line of text",
     "tuple_type": "must be a list of rules",
@@ -77,22 +77,22 @@ class Rule:
 
     @property
     def torchao_algorithm(self) -> str:
-        """The algorithm in torchao's config, which only stores and loads what one of our own chose."""
+        """The algorithm in torchao's config; torchao only stores and loads the result of our own algorithms."""
         return self.algorithm if self.algorithm in TORCHAO_ALGORITHMS else "affine"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What goes through the model to calibrate it, and how the rules with `gptq` use it.
+    """The calibration tokens, and the settings of the rules with `gptq`.
 
     Attributes:
         sequences: How many sequences of the calibration text, evenly spread; fewer if it is shorter.
         answers: How many more sequences of the base model's own answers, if it has a chat template.
         length: Tokens of a sequence, <bos> included.
-        damping: What is added to a Hessian's diagonal, as a share of its mean.
+        damping: What is added to a Hessian's diagonal, as a fraction of its mean.
         order: "activations" rounds the columns with the largest inputs first, "columns" from the first to the last.
         passes: Passes of coordinate descent after GPTQ.
-        compensation: How much of the error of earlier blocks a linear corrects, from 0 to 1.
+        compensation: The fraction of the error of earlier blocks that a linear corrects, from 0 to 1.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -106,13 +106,12 @@ class Calibration:
     compensation: float = 0.5
 
 
-# Sequences of a step of distillation, and positions of each whose next token counts: there the head is most of the
-# work.
+# Sequences of a distillation step, and the positions of each that the loss uses: the head is most of the work there.
 STEP_SEQUENCES = 4
 STEP_POSITIONS = 64
 # Positions whose logits are in memory at once.
 LOGITS = 256
-# One sequence in HELD_OUT is not learned from but measured, and how often.
+# One sequence in HELD_OUT is held out, and the KL divergence on these is measured MEASUREMENTS times.
 HELD_OUT = 16
 MEASUREMENTS = 12
 
@@ -123,8 +122,8 @@ class Distillation:
 
     Attributes:
         sequences: How many sequences of the calibration text to learn from, evenly spread; fewer if it is shorter.
-        steps: Steps of Adam, at most.
-        learning_rate: The largest; scales and norms change by about that share in a step.
+        steps: The maximum number of Adam steps.
+        learning_rate: The peak learning rate; scales and norms change by about that fraction in a step.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -136,7 +135,7 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A name, rules that decide every quantizable module once, and what rules with `gptq` and what training need."""
+    """A name, rules that match every quantizable module once, and settings for calibration and distillation."""
 
     name: str
     rules: tuple[Rule, ...]
@@ -223,14 +222,14 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Rule]:
-    """Return {module name: the rule that decides it} for every quantizable module.
+    """Return {module name: the rule that matches it} for every quantizable module.
 
     Args:
         recipe: The recipe.
         modules: The weight's shape, [rows, columns], of every linear and embedding by its name in the loaded model.
 
     Raises:
-        UserError: A rule matches no module, a module is decided by no rule or by two, or a group size does not divide
+        UserError: A rule matches no module, a module is matched by no rule or by two, or a group size does not divide
             a module's columns. A rule for the vision tower may match nothing in a model that has none.
     """
     has_vision = any(GEMMA3.is_vision(name) for name in modules)
@@ -248,7 +247,7 @@ def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Ru
             if name in rules:
                 raise UserError(
                     f"two rules of recipe {recipe.name}, {rules[name].match!r} and {rule.match!r}, "
-                    f"decide the module {name}: exactly one must"
+                    f"match the module {name}: exactly one must"
                 )
             columns = modules[name][1]
             if rule.group_size and columns % rule.group_size:
@@ -260,7 +259,7 @@ def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Ru
     undecided = sorted(set(modules) - set(rules))
     if undecided:
         raise UserError(
-            f"no rule of recipe {recipe.name} decides {undecided[0]}"
+            f"no rule of recipe {recipe.name} matches {undecided[0]}"
             + (f" and {len(undecided) - 1} more modules" if len(undecided) > 1 else "")
             + ": add one"
         )
@@ -304,7 +303,7 @@ def torchao_config(rule: Rule) -> "AOBaseConfig":
 
 
 def _check_rule(path: Path, content: Mapping[str, object], number: int, rule: Rule) -> None:
-    """Raise UserError for what a rule's types do not say."""
+    """Raise UserError for mistakes in a rule that its types do not rule out."""
     where = ("rules", number)
     if not rule.match.isprintable():
         _refuse(path, content, (*where, "match"), "must be one line of text")
@@ -320,12 +319,14 @@ def _check_rule(path: Path, content: Mapping[str, object], number: int, rule: Ru
 
 
 def _check_gptq(path: Path, content: Mapping[str, Any], number: int, recipe: Recipe) -> None:
-    """Raise UserError for a rule with `gptq` that has no calibration, or is not what it is written for."""
+    """Raise UserError for a rule with `gptq` without a calibration, or for modules or formats that GPTQ lacks."""
     rule, where = recipe.rules[number], ("rules", number)
     if recipe.calibration is None:
         _refuse(path, content, (*where, "algorithm"), 'is gptq: add "calibration": {} to the recipe, or its settings')
     if rule.match not in ("linear", "lm_head"):
-        _refuse(path, content, (*where, "match"), "must be linear or lm_head with gptq: no text reaches other modules")
+        _refuse(
+            path, content, (*where, "match"), "must be linear or lm_head with gptq: nothing calibrates other modules"
+        )
     if rule.weight != "int4" or rule.group_size is None:
         _refuse(path, content, where, "needs weight int4 and a group_size with gptq")
 

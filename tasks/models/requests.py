@@ -7,14 +7,14 @@ from pathlib import Path
 
 from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
-# Documents per shard, by the kind of request: what a run that is killed loses at most. MMLU's subjects stay whole, and
-# the questions about one image, which are neighbors, stay together.
+# Documents per shard, by the kind of request: a run that is killed loses only the shards in progress. MMLU's subjects
+# stay whole, and the questions about one image, which are neighbors, stay together.
 DOCUMENTS = {"loglikelihood": 2000, "loglikelihood_rolling": 50, "generate_until": 50}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What lm-eval asks a model.
+    """One request of lm-eval to a model.
 
     Attributes:
         task: The lm-eval task.

@@ -1,4 +1,4 @@
-"""What a model's or a dataset's name was resolved to: pinned before anything is downloaded."""
+"""A model or a dataset, resolved to a pinned revision before anything is downloaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

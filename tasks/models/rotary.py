@@ -25,7 +25,7 @@ def shared_rotary_tables() -> Iterator[None]:
     """Export modules whose layers share their tables, within the context; the program computes the same.
 
     Raises:
-        UserError: The installed transformers is so different that every layer would have its own.
+        UserError: With the installed transformers, every layer would have its own tables.
     """
     embedding = modeling_gemma3.Gemma3RotaryEmbedding
     forward = embedding.forward

@@ -1,4 +1,4 @@
-"""The checks of what the C++ runner of phone apps does with a program: their names, and what they are about."""
+"""The checks of the C++ runner of phone apps on a program: their names and descriptions."""
 
 RUNNER_CHECKS = {
     "tokenizer": "texts as its tokenizer reads them",

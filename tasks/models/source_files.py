@@ -1,4 +1,4 @@
-"""Which files of a local model directory are read; a link must not lead out of the directory.
+"""Which files of a local model directory are read; links must not point out of the directory.
 
 A model directory may come from anybody. A link in it that leads elsewhere could put a private file, such as a token,
 into a release. Only the Hub cache's own links, from snapshots/<commit>/ to blobs/, may leave the directory.

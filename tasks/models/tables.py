@@ -14,7 +14,7 @@ Row = dict[str, str]
 
 
 def format_score(score: Score | None, percent: bool = True) -> str:
-    """Return a score, as a percentage unless it is no fraction, with its standard error if it has one."""
+    """Return a score with its standard error if it has one; fractions as percentages."""
     if score is None:
         return NOT_MEASURED
     scale = 100 if percent else 1

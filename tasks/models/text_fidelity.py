@@ -85,14 +85,14 @@ class ProgramFidelity(Distances):
 
 @dataclass(frozen=True)
 class Damage:
-    """The mean KL divergence, in nats, that quantizing one module alone brings.
+    """The mean KL divergence, in nats, that quantizing one module alone causes.
 
     Attributes:
         block: The number of its decoder block; None for the embedding and lm_head.
         role: Its name in the block, or "embed_tokens" or "lm_head".
         parameters: The number of its weights.
-        weights, weights_stderr: That of quantized weights; the standard error is None for a single window.
-        activations, activations_stderr: That of quantized activations; None where the recipe quantizes none.
+        weights, weights_stderr: The divergence from quantizing its weights; the standard error is None for one window.
+        activations, activations_stderr: The divergence from quantizing its input; None if the recipe does not.
     """
 
     block: int | None
@@ -116,7 +116,7 @@ def parse_damages(rows: object) -> list[Damage]:
 
 
 def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
-    """Return the table of what quantizing each module alone brings: a row per block, a column per role.
+    """Return the table of the KL divergence from quantizing each module alone: a row per block, a column per role.
 
     Args:
         damages: The modules.
@@ -127,7 +127,7 @@ def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
     for one in damages:
         value = getattr(one, kind)
         row = cells.setdefault(one.role if one.block is None else f"block {one.block}", {})
-        # What is in no block has one value: it stands in the first column.
+        # Modules outside of blocks have one value, shown in the first column.
         row[roles[0] if one.block is None else one.role] = "" if value is None else f"{value:.2g}"
     return [
         {"block": name, **{role.rpartition(".")[2]: row.get(role, "") for role in roles}} for name, row in cells.items()

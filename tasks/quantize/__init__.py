@@ -52,13 +52,13 @@ def quantize(
         target: An empty directory.
         checkpoint: The untied checkpoint.
         recipe: The recipe as JSON values; see Recipe.to_json.
-        device: cpu, or cuda, which adds up in another order: a scale may differ in its last bit.
+        device: cpu, or cuda, which sums in a different order: a scale may differ in its last bit.
         calibration: What calibrate() wrote; None for a recipe that needs none.
-        refresh: Quantize decoder blocks again that are in the store.
+        refresh: Quantize decoder blocks again even if they are in the store.
 
     Returns:
-        The recipe's name and hash, and the weight error per role: mean squared error over mean square. Of a calibrated
-        recipe also the error per module of its outputs, on the calibration tokens.
+        The recipe's name and hash, and the weight error per role: mean squared error over mean square. For a calibrated
+        recipe, also the output error per module on the calibration tokens.
 
     Raises:
         UserError: The checkpoint does not fit its configuration, the recipe does not fit the model or has no
@@ -122,9 +122,9 @@ def _quantize_decoder(
     refresh: bool,
     stack: contextlib.ExitStack,
 ) -> "Blocks":
-    """Return the calibrated blocks, in the checkpoint's store, or in one that ends with `stack`.
+    """Return the calibrated blocks, in the checkpoint's store or in a temporary one that `stack` removes.
 
-    Its parameters are the stage's, and what quantize() has opened.
+    Its parameters are those of quantize(), and what it has opened.
     """
     import torch
     from transformers import AutoConfig
@@ -135,19 +135,19 @@ def _quantize_decoder(
     check_shapes(checkpoint, config, {name: source.shape for name, source in sources.items()})
     config = config.get_text_config()
     tokens = torch.tensor(read_calibration(calibration))
-    # What a block depends on: neither the head's rule nor the vision tower's, so recipes that differ in them share it.
+    # A block depends neither on the head's rule nor on the vision tower's: recipes that differ only there share it.
     shaping = [asdict(one) for one in recipe.rules if one.match != "lm_head" and not GEMMA3.is_vision_role(one.match)]
     identity: dict[str, object] = {
         "rules": shaping,
         "calibration": asdict(recipe.calibration) if recipe.calibration else None,
         "tokens": digest_tokens(tokens),
         "device": device,
-        # A product's last bits can depend on how many threads share it.
+        # The last bits of a matrix product can depend on the number of threads.
         "threads": torch.get_num_threads(),
     }
     try:
         identity["checkpoint"], root = store.read_artifact(checkpoint).digest, store.root_of(checkpoint)
-    except StageFailed:  # A benchmark's or a test's checkpoint is in no store.
+    except StageFailed:  # The checkpoint of a benchmark or a test is not in a store.
         identity["checkpoint"] = str(checkpoint)
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     blocks = Blocks(root, identity, refresh)
@@ -158,7 +158,7 @@ def _quantize_decoder(
 
 @contextlib.contextmanager
 def _open_blocks(files: Sequence[Path]) -> Iterator[dict[str, dict[str, SourceTensor]]]:
-    """Yield {weight: {part: where its rows are}} of calibrated blocks' files, which stay open meanwhile."""
+    """Yield {weight: {part: where its rows are}} of calibrated blocks; their files are open within the context."""
     import torch
 
     dtypes = {"I8": torch.int8, "BF16": torch.bfloat16}

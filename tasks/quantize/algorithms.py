@@ -23,12 +23,12 @@ class QuantizedRows:
     """Some rows of a matrix, quantized.
 
     Attributes:
-        tensors: What is stored of them: "qdata", int8, [rows, columns], and "scale", [rows, groups], in the weight's
+        tensors: The tensors to store: "qdata", int8, [rows, columns], and "scale", [rows, groups], in the weight's
             dtype. "zero_point" may be absent where it is zero: the file is filled with zeros.
-        error: The sum of squares of what quantization changed.
-        square: The sum of squares of the weights; NaN or infinite if a weight is.
+        error: The sum of the squared weight errors.
+        square: The sum of the squared weights; NaN or infinite if a weight is.
         changes: With hqq_scale_only, the largest change of a scale in every iteration; see hqq.py.
-        off_grid: With exact, what cannot be written without loss; see exact.py.
+        off_grid: With exact, the groups that cannot be represented without loss; see exact.py.
     """
 
     tensors: "dict[str, torch.Tensor]"
@@ -45,7 +45,7 @@ def quantize_rows(rows: "torch.Tensor", rule: Rule, device: str, iterations: int
         rows: The weights, [rows, columns], on the CPU: in bfloat16, with exact in the checkpoint's dtype.
         rule: How the matrix is quantized.
         device: Where to compute: cpu or cuda.
-        iterations: What `iterations_to_repeat` returned when the rows are quantized a second time.
+        iterations: The result of `iterations_to_repeat` when the rows are quantized a second time.
     """
     match rule.algorithm:
         case "affine":
@@ -63,9 +63,9 @@ def quantize_rows(rows: "torch.Tensor", rule: Rule, device: str, iterations: int
 
 
 def iterations_to_repeat(changes: "Sequence[npt.NDArray[np.float32] | None]") -> int | None:
-    """Return with how many iterations all rows of a matrix have to be quantized again; None if they are final.
+    """Return the number of iterations with which to quantize a matrix again; None if its rows are final.
 
-    `changes` are those of all its chunks: only together do they tell where torchao's HQQ stops; see hqq.py.
+    `changes` are those of all its chunks: only together do they show where torchao's HQQ stops; see hqq.py.
     """
     from quantize_gemma.tasks.quantize import hqq
 
@@ -105,7 +105,7 @@ def _affine(rows: "torch.Tensor", rule: Rule, device: str) -> QuantizedRows:
 
 
 def _search(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
-    """Choose the scale that loses least, of those that can be stored; on the CPU whatever the device, see search.py."""
+    """Choose the storable scale with the smallest error; always on the CPU, see search.py."""
     from quantize_gemma.tasks.quantize.search import search_scales
 
     integers, scales = search_scales(rows, rule.group_size or rows.shape[1], rule.weight)
@@ -118,7 +118,7 @@ def _exact(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
 
     integers, scales, off_grid = find_scales(rows, rule.group_size or rows.shape[1], rule.weight)
     found = measured({"qdata": integers, "scale": scales}, rows)
-    # What rounds to the weight in the checkpoint's dtype is the weight.
+    # A product that rounds to the weight in the checkpoint's dtype has no error.
     error = found.error if off_grid.off else 0.0
     return QuantizedRows(found.tensors, error, found.square, off_grid=off_grid)
 

@@ -1,15 +1,15 @@
-"""Calibration, one decoder block at a time: what goes into each linear, and its weights by GPTQ.
+"""Calibration, one decoder block at a time: collect the inputs of each linear, and quantize its weight with GPTQ.
 
 Two models run side by side: the full-precision one, and the one whose blocks are quantized one after the other. Within
 a block the linears are quantized in the order of the data: q, k and v, which share one input and one Hessian; o_proj on
 the attention of the quantized q, k and v; gate_proj and up_proj; down_proj.
 
-Memory is that of a block's weights as they are stored, and of two matrices of down_proj's size: its Hessian and the
-cross products, later its factor. So the tokens' hidden states are on the disk, down_proj's inputs are not kept but
-computed twice, and a weight is in float32 a few rows at a time.
+Peak memory is a block's weights as they are stored, and two matrices of the size of down_proj's Hessian: the Hessian
+and the cross products, later its factor. To get there, hidden states are on disk, down_proj's inputs are computed twice
+instead of kept, and weights are converted to float32 a few rows at a time.
 
-The blocks run, and Hessians are added up and inverted, on the device that the weights and the hidden states are on; the
-rounding is gptq.py's, on the CPU.
+The blocks run, and Hessians are summed and inverted, on the device of the weights and the hidden states; gptq.py rounds
+on the CPU.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
     from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 
-# Sequences that run through a block at once, fewer if gate_proj's output has more numbers than PIECE.
+# Sequences that run through a block at once; fewer if gate_proj's output would have more than PIECE elements.
 SEQUENCES = 8
 PIECE = 2**23
-# Columns of a Hessian that are computed at once: only the blocks on and over its diagonal are.
+# Columns of a Hessian that are computed at once; only the blocks on and above the diagonal are computed.
 PANEL = 512
-# Digits of an error: sums over tokens may be in another order with other threads.
+# Significant digits of an error: the order of sums over tokens depends on the number of threads.
 DIGITS = 5
 
 
@@ -46,7 +46,7 @@ class QuantizedMatrix:
     Attributes:
         integers: int8, [rows, columns].
         scales: bfloat16, [rows, groups].
-        error: The squared error of its outputs over their squares, on the calibration tokens; 0 if nobody asks.
+        error: The relative squared error of its outputs on the calibration tokens; 0 if it was not measured.
     """
 
     integers: Tensor
@@ -65,8 +65,8 @@ class Moments:
     """Sums over the calibration tokens.
 
     Attributes:
-        hessian: Of x x^T, where x is a linear's input in the quantized model, [columns, columns].
-        cross: Of (t - x) x^T, where t is the same input in the full-precision model, [columns, columns].
+        hessian: The sum of x x^T, where x is a linear's input in the quantized model, [columns, columns].
+        cross: The sum of (t - x) x^T, where t is the same input in the full-precision model, [columns, columns].
     """
 
     hessian: Tensor
@@ -80,7 +80,7 @@ class Moments:
             x, difference = piece.flatten(0, -2), (target - piece).flatten(0, -2)
             columns = x.shape[1]
             moments = moments or cls(x.new_zeros(columns, columns), x.new_zeros(columns, columns))
-            # On and over the diagonal only: it is symmetric.
+            # Only on and above the diagonal: the Hessian is symmetric.
             for first in range(0, columns, PANEL):
                 moments.hessian[first : first + PANEL, first:].addmm_(x[:, first : first + PANEL].T, x[:, first:])
             moments.cross.addmm_(difference.T, x)
@@ -96,7 +96,7 @@ class StoredLinear(torch.nn.Module):
 
     Attributes:
         weight: The full-precision weight, [rows, columns].
-        matrix: The quantized weight, once there is one: products are with it.
+        matrix: The quantized weight, which is used instead once it is set.
     """
 
     weight: Tensor
@@ -107,7 +107,7 @@ class StoredLinear(torch.nn.Module):
         self.matrix: QuantizedMatrix | None = None
 
     def rows(self, first: int, count: int) -> Tensor:
-        """Return some rows of the weight that products are with, float32."""
+        """Return some rows of the weight that is used, float32."""
         if self.matrix is not None:
             return self.matrix.dequantize(first, count)
         return self.weight[first : first + count].float()
@@ -125,7 +125,7 @@ class StoredLinear(torch.nn.Module):
 
 
 class Block:
-    """A decoder block of transformers, in the parts between its linears' inputs."""
+    """A decoder block of transformers, split at the inputs of its linears."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Block:
 
         Args:
             config: The decoder's configuration.
-            number: The block's.
+            number: The number of the block.
             weights: The block's weights by their names in it.
             linears: Its linears by their names in it. [default: StoredLinears of the weights]
         """
@@ -197,9 +197,9 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
 def run_block(block: Block, hidden: Tensor | HiddenStates) -> Iterator[Step]:
-    """Yield the inputs of a block's linears, and replace its input, [sequences, length, width], by its output.
+    """Yield the inputs of a block's linears, and replace its input, [sequences, length, width], with its output.
 
-    How the linears of a step are changed before the next step is asked for counts for what follows.
+    If the caller quantizes a step's linears before it takes the next step, the following steps run with them.
     """
     pieces = _pieces(block, hidden)
     yield QKV, (block.layer.input_layernorm(hidden[piece]) for piece in pieces)
@@ -215,9 +215,9 @@ def run_block(block: Block, hidden: Tensor | HiddenStates) -> Iterator[Step]:
 
 
 def run_full_block(block: Block, hidden: Tensor | HiddenStates) -> Iterator[Step]:
-    """Do what run_block does for a block that does not change: an input is not kept beyond its piece.
+    """Do what run_block does for a block that does not change, without keeping an input beyond its piece.
 
-    All pieces of a step have to be taken before the next step.
+    The caller must consume all pieces of a step before it takes the next step.
     """
     pieces = _pieces(block, hidden)
 
@@ -245,13 +245,14 @@ def quantize_block(
     rules: dict[str, Rule],
     settings: Calibration,
 ) -> dict[str, QuantizedMatrix]:
-    """Quantize a block's linears, and replace its inputs, [sequences, length, width], by its outputs.
+    """Quantize a block's linears, and replace its inputs, [sequences, length, width], with its outputs.
 
     Args:
-        blocks: The block twice: the first one's linears become the quantized ones, the second's stay.
-        hidden: What the quantized blocks, and what the full-precision blocks make of the calibration tokens.
-        rules: The rule of each linear with GPTQ, by its name in the block; the others are left alone.
-        settings: The recipe's.
+        blocks: The block twice: the linears of the first are quantized, those of the second stay in full precision.
+        hidden: The hidden states of the calibration tokens after the preceding quantized blocks, and after the
+            preceding full-precision blocks.
+        rules: The rule of each linear that GPTQ quantizes, by its name in the block; other linears do not change.
+        settings: The recipe's calibration settings.
     """
     matrices: dict[str, QuantizedMatrix] = {}
     block, full = blocks
@@ -262,7 +263,7 @@ def quantize_block(
         if not chosen:
             continue
         sizes = {rules[name].group_size or len(moments.hessian) for name in chosen}
-        assert len(sizes) == 1, f"{chosen} share one order of columns, not group sizes {sizes}"
+        assert len(sizes) == 1, f"{chosen} share one order of columns, but have the group sizes {sizes}"
         linears = {name: block.linears[name] for name in chosen}
         for name, quantize in prepare_linears(linears, moments, sizes.pop(), settings).items():
             matrices[name] = quantize()
@@ -273,13 +274,13 @@ def quantize_block(
 
 
 def replay_block(blocks: tuple[Block, Block], hidden: tuple[HiddenStates, HiddenStates]) -> None:
-    """Replace a block's inputs by its outputs, as quantize_block does, when its linears are quantized already."""
+    """Replace a block's inputs with its outputs, as quantize_block does, when its linears are already quantized."""
     for run, block, states in zip((run_block, run_full_block), blocks, hidden, strict=True):
         run_to_end(run(block, states))
 
 
 def run_to_end(steps: Iterator[Step]) -> None:
-    """Take all inputs of a block's steps, so that its input is replaced by its output."""
+    """Consume all inputs of a block's steps, so that its input is replaced with its output."""
     for _, inputs in steps:
         for _piece in inputs:
             pass
@@ -288,12 +289,12 @@ def run_to_end(steps: Iterator[Step]) -> None:
 def prepare_linears(
     linears: dict[str, StoredLinear], moments: Moments, group_size: int, settings: Calibration
 ) -> dict[str, Callable[[], QuantizedMatrix]]:
-    """Return what quantizes each linear, by its name; all of them have the same input, whose moments are used up."""
+    """Return a function that quantizes each linear, by name; they share one input, whose moments are overwritten."""
     hessian, cross = moments.hessian, moments.cross
     shifts: dict[str, Tensor] = {}
     spare = None
     if all(linear.weight.shape[0] < len(hessian) for linear in linears.values()):
-        # The products with the cross products are smaller than these, whose memory is then free.
+        # Weights times cross products are smaller than the cross products, whose memory can then be reused.
         for name, linear in linears.items():
             rows, step = linear.weight.shape[0], gptq.rows_at_once(len(cross))
             shifts[name] = torch.cat([linear.rows(first, step) @ cross for first in range(0, rows, step)]).cpu()
@@ -318,18 +319,18 @@ def prepare_linears(
 def quantize_matrix(
     read: Callable[[int, int], tuple[Tensor, Tensor]], rows: int, curvature: gptq.Curvature, settings: Calibration
 ) -> QuantizedMatrix:
-    """Quantize a linear's weight, and measure what that does to its outputs.
+    """Quantize a linear's weight, and measure the error of its outputs.
 
-    The weights that GPTQ rounds are first moved toward those that make the full-precision model's outputs of the
-    quantized model's inputs, by least squares: so a block corrects some of the error of those before it. All the way
-    fits the calibration text too closely.
+    Before GPTQ rounds them, the weights are moved toward the least-squares solution that reproduces the full-precision
+    model's outputs from the quantized model's inputs, so that a block corrects some of the error of the blocks before
+    it. Moving them all the way would overfit the calibration text.
 
     Args:
-        read: Returns rows of the weight, from the first on and so many, float32, [rows, columns]; and the same rows
-            times the moments' cross products.
-        rows: How many there are.
-        curvature: That of the linear's inputs.
-        settings: The recipe's.
+        read: Takes a first row and a count, and returns these rows of the weight, float32, [rows, columns], and the
+            same rows times the moments' cross products.
+        rows: The number of rows of the weight.
+        curvature: The curvature of the linear's inputs.
+        settings: The recipe's calibration settings.
     """
     columns = len(curvature.order)
     integers = torch.empty(rows, columns, dtype=torch.int8)

@@ -1,7 +1,7 @@
-"""Quantizes the decoder with calibration data: block by block, each an artifact as soon as it is finished.
+"""Quantizes the decoder with calibration data, block by block; each finished block is an artifact.
 
-A run that is killed continues at its block: the finished ones are read from the store, and the calibration tokens run
-through them once more. What comes out is a safetensors file for each block and one for the head, from which writer.py
+A run that was killed resumes at its last block: finished blocks are loaded from the store, and the calibration tokens
+run through them once more. The result is a safetensors file for each block and one for the head, from which writer.py
 takes the rows of the matrices that it does not quantize itself.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from quantize_gemma.tasks.quantize.blocks import QuantizedMatrix
     from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 
-# Of the quantized and of the full-precision model.
+# The hidden states of the quantized and of the full-precision model.
 Pair = tuple["HiddenStates", "HiddenStates"]
 STAGE = "quantize-blocks"
 FILE = "block.safetensors"
@@ -38,14 +38,14 @@ FILE = "block.safetensors"
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where finished blocks are.
+    """The finished blocks in the store.
 
     Attributes:
         root: The store.
-        identity: What they depend on besides their number, and the code.
-        refresh: Quantize blocks again that are in the store.
-        files: Those of the finished blocks, in order.
-        errors: The squared error of each module's outputs over their squares, on the calibration tokens.
+        identity: What the blocks depend on, besides their number and the code.
+        refresh: Quantize blocks again even if they are in the store.
+        files: The files of the finished blocks, in order.
+        errors: The relative squared error of each module's outputs on the calibration tokens.
     """
 
     root: Path
@@ -55,12 +55,12 @@ class Blocks:
     errors: dict[str, float] = field(default_factory=dict)
 
     def finish(self, name: str, compute: Callable[[], Mapping[str, QuantizedMatrix]], rule: Rule | None = None) -> bool:
-        """Add a block's quantized matrices; return whether they were computed now.
+        """Add a block's quantized matrices from the store, or compute them; return whether they were computed.
 
         Args:
-            name: The block's.
+            name: The name of the block.
             compute: Returns the matrices, by the modules' names in the model.
-            rule: The head's, which is not in the identity.
+            rule: The head's rule, which is not in the identity.
         """
         from safetensors.torch import save_file
 
@@ -100,8 +100,8 @@ def quantize_decoder(
         rules: The rule of each quantized module.
         recipe: The recipe, which has a calibration.
         tokens: Token ids, [sequences, length].
-        blocks: Where they go.
-        device: Where the blocks run.
+        blocks: Where the finished blocks are stored.
+        device: The device that the blocks run on.
     """
     from safetensors.torch import load_file
 
@@ -115,7 +115,7 @@ def quantize_decoder(
     embedded = _embed(sources[embedding], rules[embedding.removesuffix(".weight")], tokens)
     hidden = HiddenStates(embedded[0], blocks.root, device), HiddenStates(embedded[1], blocks.root, device)
     del embedded
-    # Blocks that are in the store, which the tokens have not run through: only what is left to do needs them to.
+    # Blocks from the store that the tokens have not run through yet: they must before another block is computed.
     finished: list[int] = []
 
     def load(number: int) -> tuple[tuple[Block, Block], dict[str, Rule]]:
@@ -132,7 +132,7 @@ def quantize_decoder(
     def catch_up() -> None:
         while finished:
             number = finished.pop(0)
-            log(f"block {number} is in the store")
+            log(f"block {number} is in the store: running the calibration tokens through it")
             pair, of_block = load(number)
             stored = load_file(blocks.files[number])
             for name in of_block:
@@ -169,7 +169,7 @@ def digest_tokens(tokens: Tensor) -> str:
 
 
 def _embed(source: SourceTensor, rule: Rule, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the embeddings of tokens, quantized and not, [sequences, length, width], as the decoder reads them."""
+    """Return the quantized and the full-precision embeddings of tokens, scaled, [sequences, length, width]."""
     import torch
 
     rows, places = look_up(source, tokens)
@@ -183,7 +183,7 @@ def _embed(source: SourceTensor, rule: Rule, tokens: Tensor) -> tuple[Tensor, Te
 def _quantize_head(
     config: Gemma3TextConfig, source: SourceTensor, rule: Rule, settings: Calibration, norm: Tensor, hidden: Pair
 ) -> dict[str, QuantizedMatrix]:
-    """Quantize the head, some rows at a time, on what the last norm makes of the blocks' output."""
+    """Quantize the head, some rows at a time, calibrated on the output of the last norm."""
     import torch
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
@@ -207,7 +207,7 @@ def _quantize_head(
 
 
 def _quantize_without_data(weight: Tensor, rule: Rule) -> QuantizedMatrix:
-    """Return a linear's weight, quantized by a rule that needs no calibration."""
+    """Return a linear's weight, quantized with a rule that needs no calibration."""
     import torch
 
     from quantize_gemma.tasks.quantize.blocks import QuantizedMatrix

@@ -3,8 +3,8 @@
 The integers, the embedding and the vision tower stay, and so do format and size: scales end as positive bfloat16
 numbers, and norms as bfloat16. Activations are quantized in training as the program quantizes them.
 
-The base model runs once over all tokens, a block at a time; its last hidden states are an artifact of the store. So is
-the state of the training at its last measurement, from which a run that is killed continues.
+The base model runs once over all tokens, a block at a time; its last hidden states are stored as an artifact. So is the
+state of the training at its last measurement, from which a run that was killed resumes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 TARGETS, STATE = "distill-targets", "distill-state"
 WEIGHTS = "model.safetensors"
-# Digits of a KL divergence: sums may be in another order with other threads.
+# Significant digits of a KL divergence: the order of sums depends on the number of threads.
 DIGITS = 5
 Sources = Mapping[str, SourceTensor]
 
@@ -69,12 +69,12 @@ def distill(
         checkpoint: The quantized checkpoint.
         base: The untied checkpoint that it was quantized from.
         recipe: The recipe as JSON values; see Recipe.to_json.
-        device: cpu, or cuda, which adds up in another order.
+        device: cpu, or cuda, which sums in a different order.
         calibration: What calibrate() wrote: the tokens to learn from.
         refresh: Start again, even if the store has a state to resume from.
 
     Returns:
-        The number of sequences and of steps, and how the KL divergence on the held-out sequences fell, in nats.
+        The number of sequences and of steps, and the history of the KL divergence on held-out sequences, in nats.
 
     Raises:
         UserError: The training diverges.
@@ -134,7 +134,7 @@ class _Embedding:
 
 
 def _prefix(sources: Sources) -> str:
-    """Return what the names of the decoder's modules start with."""
+    """Return the prefix of the decoder's module names."""
     return next(name for name in sources if ".layers.0." in name and not GEMMA3.is_vision(name)).split("layers.0.")[0]
 
 
@@ -205,7 +205,7 @@ def _base_head(sources: Sources, device: str) -> torch.nn.Module:
 def _train_in_store(
     student: Student, lesson: Lesson, recipe: Recipe, root: Path, identity: JsonObject, refresh: bool
 ) -> State:
-    """Train the student from the state in the store, if there is one, and keep that there; return the last one."""
+    """Train the student, resuming from a state in the store and saving it there; return the final state."""
     from safetensors.torch import load_file, save_file
 
     from quantize_gemma.tasks.quantize.training import State, train
@@ -230,7 +230,7 @@ def _train_in_store(
 
 
 def _trained_tensors(student: Student) -> dict[str, Tensor]:
-    """Return what training changed, as it is stored, by name in the loaded model."""
+    """Return the trained tensors in the dtype in which they are stored, by name in the loaded model."""
     import torch
 
     from quantize_gemma.tasks.quantize.student import TrainedLinear
@@ -245,7 +245,7 @@ def _trained_tensors(student: Student) -> dict[str, Tensor]:
 
 
 def _write(target: Path, checkpoint: Path, changed: Mapping[str, Tensor]) -> None:
-    """Write the checkpoint with other values in some of its tensors; its other files are linked."""
+    """Write the checkpoint with new values in some of its tensors; link its other files."""
     import torch
 
     for path in checkpoint.iterdir():

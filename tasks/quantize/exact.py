@@ -1,8 +1,7 @@
 """Exact: weights that are on a grid already, as quantization-aware training leaves them, are written without loss.
 
-A group's scale is looked for among those that make its largest weight a multiple: that weight is the scale times one of
-the few integers there are. Then every weight of the group has to be what the scale times an integer gives in the
-checkpoint's own dtype.
+The candidates for a group's scale are its largest weight divided by each positive integer of the format. A scale fits
+if every weight of the group is an integer times the scale, rounded to the checkpoint's own dtype.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ TINIEST = 2.0**-126
 
 @dataclass(frozen=True)
 class OffGrid:
-    """What of a matrix is on no grid.
+    """How much of a matrix is not on a grid.
 
     Attributes:
-        groups: How many groups it has.
-        off: How many of them have a weight that is no multiple of a scale.
-        negative: How many of those are on a grid with a negative scale, which XNNPACK does not take.
-        worst: The largest error of a weight, as a share of its group's largest weight.
+        groups: The number of groups.
+        off: The number of groups for which no scale fits all weights.
+        negative: The number of those groups that a negative scale fits, which XNNPACK does not support.
+        worst: The largest error of a weight, as a fraction of its group's largest weight.
     """
 
     groups: int = 0
@@ -51,8 +50,8 @@ def find_scales(rows: Tensor, group_size: int, dtype: str) -> tuple[Tensor, Tens
         dtype: int4 or int8.
 
     Returns:
-        The integers, int8, [rows, columns]; the scales, bfloat16, [rows, groups]; and what is off the grid, whose
-        integers and scales are those with the smallest error.
+        The integers, int8, [rows, columns]; the scales, bfloat16, [rows, groups]; and how much is off the grid. A group
+        that is off the grid gets the integers and the scale with the smallest error.
     """
     import torch
 
@@ -67,28 +66,29 @@ def find_scales(rows: Tensor, group_size: int, dtype: str) -> tuple[Tensor, Tens
 
 
 def _fit(groups: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best integers, scales, and largest errors, 0 for a group on the grid, of groups, [groups, size]."""
+    """Return the best integers, scales, and largest errors (0 on the grid) for groups, [groups, size]."""
     import torch
 
-    # Here, because a run's own process imports this module: numba takes settings from where that is started.
+    # Imported here because the run's own process imports this module, and numba reads settings from the directory where
+    # that was started.
     from quantize_gemma.tasks.quantize.hqq import BOUNDS
 
     low, high = BOUNDS[dtype]
     largest = groups.abs().amax(1).float()
     integers = torch.zeros(groups.shape, dtype=torch.int8)
     scales = torch.full((len(groups),), TINIEST, dtype=torch.float32)
-    errors = largest.clone()  # Of all integers zero.
-    # The largest integers first: most grids use them, and what is found is not looked for again.
+    errors = largest.clone()  # The errors if all integers are zero.
+    # The largest integers first: most grids use them, and groups that fit are not tried again.
     for integer in range(-low, 0, -1):
         left = errors.nonzero()[:, 0]
         if not len(left):
             break
         weights, nearest = groups[left], (largest[left] / integer).to(torch.bfloat16)
-        # The largest weight may have been rounded: its scale is one of the neighbors then.
+        # The largest weight may have been rounded: the scale can be a neighboring bfloat16 number.
         for step in (0, -1, 1):
             scale = (nearest.view(torch.int16) + step).view(torch.bfloat16).float().clamp_min(TINIEST)
             quotients = (weights.float() / scale[:, None]).round_().clamp_(low, high)
-            # As the checkpoint would have it: in its own dtype.
+            # Compare in the checkpoint's own dtype.
             error = ((quotients * scale[:, None]).to(groups.dtype) - weights).abs().amax(1).float()
             better = error < errors[left]
             chosen = left[better]

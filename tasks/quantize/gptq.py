@@ -1,15 +1,16 @@
-"""GPTQ in the format of our programs: positive bfloat16 scales, signed integers, symmetric, a scale for each group.
+"""GPTQ in the format of our programs: symmetric signed integers, and a positive bfloat16 scale for each group.
 
 GPTQ (Frantar et al. 2022, arXiv:2210.17323) rounds a matrix column by column and spreads the error of each column over
 the columns that follow, by the inverse of the Hessian of the layer's squared output error. Beyond that paper:
 
-- The scale of a group is chosen by what GPTQ itself leaves of the error in the group: each of CANDIDATES is rounded to
-  bfloat16, and the group's columns are rounded with it in turn, before the best one is kept.
-- The columns go in the order of their inputs' size, whole groups first, so that groups stay what the format says.
-- Then passes of coordinate descent over scales and integers, on the whole Hessian: GPTQ never returns to a column.
+- The scale of a group is the candidate with the smallest error after GPTQ within the group: each of CANDIDATES scales
+  is rounded to bfloat16, and the group's columns are rounded with it one by one.
+- Columns are rounded in the order of the size of their inputs: groups are sorted first, then the columns within each
+  group, so that groups stay those of the format.
+- Passes of coordinate descent over scales and integers on the whole Hessian follow: GPTQ never returns to a column.
 
-Rows are independent: they are worked on in tiles, transposed, with one row per vector lane. The kernels here split no
-sum by the number of threads; the products of matrices around them may.
+Rows are independent: they are processed in tiles, transposed, with one row per vector lane. The kernels here never
+split a sum by the number of threads; the matrix products around them may.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int8]
 
-# Scales that are tried for a group, evenly spread between these shares of what its largest weight needs.
+# The number of scales tried for a group, evenly spread between these multiples of what its largest weight needs.
 CANDIDATES = 40
 SMALLEST, LARGEST = 0.45, 1.1
-# Rows that a kernel works on side by side, and weights whose columns are updated at once.
+# Rows that a kernel processes side by side, and the number of weights that are updated at once.
 WIDTH = 64
 CHUNK = 2**23
-# Columns of a Hessian that are worked on at once.
+# Columns of a Hessian that are processed at once.
 PANEL = 512
 LOW, HIGH = -8, 7
 # Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
@@ -85,12 +86,13 @@ def prepare(
     Args:
         hessian: The sum of products of inputs, X^T X, on any scale, [columns, columns]; overwritten.
         group_size: How many columns share a scale.
-        damping: What is added to the diagonal, as a share of its mean. It grows tenfold until there is a factor.
-        spare: A matrix of that size that nobody needs any more; overwritten, too.
-        ordered: Columns with the largest inputs come first; otherwise they stay where they are.
+        damping: What is added to the diagonal, as a fraction of its mean. It grows tenfold until the Cholesky
+            factorization succeeds.
+        spare: A scratch matrix of the same size; overwritten, too.
+        ordered: Columns with the largest inputs come first; otherwise the columns keep their order.
 
     Raises:
-        UserError: The Hessian is not finite, so the activations are not.
+        UserError: The Hessian is not finite, because the activations are not.
     """
     import torch
 
@@ -119,16 +121,16 @@ def prepare(
 
 
 def _factorize(hessian: Tensor, factor: Tensor) -> bool:
-    """Fill `factor` with the lower factor F of the inverse Hessian, which is F F^T; return whether there is one.
+    """Fill `factor` with the lower factor F of the inverse Hessian, F F^T; return whether the factorization succeeded.
 
-    The factor of a matrix's inverse is the inverse of the reversed matrix's factor, reversed: everything in place.
+    The factor of a matrix's inverse is the inverse of the reversed matrix's factor, reversed. All of it is in place.
     """
     import torch
 
     count = len(hessian)
     for panel in _panels(count):
         factor[count - panel.stop : count - panel.start] = hessian[panel].flip(0, 1)
-    # As LAPACK sees it, column by column: so neither needs a copy.
+    # Column-major, as LAPACK expects, so that neither needs a copy.
     lower = factor.T
     failed = torch.empty((), dtype=torch.int32, device=lower.device)
     torch.linalg.cholesky_ex(lower, out=(lower, failed))
@@ -166,7 +168,7 @@ def quantize_matrix(weight: Tensor, curvature: Curvature, passes: int) -> tuple[
 
     Args:
         weight: float32, [rows, columns], finite.
-        curvature: That of the matrix's inputs.
+        curvature: The curvature of the matrix's inputs.
         passes: Passes of coordinate descent after GPTQ.
 
     Returns:
@@ -192,7 +194,7 @@ def quantize_matrix(weight: Tensor, curvature: Curvature, passes: int) -> tuple[
 
 
 def rows_at_once(columns: int) -> int:
-    """Return how many rows to work on: whole tiles, so that a row is added up in the same order wherever it is."""
+    """Return how many rows to process at once: whole tiles, so that a row's sums do not depend on its position."""
     return max(CHUNK // columns // WIDTH, 1) * WIDTH
 
 
@@ -272,14 +274,14 @@ def _round_group(
 ) -> None:
     """Choose the scale of one group of columns and round them, for rows `start` to `end`.
 
-    A numba kernel is one function, however long, and takes arrays and numbers, however many.
+    It is long and takes many parameters because a numba kernel is one function on arrays and numbers.
 
     Args:
         remaining: The weights with the errors of earlier groups, [columns, rows].
         factor: The group's block of the inverse Hessian's upper factor, [columns, columns].
-        factors: The scales to try, as shares of what the largest weight needs.
-        integers, scales: Filled, [columns, rows] and [rows].
-        errors: Filled with each column's error over its factor, [columns, rows].
+        factors: The scales to try, as multiples of the scale that the largest weight needs.
+        integers, scales: Outputs, [columns, rows] and [rows].
+        errors: Output: each column's error over its factor, [columns, rows].
         start: The first row.
         end: The row after the last.
     """
@@ -354,13 +356,13 @@ def _improve_group(
 ) -> None:
     """Fit the scale of one group to its integers, then each integer to all others, for rows `start` to `end`.
 
-    A numba kernel is one function, however long.
+    It is long because a numba kernel is one function.
 
     Args:
         gradient: The Hessian times the error (weights less quantized weights), [columns, rows].
         hessian: The group's block of the Hessian, [columns, columns].
         integers, scales: Changed in place, [columns, rows] and [rows].
-        changes: Filled with the change of the error, [columns, rows].
+        changes: Output: the change of the error, [columns, rows].
         start: The first row.
         end: The row after the last.
     """

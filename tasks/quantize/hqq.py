@@ -6,8 +6,8 @@ run on data that stays in the processor's cache. Three things make the results e
 - every element goes through the same float32 operations;
 - sums are added up in the order of torch's own kernel, which follows the processor's vector width (`sum_lanes`);
 - torchao stops all groups of a matrix at the first iteration in which none of them changed by more than 1e-5. A chunk
-  cannot know that, so it returns how much it changed in every iteration, and whoever has seen all chunks of a matrix
-  repeats them with that number of iterations (`iterations_needed`). Mostly there is nothing to repeat.
+  cannot know that, so it returns how much it changed in every iteration. If `iterations_needed` finds that torchao
+  would have stopped earlier, the caller quantizes all chunks of the matrix again. Mostly there is nothing to repeat.
 """
 
 import functools
@@ -33,7 +33,7 @@ EPSILON = np.finfo(np.float32).eps
 BOUNDS = {"int4": (-8, 7), "int8": (-128, 127)}
 # Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
 ROUNDER = np.float32(12582912.0)
-# Groups up to this length are worked on so many at a time, side by side; longer ones one by one.
+# Groups up to this length are processed WIDTH at a time, side by side; longer ones one by one.
 SIDE_BY_SIDE = 256
 WIDTH = 64
 ZERO = np.float32(0)
@@ -48,8 +48,8 @@ class Quantized(Generic[Array]):
         scales: float32, [rows, groups].
         changes: float32, [ITERATIONS]: the largest relative change of a scale in every iteration, 0 after the last one
             that changed anything.
-        error: The sum of squares of what quantization changed, in float64.
-        square: The sum of squares of the weights, in float64; NaN or infinite if a weight is.
+        error: The sum of the squared weight errors, in float64.
+        square: The sum of the squared weights, in float64; NaN or infinite if a weight is.
     """
 
     integers: Array
@@ -124,7 +124,7 @@ def iterations_needed(changes: Sequence[Floats]) -> int:
 def sum_lanes() -> int:
     """Return the vector width, in floats, of torch's summation on this processor; 0 if its order is not known.
 
-    It is found by trying: sums of random numbers differ in their last bits with the order.
+    It is found by trial: the last bits of a sum of random numbers depend on the order of summation.
     """
     import torch
 
@@ -153,7 +153,7 @@ def _compiled(**options: bool | str) -> Callable[[Callable[P, R]], Callable[P, R
 
 @_compiled(error_model="numpy", inline="always")
 def _nearest(weight: np.float32, scale: np.float32, low: np.float32, high: np.float32) -> np.float32:
-    """Return the integer, as float32, that stands for the weight; in a form that compiles to vector code."""
+    """Return the quantized weight, an integer in float32, in a form that compiles to vector code."""
     value = weight / scale
     value = value if value < high else high
     value = value if value > low else low

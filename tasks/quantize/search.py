@@ -1,8 +1,8 @@
-"""Scales by search, without calibration data: of CANDIDATES scales, each rounded to bfloat16, the one that loses least.
+"""Scales by search, without calibration data: of CANDIDATES scales, rounded to bfloat16, the one with the least error.
 
 torchao's HQQ with scales only rounds a scale after the integers were chosen with another one, and follows one path of
-alternating steps; here every candidate is judged as it is stored. The error of a weight counts more the larger it is:
-`weight ** 2 + mean square of the group`, a stand-in for the inputs that nothing is known of, as in llama.cpp's
+alternating steps; here the error of every candidate is computed with the scale as it is stored. Errors of large weights
+count more, by `weight ** 2 + mean square of the group`, a stand-in for the unknown inputs, as in llama.cpp's
 quantization without an importance matrix.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 
-# Scales that are tried for a group, evenly spread between these shares of what its largest weight needs.
+# The number of scales tried for a group, evenly spread between these multiples of what its largest weight needs.
 CANDIDATES = 48
 SMALLEST, LARGEST = 0.6, 1.15
 # Groups that the kernel works on side by side.
@@ -49,7 +49,7 @@ def search_scales(rows: Tensor, group_size: int, dtype: str) -> tuple[Tensor, Te
     integers = torch.empty(groups.shape, dtype=torch.int8)
     scales = torch.empty(groups.shape[1], dtype=torch.float32)
     low, high = BOUNDS[dtype]
-    # A longer group's scale is all but given by its largest weight: fewer integers are beyond it.
+    # The largest weight nearly determines an int8 scale, so its candidates are closer together.
     shares = np.linspace(SMALLEST if dtype == "int4" else 0.95, LARGEST if dtype == "int4" else 1.02, CANDIDATES)
     factors = (shares / ((high - low) / 2)).astype(np.float32)
     _search(groups.numpy(), factors, np.float32(low), np.float32(high), integers.numpy(), scales.numpy())

@@ -46,7 +46,7 @@ def read_rows(source: SourceTensor, first: int = 0, count: int | None = None) ->
 
 @contextlib.contextmanager
 def open_tensors(checkpoint: Path, dtypes: Mapping[str, str] = FLOATS) -> Iterator[dict[str, SourceTensor]]:
-    """Yield the checkpoint's tensors by their names in the loaded model, sorted; their files stay open meanwhile."""
+    """Yield the checkpoint's tensors by name in the loaded model, sorted; their files are open within the context."""
     import torch
 
     sources = {}
@@ -77,7 +77,7 @@ def look_up(source: SourceTensor, tokens: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def embedding_factor(width: int) -> torch.Tensor:
-    """Return what the model multiplies embeddings with: in the checkpoint's dtype, here as float32."""
+    """Return the factor that the model scales embeddings with: rounded to the checkpoint's dtype, in float32."""
     import torch
 
     return torch.tensor(width**0.5, dtype=torch.bfloat16).float()
@@ -88,5 +88,5 @@ def _read(file: int, buffer: bytearray, offset: int) -> None:
     while view:
         count = os.preadv(file, [view], offset)
         if not count:
-            raise StageFailed("a file became shorter while it was read")
+            raise StageFailed("a weight file was truncated while it was read: start the run again")
         view, offset = view[count:], offset + count

@@ -3,8 +3,8 @@
 It computes in float32 with activations quantized as the program quantizes them. Gradients pass through that rounding,
 and through the rounding of scales and norms to bfloat16, as if it were not there (straight-through).
 
-Memory is that of the integers, of what is trained, of one block's activations at a time (the blocks run again in the
-backward pass), and of a part of one matrix in float32.
+It takes memory for the integers, the trained parameters, one block's activations at a time (the blocks run again in the
+backward pass), and a part of one matrix in float32.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ class TrainedLinear(torch.nn.Module):
 
 
 class TrainedNorm(torch.nn.Module):
-    """An RMS norm of Gemma 3 with a trained factor for each element of what it multiplies with.
+    """An RMS norm of Gemma 3 with a trained factor for each of its multipliers.
 
     Attributes:
-        stored: The weight before training, float32, [width]; the norm multiplies with 1 more than that.
+        stored: The weight before training, float32, [width]; the norm multiplies with 1 + weight.
         change: The logarithm of each factor, [width].
     """
 
     def __init__(self, norm: Gemma3RMSNorm) -> None:
         super().__init__()
-        # In a tuple, so that its weight is no parameter of this module.
+        # In a tuple, so that its weight is not a parameter of this module.
         self.norm = (norm,)
         self.stored = norm.weight.detach().clone()
         self.change = torch.nn.Parameter(torch.zeros_like(self.stored))
@@ -98,8 +98,8 @@ class Student:
 
         Args:
             config: The decoder's configuration.
-            prefix: What the names of the decoder's modules start with.
-            weights: What is not quantized, by name in the loaded model.
+            prefix: The prefix of the decoder's module names.
+            weights: The weights that are not quantized, by name in the loaded model.
             linears: The decoder's linears and the head, by name.
         """
         from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -130,7 +130,7 @@ class Student:
         return outputs
 
     def changes(self) -> dict[str, torch.nn.Parameter]:
-        """Return what is trained, by the names of the modules."""
+        """Return the trained parameters by the names of their modules."""
         return {name: module.change for name, module in self.places.items()}
 
 
@@ -139,9 +139,9 @@ def kl_divergence(head: torch.nn.Module, inputs: Tensor, base_head: torch.nn.Mod
 
     Args:
         head: The student's head.
-        inputs: What it takes, [tokens, width].
+        inputs: The inputs of the student's head, [tokens, width].
         base_head: The base model's head.
-        targets: What that takes, [tokens, width].
+        targets: The inputs of the base model's head, [tokens, width].
     """
     with torch.no_grad():
         base_log_probs = torch.log_softmax(base_head(targets), dim=-1)
@@ -159,9 +159,9 @@ def _round_to_bfloat16(values: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """rounded @ (integers * scales).T, whose weights are made some rows at a time, forward and backward.
+    """rounded @ (integers * scales).T, dequantizing some rows of the weight at a time, forward and backward.
 
-    `rounded` are the quantized inputs. Its gradient goes to the inputs (straight-through).
+    `rounded` are the quantized inputs; their gradient goes to the inputs (straight-through).
     """
 
     @staticmethod
@@ -191,6 +191,6 @@ def _dequantize(integers: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tenso
     for first in range(0, len(integers), step):
         rows = slice(first, first + step)
         values = integers[rows].float()
-        # A view, so that the weights are made in place.
+        # A view, so that the weights are dequantized in place.
         values.view(len(values), scales.shape[1], -1).mul_(scales[rows].unsqueeze(-1))
         yield rows, values

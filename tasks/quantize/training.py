@@ -1,4 +1,4 @@
-"""Trains a student: which tokens a step sees, how far it goes, when it stops, and its state between steps."""
+"""Trains a student: batches, learning rate schedule, early stopping, and the state between steps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from quantize_gemma.tasks.models.recipe import Distillation
 
-# Steps in which the learning rate rises.
+# Warmup steps of the learning rate.
 WARMUP = 10
-# Measurements in a row without an improvement after which the training stops.
+# The training stops after this many measurements in a row without an improvement.
 PATIENCE = 6
 BETAS = 0.9, 0.95
 SEED = 0
@@ -29,14 +29,14 @@ SEED = 0
 
 @dataclass
 class State:
-    """Where a training is.
+    """The state of a training.
 
     Attributes:
         step: The number of steps done.
         best: The lowest KL divergence on the held-out sequences so far.
-        history: All of them, with their steps.
-        tensors: What is trained ("change"), at its best ("best"), and Adam's moments ("first", "second"), by
-            "<kind>/<module>".
+        history: The measured KL divergences, each with its step.
+        tensors: The trained parameters ("change"), their best values ("best"), and Adam's moments ("first", "second"),
+            by "<kind>/<module>".
     """
 
     step: int = 0
@@ -70,13 +70,13 @@ class Lesson:
 def train(
     student: Student, lesson: Lesson, settings: Distillation, state: State, save: Callable[[State], None]
 ) -> None:
-    """Train a student, and give it what was best on the held-out sequences.
+    """Train a student, and leave it with the parameters that were best on the held-out sequences.
 
     Args:
         student: The student.
         lesson: What it learns from.
-        settings: The recipe's.
-        state: Where to start.
+        settings: The recipe's distillation settings.
+        state: The state to start from; updated in place.
         save: Called with the state after each measurement.
 
     Raises:
@@ -110,10 +110,10 @@ def train(
 
 
 def _add_measurement(state: State, kl: float, changes: dict[str, torch.nn.Parameter]) -> None:
-    """Add a measurement to the state, and what was measured if it is the best. Raises UserError if it diverges."""
+    """Add a measurement to the state, and the parameters if it is the best. Raises UserError if it is not finite."""
     if not math.isfinite(kl):
         raise UserError(
-            f"the distillation diverged: after {state.step} steps the KL divergence is {kl}: use a smaller "
+            f"the distillation diverged (the KL divergence is {kl} after {state.step} steps): use a smaller "
             "learning_rate in the recipe"
         )
     log(f"KL divergence on the held-out sequences after {state.step} steps: {kl:.4f} nats")
@@ -136,9 +136,9 @@ def measure(student: Student, lesson: Lesson, held_out: list[int]) -> float:
 
 
 def choose(learned: list[int], step: int, length: int) -> tuple[Tensor, Tensor]:
-    """Return the sequences of a step, and the positions of each that count, [STEP_SEQUENCES, STEP_POSITIONS].
+    """Return the sequences of a step, and the positions in the loss, [STEP_SEQUENCES, STEP_POSITIONS].
 
-    They depend on the step alone. Every sequence comes once before any comes again.
+    They depend on the step alone. An epoch uses every sequence once.
     """
     places = [step * STEP_SEQUENCES + number for number in range(STEP_SEQUENCES)]
     generator = torch.Generator()
@@ -163,7 +163,7 @@ def _add_gradients(student: Student, lesson: Lesson, sequences: Tensor, position
 
 
 def _states(student: Student, lesson: Lesson, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what goes into the student's head and into the base model's at some positions, [tokens, width]."""
+    """Return the inputs of the student's head and of the base model's head at some positions, [tokens, width]."""
     outputs = student(lesson.embed(lesson.tokens[sequences]))
     device = outputs.device
     rows = torch.arange(len(sequences), device=device)[:, None]
@@ -172,15 +172,15 @@ def _states(student: Student, lesson: Lesson, sequences: Tensor, positions: Tens
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
-    """Return which sequences are held out, and the others."""
+    """Return the held-out sequences, and the ones to learn from."""
     held_out = [number for number in range(count) if number % HELD_OUT == HELD_OUT // 2]
-    # Of a few sequences, the last one.
+    # If there are only a few sequences, hold out the last one.
     held_out = held_out or [count - 1]
     return held_out, [number for number in range(count) if number not in held_out]
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Return the learning rate's factor: it rises for WARMUP steps, and falls as a cosine does."""
+    """Return the factor of the learning rate: linear warmup, and cosine decay."""
     return min((step + 1) / WARMUP, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

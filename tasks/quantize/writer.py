@@ -1,4 +1,4 @@
-"""Writes the quantized checkpoint's file with threads that read, quantize and write side by side, chunk by chunk."""
+"""Writes the quantized checkpoint's file chunk by chunk, with threads that read, quantize and write in parallel."""
 
 import json
 import math
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # The number of weights in a chunk, in whole rows; an accelerator is faster with larger chunks.
 CHUNK = 2**20
 CHUNK_ON_ACCELERATOR = 2**24
-# Modules that are named where weights are on no grid.
+# The maximum number of modules that a message about weights off the grid names.
 MAX_SHOWN = 5
 
 
@@ -41,8 +41,8 @@ MAX_SHOWN = 5
 class Chunk:
     """Some rows of a tensor, and where in the new file each part of the tensor starts.
 
-    The parts are "qdata", "scale" and "zero_point", or "" for a tensor that is not quantized. `quantized` has those of
-    a calibrated matrix, which is quantized already.
+    The parts are "qdata", "scale" and "zero_point", or "" for a tensor that is not quantized. `quantized` has the parts
+    of a calibrated matrix, which is already quantized.
     """
 
     source: SourceTensor
@@ -63,7 +63,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class ChunkSums:
-    """What is kept of a chunk that is written: the number of its weights, and QuantizedRows without the tensors."""
+    """The statistics of a chunk after it is written: its number of weights, and QuantizedRows without the tensors."""
 
     weights: int
     error: float
@@ -74,7 +74,7 @@ class ChunkSums:
 
 @dataclass(frozen=True)
 class ErrorSums:
-    """The sum of squares of what quantization changed, and that of the weights."""
+    """The sum of the squared weight errors, and of the squared weights."""
 
     error: float = 0.0
     square: float = 0.0
@@ -134,7 +134,7 @@ class CheckpointWriter:
         """Wait for all threads and return the sums of every role. Raises what a thread raised.
 
         Raises:
-            UserError: A recipe that loses nothing does not fit the weights; the message says where, and by how much.
+            UserError: The recipe is lossless, but weights are off its grid; the message says where, and by how much.
         """
         # A weight is two bytes in bfloat16.
         total = 2 * sum(prod(source.shape) for source in self.sources.values())
@@ -165,7 +165,7 @@ class CheckpointWriter:
 
 
 def _off_grid_message(modules: Mapping[str, OffGrid]) -> str:
-    """Return what is on no grid, the modules with most of it first, and what to do."""
+    """Return the message about modules off the grid, the worst first, and what to do."""
     shown = sorted(modules, key=lambda name: -modules[name].off / modules[name].groups)[:MAX_SHOWN]
     lines = [
         f"{name}: {one.off:,} of {one.groups:,} groups, {one.negative:,} of them because their scale is negative, by "

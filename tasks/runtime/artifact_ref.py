@@ -49,7 +49,7 @@ def open_artifact(ref: ArtifactRef, whole: bool = False) -> Artifact:
         return artifact
     if store.load(ref.stage, ref.key) is not None:
         raise StageFailed(f"{ref} was rebuilt by another run with different content: start this run again")
-    raise StageFailed(f"{ref} was damaged in the store, or has gone from it: start the run again")
+    raise StageFailed(f"{ref} is damaged or missing in the store: start the run again")
 
 
 def digest_of_files(refs: Sequence[ArtifactRef]) -> str:
@@ -66,5 +66,5 @@ def load_artifact(ref: ArtifactRef, whole: bool = False) -> Artifact:
     """Return the artifact without pinning it; open_artifact() says the rest."""
     artifact = store.load(ref.stage, ref.key, digest=ref.digest, whole=whole)
     if artifact is None:
-        raise StageFailed(f"{ref} is not in {store.home()}: all machines of a run need its store, as it is")
+        raise StageFailed(f"{ref} is not in {store.home()}: all machines of a run must share one store")
     return artifact

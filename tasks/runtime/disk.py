@@ -11,7 +11,7 @@ from quantize_gemma.tasks.runtime.errors import RunError, StageFailed
 
 # With fewer free bytes a disk counts as full even if no error says so.
 MIN_FREE_BYTES = 1 << 16
-# How libraries in Rust or C++ say it, whose exceptions have no errno.
+# The messages of Rust and C++ libraries, whose exceptions have no errno.
 FULL = "No space left on device|Disk quota exceeded|database or disk is full"
 TOO_LARGE = "File too large"
 
@@ -31,22 +31,22 @@ def disk_failure(error: BaseException | None, *folders: Path) -> StageFailed | N
         code = error.errno if isinstance(error, OSError) else None
         if code == errno.EFBIG or re.search(TOO_LARGE, str(error)):
             return StageFailed(
-                f"a file was too large for the disk of {folder}, or for this user's limit: raise that (`ulimit -f`), "
-                "or set QUANTIZE_GEMMA_HOME to another disk"
+                f"a file was too large for the disk of {folder}, or for this user's limit: raise the limit "
+                "(`ulimit -f`), or set QUANTIZE_GEMMA_HOME to another disk"
             )
         is_full = code in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL, str(error)) is not None
         error = error.__cause__ or error.__context__
     if not is_full:
         return None
     return StageFailed(
-        f"the disk of {folder} is full: make room (`quantize-gemma prune --max-age-days 30` may do), and start the "
-        "same run again: it continues from here"
+        f"the disk of {folder} is full: free some space, for example with `quantize-gemma prune --max-age-days 30`, "
+        "and start the same run again: it resumes where it stopped"
     )
 
 
 @contextlib.contextmanager
 def translate_disk_errors(folder: Path) -> Iterator[None]:
-    """Raise StageFailed, one sentence, when the block finds the disk of a folder full."""
+    """Raise StageFailed, with one sentence, if the block fails because the disk of a folder is full."""
     try:
         yield
     except RunError:

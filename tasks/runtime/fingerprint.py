@@ -136,7 +136,7 @@ def difference(expected: Fingerprint, here: Fingerprint) -> str | None:
         return f"Python {here['python']} instead of {expected['python']}"
     if here["machine"] != expected["machine"]:
         return f"a processor of type {here['machine']} instead of {expected['machine']}"
-    return None if here == expected else "other code of this program"
+    return None if here == expected else "a different version of this program"
 
 
 def reached(*functions: str) -> set[Definition]:

@@ -93,8 +93,8 @@ def download_files(
             path.unlink()
         else:
             raise StageFailed(
-                f"{file.rfilename} of {repository} arrived twice with other content than the Hub's own hash says: "
-                "nothing of it was kept"
+                f"{file.rfilename} of {repository} was downloaded twice and did not match the Hub's hash: it was not "
+                "kept; check the network or the proxy, and start the run again"
             )
         arrived += file.size or 0
         report(0)
@@ -111,7 +111,7 @@ def read_file(kind: str, repository: str, revision: str, file: "RepoSibling", to
         path = Path(folder) / "file"
         _download(path, kind, repository, revision, file, token, lambda _: None)
         if not is_same(path, file):
-            raise StageFailed(f"{file.rfilename} of {repository} is not what the Hub's own hash says", True)
+            raise StageFailed(f"{file.rfilename} of {repository} does not match the Hub's hash", True)
         return path.read_bytes()
 
 

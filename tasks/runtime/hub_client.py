@@ -36,7 +36,7 @@ def find_token(write: bool = False) -> str | None:
         token = (_load_secret(block) or os.environ.get(variable) or "").strip()
         if token and not re.fullmatch(r"[!-~]+", token):
             raise UserError(
-                f"the token in the block {block} or in {variable} has spaces or line breaks in it: set it again"
+                f"the token in the block {block} or in {variable} contains spaces or line breaks: set it again"
             )
         if token:
             return token

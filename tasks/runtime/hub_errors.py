@@ -63,10 +63,10 @@ def _translate(error: Exception, kind: str, repository: str, revision: str | Non
         case GatedRepoError():
             page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
             return UserError(
-                f"{repository} is gated: accept its terms at {page}, and set {token_setting()} to a token of yours"
+                f"{repository} is gated: accept its terms at {page}, and set {token_setting()} to your token"
             )
         case RevisionNotFoundError():
-            return UserError(f"{repository} has no revision {revision!r}: give a branch, tag or commit that it has")
+            return UserError(f"{repository} has no revision {revision!r}: use one of its branches, tags, or commits")
         case EntryNotFoundError():
             return UserError(f"{repository} lacks a file that it should have ({_shorten(error)})")
         case RepositoryNotFoundError():
@@ -75,7 +75,7 @@ def _translate(error: Exception, kind: str, repository: str, revision: str | Non
                 f"{token_setting().rstrip(',')}"
             )
         case HFValidationError():
-            return UserError(f"{repository!r} is no name of a Hub repository ({_shorten(error)})")
+            return UserError(f"{repository!r} is not a valid name of a Hub repository ({_shorten(error)})")
         case HfHubHTTPError():
             return _translate_status(error, repository)
         case OfflineModeIsEnabled():
@@ -100,10 +100,10 @@ def _translate_status(error: "HfHubHTTPError", repository: str) -> RunError:
     if status == 403:
         return UserError(
             f"the Hub forbids this on {repository} ({message}): set {token_setting('HF_TOKEN and HF_TOKEN_WRITE')} "
-            "to a token that may do it"
+            "to a token that has this permission"
         )
     if status in (402, 413, 507):
-        return UserError(f"the quota for {repository} is used up ({message}): make room there or ask for more")
+        return UserError(f"the quota for {repository} is used up ({message}): free some space there, or ask for more")
     if status in (400, 404, 422):
         return UserError(f"the Hub refuses the request for {repository}: {message}")
     later = _when_to_retry(error.response.headers)
@@ -116,7 +116,7 @@ def _when_to_retry(headers: Mapping[str, str]) -> str:
     if seconds <= MAX_SECONDS_TO_WAIT:
         return ""
     if seconds > SECONDS_OF_A_YEAR:
-        return "; it asks not to be asked again for more than a year"
+        return "; it does not allow another request for more than a year"
     return f"; start the run again after {time.strftime('%Y-%m-%d %H:%M', time.gmtime(time.time() + seconds))} UTC"
 
 

@@ -53,7 +53,7 @@ def run_on_cluster(
     except Exception as error:
         raise StageFailed(f"it could not be run on {cluster}: {type(error).__name__}: {error}") from error
     if any(store.load(ref.stage, ref.key, digest=ref.digest) is None for ref in refs):
-        raise StageFailed(f"what {cluster} computed is not in {store.home()}: all machines need the same store")
+        raise StageFailed(f"the results of {cluster} are not in {store.home()}: all machines must share one store")
     return refs
 
 
@@ -63,7 +63,7 @@ def run_part(function: str, made_by: Fingerprint, inputs: JsonObject, part: int,
     """Run one part, in a process of the cluster. Raises StageFailed if it has other code or libraries than the run."""
     mismatch = difference(made_by, fingerprint(function))
     if mismatch:
-        raise StageFailed(f"{socket.gethostname()} has {mismatch}: install what the run's machine has")
+        raise StageFailed(f"{socket.gethostname()} has {mismatch}: install the same versions as on the run's machine")
     stage: Any = import_function(function)
     return run_stage(stage, {**inputs, "part": part, "parts": parts}, on_cluster=True)
 

@@ -241,7 +241,7 @@ def _describe(artifact: Artifact) -> str:
     """Return what a stage took and wrote, for people."""
     measured = artifact.measured
     return (
-        f"{measured['seconds']:.1f} s, {human_size(measured['peak_rss_bytes'])} of memory at most, "
+        f"{measured['seconds']:.1f} s, {human_size(measured['peak_rss_bytes'])} of peak memory, "
         f"{human_size(artifact.size)} written"
     )
 

@@ -1,8 +1,8 @@
 """What a stage reports while it works: its progress, and lines for the run's log.
 
-Reports are records of a logger: stages report from deep inside the loops and callbacks of libraries, and logging takes
-the records to whoever listens. In a worker process that is worker_main.py, which sends them to the run; elsewhere, as
-in tests that call a stage's function, nobody does.
+Reports are log records: stages report from deep inside the loops and callbacks of libraries, and logging delivers the
+records to any handler. In a worker process, worker_main.py sends them to the run; elsewhere, as in tests that call a
+stage's function, there is no handler.
 """
 
 import contextlib

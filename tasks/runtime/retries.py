@@ -1,4 +1,4 @@
-"""Which failures are worth a retry, and how long the server asks to be left alone before it."""
+"""Which failures are worth a retry, and how long the server asks clients to wait before it."""
 
 import re
 import time
@@ -7,7 +7,7 @@ from http import HTTPStatus
 
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 
-# A server that wants to be left alone for longer has failed for this run.
+# If a server asks clients to wait for longer, the run fails.
 MAX_SECONDS_TO_WAIT = 900.0
 
 
@@ -16,7 +16,7 @@ def is_retryable(error: BaseException | None) -> tuple[bool, float]:
 
     Retryable are interrupted and refused connections, timeouts, and the responses 408, 429 and 5xx, wherever they are
     in the chain of causes, because the Hub's client wraps them. A user's mistake is not, and neither is a server that
-    wants to be left alone for longer than MAX_SECONDS_TO_WAIT.
+    asks clients to wait for longer than MAX_SECONDS_TO_WAIT.
     """
     import httpx
 

@@ -276,7 +276,7 @@ def read_artifact(path: Path) -> Artifact:
     # A store's artifacts are four directories deep.
     artifact = _read(path.parent, root_of(path)) if len(path.parents) > 3 else None
     if artifact is None:
-        raise StageFailed(f"{path.parent} is no artifact, or has gone from the store: start the run again")
+        raise StageFailed(f"{path.parent} is damaged or missing in the store: start the run again")
     return artifact
 
 

@@ -79,7 +79,7 @@ def locked(place: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if run_workers().stopping.is_set():
-                    raise StageFailed("the run was stopped while it waited for another one") from None
+                    raise StageFailed("the run was stopped while it waited for another run") from None
                 if not waiting:
                     logger.info("%s: another run is computing the same result; waiting for it", place.parent.name)
                 waiting = True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quantize_gemma.tasks.runtime.errors import UserError
 
-# JSON that is passed on without a look into it: a value, and an object.
+# JSON that is passed on without being inspected: a value, and an object.
 JsonValue = object
 JsonObject = dict[str, object]
 

@@ -1,7 +1,7 @@
-"""Runs a stage's work in a process of its own: its memory comes back, and its death is the stage's failure.
+"""Runs a stage's work in its own process: its memory is freed at the end, and if it dies, only the stage fails.
 
-Four modules share this: here is the side of the run, fork_server.py starts the processes, worker_main.py is what they
-do, and reporting.py is how code in them reports. What they report and return are lines of JSON in a pipe.
+Four modules share this: this one is the side of the run, fork_server.py starts the processes, worker_main.py runs in
+them, and reporting.py is how their code reports. Reports and results are lines of JSON in a pipe.
 """
 
 import contextlib
@@ -167,7 +167,7 @@ class Worker:
             message = redact(event["message"]) + (f"\n{tail}" if event["event"] == "error" else "")
             raise StageFailed(message.strip(), event["transient"], event["retry_after"])
         if seconds_allowed and time.monotonic() - started >= seconds_allowed:
-            raise StageFailed(f"it was ended after {seconds_allowed:,.0f} s, the longest that it may take")
+            raise StageFailed(f"it was stopped after {seconds_allowed:,.0f} s, the time limit of a stage")
         raise StageFailed(f"its process ended with {describe_exit(code)}\n{tail}".strip())
 
     def _next_event(self, progress: Progress, logger: Logger | None) -> Event:

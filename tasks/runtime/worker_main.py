@@ -146,7 +146,7 @@ def call(
     name_process(function.split(":")[1])
     changed = difference(made_by, fingerprint(function)) if made_by else None
     if changed:
-        raise StageFailed(f"{changed}: it was changed during the run, start the run again")
+        raise StageFailed(f"the code or a library changed during the run ({changed}): start the run again")
     work = import_function(function)
     inputs = {
         field: [Path(one) for one in path] if isinstance(path, list) else Path(path) for field, path in paths.items()

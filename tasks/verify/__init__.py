@@ -26,16 +26,16 @@ def verify(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_
         checkpoint: The quantized checkpoint.
         program: The directory of its model.pte.
         max_seq_len: The longest sequence of the program, in tokens.
-        max_new_tokens: The most tokens that are generated from a prompt.
+        max_new_tokens: The maximum number of tokens generated from a prompt.
 
     Raises:
-        StageFailed: The program generates nothing, fails at a prompt, or returns logits that are not finite.
+        StageFailed: The program generates nothing, fails on a prompt, or returns logits that are not finite.
     """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint)
     multimodal = is_multimodal(config.to_dict())
-    report_progress(0, 3, "runner")
+    report_progress(0, 3, "generating with the C++ runner")
     generations = {"text": generate_from_text(program, checkpoint, multimodal, max_new_tokens)}
     if multimodal:
         generations["image"] = generate_from_image(program, checkpoint, max_new_tokens)

@@ -1,8 +1,9 @@
 """Compare a program with the checkpoint that it was exported from, method by method, by running both.
 
-They do not agree to the bit, and need not: int8 activations round differently, and one that falls on the other side of
-a rounding boundary moves all that follow. So every difference stands beside the activation-quantization baseline: the
-checkpoint with and without quantized activations. A wrong scale, cache or mask is further away than that.
+They are not expected to agree bit for bit: int8 activations round differently, and one that falls on the other side of
+a rounding boundary changes all that follow. So every difference is reported beside the activation-quantization
+baseline: the difference between the checkpoint with and without quantized activations. A wrong scale, cache or mask
+exceeds it.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# The distributions of so many first tokens are compared, and of so many at the end of the longest sequence.
+# The number of tokens that are compared at the start of a text, and at the end of the longest sequence.
 COMPARED_TOKENS = 128
 LAST_TOKENS = 8
-# So many are decoded one at a time, after as many at once.
+# The number of tokens that are decoded one at a time, after the same number at once.
 STEPS = 16
 
 
@@ -44,8 +45,8 @@ class Divergence:
     """Mean KL divergences from the checkpoint, in nats per token.
 
     Attributes:
-        tokens: How many tokens the comparison is about.
-        kl_program: The program's.
+        tokens: The number of tokens that were compared.
+        kl_program: The program's divergence.
         kl_act_quant: The activation-quantization baseline: that of the checkpoint without quantized activations.
     """
 
@@ -56,11 +57,11 @@ class Divergence:
 
 @dataclass(frozen=True)
 class ImageDivergence(Divergence):
-    """That of the text after an image.
+    """The divergence on the text after an image.
 
     Attributes:
-        kl_causal_image: What causal attention makes of it, in the checkpoint: the model lets an image's tokens attend
-            to each other in both directions.
+        kl_causal_image: The divergence that causal attention causes in the checkpoint: the model lets an image's tokens
+            attend to each other in both directions.
     """
 
     kl_causal_image: float
@@ -68,12 +69,12 @@ class ImageDivergence(Divergence):
 
 @dataclass(frozen=True)
 class PromptDivergence(Divergence):
-    """That of the answers to prompts around the sliding window and to the longest prompt, each read in one chunk.
+    """The divergence on answers to prompts around the sliding window and to the longest prompt, each read in one chunk.
 
     Attributes:
         lengths: The prompts' lengths in tokens.
-        positions: The KL divergences at each position, by name: there are few, and how much they differ tells what
-            chance explains.
+        positions: The KL divergences at each position, by name: there are few positions, so the gate needs the standard
+            error of their mean.
         same_argmax: Share of positions with the same most likely token.
     """
 
@@ -103,10 +104,10 @@ class VisionError:
 
 @dataclass(frozen=True)
 class Agreement(Divergence):
-    """How far model.pte is from its checkpoint. What a text-only program does not have is None.
+    """How far model.pte is from its checkpoint. Fields that a text-only program does not have are None.
 
     `late_image` is an image after a text as long as the sliding window, if the program's sequences are long enough.
-    The first fields are those of the first COMPARED_TOKENS tokens of a text; `text_decoder` and `token_embedding` are
+    The inherited fields are for the first COMPARED_TOKENS tokens of a text; `text_decoder` and `token_embedding` are
     absolute differences, {"max", "mean"}, of logits and of embeddings; `nll_…` are nats per token.
     """
 
@@ -123,7 +124,7 @@ class Agreement(Divergence):
     late_image: Divergence | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Return the agreement as metrics.json has it."""
+        """Return the object that metrics.json contains."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -134,7 +135,7 @@ class _TextInput:
     Attributes:
         ids: Token ids, [1, tokens].
         positions: The positions whose logits are compared.
-        in_answer: Which of `positions` choose the tokens of the longest prompt's answer, bool.
+        in_answer: Which of `positions` predict the tokens of the longest prompt's answer, bool.
     """
 
     ids: Tensor
@@ -155,14 +156,14 @@ class _CheckpointOutputs:
 
 @dataclass(frozen=True)
 class _Reference:
-    """The checkpoint's outputs, those without quantized activations, and what only the former is asked for.
+    """The checkpoint's outputs with and without quantized activations.
 
     Attributes:
-        act_quant: Outputs with quantized activations, what the program is compared with.
-        no_act_quant: Outputs without.
+        act_quant: Outputs with quantized activations, which the program is compared with.
+        no_act_quant: Outputs without quantized activations.
         embeddings: The text's token embeddings, [1, tokens, width].
-        other_image: Logits of the text after an image with causal attention if the program has that of the model, and
-            the other way around.
+        other_image: Logits of the text after an image with the attention that the program does not use: causal if the
+            program's is bidirectional, and vice versa.
     """
 
     act_quant: _CheckpointOutputs
@@ -174,10 +175,10 @@ class _Reference:
 def compare(
     program: Path, checkpoint: Path, config: PreTrainedConfig, max_seq_len: int
 ) -> tuple[Agreement, list[RunnerCheck]]:
-    """Return how far `program`/model.pte is from the checkpoint, and what the C++ runner makes of it.
+    """Return how far `program`/model.pte is from the checkpoint, and the checks of the C++ runner on it.
 
     Raises:
-        StageFailed: The C++ runner fails at a prompt, or logits are not finite.
+        StageFailed: The C++ runner fails on a prompt, or logits are not finite.
     """
     from transformers import AutoTokenizer
 
@@ -204,7 +205,7 @@ def _make_text_input(tokenizer: PreTrainedTokenizerBase, longest: AnsweredPrompt
     import torch
 
     words = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    # The longest prompt and its answer are part of the text, whose logits then do for both.
+    # The longest prompt and its answer are part of the text, so one forward gives the logits of both.
     ids = torch.tensor([[*longest.ids, *longest.answer, *words][:max_seq_len]])
     first, last = range(min(COMPARED_TOKENS, max_seq_len)), range(max_seq_len - LAST_TOKENS, max_seq_len)
     positions = torch.tensor(sorted({*first, *last, *longest.answer_positions}))
@@ -256,7 +257,7 @@ def _answer_logits(model: PreTrainedModel, prompt: AnsweredPrompt) -> Tensor:
 
 
 def _image_logits(model: PreTrainedModel, image: ImageInput, features: Tensor, is_bidirectional: bool) -> Tensor:
-    """Return the logits at the compared positions. The features are passed in, for encoding takes most of the time."""
+    """Return the logits at the compared positions. The features are passed in because encoding is the slow part."""
     # Without token types the attention is causal.
     types = {"token_type_ids": image.is_image[None].long()} if is_bidirectional else {}
     embeddings = model.get_input_embeddings()(image.ids.masked_fill(image.is_image, 0))
@@ -272,7 +273,7 @@ def _compare_outputs(
     prompts: list[AnsweredPrompt],
     image: ImageInput | None,
 ) -> Agreement:
-    """Run the program on what the checkpoint was run on."""
+    """Run the program on the checkpoint's inputs, and compare the outputs."""
     eager, baseline = reference.act_quant, reference.no_act_quant
     ids = text.ids
     first, length = min(COMPARED_TOKENS, ids.shape[1]), ids.shape[1]

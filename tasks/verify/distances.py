@@ -1,4 +1,4 @@
-"""How far two models' outputs are apart, as rounded numbers for the report."""
+"""Distances between two models' outputs, as rounded numbers for the report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def mean_nll(logits: Tensor, ids: Tensor) -> float:
 
 
 def absolute_difference(reference: Tensor, other: Tensor) -> dict[str, float]:
-    """Return the absolute difference's {"max", "mean"}."""
+    """Return {"max", "mean"} of the absolute difference."""
     difference = (reference.float() - other.float()).abs()
     return {"max": round(float(difference.max()), 6), "mean": round(float(difference.mean()), 8)}
 

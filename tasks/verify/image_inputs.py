@@ -19,7 +19,7 @@ class ImageInput:
 
     Attributes:
         ids: Token ids, [1, tokens].
-        is_image: Which of the tokens stand for the image, bool, [tokens].
+        is_image: Which tokens are image tokens, bool, [tokens].
         pixel_values: Three images, [1, channels, height, width] each: the prompt's, one of one color, and random
             pixels. The prompt uses the first only.
         first: The first position whose logits are compared.
@@ -77,7 +77,7 @@ def solid_image(processor: ProcessorMixin, color: tuple[int, int, int]) -> Tenso
 
 
 def image_segments(processor: ProcessorMixin, images: list[Tensor]) -> list[str | Tensor]:
-    """Return IMAGE_PROMPT after some images as the C++ runner takes it: texts, and images between them."""
+    """Return IMAGE_PROMPT after some images in the form that the C++ runner takes: texts with images between them."""
     first, *texts = format_image_prompt(processor, len(images)).split(processor.boi_token)
     segments: list[str | Tensor] = [f"{first}\n\n{processor.boi_token}"]
     for number, (image, text) in enumerate(zip(images, texts, strict=True), 1):

@@ -1,4 +1,4 @@
-"""Prompts of an exact length: as long as the sliding window, longer, and as long as a program takes."""
+"""Prompts of an exact length: as long as the sliding window, longer, and as long as a program accepts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 # Tokens generated after each prompt; an end of turn comes first.
 ANSWER_TOKENS = 8
-# Text for prompts: any text will do that is long enough to push the first tokens out of the window.
+# Text for prompts: any text that is long enough to push the first tokens out of the window.
 TEXT = (
     "A river begins where rain and melting snow gather on high ground. It runs downhill, joins other streams, and "
     "carries sand and stones with it. Where the land is flat it slows down and lays down what it carried. Towns "
     "grew beside rivers because boats could reach them and because fields near the water gave good harvests. The "
     "water that reaches the sea rises again as vapour, forms clouds, and falls as rain on the hills. "
 )
-# Fill a prompt up to its length where the next word would be too long.
+# Pad a prompt to its exact length where the next word would be too long.
 FILLERS = (" a", ".", " the", " B")
 
 
 def prompt_lengths(window: int, max_seq_len: int) -> list[int]:
-    """Return the lengths around the sliding window that leave room for an answer, and the longest that does."""
+    """Return the lengths around the sliding window that leave room for an answer, and the longest such length."""
     longest = max_seq_len - ANSWER_TOKENS
     return [*(length for length in (window - 1, window, window + 1, 2 * window) if length < longest), longest]
 
@@ -32,7 +32,7 @@ def make_prompt(tokenizer: CppHFTokenizer, length: int) -> str:
     """Return a text of exactly `length` tokens, the BOS token included, as ExecuTorch's tokenizer counts them.
 
     Raises:
-        StageFailed: The tokenizer makes no such text.
+        StageFailed: No such text exists for this tokenizer.
     """
     words = (TEXT * (length // 40 + 2)).split(" ")
 
@@ -49,4 +49,4 @@ def make_prompt(tokenizer: CppHFTokenizer, length: int) -> str:
             filled = text + filler * (length - count(text))
             if count(filled) == length:
                 return filled
-    raise StageFailed(f"the model's tokenizer makes no prompt of exactly {length:,} tokens to test the program with")
+    raise StageFailed(f"cannot build a test prompt of exactly {length:,} tokens with the model's tokenizer")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from executorch.extension.llm.runner import Stats
     from torch import Tensor
 
-# The runner's clock ticks in milliseconds: a prompt is answered again until so many tokens were decoded in so many
-# seconds, or until everything took MOST_SECONDS.
+# The runner's clock has a resolution of 1 ms: a prompt is answered repeatedly until at least this many tokens were
+# decoded and decoding took at least this many seconds, or until MOST_SECONDS have passed.
 DECODED_TOKENS = 32
 DECODE_SECONDS = 0.5
 MOST_SECONDS = 10
@@ -52,7 +52,7 @@ def generate_from_text(program: Path, checkpoint: Path, multimodal: bool, max_ne
 
 
 def generate_from_image(program: Path, checkpoint: Path, max_new_tokens: int) -> Generation:
-    """Generate from an image of one color and the question for its color."""
+    """Generate from an image of one color and a question about its color."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint)
@@ -63,7 +63,7 @@ def generate_from_image(program: Path, checkpoint: Path, max_new_tokens: int) ->
 def _generate(
     program: Path, checkpoint: Path, prompt: str, segments: list[str | Tensor], multimodal: bool, max_new_tokens: int
 ) -> Generation:
-    """Run run_program() in its own process, whose memory is the program's and nothing else's.
+    """Run run_program() in its own process, so that its memory is the program's alone.
 
     `segments` are the prompt as the model reads it: text, and images as pixels.
     """
@@ -103,10 +103,10 @@ def run_program(
         segments: The prompt, each segment {"text": …} or {"pixels": path of a safetensors file}. No BOS token is added
             to a text that starts with one.
         multimodal: Whether the program takes images.
-        max_new_tokens: The most tokens to generate.
+        max_new_tokens: The maximum number of tokens to generate.
 
     Returns:
-        {"response": text without stop tokens, "speed": see _speed(), "threads": those of ExecuTorch's pool}.
+        {"response": text without stop tokens, "speed": see _speed(), "threads": the size of ExecuTorch's thread pool}.
     """
     import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
     import executorch.kernels.quantized  # noqa: F401 (registers operators)
@@ -137,14 +137,16 @@ def run_program(
         stats: list[Stats] = []
         runner.reset()
         settings = GenerationConfig(max_new_tokens=most, temperature=0.0, echo=False, num_bos=num_bos)
-        # The binding fails at a token that is only part of a character: the response ends before it.
+        # The Python binding fails on a token that is only part of a character: the response ends before it.
         with contextlib.suppress(UnicodeDecodeError):
             runner.generate(prompt, settings, tokens.append, stats.append)
         return tokens, stats
 
     tokens, rounds = generate(max_new_tokens)
     if not tokens:
-        raise StageFailed("the first token that the program generates is a part of a character: it cannot be measured")
+        raise StageFailed(
+            "the first token that the program generates is only part of a character, so its speed cannot be measured"
+        )
     most = max_new_tokens if rounds else len(tokens)
     started = time.monotonic()
     while _decoded(rounds) < DECODED_TOKENS or _decode_seconds(rounds) < DECODE_SECONDS:
@@ -162,7 +164,7 @@ def run_program(
 
 
 def _speed(rounds: list[Stats]) -> dict[str, float]:
-    """Return the means of several generations from the same prompt."""
+    """Return the mean speed over several generations from the same prompt."""
     prompt_tokens = rounds[0].num_prompt_tokens
     prefill = sum(stats.prompt_eval_end_ms - stats.inference_start_ms for stats in rounds) / 1000
     return {

@@ -1,4 +1,4 @@
-"""The C++ runner of phone apps answers prompts, images and conversations as the program itself does.
+"""Check that the C++ runner of phone apps answers prompts, images and conversations like the program itself.
 
 The runner must generate what the program generates in ExecuTorch's Python runtime, token for token. Each comparison
 belongs to a named check of the gate. compare.py compares the logits behind the answers with the checkpoint's.
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 # Tokens of the answer that fills the longest sequence.
 FULL_TOKENS = 2
-# Enough for a model that ends its turn at all to a short question.
+# Enough for any model that ends its turn after a short question.
 TURN_TOKENS = 64
 SHORT_QUESTION = "What is the capital of France? Answer with one word."
 COLORS = (30, 50, 220), (220, 30, 30)
-# The most failures whose messages are kept.
+# The maximum number of failures whose messages are kept.
 MAX_EXAMPLES = 5
 # Characters of an answer in a message.
 MAX_SHOWN = 200
@@ -69,9 +69,9 @@ class RunnerCheck:
 
     Attributes:
         name: The name of the check.
-        cases: How often it was tried; 0 if nothing could show it.
-        failed: In how many cases they differ.
-        examples: What is wrong in the first of them.
+        cases: The number of cases; 0 if no case exercised it.
+        failed: The number of cases in which they differ.
+        examples: Descriptions of the first failed cases.
     """
 
     name: str
@@ -86,10 +86,10 @@ class Scenario:
 
     Attributes:
         checks: The checks that it belongs to.
-        title: What it is called in messages.
+        title: Its name in messages.
         segments: Texts, and the pixels of images, [1, channels, height, width].
-        max_new_tokens: The most tokens to ask for.
-        room: The tokens that must be left for the answer.
+        max_new_tokens: The maximum number of tokens to generate.
+        room: The number of tokens that must be left for the answer.
     """
 
     checks: tuple[str, ...]
@@ -109,7 +109,7 @@ class Expected:
         tokens: The generated tokens.
         logits: The logits that chose them.
         ends: Whether the answer ends with an end token.
-        mistake: What is wrong with the answer itself; None if nothing is.
+        mistake: What is wrong with the program's own answer; None if nothing is.
     """
 
     length: int
@@ -150,7 +150,7 @@ def run_scenarios(
     The program runs in its own process, whose memory is released afterwards.
 
     Raises:
-        StageFailed: The C++ runner fails at a prompt.
+        StageFailed: The C++ runner fails on a prompt.
     """
     from safetensors.torch import load_file
 
@@ -185,7 +185,7 @@ def run_in_process(program: str, checkpoint: str, lengths: list[int], logits: st
     config = AutoConfig.from_pretrained(checkpoint)
     tokenizer = load_runner_tokenizer(Path(checkpoint))
     pte = PteProgram(Path(program))
-    # Those of the model: a runner that does not know all of them continues.
+    # The model's own end tokens: a runner that does not know all of them keeps generating.
     pte.eos_ids = set(end_token_ids(Path(checkpoint)))
     limits = _Limits(
         config.get_text_config().sliding_window, pte.max_seq_len, getattr(config, "mm_tokens_per_image", 0)
@@ -226,7 +226,7 @@ def _add_case(check: RunnerCheck, failure: str | None) -> RunnerCheck:
 
 
 def _shows(check: str, expected: Expected, answer: Answer, limits: _Limits) -> bool:
-    """Tell whether an answer says something about a check: a turn that does not end shows no stop."""
+    """Tell whether an answer exercises a check: without the end of a turn, for example, "stop" is not tested."""
     compared = len(answer.tokens) if answer.is_cut_off else len(expected.tokens)
     end = expected.length + compared
     happened = {
@@ -303,14 +303,14 @@ def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario) -> E
     try:
         tokens, logits = pte.generate(prompt, min(scenario.max_new_tokens, pte.max_seq_len - length))
     except RuntimeError as error:
-        raise StageFailed(f"the program fails at {scenario.title}: {error}") from None
+        raise StageFailed(f"the program fails on {scenario.title}: {error}") from None
     ids = texts[0] if len(parts) == 1 else None
     unknown = [token for token in GEMMA3.stop_tokens if token.encode() in map(partial(_decode, tokenizer), tokens[:-1])]
     mistake = None
     if unknown:
         mistake = (
-            f"the model ends its turn with {unknown[0]}, which is not an eos_token_id of generation_config.json: no "
-            "runner stops there"
+            f"the model ends its turn with {unknown[0]}, which is not an eos_token_id of generation_config.json, so no "
+            "runner stops there: add it"
         )
     return Expected(length, ids, tokens, logits, tokens[-1] in pte.eos_ids, mistake)
 
@@ -346,7 +346,7 @@ def _ask(runner: MultimodalRunner | TextLLMRunner, scenario: Scenario, multimoda
         runner.generate(prompt if multimodal else first, config, lambda one: tokens.append(one.encode()), stats.append)
     except RuntimeError as error:
         name = _runner_name(multimodal)
-        raise StageFailed(f"the program fails in {name} at {scenario.title}: {error}") from None
+        raise StageFailed(f"the program fails in {name} on {scenario.title}: {error}") from None
     except UnicodeDecodeError as error:
         tokens.append(error.object)
         is_cut_off = True
@@ -367,7 +367,7 @@ def compare_answers(
     if generated == (tokens[: len(generated)] if answer.is_cut_off else tokens):
         return None
     return (
-        f"{runner} answers {scenario.title} with {_shorten(generated)}, but the program's own logits say "
+        f"{runner} answers {scenario.title} with {_shorten(generated)}, but the program's own logits give "
         f"{_shorten(tokens)}"
     )
 

@@ -1,4 +1,4 @@
-"""The C++ tokenizer that the runner uses must cut text as the one that the model was trained with."""
+"""Verify that the runner's C++ tokenizer tokenizes text like the tokenizer that the model was trained with."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from quantize_gemma.tasks.verify.scenarios import MAX_EXAMPLES, RunnerCheck, loa
 TEXTS = Path(__file__).with_name("tokenizer_texts.json")
 # Characters of a text in a message.
 SHOWN = 60
-# So many prompts of each benchmark are read, evenly spread.
+# The number of prompts of each benchmark that are tokenized, evenly spread.
 PROMPTS = 200
 
 
 @stage()
 def verify_tokenizer(target: Path, checkpoint: Path, requests: list[Path]) -> Output:
-    """Write tokenizer.json: how many texts the C++ tokenizer reads differently from transformers', and which.
+    """Write tokenizer.json: how many texts the C++ tokenizer tokenizes differently from transformers', and which.
 
     Args:
         target: The directory to write to.
         checkpoint: The checkpoint, for its tokenizer.
-        requests: The recorded requests of the benchmarks, whose prompts are read, too.
+        requests: The recorded requests of the benchmarks, whose prompts are tokenized, too.
 
     Raises:
         StageFailed: The C++ tokenizer cannot read the checkpoint's.
@@ -52,14 +52,14 @@ def check_tokenizer(checkpoint: Path, requests: list[Path]) -> RunnerCheck:
             before = len(library.decode(expected[:place], skip_special_tokens=True))
             start = max(before - SHOWN // 2, 0)
             differences.append(
-                f"the runner's tokenizer reads {text[start : start + SHOWN]!r} as {_around(ids, place)} where "
-                f"transformers reads {_around(expected, place)}"
+                f"the runner tokenizes {text[start : start + SHOWN]!r} as {_around(ids, place)}, but transformers "
+                f"tokenizes it as {_around(expected, place)}"
             )
     return RunnerCheck("tokenizer", len(texts), len(differences), differences[:MAX_EXAMPLES])
 
 
 def read_prompts(folder: Path) -> list[str]:
-    """Return PROMPTS of the prompts of recorded requests, or all if there are fewer, each once."""
+    """Return at most PROMPTS distinct prompts of recorded requests, evenly spread."""
     shards = read_requests(folder).values()
     prompts = list(dict.fromkeys(str(request.arguments[0]) for shard in shards for request in shard))
     step = max(len(prompts) / PROMPTS, 1)

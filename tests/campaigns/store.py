@@ -335,7 +335,7 @@ def ill_said(outcome: Outcome) -> str | None:
         return f"no sentence: {outcome.stderr[-300:]}"
     # Of stages that fail for the same reason at the same time, one is shown, and another may be in the JSON.
     reason = error.partition(": ")[2] or error
-    times = outcome.stderr.count(reason.rpartition(": make room")[0] or reason)
+    times = outcome.stderr.count(reason.rpartition(": free some space")[0] or reason)
     return None if times == 1 else f"said {times} times: {error}"
 
 

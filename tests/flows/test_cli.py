@@ -326,7 +326,7 @@ def test_a_cuda_device_that_is_not_there_is_said_before_anything_starts(
 @pytest.mark.parametrize(
     ("rules", "words"),
     [
-        ("[]", ["no rule", "decides"]),
+        ("[]", ["no rule", "matches"]),
         ('["linear"]', ["linear", "must be an object"]),
         (
             '[{"match": "re:(", "weight": "int4", "group_size": 32, "activation": null, "algorithm": "affine"}]',

@@ -188,7 +188,7 @@ def test_offline_a_run_goes_on_with_what_it_has_and_says_so(
         (("--revision", "v9"), {}, ["no revision 'v9'"]),
         (("--target", "stranger/tiny"), {}, ["stranger", "robot"]),
         (("--target", TARGET), {"HF_TOKEN_WRITE": "hf_MARKEDwrong00"}, ["refuses the token"]),
-        (("--target", TARGET), {"HF_TOKEN_WRITE": READER}, ["may only read"]),
+        (("--target", TARGET), {"HF_TOKEN_WRITE": READER}, ["is read-only"]),
         (("--target", MODEL), {}, ["target is the model itself"]),
         (
             ("--target", NOTES),
@@ -284,7 +284,7 @@ def test_what_the_hub_refuses_when_all_is_made_is_a_failure_not_a_mistake(
     summary = refused.summary
     assert (
         summary["error"]
-        == f"publish: the quota for {TARGET}-full is used up (no room): make room there or ask for more"
+        == f"publish: the quota for {TARGET}-full is used up (no room): free some space there, or ask for more"
     )
     assert refused.stderr.count(summary["error"]) == 1
     assert "publish: failed" in refused.stderr

@@ -247,7 +247,7 @@ def test_serve_ends_when_its_server_does(command_line: CommandLine, tmp_path: Pa
     with pytest.raises(OSError, match="in use"):
         socket.create_server(("127.0.0.1", port))
     assert process.wait(60) == 1
-    assert log.read_text().splitlines()[-1] == "serve: the local Prefect server ended with -9"
+    assert log.read_text().splitlines()[-1].startswith("serve: the local Prefect server ended with SIGKILL")
     assert not psutil.wait_procs(started, timeout=30)[1]
 
 
@@ -272,7 +272,7 @@ def test_a_run_with_the_wrong_password_is_one_sentence(server: LocalServer, tmp_
     )
     assert outcome.code == 2
     (sentence,) = outcome.stderr.splitlines()
-    assert "answers 401: set PREFECT_API_AUTH_STRING" in sentence
+    assert "answers HTTP 401: set PREFECT_API_AUTH_STRING" in sentence
     assert "not:this" not in sentence
 
 

@@ -106,7 +106,7 @@ def test_an_invalid_report_is_refused_with_its_file_the_field_and_what_to_do(
     with pytest.raises(UserError) as refusal:
         read_device_report(tmp_path / "report.json")
     file = tmp_path / "report.json"
-    what_to_do = "make it with `python -m benchmarks.device_report`"
+    what_to_do = "create it with `python -m benchmarks.device_report`"
     assert str(refusal.value) == f"the device report {file} is not valid: {message}: {what_to_do}"
     schema = json.loads(SCHEMA.read_text())
     # Whether a date exists is checked only with an optional library.

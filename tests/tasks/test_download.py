@@ -164,7 +164,7 @@ def test_a_wrong_file_is_fetched_again_and_named_if_it_is_wrong_again(hub: Hub, 
     assert (target / WEIGHTS).read_bytes() == (BUILTIN["tiny-gemma3"] / WEIGHTS).read_bytes()
     hub.faults.clear()
     hub.faults.add(method="GET", path=r"config\.json", wrong_bytes=True)
-    with pytest.raises(StageFailed, match=r"config\.json of team/tiny arrived twice with other content"):
+    with pytest.raises(StageFailed, match=r"config\.json of team/tiny was downloaded twice and did not match"):
         download_from(hub, tmp_path, sha)
 
 
@@ -195,7 +195,7 @@ def test_what_may_pass_by_itself_is_marked_so(
     ("headers", "words"),
     [
         ({"Retry-After": "7200"}, r"too busy; start the run again after \d{4}-\d\d-\d\d \d\d:\d\d UTC"),
-        ({"Retry-After": "99999999999"}, "too busy; it asks not to be asked again for more than a year"),
+        ({"Retry-After": "99999999999"}, "too busy; it does not allow another request for more than a year"),
         ({"Retry-After": "Fri, 31 Dec 2099 23:59:59 GMT"}, "more than a year"),
         ({"RateLimit": '"api";r=0;t=99999999999'}, "more than a year"),
     ],
@@ -354,7 +354,7 @@ def test_of_an_archive_that_a_task_needs_the_pinned_folder_is_unpacked_and_nothi
     _fetch_resource(tmp_path / "target", archive)
     files = [path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*.*")]
     assert files == ["data/english/list.txt"]
-    with pytest.raises(StageFailed, match="has another SHA-256 than 000: it is not used"):
+    with pytest.raises(StageFailed, match="does not have the pinned SHA-256 000: it is not used"):
         _fetch_resource(tmp_path / "other", replace(archive, sha256="000"))
     with pytest.raises(StageFailed, match=r"nothing\.zip cannot be fetched: .*404"):
         _fetch_resource(tmp_path / "other", replace(archive, url=archive.url.replace("words", "nothing")))

@@ -47,9 +47,9 @@ def test_a_checkpoint_of_another_source_is_rejected(quantized: Path, tmp_path: P
     other = Path(shutil.copytree(quantized, tmp_path / "other"))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-    with pytest.raises(UserError, match="not a checkpoint of Gemma 3"):
+    with pytest.raises(UserError, match="not a Gemma 3 checkpoint"):
         check_exportable(tmp_path, other)
-    with pytest.raises(UserError, match="not a checkpoint of Gemma 3"):
+    with pytest.raises(UserError, match="not a Gemma 3 checkpoint"):
         check_exportable(tmp_path, tmp_path)
     check_exportable(tmp_path, quantized)
 

@@ -101,8 +101,8 @@ def test_a_benchmark_at_chance_is_in_no_recovery_and_the_gate_passes_with_fideli
     assert add_missing(verdict, ["max_kl", "mmlu_drop", "mmlu_recovery", "mmlu_disagreement"]) == verdict
     drop = next(check for check in verdict.checks if check.name == "mmlu_drop")
     assert (
-        drop.message
-        == "mmlu drop says nothing: the base model's 21.4 ± 2.4% on MMLU cannot be told from guessing (25%)"
+        drop.message == "mmlu drop is uninformative: the base model's 21.4 ± 2.4% on MMLU "
+        "cannot be distinguished from guessing (25%)"
     )
     assert "MMLU, 285 samples (base at chance: uninformative)" in benchmark_rows(parse_metrics(content), "mmlu")
     blind = verdict_on(content, max_kl=None, min_same_top=None)

@@ -361,9 +361,9 @@ def test_a_calibration_text_that_shares_a_run_of_tokens_with_the_fidelity_text_i
     text = str(tmp_path / "mine.txt")
     with pytest.raises(UserError, match="shares 32 tokens in a row"):
         calibrate(target, untied, 2, 32, text=text, digest=digest_text(text), fidelity_text=tmp_path / "theirs.txt")
-    with pytest.raises(UserError, match="use a longer one"):
+    with pytest.raises(UserError, match="use a longer text"):
         calibrate(target, untied, 2, 100_000, text=text, digest=digest_text(text))
-    with pytest.raises(UserError, match="changed while"):
+    with pytest.raises(UserError, match="changed during the run"):
         calibrate(target, untied, 2, 32, text=text, digest="0" * 64)
 
 

@@ -261,18 +261,18 @@ def test_a_repository_that_holds_something_else_than_was_sent_is_named(
         return commit(kind, name, ref, {n: file for n, file in added.items() if n != "model.pte"}, *rest, **more)
 
     monkeypatch.setattr(hub.storage, "commit", lose_a_file)
-    with pytest.raises(StageFailed, match=f"{TARGET} at .* does not hold what was uploaded: model.pte"):
+    with pytest.raises(StageFailed, match=f"{TARGET} at .* differs from the release after the upload: check model.pte"):
         publish(hub, release)
 
 
 @pytest.mark.parametrize(
     ("token", "repository", "words"),
     [
-        (READER, TARGET, ["may only read", "HF_TOKEN_WRITE"]),
+        (READER, TARGET, ["is read-only", "HF_TOKEN_WRITE"]),
         ("hf_unknown00000", TARGET, ["refuses the token", "valid"]),
         (WRITER, "stranger/tiny", ["stranger", "me"]),
         (WRITER, "not a name", ["not a name"]),
-        (SCOPED, "me/tiny", ["'me'", "in team"]),
+        (SCOPED, "me/tiny", ["'me'", "(team)"]),
     ],
 )
 def test_a_target_that_cannot_be_written_is_found_before_anything_starts(
@@ -468,7 +468,7 @@ def test_a_hub_that_wants_to_be_left_alone_for_years_ends_the_upload_at_once(
     hub: Hub, release: Path, path: str
 ) -> None:
     hub.faults.add(method="POST", path=path, status=429, headers={"Retry-After": "99999999999"})
-    with pytest.raises(StageFailed, match="not to be asked again for more than a year") as failure:
+    with pytest.raises(StageFailed, match="does not allow another request for more than a year") as failure:
         publish(hub, release)
     assert not failure.value.transient
     assert len(hub.served("POST", path)) == 1

@@ -328,7 +328,7 @@ def test_an_error_names_a_weight_that_is_not_finite(name: str, value: float, unt
             lambda tensors: tensors.update(
                 {"language_model.model.norm.weight": tensors["language_model.model.norm.weight"][:-1].clone()}
             ),
-            "but config.json makes it",
+            "but config.json implies",
         ),
     ],
 )

@@ -55,7 +55,7 @@ def ignore_settings_files() -> None:
         if name not in called:
             raise UserError(
                 f"{_differs('pydantic-settings', '2.16.3', f'{owner.__name__}.{name}')}, without which the settings "
-                "files of the working directory would be believed: install pydantic-settings==2.16.3"
+                "files of the working directory would be trusted: install pydantic-settings==2.16.3"
             )
 
 

@@ -210,7 +210,7 @@ def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(BUILTIN["tiny-gemma3"], checkpoint)
     (checkpoint / "config.json").write_text(json.dumps(config))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    with pytest.raises(UserError, match="text-only checkpoint: it cannot be evaluated on ChartQA"):
+    with pytest.raises(UserError, match="is text-only and cannot be evaluated on ChartQA"):
         evaluated(checkpoint, tmp_path / "target", 1)
 
 

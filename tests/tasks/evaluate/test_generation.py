@@ -55,7 +55,7 @@ def test_a_prompt_is_continued_as_by_lm_evals_own_model_alone_and_among_others(c
     # A stop sequence ends the text, and is not part of it.
     assert expected[0] == "I can talk to you, but I am not conscious. I am a tiny "
     # The model has 2,048 positions.
-    with pytest.raises(UserError, match="asks for 2,048 tokens of text, but the model has no more"):
+    with pytest.raises(UserError, match="generates up to 2,048 tokens, but the model"):
         model.generate_until(instances("generate_until", [("x", {**GENERATION, "max_gen_toks": 2048})]))
     # One at a time, and where the last prompt takes the place of a text that has ended.
     for rows, exact in ((1, True), (3, True), (1, False), (3, False)):

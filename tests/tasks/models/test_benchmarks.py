@@ -16,10 +16,10 @@ def test_a_group_is_described_by_its_tasks() -> None:
     [
         ("mmmu_val_accounting", "has images"),
         ("humaneval", "runs code that the model writes"),
-        ("gsm8k_cot_self_consistency", "samples its texts"),
-        ("leaderboard", "does not have one dataset"),
+        ("gsm8k_cot_self_consistency", "samples its responses"),
+        ("leaderboard", "does not have exactly one dataset"),
         ("glue", "do not have the same first metric"),
-        ("truthfulqa", "requests that cannot be answered here"),
+        ("truthfulqa", "requests of an unsupported kind"),
     ],
 )
 def test_a_task_that_cannot_be_evaluated_is_refused_before_anything_starts(name: str, reason: str) -> None:

@@ -69,7 +69,7 @@ def test_a_replaced_artifact_that_nobody_reads_is_removed_and_its_reference_fail
     ):
         open_artifact(ref_of(old))
     shutil.rmtree(tmp_path)
-    with store.keep_pinned(), pytest.raises(StageFailed, match="has gone from it: start the run again"):
+    with store.keep_pinned(), pytest.raises(StageFailed, match="is damaged or missing in the store: start"):
         open_artifact(ref_of(old))
 
 
@@ -81,7 +81,7 @@ def test_an_artifact_that_the_disk_has_changed_fails_and_is_made_again(
     times = (made.path / "a").stat()
     (made.path / "a").write_text("gooe")
     os.utime(made.path / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
-    with store.keep_pinned(), pytest.raises(StageFailed, match="was damaged in the store"):
+    with store.keep_pinned(), pytest.raises(StageFailed, match="is damaged or missing in the store"):
         open_artifact(ref_of(made), whole=True)
     assert "a was changed" in caplog.text
     assert (store.produce("stage", KEY, write("good")).path / "a").read_text() == "good"

@@ -163,15 +163,19 @@ def test_a_machine_with_other_code_or_libraries_computes_nothing() -> None:
     function = "quantize_gemma.tasks.untie:untie"
     here = fingerprint(function)
     other = {**here, "libraries": {"torch": "1.0"}}
-    with pytest.raises(StageFailed, match=r"has torch \S+ instead of 1\.0: install what the run's machine has"):
+    with pytest.raises(
+        StageFailed, match=r"has torch \S+ instead of 1\.0: install the same versions as on the run's machine"
+    ):
         run_part.fn(function, other, {}, 0, 1)
-    with pytest.raises(StageFailed, match="has other code of this program: install"):
+    with pytest.raises(StageFailed, match="has a different version of this program: install"):
         run_part.fn(function, {**here, "code": "0"}, {}, 0, 1)
 
 
 def test_a_machine_without_the_runs_store_fails_with_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path / "another"))
-    with pytest.raises(StageFailed, match=r"record/0000 is not in .*another: all machines of a run need its store"):
+    with pytest.raises(
+        StageFailed, match=r"record/0000 is not in .*another: all machines of a run must share one store"
+    ):
         load_artifact(ArtifactRef("record", "0000", "0" * 64, 1))
 
 

@@ -87,7 +87,7 @@ def test_prefect_believes_the_settings_files_that_are_not_ignored(tmp_path: Path
 def test_settings_files_that_cannot_be_ignored_are_an_error(rename: Any, settings_sources: pytest.MonkeyPatch) -> None:
     rename(settings_sources)
     name = rename.__name__.removeprefix("rename")
-    with pytest.raises(UserError, match=rf"pydantic-settings \S+ has no \w+\.{name} like that of .* would be believed"):
+    with pytest.raises(UserError, match=rf"pydantic-settings \S+ has no \w+\.{name} like that of .* would be trusted"):
         ignore_settings_files()
 
 

@@ -57,7 +57,7 @@ def test_a_worker_whose_code_differs_from_the_runs_fails_and_writes_nothing(tmp_
     worker.run("quantize_gemma.tasks.runtime.worker_main:call", {**arguments, "made_by": here}, lambda *_: None, None)
     assert (tmp_path / "file").exists()
     (tmp_path / "file").unlink()
-    with pytest.raises(StageFailed, match="other code of this program: it was changed during the run, start the run"):
+    with pytest.raises(StageFailed, match=r"changed during the run \(a different version of this program\): start"):
         worker.run(
             "quantize_gemma.tasks.runtime.worker_main:call",
             {**arguments, "made_by": {**here, "code": "0"}},
@@ -168,7 +168,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
             None,
             {"QUANTIZE_GEMMA_HOME": str(tmp_path)},
         )
-    assert re.fullmatch(r"the disk of \S+ is full: make room .*: it continues from here", str(caught.value))
+    assert re.fullmatch(r"the disk of \S+ is full: free some space, .*: it resumes where it stopped", str(caught.value))
     assert not caught.value.transient
 
 

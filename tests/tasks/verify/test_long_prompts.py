@@ -106,7 +106,7 @@ def test_a_multimodal_program_answers_prompts_of_any_length_in_the_stock_runner(
 @pytest.mark.slow
 def test_a_program_with_the_librarys_cache_fails_at_the_window_and_is_not_released(small: Path, tmp_path: Path) -> None:
     program = export("tests.tasks.verify.test_long_prompts:export_as_the_library", small, tmp_path)
-    with pytest.raises(StageFailed, match="the program fails at a prompt of 32 tokens: "):
+    with pytest.raises(StageFailed, match="the program fails on a prompt of 32 tokens: "):
         agreement(program, small)
 
 

@@ -173,8 +173,8 @@ def test_texts_that_the_runner_reads_differently_are_shown_with_both_readings(tm
     assert 0 < check.failed < check.cases
     shown = next(failure for failure in check.examples if "text <start_of_turn> in the middle" in failure)
     assert all(len(failure) < 300 for failure in check.examples)
-    assert "the runner's tokenizer reads 'text <start_of_turn> in the middle" in shown
-    assert "where transformers reads [" in shown
+    assert "the runner tokenizes 'text <start_of_turn> in the middle" in shown
+    assert "but transformers tokenizes it as [" in shown
     assert list(failed_checks([check])) == ["runner_tokenizer"]
 
 
@@ -195,7 +195,7 @@ SHORT = Scenario(("prompts",), "a prompt of 40 tokens", ["text"])
     ("changed", "message"),
     [
         ({}, None),
-        ({"tokens": [b" A", b" C"]}, "answers a prompt of 40 tokens with b' A C', but the program's own logits say"),
+        ({"tokens": [b" A", b" C"]}, "answers a prompt of 40 tokens with b' A C', but the program's own logits give"),
         ({"tokens": [b" A"]}, "answers a prompt"),
         ({"tokens": [b" A", b" B", b" C"]}, "answers a prompt"),
         ({"tokens": []}, "answers a prompt"),
