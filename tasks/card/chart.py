@@ -143,11 +143,13 @@ def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
     }
     with new_figure(path, "Distance from the base model, by token", 3.1) as figure:
         axes = add_axes(figure, 0.38, MARGIN, 1.03, 0.45)
-        for name, (one, color) in shown.items():
+        for place, (name, (one, color)) in enumerate(shown.items()):
             # The first bin starts at 0, which a logarithmic scale has not.
             edges = [one.kl_histogram.edges[1] / 10 ** (1 / 4), *one.kl_histogram.edges[1:]]
             shares = [100 * count / one.tokens for count in one.kl_histogram.counts]
-            axes.stairs(shares, edges, color=color, linewidth=1.4, label=f"{name}, mean {one.kl_mean:.3f}")
+            label = f"{name}, mean {one.kl_mean:.3f}"
+            # The first covers the others.
+            axes.stairs(shares, edges, color=color, linewidth=1.4, label=label, zorder=4 - place)
             axes.axvline(one.kl_mean, color=color, linestyle=":", linewidth=1.2)
         axes.set(xscale="log", ylim=(0, None), xlabel="KL divergence from the base model, nats", title="tokens, %")
         axes.set_xticks([0.0001, 0.001, 0.01, 0.1, 1, 10], ["0.0001", "0.001", "0.01", "0.1", "1", "10"])
