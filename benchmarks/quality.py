@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.side_by_side import machine, run
 from quantize_gemma.tasks.models.checkpoint import linear_shapes, read_headers
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.plot_style import COLORS, MARGIN, WIDE, add_axes, label_logarithmic, new_figure
 from quantize_gemma.tasks.models.recipe import Recipe, decide, load_recipe, packed_bytes
 
 RECIPES = (
@@ -181,38 +182,32 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the recipes' KL divergence over their packed size; the file name's extension sets the format."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, NullLocator
+    """Draw the recipes' KL divergence over the size of the program, in the format of the file name's extension.
 
-    figure = Figure(figsize=(7, 3.8), facecolor="white")
-    axes = figure.add_axes((0.09, 0.13, 0.87, 0.76))
+    Where a program was not exported, all sizes are packed sizes.
+    """
     # A lossless recipe cannot be drawn on a logarithmic scale.
     shown = [row for row in rows if row["kl_mean"] > 0]
-    for row in shown:
-        size, kl = row["packed_bytes"] / 1e6, row["kl_mean"]
-        # Move overlapping labels of close points apart.
-        ratios = [other["kl_mean"] / kl for other in shown if other["packed_bytes"] == row["packed_bytes"]]
-        shift = 5 * (any(0.8 < ratio < 1 for ratio in ratios) - any(1 < ratio < 1.25 for ratio in ratios))
-        axes.plot(size, kl, "o", color="#E69F00" if row["name"].startswith("HQQ") else "#0072B2", markersize=7)
-        axes.annotate(
-            f"{row['name']}  {kl:.3f}", (size, kl), (9, shift), textcoords="offset points", va="center", fontsize=9
-        )
-    sizes, kls = [row["packed_bytes"] / 1e6 for row in shown], [row["kl_mean"] for row in shown]
-    spread = max(max(sizes) - min(sizes), 0.1 * max(sizes))
-    axes.set(
-        yscale="log", xlim=(min(sizes) - 0.1 * spread, max(sizes) + 0.8 * spread), ylim=(0.8 * min(kls), 1.3 * max(kls))
-    )
-    ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1) if 0.8 * min(kls) < tick < 1.3 * max(kls)]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("packed size, MB")
-    figure.text(0.015, 0.94, "KL divergence from the base model, nats, weights only: lower is better", fontsize=11)
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {"Software": None})
+    exported = all(row.get("program_bytes") for row in shown)
+    size = "program_bytes" if exported else "packed_bytes"
+    title = f"KL divergence over {'program' if exported else 'packed'} size"
+    subtitle = "from the base model, weights only, in nats; lower is better"
+    with new_figure(path, title, 3.6, WIDE, subtitle) as figure:
+        axes = add_axes(figure, 0.55, MARGIN, 0.75, 0.45)
+        for row in shown:
+            # Move overlapping labels of close points apart.
+            ratios = [other["kl_mean"] / row["kl_mean"] for other in shown if other[size] == row[size]]
+            shift = 5 * (any(0.8 < ratio < 1 for ratio in ratios) - any(1 < ratio < 1.25 for ratio in ratios))
+            place = (row[size] / 1e6, row["kl_mean"])
+            axes.plot(*place, "o", color=COLORS["quantized"], markersize=7)
+            label = {"text": f"{row['name']}  {row['kl_mean']:.3f}", "bbox": {"color": "white", "pad": 0.5}}
+            axes.annotate(xy=place, xytext=(9, shift), textcoords="offset points", va="center", **label)
+        sizes, kls = [row[size] / 1e6 for row in shown], [row["kl_mean"] for row in shown]
+        spread = max(max(sizes) - min(sizes), 0.1 * max(sizes))
+        axes.set(xlim=(min(sizes) - 0.1 * spread, max(sizes) + 0.6 * spread), xlabel="MB")
+        axes.set(yscale="log", ylim=(0.5 * min(kls), 1.5 * max(kls)))
+        axes.grid(axis="y")
+        label_logarithmic(axes.yaxis)
 
 
 def main() -> None:
@@ -229,7 +224,9 @@ def main() -> None:
         default=True,
         help="export each recipe's program, for its size [default: export]",
     )
-    parser.add_argument("--plot", type=Path, help="draw KL divergence over size into this file, .png or .svg")
+    parser.add_argument(
+        "--plot", type=Path, help="draw KL divergence over the program's size into this file, .png or .svg"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     print("| recipe | program, bytes | packed, bytes | PPL | KL | same top token, % | seconds | peak memory, GB |")

@@ -1,18 +1,18 @@
 """The flow that measures where a recipe does damage: it quantizes one module at a time, its weights or its input."""
 
-import base64
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 from prefect import flow
-from prefect.artifacts import create_image_artifact, create_table_artifact
+from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 
 from quantize_gemma.flows.options import Count, DiagnoseOptions, Flag, ModelName, OptionalText, Text, Texts
 from quantize_gemma.flows.plan import Plan, check_download, download_inputs, make_plan
 from quantize_gemma.flows.quantization import submit_quantization, without_distillation
+from quantize_gemma.flows.report import show_image
 from quantize_gemma.flows.run import start_run
 from quantize_gemma.tasks.download import download, download_text
 from quantize_gemma.tasks.fidelity.diagnose import HEAT_MAP
@@ -108,8 +108,7 @@ def show_damage(folder: Path, results: JsonObject) -> None:
     for kind in KINDS:
         description = f"KL divergence from quantizing the {kind} of one module alone, nats"
         create_table_artifact(key=f"damage-{kind}", table=damage_rows(damages, kind), description=description)
-    image = "data:image/png;base64," + base64.b64encode((folder / HEAT_MAP).read_bytes()).decode()
-    create_image_artifact(image, key="damage", description="KL divergence from quantizing one module alone, nats")
+    show_image(folder / HEAT_MAP, "KL divergence from quantizing one module alone, nats")
     worst = max(damages, key=lambda one: one.weights)
     where = worst.role if worst.block is None else f"block {worst.block}, {worst.role}"
     get_run_logger().info("quantizing the weights of %s does the most damage: %.4f nats", where, worst.weights)

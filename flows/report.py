@@ -27,12 +27,7 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
         release: The directory of the release.
         metrics: Its metrics.json.
     """
-    from prefect.artifacts import (
-        create_image_artifact,
-        create_link_artifact,
-        create_markdown_artifact,
-        create_table_artifact,
-    )
+    from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
     distances = distance_rows(metrics, metrics.gate.checks)
     create_table_artifact(key="fidelity", table=distances, description="Distance from the base model on text")
@@ -47,11 +42,19 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
         name: f"{metrics.benchmarks[benchmark].title} by subject" for benchmark, name in charts(metrics).items()
     }
     for name, description in described.items():
-        chart = "data:image/png;base64," + base64.b64encode((release / name).read_bytes()).decode()
-        create_image_artifact(chart, key=name.removesuffix(".png").replace("_", "-"), description=description)
-        text = text.replace(f"({name})", f"({chart})")
+        text = text.replace(f"({name})", f"({show_image(release / name, description)})")
     create_markdown_artifact(text, key="card")
     create_link_artifact(release.as_uri(), link_text="Files of the release", key="release")
+
+
+def show_image(path: Path, description: str) -> str:
+    """Show a PNG in Prefect's UI, under its file's name; return the URL with all of it."""
+    from prefect.artifacts import create_image_artifact
+
+    url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    # Prefect takes no underscores in keys.
+    create_image_artifact(url, key=path.stem.replace("_", "-"), description=description)
+    return url
 
 
 def print_summary(summary: dict[str, Any]) -> None:

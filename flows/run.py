@@ -1,6 +1,7 @@
 """The bookkeeping of one flow run: submits its stages, collects the summary, and finds the first failure."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, ParamSpec, TypeVar
@@ -11,6 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
 
 from quantize_gemma.flows.summary import Interrupted, StageSummary, Summary
+from quantize_gemma.flows.timeline import Times, show_timeline
 from quantize_gemma.tasks.gate.checks import GateRefused
 from quantize_gemma.tasks.models.metrics import to_json
 from quantize_gemma.tasks.runtime import machine, store
@@ -63,22 +65,20 @@ def start_run(label: str, refresh: Collection[str]) -> Iterator["Run"]:
                     yield run
                 except Exception:
                     # Stages that do not depend on the failed one finish, so that the next run has them cached.
-                    run.wait()
+                    run.finish()
                     raise
-                run.wait()
+                run.finish()
         except Exception as error:
             cause = run.first_failure(error)
             if isinstance(cause, GateRefused):
                 run.summary.gate = to_json(cause.verdict)
             run.summary.error = redact(str(cause))
-            run.collect_stages()
             cause.summary = run.summary.to_json()
             raise cause from error
         except KeyboardInterrupt:
             run.summary.error = "interrupted"
             run.collect_stages()
             raise Interrupted(run.summary.to_json()) from None
-        run.collect_stages()
 
 
 class Run:
@@ -94,6 +94,7 @@ class Run:
         self.refresh = refresh
         self.futures: Futures = {}
         self.summary = Summary()
+        self._times: Times = {}
         self._steps: dict[str, StageSummary] = {}
         self._exclusive: list[Future] = []
         self._one_at_a_time = False
@@ -142,7 +143,7 @@ class Run:
             # A task, so that the flow does not wait for it.
             on_cluster: Task[..., Any] = task(
                 name=name, task_run_name=label, cache_policy=NO_CACHE, persist_result=False
-            )(run_on_cluster)
+            )(self._timed(name)(run_on_cluster))
             refresh = name in self.refresh
             futures = [on_cluster.submit(stage, label, cluster, parts, refresh, inputs, wait_for=wait_for)]
         self._exclusive = futures
@@ -150,7 +151,7 @@ class Run:
         return self.futures[name]
 
     def _task(self, stage: Stage[...], name: str) -> Task[..., ArtifactRef]:
-        return as_task(stage).with_options(
+        return as_task(stage, self._timed(name)).with_options(
             task_run_name=f"{name.replace('_', ' ')} · {self.label}",
             refresh_cache=name in self.refresh,
             result_storage=store.home(),
@@ -172,13 +173,29 @@ class Run:
         state = "FAILED"
         task_run_name = f"{name.replace('_', ' ')} · {self.label}"
         try:
-            value = task(name=name, task_run_name=task_run_name, persist_result=False, **retried(RETRIES))(function)(
-                *args, **kwargs
-            )
+            value = task(name=name, task_run_name=task_run_name, persist_result=False, **retried(RETRIES))(
+                self._timed(name)(function)
+            )(*args, **kwargs)
             state = "COMPLETED"
         finally:
             self._steps[name] = StageSummary(name, state, seconds=round(time.monotonic() - started, 2))
         return value
+
+    def _timed(self, name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Return a decorator that notes when the work of a stage starts and ends; nothing is called if it is cached."""
+
+        def decorate(work: Callable[P, R]) -> Callable[P, R]:
+            @functools.wraps(work)
+            def timed(*args: P.args, **kwargs: P.kwargs) -> R:
+                started = time.time()
+                try:
+                    return work(*args, **kwargs)
+                finally:
+                    self._times.setdefault(name, []).append((started, time.time()))
+
+            return timed
+
+        return decorate
 
     def fit_into_memory(self, bytes_per_stage: int) -> None:
         """Run one stage at a time if the available memory is not enough for CONCURRENT_STAGES."""
@@ -202,11 +219,14 @@ class Run:
         after = [step for name, step in self._steps.items() if name in last]
         self.summary.stages = before + [summarize(name, self.all_futures(name)) for name in self.futures] + after
 
-    def wait(self) -> None:
-        """Wait for the end of every stage that was submitted."""
+    def finish(self) -> None:
+        """Wait for the end of every stage that was submitted, collect the summary, and show the timeline."""
         for stage in self.futures:
             for future in self.all_futures(stage):
                 future.wait()
+        self.collect_stages()
+        if self._times.keys() & self.futures.keys():
+            show_timeline(self.label, self.summary.stages, self._times)
 
     def first_failure(self, error: Exception) -> RunError:
         """Return what made the run fail: the failure of the first stage that failed, else the error.

@@ -138,3 +138,13 @@ def example_json() -> dict[str, Any]:
 def example_metrics() -> Metrics:
     """Return the same as dataclasses."""
     return parse_metrics(METRICS)
+
+
+def with_subjects(subjects: dict[str, tuple[float, float]], samples: int = 100) -> dict[str, Any]:
+    """Return a metrics.json with MMLU's accuracies, base and quantized, of so many questions each."""
+    content = example_json()
+    for place, column in enumerate(("base", "quantized")):
+        scores = {name: both[place] for name, both in subjects.items()}
+        tasks = {name: {"value": one, "stderr": (one * (1 - one) / samples) ** 0.5} for name, one in scores.items()}
+        content[column]["mmlu"] = {**content[column]["mmlu"], "tasks": tasks}
+    return content

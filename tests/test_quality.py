@@ -1,13 +1,14 @@
 """The benchmark of recipes goes from a checkpoint to its table."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import COLUMNS
+from benchmarks.quality import COLUMNS, draw
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
 
 ROOT = Path(__file__).parents[1]
@@ -38,3 +39,19 @@ def test_recipes_are_compared_by_what_they_keep_of_a_model_and_by_their_size(tmp
     assert table[3].startswith(
         f"| HQQ-INT8-INT4 |  | {hqq['packed_bytes']:,} | {hqq['ppl']:.2f} | {hqq['kl_mean']:.4f} |"
     )
+
+
+def test_the_plot_is_over_the_programs_size_where_every_program_was_exported(tmp_path: Path) -> None:
+    rows = [
+        {"name": "base", "packed_bytes": 9e8, "kl_mean": 0.0},
+        {"name": "A", "packed_bytes": 4e8, "program_bytes": 5e8, "kl_mean": 0.44},
+        {"name": "B", "packed_bytes": 4e8, "program_bytes": 6e8, "kl_mean": 0.08},
+    ]
+
+    def texts() -> set[str]:
+        draw(rows, tmp_path / "plot.svg")
+        return set(re.findall("<!-- (.*) -->", (tmp_path / "plot.svg").read_text("utf-8")))
+
+    assert {"KL divergence over program size", "A  0.440", "B  0.080", "500", "600"} <= texts()
+    rows[1]["program_bytes"] = None
+    assert {"KL divergence over packed size", "A  0.440", "B  0.080", "400"} <= texts()

@@ -1,19 +1,63 @@
-"""The card's charts: the distance from the base model on text, accuracy per subject, and calibration's error."""
+"""The card's charts: the distance from the base model on text, scores by subject, and calibration's error."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.models.metrics import BenchmarkScore, Metrics
+from quantize_gemma.tasks.models.plot_style import (
+    COLORS,
+    GRAY,
+    LIGHT,
+    MARGIN,
+    PALETTE,
+    add_axes,
+    add_legend,
+    label_logarithmic,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-FONT_SIZE = 8.5
 KL_CHART = "kl-histogram.png"
 ERROR_CHART = "output-error.png"
-# Of base and checkpoint.
-COLORS = ("#0072B2", "#E69F00")
+# Standard errors in half of a 95 % interval.
+CONFIDENT = 1.96
+# The subjects that are named at most, and the heights of a subject's row and of its name, in inches: 57 subjects take
+# 1,400 pixels at most.
+NAMES = 8
+ROW, NAME = 0.07, 0.16
+# The ground of a row with a name.
+SHADE = "#F3F3F3"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A task of a benchmark, as the chart shows it; scores are in percent.
+
+    Attributes:
+        name: The task's name.
+        base, quantized: The scores.
+        error: Half of the 95 % interval of their difference; None where a standard error is not known. It takes the
+            two scores as independent. They are of the same documents, so it is rather too wide than too narrow.
+    """
+
+    name: str
+    base: float
+    quantized: float
+    error: float | None
+
+    @property
+    def change(self) -> float:
+        """The change from the base model, in points."""
+        return self.quantized - self.base
+
+    @property
+    def moved(self) -> bool:
+        """Whether the change is larger than its error."""
+        return self.error is not None and abs(self.change) > self.error
 
 
 def charts(metrics: Metrics) -> dict[str, str]:
@@ -23,33 +67,60 @@ def charts(metrics: Metrics) -> dict[str, str]:
 
 
 def draw_subjects(metrics: Metrics, benchmark: str, path: Path) -> None:
-    """Draw score and standard error per task, base and checkpoint, as a PNG that is readable on a phone.
+    """Draw base and checkpoint per task, sorted by the change, as a PNG that is readable on a phone.
 
-    The background is opaque, so that it reads the same on light and dark pages; the two colors are distinguishable by
-    everybody (M. Okabe and K. Ito, Color Universal Design, 2008).
+    A gray bar around the base model's score is the error of the change: a checkpoint's score outside of it has moved.
+    Those subjects are named, at most NAMES of them; all are if there are no more.
 
     Args:
         metrics: The metrics.
         benchmark: One of charts().
         path: The file.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    scores = _columns(metrics, benchmark)
-    assert scores is not None, benchmark
     info = metrics.benchmarks[benchmark]
-    # A dollar sign in a name starts no formula.
-    with rc_context({"text.parse_math": False}):
-        # Twice the pixels of a page that is 400 wide, where the font sizes are those of its text.
-        top, bottom, row = 1.35, 0.5, 0.38
-        height = top + row * len(scores[1].tasks) + bottom
-        figure = Figure(figsize=(4, height), facecolor="white")
-        axes = figure.add_axes((0.05, bottom / height, 0.9, row * len(scores[1].tasks) / height))
-        names = (f"{metrics.base_model.split('/')[-1]}, base", f"{metrics.recipe}, quantized")
-        _draw_bars(axes, dict(zip(names, scores, strict=True)), info.chance)
-        _draw_legend(figure, axes, height, f"Accuracy by subject on {info.dataset.name}")
-        figure.savefig(path, dpi=200, metadata={"Software": None})
+    subjects = compare_subjects(metrics, benchmark)
+    named = choose_named(subjects)
+    rows = ROW * (len(subjects) + 1) + NAME * len(named)
+    top, bottom = 1.34, 0.45
+    moved = sum(subject.moved for subject in subjects)
+    subtitle = f"{moved} of {len(subjects)} changed by more than the margin of error"
+    with new_figure(path, f"{info.title} by subject", top + rows + bottom, subtitle=subtitle) as figure:
+        axes = add_axes(figure, MARGIN, MARGIN, top, bottom)
+        _draw_dumbbells(axes, subjects, named)
+        if info.chance is not None:
+            axes.axvline(100 * info.chance, color=GRAY, linestyle="--", linewidth=0.9, zorder=0.5)
+            axes.text(100 * info.chance, -0.03, "chance", color=GRAY, ha="center", va="bottom")
+        if named:
+            header = "largest changes, points" if moved > len(named) else "change, points"
+            axes.text(0.99, 1, header, color=GRAY, transform=axes.transAxes, ha="right", va="bottom")
+        metric = info.metric.partition(",")[0].replace("_", " ")
+        axes.set_xlabel(f"{'accuracy' if metric.startswith('acc') else metric}, %")
+        names = {"base": metrics.base_model.split("/")[-1], "quantized": metrics.recipe}
+        for column, name in names.items():
+            axes.plot([], [], "o", color=COLORS[column], markersize=3.6, label=f"{name}, {column}")
+        label = "margin of error of the change, 95%"
+        axes.plot([], [], color=LIGHT, linewidth=3.6, solid_capstyle="butt", label=label)
+        add_legend(figure, 0.62, 1)
+
+
+def compare_subjects(metrics: Metrics, benchmark: str) -> list[Subject]:
+    """Return the tasks of one of charts(), sorted by the change, the largest drop first."""
+    columns = _columns(metrics, benchmark)
+    assert columns is not None, benchmark
+    base, quantized = columns
+    subjects = []
+    for name, after in quantized.tasks.items():
+        before = base.tasks[name]
+        known = before.stderr is not None and after.stderr is not None
+        error = 100 * CONFIDENT * math.hypot(before.stderr or 0, after.stderr or 0) if known else None
+        subjects.append(Subject(name, 100 * before.value, 100 * after.value, error))
+    return sorted(subjects, key=lambda subject: (subject.change, subject.name))
+
+
+def choose_named(subjects: list[Subject]) -> set[str]:
+    """Return the names of the subjects that the chart names: all of a few, else those that moved, the farthest."""
+    chosen = subjects if len(subjects) <= NAMES else [subject for subject in subjects if subject.moved]
+    return {subject.name for subject in sorted(chosen, key=lambda subject: -abs(subject.change))[:NAMES]}
 
 
 def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
@@ -62,25 +133,29 @@ def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
         metrics: The metrics.
         path: The file.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     fidelity = metrics.quantized.fidelity
-    shown = {"as shipped": fidelity, "weights only": fidelity.weights_only, "program": metrics.program.fidelity}
-    figure = Figure(figsize=(4, 3.1), facecolor="white")
-    axes = figure.add_axes((0.14, 0.16, 0.82, 0.56))
-    for (name, one), color in zip(shown.items(), (*COLORS, "#009E73"), strict=True):
-        # The first bin starts at 0, which is not on a logarithmic scale.
-        edges = [one.kl_histogram.edges[1] / 10 ** (1 / 4), *one.kl_histogram.edges[1:]]
-        shares = [100 * count / one.tokens for count in one.kl_histogram.counts]
-        axes.stairs(shares, edges, color=color, linewidth=1.4, label=f"{name}, mean {one.kl_mean:.3f}")
-        axes.axvline(one.kl_mean, color=color, linestyle=":", linewidth=1.2)
-    axes.set(xscale="log", ylim=(0, None))
-    _label(axes, "KL divergence from the base model, nats", "tokens, %")
-    figure.text(0.04, 0.93, "Distance from the base model, token by token", fontsize=10.5)
-    figure.legend(
-        loc="upper left", bbox_to_anchor=(0.02, 0.92), ncols=2, fontsize=FONT_SIZE, frameon=False, handlelength=1.2
-    )
-    figure.savefig(path, dpi=200, metadata={"Software": None})
+    shown = {
+        "as shipped": (fidelity, COLORS["quantized"]),
+        "weights only": (fidelity.weights_only, COLORS["weights only"]),
+        "program": (metrics.program.fidelity, COLORS["program"]),
+    }
+    with new_figure(path, "Distance from the base model, by token", 3.1) as figure:
+        axes = add_axes(figure, 0.38, MARGIN, 1.03, 0.45)
+        for place, (name, (one, color)) in enumerate(shown.items()):
+            # The first bin starts at 0, which is not on a logarithmic scale.
+            edges = [one.kl_histogram.edges[1] / 10 ** (1 / 4), *one.kl_histogram.edges[1:]]
+            shares = [100 * count / one.tokens for count in one.kl_histogram.counts]
+            label = f"{name}, mean {one.kl_mean:.3f}"
+            # The first covers the others.
+            axes.stairs(shares, edges, color=color, linewidth=1.4, label=label, zorder=4 - place)
+            axes.axvline(one.kl_mean, color=color, linestyle=":", linewidth=1.2)
+        axes.set(xscale="log", ylim=(0, None), xlabel="KL divergence from the base model, nats", title="tokens, %")
+        axes.set_xticks([0.0001, 0.001, 0.01, 0.1, 1, 10], ["0.0001", "0.001", "0.01", "0.1", "1", "10"])
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(axis="y")
+        add_legend(figure, 0.42, 2)
 
 
 def draw_output_error(metrics: Metrics, path: Path) -> None:
@@ -90,8 +165,6 @@ def draw_output_error(metrics: Metrics, path: Path) -> None:
         metrics: The metrics, of a calibrated recipe.
         path: The file.
     """
-    from matplotlib import color_sequences
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     assert metrics.quantized.output_error is not None, metrics.recipe
@@ -100,27 +173,20 @@ def draw_output_error(metrics: Metrics, path: Path) -> None:
         _, _, place = module.rpartition(".layers.")
         block, _, role = place.partition(".")
         if block.isdecimal():
-            roles.setdefault(role.rpartition(".")[2], {})[int(block)] = 100 * error
-    figure = Figure(figsize=(4, 3.3), facecolor="white")
-    axes = figure.add_axes((0.15, 0.15, 0.81, 0.53))
-    for (role, errors), color in zip(roles.items(), color_sequences["petroff10"], strict=False):
-        axes.plot(list(errors), list(errors.values()), ".-", color=color, linewidth=1.2, markersize=4, label=role)
-    axes.set(yscale="log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label(axes, "decoder block", "squared error of the outputs, %")
-    figure.text(0.04, 0.94, "Output error after calibration, by decoder block", fontsize=10.5)
-    figure.legend(
-        loc="upper left", bbox_to_anchor=(0.02, 0.93), ncols=4, fontsize=FONT_SIZE, frameon=False, handlelength=1.2
-    )
-    figure.savefig(path, dpi=200, metadata={"Software": None})
-
-
-def _label(axes: "Axes", x: str, y: str) -> None:
-    """Name both axes, in the size of the page's text, without a frame around them."""
-    axes.set_xlabel(x, fontsize=FONT_SIZE)
-    axes.set_ylabel(y, fontsize=FONT_SIZE)
-    axes.tick_params(labelsize=FONT_SIZE)
-    axes.spines[["top", "right"]].set_visible(False)
+            roles.setdefault(role, {})[int(block)] = 100 * error
+    with new_figure(path, "Output error after calibration", 3.3) as figure:
+        axes = add_axes(figure, 0.48, MARGIN, 1.03, 0.45)
+        for (role, errors), color in zip(roles.items(), PALETTE, strict=False):
+            part, _, name = role.rpartition(".")
+            marker = "s--" if part == "mlp" else "o-"
+            axes.plot(
+                list(errors), list(errors.values()), marker, color=color, linewidth=1.1, markersize=2.5, label=name
+            )
+        axes.set(yscale="log", xlabel="decoder block", title="relative squared error, %")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        label_logarithmic(axes.yaxis)
+        add_legend(figure, 0.42, 4)
 
 
 def _columns(metrics: Metrics, benchmark: str) -> tuple[BenchmarkScore, BenchmarkScore] | None:
@@ -129,41 +195,33 @@ def _columns(metrics: Metrics, benchmark: str) -> tuple[BenchmarkScore, Benchmar
     return None if base is None or quantized is None or not quantized.tasks else (base, quantized)
 
 
-def _draw_bars(axes: "Axes", columns: dict[str, BenchmarkScore], chance: float | None) -> None:
-    *_, quantized = columns.values()
-    subjects = sorted(quantized.tasks)
-    if chance is not None:
-        axes.axvline(100 * chance, color="#555555", linestyle="--", linewidth=1, label=f"chance, {100 * chance:.0f}%")
-    for place, (name, color) in enumerate(zip(columns, COLORS, strict=True)):
-        scores = [columns[name].tasks[subject] for subject in subjects]
-        axes.barh(
-            [number + 0.51 + 0.25 * place for number in range(len(subjects))],
-            [100 * score.value for score in scores],
-            0.23,
-            xerr=[100 * (score.stderr or float("nan")) for score in scores],
-            error_kw={"elinewidth": 1, "ecolor": "#222222"},
-            color=color,
-            label=name,
-        )
-    for number, subject in enumerate(subjects):
-        background = {"facecolor": "white", "edgecolor": "none", "pad": 0}
-        axes.text(0.5, number + 0.36, subject.replace("_", " "), fontsize=FONT_SIZE, va="bottom", bbox=background)
-    axes.set(xlim=(0, 100), ylim=(len(subjects), -0.15), yticks=[])
-    axes.tick_params(labelsize=FONT_SIZE, top=True, labeltop=True)
-    axes.set_xlabel("accuracy, %, ± one standard error", fontsize=FONT_SIZE)
-    axes.spines[["left", "right"]].set_visible(False)
+def _draw_dumbbells(axes: "Axes", subjects: list[Subject], named: set[str]) -> None:
+    """Draw a row for each subject; one with a name is higher, and on a gray ground."""
+    places, height = [], 0.0
+    for subject in subjects:
+        if subject.name in named:
+            axes.axhspan(height, height + NAME + ROW, color=SHADE, linewidth=0, zorder=0)
+            _write_name(axes, subject, height + 0.02)
+            height += NAME
+        places.append(height + ROW / 2)
+        height += ROW
+    base, quantized = [subject.base for subject in subjects], [subject.quantized for subject in subjects]
+    # What did not move stands back.
+    alpha = [1.0 if subject.moved else 0.55 for subject in subjects]
+    axes.hlines(places, base, quantized, color=GRAY, linewidth=0.8, alpha=alpha)
+    for name, scores in (("base", base), ("quantized", quantized)):
+        axes.scatter(scores, places, 12, [(COLORS[name], one) for one in alpha], linewidths=0, zorder=3)
+    low = [max(subject.base - (subject.error or 0), 0) for subject in subjects]
+    high = [min(subject.base + (subject.error or 0), 100) for subject in subjects]
+    axes.hlines(places, low, high, color=LIGHT, linewidth=3.6, zorder=0.8)
+    axes.set(ylim=(height + ROW / 2, -ROW / 2), yticks=[])
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
 
 
-def _draw_legend(figure: "Figure", axes: "Axes", height: float, title: str) -> None:
-    figure.text(0.05, 1 - 0.25 / height, title, fontsize=10.5)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        # The bars first, then the line of chance.
-        handles[-len(COLORS) :] + handles[: -len(COLORS)],
-        labels[-len(COLORS) :] + labels[: -len(COLORS)],
-        loc="upper left",
-        bbox_to_anchor=(0.03, 1 - 0.28 / height),
-        fontsize=FONT_SIZE,
-        frameon=False,
-        handlelength=1.2,
-    )
+def _write_name(axes: "Axes", subject: Subject, height: float) -> None:
+    """Write a subject's name at the left of its row, and its change at the right; nothing shows through them."""
+    change = f"{subject.change:+.1f}".replace("-", "\N{MINUS SIGN}")
+    for place, side, text in ((0.01, "left", subject.name.replace("_", " ")), (0.99, "right", change)):
+        ground = {"color": SHADE, "pad": 0.5}
+        axes.text(place, height, text, transform=axes.get_yaxis_transform(), ha=side, va="top", bbox=ground)

@@ -22,6 +22,7 @@ from quantize_gemma.tasks.fidelity.shards import ShardStore
 from quantize_gemma.tasks.models.checkpoint import quantizable_modules, read_headers
 from quantize_gemma.tasks.models.datasets import TEXT_FILE
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.plot_style import GRAY, MARGIN, add_axes, label_logarithmic, new_figure
 from quantize_gemma.tasks.models.recipe import Recipe, decide
 from quantize_gemma.tasks.models.text_fidelity import KINDS, Damage
 from quantize_gemma.tasks.runtime import machine, store
@@ -291,7 +292,6 @@ def draw_heat_map(damages: list[Damage], path: Path) -> None:
     """Draw the divergence of each block and role, weights and activations side by side, on one logarithmic scale."""
     import numpy as np
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     inside = [one for one in damages if one.block is not None]
     blocks = sorted({one.block for one in inside if one.block is not None})
@@ -300,19 +300,30 @@ def draw_heat_map(damages: list[Damage], path: Path) -> None:
         for kind in KINDS:
             values[kind][blocks.index(one.block or 0), ROLES.index(one.role)] = getattr(one, kind) or np.nan
     known = np.concatenate([matrix[np.isfinite(matrix) & (matrix > 0)] for matrix in values.values()])
-    norm = LogNorm(max(known.min(), known.max() / 1e4), known.max())
-    figure = Figure(figsize=(6.5, 1.6 + 0.2 * len(blocks)), facecolor="white", layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2, sharey=True), KINDS, strict=True):
-        image = axes.imshow(values[kind], norm=norm, cmap="viridis", aspect="auto")
+    # viridis gets lighter throughout, so that it needs no color vision.
+    shown: dict[str, Any] = {
+        "norm": LogNorm(max(known.min(), known.max() / 1e4), known.max()),
+        "cmap": "viridis",
+        "aspect": "auto",
+    }
+    outside = [_describe(one) for one in damages if one.block is None]
+    how = "KL divergence from the base model, nats, with\none module quantized and the rest in float32"
+    # From the top: the text, the plots' titles, a row for each block, the roles, the scale.
+    top, rows, bottom = 1.35, 0.15 * len(blocks), 0.95
+    with new_figure(path, "Damage by module", top + rows + bottom, subtitle="\n".join([how, *outside])) as figure:
         names = [role.rpartition(".")[2].removesuffix("_proj") for role in ROLES]
-        axes.set_xticks(range(len(ROLES)), names, fontsize=8.5)
-        axes.set_yticks(range(len(blocks)), [str(block) for block in blocks], fontsize=8.5)
-        axes.set_title(f"{kind} quantized alone", fontsize=10.5)
-    figure.supylabel("block", fontsize=8.5)
-    outside = [one for one in damages if one.block is None]
-    figure.supxlabel("\n".join(_describe(one) for one in outside), fontsize=8.5)
-    figure.colorbar(image, ax=figure.axes, label="KL divergence, nats")
-    figure.savefig(path, dpi=200, metadata={"Software": None})
+        for number, kind in enumerate(KINDS):
+            axes = add_axes(figure, (0.52, 2.26)[number], (1.9, MARGIN)[number], top, bottom)
+            image = axes.imshow(values[kind], **shown)
+            axes.set_title(f"{kind} quantized")
+            axes.set_xticks(range(len(ROLES)), names, rotation=90)
+            axes.set_yticks(range(len(blocks)), map(str, blocks) if number == 0 else [])
+            axes.spines[:].set_visible(False)
+            axes.tick_params(length=0)
+        figure.axes[0].set_title("block ", loc="right", x=0, color=GRAY)
+        scale = add_axes(figure, 0.52, MARGIN, top + rows + 0.5, 0.3)
+        figure.colorbar(image, cax=scale, orientation="horizontal")
+        label_logarithmic(scale.xaxis)
 
 
 def _describe(damage: Damage) -> str:

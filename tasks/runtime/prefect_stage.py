@@ -45,6 +45,7 @@ SECONDS_ALLOWED = 24 * 3600.0
 # A stage's inputs by name: references of artifacts, lists of them, and plain JSON values.
 Inputs = JsonObject
 AnyTask = Task[..., object]
+Decorator = Callable[[Callable[..., ArtifactRef]], Callable[..., ArtifactRef]]
 
 
 class RetryOptions(TypedDict, total=False):
@@ -54,11 +55,15 @@ class RetryOptions(TypedDict, total=False):
     retry_condition_fn: Callable[[AnyTask, TaskRun, State[object]], bool]
 
 
-def as_task(stage: Stage[...]) -> Task[..., ArtifactRef]:
+def as_task(stage: Stage[...], decorator: Decorator = lambda run: run) -> Task[..., ArtifactRef]:
     """Return the Prefect task over a stage.
 
     It takes the stage's inputs by keyword: references of artifacts, lists of them, and plain JSON values. It returns
     the reference of the artifact that the stage makes.
+
+    Args:
+        stage: The stage.
+        decorator: Decorates the function that the task runs unless its result is cached.
     """
 
     def run(**inputs: object) -> ArtifactRef:
@@ -75,7 +80,7 @@ def as_task(stage: Stage[...]) -> Task[..., ArtifactRef]:
         on_failure=[_log_failure, _discard_failure],
         **retried(stage.retries),
     )
-    return decorate(run)
+    return decorate(decorator(run))
 
 
 def key_of(stage: Stage[...], inputs: Inputs) -> str:

@@ -1,8 +1,9 @@
-"""The card and its chart show what was measured, and nothing else."""
+"""The card and its charts show what was measured, and nothing else."""
 
 import copy
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from quantize_gemma.tasks.card import check_front_matter, read_loading_environments, render
-from quantize_gemma.tasks.card.chart import charts, draw_kl_histogram, draw_subjects
+from quantize_gemma.tasks.card.chart import charts, draw_kl_histogram, draw_output_error, draw_subjects
 from quantize_gemma.tasks.card.eval_results import eval_results
 from quantize_gemma.tasks.card.front_matter import as_yaml
 from quantize_gemma.tasks.gate.checks import judge
@@ -29,7 +30,7 @@ from tests.cards import PLACES, faults, markdown_texts
 from tests.compatibility.loading import CARD
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
-from tests.metrics import MMLU, example_json, example_metrics
+from tests.metrics import MMLU, example_json, example_metrics, with_subjects
 
 CHART = "mmlu-by-subject.png"
 
@@ -116,9 +117,9 @@ def test_the_histogram_is_as_high_as_the_share_of_the_tokens(tmp_path: Path) -> 
             one |= {"tokens": 10, "kl_histogram": {"edges": [0.0, 1e-5, 1e-3, 1e-1, 100.0], "counts": [0, 0, 0, 10]}}
         draw_kl_histogram(parse_metrics(measured), tmp_path / "kl.png")
         with Image.open(tmp_path / "kl.png") as image:
-            blue = (np.asarray(image.convert("RGB")) == (0x00, 0x72, 0xB2)).all(-1)
+            shipped = (np.asarray(image.convert("RGB")) == (0xD5, 0x5E, 0x00)).all(-1)
         # Without the legend, and the line of the mean.
-        rows = np.flatnonzero(blue[150:, :300].sum(1) > 20)
+        rows = np.flatnonzero(shipped[200:, :400].sum(1) > 20)
         return int(rows.max() - rows.min())
 
     half, whole = height([0, 50, 50, 0]), height([0, 100, 0, 0])
@@ -289,41 +290,6 @@ def test_a_questions_outcomes_are_paired_by_the_question_not_by_its_place(tmp_pa
     assert collect_pairs({}, ["mmlu"]) == {}
 
 
-def test_the_chart_is_for_a_phone_and_its_bars_are_as_long_as_the_accuracy(tmp_path: Path) -> None:
-    import numpy as np
-    from PIL import Image
-
-    blue, orange = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)
-    subjects = {"anatomy": 0.8, "virology": 0.4}
-
-    def drawn(stderr: float | None) -> Any:
-        measured = example_json() | {"base_model": "google/gemma", "recipe": "R"}
-        for column in ("base", "quantized"):
-            scores = {name: {"value": value, "stderr": stderr} for name, value in subjects.items()}
-            measured[column]["mmlu"] = measured[column]["mmlu"] | {"tasks": scores}
-        draw_subjects(parse_metrics(measured), "mmlu", tmp_path / "chart.png")
-        with Image.open(tmp_path / "chart.png") as image:
-            return np.asarray(image.convert("RGB"))
-
-    def longest(pixels: Any, color: tuple[int, ...]) -> list[int]:
-        """Returns how many pixels of a color the rows of each bar have, from the top."""
-        counts = (pixels == color).all(-1).sum(1)
-        edges = np.flatnonzero(np.diff(np.concatenate(([0], counts > 100, [0])).astype(int)))
-        return [int(counts[start:stop].max()) for start, stop in edges.reshape(-1, 2)]
-
-    plain = drawn(None)
-    assert plain.shape[1] == 800
-    assert tuple(plain[0, 0]) == (255, 255, 255)
-    # 100 % is 720 pixels long. The chance line may cross a bar.
-    for color in (blue, orange):
-        assert longest(plain, color) == pytest.approx([0.8 * 720, 0.4 * 720], abs=5)
-    # A standard error is drawn on both sides of the bars' ends, and nothing where there is none.
-    across = np.flatnonzero((drawn(0.05) != plain).any(-1).any(0))
-    assert across.max() == pytest.approx(40 + 0.85 * 720, abs=3)
-    assert across.min() == pytest.approx(40 + 0.35 * 720, abs=3)
-    assert (drawn(None) == drawn(0.0)).all()
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -427,8 +393,112 @@ def test_a_card_whose_metadata_do_not_read_back_fails(measured: dict[str, Any], 
         check_front_matter(tmp_path / "README.md", parse_metrics({**measured, "base_model": "another"}))
 
 
+def draw(metrics: dict[str, Any], path: Path) -> list[str]:
+    """Draws the chart by subject as an SVG; returns its texts, which are matplotlib's comments in it."""
+    draw_subjects(parse_metrics(metrics), "mmlu", path)
+    return re.findall(r"<!-- (.*) -->", path.read_text(encoding="utf-8"))
+
+
+def many_subjects(moved: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Returns 57 subjects of different scores; those that moved change by so much, and the others by a point."""
+    scores = {f"subject_{number}": 0.3 + 0.01 * number for number in range(57)}
+    return {name: (score, score + moved.get(name, -0.01)) for name, score in scores.items()}
+
+
+def test_of_many_subjects_the_chart_names_those_that_changed_by_more_than_the_error(tmp_path: Path) -> None:
+    # Of 100 questions each, half of them right, the margin of error is 14 points.
+    moved = {"subject_20": -0.2, "subject_30": 0.18, "subject_40": -0.25, "subject_10": 0.1}
+    shown = draw(with_subjects(many_subjects(moved)), tmp_path / "chart.svg")
+    assert [text for text in shown if re.match("subject|[+−]", text)] == [
+        *("subject 40", "−25.0", "subject 20", "−20.0", "subject 30", "+18.0"),
+    ]
+    assert {
+        *("MMLU by subject", "3 of 57 changed by more than the margin of error", "chance", "change, points"),
+        *("tiny, base", "HQQ-INT8-INT4, quantized", "margin of error of the change, 95%", "accuracy, %"),
+    } <= set(shown)
+
+
+def test_a_chart_of_57_subjects_fits_on_a_phone_however_many_changed(tmp_path: Path) -> None:
+    from PIL import Image
+
+    metrics = with_subjects(many_subjects({f"subject_{number}": -0.2 - 0.001 * number for number in range(30)}))
+    shown = draw(metrics, tmp_path / "chart.svg")
+    assert "30 of 57 changed by more than the margin of error" in shown
+    assert [text for text in shown if text.startswith("subject")] == [f"subject {n}" for n in range(29, 21, -1)]
+    assert "largest changes, points" in shown
+    draw_subjects(parse_metrics(metrics), "mmlu", tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as image:
+        assert (image.width, image.height <= 1450) == (800, True)
+
+
+def test_of_a_few_subjects_the_chart_names_all(tmp_path: Path) -> None:
+    shown = draw(with_subjects({"anatomy": (0.6, 0.61), "virology": (0.5, 0.2)}), tmp_path / "two.svg")
+    assert "1 of 2 changed by more than the margin of error" in shown
+    assert [text for text in shown if re.match("anatomy|virology|[+−]", text)] == [
+        "virology",
+        "−30.0",
+        "anatomy",
+        "+1.0",
+    ]
+    metrics = with_subjects({"anatomy": (0.6, 0.2)})
+    for column in ("base", "quantized"):
+        # Of a single question there is no standard error, so that nobody knows what the change is worth.
+        metrics[column]["mmlu"]["tasks"]["anatomy"]["stderr"] = None
+    shown = draw(metrics, tmp_path / "one.svg")
+    assert {"0 of 1 changed by more than the margin of error", "anatomy", "−40.0"} <= set(shown)
+
+
+def test_dots_are_at_the_scores_and_bars_are_as_wide_as_the_error(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    metrics = with_subjects({"anatomy": (0.5, 0.7), "virology": (0.9, 0.3)})
+    draw_subjects(parse_metrics(metrics), "mmlu", tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as image:
+        pixels = np.asarray(image.convert("RGB"))[268:]
+
+    def rows(color: tuple[int, int, int]) -> list[tuple[int, int]]:
+        """Returns the first and the last column with this color, for each of the two subjects."""
+        same = (pixels == color).all(-1)
+        # Letters have such pixels at their edges.
+        same[same.sum(1) < 3] = False
+        found = np.flatnonzero(same.any(1))
+        upper, lower = np.split(same, [int(found.mean())])
+        columns = [np.flatnonzero(part.any(0)) for part in (upper, lower)]
+        return [(int(one.min()), int(one.max())) for one in columns]
+
+    base, quantized = ([np.mean(row) for row in rows(color)] for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)))
+    # Virology is first; a point is so many pixels.
+    point = (base[0] - base[1]) / 40
+    assert point > 5
+    assert quantized[0] == pytest.approx(base[0] - 60 * point, abs=2)
+    assert quantized[1] == pytest.approx(base[1] + 20 * point, abs=2)
+    errors = [196 * (0.9 * 0.1 / 100 + 0.3 * 0.7 / 100) ** 0.5, 196 * (0.25 / 100 + 0.7 * 0.3 / 100) ** 0.5]
+    bars = rows((0xDD, 0xDD, 0xDD))
+    # Scores end at 100 %.
+    assert bars[0] == pytest.approx((base[0] - errors[0] * point, base[0] + 10 * point), abs=3)
+    assert bars[1] == pytest.approx((base[1] - errors[1] * point, base[1] + errors[1] * point), abs=3)
+
+
 def test_a_name_with_dollar_signs_is_drawn_as_text(tmp_path: Path) -> None:
-    draw_subjects(
-        replace(example_metrics(), base_model="team/$x^$_{", recipe="$\\frac$"), "mmlu", tmp_path / "chart.png"
-    )
-    assert (tmp_path / "chart.png").stat().st_size > 1000
+    metrics = with_subjects({"$x^$_{": (0.6, 0.2)}) | {"base_model": "team/$x^$_{", "recipe": "$\\frac$"}
+    assert {"$x^$_{, base", "$\\frac$, quantized", "$x^$ {"} <= set(draw(metrics, tmp_path / "chart.svg"))
+
+
+def test_a_users_settings_of_matplotlib_change_no_chart(tmp_path: Path) -> None:
+    from matplotlib import rc_context
+
+    metrics = example_json()
+    metrics["quantized"]["output_error"] = {"model.layers.0.mlp.up_proj": 0.01, "model.layers.1.mlp.up_proj": 0.02}
+
+    def charts_of(folder: Path) -> list[bytes]:
+        folder.mkdir()
+        parsed = parse_metrics(metrics)
+        draw_subjects(parsed, "mmlu", folder / "subjects.png")
+        draw_kl_histogram(parsed, folder / "kl.png")
+        draw_output_error(parsed, folder / "error.png")
+        return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+    before = charts_of(tmp_path / "before")
+    with rc_context({"axes.facecolor": "red", "font.size": 20, "savefig.facecolor": "black", "lines.linewidth": 9}):
+        assert charts_of(tmp_path / "after") == before

@@ -1,6 +1,7 @@
 """What quantizing one module alone brings is what a plain model with that module changed says."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
-from quantize_gemma.tasks.fidelity.diagnose import HEAT_MAP, Probe, diagnose
+from quantize_gemma.tasks.fidelity.diagnose import HEAT_MAP, ROLES, Probe, diagnose, draw_heat_map
 from quantize_gemma.tasks.models.recipe import load_recipe
-from quantize_gemma.tasks.models.text_fidelity import damage_rows, parse_damages
+from quantize_gemma.tasks.models.text_fidelity import Damage, damage_rows, parse_damages
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.untie import untie
@@ -98,6 +99,26 @@ def test_every_quantized_module_of_the_language_model_has_a_row_a_cell_and_a_pla
     assert list(table[1])[1:] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert all(table[1].values())
     assert (tmp_path / "out" / HEAT_MAP).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_heat_map_says_which_blocks_and_roles_and_what_modules_outside_of_blocks_bring(tmp_path: Path) -> None:
+    blocks = [
+        Damage(
+            block, role, 1, 10.0 ** (-block - 1), None, 10.0 ** (-block - 2) if role != "mlp.up_proj" else None, None
+        )
+        for block in range(4)
+        for role in ROLES
+    ]
+    embedding = Damage(None, "embed_tokens", 1, 0.0043, None, None, None)
+    head = Damage(None, "lm_head", 1, 0.0643, None, 0.0012, None)
+    draw_heat_map([embedding, *blocks, head], tmp_path / "heat-map.svg")
+    texts = re.findall("<!-- (.*?) *-->", (tmp_path / "heat-map.svg").read_text("utf-8"))
+    assert {"embed_tokens: weights 0.0043 nats", "lm_head: weights 0.064, activations 0.0012 nats"} <= set(texts)
+    names = ["q", "k", "v", "o", "gate", "up", "down"]
+    assert [text for text in texts if text in names] == names * 2
+    assert [text for text in texts if text in ("block", "0", "1", "2", "3")] == ["0", "1", "2", "3", "block"]
+    # The scale.
+    assert {"0.0001", "0.001", "0.01", "0.1"} <= set(texts)
 
 
 def test_a_diagnosis_that_was_killed_resumes_at_its_block(

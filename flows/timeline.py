@@ -1,0 +1,162 @@
+"""The timeline of a run in Prefect's UI: when each stage ran, and its peak memory.
+
+Whatever depends on a clock belongs to the run alone: a release made twice has the same files.
+"""
+
+import tempfile
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize_gemma.flows.summary import StageSummary
+from quantize_gemma.tasks.models.plot_style import (
+    BLUE,
+    FONT_SIZE,
+    GRAY,
+    INK,
+    MARGIN,
+    SKY,
+    VERMILION,
+    WIDE,
+    add_axes,
+    new_figure,
+)
+from quantize_gemma.tasks.runtime import worker
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# The starts and ends of a stage's calls by its name, in seconds since the epoch: of each of its parts and retries.
+Times = dict[str, list[tuple[float, float]]]
+# The height of a row, and the widths of a letter and of the column of memory, in inches.
+ROW, LETTER, MEMORY = 0.17, 0.07, 1.3
+# What takes less and is done in the flow's own process, such as a check, is left out unless it failed.
+SHORT_SECONDS = 1.0
+# Seconds in each unit of time, and how many of it are too many.
+UNITS = (("s", 1, 100), ("min", 60, 100), ("h", 3600, float("inf")))
+# Text beside bars, and numbers.
+BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline"}
+SMALL: dict[str, Any] = {**BESIDE, "fontsize": FONT_SIZE - 1}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A stage on the timeline.
+
+    Attributes:
+        name: The stage's name, with spaces.
+        start, end: When it ran, in seconds after the first; from the first of its parts to the last.
+        peak_rss_bytes: Its peak memory; None of what runs in the flow's own process, or failed.
+        failed: Whether it failed.
+    """
+
+    name: str
+    start: float
+    end: float
+    peak_rss_bytes: int | None
+    failed: bool
+
+
+def show_timeline(label: str, stages: Collection[StageSummary], times: Times) -> None:
+    """Draw what a run ran, and show it in Prefect's UI.
+
+    It is drawn in a worker process: here, matplotlib would read settings from the directory where the run was started.
+
+    Args:
+        label: What the run works on.
+        stages: The run's stages.
+        times: When they ran.
+    """
+    from prefect.logging import get_run_logger
+
+    # The worker imports this module, too, but not what the reports need.
+    from quantize_gemma.flows.report import show_image
+
+    cached = sum(stage.cached for stage in stages)
+    bars = make_bars(stages, times)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "timeline.png"
+            arguments = {
+                "bars": [asdict(bar) for bar in bars],
+                "subtitle": f"{label}; {cached} stages were cached" if cached else label,
+                "path": str(path),
+            }
+            worker.run("quantize_gemma.flows.timeline:draw", arguments, lambda *_: None, None)
+            show_image(path, "When each stage ran, and its peak memory")
+    except Exception as error:
+        # The run has ended as it has, with or without a picture.
+        get_run_logger().warning("the timeline could not be shown: %s", error)
+
+
+def make_bars(stages: Collection[StageSummary], times: Times) -> list[Bar]:
+    """Return the bars of what ran, in the order in which it started; the parts of a stage are one bar."""
+    first = min((start for calls in times.values() for start, _ in calls), default=0.0)
+    bars = []
+    for stage in stages:
+        calls = times.get(stage.name)
+        if not calls:
+            continue
+        start, end = min(start for start, _ in calls), max(end for _, end in calls)
+        failed = stage.state in ("FAILED", "CRASHED")
+        # A step of the flow itself, such as a check, has no artifact.
+        if stage.key or failed or end - start >= SHORT_SECONDS:
+            name = stage.name.replace("_", " ")
+            bars.append(Bar(name, start - first, end - first, stage.peak_rss_bytes, failed))
+    return sorted(bars, key=lambda bar: (bar.start, bar.name))
+
+
+def draw(bars: list[dict[str, Any]], subtitle: str, path: str) -> dict[str, Any]:
+    """Draw the timeline, in a worker.
+
+    Args:
+        bars: The fields of each Bar.
+        subtitle: The text below the title.
+        path: The file.
+    """
+    rows = [Bar(**bar) for bar in bars]
+    total = max(bar.end for bar in rows)
+    left = MARGIN + LETTER * max(len(bar.name) for bar in rows) + 0.1
+    top, bottom = 0.87, 0.3
+    height = ROW * len(rows)
+    with new_figure(Path(path), "Timeline of the run", top + height + bottom, WIDE, subtitle) as figure:
+        time = add_axes(figure, left, MARGIN + MEMORY + 0.2, top, bottom)
+        memory = add_axes(figure, WIDE - MARGIN - MEMORY, MARGIN, top, bottom)
+        _draw_times(time, rows, total)
+        sizes = [(bar.peak_rss_bytes or 0) / 1e9 for bar in rows]
+        memory.barh(range(len(rows)), sizes, height=0.7, color=SKY)
+        for place, size in enumerate(sizes):
+            if size:
+                memory.annotate(f"{size:.2f}", (0, place), (3, 0), color=INK, **SMALL)
+        memory.set(title="peak memory, GB", xticks=[])
+        memory.spines["bottom"].set_visible(False)
+        for axes in (time, memory):
+            axes.set(ylim=(len(rows) - 0.5, -0.5), yticks=[])
+    return {}
+
+
+def _draw_times(axes: "Axes", rows: list[Bar], total: float) -> None:
+    """Draw when each stage ran, with how long it took where there is room: after the bar, before it, or in it."""
+    unit, seconds, _ = next(one for one in UNITS if total < one[1] * one[2])
+    for place, bar in enumerate(rows):
+        axes.annotate(bar.name, (0, place), (-4, 0), ha="right", **BESIDE)
+        # However short, it can be seen.
+        start, width = bar.start / seconds, max(bar.end - bar.start, 0.004 * total) / seconds
+        axes.barh(place, width, left=start, height=0.7, color=VERMILION if bar.failed else BLUE)
+        took = _describe(bar.end - bar.start) + (", failed" if bar.failed else "")
+        color = VERMILION if bar.failed else GRAY
+        if bar.end < 0.75 * total:
+            axes.annotate(took, (start + width, place), (3, 0), color=color, **SMALL)
+        elif bar.start > 0.25 * total:
+            axes.annotate(took, (start, place), (-3, 0), ha="right", color=color, **SMALL)
+        else:
+            axes.annotate(took, (start, place), (3, 0), color="white", **SMALL)
+    axes.set(xlim=(0, 1.004 * total / seconds), title=f"time, {unit}")
+    axes.grid(axis="x")
+
+
+def _describe(seconds: float) -> str:
+    """Return a time for people."""
+    unit, length, _ = next(one for one in UNITS if seconds < one[1] * one[2])
+    return f"{seconds / length:.1f} {unit}"
