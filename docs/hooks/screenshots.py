@@ -55,17 +55,16 @@ def wait_until_deployed(server: "subprocess.Popen[bytes]", log: Path) -> None:
 
 
 def shoot(chromium: str, ui: str, password: str, profile: Path) -> None:
-    """Write the screenshots of the only run, and of its card."""
+    """Write the screenshots of the only finished run, and of its card."""
     user, word = password.split(":")
     with httpx.Client(base_url=f"{ui}/api", auth=(user, word), timeout=30) as api:
-        runs = api.post("/flow_runs/filter", json={}).json()
         cards = api.post("/artifacts/filter", json={"artifacts": {"key": {"any_": ["card"]}}}).json()
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
     options.append(f"--virtual-time-budget={BUDGET}")
     sign_in = f"{ui}/sign-in#{quote(password, safe=':')}"
     subprocess.run([chromium, *options, "--dump-dom", sign_in], check=True, capture_output=True)
     pages = {
-        "run": (f"/runs/flow-run/{runs[0]['id']}", "1300,620"),
+        "run": (f"/runs/flow-run/{cards[0]['flow_run_id']}", "1300,560"),
         "card": (f"/artifacts/artifact/{cards[0]['id']}", "1300,1000"),
     }
     for name, (path, size) in pages.items():
