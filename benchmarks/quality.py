@@ -197,7 +197,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for row in shown:
             # Move overlapping labels of close points apart.
             ratios = [other["kl_mean"] / row["kl_mean"] for other in shown if other[size] == row[size]]
-            shift = 5 * (any(0.8 < ratio < 1 for ratio in ratios) - any(1 < ratio < 1.25 for ratio in ratios))
+            shift = 6 * (any(0.8 < ratio < 1 for ratio in ratios) - any(1 < ratio < 1.25 for ratio in ratios))
             place = (row[size] / 1e6, row["kl_mean"])
             axes.plot(*place, "o", color=COLORS["quantized"], markersize=7)
             label = {"text": f"{row['name']}  {row['kl_mean']:.3f}", "bbox": {"color": "white", "pad": 0.5}}
