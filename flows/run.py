@@ -184,6 +184,9 @@ class Run:
     def _timed(self, name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Return a decorator that notes when the work of a stage starts and ends; nothing is called if it is cached."""
 
+        # Of the run itself, which cannot be pickled: Prefect sends a task's function to a cluster, with its closure.
+        times = self._times
+
         def decorate(work: Callable[P, R]) -> Callable[P, R]:
             @functools.wraps(work)
             def timed(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -191,7 +194,7 @@ class Run:
                 try:
                     return work(*args, **kwargs)
                 finally:
-                    self._times.setdefault(name, []).append((started, time.time()))
+                    times.setdefault(name, []).append((started, time.time()))
 
             return timed
 

@@ -193,8 +193,7 @@ def _quantize_head(
     module.weight.data = norm.float()
     with torch.no_grad():
         pieces = [slice(first, first + blocks.SEQUENCES) for first in range(0, len(hidden[0]), blocks.SEQUENCES)]
-        inputs, targets = ((module(states[piece]) for piece in pieces) for states in hidden)
-        moments = blocks.Moments.of(inputs, targets)
+        moments = blocks.Moments.of(*(map(module, map(states.__getitem__, pieces)) for states in hidden))
     cross = moments.cross.cpu()
     size = rule.group_size or source.shape[1]
     curvature = gptq.prepare(moments.hessian, size, settings.damping, None, settings.order == "activations").cpu()

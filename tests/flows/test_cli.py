@@ -226,7 +226,8 @@ def test_a_path_relative_to_a_working_directory_that_was_removed_is_refused(fres
     outcome = in_a_removed_directory(tmp_path, {**fresh.environment(), "QUANTIZE_GEMMA_HOME": "store"}, "prune")
     assert outcome.returncode == 2
     assert outcome.stderr == (
-        "quantize-gemma: the working directory was removed, and QUANTIZE_GEMMA_HOME is relative to it\n"
+        "quantize-gemma: the working directory was removed, but QUANTIZE_GEMMA_HOME is relative to it: set "
+        "QUANTIZE_GEMMA_HOME to an absolute path\n"
     )
 
 

@@ -83,11 +83,12 @@ def test_every_score_has_its_column_its_standard_error_and_its_number_of_questio
     assert rows["MMLU, the program's 100 samples"]["base"] == "—"
 
 
-def test_the_first_table_is_the_distance_from_the_base_model_and_says_why_a_release_fails(
+def test_the_distance_from_the_base_model_has_a_table_and_the_card_says_why_a_release_fails(
     measured: dict[str, Any],
 ) -> None:
     text = card(measured)
-    first = text[text.index("\n| ") :].split("\n\n")[0].strip().splitlines()
+    section = text[text.index("\n# Distance from the Base Model\n") :]
+    first = section[section.index("\n| ") :].split("\n\n")[0].strip().splitlines()
     assert (
         first[0] == "| measurement | KL, nats | KL p99 | same top, % | perplexity | base perplexity | tokens | gate |"
     )
