@@ -321,8 +321,7 @@ class RunOptions(Options):
     calibration: OptionalText = Field(
         default=None,
         description=(
-            "Text to calibrate on, for a calibrated recipe: a file, or a Hub dataset as in org/name@revision:files. "
-            "[default: none]"
+            "Text file, or Hub dataset such as org/name@revision:files, for a calibrated recipe. [default: none]"
         ),
     )
     target: OptionalText = Field(

@@ -144,7 +144,9 @@ def changed(source: str, name: str) -> str:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             node.body.append(ast.parse("another = 1").body[0])
             return ast.unparse(tree)
-        targets = node.targets if isinstance(node, ast.Assign) else []
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         if name in [one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)]:
             node.value = ast.Constant("another")
             return ast.unparse(tree)
