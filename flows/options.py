@@ -197,6 +197,10 @@ class ExportOptions(Options):
     custom_kv_cache: bool = Field(
         default=True, description="Use ExecuTorch's custom KV cache kernels; requires custom_sdpa."
     )
+    kv_cache_dtype: Literal["float32", "int8"] = Field(
+        default="float32",
+        description="Data type of the KV cache; int8 takes a quarter of the memory and requires custom_kv_cache.",
+    )
     last_logits_only: bool = Field(
         default=True, description="Return only the logits of the last token, which is all that generation needs."
     )
@@ -210,6 +214,8 @@ class ExportOptions(Options):
     def _check_kernels(self) -> Self:
         if self.custom_kv_cache and not self.custom_sdpa:
             raise ValueError("custom_kv_cache requires custom_sdpa: turn off custom_kv_cache, too")
+        if self.kv_cache_dtype != "float32" and not self.custom_kv_cache:
+            raise ValueError(f"a KV cache in {self.kv_cache_dtype} requires custom_kv_cache: turn it on")
         return self
 
 

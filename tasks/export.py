@@ -58,13 +58,15 @@ def export(
     custom_kv_cache: bool = True,
     last_logits_only: bool = True,
     bidirectional_images: bool = True,
+    kv_cache_dtype: str = "float32",
 ) -> Output:
     """Write model.pte, for sequences up to `max_seq_len` tokens, and delegation.json: which kernels run what.
 
     With `custom_sdpa` and `custom_kv_cache` attention and its cache are ExecuTorch's own kernels. With
     `last_logits_only` the decoder returns the logits of the last of its input tokens, [1, 1, vocabulary], which is all
     that generating needs. With `bidirectional_images` the tokens of an image attend to each other in both directions,
-    as in the model, and embeddings have one more channel; see image_attention.py.
+    as in the model, and embeddings have one more channel; see image_attention.py. `kv_cache_dtype` is what the custom
+    KV cache stores: float32, or int8 with one scale for each position and head.
 
     Raises:
         UserError: The checkpoint is not a quantized Gemma 3, or the disk is full.
@@ -94,7 +96,7 @@ def export(
             window = module.config.get_text_config().sliding_window
             stack.enter_context(bidirectional_attention(module, make_masks(max_seq_len, window)))
         stack.enter_context(example_image(_blank_image(module.config)))
-        stack.enter_context(unlimited_chunks(max_seq_len))
+        stack.enter_context(unlimited_chunks(max_seq_len, kv_cache_dtype))
         stack.enter_context(shared_rotary_tables())
         stack.enter_context(patched_export())
         program = export_to_executorch(module, task, BACKEND, str(target))["model"]
@@ -108,7 +110,7 @@ def export(
     report_progress(2, 3, "verifying the program's metadata")
     metadata = _check_metadata(target / "model.pte", expected)
     settings = {"backend": BACKEND, "dtype": DTYPE, "custom_sdpa": custom_sdpa, "custom_kv_cache": custom_kv_cache}
-    settings |= {"bidirectional_images": bidirectional_images}
+    settings |= {"kv_cache_dtype": kv_cache_dtype, "bidirectional_images": bidirectional_images}
     settings |= {"max_seq_len": max_seq_len, "last_logits_only": last_logits_only, "task": task}
     return {"metadata": {**settings, "program": metadata, "delegation": delegation}}
 

@@ -110,6 +110,7 @@ METRICS: dict[str, Any] = {
         "dtype": "float32",
         "custom_sdpa": True,
         "custom_kv_cache": True,
+        "kv_cache_dtype": "int8",
         "last_logits_only": True,
         "bidirectional_images": True,
         "delegation": {"forward": {"xnnpack": {"linear": 22}, "custom": {}, "portable": {}}},

@@ -50,6 +50,7 @@ EXPORT_FIELDS = (
     "dtype",
     "custom_sdpa",
     "custom_kv_cache",
+    "kv_cache_dtype",
     "last_logits_only",
     "bidirectional_images",
 )

@@ -291,7 +291,7 @@ class Program:
         fidelity: Its distance from the base model on text.
         task: Whether it reads images, as optimum-executorch names its task.
         backend, dtype: What it is lowered to, and what it computes in.
-        custom_sdpa, custom_kv_cache, last_logits_only, bidirectional_images: The options of the export.
+        custom_sdpa, custom_kv_cache, kv_cache_dtype, last_logits_only, bidirectional_images: The options of the export.
         delegation: {method: {"xnnpack" | "custom" | "portable": {operator: calls}}}.
         text, image: What it generates from a text and from an image.
         agreement: How far it is from the checkpoint.
@@ -307,6 +307,7 @@ class Program:
     dtype: str
     custom_sdpa: bool
     custom_kv_cache: bool
+    kv_cache_dtype: str = "float32"
     last_logits_only: bool
     bidirectional_images: bool
     delegation: dict[str, dict[str, dict[str, int]]]

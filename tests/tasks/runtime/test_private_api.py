@@ -162,5 +162,5 @@ def test_the_cache_is_not_exported_where_the_library_lost_a_name(name: str, monk
     owner = custom_kv_cache if name.startswith("replace") else integrations
     monkeypatch.delattr(owner, name)
     match = rf"optimum-executorch \S+ has no \S+\.{name} like .*: install optimum-executorch=="
-    with pytest.raises(UserError, match=match), unlimited_chunks(128):
+    with pytest.raises(UserError, match=match), unlimited_chunks(128, "float32"):
         pass

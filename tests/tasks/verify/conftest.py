@@ -41,14 +41,14 @@ def program(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export("quantize_gemma.tasks.export:export", small, tmp_path_factory.mktemp("program"))
 
 
-def export(function: str, checkpoint: Path, target: Path) -> Path:
+def export(function: str, checkpoint: Path, target: Path, **options: str) -> Path:
     """Exports in a process of its own, as the flow does."""
     call = {"function": function, "target": str(target), "paths": {"checkpoint": str(checkpoint)}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
         worker.run(
             "quantize_gemma.tasks.runtime.worker_main:call",
-            {**call, "values": {"max_seq_len": MAX_SEQ_LEN}},
+            {**call, "values": {"max_seq_len": MAX_SEQ_LEN, **options}},
             lambda *_: None,
             None,
         )

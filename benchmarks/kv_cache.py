@@ -1,0 +1,122 @@
+"""Programs with a KV cache in float32 and in int8, in turn: `python -m benchmarks.kv_cache --checkpoint DIR --text FILE`.
+
+Both read the beginning of the text in one chunk, and decode the rest one token at a time. With `--shape`, weights and
+tokens are random, so the KL divergence says nothing.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
+from benchmarks.side_by_side import line, machine, run, show, version
+
+MAX_SEQ_LEN = 1024
+PREFILL = 768
+DECODED = 192
+
+
+def measure(checkpoint: Path, text: Path | None, folder: Path) -> dict[str, Any]:
+    """Export and run both programs. Return the results, and the lines to print."""
+    steps = {}
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        for dtype in ("float32", "int8"):
+            target = Path(temporary) / dtype
+            target.mkdir()
+            run("benchmarks.kv_cache:export", target=target, checkpoint=checkpoint, kv_cache_dtype=dtype)
+            inputs = {"program": target, "checkpoint": checkpoint, "text": text and str(text)}
+            steps[dtype] = run("benchmarks.kv_cache:read", **inputs)
+            steps[dtype] |= {"planned_bytes": run("benchmarks.kv_cache:plan", program=target)["planned_bytes"]}
+        kl = run("benchmarks.kv_cache:compare", folder=temporary)["kl"]
+    baseline, int8 = steps.values()
+    names = ("planned_bytes", "peak_rss_bytes", "prefill_seconds", "decode_seconds")
+    ratios = {name: baseline[name] / int8[name] for name in names}
+    lines = [
+        f"{checkpoint.name}, {PREFILL} tokens read, {DECODED} decoded, {version()}, {machine()}",
+        *(line(dtype, {**step, "seconds": step["prefill_seconds"]}) for dtype, step in steps.items()),
+        *(f"{name}: {baseline[name]:,.6g} and {int8[name]:,.6g}, ratio {ratios[name]:.2f}" for name in names),
+        f"KL divergence of the program with int8 from the one with float32: {kl:.6f} nats",
+    ]
+    case = {"checkpoint": checkpoint.name, "max_seq_len": MAX_SEQ_LEN, "prefill": PREFILL, "decoded": DECODED}
+    result = {"name": "kv_cache", "machine": machine(), "version": version(), "case": case, "equal": None}
+    return {**result, **steps, "ratio": ratios, "kl": kl, "lines": lines}
+
+
+def export(target: str, checkpoint: str, kv_cache_dtype: str) -> dict[str, Any]:
+    """Export as the flow's stage does."""
+    from quantize_gemma.tasks.export import export
+
+    export(Path(target), Path(checkpoint), MAX_SEQ_LEN, kv_cache_dtype=kv_cache_dtype)
+    return {}
+
+
+def read(program: str, checkpoint: str, text: str | None) -> dict[str, Any]:
+    """Return the times of prefill and decoding; write the logits beside the program."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    from quantize_gemma.tasks.models.pte import PteProgram
+
+    count = PREFILL + DECODED
+    ids = torch.randint(10, 200, (1, count), generator=torch.Generator().manual_seed(0))
+    if text:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        ids = torch.tensor([tokenizer(Path(text).read_text(encoding="utf-8")[: 20 * count])["input_ids"][:count]])
+    pte = PteProgram(Path(program) / "model.pte")
+    embedded = pte.embed_tokens(ids)
+    started = time.monotonic()
+    pte.decode(embedded[:, :PREFILL], {PREFILL - 1})
+    prefill_seconds = time.monotonic() - started
+    started = time.monotonic()
+    logits = pte.decode(embedded, set(range(PREFILL - 1, count)))
+    decode_seconds = time.monotonic() - started - prefill_seconds
+    save_file({"logits": logits}, Path(program) / "logits.safetensors")
+    return {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds}
+
+
+def plan(program: str) -> dict[str, Any]:
+    """Return the memory that the decoder plans: KV caches and intermediate results outside of XNNPACK."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    plans = deserialize_pte_binary((Path(program) / "model.pte").read_bytes()).program.execution_plan
+    return {"planned_bytes": max(sum(one.non_const_buffer_sizes) for one in plans)}
+
+
+def compare(folder: str) -> dict[str, Any]:
+    """Return the mean KL divergence between the two programs' predictions."""
+    from safetensors.torch import load_file
+
+    from quantize_gemma.tasks.verify.distances import mean_kl
+
+    logits = [load_file(Path(folder) / dtype / "logits.safetensors")["logits"] for dtype in ("float32", "int8")]
+    return {"kl": mean_kl(*logits)}
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_cache", description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shape", choices=("tiny", *SHAPES), help="random weights of this shape")
+    source.add_argument("--checkpoint", type=Path, help="the directory of a quantized checkpoint")
+    parser.add_argument("--text", type=Path, help="the text to read")
+    parser.add_argument("--folder", type=Path, help="where checkpoints and programs are written")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = options.checkpoint
+        if options.shape:
+            checkpoint = folder / f"quantized-{options.shape}"
+            if not (checkpoint / "config.json").exists():
+                checkpoint.mkdir(parents=True)
+                quantized_checkpoint(make_checkpoint(options.shape, folder), checkpoint)
+        text = options.text and options.text.resolve()
+        show(measure(checkpoint.resolve(), text, folder.resolve()), options.json)
+
+
+if __name__ == "__main__":
+    main()
