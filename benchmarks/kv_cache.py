@@ -1,4 +1,4 @@
-"""Programs with a KV cache in float32 and in int8, in turn: `python -m benchmarks.kv_cache --checkpoint DIR --text FILE`.
+"""A program with an int8 KV cache and one in float32: `python -m benchmarks.kv_cache --checkpoint DIR --text FILE`.
 
 Both read the beginning of the text in one chunk, and decode the rest one token at a time. With `--shape`, weights and
 tokens are random, so the KL divergence says nothing.
