@@ -74,10 +74,10 @@ def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any
     settings = Calibration(sequences=sequences, answers=0)
     pair, states, rules = random_block(shape, settings, device)
     # Kernels are compiled once per machine.
-    started = time.monotonic()
+    start = time.monotonic()
     with torch.no_grad(), fast_products():
         quantize_block(pair, states, rules, settings)
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - start
     config, recipe = text_config(shape), replace(load_recipe(RECIPE), calibration=settings)
     speed = measure_speed()
     estimate, memory = estimate_calibration(config, recipe, speed)
@@ -97,27 +97,27 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="sequences of 512 tokens")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     # The kernels are compiled by the first.
-    for sequences in (1, arguments.sequences):
-        found = run(
+    for sequences in (1, options.sequences):
+        result = run(
             "benchmarks.calibrate:quantize_one_block",
-            shape="270m" if sequences == 1 else arguments.shape,
+            shape="270m" if sequences == 1 else options.shape,
             sequences=sequences,
-            device=arguments.device,
+            device=options.device,
         )
-    result = {"machine": machine(), "shape": arguments.shape, "device": arguments.device, **found}
-    del result["measured"], result["seconds"]
-    if arguments.json:
-        print(json.dumps(result))
+    report = {"machine": machine(), "shape": options.shape, "device": options.device, **result}
+    del report["measured"], report["seconds"]
+    if options.json:
+        print(json.dumps(report))
         return
-    hours = found["block_seconds"] * found["blocks"] / 3600
-    print(f"{arguments.shape}, {arguments.sequences} x 512 tokens, on {arguments.device}:")
-    print(f"  {found['block_seconds']} s per block, {hours:.2f} hours for {found['blocks']} blocks without the head")
-    print(f"  {human_size(found['peak_rss_bytes'])} of peak memory")
+    hours = result["block_seconds"] * result["blocks"] / 3600
+    print(f"{options.shape}, {options.sequences} x 512 tokens, on {options.device}:")
+    print(f"  {result['block_seconds']} s per block, {hours:.2f} hours for {result['blocks']} blocks without the head")
+    print(f"  {human_size(result['peak_rss_bytes'])} of peak memory")
     print(
-        f"  check: {found['check_seconds'] / 3600:.2f} hours with the head, {human_size(found['check_bytes'])}, "
-        f"at {found['operations_per_second'] / 1e9:.0f} GFLOP/s"
+        f"  check: {result['check_seconds'] / 3600:.2f} hours with the head, {human_size(result['check_bytes'])}, "
+        f"at {result['operations_per_second'] / 1e9:.0f} GFLOP/s"
     )
 
 

@@ -90,11 +90,11 @@ def measure(files: dict[str, Path], command: str, runs: int) -> tuple[Device, li
         for name, path in files.items():
             print(f"copying {path}", file=sys.stderr)
             adb("push", str(path), f"{FOLDER}/{name}")
-        measured = []
+        measurements = []
         for number in range(1, runs + 1):
             print(f"run {number} of {runs}", file=sys.stderr)
-            measured.append(parse_output(adb("shell", command, name="the runner")))
-        return read_device(), measured
+            measurements.append(parse_output(adb("shell", command, name="the runner")))
+        return read_device(), measurements
     finally:
         # Without a check: it must not hide why the rest failed.
         subprocess.run(["adb", "shell", f"rm -rf {FOLDER}"], stdin=subprocess.DEVNULL, capture_output=True)
@@ -103,14 +103,16 @@ def measure(files: dict[str, Path], command: str, runs: int) -> tuple[Device, li
 def require_one_phone() -> None:
     """Raises UserError unless adb has exactly one phone to use."""
     states = dict(line.split("\t", 1) for line in adb("devices").splitlines() if "\t" in line)
-    chosen = os.environ.get("ANDROID_SERIAL")
-    if chosen is not None and chosen not in states:
-        raise UserError(f"adb sees no phone {chosen}: set ANDROID_SERIAL to one that `adb devices` lists, or unset it")
+    selected = os.environ.get("ANDROID_SERIAL")
+    if selected is not None and selected not in states:
+        raise UserError(
+            f"adb sees no phone {selected}: set ANDROID_SERIAL to one that `adb devices` lists, or unset it"
+        )
     if not states:
         raise UserError("adb sees no phone: connect one, and turn on USB debugging in its developer options")
-    if chosen is None and len(states) > 1:
+    if selected is None and len(states) > 1:
         raise UserError(f"adb sees several phones: set ANDROID_SERIAL to one of {', '.join(states)}")
-    serial = chosen or next(iter(states))
+    serial = selected or next(iter(states))
     if states[serial] != "device":
         raise UserError(f"the phone {serial} is {states[serial]}: unlock it, and allow USB debugging from this machine")
 
@@ -118,20 +120,20 @@ def require_one_phone() -> None:
 def adb(*words: str, name: str | None = None) -> str:
     """Returns what adb prints. Raises UserError if it is missing or fails; `name` says what it ran."""
     try:
-        done = subprocess.run(["adb", *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
+        process = subprocess.run(["adb", *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
     except FileNotFoundError:
         raise UserError("there is no adb: install Android's platform-tools, and put adb on the PATH") from None
     except subprocess.TimeoutExpired:
         raise UserError(
             f"{name or f'adb {words[0]}'} took more than {SECONDS} s: check that the phone is connected and unlocked"
         ) from None
-    printed, errors = (stream.decode("utf-8", errors="replace") for stream in (done.stdout, done.stderr))
-    if done.returncode != 0:
+    output, errors = (stream.decode("utf-8", errors="replace") for stream in (process.stdout, process.stderr))
+    if process.returncode != 0:
         raise UserError(
-            f"{name or f'adb {words[0]}'} failed with exit code {done.returncode}; its last lines are: "
-            f"{_last_lines(errors + printed)}"
+            f"{name or f'adb {words[0]}'} failed with exit code {process.returncode}; its last lines are: "
+            f"{_last_lines(errors + output)}"
         )
-    return printed
+    return output
 
 
 def runner_command(image: str | None, threads: int) -> str:
@@ -154,9 +156,9 @@ def runner_command(image: str | None, threads: int) -> str:
 
 def parse_output(output: str) -> Measurement:
     """Returns the times in the runner's own statistics, and the peak memory. Raises UserError if there are none."""
-    found = re.findall(r"^PyTorchObserver (\{.*\})\s*$", output, re.MULTILINE)
+    matches = re.findall(r"^PyTorchObserver (\{.*\})\s*$", output, re.MULTILINE)
     try:
-        fields = json.loads(found[-1])
+        fields = json.loads(matches[-1])
         stats = {name: int(fields[name]) for name in STATISTICS}
     except (IndexError, KeyError, TypeError, ValueError):
         raise UserError(
@@ -185,9 +187,9 @@ def parse_output(output: str) -> Measurement:
     )
 
 
-def medians(measured: list[Measurement], prompt: str) -> DeviceSpeed:
+def medians(measurements: list[Measurement], prompt: str) -> DeviceSpeed:
     """Returns the median of each number."""
-    rows = [dataclasses.asdict(one) for one in measured]
+    rows = [dataclasses.asdict(measurement) for measurement in measurements]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     # Counts stay integers; a value that is missing in one run is missing in the median.
     middle = {name: None if None in values else statistics.median_high(values) for name, values in columns.items()}
@@ -239,39 +241,41 @@ def main() -> None:
     parser.add_argument("--program", type=Path, required=True, help="the release's model.pte")
     parser.add_argument("--tokenizer", type=Path, required=True, help="the release's tokenizer.json")
     parser.add_argument("--runner", type=Path, required=True, help="the runner's binary for Android")
-    installed = version("executorch")
+    installed_version = version("executorch")
     parser.add_argument(
-        "--executorch", default=installed, help=f"version that the runner was built from [default: {installed}]"
+        "--executorch",
+        default=installed_version,
+        help=f"version that the runner was built from [default: {installed_version}]",
     )
     parser.add_argument("--image", type=Path, help="image of the prompt, for a program that reads images")
     parser.add_argument("--threads", type=_count, default=4, help="CPU threads [default: 4]")
     parser.add_argument("--runs", type=_count, default=5, help="how often the program runs [default: 5]")
     parser.add_argument("--output", type=Path, required=True, help="where the report is written")
-    args = parser.parse_args()
-    files = {"model.pte": args.program, "tokenizer.json": args.tokenizer, "runner": args.runner}
-    image = f"image{args.image.suffix.lower()}" if args.image else None
+    options = parser.parse_args()
+    files = {"model.pte": options.program, "tokenizer.json": options.tokenizer, "runner": options.runner}
+    image = f"image{options.image.suffix.lower()}" if options.image else None
     if image is not None:
-        files[image] = args.image
+        files[image] = options.image
     try:
-        if not args.output.absolute().parent.is_dir():
-            raise UserError(f"there is no directory {args.output.parent}")
-        device, measured = measure(files, runner_command(image, args.threads), args.runs)
+        if not options.output.absolute().parent.is_dir():
+            raise UserError(f"there is no directory {options.output.parent}")
+        device, measurements = measure(files, runner_command(image, options.threads), options.runs)
     except UserError as error:
         print(f"device_report: {error}", file=sys.stderr)
         sys.exit(2)
     report = DeviceReport(
         schema_version=1,
         device=device,
-        runner=Runner(name=args.runner.name, executorch=args.executorch),
-        threads=args.threads,
-        program=MeasuredProgram(sha256=digest(args.program), bytes=args.program.stat().st_size),
+        runner=Runner(name=options.runner.name, executorch=options.executorch),
+        threads=options.threads,
+        program=MeasuredProgram(sha256=digest(options.program), bytes=options.program.stat().st_size),
         date=datetime.now(UTC).date().isoformat(),
-        measurements=[medians(measured, "text" if image is None else "image")],
+        measurements=[medians(measurements, "text" if image is None else "image")],
     )
     content = dataclasses.asdict(report)
     parse_device_report(content)
-    args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {args.output}: pass it to quantize-gemma run as --device-report")
+    options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {options.output}: pass it to quantize-gemma run as --device-report")
 
 
 if __name__ == "__main__":

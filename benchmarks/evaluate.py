@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.side_by_side import compared as result_of
-from benchmarks.side_by_side import line, machine, run, show, version
+from benchmarks.side_by_side import format_line, machine, make_result, print_result, run, version
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.models.benchmarks import BENCHMARKS, Benchmark, describe
 
@@ -29,9 +28,9 @@ def command_line(
     import sys
 
     row = describe(task)
-    place = Path(target) / "here" / row.dataset
-    place.parent.mkdir(parents=True)
-    place.symlink_to(Path(dataset).resolve())
+    link = Path(target) / "here" / row.dataset
+    link.parent.mkdir(parents=True)
+    link.symlink_to(Path(dataset).resolve())
     os.environ["HF_DATASETS_CACHE"] = f"{target}/cache"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["NLTK_DATA"] = str(Path(dataset).resolve() / ".nltk_data")
@@ -73,17 +72,17 @@ def our_evaluation(
 def _timed(model: Any, kind: str, evaluate: Any) -> float:
     """Returns the seconds that the model spent on requests: without loading it, and without lm-eval's start."""
     name = "generate_until" if kind == "generate_until" else "_loglikelihood_tokens"
-    ask, spent = getattr(model, name), []
+    method, seconds = getattr(model, name), []
 
     def timed(*arguments: Any, **keywords: Any) -> Any:
-        started = time.monotonic()
-        answers = ask(*arguments, **keywords)
-        spent.append(time.monotonic() - started)
+        start = time.monotonic()
+        answers = method(*arguments, **keywords)
+        seconds.append(time.monotonic() - start)
         return answers
 
     setattr(model, name, timed)
     evaluate()
-    return sum(spent)
+    return sum(seconds)
 
 
 def read_command_line(target: Path, row: Benchmark) -> tuple[dict[str, Any], Responses]:
@@ -94,8 +93,8 @@ def read_command_line(target: Path, row: Benchmark) -> tuple[dict[str, Any], Res
         for text in path.read_text(encoding="utf-8").splitlines():
             sample = json.loads(text)
             values = [response[0] for response in sample["resps"]]
-            one = [float(value[0]) for value in values] if row.kind == "loglikelihood" else values
-            responses[task, sample["doc_id"]] = one
+            answer = [float(value[0]) for value in values] if row.kind == "loglikelihood" else values
+            responses[task, sample["doc_id"]] = answer
     (results,) = target.glob("out/**/results_*.json")
     return json.loads(results.read_text(encoding="utf-8"))["results"], responses
 
@@ -116,25 +115,29 @@ def compare(reference: Path, ours: Path, task: str = "mmlu") -> dict[str, Any]:
     A score differs if its value or standard error does; `scores_out_of_error` differ by more than a standard error.
     """
     row = describe(task)
-    their_scores, theirs = read_command_line(reference, row)
-    our_scores, found = read_ours(ours, row)
-    assert theirs.keys() == found.keys(), f"{len(theirs)} documents here, {len(found)} there"
-    different = [name for name in theirs if theirs[name] != found[name]]
+    their_scores, expected_responses = read_command_line(reference, row)
+    our_scores, responses = read_ours(ours, row)
+    assert expected_responses.keys() == responses.keys(), (
+        f"{len(expected_responses)} documents here, {len(responses)} there"
+    )
+    different = [name for name in expected_responses if expected_responses[name] != responses[name]]
     metric, _, filter_name = (row.metric if "," in row.metric else f"{row.metric},none").partition(",")
-    unequal, out_of_error = [], []
+    different_scores, out_of_error = [], []
     for name, score in their_scores.items():
         stderr = score.get(f"{metric}_stderr,{filter_name}")
         expected = score[f"{metric},{filter_name}"], stderr if isinstance(stderr, float) else None
         value = our_scores[name]["value"]
         if expected != (value, our_scores[name]["stderr"]):
-            unequal.append(name)
+            different_scores.append(name)
         if abs(expected[0] - value) > (expected[1] or 0):
             out_of_error.append(name)
     return {
-        "questions": len(theirs),
-        "different_predictions": sum(_prediction(theirs[name]) != _prediction(found[name]) for name in theirs),
+        "questions": len(expected_responses),
+        "different_predictions": sum(
+            _prediction(expected_responses[name]) != _prediction(responses[name]) for name in expected_responses
+        ),
         "different_responses": len(different),
-        "different_scores": sorted(unequal),
+        "different_scores": sorted(different_scores),
         "scores_out_of_error": sorted(out_of_error),
     }
 
@@ -166,38 +169,38 @@ def measure(
             "benchmarks.evaluate:command_line", checkpoint=checkpoint, target=target, batch_size=batch_size, **common
         )
     best = min(references, key=lambda batch_size: references[batch_size]["evaluation_seconds"])
-    ours = folder / "ours"
-    ours.mkdir()
+    target = folder / "ours"
+    target.mkdir()
     steps = {
         "lm_eval": references[best],
-        "ours": run("benchmarks.evaluate:our_evaluation", checkpoint=checkpoint, target=ours, rows=rows, **common),
+        "ours": run("benchmarks.evaluate:our_evaluation", checkpoint=checkpoint, target=target, rows=rows, **common),
     }
-    compared = compare(folder / f"reference-{best}", ours, task)
-    speeds = {name: compared["questions"] / step["evaluation_seconds"] for name, step in steps.items()}
+    comparison = compare(folder / f"reference-{best}", target, task)
+    speeds = {name: comparison["questions"] / step["evaluation_seconds"] for name, step in steps.items()}
     ratios = {
         "whole time": steps["lm_eval"]["seconds"] / steps["ours"]["seconds"],
         "questions per second": speeds["ours"] / speeds["lm_eval"],
         "memory": steps["lm_eval"]["peak_rss_bytes"] / steps["ours"]["peak_rss_bytes"],
     }
     generated_together = row.kind == "generate_until" and (best, rows) != ("1", 1)
-    different = compared["scores_out_of_error"] if generated_together else compared["different_scores"]
-    equal = not different and (generated_together or not compared["different_predictions"])
+    different = comparison["scores_out_of_error"] if generated_together else comparison["different_scores"]
+    equal = not different and (generated_together or not comparison["different_predictions"])
     lines = [
-        f"{task}, {checkpoint.name}, {compared['questions']} questions, {device}, {version()}, {machine()}",
-        *(f"{line(name, step)} {speeds[name]:10.2f} questions/s" for name, step in steps.items()),
+        f"{task}, {checkpoint.name}, {comparison['questions']} questions, {device}, {version()}, {machine()}",
+        *(f"{format_line(name, step)} {speeds[name]:10.2f} questions/s" for name, step in steps.items()),
         f"lm_eval's batch size: {best}, the fastest of {', '.join(batch_sizes)}",
         *(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()),
-        f"the same predictions: {1 - compared['different_predictions'] / compared['questions']:.1%}",
-        f"different: {compared['different_predictions']} predictions, {compared['different_responses']} "
-        f"questions' responses, {len(compared['different_scores'])} scores, "
-        f"{len(compared['scores_out_of_error'])} by more than their standard error",
+        f"the same predictions: {1 - comparison['different_predictions'] / comparison['questions']:.1%}",
+        f"different: {comparison['different_predictions']} predictions, {comparison['different_responses']} "
+        f"questions' responses, {len(comparison['different_scores'])} scores, "
+        f"{len(comparison['scores_out_of_error'])} by more than their standard error",
     ]
     case = {"model": checkpoint.name, "task": task, "limit": limit, "batch_size": best, "rows": rows, "device": device}
     return {
-        **result_of("evaluate", case, steps["lm_eval"], steps["ours"], equal),
+        **make_result("evaluate", case, steps["lm_eval"], steps["ours"], equal),
         "evaluation_seconds": {name: step["evaluation_seconds"] for name, step in steps.items()},
         "questions_per_second": {**speeds, "ratio": ratios["questions per second"]},
-        **compared,
+        **comparison,
         "lines": lines,
     }
 
@@ -213,14 +216,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="sequences that ours runs together, at most [default: as in a run]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    sizes = given.batch_size.split(",")
+    options = parser.parse_args()
+    sizes = options.batch_size.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        paths = given.model.resolve(), given.dataset.resolve()
-        show(
-            measure(*paths, given.task, given.limit, sizes, given.rows, given.device, Path(folder)),
-            given.json,
-        )
+        paths = options.model.resolve(), options.dataset.resolve()
+        result = measure(*paths, options.task, options.limit, sizes, options.rows, options.device, Path(folder))
+        print_result(result, options.json)
 
 
 if __name__ == "__main__":

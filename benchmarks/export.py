@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
-from benchmarks.side_by_side import compared, line, machine, run, show, version
+from benchmarks.shapes import SHAPES, make_quantized_checkpoint
+from benchmarks.side_by_side import format_line, machine, make_result, print_result, run, version
 from quantize_gemma.tasks.runtime.patches import DISABLE
 from quantize_gemma.tasks.runtime.units import human_size
 
@@ -21,28 +21,25 @@ LENGTHS = 1, 7, 60
 
 def measure(shape: str, max_seq_len: int, folder: Path) -> dict[str, Any]:
     """Exports both ways. Returns the figures, and the lines to print."""
-    checkpoint = folder / f"quantized-{shape}"
-    if not (checkpoint / "config.json").exists():
-        checkpoint.mkdir(parents=True)
-        quantized_checkpoint(make_checkpoint(shape, folder), checkpoint)
+    checkpoint = make_quantized_checkpoint(shape, folder)
     steps, programs = {}, []
-    with tempfile.TemporaryDirectory(dir=folder) as made:
-        for name, disabled in (("optimum-executorch", "all"), ("ours", "")):
-            target = Path(made) / name
+    with tempfile.TemporaryDirectory(dir=folder) as programs_folder:
+        for name, disabled_patches in (("optimum-executorch", "all"), ("ours", "")):
+            target = Path(programs_folder) / name
             target.mkdir()
             arguments = {"target": target, "checkpoint": checkpoint, "max_seq_len": max_seq_len}
-            steps[name] = run("benchmarks.export:export", {DISABLE: disabled}, **arguments)
+            steps[name] = run("benchmarks.export:export", {DISABLE: disabled_patches}, **arguments)
             programs.append(target / "model.pte")
         equal = run("benchmarks.export:compare", {}, programs=[str(program) for program in programs])["equal"]
         sizes = [program.stat().st_size for program in programs]
     reference, ours = steps.values()
     case = {"shape": shape, "max_seq_len": max_seq_len}
-    result = compared("export", case, reference, ours, equal != "DIFFERENT")
+    result = make_result("export", case, reference, ours, equal != "DIFFERENT")
     lines = [
         f"{shape}, max_seq_len {max_seq_len}, {version()}, {machine()}",
-        *(line(name, step) for name, step in steps.items()),
+        *(format_line(name, step) for name, step in steps.items()),
         f"programs of {' and '.join(human_size(size) for size in sizes)}: {equal}",
-        *(f"{what}: {ratio:.2f}" for what, ratio in result["ratio"].items()),
+        *(f"{quantity}: {ratio:.2f}" for quantity, ratio in result["ratio"].items()),
     ]
     return {**result, "how_equal": equal, "program_bytes": sizes, "lines": lines}
 
@@ -75,10 +72,10 @@ def _outputs(program: Path) -> list[Any]:
     import torch
     from executorch.runtime import Runtime
 
-    loaded = Runtime.get().load_program(program)
+    runtime_program = Runtime.get().load_program(program)
     outputs = []
-    for name in sorted(loaded.method_names):
-        method = loaded.load_method(name)
+    for name in sorted(runtime_program.method_names):
+        method = runtime_program.load_method(name)
         shapes = [method.metadata.input_tensor_meta(i).sizes() for i in range(method.metadata.num_inputs())]
         start = 0
         for length in LENGTHS if name != "vision_encoder" else (0,):
@@ -103,11 +100,11 @@ def main() -> None:
     parser.add_argument("--max-seq-len", type=int, default=1024)
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
+        folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        show(measure(given.shape, given.max_seq_len, folder), given.json)
+        print_result(measure(options.shape, options.max_seq_len, folder), options.json)
 
 
 if __name__ == "__main__":

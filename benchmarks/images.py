@@ -10,56 +10,53 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import make_checkpoint, quantized_checkpoint
-from benchmarks.side_by_side import compared, line, machine, run, show, version
+from benchmarks.shapes import make_quantized_checkpoint
+from benchmarks.side_by_side import format_line, machine, make_result, print_result, run, version
 
 TOKENS = 512
 DECODED = 64
 ROUNDS = 5
+# The times that are compared: title, and key of measure_reading()'s.
+TIMES = {
+    "prefill of a text": "prefill_seconds",
+    "decoding": "decode_seconds",
+    "prefill of an image": "image_seconds",
+}
 
 
 def measure(shape: str, folder: Path) -> dict[str, Any]:
     """Exports both programs and runs both in turn. Returns the figures, and the lines to print."""
-    checkpoint = folder / f"quantized-{shape}"
-    if not (checkpoint / "config.json").exists():
-        checkpoint.mkdir(parents=True)
-        quantized_checkpoint(make_checkpoint(shape, folder), checkpoint)
+    checkpoint = make_quantized_checkpoint(shape, folder)
     programs, steps = {}, {}
-    with tempfile.TemporaryDirectory(dir=folder) as made:
+    with tempfile.TemporaryDirectory(dir=folder) as programs_folder:
         for name, both_ways in (("causal", False), ("both directions", True)):
-            programs[name] = Path(made) / name
+            programs[name] = Path(programs_folder) / name
             programs[name].mkdir()
             inputs = {"target": programs[name], "checkpoint": checkpoint, "bidirectional_images": both_ways}
             run("benchmarks.images:export", {}, **inputs)
         sizes = {name: (program / "model.pte").stat().st_size for name, program in programs.items()}
         for _ in range(2):
             for name, program in programs.items():
-                found = run("benchmarks.images:read", {}, program=program)
-                best = steps.get(name, found)
-                times = ("prefill_seconds", "decode_seconds", "image_seconds")
-                steps[name] = {**found, **{one: min(found[one], best[one]) for one in times}}
+                result = run("benchmarks.images:measure_reading", {}, program=program)
+                best = steps.get(name, result)
+                steps[name] = {**result, **{key: min(result[key], best[key]) for key in TIMES.values()}}
     causal, both = steps.values()
     equal = causal["logits"] == both["logits"]
-    result = compared("images", {"shape": shape, "text": TOKENS, "decoded": DECODED}, causal, both, equal)
-    times = {
-        "prefill of a text": "prefill_seconds",
-        "decoding": "decode_seconds",
-        "prefill of an image": "image_seconds",
-    }
-    ratios = {what: causal[name] / both[name] for what, name in times.items()}
+    comparison = make_result("images", {"shape": shape, "text": TOKENS, "decoded": DECODED}, causal, both, equal)
+    ratios = {title: causal[key] / both[key] for title, key in TIMES.items()}
     size = sizes["both directions"] / sizes["causal"]
     lines = [
         f"{shape}, {TOKENS} tokens of text, {DECODED} decoded, {version()}, {machine()}",
         *(
-            f"{what:20} causal {causal[name]:8.3f} s   both directions {both[name]:8.3f} s   ratio {ratios[what]:.2f}"
-            for what, name in times.items()
+            f"{title:20} causal {causal[key]:8.3f} s   both directions {both[key]:8.3f} s   ratio {ratios[title]:.2f}"
+            for title, key in TIMES.items()
         ),
-        line("causal", causal),
-        line("both directions", both),
+        format_line("causal", causal),
+        format_line("both directions", both),
         f"size: {sizes['causal']:,} and {sizes['both directions']:,} bytes, ratio {size:.4f}",
         "the same logits of text" if equal else "DIFFERENT logits of text",
     ]
-    return {**result, "ratio": ratios, "bytes": sizes, "lines": lines}
+    return {**comparison, "ratio": ratios, "bytes": sizes, "lines": lines}
 
 
 def export(target: str, checkpoint: str, bidirectional_images: bool) -> dict[str, Any]:
@@ -70,7 +67,7 @@ def export(target: str, checkpoint: str, bidirectional_images: bool) -> dict[str
     return {}
 
 
-def read(program: str) -> dict[str, Any]:
+def measure_reading(program: str) -> dict[str, Any]:
     """Reads a text in one chunk, decodes, and reads an image's embeddings; returns seconds and a digest of the logits.
 
     Each is the fastest of ROUNDS.
@@ -82,21 +79,21 @@ def read(program: str) -> dict[str, Any]:
     pte = PteProgram(Path(program) / "model.pte")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 1000, (1, TOKENS + DECODED), generator=generator)
-    embedded = pte.embed_tokens(ids)
-    image = torch.randn(1, 256, pte.without_channel(embedded).shape[-1], generator=generator)
+    embeddings = pte.embed_tokens(ids)
+    image = torch.randn(1, 256, pte.without_channel(embeddings).shape[-1], generator=generator)
     if pte.has_image_channel:
         image = torch.cat([image, torch.ones(1, 256, 1)], dim=-1)
-    seconds: dict[str, list[float]] = {"prefill_seconds": [], "decode_seconds": [], "image_seconds": []}
+    seconds: dict[str, list[float]] = {key: [] for key in TIMES.values()}
     for _ in range(ROUNDS):
-        started = time.monotonic()
-        first = pte.decode(embedded[:, :TOKENS], {TOKENS - 1})
-        seconds["prefill_seconds"].append(time.monotonic() - started)
-        started = time.monotonic()
-        logits = pte.decode(embedded, set(range(TOKENS - 1, TOKENS + DECODED)))
-        seconds["decode_seconds"].append(time.monotonic() - started - seconds["prefill_seconds"][-1])
-        started = time.monotonic()
+        start = time.monotonic()
+        first = pte.decode(embeddings[:, :TOKENS], {TOKENS - 1})
+        seconds["prefill_seconds"].append(time.monotonic() - start)
+        start = time.monotonic()
+        logits = pte.decode(embeddings, set(range(TOKENS - 1, TOKENS + DECODED)))
+        seconds["decode_seconds"].append(time.monotonic() - start - seconds["prefill_seconds"][-1])
+        start = time.monotonic()
         pte.decode(image, {255})
-        seconds["image_seconds"].append(time.monotonic() - started)
+        seconds["image_seconds"].append(time.monotonic() - start)
     digest = hashlib.sha256(torch.cat([first, logits]).numpy().tobytes()).hexdigest()
     return {**{name: min(values) for name, values in seconds.items()}, "logits": digest}
 
@@ -107,11 +104,11 @@ def main() -> None:
     parser.add_argument("--shape", choices=("tiny", "4b"), default="tiny")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
+        folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        show(measure(given.shape, folder), given.json)
+        print_result(measure(options.shape, folder), options.json)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
-from benchmarks.side_by_side import line, machine, run, show, version
+from benchmarks.shapes import SHAPES, make_quantized_checkpoint
+from benchmarks.side_by_side import format_line, machine, print_result, run, version
 
 MAX_SEQ_LEN = 1024
 PREFILL = 768
@@ -21,21 +21,21 @@ DECODED = 192
 def measure(checkpoint: Path, text: Path | None, folder: Path) -> dict[str, Any]:
     """Export and run both programs. Return the results, and the lines to print."""
     steps = {}
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as programs_folder:
         for dtype in ("float32", "int8"):
-            target = Path(temporary) / dtype
+            target = Path(programs_folder) / dtype
             target.mkdir()
             run("benchmarks.kv_cache:export", target=target, checkpoint=checkpoint, kv_cache_dtype=dtype)
             inputs = {"program": target, "checkpoint": checkpoint, "text": text and str(text)}
-            steps[dtype] = run("benchmarks.kv_cache:read", **inputs)
-            steps[dtype] |= {"planned_bytes": run("benchmarks.kv_cache:plan", program=target)["planned_bytes"]}
-        kl = run("benchmarks.kv_cache:compare", folder=temporary)["kl"]
+            steps[dtype] = run("benchmarks.kv_cache:measure_reading", **inputs)
+            steps[dtype] |= {"planned_bytes": run("benchmarks.kv_cache:planned_bytes", program=target)["planned_bytes"]}
+        kl = run("benchmarks.kv_cache:compare", folder=programs_folder)["kl"]
     baseline, int8 = steps.values()
     names = ("planned_bytes", "peak_rss_bytes", "prefill_seconds", "decode_seconds")
     ratios = {name: baseline[name] / int8[name] for name in names}
     lines = [
         f"{checkpoint.name}, {PREFILL} tokens read, {DECODED} decoded, {version()}, {machine()}",
-        *(line(dtype, {**step, "seconds": step["prefill_seconds"]}) for dtype, step in steps.items()),
+        *(format_line(dtype, {**step, "seconds": step["prefill_seconds"]}) for dtype, step in steps.items()),
         *(f"{name}: {baseline[name]:,.6g} and {int8[name]:,.6g}, ratio {ratios[name]:.2f}" for name in names),
         f"KL divergence of the program with int8 from the one with float32: {kl:.6f} nats",
     ]
@@ -52,7 +52,7 @@ def export(target: str, checkpoint: str, kv_cache_dtype: str) -> dict[str, Any]:
     return {}
 
 
-def read(program: str, checkpoint: str, text: str | None) -> dict[str, Any]:
+def measure_reading(program: str, checkpoint: str, text: str | None) -> dict[str, Any]:
     """Return the times of prefill and decoding; write the logits beside the program."""
     import torch
     from safetensors.torch import save_file
@@ -66,23 +66,23 @@ def read(program: str, checkpoint: str, text: str | None) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         ids = torch.tensor([tokenizer(Path(text).read_text(encoding="utf-8")[: 20 * count])["input_ids"][:count]])
     pte = PteProgram(Path(program) / "model.pte")
-    embedded = pte.embed_tokens(ids)
-    started = time.monotonic()
-    pte.decode(embedded[:, :PREFILL], {PREFILL - 1})
-    prefill_seconds = time.monotonic() - started
-    started = time.monotonic()
-    logits = pte.decode(embedded, set(range(PREFILL - 1, count)))
-    decode_seconds = time.monotonic() - started - prefill_seconds
+    embeddings = pte.embed_tokens(ids)
+    start = time.monotonic()
+    pte.decode(embeddings[:, :PREFILL], {PREFILL - 1})
+    prefill_seconds = time.monotonic() - start
+    start = time.monotonic()
+    logits = pte.decode(embeddings, set(range(PREFILL - 1, count)))
+    decode_seconds = time.monotonic() - start - prefill_seconds
     save_file({"logits": logits}, Path(program) / "logits.safetensors")
     return {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds}
 
 
-def plan(program: str) -> dict[str, Any]:
+def planned_bytes(program: str) -> dict[str, Any]:
     """Return the memory that the decoder plans: KV caches and intermediate results outside of XNNPACK."""
     from executorch.exir._serialize._program import deserialize_pte_binary
 
     plans = deserialize_pte_binary((Path(program) / "model.pte").read_bytes()).program.execution_plan
-    return {"planned_bytes": max(sum(one.non_const_buffer_sizes) for one in plans)}
+    return {"planned_bytes": max(sum(plan.non_const_buffer_sizes) for plan in plans)}
 
 
 def compare(folder: str) -> dict[str, Any]:
@@ -108,14 +108,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = options.checkpoint
-        if options.shape:
-            checkpoint = folder / f"quantized-{options.shape}"
-            if not (checkpoint / "config.json").exists():
-                checkpoint.mkdir(parents=True)
-                quantized_checkpoint(make_checkpoint(options.shape, folder), checkpoint)
+        checkpoint = make_quantized_checkpoint(options.shape, folder) if options.shape else options.checkpoint
         text = options.text and options.text.resolve()
-        show(measure(checkpoint.resolve(), text, folder.resolve()), options.json)
+        print_result(measure(checkpoint.resolve(), text, folder.resolve()), options.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
+from benchmarks.shapes import SHAPES, make_quantized_checkpoint
 from benchmarks.side_by_side import machine, run, version
 from quantize_gemma.tasks.runtime.patches import DISABLE, export_patches, loading_patches
 from quantize_gemma.tasks.runtime.units import human_size
@@ -22,10 +22,7 @@ MEASURED = ("seconds", "cpu_seconds", "peak_rss_bytes")
 
 def measure(shape: str, max_seq_len: int, folder: Path, names: list[str], repeats: int) -> dict[str, Any]:
     """Exports with all patches, without each of those named, and with all again. Returns the rows."""
-    checkpoint = folder / f"quantized-{shape}"
-    if not (checkpoint / "config.json").exists():
-        checkpoint.mkdir(parents=True)
-        quantized_checkpoint(make_checkpoint(shape, folder), checkpoint)
+    checkpoint = make_quantized_checkpoint(shape, folder)
     steps: dict[str, list[dict[str, Any]]] = {}
     for name in [*["none", *names] * repeats, "none"]:
         with tempfile.TemporaryDirectory(dir=folder) as target:
@@ -34,12 +31,12 @@ def measure(shape: str, max_seq_len: int, folder: Path, names: list[str], repeat
         steps.setdefault(name, []).append({key: step[key] for key in (*MEASURED, "sha256")})
         print(json.dumps({"disabled": name, **steps[name][-1]}), flush=True)
     rows = [
-        {"disabled": name, **{key: statistics.median(step[key] for step in made) for key in MEASURED}}
-        for name, made in steps.items()
+        {"disabled": name, **{key: statistics.median(step[key] for step in exports) for key in MEASURED}}
+        for name, exports in steps.items()
     ]
-    equal = len({step["sha256"] for made in steps.values() for step in made}) == 1
-    base, *rest = rows
-    return {"shape": shape, "machine": machine(), "version": version(), "base": base, "rows": rest, "equal": equal}
+    equal = len({step["sha256"] for exports in steps.values() for step in exports}) == 1
+    base, *others = rows
+    return {"shape": shape, "machine": machine(), "version": version(), "base": base, "rows": others, "equal": equal}
 
 
 def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
@@ -65,8 +62,8 @@ def table(result: dict[str, Any]) -> list[str]:
         "|---|---:|---:|---:|",
     ]
     for row in result["rows"]:
-        more = [f"{100 * (row[key] / base[key] - 1):+.1f} %" for key in MEASURED]
-        lines.append(f"| {row['disabled']} | {' | '.join(more)} |")
+        changes = [f"{100 * (row[key] / base[key] - 1):+.1f} %" for key in MEASURED]
+        lines.append(f"| {row['disabled']} | {' | '.join(changes)} |")
     return [*lines, "the same bytes" if result["equal"] else "the bytes DIFFER"]
 
 
@@ -79,11 +76,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
     parser.add_argument("--patches", nargs="+", choices=["all", *patches], default=["all", *patches])
     parser.add_argument("--repeats", type=int, default=1)
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
+        folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        print(*table(measure(given.shape, given.max_seq_len, folder, given.patches, given.repeats)), sep="\n")
+        print(*table(measure(options.shape, options.max_seq_len, folder, options.patches, options.repeats)), sep="\n")
 
 
 if __name__ == "__main__":

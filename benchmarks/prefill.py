@@ -7,34 +7,31 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import SHAPES, make_checkpoint, quantized_checkpoint
-from benchmarks.side_by_side import compared, line, machine, run, show, version
+from benchmarks.shapes import SHAPES, make_quantized_checkpoint
+from benchmarks.side_by_side import format_line, machine, make_result, print_result, run, version
 
 TOKENS = 1000
 
 
 def measure(shape: str, folder: Path) -> dict[str, Any]:
     """Exports both programs and reads the same prompt with each. Returns the figures, and the lines to print."""
-    checkpoint = folder / f"quantized-{shape}"
-    if not (checkpoint / "config.json").exists():
-        checkpoint.mkdir(parents=True)
-        quantized_checkpoint(make_checkpoint(shape, folder), checkpoint)
+    checkpoint = make_quantized_checkpoint(shape, folder)
     steps, answers = {}, []
-    with tempfile.TemporaryDirectory(dir=folder) as made:
+    with tempfile.TemporaryDirectory(dir=folder) as programs_folder:
         for name, last in (("all logits", False), ("the last position's", True)):
-            target = Path(made) / name
+            target = Path(programs_folder) / name
             target.mkdir()
             run("benchmarks.prefill:export", {}, target=target, checkpoint=checkpoint, last_logits_only=last)
-            steps[name] = run("benchmarks.prefill:read", {}, program=target, checkpoint=checkpoint)
+            steps[name] = run("benchmarks.prefill:measure_reading", {}, program=target, checkpoint=checkpoint)
             answers.append(steps[name]["answer"])
     whole, last = ({**step, "seconds": step["prefill_seconds"]} for step in steps.values())
     equal = answers[0] == answers[1]
-    result = compared("prefill", {"shape": shape, "tokens": TOKENS}, whole, last, equal)
+    result = make_result("prefill", {"shape": shape, "tokens": TOKENS}, whole, last, equal)
     lines = [
         f"{shape}, {TOKENS} tokens, {version()}, {machine()}",
-        line("all logits", whole),
-        line("the last position's", last),
-        *(f"{what}: {ratio:.2f}" for what, ratio in result["ratio"].items()),
+        format_line("all logits", whole),
+        format_line("the last position's", last),
+        *(f"{quantity}: {ratio:.2f}" for quantity, ratio in result["ratio"].items()),
         "the same last logits" if equal else "DIFFERENT last logits",
     ]
     return {**result, "lines": lines}
@@ -48,7 +45,7 @@ def export(target: str, checkpoint: str, last_logits_only: bool) -> dict[str, An
     return {}
 
 
-def read(program: str, checkpoint: str) -> dict[str, Any]:
+def measure_reading(program: str, checkpoint: str) -> dict[str, Any]:
     """Reads a prompt in one chunk; returns the seconds that it took and the digest of the last logits."""
     import hashlib
     import time
@@ -59,9 +56,9 @@ def read(program: str, checkpoint: str) -> dict[str, Any]:
 
     pte = PteProgram(Path(program) / "model.pte")
     ids = torch.randint(10, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    started = time.monotonic()
+    start = time.monotonic()
     logits = pte.decode(pte.embed_tokens(ids), {TOKENS - 1})
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - start
     return {"prefill_seconds": seconds, "answer": hashlib.sha256(logits.numpy().tobytes()).hexdigest()}
 
 
@@ -71,11 +68,11 @@ def main() -> None:
     parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
+        folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        show(measure(given.shape, folder), given.json)
+        print_result(measure(options.shape, folder), options.json)
 
 
 if __name__ == "__main__":

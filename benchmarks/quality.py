@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.side_by_side import machine, run
+from benchmarks.side_by_side import empty_folder, machine, run
 from quantize_gemma.tasks.models.checkpoint import linear_shapes, read_headers
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.plot_style import COLORS, MARGIN, WIDE, add_axes, label_logarithmic, new_figure
@@ -59,8 +59,8 @@ def our_calibrate(target: str, checkpoint: str, text: str, recipe: str, fidelity
     """Prepare the calibration tokens as the flow does."""
     from quantize_gemma.tasks.calibrate import calibrate, digest_text
 
-    loaded = load_recipe(recipe)
-    settings = loaded.calibration
+    parsed = load_recipe(recipe)
+    settings = parsed.calibration
     assert settings is not None, f"{recipe} needs no calibration"
     return calibrate(
         Path(target),
@@ -71,7 +71,7 @@ def our_calibrate(target: str, checkpoint: str, text: str, recipe: str, fidelity
         text=text,
         digest=digest_text(text),
         fidelity_text=Path(fidelity_text),
-        distilled=loaded.distillation.sequences if loaded.distillation else 0,
+        distilled=parsed.distillation.sequences if parsed.distillation else 0,
     )
 
 
@@ -110,23 +110,17 @@ def measure(
     folder: Path, model: Path, text: Path, calibration: Path | None, recipes: list[str], windows: int, export: bool
 ) -> list[dict[str, Any]]:
     """Return the table's rows, the base model's first."""
-
-    def fresh(name: str) -> Path:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).mkdir(parents=True)
-        return folder / name
-
-    corpus, untied, states = fresh("text"), fresh("untied"), fresh("states")
+    corpus, untied, states = (empty_folder(folder / name) for name in ("text", "untied", "states"))
     shutil.copyfile(text, corpus / "text.txt")
     run("benchmarks.quality:our_untie", target=untied, checkpoint=model)
-    done = run("benchmarks.quality:our_fidelity_base", target=states, checkpoint=untied, text=corpus, windows=windows)
+    step = run("benchmarks.quality:our_fidelity_base", target=states, checkpoint=untied, text=corpus, windows=windows)
     base = {"name": "base", "packed_bytes": count_packed_bytes(model, None), "kl_mean": 0.0, "same_top": 1.0}
-    rows: list[dict[str, Any]] = [{**base, "seconds": done["seconds"], "peak_rss_bytes": done["peak_rss_bytes"]}]
+    rows: list[dict[str, Any]] = [{**base, "seconds": step["seconds"], "peak_rss_bytes": step["peak_rss_bytes"]}]
     for name in recipes:
         recipe, tokens = load_recipe(name), None
         if recipe.calibration is not None:
             assert calibration is not None, f"{name} needs --calibration"
-            tokens = fresh("calibration")
+            tokens = empty_folder(folder / "calibration")
             run(
                 "benchmarks.quality:our_calibrate",
                 target=tokens,
@@ -135,12 +129,12 @@ def measure(
                 recipe=name,
                 fidelity_text=str(text),
             )
-        quantized, results = fresh("quantized"), fresh("results")
+        quantized, results = empty_folder(folder / "quantized"), empty_folder(folder / "results")
         step = run(
             "benchmarks.quality:our_quantize", target=quantized, checkpoint=untied, recipe=name, calibration=tokens
         )
         if recipe.distillation is not None:
-            distilled = fresh("distilled")
+            distilled = empty_folder(folder / "distilled")
             inputs = {"checkpoint": quantized, "base": untied, "recipe": name, "calibration": tokens}
             training = run("benchmarks.quality:our_distill", target=distilled, **inputs)
             step["seconds"] += training["seconds"]
@@ -151,8 +145,9 @@ def measure(
         rows[0]["ppl"] = metrics["ppl_base"]
         row = {"name": recipe.name, "packed_bytes": count_packed_bytes(untied, recipe)}
         if export:
-            run("benchmarks.quality:our_export", target=fresh("program"), checkpoint=quantized, **EXPORT)
-            row["program_bytes"] = (folder / "program" / "model.pte").stat().st_size
+            program = empty_folder(folder / "program")
+            run("benchmarks.quality:our_export", target=program, checkpoint=quantized, **EXPORT)
+            row["program_bytes"] = (program / "model.pte").stat().st_size
         row |= {key: metrics[key] for key in ("ppl", "kl_mean", "same_top")}
         if len(rows) == 1:  # Its perplexity is known by now.
             print(format_row(rows[0]))
@@ -187,24 +182,24 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     Where a program was not exported, all sizes are packed sizes.
     """
     # A lossless recipe cannot be drawn on a logarithmic scale.
-    shown = [row for row in rows if row["kl_mean"] > 0]
-    exported = all(row.get("program_bytes") for row in shown)
+    drawn = [row for row in rows if row["kl_mean"] > 0]
+    exported = all(row.get("program_bytes") for row in drawn)
     size = "program_bytes" if exported else "packed_bytes"
     title = f"KL divergence over {'program' if exported else 'packed'} size"
     subtitle = "from the base model, weights only, in nats; lower is better"
     with new_figure(path, title, 3.6, WIDE, subtitle) as figure:
         axes = add_axes(figure, 0.55, MARGIN, 0.75, 0.45)
-        for row in shown:
+        for row in drawn:
             # Move overlapping labels of close points apart.
-            ratios = [other["kl_mean"] / row["kl_mean"] for other in shown if other[size] == row[size]]
+            ratios = [other_row["kl_mean"] / row["kl_mean"] for other_row in drawn if other_row[size] == row[size]]
             shift = 6 * (any(0.8 < ratio < 1 for ratio in ratios) - any(1 < ratio < 1.25 for ratio in ratios))
-            place = (row[size] / 1e6, row["kl_mean"])
-            axes.plot(*place, "o", color=COLORS["quantized"], markersize=7)
+            point = (row[size] / 1e6, row["kl_mean"])
+            axes.plot(*point, "o", color=COLORS["quantized"], markersize=7)
             label = {"text": f"{row['name']}  {row['kl_mean']:.3f}", "bbox": {"color": "white", "pad": 0.5}}
-            axes.annotate(xy=place, xytext=(9, shift), textcoords="offset points", va="center", **label)
-        sizes, kls = [row[size] / 1e6 for row in shown], [row["kl_mean"] for row in shown]
-        spread = max(max(sizes) - min(sizes), 0.1 * max(sizes))
-        axes.set(xlim=(min(sizes) - 0.1 * spread, max(sizes) + 0.6 * spread), xlabel="MB")
+            axes.annotate(xy=point, xytext=(9, shift), textcoords="offset points", va="center", **label)
+        sizes, kls = [row[size] / 1e6 for row in drawn], [row["kl_mean"] for row in drawn]
+        width = max(max(sizes) - min(sizes), 0.1 * max(sizes))
+        axes.set(xlim=(min(sizes) - 0.1 * width, max(sizes) + 0.6 * width), xlabel="MB")
         axes.set(yscale="log", ylim=(0.5 * min(kls), 1.5 * max(kls)))
         axes.grid(axis="y")
         label_logarithmic(axes.yaxis)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint
-from benchmarks.side_by_side import compared, line, machine, run, show, version
+from benchmarks.side_by_side import empty_folder, format_line, machine, make_result, print_result, run, version
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import decide, load_recipe, torchao_config
 from quantize_gemma.tasks.runtime.units import human_size
@@ -71,87 +71,85 @@ def copy_files(target: str, checkpoint: str) -> dict[str, Any]:
     return {}
 
 
-def differences(one: Path, other: Path) -> list[str]:
+def different_tensors(first: Path, second: Path) -> list[str]:
     """Returns the tensors in which two quantized checkpoints differ, whatever names they are filed under."""
     import torch
     from safetensors import safe_open
 
-    with safe_open(str(one), framework="pt") as left, safe_open(str(other), framework="pt") as right:
-        names = {GEMMA3.runtime_name(name): name for name in left.keys()}  # noqa: SIM118
-        others = {GEMMA3.runtime_name(name): name for name in right.keys()}  # noqa: SIM118
-        wrong = sorted(set(names) ^ set(others))
-        for name in sorted(set(names) & set(others)):
-            a, b = left.get_tensor(names[name]), right.get_tensor(others[name])
+    with safe_open(str(first), framework="pt") as first_file, safe_open(str(second), framework="pt") as second_file:
+        names = {GEMMA3.runtime_name(name): name for name in first_file.keys()}  # noqa: SIM118
+        second_names = {GEMMA3.runtime_name(name): name for name in second_file.keys()}  # noqa: SIM118
+        different = sorted(set(names) ^ set(second_names))
+        for name in sorted(set(names) & set(second_names)):
+            a, b = first_file.get_tensor(names[name]), second_file.get_tensor(second_names[name])
             if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-                wrong.append(name)
-        return wrong
+                different.append(name)
+        return different
 
 
 def measure(shape: str, folder: Path, recipe: str, device: str, reference: bool) -> dict[str, Any]:
     """Runs every step in turn. Returns the figures, and the lines to print."""
     base = make_checkpoint(shape, folder)
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
-    def fresh(name: str) -> Path:
-        made[name] = folder / f"out-{shape}-{name}"
-        shutil.rmtree(made[name], ignore_errors=True)
-        made[name].mkdir()
-        return made[name]
+    def new_folder(name: str) -> Path:
+        folders[name] = empty_folder(folder / f"out-{shape}-{name}")
+        return folders[name]
 
     steps: dict[str, dict[str, Any]] = {}
     if reference:
         steps["untie, transformers"] = run(
-            "benchmarks.quantize:reference_untie", target=fresh("reference-untied"), checkpoint=base
+            "benchmarks.quantize:reference_untie", target=new_folder("reference-untied"), checkpoint=base
         )
-    steps["untie, ours"] = run("benchmarks.quantize:our_untie", target=fresh("untied"), checkpoint=base)
+    steps["untie, ours"] = run("benchmarks.quantize:our_untie", target=new_folder("untied"), checkpoint=base)
     if reference:
-        shutil.rmtree(made["reference-untied"])
+        shutil.rmtree(folders["reference-untied"])
         steps["quantize, torchao"] = run(
             "benchmarks.quantize:reference_quantize",
-            target=fresh("reference-quantized"),
-            checkpoint=made["untied"],
+            target=new_folder("reference-quantized"),
+            checkpoint=folders["untied"],
             recipe=recipe,
         )
     steps["quantize, ours"] = run(
         "benchmarks.quantize:our_quantize",
-        target=fresh("quantized"),
-        checkpoint=made["untied"],
+        target=new_folder("quantized"),
+        checkpoint=folders["untied"],
         recipe=recipe,
         device=device,
     )
     steps["cp of what it reads"] = run(
-        "benchmarks.quantize:copy_files", target=fresh("copy"), checkpoint=made["untied"]
+        "benchmarks.quantize:copy_files", target=new_folder("copy"), checkpoint=folders["untied"]
     )
-    shutil.rmtree(made["copy"])
+    shutil.rmtree(folders["copy"])
     steps["cp of what it writes"] = run(
-        "benchmarks.quantize:copy_files", target=fresh("copy"), checkpoint=made["quantized"]
+        "benchmarks.quantize:copy_files", target=new_folder("copy"), checkpoint=folders["quantized"]
     )
-    read, written = (_bytes(made[name]) for name in ("untied", "quantized"))
+    bytes_read, bytes_written = (_bytes(folders[name]) for name in ("untied", "quantized"))
     lines = [
         f"{shape}, {recipe}, {version()}, {machine()}",
-        *(line(name, step) for name, step in steps.items()),
-        f"read {human_size(read)}, written {human_size(written)}",
+        *(format_line(name, step) for name, step in steps.items()),
+        f"read {human_size(bytes_read)}, written {human_size(bytes_written)}",
     ]
-    result: dict[str, Any] = {"bytes": {"read": read, "written": written}}
+    result: dict[str, Any] = {"bytes": {"read": bytes_read, "written": bytes_written}}
     equal = None
     result["steps"] = {name: {k: step[k] for k in ("seconds", "peak_rss_bytes")} for name, step in steps.items()}
     floor = steps["quantize, ours"]["seconds"] / steps["cp of what it reads"]["seconds"]
     result["ratios"] = {"quantize to cp of what it reads": floor}
     if reference:
-        for name, theirs in (("untie", "untie, transformers"), ("quantize", "quantize, torchao")):
+        for name, reference_step in (("untie", "untie, transformers"), ("quantize", "quantize, torchao")):
             ours = steps[f"{name}, ours"]
-            result["ratios"][f"{name}, time"] = steps[theirs]["seconds"] / ours["seconds"]
-            result["ratios"][f"{name}, memory"] = steps[theirs]["peak_rss_bytes"] / ours["peak_rss_bytes"]
-        files = [made[name] / "model.safetensors" for name in ("reference-quantized", "quantized")]
-        result["different"] = differences(*files)
+            result["ratios"][f"{name}, time"] = steps[reference_step]["seconds"] / ours["seconds"]
+            result["ratios"][f"{name}, memory"] = steps[reference_step]["peak_rss_bytes"] / ours["peak_rss_bytes"]
+        files = [folders[name] / "model.safetensors" for name in ("reference-quantized", "quantized")]
+        result["different"] = different_tensors(*files)
         equal = not result["different"]
         lines.append("equal, tensor for tensor" if not result["different"] else f"DIFFERENT: {result['different']}")
     lines += [f"{name}: {ratio:.2f}" for name, ratio in result["ratios"].items()]
-    for path in made.values():
+    for path in folders.values():
         shutil.rmtree(path, ignore_errors=True)
     case = {"shape": shape, "recipe": recipe, "device": device}
-    both = steps.get("quantize, torchao"), steps["quantize, ours"]
-    return {**compared("quantize", case, *both, equal), **result, "lines": lines}
+    compared_steps = steps.get("quantize, torchao"), steps["quantize, ours"]
+    return {**make_result("quantize", case, *compared_steps, equal), **result, "lines": lines}
 
 
 def _load(checkpoint: str) -> Any:
@@ -176,11 +174,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
     parser.add_argument("--no-reference", action="store_true", help="only ours and cp: 4b needs 23 GB for the other")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
+        folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        show(measure(given.shape, folder, given.recipe, given.device, not given.no_reference), given.json)
+        result = measure(options.shape, folder, options.recipe, options.device, not options.no_reference)
+        print_result(result, options.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint
-from benchmarks.side_by_side import ROOT, machine, run, show, version
+from benchmarks.side_by_side import ROOT, machine, print_result, run, version
 from quantize_gemma.tasks.runtime.patches import DISABLE
 from quantize_gemma.tasks.runtime.units import human_size
 
@@ -46,8 +46,8 @@ def measure(shape: str, folder: Path, max_seq_len: int, reference: bool) -> dict
     environment = {**os.environ, "QUANTIZE_GEMMA_HOME": str(home / "store"), "PREFECT_HOME": str(home / "prefect")}
     command = [sys.executable, "-m", "quantize_gemma.flows.cli", "run", "--model", str(checkpoint)]
     command += ["--max-seq-len", str(max_seq_len), *OPTIONS, "--json"]
-    done = subprocess.run(command, env={**environment, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
-    summary = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, env={**environment, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    summary = json.loads(process.stdout.splitlines()[-1])
     stages = [stage for stage in summary["stages"] if stage["key"]]
     if failed := [stage["name"] for stage in stages if stage["state"] != "COMPLETED"]:
         raise SystemExit(f"{', '.join(failed)} did not complete: {summary['error']}")
@@ -70,8 +70,8 @@ def measure(shape: str, folder: Path, max_seq_len: int, reference: bool) -> dict
 def run_references(checkpoint: Path, folder: Path, max_seq_len: int) -> dict[str, Any]:
     """Runs the card's own way; returns time and memory by the names of our stages."""
     steps: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(dir=folder) as made:
-        untied, quantized, program = (Path(made) / name for name in ("untied", "quantized", "program"))
+    with tempfile.TemporaryDirectory(dir=folder) as outputs:
+        untied, quantized, program = (Path(outputs) / name for name in ("untied", "quantized", "program"))
         for target in (untied, quantized, program):
             target.mkdir()
         steps["untie"] = run("benchmarks.quantize:reference_untie", {}, target=untied, checkpoint=checkpoint)
@@ -83,7 +83,7 @@ def run_references(checkpoint: Path, folder: Path, max_seq_len: int) -> dict[str
         run("benchmarks.quantize:our_quantize", {}, **inputs, device="cpu")
         arguments = {"target": program, "checkpoint": quantized, "max_seq_len": max_seq_len}
         steps["export"] = run("benchmarks.export:export", {DISABLE: "all"}, **arguments)
-    return {name: {what: step[what] for what in ("seconds", "peak_rss_bytes")} for name, step in steps.items()}
+    return {name: {cost: step[cost] for cost in ("seconds", "peak_rss_bytes")} for name, step in steps.items()}
 
 
 def _cells(step: dict[str, Any] | None) -> str:
@@ -101,11 +101,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the checkpoint is made, and kept for the next time")
     parser.add_argument("--reference", action="store_true", help="also measure the card's own way, which takes long")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
+        folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        show(measure(given.shape, folder, given.max_seq_len, given.reference), given.json)
+        print_result(measure(options.shape, folder, options.max_seq_len, options.reference), options.json)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,16 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def quantized_checkpoint(checkpoint: Path, target: Path) -> None:
+def make_quantized_checkpoint(shape: str, folder: Path) -> Path:
+    """Returns the directory of this shape's checkpoint as the pipeline quantizes it, made if it is not there."""
+    target = folder / f"quantized-{shape}"
+    if not (target / "config.json").exists():
+        target.mkdir(parents=True)
+        quantize_checkpoint(make_checkpoint(shape, folder), target)
+    return target
+
+
+def quantize_checkpoint(checkpoint: Path, target: Path) -> None:
     """Fills `target` with the checkpoint as the pipeline quantizes it."""
     with tempfile.TemporaryDirectory(dir=target.parent) as untied:
         untie(Path(untied), checkpoint)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -26,16 +27,23 @@ def run(function: str, environment: dict[str, str] | None = None, /, **arguments
     values = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
     for value in arguments.values():
         if isinstance(value, Path):
-            forget(value)
-    started = time.monotonic()
+            drop_from_page_cache(value)
+    start = time.monotonic()
     # Processes of ours import from the environment alone.
     os.environ["PYTHONPATH"] = str(ROOT)
-    found = worker.run(function, values, lambda *_: None, None, environment)
+    result = worker.run(function, values, lambda *_: None, None, environment)
     os.sync()
-    return {**found, "seconds": time.monotonic() - started, "peak_rss_bytes": found["measured"]["peak_rss_bytes"]}
+    return {**result, "seconds": time.monotonic() - start, "peak_rss_bytes": result["measured"]["peak_rss_bytes"]}
 
 
-def forget(folder: Path) -> None:
+def empty_folder(path: Path) -> Path:
+    """Returns a directory without files: a new one, in place of what was there."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def drop_from_page_cache(folder: Path) -> None:
     """Drops a directory's files from the page cache, so that the next read goes to the disk."""
     os.sync()
     for path in folder.iterdir():
@@ -52,15 +60,15 @@ def machine() -> str:
 
 def version() -> str:
     """Returns the commit that was measured."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    process = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return process.stdout.strip() or "unknown"
 
 
-def compared(
+def make_result(
     name: str, case: dict[str, Any], reference: dict[str, Any] | None, ours: dict[str, Any], equal: bool | None
 ) -> dict[str, Any]:
     """Returns what every benchmark says as JSON, of steps {"seconds", "peak_rss_bytes"}; ratio: reference / ours."""
-    kept = {"time": "seconds", "memory": "peak_rss_bytes"}
+    costs = {"time": "seconds", "memory": "peak_rss_bytes"}
     steps = {"reference": reference, "ours": ours}
     return {
         "name": name,
@@ -68,18 +76,18 @@ def compared(
         "version": version(),
         "versions": {library: installed(library).split("+")[0] for library in LIBRARIES},
         "case": case,
-        **{who: {what: step[what] for what in kept.values()} for who, step in steps.items() if step},
-        "ratio": {short: reference[what] / ours[what] for short, what in kept.items()} if reference else None,
+        **{side: {key: step[key] for key in costs.values()} for side, step in steps.items() if step},
+        "ratio": {cost: reference[key] / ours[key] for cost, key in costs.items()} if reference else None,
         "equal": equal,
     }
 
 
-def line(name: str, step: dict[str, Any]) -> str:
+def format_line(name: str, step: dict[str, Any]) -> str:
     """Returns one line of a benchmark's table."""
     return f"{name:28} {step['seconds']:9.1f} s {human_size(step['peak_rss_bytes']):>10}"
 
 
-def show(result: dict[str, Any], as_json: bool) -> None:
+def print_result(result: dict[str, Any], as_json: bool) -> None:
     """Prints what a benchmark found: as one JSON object, or its lines. Exits with 1 if the results are not equal."""
     print(json.dumps(result) if as_json else "\n".join(result["lines"]))
     if result["equal"] is False:

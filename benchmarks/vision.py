@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Name: dtype, group size, and algorithm of the linears whose columns a group divides; fc2 is int8 in all of them.
-WAYS: dict[str, tuple[WeightDtype, int | None, Algorithm]] = {
+SCHEMES: dict[str, tuple[WeightDtype, int | None, Algorithm]] = {
     "int4, HQQ (the card's)": ("int4", 32, "hqq_scale_only"),
     "int4, search": ("int4", 32, "search"),
     "int4, calibrated": ("int4", 32, "gptq"),
@@ -56,7 +56,7 @@ class Tower:
     read_text: Callable[[], Tensor] | None
 
 
-def built_in() -> Tower:
+def builtin_tower() -> Tower:
     """Returns the built-in model's."""
     import torch
 
@@ -71,8 +71,8 @@ def built_in() -> Tower:
         after = int(prompt.is_image.nonzero()[-1]) + 1
         return torch.log_softmax(logits[after:], -1)
 
-    named = {name: one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
-    linears = {name: one for name, one in named.items() if GEMMA3.is_vision(name)}
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {name: module for name, module in modules.items() if GEMMA3.is_vision(name)}
     return Tower(linears, model.model.get_image_features, model.config.vision_config.image_size, read_text)
 
 
@@ -84,7 +84,7 @@ def random_tower(shape: str) -> Tower:
     torch.manual_seed(0)
     config = SiglipVisionConfig(**SHAPES[shape]["vision_config"])
     model = SiglipVisionModel(config).eval()
-    linears = {name: one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     for linear in linears.values():
         weight = linear.weight.data.normal_(std=0.02)
         weight[torch.rand(weight.shape) < WEIGHTS] *= TIMES
@@ -160,19 +160,19 @@ def measure(tower: Tower) -> list[Row]:
     from quantize_gemma.tasks.models.float32 import fast_products
 
     with torch.no_grad(), fast_products():
-        images, others = draw_images(tower.size, 0), draw_images(tower.size, 1)
-        expected = [tower.encode(image) for image in images]
+        images, calibration_images = draw_images(tower.size, 0), draw_images(tower.size, 1)
+        expected_outputs = [tower.encode(image) for image in images]
         text = tower.read_text() if tower.read_text else None
-        sums = hessians(tower, others)
+        sums = hessians(tower, calibration_images)
         rows = []
-        for name, (dtype, size, algorithm) in WAYS.items():
+        for name, (dtype, size, algorithm) in SCHEMES.items():
             matrices, total = {}, 0
             for module, linear in tower.linears.items():
                 weight = linear.weight.data
-                fits = size is not None and weight.shape[1] % size == 0
+                divisible = size is not None and weight.shape[1] % size == 0
                 rule = (
                     Rule("linear", dtype, size, "int8", algorithm)
-                    if fits
+                    if divisible
                     else Rule("linear", "int8", None, "int8", "search")
                 )
                 matrices[module] = quantize(weight, rule, sums[module])
@@ -180,13 +180,13 @@ def measure(tower: Tower) -> list[Row]:
                 total += 2 * weight.numel() // (rule.group_size or weight.shape[1])
             with weights_of(tower, matrices):
                 outputs = [tower.encode(image) for image in images]
-                after = tower.read_text() if tower.read_text else None
+                text_after = tower.read_text() if tower.read_text else None
             error = sum(
-                float((a - b).square().sum() / b.square().sum()) for a, b in zip(outputs, expected, strict=True)
+                float((a - b).square().sum() / b.square().sum()) for a, b in zip(outputs, expected_outputs, strict=True)
             )
             kl = None
-            if text is not None and after is not None:
-                kl = float((text.exp() * (text - after)).sum(-1).mean())
+            if text is not None and text_after is not None:
+                kl = float((text.exp() * (text - text_after)).sum(-1).mean())
             rows.append(Row(name, total, error / len(images), kl))
     return rows
 
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["tiny", "4b"], default="tiny", help="[default: tiny, the built-in model]")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows = measure(built_in() if options.shape == "tiny" else random_tower(options.shape))
+    rows = measure(builtin_tower() if options.shape == "tiny" else random_tower(options.shape))
     if options.json:
         print(json.dumps({"machine": machine(), "shape": options.shape, "rows": [asdict(row) for row in rows]}))
         return

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import our_calibrate, our_fidelity, our_fidelity_base, our_quantize, our_untie
-from benchmarks.side_by_side import machine, run
+from benchmarks.side_by_side import empty_folder, machine, run
 from quantize_gemma.tasks.models.checkpoint import is_multimodal, read_config, read_header
 from quantize_gemma.tasks.models.recipe import load_recipe
 
 RECIPE = "GPTQ-INT8-INT4-HEAD8"
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 LLM_COMPRESSOR, AUTO_ROUND = "llmcompressor==0.14.0.1", "auto-round==0.16.1"
 # Name of the row: what is installed, the script, and its last argument.
 REFERENCES = {
@@ -48,14 +48,14 @@ def run_reference(
     python: Path, script: str, checkpoint: Path, tokens: Path, target: Path, option: str
 ) -> dict[str, Any]:
     """Runs a script in its environment; returns "seconds" and "peak_rss_bytes"."""
-    started = time.monotonic()
+    start = time.monotonic()
     # It imports from its environment alone, whatever PYTHONPATH says.
-    command = [str(python), "-I", str(HERE / script), str(checkpoint), str(tokens), str(target), option]
+    command = [str(python), "-I", str(FOLDER / script), str(checkpoint), str(tokens), str(target), option]
     process = subprocess.Popen(command, stdout=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)
     if code := os.waitstatus_to_exitcode(status):
         raise SystemExit(f"{script} ended with {code}")
-    return {"seconds": time.monotonic() - started, "peak_rss_bytes": usage.ru_maxrss * 1024}
+    return {"seconds": time.monotonic() - start, "peak_rss_bytes": usage.ru_maxrss * 1024}
 
 
 def read_integers(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def replace_linears(checkpoint: Path, weights: Path) -> int:
                 continue
             values = tensors[f"{module}.{part}"]
             assert tuple(values.shape) == tuple(tensor.shape), f"{name}: {values.shape}, not {tensor.shape}"
-            fits = (values >= -8) & (values <= 7) if part == "qdata" else values > 0
-            assert fits.all(), f"{name}: {int((~fits).sum())} values are not of our format"
+            is_valid = (values >= -8) & (values <= 7) if part == "qdata" else values > 0
+            assert is_valid.all(), f"{name}: {int((~is_valid).sum())} values are not of our format"
             file.seek(tensor.start)
             file.write(values.contiguous().flatten().view(torch.uint8).numpy().tobytes())
             count += 1
@@ -109,14 +109,9 @@ def replace_linears(checkpoint: Path, weights: Path) -> int:
 def measure(folder: Path, model: Path, text: Path, calibration: Path, references: list[str]) -> list[dict[str, Any]]:
     """Returns the table's rows, ours first."""
 
-    def fresh(name: str) -> Path:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).mkdir(parents=True)
-        return folder / name
-
-    def fidelity(checkpoint: Path) -> dict[str, Any]:
-        results = fresh("results")
-        run(our_name(our_fidelity), target=results, base=untied, states=states, checkpoint=checkpoint)
+    def measure_fidelity(checkpoint: Path) -> dict[str, Any]:
+        results = empty_folder(folder / "results")
+        run(function_name(our_fidelity), target=results, base=untied, states=states, checkpoint=checkpoint)
         metrics = json.loads((results / "results.json").read_text(encoding="utf-8"))["weights_only"]
         return {key: metrics[key] for key in ("ppl", "kl_mean", "same_top")}
 
@@ -125,39 +120,41 @@ def measure(folder: Path, model: Path, text: Path, calibration: Path, references
             "the libraries are compared on text-only checkpoints: they name a multimodal one's modules otherwise"
         )
     pythons = {name: install(folder, REFERENCES[name][0]) for name in references}
-    corpus, untied, states, tokens, ours = map(fresh, ("text", "untied", "states", "calibration", "ours"))
+    corpus, untied, states, tokens, ours = (
+        empty_folder(folder / name) for name in ("text", "untied", "states", "calibration", "ours")
+    )
     shutil.copyfile(text, corpus / "text.txt")
-    run(our_name(our_untie), target=untied, checkpoint=model)
-    run(our_name(our_fidelity_base), target=states, checkpoint=untied, text=corpus, windows=10)
+    run(function_name(our_untie), target=untied, checkpoint=model)
+    run(function_name(our_fidelity_base), target=states, checkpoint=untied, text=corpus, windows=10)
     run(
-        our_name(our_calibrate),
+        function_name(our_calibrate),
         target=tokens,
         checkpoint=untied,
         text=str(calibration),
         recipe=RECIPE,
         fidelity_text=str(text),
     )
-    step = run(our_name(our_quantize), target=ours, checkpoint=untied, recipe=RECIPE, calibration=tokens)
-    rows = [{"name": load_recipe(RECIPE).name, **step, **fidelity(ours)}]
-    show_row(rows[0])
+    step = run(function_name(our_quantize), target=ours, checkpoint=untied, recipe=RECIPE, calibration=tokens)
+    rows = [{"name": load_recipe(RECIPE).name, **step, **measure_fidelity(ours)}]
+    print_row(rows[0])
     for name in references:
         _, script, option = REFERENCES[name]
-        target = fresh("reference") / "weights.safetensors"
+        target = empty_folder(folder / "reference") / "weights.safetensors"
         step = run_reference(pythons[name], script, untied, tokens / "calibration.json", target, option)
-        theirs = fresh("theirs")
-        shutil.copytree(ours, theirs, dirs_exist_ok=True)
-        replace_linears(theirs, target)
-        rows.append({"name": name, **step, **fidelity(theirs)})
-        show_row(rows[-1])
+        their_checkpoint = empty_folder(folder / "theirs")
+        shutil.copytree(ours, their_checkpoint, dirs_exist_ok=True)
+        replace_linears(their_checkpoint, target)
+        rows.append({"name": name, **step, **measure_fidelity(their_checkpoint)})
+        print_row(rows[-1])
     return [{column: row[column] for column in COLUMNS} for row in rows]
 
 
-def our_name(function: Any) -> str:
+def function_name(function: Any) -> str:
     """Returns "module:name", by which a process of its own finds a function."""
     return f"{function.__module__}:{function.__name__}"
 
 
-def show_row(row: dict[str, Any]) -> None:
+def print_row(row: dict[str, Any]) -> None:
     """Prints one row of the table as Markdown."""
     quality = f"{row['ppl']:.2f} | {row['kl_mean']:.4f} | {100 * row['same_top']:.1f}"
     print(f"| {row['name']} | {quality} | {row['seconds']:.0f} | {row['peak_rss_bytes'] / 1e9:.2f} |", flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.shapes import quantized_checkpoint
+from benchmarks.shapes import quantize_checkpoint
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.export import check_delegation, check_exportable
 from quantize_gemma.tasks.runtime import worker
@@ -37,7 +37,7 @@ def test_a_linear_or_an_attention_that_is_not_delegated_is_an_error(name: str) -
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("checkpoint") / "quantized"
     target.mkdir()
-    quantized_checkpoint(BUILTIN["tiny-gemma3"], target)
+    quantize_checkpoint(BUILTIN["tiny-gemma3"], target)
     return target
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.quantize import differences, reference_quantize
+from benchmarks.quantize import different_tensors, reference_quantize
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.models.checkpoint import load_model, read_headers
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
@@ -217,7 +217,7 @@ def test_the_file_of_torchaos_algorithms_equals_the_model_quantized_in_memory(
     quantize(tmp_path / "ours", base, load_recipe(recipe).to_json(), "cpu")
     reference_quantize(str(tmp_path / "theirs"), str(base), recipe)
     files = [tmp_path / name / "model.safetensors" for name in ("ours", "theirs")]
-    assert differences(*files) == []
+    assert different_tensors(*files) == []
     (ours, tensors), (theirs, _) = (header(file) for file in files)
     newer = {name for name in ours if name.startswith("model.vision_tower.") and "vision_model" not in name}
     assert len(newer) == len([name for name in theirs if "vision_tower.vision_model." in name])

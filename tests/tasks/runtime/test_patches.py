@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.shapes import ALONE, SHAPES, TEXT, quantized_checkpoint, write_checkpoint
+from benchmarks.shapes import ALONE, SHAPES, TEXT, quantize_checkpoint, write_checkpoint
 from quantize_gemma.tasks.runtime import patches
 from quantize_gemma.tasks.runtime.patches import (
     DISABLE,
@@ -96,7 +96,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_checkpoint(folder / "base", config)
         made[name] = folder / "quantized"
         made[name].mkdir()
-        quantized_checkpoint(folder / "base", made[name])
+        quantize_checkpoint(folder / "base", made[name])
     return made
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.shapes import ALONE, TEXT, quantized_checkpoint, write_checkpoint
+from benchmarks.shapes import ALONE, TEXT, quantize_checkpoint, write_checkpoint
 from quantize_gemma.tasks.runtime import worker
 
 WINDOW = 32
@@ -32,7 +32,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     write_checkpoint(folder / "base", SMALL)
     (folder / "quantized").mkdir()
-    quantized_checkpoint(folder / "base", folder / "quantized")
+    quantize_checkpoint(folder / "base", folder / "quantized")
     return folder / "quantized"
 
 
