@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.side_by_side import format_line, machine, make_result, print_result, run, version
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
-from quantize_gemma.tasks.models.benchmarks import BENCHMARKS, Benchmark, describe
+from quantize_gemma.tasks.models.benchmarks import BENCHMARKS, Benchmark, find_benchmark
 
 # By (task, document): the choices' log-likelihoods, or the text.
 Responses = dict[tuple[str, int], list[Any]]
@@ -27,7 +27,7 @@ def command_line(
     import os
     import sys
 
-    row = describe(task)
+    row = find_benchmark(task)
     link = Path(target) / "here" / row.dataset
     link.parent.mkdir(parents=True)
     link.symlink_to(Path(dataset).resolve())
@@ -56,7 +56,7 @@ def our_evaluation(
     from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
     from quantize_gemma.tasks.evaluate.record import record
 
-    row, model, data, results = describe(task), Path(checkpoint), Path(dataset), Path(target)
+    row, model, data, results = find_benchmark(task), Path(checkpoint), Path(dataset), Path(target)
     requests, answers = results / "requests", results / "answers"
     for folder in (requests, answers):
         folder.mkdir()
@@ -114,7 +114,7 @@ def compare(reference: Path, ours: Path, task: str = "mmlu") -> dict[str, Any]:
 
     A score differs if its value or standard error does; `scores_out_of_error` differ by more than a standard error.
     """
-    row = describe(task)
+    row = find_benchmark(task)
     their_scores, expected_responses = read_command_line(reference, row)
     our_scores, responses = read_ours(ours, row)
     assert expected_responses.keys() == responses.keys(), (
@@ -159,7 +159,7 @@ def measure(
     folder: Path,
 ) -> dict[str, Any]:
     """Runs both. Returns the figures, and the lines to print."""
-    row = describe(task)
+    row = find_benchmark(task)
     common = {"dataset": str(dataset), "task": task, "limit": limit, "device": device}
     references = {}
     for batch_size in batch_sizes:

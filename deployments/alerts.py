@@ -18,11 +18,11 @@ BLOCK = "quantize-gemma-alerts"
 # A placeholder: the block keeps the URL itself among its secrets.
 WEBHOOK = "{{url}}"
 MESSAGE = {"subject": "{{subject}}", "text": "{{body}}"}
-OURS: dict[str, str | list[str]] = {
+OUR_FLOWS: dict[str, str | list[str]] = {
     "prefect.resource.role": "flow",
     "prefect.resource.name": ["quantize-gemma", "prune-store"],
 }
-ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")}
+END_EVENTS = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")}
 # Workers send a heartbeat every 30 s (PREFECT_FLOWS_HEARTBEAT_FREQUENCY). A server that restarts receives none in the
 # meantime, and must not conclude that every run has crashed.
 SILENCE_SECONDS = 900.0
@@ -55,12 +55,12 @@ def save_alerts(client: SyncPrefectClient, webhook: str | None) -> None:
         automations += [notify_of_failures(block_id), notify_of_missing_nightly(block_id)]
         print(f"alerts: through {BLOCK}")
     for automation in automations:
-        existing = client.read_automations_by_name(automation.name)
-        if not existing:
+        existing_automations = client.read_automations_by_name(automation.name)
+        if not existing_automations:
             client.create_automation(automation)
         # An update creates a new trigger, which forgets the runs that it is watching.
-        elif _core(existing[0]) != _core(automation):
-            client.update_automation(existing[0].id, automation)
+        elif _core(existing_automations[0]) != _core(automation):
+            client.update_automation(existing_automations[0].id, automation)
 
 
 def save_webhook(url: str) -> None:
@@ -79,9 +79,9 @@ def crash_silent_runs() -> AutomationCore:
         trigger=EventTrigger(
             posture=Posture.Proactive,
             after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *ENDED},
+            expect={"prefect.flow-run.heartbeat", *END_EVENTS},
             match={"prefect.resource.id": "prefect.flow-run.*"},
-            match_related=OURS,
+            match_related=OUR_FLOWS,
             for_each={"prefect.resource.id"},
             threshold=1,
             within=silence,
@@ -102,7 +102,7 @@ def notify_of_failures(block_id: UUID) -> AutomationCore:
             posture=Posture.Reactive,
             expect={f"prefect.flow-run.{state}" for state in ("Failed", "Crashed", "TimedOut")},
             match={"prefect.resource.id": "prefect.flow-run.*"},
-            match_related=OURS,
+            match_related=OUR_FLOWS,
             threshold=1,
             within=timedelta(0),
         ),

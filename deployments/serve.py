@@ -84,12 +84,14 @@ def work(server: LocalServer) -> int:
     """Deploy to the server and run a worker; return the exit code of the one that ends first."""
     # No modules and settings of the working directory, here and in the flow runs that the worker starts.
     environment = {**os.environ, **server.client_settings(), "PYTHONSAFEPATH": "1"}
-    here = Path(__file__).parent
-    deployed = subprocess.run([sys.executable, "-m", "quantize_gemma.deployments.deploy"], cwd=here, env=environment)
-    if deployed.returncode:
-        return deployed.returncode
+    folder = Path(__file__).parent
+    deployment = subprocess.run(
+        [sys.executable, "-m", "quantize_gemma.deployments.deploy"], cwd=folder, env=environment
+    )
+    if deployment.returncode:
+        return deployment.returncode
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "quantize-gemma"]
-    worker = subprocess.Popen(command, cwd=here, env=environment)
+    worker = subprocess.Popen(command, cwd=folder, env=environment)
     try:
         with profile(server) as prefect:
             print(f"\nThe dashboard: {server.sign_in(sys.stdout)}")
@@ -101,7 +103,7 @@ def work(server: LocalServer) -> int:
         worker.wait()
     if server.process.poll() is not None:
         # After the worker's last words, so that the reason is the last line.
-        print(f"serve: {server.how_it_ended()}", file=sys.stderr)
+        print(f"serve: {server.describe_end()}", file=sys.stderr)
         return 1
     return worker.returncode
 
@@ -115,10 +117,10 @@ def profile(server: LocalServer) -> Iterator[str]:
     from prefect.settings import PREFECT_PROFILES_PATH, Profile, load_profiles, save_profiles
 
     profiles = load_profiles()
-    before = profiles.active_name if profiles.active_name in profiles.names - {PROFILE} else EMPTY_PROFILE
-    theirs = {setting.name: value for setting, value in profiles[before].settings.items()}
-    activate = theirs.get("PREFECT_API_URL") in (None, server.url)
-    settings = {**(theirs if activate else {}), **server.client_settings()}
+    user_profile = profiles.active_name if profiles.active_name in profiles.names - {PROFILE} else EMPTY_PROFILE
+    user_settings = {setting.name: value for setting, value in profiles[user_profile].settings.items()}
+    activate = user_settings.get("PREFECT_API_URL") in (None, server.url)
+    settings = {**(user_settings if activate else {}), **server.client_settings()}
     profiles.profiles_by_name[PROFILE] = Profile.model_validate({"name": PROFILE, "settings": settings})
     if activate:
         profiles.set_active(PROFILE)
@@ -131,7 +133,7 @@ def profile(server: LocalServer) -> Iterator[str]:
     finally:
         profiles = load_profiles()
         if profiles.active_name == PROFILE:
-            profiles.set_active(before)
+            profiles.set_active(user_profile)
             save_profiles(profiles)
 
 

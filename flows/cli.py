@@ -72,12 +72,12 @@ def main() -> None:
 
     keep_secrets()
     try:
-        command, bound = parse(sys.argv[1:])
+        command, arguments = parse(sys.argv[1:])
         if command in (run, diagnose, check, prune):
             ignore_working_directory()
         if command in (run, diagnose, check):
             require_working_directory()
-        code = command(*bound.args, **bound.kwargs) or 0
+        code = command(*arguments.args, **arguments.kwargs) or 0
     except KeyboardInterrupt:
         code = 130
     except UserError as error:
@@ -103,11 +103,11 @@ def parse(words: list[str]) -> tuple[Callable[..., Any], BoundArguments]:
         if flag in REPLACED_FLAGS:
             raise UserError(f"{flag} was removed: {REPLACED_FLAGS[flag]}")
     try:
-        command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+        command, arguments, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         cause = error.__cause__
-        raise UserError(describe(cause) if isinstance(cause, ValidationError) else _sentence(error)) from None
-    return command, bound
+        raise UserError(describe_invalid(cause) if isinstance(cause, ValidationError) else _sentence(error)) from None
+    return command, arguments
 
 
 def _sentence(error: CycloptsError) -> str:
@@ -117,7 +117,7 @@ def _sentence(error: CycloptsError) -> str:
     return text if text.endswith("?") else f"{text.removesuffix('.')}; see `quantize-gemma --help`"
 
 
-def describe(error: ValidationError) -> str:
+def describe_invalid(error: ValidationError) -> str:
     """Return the first validation error as one sentence that names the flag."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
@@ -254,10 +254,10 @@ def _check_data(options: RunOptions) -> None:
     """
     from quantize_gemma.tasks.builtin import BUILTIN
     from quantize_gemma.tasks.download import is_path, resolve_dataset, resolve_text
-    from quantize_gemma.tasks.models.benchmarks import describe
+    from quantize_gemma.tasks.models.benchmarks import find_benchmark
     from quantize_gemma.tasks.models.checkpoint import local_checkpoint
 
-    rows = [describe(name) for name in options.evaluation.benchmark_names(options.model in BUILTIN)]
+    rows = [find_benchmark(name) for name in options.evaluation.benchmark_names(options.model in BUILTIN)]
     sources = options.evaluation.dataset_sources()
     for row in rows:
         source, revision = sources.get(row.name, (row.dataset, None))
@@ -279,9 +279,9 @@ def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
         return list(WRITING)
     # Imported here because importing Prefect takes seconds.
     from quantize_gemma.flows.plan import writing_stages
-    from quantize_gemma.tasks.runtime.prefect_stage import missing
+    from quantize_gemma.tasks.runtime.prefect_stage import missing_stages
 
-    return missing(writing_stages(options, model, load_recipe(options.recipe)), [])
+    return missing_stages(writing_stages(options, model, load_recipe(options.recipe)), [])
 
 
 def no_diagnosis() -> dict[str, Any]:
@@ -291,24 +291,24 @@ def no_diagnosis() -> dict[str, Any]:
 
 def _run_flow(
     options: RunOptions,
-    load: Callable[[], Callable[..., dict[str, Any]]],
+    load_flow: Callable[[], Callable[..., dict[str, Any]]],
     arguments: dict[str, Any],
-    empty: dict[str, Any],
+    empty_summary: dict[str, Any],
 ) -> tuple[dict[str, Any], int]:
     """Run a flow; return its summary and the exit code, whatever happens.
 
     Args:
         options: The options to check before anything starts.
-        load: Imports the flow, which takes seconds.
+        load_flow: Imports the flow, which takes seconds.
         arguments: The flow's parameters.
-        empty: The summary of a run that did nothing.
+        empty_summary: The summary of a run that did nothing.
     """
     from quantize_gemma.flows.report import Terminal
 
-    summary, code = empty, 0
+    summary, code = empty_summary, 0
     terminal = Terminal()
     try:
-        summary = _run_on_server(options, load, arguments, terminal)
+        summary = _run_on_server(options, load_flow, arguments, terminal)
     except UserError as error:
         summary, code = {**summary, **error.summary, "error": str(error)}, 2
     except RunError as error:
@@ -339,7 +339,7 @@ def _load_diagnose() -> Callable[..., dict[str, Any]]:
 
 def _run_on_server(
     options: RunOptions,
-    load: Callable[[], Callable[..., dict[str, Any]]],
+    load_flow: Callable[[], Callable[..., dict[str, Any]]],
     arguments: dict[str, Any],
     terminal: "Terminal",
 ) -> dict[str, Any]:
@@ -362,7 +362,7 @@ def _run_on_server(
     if server:
         print(f"quantize-gemma: watch the run at {server.sign_in(sys.stderr)}", file=sys.stderr)
     # The server starts while this is imported.
-    flow = load()
+    flow = load_flow()
     if server:
         server.wait()
     return flow(**arguments)

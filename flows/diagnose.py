@@ -109,6 +109,6 @@ def show_damage(folder: Path, results: JsonObject) -> None:
         description = f"KL divergence from quantizing the {kind} of one module alone, nats"
         create_table_artifact(key=f"damage-{kind}", table=damage_rows(damages, kind), description=description)
     show_image(folder / HEAT_MAP, "KL divergence from quantizing one module alone, nats")
-    worst = max(damages, key=lambda one: one.weights)
-    where = worst.role if worst.block is None else f"block {worst.block}, {worst.role}"
-    get_run_logger().info("quantizing the weights of %s does the most damage: %.4f nats", where, worst.weights)
+    worst = max(damages, key=lambda damage: damage.weights)
+    location = worst.role if worst.block is None else f"block {worst.block}, {worst.role}"
+    get_run_logger().info("quantizing the weights of %s does the most damage: %.4f nats", location, worst.weights)

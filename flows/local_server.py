@@ -86,7 +86,7 @@ class LocalServer:
             # In its own session: Ctrl-C ends the run, which still has to report that to the server.
             start_new_session=True,
         )
-        threading.Thread(target=self._refuse_when_it_ended, daemon=True).start()
+        threading.Thread(target=self._refuse_connections_after_end, daemon=True).start()
 
     def client_settings(self) -> dict[str, str]:
         """Return the environment variables that make a process a client of this server."""
@@ -113,27 +113,27 @@ class LocalServer:
                 time.sleep(0.1)
             if time.monotonic() > deadline:
                 raise UserError(f"the local Prefect server did not answer within {SECONDS_TO_START:.0f} s")
-        full = disk_failure(OSError(self.printed()), prefect_home())
-        if full is not None:
-            raise UserError(str(full))
+        failure = disk_failure(OSError(self.read_output()), prefect_home())
+        if failure is not None:
+            raise UserError(str(failure))
         raise UserError(
-            f"{self.how_it_ended()}: check that Prefect's home {prefect_home()} is writable and was not written by a "
+            f"{self.describe_end()}: check that Prefect's home {prefect_home()} is writable and was not written by a "
             "newer version of Prefect, or set PREFECT_HOME to another directory"
         )
 
-    def printed(self) -> str:
+    def read_output(self) -> str:
         """Return what a server that has ended wrote to its log."""
         if self.log is None:
             return ""
         self.log.seek(0)
         return self.log.read().strip()
 
-    def how_it_ended(self) -> str:
+    def describe_end(self) -> str:
         """Return how a server ended: its exit code or signal and, in parentheses, the last line that it printed."""
         from quantize_gemma.tasks.runtime.fork_server import describe_exit
 
-        printed = self.printed()
-        last = f" ({printed.splitlines()[-1]})" if printed else ""
+        output = self.read_output()
+        last = f" ({output.splitlines()[-1]})" if output else ""
         return f"the local Prefect server ended with {describe_exit(self.process.returncode)}{last}"
 
     def stop(self) -> None:
@@ -151,7 +151,7 @@ class LocalServer:
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
 
-    def _refuse_when_it_ended(self) -> None:
+    def _refuse_connections_after_end(self) -> None:
         """Close connections to a server that has ended; clients would wait for an answer otherwise."""
         self.process.wait()
         if not self.stopped:
@@ -263,13 +263,13 @@ def password() -> str:
 
 
 def _stop(server: LocalServer) -> None:
-    died = server.ready and server.process.poll() is not None
+    has_died = server.ready and server.process.poll() is not None
     server.stop()
-    if died:
-        print(f"quantize-gemma: {server.how_it_ended()}", file=sys.stderr)
+    if has_died:
+        print(f"quantize-gemma: {server.describe_end()}", file=sys.stderr)
 
 
-def _app(host: str) -> "FastAPI":
+def _make_app(host: str) -> "FastAPI":
     """Return Prefect's API and UI for requests to this machine, with a page that signs a browser in."""
     from prefect.server.api.server import create_app
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -289,7 +289,7 @@ def _serve(descriptor: int) -> None:
     import uvicorn
 
     listener = socket.socket(fileno=descriptor)
-    app = _app(listener.getsockname()[0])
+    app = _make_app(listener.getsockname()[0])
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=3))
 
     def end_with_input() -> None:

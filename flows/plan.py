@@ -34,7 +34,7 @@ from quantize_gemma.tasks.download import (
 from quantize_gemma.tasks.export import export
 from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
 from quantize_gemma.tasks.gate.metrics import LIBRARIES
-from quantize_gemma.tasks.models.benchmarks import Benchmark, describe
+from quantize_gemma.tasks.models.benchmarks import Benchmark, find_benchmark
 from quantize_gemma.tasks.models.calibration import parse_source
 from quantize_gemma.tasks.models.checkpoint import read_config, read_model_config
 from quantize_gemma.tasks.models.device_report import DeviceReport, read_device_report, require_program
@@ -46,7 +46,7 @@ from quantize_gemma.tasks.quantize.distill import distill
 from quantize_gemma.tasks.runtime.artifact_ref import load_artifact, open_artifact
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.fingerprint import versions
-from quantize_gemma.tasks.runtime.prefect_stage import Planned, missing, stored
+from quantize_gemma.tasks.runtime.prefect_stage import PlannedStage, missing_stages, stored_artifacts
 from quantize_gemma.tasks.untie import untie
 
 if TYPE_CHECKING:
@@ -124,18 +124,18 @@ class Plan:
         return {
             "resolved": {
                 "model": {**_dataset(self.model), "license": dict(self.model.license)},
-                "datasets": {one.row.name: _dataset(one.dataset) for one in self.benchmarks},
+                "datasets": {benchmark.row.name: _dataset(benchmark.dataset) for benchmark in self.benchmarks},
                 "text": _dataset(self.text),
                 "calibration": _dataset(self.calibration) if self.calibration else None,
                 **({"reference": _name_and_revision(self.reference)} if self.reference else {}),
             },
-            "benchmarks": {one.row.name: one.row.card_inputs() for one in self.benchmarks},
+            "benchmarks": {benchmark.row.name: benchmark.row.card_inputs() for benchmark in self.benchmarks},
             "recipe": self.recipe.to_json(),
             "required": self.required_checks(),
             "command": command_line(
                 options,
                 self.model,
-                {one.row.name: one.dataset for one in self.benchmarks},
+                {benchmark.row.name: benchmark.dataset for benchmark in self.benchmarks},
                 self.text,
                 recipe_hash(self.recipe),
                 self.calibration,
@@ -147,28 +147,32 @@ class Plan:
 
     def card_inputs(self, futures: "Futures") -> Inputs:
         """Return the recipe, the device report, and the evaluations whose samples are published: all, or none."""
-        published = self.options.publishing.publish_samples
-        samples = {name: future for name, future in futures.items() if published and name.startswith("evaluate_")}
+        publish_samples = self.options.publishing.publish_samples
+        samples = {name: future for name, future in futures.items() if publish_samples and name.startswith("evaluate_")}
         report = dataclasses.asdict(self.device_report) if self.device_report else None
         return {"recipe": self.recipe.to_json(), "device_report": report, **samples}
 
     def drop_limits(self) -> dict[str, float]:
         """Return the limits on the drop of each benchmark that has one, by the limit's name."""
-        limits = {one.row.name: one.row.max_drop for one in self.benchmarks} | self.options.gate.drops()
-        names = [one.row.name for one in self.benchmarks]
+        limits = {
+            benchmark.row.name: benchmark.row.max_drop for benchmark in self.benchmarks
+        } | self.options.gate.drops()
+        names = [benchmark.row.name for benchmark in self.benchmarks]
         return {f"max_{name}_drop": limit for name in names if (limit := limits[name]) is not None}
 
     def required_checks(self) -> list[str]:
         """Return the names of the gate's checks that every release of this run must have."""
-        limited = [one.row for one in self.benchmarks if f"max_{one.row.name}_drop" in self.drop_limits()]
-        return required_checks(self.multimodal, limited)
+        limited_benchmarks = [
+            benchmark.row for benchmark in self.benchmarks if f"max_{benchmark.row.name}_drop" in self.drop_limits()
+        ]
+        return required_checks(self.multimodal, limited_benchmarks)
 
     def remember_revisions(self) -> None:
         """Record which commits the names resolved to, so that `--offline` finds them."""
         remember(self.model, self.options.revision)
         remember(self.text, self.options.evaluation.text_source(self.model.fixture)[1])
-        for one in self.benchmarks:
-            remember(one.dataset, one.requested_revision)
+        for benchmark in self.benchmarks:
+            remember(benchmark.dataset, benchmark.requested_revision)
         if self.calibration is not None:
             remember(self.calibration, parse_source(self.options.calibration or "").revision)
         if (source := self.options.evaluation.reference_source()) is not None and self.reference is not None:
@@ -201,13 +205,15 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     text = run.call("resolve_text", resolve_text, source, revision, options.offline)
     calibration = resolve_calibration(run, options)
     reference = resolve_reference(run, options)
-    planned = plan_benchmarks(run, options, model) if benchmarks else ()
-    plan = Plan(options, model, text, planned, recipe, device, calibration, reference, device_report=report)
+    planned_benchmarks = plan_benchmarks(run, options, model) if benchmarks else ()
+    plan = Plan(options, model, text, planned_benchmarks, recipe, device, calibration, reference, device_report=report)
     run.rename(plan.run_name())
-    memory = check_memory(max(one.weights for one in (model, reference) if one), options.local_workers())
+    memory = check_memory(
+        max(checkpoint.weights for checkpoint in (model, reference) if checkpoint), options.local_workers()
+    )
     stages = writing_stages(options, model, recipe, text, calibration)
-    check_disk(model.weight_bytes, missing(stages, options.refresh), model.revision, recipe)
-    if report is not None and (program := stored(stages).get("export")) is not None:
+    check_disk(model.weight_bytes, missing_stages(stages, options.refresh), model.revision, recipe)
+    if report is not None and (program := stored_artifacts(stages).get("export")) is not None:
         require_program(report, load_artifact(program).files["model.pte"].sha256)
     run.fit_into_memory(memory)
     return plan
@@ -240,14 +246,14 @@ def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tu
 
     The built-in model is evaluated on the built-in fixtures where there are any.
     """
-    rows = [describe(name) for name in options.evaluation.benchmark_names(model.fixture)]
+    rows = [find_benchmark(name) for name in options.evaluation.benchmark_names(model.fixture)]
     if not model.multimodal:
         rows = _without_images(rows)
     sources = options.evaluation.dataset_sources()
     benchmarks = []
     for row in rows:
-        own = row.fixture if model.fixture and row.fixture else row.dataset
-        source, revision = sources.get(row.name, (own, None))
+        default_source = row.fixture if model.fixture and row.fixture else row.dataset
+        source, revision = sources.get(row.name, (default_source, None))
         dataset = run.call(f"resolve_{row.name}", resolve_dataset, row, source, revision, options.offline)
         benchmarks.append(PlannedBenchmark(row, dataset, revision))
     return tuple(benchmarks)
@@ -262,8 +268,8 @@ def _without_images(rows: list[Benchmark]) -> list[Benchmark]:
 
 def publishing_target(options: RunOptions) -> Target | None:
     """Return where the release goes, None if it is not published."""
-    how = options.publishing
-    return Target(options.target, how.branch, how.create_pr, how.adopt) if options.target else None
+    publishing = options.publishing
+    return Target(options.target, publishing.branch, publishing.create_pr, publishing.adopt) if options.target else None
 
 
 def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
@@ -286,9 +292,9 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     _log_costs(plan, plan_calibration(read_model_config(path).text, plan.recipe))
     if "vision_config" in read_config(path):
         return plan
-    rows = _without_images([one.row for one in plan.benchmarks])
-    seen = tuple(one for one in plan.benchmarks if one.row in rows)
-    return dataclasses.replace(plan, multimodal=False, benchmarks=seen)
+    rows = _without_images([benchmark.row for benchmark in plan.benchmarks])
+    benchmarks = tuple(benchmark for benchmark in plan.benchmarks if benchmark.row in rows)
+    return dataclasses.replace(plan, multimodal=False, benchmarks=benchmarks)
 
 
 def check_device_report(plan: Plan, program: "PrefectFuture[ArtifactRef]") -> None:
@@ -326,28 +332,28 @@ def writing_stages(
     recipe: Recipe,
     text: ResolvedDataset | None = None,
     calibration: ResolvedDataset | None = None,
-) -> list[Planned]:
+) -> list[PlannedStage]:
     """Return the stages that write the most, and the stages that they depend on.
 
     Without the calibration text of a calibrated recipe, return only the stages before calibration.
     """
-    planned = [
-        Planned(download, download_inputs(model, options.offline)),
-        Planned(untie, {}, {"checkpoint": "download"}),
+    stages = [
+        PlannedStage(download, download_inputs(model, options.offline)),
+        PlannedStage(untie, {}, {"checkpoint": "download"}),
     ]
-    made_of = {"checkpoint": "untie"}
+    artifacts = {"checkpoint": "untie"}
     if recipe.calibration is not None:
         if text is None or calibration is None:
-            return planned
-        planned.append(Planned(download_text, download_inputs(text, options.offline)))
-        planned += plan_tokens(options, recipe, calibration)
-        made_of["calibration"] = "calibrate"
-    planned.append(Planned(quantize, quantize_inputs(options, without_distillation(recipe)), made_of))
+            return stages
+        stages.append(PlannedStage(download_text, download_inputs(text, options.offline)))
+        stages += plan_tokens(options, recipe, calibration)
+        artifacts["calibration"] = "calibrate"
+    stages.append(PlannedStage(quantize, quantize_inputs(options, without_distillation(recipe)), artifacts))
     if recipe.distillation is not None:
-        trained = {"checkpoint": "quantize", "base": "untie", "calibration": "calibrate"}
-        planned.append(Planned(distill, quantize_inputs(options, recipe), trained))
-    last = planned[-1].stage.name
-    return [*planned, Planned(export, export_inputs(options), {"checkpoint": last})]
+        artifacts = {"checkpoint": "quantize", "base": "untie", "calibration": "calibrate"}
+        stages.append(PlannedStage(distill, quantize_inputs(options, recipe), artifacts))
+    last = stages[-1].stage.name
+    return [*stages, PlannedStage(export, export_inputs(options), {"checkpoint": last})]
 
 
 def _name_and_revision(model: ResolvedModel) -> Inputs:

@@ -26,17 +26,17 @@ def prune_store(
     """
     unfinished = pruning.remove_unfinished()
     evicted = pruning.evict(max_gigabytes * 1e9, max_age_days * 86_400)
-    left, freed = pruning.store_size(), unfinished.bytes + evicted.bytes
+    bytes_left, bytes_freed = pruning.store_size(), unfinished.bytes + evicted.bytes
     get_run_logger().info(
         "removed %d unfinished directories and %d artifacts: freed %s, %s left",
         len(unfinished.paths),
         len(evicted.paths),
-        human_size(freed),
-        human_size(left),
+        human_size(bytes_freed),
+        human_size(bytes_left),
     )
     return {
         "unfinished": len(unfinished.paths),
         "evicted": len(evicted.paths),
-        "bytes_freed": freed,
-        "bytes_left": left,
+        "bytes_freed": bytes_freed,
+        "bytes_left": bytes_left,
     }

@@ -12,7 +12,7 @@ from quantize_gemma.tasks.models.recipe import Recipe
 from quantize_gemma.tasks.models.resolved import ResolvedDataset
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.quantize.distill import distill
-from quantize_gemma.tasks.runtime.prefect_stage import Planned
+from quantize_gemma.tasks.runtime.prefect_stage import PlannedStage
 
 if TYPE_CHECKING:
     from quantize_gemma.flows.options import RunOptions
@@ -57,16 +57,16 @@ def without_distillation(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, distillation=None)
 
 
-def plan_tokens(options: "RunOptions", recipe: Recipe, source: ResolvedDataset) -> list[Planned]:
+def plan_tokens(options: "RunOptions", recipe: Recipe, source: ResolvedDataset) -> list[PlannedStage]:
     """Return the stages that prepare the calibration tokens."""
     artifacts = {"checkpoint": "download", "fidelity_text": "download_text"}
-    planned, inputs = [], _calibrate_inputs(recipe)
+    stages, inputs = [], _calibrate_inputs(recipe)
     if source.on_hub:
-        planned.append(Planned(download_dataset, _dataset_inputs(options, source)))
+        stages.append(PlannedStage(download_dataset, _dataset_inputs(options, source)))
         artifacts["dataset"] = "download_dataset"
     else:
         inputs |= {"text": source.source, "digest": source.revision}
-    return [*planned, Planned(calibrate, inputs, artifacts)]
+    return [*stages, PlannedStage(calibrate, inputs, artifacts)]
 
 
 def _submit_calibration(run: "Run", plan: "Plan", base: "Future", text: "Future") -> dict[str, Any]:

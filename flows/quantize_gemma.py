@@ -143,21 +143,25 @@ def measure_fidelity(
 ) -> None:
     """Submit the comparison of checkpoint and program with the base model on text, token by token."""
     evaluation = plan.options.evaluation
-    spread: dict[str, Any] = {"parts": evaluation.workers, "cluster": evaluation.cluster}
-    states: dict[str, Any] = {"text": text, "windows": evaluation.windows(), "device": plan.device}
-    against: dict[str, Any] = {"base": base}
-    against["states"] = run.map(fidelity_base, "fidelity_base", **spread, checkpoint=base, **states)
-    checkpoint: dict[str, Any] = {"checkpoint": quantized, "device": plan.device}
-    tokens = run.map(fidelity_quantized, "fidelity_quantized", **spread, **checkpoint, **against)
+    partition: dict[str, Any] = {"parts": evaluation.workers, "cluster": evaluation.cluster}
+    states_inputs: dict[str, Any] = {"text": text, "windows": evaluation.windows(), "device": plan.device}
+    base_inputs: dict[str, Any] = {"base": base}
+    base_inputs["states"] = run.map(fidelity_base, "fidelity_base", **partition, checkpoint=base, **states_inputs)
+    checkpoint_inputs: dict[str, Any] = {"checkpoint": quantized, "device": plan.device}
+    tokens = run.map(fidelity_quantized, "fidelity_quantized", **partition, **checkpoint_inputs, **base_inputs)
     program_tokens = run.map(
-        fidelity_program, "fidelity_program", **spread, program=program, windows=PROGRAM_WINDOWS, **against
+        fidelity_program, "fidelity_program", **partition, program=program, windows=PROGRAM_WINDOWS, **base_inputs
     )
-    measured: dict[str, Any] = {"quantized": tokens, "program": program_tokens}
+    distances: dict[str, Any] = {"quantized": tokens, "program": program_tokens}
     if reference is not None:
-        against = {"base": reference}
-        against["states"] = run.map(fidelity_base, "fidelity_reference_base", **spread, checkpoint=reference, **states)
-        measured["reference"] = run.map(fidelity_quantized, "fidelity_reference", **spread, **checkpoint, **against)
-    run.submit(fidelity, **measured)
+        base_inputs = {"base": reference}
+        base_inputs["states"] = run.map(
+            fidelity_base, "fidelity_reference_base", **partition, checkpoint=reference, **states_inputs
+        )
+        distances["reference"] = run.map(
+            fidelity_quantized, "fidelity_reference", **partition, **checkpoint_inputs, **base_inputs
+        )
+    run.submit(fidelity, **distances)
 
 
 def evaluate_columns(
@@ -175,8 +179,8 @@ def evaluate_columns(
         **download_inputs(benchmark.dataset, plan.options.offline),
         **row.file_inputs(),
     )
-    limited: dict[str, Any] = {"dataset": dataset, "limit": evaluation.limit}
-    requests = run.submit(record, name=f"record_{row.name}", checkpoint=base, benchmark=row.request_inputs(), **limited)
+    data: dict[str, Any] = {"dataset": dataset, "limit": evaluation.limit}
+    requests = run.submit(record, name=f"record_{row.name}", checkpoint=base, benchmark=row.request_inputs(), **data)
     models: dict[str, dict[str, Future]] = {
         "base": {"checkpoint": base},
         "quantized": {"checkpoint": quantized},
@@ -203,7 +207,7 @@ def evaluate_columns(
             answers=answers,
             benchmark=row.score_inputs(),
             device=inputs["device"],
-            **limited,
+            **data,
         )
     return requests
 
@@ -235,11 +239,13 @@ def check_release(run: Run, plan: Plan, metrics: Metrics) -> None:
 
 def publish_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) -> None:
     """Publish the release to the target, if there is one."""
-    target, how = publishing_target(plan.options), plan.options.publishing
+    target, publishing = publishing_target(plan.options), plan.options.publishing
     if target is None:
         get_run_logger().info("publish: skipped, no target was set")
     else:
-        publication = run.call("publish", publish, open_artifact(release.result()), target, how.private, how.tag)
+        publication = run.call(
+            "publish", publish, open_artifact(release.result()), target, publishing.private, publishing.tag
+        )
         run.summary.publication = asdict(publication)
         run.summary.published = publication.url
     if run.changed_nothing():

@@ -35,13 +35,13 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
     create_table_artifact(key="gate", table=verdict_rows(metrics.gate.checks), description="Checks of the gate")
     # Without its YAML front matter, and with the charts embedded.
     text = (release / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
-    described = {KL_CHART: "KL divergence from the base model"}
+    descriptions = {KL_CHART: "KL divergence from the base model"}
     if metrics.quantized.output_error:
-        described[ERROR_CHART] = "Output error after calibration, by decoder block"
-    described |= {
+        descriptions[ERROR_CHART] = "Output error after calibration, by decoder block"
+    descriptions |= {
         name: f"{metrics.benchmarks[benchmark].title} by subject" for benchmark, name in charts(metrics).items()
     }
-    for name, description in described.items():
+    for name, description in descriptions.items():
         text = text.replace(f"({name})", f"({show_image(release / name, description)})")
     create_markdown_artifact(text, key="card")
     create_link_artifact(release.as_uri(), link_text="Files of the release", key="release")

@@ -112,7 +112,7 @@ class Run:
             The future of the reference of the stage's artifact.
         """
         name = name or stage.name
-        future: Future = self._task(stage, name).submit(**inputs, wait_for=self._wait_for(exclusive))
+        future: Future = self._make_task(stage, name).submit(**inputs, wait_for=self._wait_for(exclusive))
         self.futures[name] = future
         if exclusive:
             self._exclusive = [future]
@@ -136,8 +136,10 @@ class Run:
         wait_for = self._wait_for(exclusive=True)
         futures: list[Future]
         if cluster is None:
-            same: dict[str, Any] = {field: unmapped(value) for field, value in {**inputs, "parts": parts}.items()}
-            futures = list(self._task(stage, name).map(part=range(parts), wait_for=wait_for, **same))
+            shared_inputs: dict[str, Any] = {
+                field: unmapped(value) for field, value in {**inputs, "parts": parts}.items()
+            }
+            futures = list(self._make_task(stage, name).map(part=range(parts), wait_for=wait_for, **shared_inputs))
         else:
             label = f"{name.replace('_', ' ')} · {self.label}"
             # A task, so that the flow does not wait for it.
@@ -150,7 +152,7 @@ class Run:
         self.futures[name] = futures if cluster is None else futures[0]
         return self.futures[name]
 
-    def _task(self, stage: Stage[...], name: str) -> Task[..., ArtifactRef]:
+    def _make_task(self, stage: Stage[...], name: str) -> Task[..., ArtifactRef]:
         return as_task(stage, self._timed(name)).with_options(
             task_run_name=f"{name.replace('_', ' ')} · {self.label}",
             refresh_cache=name in self.refresh,
@@ -169,7 +171,7 @@ class Run:
 
     def call(self, name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a function that takes seconds and writes no artifact, as a task in this process."""
-        started = time.monotonic()
+        start = time.monotonic()
         state = "FAILED"
         task_run_name = f"{name.replace('_', ' ')} · {self.label}"
         try:
@@ -178,7 +180,7 @@ class Run:
             )(*args, **kwargs)
             state = "COMPLETED"
         finally:
-            self._steps[name] = StageSummary(name, state, seconds=round(time.monotonic() - started, 2))
+            self._steps[name] = StageSummary(name, state, seconds=round(time.monotonic() - start, 2))
         return value
 
     def _timed(self, name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -190,11 +192,11 @@ class Run:
         def decorate(work: Callable[P, R]) -> Callable[P, R]:
             @functools.wraps(work)
             def timed(*args: P.args, **kwargs: P.kwargs) -> R:
-                started = time.time()
+                start = time.time()
                 try:
                     return work(*args, **kwargs)
                 finally:
-                    times.setdefault(name, []).append((started, time.time()))
+                    times.setdefault(name, []).append((start, time.time()))
 
             return timed
 
@@ -217,10 +219,12 @@ class Run:
 
     def collect_stages(self) -> None:
         """Put one line for each stage into the summary: checks, then stages, then gate and publishing."""
-        last = ("read_published", "check_gate", "publish")
-        before = [step for name, step in self._steps.items() if name not in last]
-        after = [step for name, step in self._steps.items() if name in last]
-        self.summary.stages = before + [summarize(name, self.all_futures(name)) for name in self.futures] + after
+        last_names = ("read_published", "check_gate", "publish")
+        first_steps = [step for name, step in self._steps.items() if name not in last_names]
+        last_steps = [step for name, step in self._steps.items() if name in last_names]
+        self.summary.stages = (
+            first_steps + [summarize(name, self.all_futures(name)) for name in self.futures] + last_steps
+        )
 
     def finish(self) -> None:
         """Wait for the end of every stage that was submitted, collect the summary, and show the timeline."""
@@ -264,7 +268,7 @@ def summarize(name: str, futures: list[Future]) -> StageSummary:
         state_name = next((state.type.value for state in states if not state.is_completed()), "COMPLETED")
         cached = all(state.name == "Cached" for state in states)
         if state_name == "COMPLETED":
-            artifacts = [open_artifact(ref) for future in futures for ref in _list(future.result())]
+            artifacts = [open_artifact(ref) for future in futures for ref in _as_list(future.result())]
     except Exception:
         # The API or the artifact is gone: the run reports how it ended all the same.
         artifacts = []
@@ -281,5 +285,5 @@ def summarize(name: str, futures: list[Future]) -> StageSummary:
     )
 
 
-def _list(result: ArtifactRef | list[ArtifactRef]) -> list[ArtifactRef]:
+def _as_list(result: ArtifactRef | list[ArtifactRef]) -> list[ArtifactRef]:
     return result if isinstance(result, list) else [result]

@@ -36,8 +36,8 @@ SHORT_SECONDS = 1.0
 # Seconds in each unit of time, and how many of it are too many.
 UNITS = (("s", 1, 100), ("min", 60, 100), ("h", 3600, float("inf")))
 # Text beside bars, and numbers.
-BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline"}
-SMALL: dict[str, Any] = {**BESIDE, "fontsize": FONT_SIZE - 1}
+LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline"}
+NUMBER: dict[str, Any] = {**LABEL, "fontsize": FONT_SIZE - 1}
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,18 @@ def draw(bars: list[dict[str, Any]], subtitle: str, path: str) -> dict[str, Any]
     """
     rows = [Bar(**bar) for bar in bars]
     total = max(bar.end for bar in rows)
-    left = MARGIN + LETTER * max(len(bar.name) for bar in rows) + 0.1
+    left_margin = MARGIN + LETTER * max(len(bar.name) for bar in rows) + 0.1
     top, bottom = 0.87, 0.3
     height = ROW * len(rows)
     with new_figure(Path(path), "Timeline of the run", top + height + bottom, WIDE, subtitle) as figure:
-        time = add_axes(figure, left, MARGIN + MEMORY + 0.2, top, bottom)
+        time = add_axes(figure, left_margin, MARGIN + MEMORY + 0.2, top, bottom)
         memory = add_axes(figure, WIDE - MARGIN - MEMORY, MARGIN, top, bottom)
         _draw_times(time, rows, total)
         sizes = [(bar.peak_rss_bytes or 0) / 1e9 for bar in rows]
         memory.barh(range(len(rows)), sizes, height=0.7, color=SKY)
-        for place, size in enumerate(sizes):
+        for position, size in enumerate(sizes):
             if size:
-                memory.annotate(f"{size:.2f}", (0, place), (3, 0), color=INK, **SMALL)
+                memory.annotate(f"{size:.2f}", (0, position), (3, 0), color=INK, **NUMBER)
         memory.set(title="peak memory, GB", xticks=[])
         memory.spines["bottom"].set_visible(False)
         for axes in (time, memory):
@@ -138,25 +138,25 @@ def draw(bars: list[dict[str, Any]], subtitle: str, path: str) -> dict[str, Any]
 
 def _draw_times(axes: "Axes", rows: list[Bar], total: float) -> None:
     """Draw when each stage ran, with how long it took where there is room: after the bar, before it, or in it."""
-    unit, seconds, _ = next(one for one in UNITS if total < one[1] * one[2])
-    for place, bar in enumerate(rows):
-        axes.annotate(bar.name, (0, place), (-4, 0), ha="right", **BESIDE)
+    unit, seconds, _ = next(row for row in UNITS if total < row[1] * row[2])
+    for position, bar in enumerate(rows):
+        axes.annotate(bar.name, (0, position), (-4, 0), ha="right", **LABEL)
         # However short, it can be seen.
         start, width = bar.start / seconds, max(bar.end - bar.start, 0.004 * total) / seconds
-        axes.barh(place, width, left=start, height=0.7, color=VERMILION if bar.failed else BLUE)
-        took = _describe(bar.end - bar.start) + (", failed" if bar.failed else "")
+        axes.barh(position, width, left=start, height=0.7, color=VERMILION if bar.failed else BLUE)
+        label = _describe(bar.end - bar.start) + (", failed" if bar.failed else "")
         color = VERMILION if bar.failed else GRAY
         if bar.end < 0.75 * total:
-            axes.annotate(took, (start + width, place), (3, 0), color=color, **SMALL)
+            axes.annotate(label, (start + width, position), (3, 0), color=color, **NUMBER)
         elif bar.start > 0.25 * total:
-            axes.annotate(took, (start, place), (-3, 0), ha="right", color=color, **SMALL)
+            axes.annotate(label, (start, position), (-3, 0), ha="right", color=color, **NUMBER)
         else:
-            axes.annotate(took, (start, place), (3, 0), color="white", **SMALL)
+            axes.annotate(label, (start, position), (3, 0), color="white", **NUMBER)
     axes.set(xlim=(0, 1.004 * total / seconds), title=f"time, {unit}")
     axes.grid(axis="x")
 
 
 def _describe(seconds: float) -> str:
     """Return a time for people."""
-    unit, length, _ = next(one for one in UNITS if seconds < one[1] * one[2])
+    unit, length, _ = next(row for row in UNITS if seconds < row[1] * row[2])
     return f"{seconds / length:.1f} {unit}"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.benchmarks import find_benchmark
 
 Row = dict[str, Any]
 
@@ -129,7 +129,7 @@ def write_dataset(folder: Path, name: str, count: int) -> Path:
 
 def write_ifeval(folder: Path, count: int) -> Path:
     """Writes a mirror of google/IFEval: one file of JSON lines, and the parameters of NLTK's tokenizer beside it."""
-    parameters = folder / describe("ifeval").resources[0].folder
+    parameters = folder / find_benchmark("ifeval").resources[0].folder
     parameters.mkdir(parents=True)
     for name, content in PUNKT.items():
         (parameters / name).write_text(content)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.runtime import worker
 
 PACKAGE = "quantize_gemma.tasks.evaluate"
@@ -24,7 +24,7 @@ def run_stage(function: str, target: Path, paths: dict[str, Any], **values: Any)
 def record(folder: Path, checkpoint: Path, dataset: Path, name: str, limit: int | None) -> Path:
     """Record a benchmark's requests; return their directory."""
     paths = {"checkpoint": checkpoint, "dataset": dataset}
-    run_stage(f"{PACKAGE}.record:record", folder, paths, benchmark=describe(name).request_inputs(), limit=limit)
+    run_stage(f"{PACKAGE}.record:record", folder, paths, benchmark=find_benchmark(name).request_inputs(), limit=limit)
     return folder
 
 
@@ -53,6 +53,6 @@ def evaluate(
         paths["program"] = values.pop("program")
     answered = run_stage(f"{PACKAGE}.answer:answer", folder / "answers", paths, **values)
     scored = {"requests": requests, "answers": [folder / "answers"], "dataset": dataset}
-    inputs = {"benchmark": describe(name).score_inputs(), "limit": limit, "device": values["device"]}
+    inputs = {"benchmark": find_benchmark(name).score_inputs(), "limit": limit, "device": values["device"]}
     run_stage(f"{PACKAGE}:evaluate", folder / "results", scored, **inputs)
     return answered

@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.models.metrics import Metrics, parse_metrics
 
 SCORE = {"value": 0.9, "stderr": 0.01, "samples": None}
@@ -22,9 +22,12 @@ MMLU = {
     "device": "cpu",
     "limit": None,
 }
-INFO = {**describe("mmlu").card_inputs(), "dataset": {"name": "cais/mmlu", "revision": "c" * 40, "fixture": False}}
+INFO = {
+    **find_benchmark("mmlu").card_inputs(),
+    "dataset": {"name": "cais/mmlu", "revision": "c" * 40, "fixture": False},
+}
 CHARTQA_INFO = {
-    **describe("chartqa").card_inputs(),
+    **find_benchmark("chartqa").card_inputs(),
     "dataset": {"name": "HuggingFaceM4/ChartQA", "revision": "d" * 40, "fixture": False},
 }
 RESPONSE = {"prompt": "Hey?", "response": "Hello."}

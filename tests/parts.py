@@ -22,7 +22,7 @@ from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.evaluate import evaluate
 from quantize_gemma.tasks.evaluate.answer import Scorer, answer, choose_part, respond
 from quantize_gemma.tasks.evaluate.record import record
-from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.models.requests import Request
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact, ref_of
@@ -82,7 +82,7 @@ def run_parts(stage: str, workers: int, cluster: str | None, words: dict[str, li
 
 def submit_evaluation(run: Run, workers: int, cluster: str | None) -> ArtifactRef:
     """Evaluate tiny-gemma3 as the flow does; return the reference of its results."""
-    row = describe("mmlu")
+    row = find_benchmark("mmlu")
     checkpoint, dataset = in_the_store(BUILTIN["tiny-gemma3"]), in_the_store(BUILTIN_BENCHMARKS["mmlu-mini"])
     shared = {"dataset": dataset, "limit": None}
     requests = run.submit(record, checkpoint=checkpoint, benchmark=row.request_inputs(), **shared)

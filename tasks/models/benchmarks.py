@@ -1,6 +1,6 @@
 """What a model can be evaluated on: a row per benchmark. To add one, add a row.
 
-Any other task or group of lm-eval with one dataset can be named, too: describe() reads its YAML file.
+Any other task or group of lm-eval with one dataset can be named, too: find_benchmark() reads its YAML file.
 """
 
 import fnmatch
@@ -323,7 +323,7 @@ def title_of(name: str) -> str:
     return BENCHMARKS[name].title if name in BENCHMARKS else name
 
 
-def describe(name: str) -> Benchmark:
+def find_benchmark(name: str) -> Benchmark:
     """Return a benchmark: its row, or one made from lm-eval's YAML file of a task or a group.
 
     Raises:

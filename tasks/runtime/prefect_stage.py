@@ -103,11 +103,11 @@ def key_of(stage: Stage[...], inputs: Inputs) -> str:
 def _refs(value: object) -> list[ArtifactRef]:
     """Return the references in an input."""
     values = value if isinstance(value, list) else [value]
-    return [one for one in values if isinstance(one, ArtifactRef)]
+    return [item for item in values if isinstance(item, ArtifactRef)]
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedStage:
     """A stage that a run will submit.
 
     Attributes:
@@ -121,26 +121,26 @@ class Planned:
     artifacts: Mapping[str, str] = field(default_factory=dict)
 
 
-def missing(planned: Collection[Planned], refresh: Collection[str]) -> list[str]:
+def missing_stages(stages: Collection[PlannedStage], refresh: Collection[str]) -> list[str]:
     """Return the stages that have to run, because the store does not have what they make.
 
     Args:
-        planned: The stages, each after those whose artifacts it takes.
+        stages: The stages, each after those whose artifacts it takes.
         refresh: The stages that run again although the store has what they make.
     """
-    in_store = stored(planned)
-    return [name for name in (one.stage.name for one in planned) if name not in in_store or name in refresh]
+    artifacts = stored_artifacts(stages)
+    return [name for name in (planned.stage.name for planned in stages) if name not in artifacts or name in refresh]
 
 
-def stored(planned: Iterable[Planned]) -> dict[str, ArtifactRef]:
+def stored_artifacts(stages: Iterable[PlannedStage]) -> dict[str, ArtifactRef]:
     """Return the artifacts of planned stages that the store has, by stage; each stage is after those it needs."""
     refs: dict[str, ArtifactRef] = {}
-    for one in planned:
-        if all(stage in refs for stage in one.artifacts.values()):
-            inputs = {key: refs[stage] for key, stage in one.artifacts.items()}
-            artifact = store.load(one.stage.name, key_of(one.stage, {**one.inputs, **inputs}))
+    for planned in stages:
+        if all(stage in refs for stage in planned.artifacts.values()):
+            inputs = {key: refs[stage] for key, stage in planned.artifacts.items()}
+            artifact = store.load(planned.stage.name, key_of(planned.stage, {**planned.inputs, **inputs}))
             if artifact is not None:
-                refs[one.stage.name] = ref_of(artifact)
+                refs[planned.stage.name] = ref_of(artifact)
     return refs
 
 
@@ -209,15 +209,13 @@ def _run_in_worker(stage: Stage[...], inputs: Inputs, target: Path, refresh: boo
     refs = {field: _refs(value) for field, value in inputs.items()}
     take = load_artifact if on_cluster else open_artifact
     # What a stage computes with is hashed first: a disk's own errors change no time of modification.
-    folders = {field: [str(take(ref, whole=True).path) for ref in listed] for field, listed in refs.items()}
-    paths = {
-        field: listed if isinstance(inputs[field], list) else listed[0] for field, listed in folders.items() if listed
-    }
+    folders = {field: [str(take(ref, whole=True).path) for ref in items] for field, items in refs.items()}
+    paths = {field: items if isinstance(inputs[field], list) else items[0] for field, items in folders.items() if items}
     values = {field: value for field, value in inputs.items() if not refs[field]}
     if stage.resumes:
         values["refresh"] = refresh
     # The memory and the GPUs of a cluster's machines are not this server's to share out, and neither are their cores.
-    bytes_read = sum(ref.size for listed in refs.values() for ref in listed)
+    bytes_read = sum(ref.size for items in refs.values() for ref in items)
     parts = inputs.get("parts", 1)
     assert isinstance(parts, int)
     threads = {} if on_cluster else machine.threads(parts)

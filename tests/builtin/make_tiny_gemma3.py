@@ -25,7 +25,7 @@ from typing import Any
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.evaluate.chartqa import make_messages
 from quantize_gemma.tasks.evaluate.lm_eval_run import run_lm_eval
-from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from tests.builtin import make_chartqa_mini
 from tests.builtin.make_gsm8k_mini import read_word_problems
 from tests.builtin.make_mmlu_mini import read_questions
@@ -116,7 +116,7 @@ def prompts() -> list[tuple[str, str]]:
 
 def word_problems() -> list[tuple[str, str]]:
     """Returns every (gsm8k prompt, answer), with the examples in the prompts that lm-eval's `gsm8k` task draws."""
-    with run_lm_eval(BUILTIN_BENCHMARKS["gsm8k-mini"], describe("gsm8k").request_inputs()) as evaluate:
+    with run_lm_eval(BUILTIN_BENCHMARKS["gsm8k-mini"], find_benchmark("gsm8k").request_inputs()) as evaluate:
         from quantize_gemma.tasks.evaluate.replay_lm import RecordingLM
 
         # It is asked for no chat template, so it needs no checkpoint.

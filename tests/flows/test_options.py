@@ -89,7 +89,7 @@ def test_a_target_that_is_the_model_is_refused(target: str) -> None:
 def test_options_that_exclude_each_other_are_refused_in_one_sentence(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message) as refusal:
         options(**values)
-    assert cli.describe(refusal.value).startswith(message)
+    assert cli.describe_invalid(refusal.value).startswith(message)
 
 
 def test_the_flows_signature_has_the_options_with_their_defaults() -> None:

@@ -24,11 +24,11 @@ from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS, BUILTIN_TE
 from quantize_gemma.tasks.calibrate import digest_text
 from quantize_gemma.tasks.check import resolve_device
 from quantize_gemma.tasks.download import resolve_model, resolve_text
-from quantize_gemma.tasks.models.benchmarks import FIXTURE_TASKS, describe
+from quantize_gemma.tasks.models.benchmarks import FIXTURE_TASKS, find_benchmark
 from quantize_gemma.tasks.models.recipe import RECIPES, load_recipe
 from quantize_gemma.tasks.models.resolved import ResolvedDataset
 from quantize_gemma.tasks.models.runner_checks import RUNNER_CHECKS
-from quantize_gemma.tasks.runtime.prefect_stage import missing
+from quantize_gemma.tasks.runtime.prefect_stage import missing_stages
 from tests.campaigns.starting_place import hostile_directory
 from tests.compatibility.loading import read_section
 from tests.conftest import CommandLine, FinishedRun, Outcome
@@ -424,7 +424,7 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
     values = {"device": "cpu", "lost_buffer": module if damage is keep else None}
     run_stage("tests.flows.test_run:answer_damaged", tmp_path / "answers", paths, **values)
     paths = {"requests": requests, "answers": [tmp_path / "answers"], "dataset": mmlu}
-    inputs = {"benchmark": describe("mmlu").score_inputs(), "limit": 1, "device": "cpu"}
+    inputs = {"benchmark": find_benchmark("mmlu").score_inputs(), "limit": 1, "device": "cpu"}
     run_stage("quantize_gemma.tasks.evaluate:evaluate", target, paths, **inputs)
     metrics = json.loads((Path(released.summary["release"]) / "metrics.json").read_text())
     after = read_outcomes(target)
@@ -802,8 +802,8 @@ def test_a_text_only_checkpoint_and_a_calibrated_recipe_go_through_the_same_flow
     calibrated_on = ResolvedDataset("text.txt", digest_text(str(text)), str(text), fixture=False, on_hub=False)
     stages = writing_stages(options, *resolved, resolve_text("tiny-text", None, True), calibrated_on)
     assert [one.stage.name for one in stages][-4:] == ["calibrate", "quantize", "distill", "export"]
-    assert missing(stages, []) == []
-    assert missing(stages, ["distill"]) == ["distill"]
+    assert missing_stages(stages, []) == []
+    assert missing_stages(stages, ["distill"]) == ["distill"]
     program = outcome.summary["metrics"]["program"]
     assert program["task"] == "text-generation"
     assert program["text"]["response"].startswith("I can talk to you")

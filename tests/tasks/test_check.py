@@ -25,7 +25,7 @@ from quantize_gemma.tasks.models.recipe import Calibration, load_recipe
 from quantize_gemma.tasks.runtime import machine, pruning, store
 from quantize_gemma.tasks.runtime.artifact_ref import ref_of
 from quantize_gemma.tasks.runtime.errors import UserError
-from quantize_gemma.tasks.runtime.prefect_stage import Planned, key_of, missing
+from quantize_gemma.tasks.runtime.prefect_stage import PlannedStage, key_of, missing_stages
 from quantize_gemma.tasks.runtime.stage import Output, stage
 
 # The fields of a configuration on which the costs of a calibration depend.
@@ -51,9 +51,9 @@ def quantize(target: Path) -> Output:
 
 
 CHAIN = [
-    Planned(download, {"source": "a", "revision": "b", "offline": False}),
-    Planned(untie, {}, {"checkpoint": "download"}),
-    Planned(quantize, {"recipe": {"name": "mine"}}, {"checkpoint": "untie"}),
+    PlannedStage(download, {"source": "a", "revision": "b", "offline": False}),
+    PlannedStage(untie, {}, {"checkpoint": "download"}),
+    PlannedStage(quantize, {"recipe": {"name": "mine"}}, {"checkpoint": "untie"}),
 ]
 
 
@@ -72,15 +72,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_a_run_reuses_needs_no_disk_and_what_others_left_does(home: Path) -> None:
-    assert missing(CHAIN, []) == ["download", "untie", "quantize"]
+    assert missing_stages(CHAIN, []) == ["download", "untie", "quantize"]
     base = store.produce("download", key_of(CHAIN[0].stage, CHAIN[0].inputs), write("base"))
     store.produce("untie", "c" * 64, write("of another model"))
-    assert missing(CHAIN, []) == ["untie", "quantize"]
+    assert missing_stages(CHAIN, []) == ["untie", "quantize"]
     untied = store.produce("untie", key_of(CHAIN[1].stage, {"checkpoint": ref_of(base)}), write("untied"))
-    assert missing(CHAIN, []) == ["quantize"]
-    assert missing(CHAIN, ["download"]) == ["download", "quantize"]
+    assert missing_stages(CHAIN, []) == ["quantize"]
+    assert missing_stages(CHAIN, ["download"]) == ["download", "quantize"]
     (untied.path / "file").unlink()
-    assert missing(CHAIN, []) == ["untie", "quantize"]
+    assert missing_stages(CHAIN, []) == ["untie", "quantize"]
 
 
 def test_a_run_that_writes_nothing_is_not_refused_however_large_its_model_is(home: Path) -> None:

@@ -28,7 +28,7 @@ from quantize_gemma.tasks.download import (
     resolve_model,
     resolve_text,
 )
-from quantize_gemma.tasks.models.benchmarks import Resource, describe
+from quantize_gemma.tasks.models.benchmarks import Resource, find_benchmark
 from quantize_gemma.tasks.models.checkpoint import check_finite
 from quantize_gemma.tasks.models.datasets import check_chartqa, check_mmlu
 from quantize_gemma.tasks.models.resolved import ResolvedModel
@@ -74,7 +74,7 @@ def download_from(
 
 def bring(benchmark: str, source: Path | str, tmp_path: Path, revision: str = "", **environment: str) -> Path:
     """Runs download_dataset as the flow does; returns the directory that it filled."""
-    row = describe(benchmark)
+    row = find_benchmark(benchmark)
     target = tmp_path / "store" / benchmark / ".partial-x" / "data"
     target.mkdir(parents=True)
     if isinstance(source, Path):
@@ -363,7 +363,7 @@ def test_of_an_archive_that_a_task_needs_the_pinned_folder_is_unpacked_and_nothi
 
 def test_offline_an_archive_is_not_fetched(tmp_path: Path, archive: Resource) -> None:
     source = write_rows(tmp_path / "mirror")
-    row = describe("gsm8k")
+    row = find_benchmark("gsm8k")
     revision = _digest_of(source, _data_files(source, row.files, row.skipped_files))
     inputs = {**row.file_inputs(), "resources": [asdict(archive)]}
     with pytest.raises(UserError, match=r"offline: .*words\.zip is not in the store: run once without --offline"):
@@ -373,7 +373,7 @@ def test_offline_an_archive_is_not_fetched(tmp_path: Path, archive: Resource) ->
 
 
 def test_of_a_mirror_that_has_what_a_task_needs_no_archive_is_fetched(tmp_path: Path, archive: Resource) -> None:
-    row = replace(describe("gsm8k"), resources=(archive,))
+    row = replace(find_benchmark("gsm8k"), resources=(archive,))
     source = write_rows(tmp_path / "mirror")
     without = resolve_dataset(row, str(source), None, True).revision
     (source / archive.folder).mkdir(parents=True)
@@ -404,7 +404,7 @@ def write_rows(folder: Path) -> Path:
 
 def test_a_directory_takes_the_place_of_a_benchmarks_dataset(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "mirror")
-    row = describe("gsm8k")
+    row = find_benchmark("gsm8k")
     found = resolve_dataset(row, str(source), None, True)
     assert (found.name, found.fixture, found.on_hub) == ("mirror", False, False)
     target = bring("gsm8k", source, tmp_path)
@@ -422,7 +422,7 @@ def test_a_name_is_one_on_the_hub_whatever_the_working_directory_has(
     write_rows(tmp_path / "openai" / "gsm8k")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="was never resolved for this store"):
-        resolve_dataset(describe("gsm8k"), "openai/gsm8k", None, True)
+        resolve_dataset(find_benchmark("gsm8k"), "openai/gsm8k", None, True)
 
 
 def test_a_benchmark_of_another_layout_is_refused(hub: Hub, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from quantize_gemma.tasks.gate.checks import (
     required_checks,
 )
 from quantize_gemma.tasks.gate.program_sample import compare_answers
-from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.models.metrics import Check, Metrics, Verdict, parse_metrics, to_json
 from quantize_gemma.tasks.models.tables import verdict_rows
 from quantize_gemma.tasks.runtime.paired_stats import confidence, count_pairs, share_difference, share_ratio
@@ -113,7 +113,7 @@ def test_each_benchmark_with_a_limit_is_judged_where_it_was_measured() -> None:
 @pytest.mark.parametrize(("perplexity", "failed"), [(21.9, []), (22.1, ["wikitext_drop"]), (18.0, [])])
 def test_a_perplexity_is_judged_by_how_much_it_rises(perplexity: float, failed: list[str]) -> None:
     measured = metrics(pairs(90, 0, 0, 10))
-    measured["benchmarks"]["wikitext"] = {**describe("wikitext").card_inputs(), "dataset": INFO["dataset"]}
+    measured["benchmarks"]["wikitext"] = {**find_benchmark("wikitext").card_inputs(), "dataset": INFO["dataset"]}
     for column, value in (("base", 20.0), ("quantized", perplexity)):
         measured[column]["wikitext"] = {**MMLU, "value": value, "stderr": None, "metric": "word_perplexity"}
     verdict = verdict_on(measured, {**LIMITS, "max_wikitext_drop": 10.0})
@@ -134,7 +134,7 @@ def test_a_perplexity_is_judged_by_how_much_it_rises(perplexity: float, failed: 
 )
 def test_scores_between_0_and_1_are_judged_too(after: float, program: float, failed: list[str]) -> None:
     measured = metrics(pairs(90, 0, 0, 10))
-    info = {**describe("gsm8k").card_inputs(), "title": "TruthfulQA", "dataset": INFO["dataset"]}
+    info = {**find_benchmark("gsm8k").card_inputs(), "title": "TruthfulQA", "dataset": INFO["dataset"]}
     measured["benchmarks"]["truthfulqa_gen"] = info
     score = {**MMLU, "stderr": 0.05, "metric": "bleu_acc"}
     measured["base"]["truthfulqa_gen"] = {**score, "value": 0.5}
@@ -144,7 +144,7 @@ def test_scores_between_0_and_1_are_judged_too(after: float, program: float, fai
     measured["program"]["truthfulqa_gen"] = {**sample, "differing": None, "pairs": None}
     verdict = verdict_on(measured, {**LIMITS, "max_truthfulqa_gen_drop": 5.0})
     assert failed_checks(verdict) == failed
-    required = required_checks(False, [replace(describe("gsm8k"), name="truthfulqa_gen")])
+    required = required_checks(False, [replace(find_benchmark("gsm8k"), name="truthfulqa_gen")])
     names = {check.name for check in verdict.checks}
     assert {name for name in required if name.startswith("truthfulqa")} <= names
 
@@ -258,7 +258,7 @@ def test_texts_of_the_program_fail_when_they_are_worse_beyond_sampling_error(
     counts: dict[str, int], failed: list[str]
 ) -> None:
     measured = metrics(pairs(90, 0, 0, 10))
-    measured["benchmarks"]["gsm8k"] = {**describe("gsm8k").card_inputs(), "dataset": INFO["dataset"]}
+    measured["benchmarks"]["gsm8k"] = {**find_benchmark("gsm8k").card_inputs(), "dataset": INFO["dataset"]}
     measured["program"]["gsm8k"] = {**measured["program"]["mmlu"], "differing": None, "pairs": counts}
     verdict = verdict_on(measured, {**LIMITS, "max_gsm8k_drop": 2.0})
     assert failed_checks(verdict) == failed
@@ -350,7 +350,7 @@ def test_the_verdict_says_that_there_is_nothing_to_compare_with(published: dict[
     ],
 )
 def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[str], more: set[str]) -> None:
-    required = required_checks(multimodal, [describe(name) for name in names])
+    required = required_checks(multimodal, [find_benchmark(name) for name in names])
     kl = {"program_kl", "program_kl_last", "program_kl_step_by_step", "program_kl_prompts"}
     assert required[:2] == ["max_kl", "min_same_top"]
     runner = {f"runner_{name}" for name in ("tokenizer", "prompts", "past_window", "full_length", "stop")}

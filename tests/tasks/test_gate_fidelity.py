@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.gate.checks import GateRefused, add_missing, judge, judge_fidelity, require_pass
-from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.models.metrics import Verdict, parse_metrics, to_json
 from quantize_gemma.tasks.models.tables import benchmark_rows, distance_rows, verdict_rows
 from tests.metrics import INFO, MMLU, example_json
@@ -113,7 +113,7 @@ def test_a_benchmark_at_chance_is_in_no_recovery_and_the_gate_passes_with_fideli
 
 def test_a_model_that_solves_nothing_has_nothing_to_lose_on_a_benchmark_without_guesses() -> None:
     content = measured(GOOD)
-    content["benchmarks"]["gsm8k"] = {**describe("gsm8k").card_inputs(), "dataset": INFO["dataset"]}
+    content["benchmarks"]["gsm8k"] = {**find_benchmark("gsm8k").card_inputs(), "dataset": INFO["dataset"]}
     content["base"]["gsm8k"] = {**MMLU, "value": 0.01, "stderr": 0.01, "samples": 100}
     content["quantized"]["gsm8k"] = {**MMLU, "value": 0.0, "stderr": 0.0, "samples": 100}
     content["pairs"]["gsm8k"] = {"both": 0, "first": 1, "second": 0, "neither": 99}

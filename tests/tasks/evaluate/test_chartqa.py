@@ -11,7 +11,7 @@ import pytest
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.evaluate.chartqa import is_normalized_correct, is_relaxed_correct
 from quantize_gemma.tasks.gate.metrics import read_samples
-from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.models.requests import Request
 from quantize_gemma.tasks.quantize import quantize
@@ -140,7 +140,7 @@ def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_stand
         (folder / "answers").mkdir()
         (folder / "answers" / "chartqa.json").write_text(json.dumps({"answers": texts, "left_out": []}))
         paths = {"requests": requests, "answers": [folder / "answers"], "dataset": dataset}
-        inputs = {"benchmark": describe("chartqa").score_inputs(), "limit": limit, "device": "cpu"}
+        inputs = {"benchmark": find_benchmark("chartqa").score_inputs(), "limit": limit, "device": "cpu"}
         run_stage(f"{PACKAGE}:evaluate", folder / "results", paths, **inputs)
         return json.loads((folder / "results" / "results.json").read_text()), read_samples(folder / "results")
 

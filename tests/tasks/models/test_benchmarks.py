@@ -2,12 +2,12 @@
 
 import pytest
 
-from quantize_gemma.tasks.models.benchmarks import describe
+from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.runtime.errors import UserError
 
 
 def test_a_group_is_described_by_its_tasks() -> None:
-    row = describe("xnli")
+    row = find_benchmark("xnli")
     assert (row.dataset, row.metric, row.kind, row.higher_is_better) == ("facebook/xnli", "acc", "loglikelihood", True)
 
 
@@ -24,4 +24,4 @@ def test_a_group_is_described_by_its_tasks() -> None:
 )
 def test_a_task_that_cannot_be_evaluated_is_refused_before_anything_starts(name: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        describe(name)
+        find_benchmark(name)

@@ -66,7 +66,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"answer", "responses"},
     "quantize_gemma.tasks.evaluate.packed_row:BLOCK": {"answer", "responses"},
     "quantize_gemma.tasks.evaluate.packed_lm:share_rows": {"answer", "responses", "program responses"},
-    "quantize_gemma.tasks.models.benchmarks:describe": set(),
+    "quantize_gemma.tasks.models.benchmarks:find_benchmark": set(),
     "quantize_gemma.tasks.models.plot_style:STYLE": {"card", "diagnose"},
     "quantize_gemma.tasks.models.activation_quantization:_round": MODEL | FIDELITY | {"distill"},
     "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
@@ -350,7 +350,7 @@ def test_a_fingerprint_covers_all_that_a_stage_calls_and_loads(
 def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the artifacts' directories and the values that a stage gets."""
     from quantize_gemma.tasks.gate.metrics import LIBRARIES
-    from quantize_gemma.tasks.models.benchmarks import describe
+    from quantize_gemma.tasks.models.benchmarks import find_benchmark
     from quantize_gemma.tasks.models.recipe import load_recipe
 
     def data(name: str) -> str:
@@ -369,7 +369,7 @@ def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, s
         values = {"recipe": recipe, "device_report": {**REPORT, "program": measured}}
         return {"checkpoint": data("quantize"), "program": str(program), "gate": data("gate")}, values
     fixture = {"name": "tiny-gemma3", "revision": "0", "fixture": True}
-    benchmarks = {name: describe(name).card_inputs() for name in ("mmlu", "chartqa")}
+    benchmarks = {name: find_benchmark(name).card_inputs() for name in ("mmlu", "chartqa")}
     resolved = {"model": {**fixture, "license": {}}, "datasets": dict.fromkeys(benchmarks, fixture), "text": fixture}
     values = {"resolved": resolved, "recipe": recipe, "required": ["mmlu_drop"]}
     values["benchmarks"] = benchmarks
