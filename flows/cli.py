@@ -272,11 +272,11 @@ def _check_data(options: RunOptions) -> None:
 
 def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
     """Return the stages that would have to run because their results are not in the store."""
-    from quantize_gemma.tasks.check import WRITING, may_be_stored
+    from quantize_gemma.tasks.check import WRITING_STAGES, may_be_stored
     from quantize_gemma.tasks.models.recipe import load_recipe
 
     if not may_be_stored(model.weight_bytes):
-        return list(WRITING)
+        return list(WRITING_STAGES)
     # Imported here because importing Prefect takes seconds.
     from quantize_gemma.flows.plan import writing_stages
     from quantize_gemma.tasks.runtime.prefect_stage import missing_stages

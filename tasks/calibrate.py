@@ -65,39 +65,39 @@ def calibrate(
     assert (text is None) != (dataset is None), "a text file or a dataset, not both"
     if text is not None and digest_text(text) != digest:
         raise UserError(f"the calibration text {text} changed during the run: start the run again")
-    content = _read(Path(text)) if text is not None else read_dataset(dataset or Path())
+    content = _read_text(Path(text)) if text is not None else read_dataset(dataset or Path())
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     tokens: list[int] = tokenizer(content, add_special_tokens=False)["input_ids"]
-    chosen = spread_windows(tokens, tokenizer.bos_token_id, sequences, length)
-    if not chosen:
+    windows = spread_windows(tokens, tokenizer.bos_token_id, sequences, length)
+    if not windows:
         raise UserError(
             f"the calibration text has {len(tokens):,} tokens, fewer than the {length - 1:,} of one sequence: "
             "use a longer text"
         )
     if fidelity_text is not None:
-        measured: list[int] = tokenizer(_read(fidelity_text), add_special_tokens=False)["input_ids"]
-        refuse_overlap(tokens, measured, tokenizer)
-    added = []
+        fidelity_tokens: list[int] = tokenizer(_read_text(fidelity_text), add_special_tokens=False)["input_ids"]
+        refuse_overlap(tokens, fidelity_tokens, tokenizer)
+    answer_windows = []
     if answers and has_chat_template(tokenizer):
         conversations = answer_prompts(checkpoint, tokenizer, answers * (length - 1))
-        added = spread_windows(conversations, tokenizer.bos_token_id, answers, length)
-    write_calibration(target, chosen + added)
-    if distilled and len(added) + len(chosen) < 2:
+        answer_windows = spread_windows(conversations, tokenizer.bos_token_id, answers, length)
+    write_calibration(target, windows + answer_windows)
+    if distilled and len(answer_windows) + len(windows) < 2:
         raise UserError(
             "the calibration text is only one sequence long, and distillation needs another to measure on: "
             "use a longer text"
         )
     if distilled:
         write_calibration(
-            target, spread_windows(tokens, tokenizer.bos_token_id, distilled, length) + added, DISTILLATION
+            target, spread_windows(tokens, tokenizer.bos_token_id, distilled, length) + answer_windows, DISTILLATION
         )
-    counts = {"sequences": len(chosen), "answers": len(added), "length": length}
-    return {"metadata": {**counts, "tokens": (len(chosen) + len(added)) * length}}
+    counts = {"sequences": len(windows), "answers": len(answer_windows), "length": length}
+    return {"metadata": {**counts, "tokens": (len(windows) + len(answer_windows)) * length}}
 
 
 def digest_text(text: str) -> str:
     """Return the SHA-256 of a text file. Raises UserError if it cannot be read as UTF-8."""
-    return hashlib.sha256(_read(Path(text)).encode()).hexdigest()
+    return hashlib.sha256(_read_text(Path(text)).encode()).hexdigest()
 
 
 def read_dataset(folder: Path) -> str:
@@ -112,7 +112,7 @@ def read_dataset(folder: Path) -> str:
     texts = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.suffix != ".parquet":
-            texts.append(_read(path))
+            texts.append(_read_text(path))
             continue
         try:
             rows = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
@@ -136,27 +136,27 @@ def spread_windows(tokens: list[int], bos: int, count: int, length: int) -> list
     return [[bos, *tokens[start : start + size]] for start in starts]
 
 
-def refuse_overlap(tokens: list[int], measured: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_overlap(tokens: list[int], fidelity_tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError if the calibration text shares OVERLAP tokens in a row with the fidelity text."""
-    shared = find_overlap(tokens, measured)
-    if shared is not None:
+    start = find_overlap(tokens, fidelity_tokens)
+    if start is not None:
         raise UserError(
             f"the calibration text shares {OVERLAP} tokens in a row with the fidelity text "
-            f"({tokenizer.decode(tokens[shared : shared + OVERLAP])!r}): use a different text for one of the two"
+            f"({tokenizer.decode(tokens[start : start + OVERLAP])!r}): use a different text for one of the two"
         )
 
 
-def find_overlap(tokens: list[int], others: list[int]) -> int | None:
+def find_overlap(tokens: list[int], other_tokens: list[int]) -> int | None:
     """Return the start of the first run of OVERLAP tokens that is in both lists; None if there is none."""
-    runs = {tuple(others[start : start + OVERLAP]) for start in range(len(others) - OVERLAP + 1)}
+    runs = {tuple(other_tokens[start : start + OVERLAP]) for start in range(len(other_tokens) - OVERLAP + 1)}
     for start in range(len(tokens) - OVERLAP + 1):
         if tuple(tokens[start : start + OVERLAP]) in runs:
             return start
     return None
 
 
-def answer_prompts(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, needed: int) -> list[int]:
-    """Return the tokens of concatenated conversations without <bos>, at least `needed` if there are enough prompts.
+def answer_prompts(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """Return the tokens of concatenated conversations without <bos>, at least `count` if there are enough prompts.
 
     A conversation is a prompt in the chat template and the model's greedy answer. Answers can differ between machines:
     in bfloat16, another machine may choose another token where two are equally likely.
@@ -169,7 +169,7 @@ def answer_prompts(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, needed:
     drop_vision_encoder(model)
     tokens: list[int] = []
     for first in range(0, len(PROMPTS), BATCH):
-        if len(tokens) >= needed:
+        if len(tokens) >= count:
             break
         messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[first : first + BATCH]]
         inputs = tokenizer.apply_chat_template(
@@ -189,7 +189,7 @@ def answer_prompts(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, needed:
     return tokens
 
 
-def _read(text: Path) -> str:
+def _read_text(text: Path) -> str:
     path = next(iter(sorted(text.iterdir()))) if text.is_dir() else text
     try:
         return path.read_bytes().decode("utf-8")

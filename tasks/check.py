@@ -43,11 +43,11 @@ from quantize_gemma.tasks.runtime.errors import UserError
 # What each stage writes, in multiples of the base weights in bf16: the weights themselves, the untied head, one byte
 # per weight, half a byte per weight in the program. Large models need less: the embedding is a smaller part of them.
 # 4B: (8.6, 1.3, 5.4, 3.2) / 8.6; 270M: (0.54, 0.34, 0.44, 0.39) / 0.54.
-WRITTEN = {"download": 1.0, "untie": 0.65, "quantize": 0.82, "export": 0.73}
-WRITTEN_BY_LARGE_MODELS = {"download": 1.0, "untie": 0.16, "quantize": 0.65, "export": 0.39}
+OUTPUT_FACTORS = {"download": 1.0, "untie": 0.65, "quantize": 0.82, "export": 0.73}
+OUTPUT_FACTORS_OF_LARGE_MODELS = {"download": 1.0, "untie": 0.16, "quantize": 0.65, "export": 0.39}
 LARGE_BYTES = 5_000_000_000
 # The stages that write a lot.
-WRITING = (*WRITTEN, "distill")
+WRITING_STAGES = (*OUTPUT_FACTORS, "distill")
 # The peak memory of evaluating a quantized checkpoint on ChartQA, which takes more than any other stage, in multiples
 # of the base weights in bf16, measured with gemma-3-4b's shape: 17.2 GB; and what Python and the libraries take.
 MEMORY_FACTOR = 2.0
@@ -55,8 +55,8 @@ MEMORY_OF_LIBRARIES = 1_000_000_000
 # What a calibrated recipe writes in addition: the quantized decoder blocks, one byte per weight. And what distillation
 # writes: another checkpoint, two copies of its training state while one replaces the other, and the base model's hidden
 # states.
-WRITTEN_BY_CALIBRATION = 0.53
-WRITTEN_BY_DISTILLATION = 1.9
+CALIBRATION_FACTOR = 0.53
+DISTILLATION_FACTOR = 1.9
 # The share of a matrix product's speed that calibration reaches overall, and the memory of the libraries and kernels,
 # measured on gemma-3-270m and on a block of gemma-3-4b's shape.
 SHARE_OF_SPEED = 0.6
@@ -93,8 +93,8 @@ def check_run(
     Raises:
         UserError: The run cannot work.
     """
-    loaded = load_recipe(recipe)
-    check_calibration(loaded, calibration)
+    parsed = load_recipe(recipe)
+    check_calibration(parsed, calibration)
     if device_report is not None:
         read_device_report(Path(device_report))
     _check_store(store.home())
@@ -102,20 +102,20 @@ def check_run(
         _check_device(device)
     else:
         _check_cluster(cluster)
-    plan: dict[str, Any] = {"recipe": loaded.name, "model": model, "device": resolve_device(device)}
+    plan: dict[str, Any] = {"recipe": parsed.name, "model": model, "device": resolve_device(device)}
     path = local_checkpoint(model)
     if path is not None:
         source_files(path)
         weight_bytes = sum(file.stat().st_size for file in weight_files(path))
-        plan["disk_bytes_needed"] = disk_needed(weight_bytes, recipe=loaded)
+        plan["disk_bytes_needed"] = disk_needed(weight_bytes, recipe=parsed)
         # Memory first: a person can free disk space, but not add memory.
         local_workers = workers if cluster is None else 1
         plan["memory_bytes_needed"] = check_checkpoint(
-            path, loaded, max_seq_len, custom_kv_cache, local_workers, bidirectional_images
+            path, parsed, max_seq_len, custom_kv_cache, local_workers, bidirectional_images
         )
         # Whether an earlier run left its files in the store is known only when they are hashed.
         if not may_be_stored(weight_bytes):
-            check_disk(weight_bytes, recipe=loaded)
+            check_disk(weight_bytes, recipe=parsed)
     return plan
 
 
@@ -151,14 +151,14 @@ def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:
     plan = {"calibration_seconds": round(seconds), "calibration_memory_bytes": memory}
     if recipe.distillation is not None:
         operations, memory = estimate_distillation(text, recipe)
-        on_gpu = operations / GPU_OPERATIONS_PER_SECOND + recipe.distillation.steps * GPU_SECONDS_PER_STEP
+        gpu_seconds = operations / GPU_OPERATIONS_PER_SECOND + recipe.distillation.steps * GPU_SECONDS_PER_STEP
         if memory > machine.total_memory():
             raise UserError(
                 f"distilling this model takes about {memory / 1e9:,.1f} GB of memory, but this machine has "
                 f"{machine.total_memory() / 1e9:,.1f} GB: use a larger machine, or a recipe without distillation"
             )
         plan["distillation_seconds"] = round(operations / (speed * SHARE_OF_SPEED))
-        plan |= {"distillation_memory_bytes": memory, "distillation_seconds_on_gpu": round(on_gpu)}
+        plan |= {"distillation_memory_bytes": memory, "distillation_seconds_on_gpu": round(gpu_seconds)}
     return plan
 
 
@@ -232,9 +232,9 @@ def measure_speed() -> float:
     matrix = torch.ones(2048, 2048)
     with fast_products():
         matrix @ matrix
-        started = time.monotonic()
+        start = time.monotonic()
         matrix @ matrix
-        return 2 * 2048**3 / (time.monotonic() - started)
+        return 2 * 2048**3 / (time.monotonic() - start)
 
 
 def resolve_device(device: str) -> str:
@@ -258,35 +258,35 @@ def check_memory(weights: int, workers: int = 1) -> int:
     Raises:
         UserError: The machine does not have enough memory.
     """
-    one = int(MEMORY_OF_LIBRARIES + 2 * weights * MEMORY_FACTOR)
+    per_worker = int(MEMORY_OF_LIBRARIES + 2 * weights * MEMORY_FACTOR)
     total = machine.total_memory()
-    if total < one:
+    if total < per_worker:
         raise UserError(
-            f"running this model takes about {one / 1e9:,.1f} GB of memory, but this machine has "
+            f"running this model takes about {per_worker / 1e9:,.1f} GB of memory, but this machine has "
             f"{total / 1e9:,.1f} GB: use a larger machine, or a smaller model"
         )
-    if total < one * workers:
+    if total < per_worker * workers:
         raise UserError(
-            f"{workers} workers take about {one * workers / 1e9:,.1f} GB of memory, as each loads its own model, but "
-            f"this machine has {total / 1e9:,.1f} GB: use at most --workers {total // one}"
+            f"{workers} workers take about {per_worker * workers / 1e9:,.1f} GB of memory, as each loads its own "
+            f"model, but this machine has {total / 1e9:,.1f} GB: use at most --workers {total // per_worker}"
         )
-    return one * workers
+    return per_worker * workers
 
 
-def disk_needed(weight_bytes: int, stages: Collection[str] = WRITING, recipe: Recipe | None = None) -> int:
+def disk_needed(weight_bytes: int, stages: Collection[str] = WRITING_STAGES, recipe: Recipe | None = None) -> int:
     """Estimate the bytes that these stages write, for base weights of this size and a recipe."""
-    written = WRITTEN_BY_LARGE_MODELS if weight_bytes > LARGE_BYTES else WRITTEN
-    parts = [written[stage] for stage in stages if stage in written]
+    factors = OUTPUT_FACTORS_OF_LARGE_MODELS if weight_bytes > LARGE_BYTES else OUTPUT_FACTORS
+    parts = [factors[stage] for stage in stages if stage in factors]
     if recipe is not None and recipe.calibration is not None and "quantize" in stages:
-        parts.append(WRITTEN_BY_CALIBRATION)
+        parts.append(CALIBRATION_FACTOR)
     if recipe is not None and recipe.distillation is not None and "distill" in stages:
-        parts.append(WRITTEN_BY_DISTILLATION)
+        parts.append(DISTILLATION_FACTOR)
     return int(weight_bytes * sum(parts))
 
 
 def check_disk(
     weight_bytes: int,
-    stages: Collection[str] = WRITING,
+    stages: Collection[str] = WRITING_STAGES,
     revision: str | None = None,
     recipe: Recipe | None = None,
 ) -> None:
@@ -294,13 +294,13 @@ def check_disk(
 
     Bytes that an interrupted download of this revision left in the store count as written.
     """
-    needed = disk_needed(weight_bytes, stages, recipe)
+    bytes_needed = disk_needed(weight_bytes, stages, recipe)
     if revision is not None and "download" in stages:
-        needed -= min(weight_bytes, pruning.incoming_size("download", revision))
-    free = shutil.disk_usage(_existing(store.home())).free
-    if free < needed:
+        bytes_needed -= min(weight_bytes, pruning.incoming_size("download", revision))
+    free = shutil.disk_usage(_nearest_existing(store.home())).free
+    if free < bytes_needed:
         raise UserError(
-            f"the run needs about {needed / 1e9:,.1f} GB in {store.home()}, but {free / 1e9:,.1f} GB are free: "
+            f"the run needs about {bytes_needed / 1e9:,.1f} GB in {store.home()}, but {free / 1e9:,.1f} GB are free: "
             "free some space, or set QUANTIZE_GEMMA_HOME to a larger disk"
         )
 
@@ -353,9 +353,9 @@ def check_checkpoint(
 
 
 def _check_store(home: Path) -> None:
-    existing = _existing(home)
+    folder = _nearest_existing(home)
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(
@@ -387,7 +387,7 @@ def _check_cluster(address: str) -> None:
         raise UserError(f"nothing answers at {address} ({error}): start the cluster, or fix the address") from None
 
 
-def _existing(path: Path) -> Path:
+def _nearest_existing(path: Path) -> Path:
     while not os.path.lexists(path):
         path = path.parent
     return path

@@ -181,7 +181,7 @@ def _remembered_model(name: str, revision: str | None) -> ResolvedModel:
 
 def _read_memory(kind: str, name: str, revision: str | None) -> dict[str, Any]:
     """Return what `remember` wrote of a name on the Hub. Raises UserError if it was never resolved."""
-    path = _memory(kind, name, revision)
+    path = _memory_path(kind, name, revision)
     if not path.is_file():
         raise UserError(
             f"offline: the {kind} {name} at {revision or 'its default branch'} was never resolved for this store: "
@@ -203,14 +203,14 @@ def remember(resolved: ResolvedDataset, revision: str | None) -> None:
         return
     kind = "model" if isinstance(resolved, ResolvedModel) else "dataset"
     for name in (revision, resolved.revision):
-        path = _memory(kind, resolved.name, name)
+        path = _memory_path(kind, resolved.name, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{store_layout.PARTIAL}{uuid.uuid4().hex}")
         partial.write_text(json.dumps({"kind": kind, **asdict(resolved)}), encoding="utf-8")
         partial.replace(path)
 
 
-def _memory(kind: str, name: str, revision: str | None) -> Path:
+def _memory_path(kind: str, name: str, revision: str | None) -> Path:
     digest = hashlib.sha256(canonical_json([kind, name, revision])).hexdigest()
     return store.home() / "resolved" / f"{digest}.json"
 
@@ -227,7 +227,7 @@ def download(target: Path, source: str, revision: str, offline: bool) -> Output:
     """
     local = Path(source).is_dir()
     if local:
-        with _unchanged(target, source, revision):
+        with _check_unchanged(target, source, revision):
             for name in source_files(Path(source)):
                 with open_source(Path(source), name) as reader:
                     # Through its descriptor, since the path may point to another file by now.
@@ -240,8 +240,8 @@ def download(target: Path, source: str, revision: str, offline: bool) -> Output:
     check_loads(target)
     # A local directory's own paths, because messages show them.
     files = weight_files(Path(source) if local else target)
-    for done, path in enumerate(files):
-        report_progress(done, len(files), "checking weights")
+    for index, path in enumerate(files):
+        report_progress(index, len(files), "checking weights")
         check_finite(path)
     return {
         "metadata": {
@@ -268,14 +268,14 @@ def _fetch_checkpoint(target: Path, repository: str, revision: str, offline: boo
         return is_release_file(name) or name in (SINGLE, INDEX)
 
     incoming = _fetch(target, "model", repository, revision, offline, is_first)
-    chosen = {path.name for path in incoming.iterdir() if is_first(path.name)}
-    if SINGLE in chosen:
-        chosen.discard(INDEX)
-    elif INDEX in chosen:
+    names = {path.name for path in incoming.iterdir() if is_first(path.name)}
+    if SINGLE in names:
+        names.discard(INDEX)
+    elif INDEX in names:
         shards = set(read_index(incoming / INDEX).values())
         _fetch(target, "model", repository, revision, offline, lambda name: name in shards)
-        chosen |= shards
-    _move(incoming, target, lambda name: name in chosen)
+        names |= shards
+    _move_files(incoming, target, lambda name: name in names)
 
 
 @stage(ignored=("source", "offline"), retries=5, environment=read_environment)
@@ -311,14 +311,14 @@ def download_dataset(
         return is_data_file(name, files, skipped_files)
 
     if Path(source).is_dir():
-        with _unchanged(target, source, revision):
+        with _check_unchanged(target, source, revision):
             for name in _data_files(Path(source), files, skipped_files):
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 store.copy(Path(source) / name, target / name)
     else:
-        _move(_fetch(target, "dataset", source, revision, offline, is_needed), target, is_needed)
+        _move_files(_fetch(target, "dataset", source, revision, offline, is_needed), target, is_needed)
     import_function(check)(target, source)
-    for resource in [Resource(**one) for one in resources]:
+    for resource in [Resource(**fields) for fields in resources]:
         if (target / resource.folder).is_dir():
             continue
         if offline:
@@ -382,13 +382,13 @@ def _fetch_resource(target: Path, resource: Resource) -> None:
 
 
 @contextlib.contextmanager
-def _unchanged(target: Path, source: str, revision: str) -> Iterator[None]:
+def _check_unchanged(target: Path, source: str, revision: str) -> Iterator[None]:
     """Check that what is copied inside this context has the digest that the directory had when the run started.
 
     Raises:
         UserError: It has another, because something writes to the directory, such as a training run.
     """
-    changing = UserError(
+    refusal = UserError(
         f"{source} is changing: its files are no longer those that this run started with; start again when nothing "
         "writes there, or use a copy"
     )
@@ -397,10 +397,10 @@ def _unchanged(target: Path, source: str, revision: str) -> Iterator[None]:
     except (FileNotFoundError, shutil.Error) as error:
         if disk_failure(error, target):
             raise
-        raise changing from None
+        raise refusal from None
     names = [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()]
     if _digest_of(target, names) != revision:
-        raise changing
+        raise refusal
 
 
 def _fetch(
@@ -412,18 +412,18 @@ def _fetch(
     incoming = target.parent.parent / f"{store_layout.INCOMING}{revision[:16]}"
     incoming.mkdir(parents=True, exist_ok=True)
     hub.download_files(
-        incoming, kind, repository, revision, is_needed, lambda done, total: report_progress(done, total, "bytes")
+        incoming, kind, repository, revision, is_needed, lambda count, total: report_progress(count, total, "bytes")
     )
     return incoming
 
 
-def _move(incoming: Path, target: Path, is_needed: Callable[[str], bool]) -> None:
+def _move_files(incoming: Path, target: Path, is_needed: Callable[[str], bool]) -> None:
     for path in [path for path in incoming.rglob("*") if path.is_file()]:
         if not is_needed(path.relative_to(incoming).as_posix()):
             continue
-        place = target / path.relative_to(incoming)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(place)
+        destination = target / path.relative_to(incoming)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(destination)
     shutil.rmtree(incoming)
 
 

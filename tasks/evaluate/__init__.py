@@ -45,18 +45,18 @@ def evaluate(
         UserError: No document fits into the program's sequence length.
     """
     name, metric = benchmark["name"], benchmark["metric"]
-    recorded = read_requests(requests)
+    shards = read_requests(requests)
     by_document: dict[tuple[str, int], list[Request]] = {}
-    for request in [request for shard in recorded.values() for request in shard]:
+    for request in [request for shard in shards.values() for request in shard]:
         by_document.setdefault((request.task, request.doc_id), []).append(request)
-    stored, left_out = _read_answers(recorded, answers)
-    if not stored:
+    responses, left_out = _read_answers(shards, answers)
+    if not responses:
         raise UserError(f"no document of {name} fits into the program's sequence length: raise max_seq_len")
-    doc_ids = _documents_of_a_sample(stored, len(by_document))
+    doc_ids = _documents_of_a_sample(responses, len(by_document))
     with run_lm_eval(dataset, benchmark) as evaluate_with_lm_eval:
         from quantize_gemma.tasks.evaluate.replay_lm import ReplayLM
 
-        output = evaluate_with_lm_eval(ReplayLM(stored, doc_ids), limit, doc_ids)
+        output = evaluate_with_lm_eval(ReplayLM(responses, doc_ids), limit, doc_ids)
     results = summarize(output, name, benchmark["task"], metric, benchmark["metrics"])
     results |= {"chat_template": benchmark["chat_template"], "left_out": left_out, "device": device, "limit": limit}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -66,24 +66,24 @@ def evaluate(
     return {"metadata": {"value": results["value"], "samples": results["samples"], "left_out": left_out}}
 
 
-def _documents_of_a_sample(stored: Iterable[tuple[str, int, int]], count: int) -> dict[str, list[int]] | None:
+def _documents_of_a_sample(keys: Iterable[tuple[str, int, int]], count: int) -> dict[str, list[int]] | None:
     """Return the documents that were answered, by task; None if that is all of them."""
-    answered = sorted({(task, doc_id) for task, doc_id, _ in stored})
+    documents = sorted({(task, doc_id) for task, doc_id, _ in keys})
     doc_ids: dict[str, list[int]] = {}
-    for task, doc_id in answered:
+    for task, doc_id in documents:
         doc_ids.setdefault(task, []).append(doc_id)
-    return doc_ids if len(answered) < count else None
+    return doc_ids if len(documents) < count else None
 
 
-def _read_answers(recorded: Shards, parts: list[Path]) -> tuple[dict[tuple[str, int, int], object], int]:
+def _read_answers(shards: Shards, parts: list[Path]) -> tuple[dict[tuple[str, int, int], object], int]:
     """Return the answers by (task, doc_id, index), and how many documents were left out."""
-    stored: dict[tuple[str, int, int], object] = {}
+    responses: dict[tuple[str, int, int], object] = {}
     left_out = 0
     for part in parts:
         for path in sorted(part.glob("*.json")):
             content = json.loads(path.read_text(encoding="utf-8"))
             left_out += len(content["left_out"])
-            for one, value in zip(recorded[path.stem], content["answers"], strict=True):
+            for request, value in zip(shards[path.stem], content["answers"], strict=True):
                 if value is not None:
-                    stored[one.task, one.doc_id, one.index] = value
-    return stored, left_out
+                    responses[request.task, request.doc_id, request.index] = value
+    return responses, left_out

@@ -28,7 +28,7 @@ IMAGES = "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_scorer"
 IMAGES_PROGRAM = "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_program_scorer"
 PROGRAM = "quantize_gemma.tasks.evaluate.program_lm:load_program_scorer"
 # Small shards are answered together, at least this many questions: that fills batches and hides per-task overhead.
-QUESTIONS = 100
+MIN_QUESTIONS = 100
 # Fixed: with another seed for each run, a release that fails could be run until a sample passes.
 SEED = 20
 
@@ -45,13 +45,13 @@ class Scorer:
             answers requests.
         paths: Its artifacts, whose content affects the answers.
         settings: Its other arguments, which affect the answers, too, except for `batch_size` on a CPU.
-        together: The minimum number of questions that it answers at a time.
+        min_questions: The minimum number of questions that it answers at a time.
     """
 
     load: str
     paths: dict[str, Path]
     settings: JsonObject = field(default_factory=dict)
-    together: int = 1
+    min_questions: int = 1
 
 
 @stage(ignored_on_cpu=("batch_size",), resumes=True, memory=3.3, accelerated=True)
@@ -94,20 +94,25 @@ def answer(
     Raises:
         UserError: There is no CUDA device.
     """
-    recorded = read_requests(requests)
-    sample = draw_sample(recorded, sample_size)
+    all_shards = read_requests(requests)
+    sample = draw_sample(all_shards, sample_size)
     names = choose_part({name: count_documents(shard) for name, shard in sample.items()}, part, parts)
     shards = {name: sample[name] for name in names}
-    first = next(iter(recorded.values()))[0]
+    first = next(iter(all_shards.values()))[0]
     images = dataset if _has_image(first) else None
     scorer = choose_scorer(checkpoint, images, program, no_act_quant, device, batch_size, first.kind, exact)
     answers = respond(shards, scorer, part, refresh)
     left_out = 0
     for name in names:
-        values = {(one.doc_id, one.index): value for one, value in zip(shards[name], answers[name], strict=True)}
+        values = {
+            (request.doc_id, request.index): value for request, value in zip(shards[name], answers[name], strict=True)
+        }
         too_long = sorted({doc_id for (doc_id, _), value in values.items() if value is None})
-        known = [None if one.doc_id in too_long else values.get((one.doc_id, one.index)) for one in recorded[name]]
-        content = json.dumps({"answers": known, "left_out": too_long})
+        responses = [
+            None if request.doc_id in too_long else values.get((request.doc_id, request.index))
+            for request in all_shards[name]
+        ]
+        content = json.dumps({"answers": responses, "left_out": too_long})
         (target / f"{name}.json").write_text(content, encoding="utf-8")
         left_out += len(too_long)
     return {"metadata": {"questions": sum(map(count_documents, shards.values())) - left_out, "left_out": left_out}}
@@ -119,9 +124,9 @@ def draw_sample(shards: Shards, size: int | None) -> Shards:
         return shards
     documents = sorted({(request.task, request.doc_id) for shard in shards.values() for request in shard})
     numbers = random.Random(SEED).sample(range(len(documents)), min(size, len(documents)))
-    drawn = {documents[number] for number in numbers}
+    sample_documents = {documents[number] for number in numbers}
     sample = {
-        name: [request for request in shard if (request.task, request.doc_id) in drawn]
+        name: [request for request in shard if (request.task, request.doc_id) in sample_documents]
         for name, shard in shards.items()
     }
     return {name: shard for name, shard in sample.items() if shard}
@@ -169,8 +174,8 @@ def choose_scorer(
     }
     # Sums on a GPU depend on the batch, and sometimes so does the last float32 bit on a CPU: the batch must not depend
     # on the number of workers or on interruptions. A shard of texts fills a batch.
-    together = QUESTIONS if device == "cpu" and not generates and not no_act_quant else 1
-    return Scorer(CHECKPOINT, {"checkpoint": checkpoint}, settings, together)
+    min_questions = MIN_QUESTIONS if device == "cpu" and not generates and not no_act_quant else 1
+    return Scorer(CHECKPOINT, {"checkpoint": checkpoint}, settings, min_questions)
 
 
 def respond(shards: Shards, scorer: Scorer, part: int = 0, refresh: bool = False) -> dict[str, list[JsonValue]]:
@@ -189,25 +194,25 @@ def respond(shards: Shards, scorer: Scorer, part: int = 0, refresh: bool = False
         answers = {} if refresh else _load_answers(keys, root)
         if answers:
             reporting.log(f"{len(answers)} of {len(shards)} shards are in the store")
-        missing = {name: count_documents(shard) for name, shard in shards.items() if name not in answers}
-        if not missing:
+        sizes = {name: count_documents(shard) for name, shard in shards.items() if name not in answers}
+        if not sizes:
             return answers
         score: Score = import_function(scorer.load)(**_load_arguments(scorer, part))
-        done, total = 0, sum(missing.values())
-        for group in group_shards(missing, scorer.together):
-            size = sum(missing[name] for name in group)
-            with reporting.as_part(done, size, total):
+        count, total = 0, sum(sizes.values())
+        for group in group_shards(sizes, scorer.min_questions):
+            size = sum(sizes[name] for name in group)
+            with reporting.as_part(count, size, total):
                 answers |= _respond(score, {name: shards[name] for name in group}, keys, root, refresh)
-            done += size
+            count += size
     return answers
 
 
-def group_shards(sizes: dict[str, int], enough: int) -> list[list[str]]:
-    """Return the shards in groups of at least `enough` questions, except for the last; the largest come first."""
+def group_shards(sizes: dict[str, int], min_size: int) -> list[list[str]]:
+    """Return the shards in groups of at least `min_size` questions, except for the last; the largest come first."""
     groups: list[list[str]] = []
-    count = enough
+    count = min_size
     for name in _largest_first(sizes):
-        if count >= enough:
+        if count >= min_size:
             groups.append([])
             count = 0
         groups[-1].append(name)
@@ -223,8 +228,8 @@ def _respond(
     values = score(requests)
     if len(values) != len(requests):
         raise StageFailed(f"there are {len(values)} answers to {len(requests)} requests")
-    remaining = iter(values)
-    answers = {name: [next(remaining) for _ in shard] for name, shard in shards.items()}
+    iterator = iter(values)
+    answers = {name: [next(iterator) for _ in shard] for name, shard in shards.items()}
     for name in shards:
 
         def write(target: Path, text: str = json.dumps(answers[name])) -> JsonObject:
@@ -253,8 +258,8 @@ def _key(name: str, shard: list[Request], scorer: Scorer, digests: dict[str, str
     requests = hashlib.sha256(store.canonical_json([list(astuple(request)) for request in shard])).hexdigest()
     # On a CPU the results in bfloat16 are the same to the bit, whatever the batches.
     exact = scorer.settings.get("device") == "cpu" and not scorer.settings.get("no_act_quant")
-    ignored = ("batch_size",) if exact else ()
-    settings = {name: value for name, value in scorer.settings.items() if name not in ignored}
+    ignored_settings = ("batch_size",) if exact else ()
+    settings = {name: value for name, value in scorer.settings.items() if name not in ignored_settings}
     parameters: JsonObject = {"shard": name, "requests": requests, "scorer": scorer.load, **settings, **digests}
     return store.key(STAGE, [], parameters, fingerprint(scorer.load, RESPOND))
 

@@ -142,10 +142,12 @@ def make_chartqa_task(dataset: Path, limit: int | None) -> dict[str, object]:
     """Return the lm-eval task over the first `limit` questions of each kind."""
     table = read_chartqa(dataset)
     kinds = table["human_or_machine"].to_pylist()
-    each = [[number for number, kind in enumerate(kinds) if kind == one] for one in range(len(CHARTQA_SPLITS))]
-    numbers = sorted(number for numbers in each for number in numbers[:limit])
+    numbers_by_kind = [
+        [number for number, kind in enumerate(kinds) if kind == split] for split in range(len(CHARTQA_SPLITS))
+    ]
+    numbers = sorted(number for numbers in numbers_by_kind for number in numbers[:limit])
 
-    def read(**_metadata: object) -> dict[str, object]:
+    def load_questions(**_metadata: object) -> dict[str, object]:
         from datasets import Dataset
 
         columns = {name: table[name].to_pylist() for name in ("query", "label")}
@@ -167,7 +169,7 @@ def make_chartqa_task(dataset: Path, limit: int | None) -> dict[str, object]:
     scores = [f"{score}_{part}" for score in ("relaxed", "normalized") for part in ("overall", *CHARTQA_SPLITS)]
     return {
         "task": "chartqa",
-        "custom_dataset": read,
+        "custom_dataset": load_questions,
         "test_split": "test",
         "output_type": "generate_until",
         "generation_kwargs": dict(GENERATION),
@@ -212,7 +214,7 @@ def is_normalized_correct(answer: str, label: str) -> bool:
     if value == expected or is_relaxed_correct(answer, label):
         return True
     forms = (value, expected), (value.removesuffix("%"), expected.removesuffix("%"))
-    return any(_is_near(_to_number(one), _to_number(other)) for one, other in forms)
+    return any(_is_near(_to_number(first), _to_number(second)) for first, second in forms)
 
 
 def _is_near(value: float | None, expected: float | None) -> bool:
@@ -232,12 +234,12 @@ def _normalize(text: str) -> str:
     inner = text.rstrip(_edges("%")).lstrip(_edges(".-"))
     number = re.fullmatch(rf"(-?)[{CURRENCIES}]? ?([0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]*)(\.[0-9]+)? ?(%?)", inner)
     if number and any(map(str.isdigit, inner)):
-        sign, whole, fraction, percent = number.groups(default="")
-        return sign + whole.replace(",", "") + fraction + percent
+        sign, integer, fraction, percent = number.groups(default="")
+        return sign + integer.replace(",", "") + fraction + percent
     word = inner.strip(_edges("")) or text
     return str(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else word
 
 
-def _edges(kept: str) -> str:
-    """Return the characters around an answer that mean nothing, except for `kept`."""
-    return "".join(set(string.punctuation + string.whitespace + CURRENCIES + "“”‘’") - set(kept))
+def _edges(meaningful: str) -> str:
+    """Return the characters around an answer that mean nothing, except for `meaningful`."""
+    return "".join(set(string.punctuation + string.whitespace + CURRENCIES + "“”‘’") - set(meaningful))

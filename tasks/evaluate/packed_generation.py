@@ -84,8 +84,8 @@ class LastTokens:
         A token sees all keys that a layer's window holds, so no mask is needed.
         """
         outputs = []
-        for place, cache in enumerate(self.caches):
-            token = slice(place, place + 1)
+        for index, cache in enumerate(self.caches):
+            token = slice(index, index + 1)
             keys, values = cache.extend(module.layer_idx, key[:, :, token], value[:, :, token])
             if module.sliding_window:
                 keys, values = keys[:, :, -module.sliding_window :], values[:, :, -module.sliding_window :]
@@ -123,6 +123,6 @@ def take_next(
         if count and prompt_tokens > max_prompt_tokens:
             break
         count += 1
-    taken = waiting[:count]
+    texts = waiting[:count]
     del waiting[:count]
-    return taken
+    return texts

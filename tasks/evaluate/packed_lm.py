@@ -130,14 +130,14 @@ class PackedLM(HFLM):  # type: ignore[misc]
         sharing = share_rows(requests, self.max_length)
         counts = {row: max(len(requests[number][2]) for number in sharing[row]) for row in sharing}
         responses: dict[int, tuple[float, bool]] = {}
-        done = 0
+        count = 0
         for row in [row for row in counts if counts[row] > POSITIONS]:
             # Alone: all of its logits would not fit.
             for number in sharing[row]:
                 responses[number] = self._score_long(row, requests[number][2])
             del counts[row]
-            done += 1
-            report_progress(done, len(sharing), "questions")
+            count += 1
+            report_progress(count, len(sharing), "questions")
         waiting = group_by_prefix(counts, self.limits)
         while waiting:
             batch = self._next_batch(waiting, counts)
@@ -152,13 +152,13 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 self.limits = replace(self.limits, tokens=sum(group.tokens for group in batch) // 2)
-                left = {sequence: counts[sequence] for group in waiting for sequence in group.sequences}
-                waiting = group_by_prefix(left, self.limits)
+                remaining_counts = {sequence: counts[sequence] for group in waiting for sequence in group.sequences}
+                waiting = group_by_prefix(remaining_counts, self.limits)
                 continue
             del waiting[: len(batch)]
             for group in batch:
-                if again := [ending for ending in group.endings if group.prefix + ending not in logits]:
-                    waiting.append(PrefixGroup(group.prefix, tuple(again)))
+                if missing_endings := [ending for ending in group.endings if group.prefix + ending not in logits]:
+                    waiting.append(PrefixGroup(group.prefix, tuple(missing_endings)))
             for row, part in logits.items():
                 logs = torch.log_softmax(part, dim=-1)
                 for number in sharing[row]:
@@ -166,8 +166,8 @@ class PackedLM(HFLM):  # type: ignore[misc]
                     responses[number] = score_continuation(logs, continuation)
                     if strings is not None:
                         self.cache_hook.add_partial("loglikelihood", strings, responses[number])
-            done += len(logits)
-            report_progress(done, len(sharing), "questions")
+            count += len(logits)
+            report_progress(count, len(sharing), "questions")
         return [responses[number] for number in range(len(requests))]
 
     def _next_batch(self, groups: list[PrefixGroup], counts: Mapping[Tokens, int]) -> list[PrefixGroup]:
@@ -200,15 +200,15 @@ class PackedLM(HFLM):  # type: ignore[misc]
         waiting = sorted(texts, key=lambda text: -len(text.prompt))
         running: list[Text] = []
         while waiting or running:
-            if starting := take_next(waiting, running, self.limits.sequences, self.cached_tokens, self.limits.tokens):
-                prompts = [PrefixGroup(tuple(text.prompt)) for text in starting]
+            if active := take_next(waiting, running, self.limits.sequences, self.cached_tokens, self.limits.tokens):
+                prompts = [PrefixGroup(tuple(text.prompt)) for text in active]
                 counts = {prompt.prefix: 1 for prompt in prompts}
-                of_prompts = self._logits(prompts, counts, [text.cache for text in starting])
-                logits = torch.cat([of_prompts[prompt.prefix] for prompt in prompts])
-                running += starting
+                prompt_logits = self._logits(prompts, counts, [text.cache for text in active])
+                logits = torch.cat([prompt_logits[prompt.prefix] for prompt in prompts])
+                running += active
             else:
-                starting, logits = running, self._next_logits(running)
-            for text, token in zip(starting, logits.max(-1).indices.tolist(), strict=True):
+                active, logits = running, self._next_logits(running)
+            for text, token in zip(active, logits.max(-1).indices.tolist(), strict=True):
                 text.tokens.append(token)
                 if text.is_finished():
                     text.cache.release()
@@ -233,13 +233,13 @@ class PackedLM(HFLM):  # type: ignore[misc]
             tail = self.tok_decode(tokens[-STOP_TOKENS:], skip_special_tokens=False)
             return tokens[-1] in ends or any(text in tail for text in stop if text)
 
-        room = self.max_length - settings["max_gen_toks"]
-        if room < 1:
+        max_prompt = self.max_length - settings["max_gen_toks"]
+        if max_prompt < 1:
             raise UserError(
                 f"the task generates up to {settings['max_gen_toks']:,} tokens, but the model's sequences have at most "
                 f"{self.max_length:,}, prompt included: choose another task"
             )
-        tokens, _ = self.tok_batch_encode([context], left_truncate_len=room, truncation=self.truncation)
+        tokens, _ = self.tok_batch_encode([context], left_truncate_len=max_prompt, truncation=self.truncation)
         return Text(tokens[0].tolist(), settings["max_gen_toks"], has_ended)
 
     def _stop_sequences(self, generation: dict[str, object]) -> list[str]:
@@ -274,8 +274,10 @@ class PackedLM(HFLM):  # type: ignore[misc]
         """
         row = PackedRow(self.model.config, groups, self.device, caches, exact=not caches or self.exact)
         sequences = [sequence for group in groups for sequence in group.sequences]
-        scored = [places[-counts[sequence] :] for sequence, places in zip(sequences, row.sequences, strict=True)]
-        positions = sorted({place for places in scored for place in places})
+        scored_indices = [
+            indices[-counts[sequence] :] for sequence, indices in zip(sequences, row.sequences, strict=True)
+        ]
+        positions = sorted({index for indices in scored_indices for index in indices})
         with torch.no_grad():
             logits = self.model(
                 input_ids=torch.tensor([row.tokens], device=self.device),
@@ -288,11 +290,11 @@ class PackedLM(HFLM):  # type: ignore[misc]
             ).logits[0]
         for cache, group in zip(caches, groups, strict=bool(caches)):
             cache.length += len(group.prefix)
-        rows = {place: number for number, place in enumerate(positions)}
+        rows = {index: number for number, index in enumerate(positions)}
         return {
-            sequence: logits[[rows[place] for place in places]]
-            for number, (sequence, places) in enumerate(zip(sequences, scored, strict=True))
-            if number not in row.unequal
+            sequence: logits[[rows[index] for index in indices]]
+            for number, (sequence, indices) in enumerate(zip(sequences, scored_indices, strict=True))
+            if number not in row.unequal_sequences
         }
 
 
@@ -313,10 +315,10 @@ def score_continuation(logs: Tensor, continuation: list[int]) -> tuple[float, bo
     """Return a continuation's (log-likelihood, is greedy) from the log-probabilities at its row's last positions."""
     logs = logs[-len(continuation) :]
     tokens = torch.tensor(continuation, device=logs.device)
-    of_tokens = logs.gather(1, tokens[:, None])
+    token_logs = logs.gather(1, tokens[:, None])
     # argmax takes longer than everything else here, and is needed only if several tokens may be the most likely.
-    greedy = bool((of_tokens[:, 0] == logs.amax(-1)).all()) and bool((logs.argmax(-1) == tokens).all())
-    return float(of_tokens.sum()), greedy
+    greedy = bool((token_logs[:, 0] == logs.amax(-1)).all()) and bool((logs.argmax(-1) == tokens).all())
+    return float(token_logs.sum()), greedy
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:

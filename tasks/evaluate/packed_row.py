@@ -92,7 +92,7 @@ def group_by_prefix(counts: Mapping[Tokens, int], limits: Limits) -> list[Prefix
             groups.append(PrefixGroup(prefix, endings[prefix]))
             larger = PrefixGroup(prefix, (ending,))
         endings[prefix] = larger.endings
-    groups += [PrefixGroup(prefix, of_prefix) for prefix, of_prefix in endings.items()]
+    groups += [PrefixGroup(prefix, prefix_endings) for prefix, prefix_endings in endings.items()]
     return sorted(groups, key=lambda group: (-group.tokens, group.prefix, group.endings))
 
 
@@ -103,8 +103,8 @@ class PackedRow:
         tokens: The tokens of the row.
         positions: The position of each token in its sequence.
         sequences: For each sequence, where its tokens are in the row.
-        unequal: The numbers of the sequences whose prefix alone has other last bits than in the first of their group.
-            Their numbers are not to be used; those of the others are.
+        unequal_sequences: The numbers of the sequences whose prefix alone has other last bits than in the first of
+            their group. Their numbers are not to be used; those of the others are.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class PackedRow:
             exact: Attend as the library's model does, to the bit; or faster.
         """
         self.caches, self.exact = caches, exact
-        self.unequal: set[int] = set()
+        self.unequal_sequences: set[int] = set()
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.sequences: list[list[int]] = []
@@ -138,18 +138,18 @@ class PackedRow:
             prefix = range(start, start + len(group.prefix))
             self.tokens += group.prefix
             self.positions += range(len(group.prefix))
-            for place, ending in enumerate(group.endings):
-                own = range(len(self.tokens), len(self.tokens) + len(ending))
+            for index, ending in enumerate(group.endings):
+                indices = range(len(self.tokens), len(self.tokens) + len(ending))
                 self.tokens += ending
                 self.positions += range(len(group.prefix), len(group.prefix) + len(ending))
-                self.sequences.append([*prefix, *own])
-                self._groups.append((number, place == 0))
+                self.sequences.append([*prefix, *indices])
+                self._groups.append((number, index == 0))
         self._prefixes = [len(group.prefix) for group in groups]
         # Sequences of the same length share a call.
         self._by_length: dict[int, list[int]] = {}
         for number, sequence in enumerate(self.sequences):
             self._by_length.setdefault(len(sequence), []).append(number)
-        self._places = {
+        self._indices = {
             length: torch.tensor([self.sequences[number] for number in numbers], device=device)
             for length, numbers in self._by_length.items()
         }
@@ -167,22 +167,22 @@ class PackedRow:
     def attend(self, module: Gemma3Attention, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         """Attend within each sequence; tensors are [1, heads, tokens, width], the result [1, tokens, heads, width]."""
         self._fill_caches(module.layer_idx, key, value)
-        attended: dict[int, Tensor] = {}
-        for length, places in self._places.items():
+        outputs_by_sequence: dict[int, Tensor] = {}
+        for length, indices in self._indices.items():
             # [sequences, heads, length, width]
-            parts = [whole[0][:, places].transpose(0, 1) for whole in (query, key, value)]
+            parts = [tensor[0][:, indices].transpose(0, 1) for tensor in (query, key, value)]
             outputs = self._attend(module, parts, self._masks[length][module.layer_type], **kwargs)
-            attended.update(zip(self._by_length[length], outputs, strict=True))
+            outputs_by_sequence.update(zip(self._by_length[length], outputs, strict=True))
         pieces: list[Tensor] = []
         for number, (group, first) in enumerate(self._groups):
             prefix = self._prefixes[group]
             if first:
-                pieces.append(attended[number])
-                shared = attended[number][:prefix]
+                pieces.append(outputs_by_sequence[number])
+                prefix_outputs = outputs_by_sequence[number][:prefix]
             else:
-                if self._checks and not torch.equal(shared, attended[number][:prefix]):
-                    self.unequal.add(number)
-                pieces.append(attended[number][prefix:])
+                if self._checks and not torch.equal(prefix_outputs, outputs_by_sequence[number][:prefix]):
+                    self.unequal_sequences.add(number)
+                pieces.append(outputs_by_sequence[number][prefix:])
         return torch.cat(pieces)[None]
 
     def _attend(self, module: Gemma3Attention, parts: list[Tensor], mask: Tensor | None, **kwargs: Any) -> Tensor:
@@ -195,11 +195,11 @@ class PackedRow:
             # With a sliding window, no query of the block attends to earlier positions.
             first = max(start + 1 - module.sliding_window, 0) if step < length and module.sliding_window else 0
             query, key, value = parts[0][:, :, start:stop], *(part[:, :, first:stop] for part in parts[1:])
-            seen = None if mask is None else mask[:, :, start:stop, first:stop]
-            outputs.append(sdpa_attention_forward(module, query, key, value, seen, **kwargs)[0])
+            block_mask = None if mask is None else mask[:, :, start:stop, first:stop]
+            outputs.append(sdpa_attention_forward(module, query, key, value, block_mask, **kwargs)[0])
         return torch.cat(outputs, dim=1)
 
     def _fill_caches(self, layer: int, key: Tensor, value: Tensor) -> None:
         for cache, sequence in zip(self.caches, self.sequences, strict=bool(self.caches)):
-            own = slice(sequence[0], sequence[-1] + 1)
-            cache.extend(layer, key[:, :, own], value[:, :, own])
+            indices = slice(sequence[0], sequence[-1] + 1)
+            cache.extend(layer, key[:, :, indices], value[:, :, indices])

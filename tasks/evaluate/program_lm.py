@@ -51,14 +51,14 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         """Return (sum of the continuation's log-probabilities, whether each of its tokens is the most likely)."""
         sharing = share_rows(requests, self.program.max_seq_len)
         responses: dict[int, tuple[float, bool]] = {}
-        for done, (row, numbers) in enumerate(sharing.items(), 1):
+        for row_number, (row, numbers) in enumerate(sharing.items(), 1):
             count = max(len(requests[number][2]) for number in numbers)
-            embedded = self.program.embed_tokens(torch.tensor([row]))
-            logits = self.program.decode(embedded, set(range(len(row) - count, len(row))))
+            embeddings = self.program.embed_tokens(torch.tensor([row]))
+            logits = self.program.decode(embeddings, set(range(len(row) - count, len(row))))
             logs = torch.log_softmax(logits, dim=-1)
             for number in numbers:
                 responses[number] = score_continuation(logs, requests[number][2])
-            report_progress(done, len(sharing), "questions")
+            report_progress(row_number, len(sharing), "questions")
         return [responses[number] for number in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -97,8 +97,8 @@ def load_program_scorer(checkpoint: str, program: str) -> Score:
 
     def score(requests: list[Request]) -> list[JsonValue]:
         fits = [model.fits(request) for request in requests]
-        fitting = list(itertools.compress(requests, fits))
-        answers = iter(score_all(fitting) if fitting else [])
-        return [next(answers) if one else None for one in fits]
+        fitting_requests = list(itertools.compress(requests, fits))
+        answers = iter(score_all(fitting_requests) if fitting_requests else [])
+        return [next(answers) if does_fit else None for does_fit in fits]
 
     return score

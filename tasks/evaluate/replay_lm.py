@@ -29,9 +29,9 @@ class RecordingLM(LM):  # type: ignore[misc]
         self.checkpoint = checkpoint
         self.requests: list[Request] = []
 
-    def uses_chat_template(self, wanted: bool) -> bool:
+    def uses_chat_template(self, requested: bool) -> bool:
         """Tell whether prompts are in the chat template: a base model has none."""
-        return wanted and self.tokenizer.chat_template is not None
+        return requested and self.tokenizer.chat_template is not None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -77,7 +77,7 @@ class ReplayLM(LM):  # type: ignore[misc]
         self.answers = answers
         self.doc_ids = doc_ids
 
-    def uses_chat_template(self, _wanted: bool) -> bool:
+    def uses_chat_template(self, _requested: bool) -> bool:
         """The scores do not depend on the prompts: they are not made again."""
         return False
 

@@ -34,9 +34,9 @@ def summarize(output: Json, name: str, task: str, metric: str, metrics: list[str
         "num_fewshot": max(output["n-shot"].get(leaf, 0) for leaf in samples),
         "metric": metric,
         **_score(top, metric, _count(samples, metric)),
-        "metrics": {other: _score(top, other, _count(samples, other)) for other in metrics if _key(other) in top},
-        "groups": {_short(group, name): _score(results[group], metric, None) for group in groups},
-        "tasks": {_short(leaf, name): _score(results[leaf], metric, counts[leaf]) for leaf in leaves},
+        "metrics": {extra: _score(top, extra, _count(samples, extra)) for extra in metrics if _key(extra) in top},
+        "groups": {_short_name(group, name): _score(results[group], metric, None) for group in groups},
+        "tasks": {_short_name(leaf, name): _score(results[leaf], metric, counts[leaf]) for leaf in leaves},
     }
 
 
@@ -50,18 +50,18 @@ def make_samples(output: Json, name: str, metric: str, requests: dict[tuple[str,
     rows = []
     column, _, filter_name = metric.partition(",")
     for leaf in sorted(output["samples"]):
-        chosen = documents(output["samples"][leaf], filter_name or "none")
-        for doc_id in sorted(chosen):
-            sample, asked = chosen[doc_id], requests[leaf, doc_id]
+        samples = documents(output["samples"][leaf], filter_name or "none")
+        for doc_id in sorted(samples):
+            sample, document_requests = samples[doc_id], requests[leaf, doc_id]
             score = sample.get(column)
             row = {
-                "task": _short(leaf, name),
+                "task": _short_name(leaf, name),
                 "doc_id": doc_id,
                 "target": sample["target"],
-                "prompt": asked[0].arguments[0],
+                "prompt": document_requests[0].arguments[0],
                 "score": _as_share(column, float(score)) if isinstance(score, int | float) else None,
             }
-            rows.append({**row, **_answers(sample, asked)})
+            rows.append({**row, **_answers(sample, document_requests)})
     return rows
 
 
@@ -72,14 +72,14 @@ def documents(rows: list[Json], filter_name: str | None = None) -> dict[int, Jso
     return {row["doc_id"]: row for row in rows if row["filter"] == name}
 
 
-def _answers(sample: Json, asked: list[Request]) -> Json:
+def _answers(sample: Json, requests: list[Request]) -> Json:
     """Return the answers to a document."""
     responses = sample["filtered_resps"]
-    if asked[0].kind != "loglikelihood":
+    if requests[0].kind != "loglikelihood":
         return {"responses": [response[0] for response in sample["resps"]], "prediction": str(responses[0])}
     scores = [response[0] for response in responses]
     return {
-        "choices": [request.arguments[1] for request in asked],
+        "choices": [request.arguments[1] for request in requests],
         "responses": scores,
         "prediction": max(range(len(scores)), key=lambda choice: scores[choice]),
     }
@@ -89,10 +89,10 @@ def _score(results: Json, metric: str, samples: int | None) -> Json:
     """Return a metric with its standard error, None if there is none."""
     name, _, filter_name = _key(metric).partition(",")
     stderr = results.get(f"{name}_stderr,{filter_name}")
-    known = isinstance(stderr, float) and math.isfinite(stderr)
+    has_stderr = isinstance(stderr, float) and math.isfinite(stderr)
     return {
         "value": _as_share(name, results[_key(metric)]),
-        "stderr": _as_share(name, stderr) if known else None,
+        "stderr": _as_share(name, stderr) if has_stderr else None,
         "samples": samples,
     }
 
@@ -118,6 +118,6 @@ def _count(samples: Json, metric: str) -> int:
     return sum(len({row["doc_id"] for row in rows if name in row}) for rows in samples.values())
 
 
-def _short(task: str, name: str) -> str:
+def _short_name(task: str, name: str) -> str:
     """Return a task's name without the benchmark's."""
     return task.removeprefix(f"{name}_")

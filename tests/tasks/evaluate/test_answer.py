@@ -79,7 +79,7 @@ def test_a_shards_key_follows_from_name_requests_artifacts_and_settings(echo: Sc
 def test_small_shards_are_answered_together_and_an_interrupted_part_keeps_finished_shards(
     echo: Scorer, artifact: Path
 ) -> None:
-    scorer = replace(echo, together=2)
+    scorer = replace(echo, min_questions=2)
     four: Shards = {name: requests_of(name) for name in "abcd"}
     with pytest.raises(KeyboardInterrupt):
         respond({**four, "x": requests_of("stop")}, scorer)
@@ -91,14 +91,14 @@ def test_small_shards_are_answered_together_and_an_interrupted_part_keeps_finish
 
 def test_on_a_gpu_and_in_float32_the_batches_depend_on_no_other_shard(tmp_path: Path) -> None:
     settings: tuple[Any, ...] = (tmp_path, None, None, False)
-    assert choose_scorer(*settings, "cpu", "auto", "loglikelihood").together == answer.QUESTIONS
-    assert choose_scorer(*settings, "cuda", "auto", "loglikelihood").together == 1
-    assert choose_scorer(*settings, "cpu", "auto", "generate_until").together == 1
+    assert choose_scorer(*settings, "cpu", "auto", "loglikelihood").min_questions == answer.MIN_QUESTIONS
+    assert choose_scorer(*settings, "cuda", "auto", "loglikelihood").min_questions == 1
+    assert choose_scorer(*settings, "cpu", "auto", "generate_until").min_questions == 1
     # Nor in float32, where a product's last bit can depend on its number of rows.
-    assert choose_scorer(tmp_path, None, None, True, "cpu", "auto", "loglikelihood").together == 1
+    assert choose_scorer(tmp_path, None, None, True, "cpu", "auto", "loglikelihood").min_questions == 1
     # The runtime of a program, and images, are asked one question at a time.
-    assert choose_scorer(tmp_path, None, tmp_path, False, "cpu", "auto", "loglikelihood").together == 1
-    assert choose_scorer(tmp_path, tmp_path, None, False, "cpu", "auto", "generate_until").together == 1
+    assert choose_scorer(tmp_path, None, tmp_path, False, "cpu", "auto", "loglikelihood").min_questions == 1
+    assert choose_scorer(tmp_path, tmp_path, None, False, "cpu", "auto", "generate_until").min_questions == 1
 
 
 def test_a_cuda_device_that_is_not_there_is_said(echo: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
