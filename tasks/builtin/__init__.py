@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-HERE = Path(__file__).parent
-BUILTIN = {"tiny-gemma3": HERE / "tiny-gemma3"}
-BUILTIN_BENCHMARKS = {name: HERE / name for name in ("mmlu-mini", "chartqa-mini", "gsm8k-mini")}
-BUILTIN_TEXTS = {"tiny-text": HERE / "tiny-text"}
+FOLDER = Path(__file__).parent
+BUILTIN = {"tiny-gemma3": FOLDER / "tiny-gemma3"}
+BUILTIN_BENCHMARKS = {name: FOLDER / name for name in ("mmlu-mini", "chartqa-mini", "gsm8k-mini")}
+BUILTIN_TEXTS = {"tiny-text": FOLDER / "tiny-text"}

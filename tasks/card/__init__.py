@@ -32,7 +32,7 @@ from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.units import human_size
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 # The folder of a release with the samples of its scores.
 SAMPLES = "samples"
 
@@ -100,7 +100,7 @@ def read_loading_environments() -> list[dict[str, str]]:
 
     `python -m tests.compatibility.loading` writes the record when the code generates the same tokens in all of them.
     """
-    environments: list[dict[str, str]] = json.loads((HERE / "loads_in.json").read_text(encoding="utf-8"))[
+    environments: list[dict[str, str]] = json.loads((FOLDER / "loads_in.json").read_text(encoding="utf-8"))[
         "environments"
     ]
     return environments
@@ -136,7 +136,7 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(HERE),
+        loader=FileSystemLoader(FOLDER),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

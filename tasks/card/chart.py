@@ -55,7 +55,7 @@ class Subject:
         return self.quantized - self.base
 
     @property
-    def moved(self) -> bool:
+    def has_moved(self) -> bool:
         """Whether the change is larger than its error."""
         return self.error is not None and abs(self.change) > self.error
 
@@ -79,19 +79,19 @@ def draw_subjects(metrics: Metrics, benchmark: str, path: Path) -> None:
     """
     info = metrics.benchmarks[benchmark]
     subjects = compare_subjects(metrics, benchmark)
-    named = choose_named(subjects)
-    rows = ROW * (len(subjects) + 1) + NAME * len(named)
+    labeled_names = choose_named(subjects)
+    rows = ROW * (len(subjects) + 1) + NAME * len(labeled_names)
     top, bottom = 1.34, 0.45
-    moved = sum(subject.moved for subject in subjects)
-    subtitle = f"{moved} of {len(subjects)} changed by more than the margin of error"
+    moved_count = sum(subject.has_moved for subject in subjects)
+    subtitle = f"{moved_count} of {len(subjects)} changed by more than the margin of error"
     with new_figure(path, f"{info.title} by subject", top + rows + bottom, subtitle=subtitle) as figure:
         axes = add_axes(figure, MARGIN, MARGIN, top, bottom)
-        _draw_dumbbells(axes, subjects, named)
+        _draw_dumbbells(axes, subjects, labeled_names)
         if info.chance is not None:
             axes.axvline(100 * info.chance, color=GRAY, linestyle="--", linewidth=0.9, zorder=0.5)
             axes.text(100 * info.chance, -0.03, "chance", color=GRAY, ha="center", va="bottom")
-        if named:
-            header = "largest changes, points" if moved > len(named) else "change, points"
+        if labeled_names:
+            header = "largest changes, points" if moved_count > len(labeled_names) else "change, points"
             axes.text(0.99, 1, header, color=GRAY, transform=axes.transAxes, ha="right", va="bottom")
         metric = info.metric.partition(",")[0].replace("_", " ")
         axes.set_xlabel(f"{'accuracy' if metric.startswith('acc') else metric}, %")
@@ -111,16 +111,16 @@ def compare_subjects(metrics: Metrics, benchmark: str) -> list[Subject]:
     subjects = []
     for name, after in quantized.tasks.items():
         before = base.tasks[name]
-        known = before.stderr is not None and after.stderr is not None
-        error = 100 * CONFIDENT * math.hypot(before.stderr or 0, after.stderr or 0) if known else None
+        has_stderrs = before.stderr is not None and after.stderr is not None
+        error = 100 * CONFIDENT * math.hypot(before.stderr or 0, after.stderr or 0) if has_stderrs else None
         subjects.append(Subject(name, 100 * before.value, 100 * after.value, error))
     return sorted(subjects, key=lambda subject: (subject.change, subject.name))
 
 
 def choose_named(subjects: list[Subject]) -> set[str]:
     """Return the names of the subjects that the chart names: all of a few, else those that moved, the farthest."""
-    chosen = subjects if len(subjects) <= NAMES else [subject for subject in subjects if subject.moved]
-    return {subject.name for subject in sorted(chosen, key=lambda subject: -abs(subject.change))[:NAMES]}
+    candidates = subjects if len(subjects) <= NAMES else [subject for subject in subjects if subject.has_moved]
+    return {subject.name for subject in sorted(candidates, key=lambda subject: -abs(subject.change))[:NAMES]}
 
 
 def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
@@ -136,21 +136,21 @@ def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     fidelity = metrics.quantized.fidelity
-    shown = {
+    columns = {
         "as shipped": (fidelity, COLORS["quantized"]),
         "weights only": (fidelity.weights_only, COLORS["weights only"]),
         "program": (metrics.program.fidelity, COLORS["program"]),
     }
     with new_figure(path, "Distance from the base model, by token", 3.1) as figure:
         axes = add_axes(figure, 0.38, MARGIN, 1.03, 0.45)
-        for place, (name, (one, color)) in enumerate(shown.items()):
+        for number, (name, (distances, color)) in enumerate(columns.items()):
             # The first bin starts at 0, which is not on a logarithmic scale.
-            edges = [one.kl_histogram.edges[1] / 10 ** (1 / 4), *one.kl_histogram.edges[1:]]
-            shares = [100 * count / one.tokens for count in one.kl_histogram.counts]
-            label = f"{name}, mean {one.kl_mean:.3f}"
+            edges = [distances.kl_histogram.edges[1] / 10 ** (1 / 4), *distances.kl_histogram.edges[1:]]
+            shares = [100 * count / distances.tokens for count in distances.kl_histogram.counts]
+            label = f"{name}, mean {distances.kl_mean:.3f}"
             # The first covers the others.
-            axes.stairs(shares, edges, color=color, linewidth=1.4, label=label, zorder=4 - place)
-            axes.axvline(one.kl_mean, color=color, linestyle=":", linewidth=1.2)
+            axes.stairs(shares, edges, color=color, linewidth=1.4, label=label, zorder=4 - number)
+            axes.axvline(distances.kl_mean, color=color, linestyle=":", linewidth=1.2)
         axes.set(xscale="log", ylim=(0, None), xlabel="KL divergence from the base model, nats", title="tokens, %")
         axes.set_xticks([0.0001, 0.001, 0.01, 0.1, 1, 10], ["0.0001", "0.001", "0.01", "0.1", "1", "10"])
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -170,8 +170,8 @@ def draw_output_error(metrics: Metrics, path: Path) -> None:
     assert metrics.quantized.output_error is not None, metrics.recipe
     roles: dict[str, dict[int, float]] = {}
     for module, error in metrics.quantized.output_error.items():
-        _, _, place = module.rpartition(".layers.")
-        block, _, role = place.partition(".")
+        _, _, module_name = module.rpartition(".layers.")
+        block, _, role = module_name.partition(".")
         if block.isdecimal():
             roles.setdefault(role, {})[int(block)] = 100 * error
     with new_figure(path, "Output error after calibration", 3.3) as figure:
@@ -195,25 +195,25 @@ def _columns(metrics: Metrics, benchmark: str) -> tuple[BenchmarkScore, Benchmar
     return None if base is None or quantized is None or not quantized.tasks else (base, quantized)
 
 
-def _draw_dumbbells(axes: "Axes", subjects: list[Subject], named: set[str]) -> None:
+def _draw_dumbbells(axes: "Axes", subjects: list[Subject], labeled_names: set[str]) -> None:
     """Draw a row for each subject; one with a name is higher, and on a gray ground."""
-    places, height = [], 0.0
+    heights, height = [], 0.0
     for subject in subjects:
-        if subject.name in named:
+        if subject.name in labeled_names:
             axes.axhspan(height, height + NAME + ROW, color=SHADE, linewidth=0, zorder=0)
             _write_name(axes, subject, height + 0.02)
             height += NAME
-        places.append(height + ROW / 2)
+        heights.append(height + ROW / 2)
         height += ROW
     base, quantized = [subject.base for subject in subjects], [subject.quantized for subject in subjects]
     # What did not move stands back.
-    alpha = [1.0 if subject.moved else 0.55 for subject in subjects]
-    axes.hlines(places, base, quantized, color=GRAY, linewidth=0.8, alpha=alpha)
+    alpha = [1.0 if subject.has_moved else 0.55 for subject in subjects]
+    axes.hlines(heights, base, quantized, color=GRAY, linewidth=0.8, alpha=alpha)
     for name, scores in (("base", base), ("quantized", quantized)):
-        axes.scatter(scores, places, 12, [(COLORS[name], one) for one in alpha], linewidths=0, zorder=3)
+        axes.scatter(scores, heights, 12, [(COLORS[name], opacity) for opacity in alpha], linewidths=0, zorder=3)
     low = [max(subject.base - (subject.error or 0), 0) for subject in subjects]
     high = [min(subject.base + (subject.error or 0), 100) for subject in subjects]
-    axes.hlines(places, low, high, color=LIGHT, linewidth=3.6, zorder=0.8)
+    axes.hlines(heights, low, high, color=LIGHT, linewidth=3.6, zorder=0.8)
     axes.set(ylim=(height + ROW / 2, -ROW / 2), yticks=[])
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")

@@ -13,8 +13,8 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    quoted = value[:1] in tuple("0123456789.+-") or not value.isprintable()
-    style = '"' if quoted else None
+    needs_quotes = value[:1] in tuple("0123456789.+-") or not value.isprintable()
+    style = '"' if needs_quotes else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Columns = dict[str, NDArray[np.float32]]
 
 # The tokens of a window that predict a next token.
-SCORED = WINDOW - 1
+SCORED_TOKENS = WINDOW - 1
 
 
 @stage()
@@ -53,8 +53,8 @@ def fidelity(target: Path, quantized: list[Path], program: list[Path], reference
     if reference is not None:
         results["reference"] = summarize_quantized(reference)
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    shown = ("kl_mean", "same_top", "ppl", "ppl_base", "tokens")
-    return {"metadata": {name: results["quantized"][name] for name in shown}}
+    names = ("kl_mean", "same_top", "ppl", "ppl_base", "tokens")
+    return {"metadata": {name: results["quantized"][name] for name in names}}
 
 
 def summarize_quantized(folders: list[Path]) -> JsonObject:
@@ -63,15 +63,15 @@ def summarize_quantized(folders: list[Path]) -> JsonObject:
 
     results: dict[str, JsonObject] = {}
     for name in MEASURED:
-        columns, windows = _read(folders, name)
+        columns, windows = _read_columns(folders, name)
         if not columns:
             continue
         results[name] = _metrics(columns, windows)
         if name == "text":
             # The tokens that llama.cpp scores in windows of this length.
-            kept = np.arange(len(windows)) % SCORED >= WINDOW // 2
-            half = {column: values[kept] for column, values in columns.items()}
-            results["second_half"] = _metrics(half, windows[kept])
+            in_second_half = np.arange(len(windows)) % SCORED_TOKENS >= WINDOW // 2
+            half = {column: values[in_second_half] for column, values in columns.items()}
+            results["second_half"] = _metrics(half, windows[in_second_half])
     return {**results.pop("text"), **results}
 
 
@@ -79,16 +79,16 @@ def summarize_program(quantized: list[Path], program: list[Path]) -> JsonObject:
     """Return the metrics of the program, and as `checkpoint` those of the checkpoint on the same tokens."""
     import numpy as np
 
-    columns, windows = _read(program, "program")
-    shipped, _ = _read(quantized, "text")
-    at = windows * SCORED + columns["position"].astype(np.int64)
+    columns, windows = _read_columns(program, "program")
+    checkpoint_columns, _ = _read_columns(quantized, "text")
+    token_numbers = windows * SCORED_TOKENS + columns["position"].astype(np.int64)
     return {
         **_metrics(columns, windows),
-        "checkpoint": _metrics({name: values[at] for name, values in shipped.items()}, windows),
+        "checkpoint": _metrics({name: values[token_numbers] for name, values in checkpoint_columns.items()}, windows),
     }
 
 
-def _read(folders: list[Path], name: str) -> tuple[Columns, NDArray[np.int64]]:
+def _read_columns(folders: list[Path], name: str) -> tuple[Columns, NDArray[np.int64]]:
     """Return the columns of all tokens in order, and the number of each token's window; none if there are no files."""
     import numpy as np
     from safetensors.numpy import load_file

@@ -107,12 +107,12 @@ def diagnose(
 
     content = (text / TEXT_FILE).read_text(encoding="utf-8")
     rows = make_windows(content, AutoTokenizer.from_pretrained(base), windows)
-    groups = by_block(text_modules(base, Recipe.from_json(recipe)))
+    groups = group_by_block(text_modules(base, Recipe.from_json(recipe)))
     probe = Probe(base, checkpoint, rows, machine.device_of_part(device, 0))
     damages = []
     with store.open_store({"base": base, "checkpoint": checkpoint}) as (root, digests):
         shards = ShardStore(root, refresh)
-        for done, group in enumerate(groups):
+        for index, group in enumerate(groups):
             names = {module.name: module.activations for module in group}
             key = {**digests, "sequences": digest_sequences(rows), "modules": names, "device": device}
             columns = load_file(shards.file(PROBE, key, functools.partial(probe.measure, group)))
@@ -123,7 +123,7 @@ def diagnose(
                     for name in (f"{module.role}.weights", f"{module.role}.activations")
                 )
                 damages.append(Damage(module.block, module.role, module.parameters, *weights, *activations))
-            report_progress(done + 1, len(groups), "blocks")
+            report_progress(index + 1, len(groups), "blocks")
     results = {"tokens": len(numbers), "rows": [vars(damage) for damage in damages]}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw_heat_map(damages, target / HEAT_MAP)
@@ -133,24 +133,24 @@ def diagnose(
 def text_modules(base: Path, recipe: Recipe) -> list[Module]:
     """Return the modules of the language model that the recipe quantizes, in the order of computation."""
     modules = quantizable_modules(read_headers(base))
-    found = []
+    results = []
     for name, rule in decide(recipe, modules).items():
         if GEMMA3.is_vision(name):
             continue
-        inside = BLOCK.search(name)
-        block, role = (int(inside[1]), inside[2]) if inside else (None, name.rpartition(".")[2])
+        match = BLOCK.search(name)
+        block, role = (int(match[1]), match[2]) if match else (None, name.rpartition(".")[2])
         rows, columns = modules[name]
-        found.append(Module(name, block, role, rule.activation is not None, rows * columns))
-    last = max(module.block for module in found if module.block is not None)
-    places = {GEMMA3.embedding_module: (-1, 0), GEMMA3.head_module: (last + 1, 0)}
+        results.append(Module(name, block, role, rule.activation is not None, rows * columns))
+    last = max(module.block for module in results if module.block is not None)
+    outer_order = {GEMMA3.embedding_module: (-1, 0), GEMMA3.head_module: (last + 1, 0)}
 
-    def place(module: Module) -> tuple[int, int]:
-        return places[module.role] if module.block is None else (module.block, ROLES.index(module.role))
+    def order(module: Module) -> tuple[int, int]:
+        return outer_order[module.role] if module.block is None else (module.block, ROLES.index(module.role))
 
-    return sorted(found, key=place)
+    return sorted(results, key=order)
 
 
-def by_block(modules: list[Module]) -> list[list[Module]]:
+def group_by_block(modules: list[Module]) -> list[list[Module]]:
     """Return the modules by their blocks; the embedding and lm_head are blocks of their own."""
     groups: dict[int | str, list[Module]] = {}
     for module in modules:
@@ -194,35 +194,35 @@ class Probe:
         """Return the KL divergences, on the CPU, of hidden states, [windows, positions, width]."""
         import torch
 
-        scored = hidden[:, POSITIONS].flatten(0, 1)
+        scored_states = hidden[:, POSITIONS].flatten(0, 1)
         parts = []
-        for start in range(0, len(scored), CHUNK):
+        for start in range(0, len(scored_states), CHUNK):
             base = self.log_probabilities[start : start + CHUNK]
-            other = torch.log_softmax(head(scored[start : start + CHUNK]), dim=-1)
-            parts.append((base.exp() * (base - other)).sum(-1).cpu())
+            checkpoint_logs = torch.log_softmax(head(scored_states[start : start + CHUNK]), dim=-1)
+            parts.append((base.exp() * (base - checkpoint_logs)).sum(-1).cpu())
         return torch.cat(parts)
 
     def run(self, block: int, hidden: Tensor) -> Tensor:
         """Run the layers from a block on, and the last norm; return the result."""
         text = _language_model(self.layers[0])
-        every = text.layers
-        text.layers = every[block:]
+        all_layers = text.layers
+        text.layers = all_layers[block:]
         try:
             output: Tensor = text(inputs_embeds=hidden, use_cache=False).last_hidden_state
             return output
         finally:
-            text.layers = every
+            text.layers = all_layers
 
     @contextlib.contextmanager
     def swapped(self, name: str) -> Iterator[None]:
         """Replace the base model's module with the checkpoint's within the context."""
         parent, _, child = name.rpartition(".")
-        owner, own = self.layers[0].get_submodule(parent), self.layers[0].get_submodule(name)
+        owner, original = self.layers[0].get_submodule(parent), self.layers[0].get_submodule(name)
         setattr(owner, child, self.layers[1].get_submodule(name))
         try:
             yield
         finally:
-            setattr(owner, child, own)
+            setattr(owner, child, original)
 
     @contextlib.contextmanager
     def hooked(self, name: str) -> Iterator[None]:
@@ -242,16 +242,16 @@ class Probe:
         """The layers of the base model and of the checkpoint, in float32 without quantized activations."""
         from quantize_gemma.tasks.fidelity.states import load_layers
 
-        base, other = (load_layers(path, "weights_only", self.device) for path in (self.base, self.checkpoint))
-        return base, other
+        base, checkpoint = (load_layers(path, "weights_only", self.device) for path in (self.base, self.checkpoint))
+        return base, checkpoint
 
     @functools.cached_property
     def heads(self) -> tuple[Head, Head]:
         """The heads of both."""
         from quantize_gemma.tasks.fidelity.tokens import load_head
 
-        base, other = (load_head(path, "weights_only", self.device) for path in (self.base, self.checkpoint))
-        return base, other
+        base, checkpoint = (load_head(path, "weights_only", self.device) for path in (self.base, self.checkpoint))
+        return base, checkpoint
 
     @functools.cached_property
     def token_ids(self) -> Tensor:
@@ -268,8 +268,8 @@ class Probe:
         hooks = [
             layer.register_forward_pre_hook(lambda _layer, inputs: states.append(inputs[0])) for layer in text.layers
         ]
-        embedded = text.embed_tokens(self.token_ids)
-        last = self.run(0, embedded)
+        embeddings = text.embed_tokens(self.token_ids)
+        last = self.run(0, embeddings)
         for hook in hooks:
             hook.remove()
         return [*states, last]
@@ -279,11 +279,11 @@ class Probe:
         """The base model's log-probabilities, [scored tokens, vocabulary]."""
         import torch
 
-        scored = self.states[-1][:, POSITIONS].flatten(0, 1)
+        scored_states = self.states[-1][:, POSITIONS].flatten(0, 1)
         return torch.cat(
             [
-                torch.log_softmax(self.heads[0](scored[start : start + CHUNK]), dim=-1)
-                for start in range(0, len(scored), CHUNK)
+                torch.log_softmax(self.heads[0](scored_states[start : start + CHUNK]), dim=-1)
+                for start in range(0, len(scored_states), CHUNK)
             ]
         )
 
@@ -293,28 +293,28 @@ def draw_heat_map(damages: list[Damage], path: Path) -> None:
     import numpy as np
     from matplotlib.colors import LogNorm
 
-    inside = [one for one in damages if one.block is not None]
-    blocks = sorted({one.block for one in inside if one.block is not None})
+    block_damages = [damage for damage in damages if damage.block is not None]
+    blocks = sorted({damage.block for damage in block_damages if damage.block is not None})
     values = {kind: np.full((len(blocks), len(ROLES)), np.nan) for kind in KINDS}
-    for one in inside:
+    for damage in block_damages:
         for kind in KINDS:
-            values[kind][blocks.index(one.block or 0), ROLES.index(one.role)] = getattr(one, kind) or np.nan
-    known = np.concatenate([matrix[np.isfinite(matrix) & (matrix > 0)] for matrix in values.values()])
+            values[kind][blocks.index(damage.block or 0), ROLES.index(damage.role)] = getattr(damage, kind) or np.nan
+    divergences = np.concatenate([matrix[np.isfinite(matrix) & (matrix > 0)] for matrix in values.values()])
     # viridis gets lighter throughout, so that it needs no color vision.
-    shown: dict[str, Any] = {
-        "norm": LogNorm(max(known.min(), known.max() / 1e4), known.max()),
+    image_options: dict[str, Any] = {
+        "norm": LogNorm(max(divergences.min(), divergences.max() / 1e4), divergences.max()),
         "cmap": "viridis",
         "aspect": "auto",
     }
-    outside = [_describe(one) for one in damages if one.block is None]
-    how = "KL divergence from the base model, nats, with\none module quantized and the rest in float32"
+    lines = [_describe(damage) for damage in damages if damage.block is None]
+    subtitle = "KL divergence from the base model, nats, with\none module quantized and the rest in float32"
     # From the top: the text, the plots' titles, a row for each block, the roles, the scale.
     top, rows, bottom = 1.35, 0.15 * len(blocks), 0.95
-    with new_figure(path, "Damage by module", top + rows + bottom, subtitle="\n".join([how, *outside])) as figure:
+    with new_figure(path, "Damage by module", top + rows + bottom, subtitle="\n".join([subtitle, *lines])) as figure:
         names = [role.rpartition(".")[2].removesuffix("_proj") for role in ROLES]
         for number, kind in enumerate(KINDS):
             axes = add_axes(figure, (0.52, 2.26)[number], (1.9, MARGIN)[number], top, bottom)
-            image = axes.imshow(values[kind], **shown)
+            image = axes.imshow(values[kind], **image_options)
             axes.set_title(f"{kind} quantized")
             axes.set_xticks(range(len(ROLES)), names, rotation=90)
             axes.set_yticks(range(len(blocks)), map(str, blocks) if number == 0 else [])

@@ -51,12 +51,12 @@ def fidelity_base(
             "text": split_groups(rows, part, parts),
             "chat": answer_prompts(reader, shards, part, parts),
         }
-        for kind, numbered in groups.items():
-            for number, group in numbered.items():
+        for kind, groups_of_kind in groups.items():
+            for number, group in groups_of_kind.items():
                 write_group(group, kind, number, target)
         for name, (variant, kind) in MEASURED.items():
             # The model of another variant.
             gc.collect()
             for number, file in group_states(reader, variant, groups[kind], shards).items():
                 store.link(file, target / group_file(name, number))
-    return {"metadata": {kind: sum(map(len, numbered.values())) for kind, numbered in groups.items()}}
+    return {"metadata": {kind: sum(map(len, groups_of_kind.values())) for kind, groups_of_kind in groups.items()}}

@@ -63,22 +63,22 @@ def fidelity_program(
         refresh: Compute windows again that are in the store.
     """
     rows = read_sequences(states, "text")
-    chosen = sample(len(rows), windows)[part::parts]
+    numbers = sample(len(rows), windows)[part::parts]
     models = _Models(base, program)
     with store.open_store({"base": base, "program": program}) as (root, digests):
         shards = ShardStore(root, refresh)
-        for done, number in enumerate(chosen):
+        for index, number in enumerate(numbers):
             file = find_group(states, "text", number // GROUP)
 
             def compare(
-                row: Sequence = rows[number], file: Path = file, place: int = number % GROUP
+                row: Sequence = rows[number], file: Path = file, row_index: int = number % GROUP
             ) -> dict[str, Tensor]:
-                return compare_window(*models.get(), row, file, place)
+                return compare_window(*models.get(), row, file, row_index)
 
             key = {**digests, "sequences": digest_sequences([rows[number]]), "step": PROGRAM_STEP}
             store.link(shards.file(COMPARE, key, compare), target / group_file("program", number))
-            report_progress(done + 1, len(chosen), "windows")
-    return {"metadata": {"windows": len(chosen)}}
+            report_progress(index + 1, len(numbers), "windows")
+    return {"metadata": {"windows": len(numbers)}}
 
 
 @dataclass
@@ -87,19 +87,19 @@ class _Models:
 
     base: Path
     program: Path
-    loaded: tuple[Head, PteProgram] | None = None
+    models: tuple[Head, PteProgram] | None = None
 
     def get(self) -> tuple[Head, PteProgram]:
         from quantize_gemma.tasks.fidelity.tokens import load_head
         from quantize_gemma.tasks.models.pte import PteProgram
 
-        if self.loaded is None:
+        if self.models is None:
             head = load_head(self.base, "as_shipped", "cpu")
-            self.loaded = head, PteProgram(self.program / "model.pte")
-        return self.loaded
+            self.models = head, PteProgram(self.program / "model.pte")
+        return self.models
 
 
-def compare_window(head: Head, program: PteProgram, row: Sequence, states: Path, place: int) -> dict[str, Tensor]:
+def compare_window(head: Head, program: PteProgram, row: Sequence, states: Path, index: int) -> dict[str, Tensor]:
     """Return compare_logits()'s columns for every eighth token of a window, and the `position` of each.
 
     Args:
@@ -107,7 +107,7 @@ def compare_window(head: Head, program: PteProgram, row: Sequence, states: Path,
         program: The program.
         row: The window.
         states: The file of the base model's hidden states of the window's group.
-        place: The window's place in its group.
+        index: The window's index in its group.
     """
     import torch
     from safetensors.torch import load_file
@@ -116,7 +116,7 @@ def compare_window(head: Head, program: PteProgram, row: Sequence, states: Path,
 
     positions = list(range(PROGRAM_STEP - 1, min(WINDOW - 1, program.max_seq_len), PROGRAM_STEP))
     ids = torch.tensor([row.ids])
-    ours = program.decode(program.embed_tokens(ids[:, : positions[-1] + 1]), set(positions))
-    hidden = load_file(states)["hidden"].unflatten(0, (-1, WINDOW - 1))[place]
-    at = torch.tensor(positions)
-    return {**compare_logits(head(hidden[at]), ours, ids[0, at + 1]), "position": at}
+    logits = program.decode(program.embed_tokens(ids[:, : positions[-1] + 1]), set(positions))
+    hidden = load_file(states)["hidden"].unflatten(0, (-1, WINDOW - 1))[index]
+    indices = torch.tensor(positions)
+    return {**compare_logits(head(hidden[indices]), logits, ids[0, indices + 1]), "position": indices}

@@ -72,13 +72,13 @@ def fidelity_quantized(
             gc.collect()
             heads = Heads(base, checkpoint, variant, reader.loaded_on)
             key = {**reader.key(variant), "base": digests.get("base")}
-            for done, (number, group) in enumerate(groups.items()):
+            for index, (number, group) in enumerate(groups.items()):
                 pair = find_group(states, name, number), files[number]
                 compare = functools.partial(compare_group, heads, group, *pair)
                 shard = shards.file(COMPARE, {**key, "sequences": digest_sequences(group)}, compare)
                 store.link(shard, target / group_file(name, number))
                 tokens += sum(len(row.targets) for row in group)
-                report_progress(done + 1, len(groups), "groups")
+                report_progress(index + 1, len(groups), "groups")
             heads.clear()
     return {"metadata": {"tokens": tokens}}
 
@@ -88,24 +88,24 @@ class Heads:
 
     def __init__(self, base: Path, checkpoint: Path, variant: Variant, device: str) -> None:
         self.arguments = base, checkpoint, variant, device
-        self.loaded: tuple[Head, Head] | None = None
+        self.heads: tuple[Head, Head] | None = None
 
     def get(self) -> tuple[Head, Head]:
         """Return the base model's head, and the checkpoint's."""
         from quantize_gemma.tasks.fidelity.tokens import load_head
 
-        if self.loaded is None:
+        if self.heads is None:
             base, checkpoint, variant, device = self.arguments
-            self.loaded = load_head(base, variant, device), load_head(checkpoint, variant, device)
-        return self.loaded
+            self.heads = load_head(base, variant, device), load_head(checkpoint, variant, device)
+        return self.heads
 
     def clear(self) -> None:
         """Free their memory."""
-        self.loaded = None
+        self.heads = None
         gc.collect()
 
 
-def compare_group(heads: Heads, group: list[Sequence], base: Path, other: Path) -> dict[str, Tensor]:
+def compare_group(heads: Heads, group: list[Sequence], base: Path, checkpoint: Path) -> dict[str, Tensor]:
     """Return compare_logits()'s columns for files of both models' hidden states, and the `sequence` of each token."""
     import torch
     from safetensors.torch import load_file
@@ -114,7 +114,7 @@ def compare_group(heads: Heads, group: list[Sequence], base: Path, other: Path) 
 
     targets = torch.tensor([token for row in group for token in row.targets])
     base_head, other_head = heads.get()
-    states, other_states = (load_file(file)["hidden"] for file in (base, other))
+    states, other_states = (load_file(file)["hidden"] for file in (base, checkpoint))
     columns = compare_states((base_head, states), (other_head, other_states), targets)
     lengths = torch.tensor([len(row.targets) for row in group])
     return {**columns, "sequence": torch.repeat_interleave(torch.arange(len(group)), lengths)}

@@ -91,14 +91,14 @@ def group_file(name: str, number: int, suffix: str = "safetensors") -> str:
 def write_group(group: list[Sequence], kind: str, number: int, folder: Path) -> None:
     """Write the sequences of a group."""
     path = folder / group_file(kind, number, "json")
-    path.write_text(json.dumps([asdict(one) for one in group]), encoding="utf-8")
+    path.write_text(json.dumps([asdict(sequence) for sequence in group]), encoding="utf-8")
 
 
 def read_sequences(folders: list[Path], kind: str) -> list[Sequence]:
     """Return all sequences of a kind, "text" or "chat", from the directories of the parts that wrote them."""
     files = sorted((file for folder in folders for file in folder.glob(f"{kind}-*.json")), key=lambda file: file.name)
-    rows = [one for file in files for one in json.loads(file.read_text(encoding="utf-8"))]
-    return [Sequence(tuple(one["ids"]), one["first"]) for one in rows]
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    return [Sequence(tuple(row["ids"]), row["first"]) for row in rows]
 
 
 def find_group(folders: list[Path], name: str, number: int) -> Path:

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 # Tokens of the longest answer to a prompt.
 ANSWER_TOKENS = 32
 # What computes a shard; its code is in the shard's key.
-HERE = "quantize_gemma.tasks.fidelity.states"
-STATES = (f"{HERE}:load_layers", f"{HERE}:hidden_states")
-ANSWERS = (f"{HERE}:load_layers", f"{HERE}:generate")
+MODULE = "quantize_gemma.tasks.fidelity.states"
+STATES = (f"{MODULE}:load_layers", f"{MODULE}:hidden_states")
+ANSWERS = (f"{MODULE}:load_layers", f"{MODULE}:generate")
 
 
 def load_layers(checkpoint: Path, variant: Variant, device: str) -> PreTrainedModel:
@@ -98,10 +98,10 @@ def group_states(
         return {"hidden": hidden_states(models[0], group)}
 
     files = {}
-    for done, (number, group) in enumerate(groups.items()):
+    for index, (number, group) in enumerate(groups.items()):
         key = {**reader.key(variant), "sequences": digest_sequences(group)}
         files[number] = shards.file(STATES, key, functools.partial(compute, group))
-        report_progress(done + 1, len(groups), "groups")
+        report_progress(index + 1, len(groups), "groups")
     return files
 
 
@@ -111,12 +111,12 @@ def hidden_states(model: PreTrainedModel, rows: list[Sequence]) -> Tensor:
     Sequences of the same length run as a batch, without padding, which would change the last bits.
     """
     states = []
-    for _, same in itertools.groupby(rows, key=lambda row: len(row.ids)):
-        batch = list(same)
+    for _, rows_of_length in itertools.groupby(rows, key=lambda row: len(row.ids)):
+        batch = list(rows_of_length)
         ids = torch.tensor([row.ids for row in batch], device=model.device)
         with torch.no_grad(), fast_products():
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        states += [each[row.first : -1].cpu() for each, row in zip(hidden, batch, strict=True)]
+        states += [row_states[row.first : -1].cpu() for row_states, row in zip(hidden, batch, strict=True)]
     return torch.cat(states)
 
 
@@ -141,14 +141,14 @@ def answer_prompts(reader: Reader, shards: ShardStore, part: int, parts: int) ->
 
     chats = {}
     groups = split_groups(prompts, part, parts)
-    for done, (number, group) in enumerate(groups.items()):
+    for index, (number, group) in enumerate(groups.items()):
         key = {**reader.key("as_shipped"), "prompts": digest_sequences(group), "max_new_tokens": ANSWER_TOKENS}
         answers = load_file(shards.file(ANSWERS, key, functools.partial(compute, group)))
         chats[number] = [
-            Sequence((*prompt.ids, *answers[str(place)].tolist()), first=len(prompt.ids) - 1)
-            for place, prompt in enumerate(group)
+            Sequence((*prompt.ids, *answers[str(row)].tolist()), first=len(prompt.ids) - 1)
+            for row, prompt in enumerate(group)
         ]
-        report_progress(done + 1, len(groups), "groups of prompts")
+        report_progress(index + 1, len(groups), "groups of prompts")
     return chats
 
 

@@ -32,7 +32,7 @@ Head = Callable[["Tensor"], "Tensor"]
 def load_head(checkpoint: Path, variant: Variant, device: str) -> Head:
     """Load a checkpoint's lm_head, with the model's own postprocessing of its output (a final softcap)."""
     model = load_model(checkpoint, torch.bfloat16)
-    model.model = _Given()
+    model.model = _Passthrough()
     gc.collect()
     model.to(device)
     if variant == "weights_only":
@@ -85,14 +85,14 @@ def compare_logits(base: Tensor, other: Tensor, targets: Tensor) -> dict[str, Te
     logs, other_logs = (torch.log_softmax(logits.float(), dim=-1) for logits in (base, other))
     # bfloat16 logits can tie; the first of them is the top token in both models.
     same_top = logs.argmax(-1) == other_logs.argmax(-1)
-    nll_base, nll = (-each.gather(1, targets[:, None])[:, 0] for each in (logs, other_logs))
+    nll_base, nll = (-row_logs.gather(1, targets[:, None])[:, 0] for row_logs in (logs, other_logs))
     differences = logs - other_logs
     kl = logs.exp_().mul_(differences).sum(-1)
     columns = {"kl": kl, "same_top": same_top.float(), "nll_base": nll_base, "nll": nll}
     return {name: column.cpu() for name, column in columns.items()}
 
 
-class _Given(torch.nn.Module):
+class _Passthrough(torch.nn.Module):
     """Replaces a model's layers: returns `inputs_embeds` as their hidden states."""
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:

@@ -48,8 +48,8 @@ def gate(
         name: [store.read_artifact(path) for path in (paths if isinstance(paths, list) else [paths])]
         for name, paths in measurements.items()
     }
-    artifacts = {name: listed[0] for name, listed in parts.items()}
-    costs = {name: add_up(listed) for name, listed in parts.items()}
+    artifacts = {name: part_artifacts[0] for name, part_artifacts in parts.items()}
+    costs = {name: add_up(part_artifacts) for name, part_artifacts in parts.items()}
     metrics = collect_metrics(
         artifacts, costs, resolved, benchmarks, recipe, limits, required, command, versions, run_id
     )

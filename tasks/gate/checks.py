@@ -92,10 +92,10 @@ def require_pass(metrics: Metrics, required: Sequence[str], regressions: Sequenc
         GateRefused: A check fails or is missing.
     """
     checks = [*metrics.gate.checks, *regressions]
-    verdict = add_missing(_verdict(checks, metrics.gate.limits), required)
+    verdict = add_missing(_make_verdict(checks, metrics.gate.limits), required)
     if not verdict.passed:
         samples = [score for score in metrics.program.scores.values() if score is not None]
-        raise GateRefused(verdict, [one for score in samples for one in score.disagreements])
+        raise GateRefused(verdict, [disagreement for score in samples for disagreement in score.disagreements])
     return verdict
 
 
@@ -104,13 +104,13 @@ def add_missing(verdict: Verdict, required: Sequence[str]) -> Verdict:
     names = {check.name for check in verdict.checks}
     missing = [
         replace(
-            _check(name, "", math.nan, math.nan, False, math.nan, None),
+            _make_check(name, "", math.nan, math.nan, False, math.nan, None),
             message=f"{name.replace('_', ' ')} was not measured",
         )
         for name in required
         if name not in names
     ]
-    return _verdict([*verdict.checks, *missing], verdict.limits)
+    return _make_verdict([*verdict.checks, *missing], verdict.limits)
 
 
 def compare_with_published(
@@ -125,14 +125,14 @@ def compare_with_published(
         published: The metrics.json at the target's head, from an untrusted author; None if there is none.
         max_regression: The limit, in points; of a metric whose smaller values are better, in percent.
     """
-    ours = to_json(metrics)
+    own_metrics = to_json(metrics)
     return [
-        _compare(name, info, metrics.quantized.scores.get(name), ours, published, max_regression)
+        _check_regression(name, info, metrics.quantized.scores.get(name), own_metrics, published, max_regression)
         for name, info in metrics.benchmarks.items()
     ]
 
 
-def _compare(
+def _check_regression(
     name: str,
     info: BenchmarkInfo,
     score: Score | None,
@@ -156,9 +156,9 @@ def _compare(
         )
     loss = round(100 * (value - score.value if info.higher_is_better else score.value / max(value, 1e-9) - 1), 4)
     unit, worse, better = ("points", "below", "above") if info.higher_is_better else ("%", "above", "below")
-    what = f"{info.title} is {abs(loss):.2f} {unit} {worse if loss >= 0 else better} the published release"
+    text = f"{info.title} is {abs(loss):.2f} {unit} {worse if loss >= 0 else better} the published release"
     # The standard error of the published score is not known.
-    return _at_most(f"{name}_regression", what, loss, max_regression)
+    return _check_at_most(f"{name}_regression", text, loss, max_regression)
 
 
 def _incomparable(
@@ -182,10 +182,10 @@ def _incomparable(
         "number of samples": (*score, "samples"),
         "lm-eval version": ("versions", "lm-eval"),
     }
-    for what, path in comparable.items():
-        ours, theirs = _look_up(metrics, path), _look_up(published, path)
-        if ours is MISSING or type(ours) is not type(theirs) or ours != theirs:
-            return f"the {what} differs (here: {_shorten(ours)}, published: {_shorten(theirs)})"
+    for title, path in comparable.items():
+        own_value, published_value = _look_up(metrics, path), _look_up(published, path)
+        if own_value is MISSING or type(own_value) is not type(published_value) or own_value != published_value:
+            return f"the {title} differs (here: {_shorten(own_value)}, published: {_shorten(published_value)})"
     value = _look_up(published, (*score, "value"))
     largest = 1.0 if info.higher_is_better else 1e30
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= largest:
@@ -239,59 +239,63 @@ def judge(
     for name, info in benchmarks.items():
         limit = limits.get(f"max_{name}_drop")
         if limit is not None:
-            checks += _losses(name, info, columns, pairs.get(name), limit, _set(limits, "min_recovery"))
+            checks += _check_losses(name, info, columns, pairs.get(name), limit, _require_limit(limits, "min_recovery"))
     if all(check.status == "uninformative" for check in checks):
-        checks.append(_nothing_is_known())
+        checks.append(_fail_unmeasured_loss())
     for name, info in benchmarks.items():
         sample = columns.program.scores.get(name)
         limit = limits.get(f"max_{name}_drop")
         if sample is not None and sample.differing is not None:
-            checks += [_disagreement(name, info.title, sample.differing, _set(limits, "max_disagreement"))]
+            checks += [
+                _check_disagreement(name, info.title, sample.differing, _require_limit(limits, "max_disagreement"))
+            ]
         elif sample is not None and limit is not None:
             if sample.pairs is not None:
-                checks.append(_program_drop(name, info.title, sample.pairs, limit))
+                checks.append(_check_program_drop(name, info.title, sample.pairs, limit))
             else:
-                checks.append(_unpaired_program_drop(name, info, sample, limit))
-    checks += _distances(columns.program.agreement, _set(limits, "max_kl_ratio"))
-    checks += [_runner(check) for check in columns.program.runner]
-    return _verdict(checks, limits)
+                checks.append(_check_unpaired_program_drop(name, info, sample, limit))
+    checks += _check_distances(columns.program.agreement, _require_limit(limits, "max_kl_ratio"))
+    checks += [_check_runner(check) for check in columns.program.runner]
+    return _make_verdict(checks, limits)
 
 
-def _set(limits: Limits, name: str) -> float:
+def _require_limit(limits: Limits, name: str) -> float:
     """Return a limit that is always set."""
     limit = limits[name]
     assert limit is not None, name
     return limit
 
 
-def _losses(
+def _check_losses(
     name: str, info: BenchmarkInfo, columns: Columns, pairs: Pairs | None, limit: float, min_recovery: float
 ) -> list[Check]:
     """Return the checks of how much a benchmark's score falls from base to checkpoint; none if it was not measured."""
     base, quantized = columns.base.scores.get(name), columns.quantized.scores.get(name)
     if pairs is not None:
-        checks = [_drop(name, info.title, pairs, limit), _recovery(name, info.title, pairs, min_recovery)]
+        checks = [_check_drop(name, info.title, pairs, limit), _check_recovery(name, info.title, pairs, min_recovery)]
     elif base is not None and quantized is not None:
-        checks = [_unpaired_drop(name, info, base, quantized, limit)]
+        checks = [_check_unpaired_drop(name, info, base, quantized, limit)]
         if info.higher_is_better:
-            checks.append(_unpaired_recovery(name, info, base, quantized, min_recovery))
+            checks.append(_check_unpaired_recovery(name, info, base, quantized, min_recovery))
     else:
         return []
     if base is None or not info.higher_is_better or not base.is_at_chance(info.chance):
         return checks
     score = f"{100 * base.value:.1f}" + ("" if base.stderr is None else f" ± {100 * base.stderr:.1f}")
-    guessing = f"guessing ({100 * (info.chance or 0):.0f}%)"
-    why = f"the base model's {score}% on {info.title} cannot be distinguished from {guessing}"
-    return [_uninformative(check, f"{check.name.replace('_', ' ')} is uninformative: {why}") for check in checks]
+    chance = f"guessing ({100 * (info.chance or 0):.0f}%)"
+    reason = f"the base model's {score}% on {info.title} cannot be distinguished from {chance}"
+    return [
+        _make_uninformative(check, f"{check.name.replace('_', ' ')} is uninformative: {reason}") for check in checks
+    ]
 
 
-def _uninformative(check: Check, message: str) -> Check:
+def _make_uninformative(check: Check, message: str) -> Check:
     return replace(check, status="uninformative", low_confidence=False, margin=None, confidence=None, message=message)
 
 
-def _nothing_is_known() -> Check:
+def _fail_unmeasured_loss() -> Check:
     """Return the failed check of a release whose quality loss no check measures."""
-    check = _check("informative", "", math.nan, math.nan, False, math.nan, None)
+    check = _make_check("informative", "", math.nan, math.nan, False, math.nan, None)
     message = (
         "no check measures how much quality the release lost: its distance from the base model has no limit, and the "
         "base model answers the benchmarks by chance: set max_kl"
@@ -299,20 +303,20 @@ def _nothing_is_known() -> Check:
     return replace(check, message=message)
 
 
-def _drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
+def _check_drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
     value, stderr = (round(100 * number, 4) for number in share_difference(pairs))
     noise = ", within sampling error," if abs(value) < ABOVE_CHANCE * stderr else ""
-    what = f"{title} {'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points{noise}"
-    return _at_most(f"{name}_drop", what, value, limit, stderr)
+    text = f"{title} {'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points{noise}"
+    return _check_at_most(f"{name}_drop", text, value, limit, stderr)
 
 
-def _recovery(name: str, title: str, pairs: Pairs, limit: float) -> Check:
+def _check_recovery(name: str, title: str, pairs: Pairs, limit: float) -> Check:
     value, stderr = (round(100 * number, 4) for number in share_ratio(pairs))
-    what = f"{title} recovers {value:.2f} ± {stderr:.2f}% of the base model's score (limit ≥ {limit:.4g})"
-    return _check(f"{name}_recovery", what, value, limit, value >= limit, round(value - limit, 4), stderr)
+    text = f"{title} recovers {value:.2f} ± {stderr:.2f}% of the base model's score (limit ≥ {limit:.4g})"
+    return _make_check(f"{name}_recovery", text, value, limit, value >= limit, round(value - limit, 4), stderr)
 
 
-def _unpaired_drop(name: str, info: BenchmarkInfo, base: Score, quantized: Score, limit: float) -> Check:
+def _check_unpaired_drop(name: str, info: BenchmarkInfo, base: Score, quantized: Score, limit: float) -> Check:
     """Return the check on a metric that is not a mean over documents: its drop, or the rise of a perplexity.
 
     Its standard error is not known.
@@ -322,45 +326,45 @@ def _unpaired_drop(name: str, info: BenchmarkInfo, base: Score, quantized: Score
     else:
         value, unit = 100 * (quantized.value / base.value - 1) if base.value else math.nan, "%"
     verb = "drops" if (value >= 0) == info.higher_is_better else "rises"
-    return _at_most(f"{name}_drop", f"{info.title} {verb} by {abs(value):.2f} {unit}", round(value, 4), limit)
+    return _check_at_most(f"{name}_drop", f"{info.title} {verb} by {abs(value):.2f} {unit}", round(value, 4), limit)
 
 
-def _unpaired_recovery(name: str, info: BenchmarkInfo, base: Score, quantized: Score, limit: float) -> Check:
+def _check_unpaired_recovery(name: str, info: BenchmarkInfo, base: Score, quantized: Score, limit: float) -> Check:
     value = round(100 * quantized.value / base.value, 4) if base.value else 100.0
-    what = f"{info.title} recovers {value:.2f}% of the base model's score (limit ≥ {limit:.4g})"
-    return _check(f"{name}_recovery", what, value, limit, value >= limit, round(value - limit, 4), None)
+    text = f"{info.title} recovers {value:.2f}% of the base model's score (limit ≥ {limit:.4g})"
+    return _make_check(f"{name}_recovery", text, value, limit, value >= limit, round(value - limit, 4), None)
 
 
-def _disagreement(name: str, title: str, differing: Pairs, limit: float) -> Check:
+def _check_disagreement(name: str, title: str, differing: Pairs, limit: float) -> Check:
     value, stderr = (round(100 * number, 4) for number in share_difference(differing))
     both = differing["both"]
-    what = (
+    text = (
         f"of {sum(differing.values())} answers to {title} without activation quantization, the program changes "
         f"{both + differing['first']} and activation quantization alone changes {both + differing['second']}: "
         f"{value:.2f} ± {stderr:.2f} points more (limit ≤ {limit:.4g})"
     )
     margin = round(limit - value, 4)
     passed = confidence(margin, stderr) >= 1 - CONFIDENT
-    return _check(f"{name}_disagreement", what, value, limit, passed, margin, stderr)
+    return _make_check(f"{name}_disagreement", text, value, limit, passed, margin, stderr)
 
 
-def _program_drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
+def _check_program_drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
     """Return the check on the program's texts, for which there is no baseline: it fails only beyond sampling error."""
     value, stderr = (round(100 * number, 4) for number in share_difference(pairs))
     change = f"{'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points"
-    what = f"{title} {change} from the checkpoint to the program on {sum(pairs.values())} samples"
+    text = f"{title} {change} from the checkpoint to the program on {sum(pairs.values())} samples"
     margin = round(limit - value, 4)
     passed = confidence(margin, stderr) >= 1 - CONFIDENT
     name = f"{name}_program_drop"
-    return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, passed, margin, stderr)
+    return _make_check(name, f"{text} (limit ≤ {limit:.4g})", value, limit, passed, margin, stderr)
 
 
-def _unpaired_program_drop(name: str, info: BenchmarkInfo, sample: SampleScore, limit: float) -> Check:
+def _check_unpaired_program_drop(name: str, info: BenchmarkInfo, sample: SampleScore, limit: float) -> Check:
     """Return the check on texts that are not correct or incorrect; it fails only beyond the two scores' errors."""
     checkpoint = sample.checkpoint
     if checkpoint is None:
-        check = _check(f"{name}_program_drop", "", math.nan, limit, True, math.nan, None)
-        return _uninformative(
+        check = _make_check(f"{name}_program_drop", "", math.nan, limit, True, math.nan, None)
+        return _make_uninformative(
             check,
             f"{info.title} is not measured on the program: it is not a mean over documents, so a sample of them "
             "has no score",
@@ -369,14 +373,14 @@ def _unpaired_program_drop(name: str, info: BenchmarkInfo, sample: SampleScore, 
     value = round(100 * drop, 4)
     stderr = round(100 * math.hypot(checkpoint.stderr or 0.0, sample.stderr or 0.0), 4)
     change = f"{'worsens' if value >= 0 else 'improves'} by {abs(value):.2f} ± {stderr:.2f} points"
-    what = f"{info.title} {change} from the checkpoint to the program on {sample.samples} samples"
+    text = f"{info.title} {change} from the checkpoint to the program on {sample.samples} samples"
     margin = round(limit - value, 4)
     passed = margin >= 0 or (stderr > 0 and confidence(margin, stderr) >= 1 - CONFIDENT)
-    what = f"{what} (limit ≤ {limit:.4g})"
-    return _check(f"{name}_program_drop", what, value, limit, passed, margin, stderr or None)
+    text = f"{text} (limit ≤ {limit:.4g})"
+    return _make_check(f"{name}_program_drop", text, value, limit, passed, margin, stderr or None)
 
 
-def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:
+def _check_distances(agreement: Agreement, max_ratio: float) -> list[Check]:
     parts: dict[str, tuple[str, Divergence | None]] = {
         "program_kl": ("", agreement),
         "program_kl_last": (" at the end of the longest sequence", agreement.last),
@@ -386,30 +390,30 @@ def _distances(agreement: Agreement, max_ratio: float) -> list[Check]:
         "program_kl_late_image": (" after an image that follows a long text", agreement.late_image),
     }
     checks = []
-    for name, (where, part) in parts.items():
+    for name, (location, part) in parts.items():
         if part is None:
             continue
         value = _or_nan(part.kl_program)
         limit = max(max_ratio * _or_nan(part.kl_act_quant), FLOOR)
         positions = part.positions if isinstance(part, PromptDivergence) else None
         stderr = None if positions is None else _stderr_of_excess(positions, max_ratio)
-        what = f"the program's KL divergence from the checkpoint{where} is {value:.6f} nats"
-        checks.append(_unless_chance(name, what, value, limit, stderr))
+        text = f"the program's KL divergence from the checkpoint{location} is {value:.6f} nats"
+        checks.append(_check_unless_chance(name, text, value, limit, stderr))
     if agreement.vision_encoder is not None:
         error, baseline = _or_nan(agreement.vision_encoder.error), _or_nan(agreement.vision_encoder.error_act_quant)
-        what = f"the vision encoder's relative squared error is {error:.2g}"
-        checks.append(_at_most("vision_encoder", what, error, max(max_ratio * baseline, FLOOR)))
+        text = f"the vision encoder's relative squared error is {error:.2g}"
+        checks.append(_check_at_most("vision_encoder", text, error, max(max_ratio * baseline, FLOOR)))
     return checks
 
 
-def _runner(check: RunnerCheck) -> Check:
+def _check_runner(check: RunnerCheck) -> Check:
     """Return the check that the C++ runner behaves like the program in the Python runtime."""
-    name, what = f"runner_{check.name}", f"the C++ runner, {RUNNER_CHECKS[check.name]}"
+    name, text = f"runner_{check.name}", f"the C++ runner, {RUNNER_CHECKS[check.name]}"
     if not check.cases:
-        why = "the model did not end its turn" if check.name == "stop" else "the program's sequences are too short"
-        return _uninformative(_check(name, "", 0, 0, True, 0, None), f"{what}: not tested, {why}")
+        reason = "the model did not end its turn" if check.name == "stop" else "the program's sequences are too short"
+        return _make_uninformative(_make_check(name, "", 0, 0, True, 0, None), f"{text}: not tested, {reason}")
     first = f": {check.examples[0]}" if check.failed else ""
-    return _at_most(name, f"{what}: {check.failed} of {check.cases} cases differ{first}", check.failed, 0)
+    return _check_at_most(name, f"{text}: {check.failed} of {check.cases} cases differ{first}", check.failed, 0)
 
 
 def _stderr_of_excess(positions: Positions, max_ratio: float) -> float | None:
@@ -421,16 +425,16 @@ def _stderr_of_excess(positions: Positions, max_ratio: float) -> float | None:
     return stderr or None
 
 
-def _unless_chance(name: str, what: str, value: float, limit: float, stderr: float | None) -> Check:
+def _check_unless_chance(name: str, text: str, value: float, limit: float, stderr: float | None) -> Check:
     """Return a check that, if its value was measured on few positions, fails only beyond sampling error."""
     margin = round(limit - value, 12)
     passed = value <= limit if stderr is None else confidence(margin, stderr) >= 1 - CONFIDENT
-    return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, passed, margin, stderr)
+    return _make_check(name, f"{text} (limit ≤ {limit:.4g})", value, limit, passed, margin, stderr)
 
 
-def _at_most(name: str, what: str, value: float, limit: float, stderr: float | None = None) -> Check:
+def _check_at_most(name: str, text: str, value: float, limit: float, stderr: float | None = None) -> Check:
     margin = round(limit - value, 12)
-    return _check(name, f"{what} (limit ≤ {limit:.4g})", value, limit, value <= limit, margin, stderr)
+    return _make_check(name, f"{text} (limit ≤ {limit:.4g})", value, limit, value <= limit, margin, stderr)
 
 
 def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: float | None) -> list[Check]:
@@ -447,12 +451,12 @@ def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: floa
     text = f"on {fidelity.tokens:,} tokens of text, the KL divergence from the base model is {kl:.4f}"
     tops = f"its most likely token is the base model's at {top:.1f}% of the positions"
     return [
-        _recorded("max_kl", f"{text} nats", kl, kl_stderr)
+        _record_check("max_kl", f"{text} nats", kl, kl_stderr)
         if max_kl is None
-        else _at_most("max_kl", f"{text} nats", kl, max_kl, kl_stderr or None),
-        _recorded("min_same_top", tops, top, top_stderr)
+        else _check_at_most("max_kl", f"{text} nats", kl, max_kl, kl_stderr or None),
+        _record_check("min_same_top", tops, top, top_stderr)
         if min_same_top is None
-        else _check(
+        else _make_check(
             "min_same_top",
             f"{tops} (limit ≥ {min_same_top:.4g})",
             top,
@@ -464,10 +468,10 @@ def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: floa
     ]
 
 
-def _recorded(name: str, what: str, value: float, stderr: float | None) -> Check:
+def _record_check(name: str, text: str, value: float, stderr: float | None) -> Check:
     """Return a check that records a value without judging it; one that is not a finite number fails all the same."""
     if not math.isfinite(value):
-        return _check(name, what, value, math.nan, False, math.nan, None)
+        return _make_check(name, text, value, math.nan, False, math.nan, None)
     return Check(
         name=name,
         status="uninformative",
@@ -477,12 +481,12 @@ def _recorded(name: str, what: str, value: float, stderr: float | None) -> Check
         margin=None,
         stderr=stderr,
         confidence=None,
-        message=f"{what}: recorded, no limit was set",
+        message=f"{text}: recorded, no limit was set",
     )
 
 
-def _check(
-    name: str, what: str, value: float, limit: float, passed: bool, margin: float, stderr: float | None
+def _make_check(
+    name: str, text: str, value: float, limit: float, passed: bool, margin: float, stderr: float | None
 ) -> Check:
     """Return a check; numbers that are not finite make it fail, and become None."""
     finite = all(math.isfinite(number) for number in (value, limit, margin))
@@ -502,11 +506,11 @@ def _check(
         margin=_finite(margin),
         stderr=stderr,
         confidence=None if certainty is None else round(certainty, 6),
-        message=f"{what}: {outcome}" + ("" if certainty is None else f", confidence {format_percent(certainty)}"),
+        message=f"{text}: {outcome}" + ("" if certainty is None else f", confidence {format_percent(certainty)}"),
     )
 
 
-def _verdict(checks: list[Check], limits: Limits) -> Verdict:
+def _make_verdict(checks: list[Check], limits: Limits) -> Verdict:
     return Verdict(
         passed=all(check.status != "fail" for check in checks),
         low_confidence=any(check.low_confidence for check in checks),
@@ -517,16 +521,17 @@ def _verdict(checks: list[Check], limits: Limits) -> Verdict:
 
 def _list_disagreements(disagreements: Sequence[Disagreement]) -> str:
     lines = [f"{len(disagreements)} questions that the program and the checkpoint answer differently:"]
-    for one in disagreements[:MAX_SHOWN]:
+    for disagreement in disagreements[:MAX_SHOWN]:
         answers: dict[str, Answer | None] = {
-            "checkpoint": one.checkpoint,
-            "without activation quantization": one.no_act_quant,
-            "program": one.program,
+            "checkpoint": disagreement.checkpoint,
+            "without activation quantization": disagreement.no_act_quant,
+            "program": disagreement.program,
         }
-        shown = ", ".join(f"{name} {_show(answer)}" for name, answer in answers.items() if answer is not None)
+        answer_texts = ", ".join(f"{name} {_show(answer)}" for name, answer in answers.items() if answer is not None)
         # The question is at the end of the prompt.
-        prompt = " ".join(one.prompt.split())[-MAX_PROMPT:]
-        lines.append(f"- {one.task.replace('_', ' ')} {one.doc_id}: {prompt} (correct {one.target}; {shown})")
+        prompt = " ".join(disagreement.prompt.split())[-MAX_PROMPT:]
+        question = f"{disagreement.task.replace('_', ' ')} {disagreement.doc_id}: {prompt}"
+        lines.append(f"- {question} (correct {disagreement.target}; {answer_texts})")
     return "\n".join(lines + ["…"] * (len(disagreements) > MAX_SHOWN))
 
 

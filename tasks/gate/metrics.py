@@ -145,10 +145,10 @@ def add_up(parts: list[Artifact]) -> StageCost:
 def lm_eval_command(score: BenchmarkScore) -> str:
     """Return the command of lm-evaluation-harness that reproduces a score."""
     limit = f"--limit {score.limit} " if score.limit else ""
-    few = f"--num_fewshot {score.num_fewshot} " if score.num_fewshot else ""
+    num_fewshot = f"--num_fewshot {score.num_fewshot} " if score.num_fewshot else ""
     chat = "--apply_chat_template " if score.chat_template else ""
     model = "--model hf --model_args pretrained=PATH_OR_NAME,dtype=bfloat16"
-    return f"lm_eval {model} --tasks {score.task} {few}{chat}{limit}--device {score.device}"
+    return f"lm_eval {model} --tasks {score.task} {num_fewshot}{chat}{limit}--device {score.device}"
 
 
 def collect_base(artifacts: Artifacts, benchmarks: Iterable[str]) -> Base:
@@ -165,10 +165,10 @@ def collect_quantized(
     reference = None
     if "reference" in fidelity:
         reference = {**resolved["reference"], "fidelity": fidelity["reference"]}
-    made = artifacts["quantize"]
+    quantized = artifacts["quantize"]
     return TypeAdapter(Quantized).validate_python(
         {
-            "bytes": made.files["model.safetensors"].size,
+            "bytes": quantized.files["model.safetensors"].size,
             "fidelity": fidelity["quantized"],
             "reference": reference,
             **{

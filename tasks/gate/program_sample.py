@@ -46,12 +46,12 @@ def compare_answers(
             {
                 **{name: row[name] for name in ("task", "doc_id", "prompt")},
                 "target": _letter(row, row["target"]),
-                "checkpoint": _answer(other),
-                "no_act_quant": None if baseline is None else _answer(baseline[place]),
+                "checkpoint": _answer(checkpoint_row),
+                "no_act_quant": None if baseline is None else _answer(baseline[index]),
                 "program": _answer(row),
             }
-            for place, (row, other) in enumerate(zip(program, checkpoint, strict=True))
-            if _differ(row, other)
+            for index, (row, checkpoint_row) in enumerate(zip(program, checkpoint, strict=True))
+            if _differ(row, checkpoint_row)
         ],
     }
 
@@ -67,16 +67,16 @@ def mean_score(rows: Sequence[Row]) -> dict[str, Any] | None:
     return {"value": mean, "stderr": math.sqrt(variance / (count - 1)) if count > 1 else None, "samples": count}
 
 
-def _differ(one: Row, other: Row) -> bool:
+def _differ(first: Row, second: Row) -> bool:
     """Tell whether two answers differ: in the choice; texts only if one is correct and the other is not."""
-    name = "prediction" if "choices" in one else "score"
-    return bool(one[name] != other[name])
+    name = "prediction" if "choices" in first else "score"
+    return bool(first[name] != second[name])
 
 
-def _agreement(rows: Sequence[Row], others: Sequence[Row]) -> float | None:
+def _agreement(rows: Sequence[Row], other_rows: Sequence[Row]) -> float | None:
     if not rows or any(row["score"] is None for row in rows):
         return None
-    return sum(not _differ(one, other) for one, other in zip(rows, others, strict=True)) / len(rows)
+    return sum(not _differ(first, second) for first, second in zip(rows, other_rows, strict=True)) / len(rows)
 
 
 def _answer(row: Row) -> dict[str, Any]:

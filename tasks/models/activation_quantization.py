@@ -59,8 +59,8 @@ def _round(source: NDArray[np.uint16], target: NDArray[np.uint16]) -> None:
     count, width = source.shape
     value = np.empty(width, np.float32)
     bits = value.view(np.uint32)
-    one = np.empty(1, np.float32)
-    one_bits = one.view(np.uint32)
+    scalar = np.empty(1, np.float32)
+    scalar_bits = scalar.view(np.uint32)
     for token in range(count):
         is_nan = False
         for k in range(width):
@@ -73,18 +73,18 @@ def _round(source: NDArray[np.uint16], target: NDArray[np.uint16]) -> None:
         for k in range(width):
             low = value[k] if value[k] < low else low
             high = value[k] if value[k] > high else high
-        one[0] = high - low
-        _to_bfloat16(one_bits)
-        one[0] = one[0] / STEPS
-        _to_bfloat16(one_bits)
-        scale = one[0] if one[0] > SMALLEST else SMALLEST
-        one[0] = low / scale
-        _to_bfloat16(one_bits)
-        zero = LOW - ((one[0] + ROUNDER) - ROUNDER)
+        scalar[0] = high - low
+        _to_bfloat16(scalar_bits)
+        scalar[0] = scalar[0] / STEPS
+        _to_bfloat16(scalar_bits)
+        scale = scalar[0] if scalar[0] > SMALLEST else SMALLEST
+        scalar[0] = low / scale
+        _to_bfloat16(scalar_bits)
+        zero = LOW - ((scalar[0] + ROUNDER) - ROUNDER)
         zero = min(max(zero, LOW), HIGH)
-        one[0] = ONE / scale
-        _to_bfloat16(one_bits)
-        inverse = one[0]
+        scalar[0] = ONE / scale
+        _to_bfloat16(scalar_bits)
+        inverse = scalar[0]
         for k in range(width):
             value[k] = value[k] * inverse
         _to_bfloat16(bits)

@@ -28,7 +28,7 @@ ALL_COLUMNS = ("base", "quantized", "program", "no_act_quant")
 # The metrics that lm-eval gives in percent, unlike all others.
 PERCENT_METRICS = {
     *("bleu", "chrf", "chrf++", "ter", "exact"),
-    *(f"{name}_{what}" for name in ("bleu", "rouge1", "rouge2", "rougeL") for what in ("max", "diff")),
+    *(f"{name}_{statistic}" for name in ("bleu", "rouge1", "rouge2", "rougeL") for statistic in ("max", "diff")),
 }
 # Where the checks of datasets are.
 DATASETS = "quantize_gemma.tasks.models.datasets"
@@ -408,11 +408,11 @@ def _leaf_tasks(manager: "TaskManager", name: str) -> list[dict[str, object]]:
 
 def _first_metric(config: dict[str, Any]) -> tuple[str, bool]:
     """Return the name of a task's first metric, with its filter, and whether a larger value is better."""
-    listed = config.get("metric_list") or [{"metric": "acc", "higher_is_better": True}]
+    metric_list = config.get("metric_list") or [{"metric": "acc", "higher_is_better": True}]
     filters = config.get("filter_list") or [{"name": "none"}]
     suffix = "" if filters[0]["name"] == "none" else f",{filters[0]['name']}"
-    name = str(listed[0]["metric"])
-    return f"{name}{suffix}", bool(listed[0].get("higher_is_better", "perplexity" not in name))
+    name = str(metric_list[0]["metric"])
+    return f"{name}{suffix}", bool(metric_list[0].get("higher_is_better", "perplexity" not in name))
 
 
 def is_data_file(name: str, files: Sequence[str], skipped_files: Sequence[str]) -> bool:

@@ -117,8 +117,8 @@ def end_token_ids(checkpoint: Path) -> list[int]:
         path = checkpoint / name
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         for part in (content, content.get("text_config", {})):
-            if (found := part.get("eos_token_id")) is not None:
-                return found if isinstance(found, list) else [found]
+            if (ids := part.get("eos_token_id")) is not None:
+                return ids if isinstance(ids, list) else [ids]
     # Gemma 3's default, which a configuration may leave out.
     return [1]
 
@@ -148,11 +148,11 @@ def weight_files(checkpoint: Path) -> list[Path]:
     if (checkpoint / SINGLE).is_file():
         return [checkpoint / SINGLE]
     if not (checkpoint / INDEX).is_file():
-        others = sorted(path.name for path in checkpoint.glob("*.safetensors"))
-        if others:
+        unindexed_names = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+        if unindexed_names:
             raise UserError(
-                f"{checkpoint} has {others[0]!r}, but neither {SINGLE} nor {INDEX}, without which transformers "
-                "loads nothing: save the checkpoint again with save_pretrained"
+                f"{checkpoint} has {unindexed_names[0]!r}, but neither {SINGLE} nor {INDEX}, without which "
+                "transformers loads nothing: save the checkpoint again with save_pretrained"
             )
         raise UserError(f"{checkpoint} has no .safetensors file: convert the checkpoint to safetensors first")
     names = sorted(set(read_index(checkpoint / INDEX).values()))
@@ -295,17 +295,17 @@ def read_headers(checkpoint: Path) -> dict[str, TensorInfo]:
     names: dict[str, str] = {}
     for path in weight_files(checkpoint):
         for name, tensor in read_header(path).items():
-            other = names.setdefault(GEMMA3.runtime_name(name), name)
-            if name in tensors or other != name:
-                what = "is in two files" if name in tensors else f"is the same weight as {other}"
-                raise UserError(f"the weight {name} in {path} {what}: it is not clear which one to use")
+            other_name = names.setdefault(GEMMA3.runtime_name(name), name)
+            if name in tensors or other_name != name:
+                problem = "is in two files" if name in tensors else f"is the same weight as {other_name}"
+                raise UserError(f"the weight {name} in {path} {problem}: it is not clear which one to use")
             tensors[name] = tensor
     if not (checkpoint / SINGLE).is_file():
         files = {name: tensor.file for name, tensor in tensors.items()}
-        differing = sorted(files.items() ^ read_index(checkpoint / INDEX).items())
-        if differing:
+        differences = sorted(files.items() ^ read_index(checkpoint / INDEX).items())
+        if differences:
             raise UserError(
-                f"{checkpoint / INDEX} and the files do not agree on where {differing[0][0]} is: download both again"
+                f"{checkpoint / INDEX} and the files do not agree on where {differences[0][0]} is: download both again"
             )
     return tensors
 
@@ -389,9 +389,9 @@ def load_model(checkpoint: Path, dtype: "torch.dtype") -> "PreTrainedModel":
     config = AutoConfig.from_pretrained(checkpoint)
     with patched_loading():
         model, info = model_class(config).from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
-    wrong = {name: sorted(keys)[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
-    if wrong:
-        raise StageFailed(f"the weights of {checkpoint} do not fit its model: {wrong}")
+    mismatches = {name: sorted(keys)[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
+    if mismatches:
+        raise StageFailed(f"the weights of {checkpoint} do not fit its model: {mismatches}")
     model.eval()
     if dtype == torch.float32:
         # transformers loads a quantized checkpoint in the dtype it was saved in. Only up to float32, never down: some

@@ -109,49 +109,49 @@ def parse_config(config: dict[str, Any], path: Path) -> ModelConfig:
     Raises:
         UserError: It is not such a configuration; the message names the file and the field.
     """
-    architecture = _architecture(config, path)
+    architecture = _find_architecture(config, path)
     if config.get("quantization_config") is not None:
         quantization = config["quantization_config"]
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise UserError(f"{path.parent} is quantized already ({_short(method)}): use the unquantized checkpoint")
+        raise UserError(f"{path.parent} is quantized already ({_shorten(method)}): use the unquantized checkpoint")
     if config.get("transformers_weights") is not None:
         raise UserError(f"{path} names a weight file of its own (transformers_weights): remove that field")
     multimodal = architecture == GEMMA3.multimodal
     fields = {name: config[name] for name in ModelConfig.model_fields if name in config}
     fields |= {"architecture": architecture.class_name}
-    expected: dict[str, str | None] = {"model_type": architecture.model_type}
+    required_values: dict[str, str | None] = {"model_type": architecture.model_type}
     if multimodal:
         fields |= {"text": config.get("text_config"), "vision": config.get("vision_config")}
     else:
         fields |= {"text": config, "vision": None}
-        expected |= {"text_config": None, "vision_config": None}
-    for name, value in expected.items():
+        required_values |= {"text_config": None, "vision_config": None}
+    for name, value in required_values.items():
         if config.get(name) != value or (value is None and name in config):
             raise UserError(
-                f"{path} says {name} {_short(config.get(name))}, which does not fit the architecture "
+                f"{path} says {name} {_shorten(config.get(name))}, which does not fit the architecture "
                 f"{architecture.class_name}: {'remove it' if value is None else f'it must be {value!r}'}"
             )
     try:
-        parsed = ModelConfig(**fields)
+        model_config = ModelConfig(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         names = {"text": "text_config", "vision": "vision_config"} if multimodal else {"text": ""}
         field = ".".join(filter(None, (str(names.get(str(part), part)) for part in first["loc"])))
         reason = first["msg"].removeprefix("Value error, ")
         # A whole object is too long to show.
-        value = "" if isinstance(first["input"], dict) else f" {_short(first['input'])}"
+        value = "" if isinstance(first["input"], dict) else f" {_shorten(first['input'])}"
         raise UserError(f"{path} has {field or 'fields'}{value}, which no Gemma 3 has: {reason}") from None
-    if multimodal and parsed.vision is None:
+    if multimodal and model_config.vision is None:
         raise UserError(f"{path} has no vision_config, though its architecture is {architecture.class_name}: add it")
-    return parsed
+    return model_config
 
 
-def _architecture(config: dict[str, object], path: Path) -> Architecture:
+def _find_architecture(config: dict[str, object], path: Path) -> Architecture:
     names = config.get("architectures") or [config.get("model_type", "unknown")]
     if not isinstance(names, list):
-        raise UserError(f"{path} has architectures {_short(names)}, not a list of names: download it again")
+        raise UserError(f"{path} has architectures {_shorten(names)}, not a list of names: download it again")
     if names[0] not in list(GEMMA3.architectures):
-        name = names[0] if isinstance(names[0], str) and names[0].isprintable() else _short(names[0])
+        name = names[0] if isinstance(names[0], str) and names[0].isprintable() else _shorten(names[0])
         raise UserError(
             f"{path.parent} is a {name[:80]} model, not Gemma 3: use one whose architecture is "
             + " or ".join(GEMMA3.architectures)
@@ -159,7 +159,7 @@ def _architecture(config: dict[str, object], path: Path) -> Architecture:
     return GEMMA3.architectures[names[0]]
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     """Return a value as one line of text."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

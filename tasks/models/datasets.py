@@ -30,7 +30,7 @@ def check_files(folder: Path, source: str) -> None:
         raise UserError(f"{source} has no data files: use a dataset in the layout of the benchmark's own")
     for path in files:
         if path.suffix == ".parquet":
-            _check(path, f"{path.relative_to(folder)} of {source}", source, {}, lambda _row: None)
+            _check_parquet(path, f"{path.relative_to(folder)} of {source}", source, {}, lambda _row: None)
 
 
 def check_mmlu(folder: Path, source: str) -> None:
@@ -39,7 +39,7 @@ def check_mmlu(folder: Path, source: str) -> None:
     if not any(path.name.startswith("test-") for path in files):
         raise UserError(f"{source} has no <subject>/test-*.parquet: use a dataset in the layout of {MMLU}")
     for path in files:
-        _check(path, f"{path.relative_to(folder)} of {source}", MMLU, MMLU_COLUMNS, _find_mmlu_mistake)
+        _check_parquet(path, f"{path.relative_to(folder)} of {source}", MMLU, MMLU_COLUMNS, _find_mmlu_mistake)
 
 
 def check_chartqa(folder: Path, source: str) -> None:
@@ -48,7 +48,7 @@ def check_chartqa(folder: Path, source: str) -> None:
     if not files:
         raise UserError(f"{source} has no data/test-*.parquet: use a dataset in the layout of {CHARTQA}")
     for path in files:
-        _check(path, f"{path.relative_to(folder)} of {source}", CHARTQA, CHARTQA_COLUMNS, _find_chartqa_mistake)
+        _check_parquet(path, f"{path.relative_to(folder)} of {source}", CHARTQA, CHARTQA_COLUMNS, _find_chartqa_mistake)
 
 
 def read_chartqa(folder: Path) -> "pyarrow.Table":
@@ -82,12 +82,12 @@ def read_wikitext(folder: Path, source: str) -> str:
     if not files:
         raise UserError(f"{source} has no {WIKITEXT_FILES}: use a dataset in the layout of {WIKITEXT}, or a text file")
     for file in files:
-        _check(file, f"{file.relative_to(folder)} of {source}", WIKITEXT, {"text": TEXT}, lambda _row: None)
+        _check_parquet(file, f"{file.relative_to(folder)} of {source}", WIKITEXT, {"text": TEXT}, lambda _row: None)
     table = pyarrow.concat_tables(pyarrow.parquet.read_table(file, columns=["text"]) for file in files)
     return "\n\n".join(row or "" for row in table["text"].to_pylist())
 
 
-def _check(
+def _check_parquet(
     path: Path, name: str, layout: str, columns: dict[str, str], find_mistake: Callable[[dict[str, object]], str | None]
 ) -> None:
     """Raise UserError unless the file has these columns and `find_mistake` returns None for every row."""
@@ -109,24 +109,24 @@ def _check(
 
 
 def _check_columns(schema: "pyarrow.Schema", name: str, layout: str, columns: dict[str, str]) -> None:
-    for column, expected in columns.items():
+    for column, expected_type in columns.items():
         if column not in schema.names:
-            what = f"{name} has no column {column!r}, only {', '.join(schema.names)}"
-        elif not _is_type(schema.field(column).type, expected):
-            what = f"the column {column!r} of {name} is {schema.field(column).type}, not {expected}"
+            mistake = f"{name} has no column {column!r}, only {', '.join(schema.names)}"
+        elif not _is_type(schema.field(column).type, expected_type):
+            mistake = f"the column {column!r} of {name} is {schema.field(column).type}, not {expected_type}"
         else:
             continue
-        raise UserError(f"{what}: use a dataset in the layout of {layout}")
+        raise UserError(f"{mistake}: use a dataset in the layout of {layout}")
 
 
-def _is_type(column_type: "pyarrow.DataType", expected: str) -> bool:
+def _is_type(column_type: "pyarrow.DataType", expected_type: str) -> bool:
     from pyarrow import types
 
-    if expected == INTEGER:
+    if expected_type == INTEGER:
         return bool(types.is_integer(column_type))
-    if expected == IMAGE:
+    if expected_type == IMAGE:
         return types.is_struct(column_type) and "bytes" in [field.name for field in column_type]
-    if expected == TEXTS:
+    if expected_type == TEXTS:
         return (types.is_list(column_type) or types.is_large_list(column_type)) and _is_type(
             column_type.value_type, TEXT
         )

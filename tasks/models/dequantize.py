@@ -94,10 +94,10 @@ class FakeQuantize:
         if self.last is None or self.last[0]() is not activations:
             self.last = None
             if activations.device.type == "cpu" and activations.dtype in (torch.bfloat16, torch.float32):
-                rounded = fake_quantize_per_token(activations)
+                result = fake_quantize_per_token(activations)
             else:
-                rounded = quantize_dequantize(activations.detach())
-            self.last = weakref.ref(activations), rounded
+                result = quantize_dequantize(activations.detach())
+            self.last = weakref.ref(activations), result
         return self.last[1]
 
 
@@ -165,8 +165,8 @@ class _Embedding(torch.nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         weight = self.weight
-        looked_up = (tensor[tokens.flatten()] for tensor in (weight.qdata, weight.scale, weight.zero_point))
-        rows = IntxUnpackedToInt8Tensor(*looked_up, weight.target_dtype, weight.block_size, weight.dtype, None)
+        row_tensors = (tensor[tokens.flatten()] for tensor in (weight.qdata, weight.scale, weight.zero_point))
+        rows = IntxUnpackedToInt8Tensor(*row_tensors, weight.target_dtype, weight.block_size, weight.dtype, None)
         embeddings: Tensor = rows.dequantize().unflatten(0, tokens.shape)
         return embeddings if self.scale is None else embeddings * self.scale.to(embeddings.dtype)
 

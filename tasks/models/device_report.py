@@ -19,7 +19,7 @@ from quantize_gemma.tasks.runtime.strict_json import read_object
 SCHEMA = Path(__file__).parent / "device_report.schema.json"
 # The upper limit of every count, bytes among them.
 LARGEST = 10**15
-WHAT_TO_DO = "create it with `python -m benchmarks.device_report`"
+REMEDY = "create it with `python -m benchmarks.device_report`"
 # Messages for pydantic's error types.
 REASONS = {
     "missing": "is missing",
@@ -101,8 +101,8 @@ class DeviceSpeed:
     peak_rss_bytes: Count
 
 
-def _require_each_once(measurements: list[DeviceSpeed]) -> list[DeviceSpeed]:
-    if len({one.prompt for one in measurements}) < len(measurements):
+def _require_distinct_prompts(measurements: list[DeviceSpeed]) -> list[DeviceSpeed]:
+    if len({measurement.prompt for measurement in measurements}) < len(measurements):
         raise ValueError("must have one entry for each prompt")
     return measurements
 
@@ -119,7 +119,9 @@ class DeviceReport:
     threads: Count
     program: MeasuredProgram
     date: Day
-    measurements: Annotated[list[DeviceSpeed], Field(min_length=1, max_length=2), AfterValidator(_require_each_once)]
+    measurements: Annotated[
+        list[DeviceSpeed], Field(min_length=1, max_length=2), AfterValidator(_require_distinct_prompts)
+    ]
 
 
 def read_device_report(path: Path) -> DeviceReport:
@@ -128,16 +130,16 @@ def read_device_report(path: Path) -> DeviceReport:
     Raises:
         UserError: The file is not a valid report; the message names the file and the field.
     """
-    content = read_object(path, WHAT_TO_DO)
+    content = read_object(path, REMEDY)
     try:
         return parse_device_report(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"])
         reason = REASONS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         if first["type"] == "literal_error":
             reason = f"must be {first['ctx']['expected']}"
-        raise UserError(f"the device report {path} is not valid: {where} {reason}: {WHAT_TO_DO}") from None
+        raise UserError(f"the device report {path} is not valid: {field} {reason}: {REMEDY}") from None
 
 
 def parse_device_report(content: Mapping[str, object]) -> DeviceReport:

@@ -99,7 +99,7 @@ class Gemma3:
     @property
     def architectures(self) -> dict[str, Architecture]:
         """The model classes by their names."""
-        return {one.class_name: one for one in (self.multimodal, self.text_only)}
+        return {architecture.class_name: architecture for architecture in (self.multimodal, self.text_only)}
 
     def runtime_name(self, name: str) -> str:
         """Return the name in the loaded model of a tensor of the Hub's files."""

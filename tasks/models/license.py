@@ -22,10 +22,10 @@ def clean_license(card: "Mapping[str, object] | CardData | None") -> dict[str, s
     """
     fields = {name: card.get(name) for name in ("license", "license_name", "license_link")} if card else {}
     checks = {"license": _is_license, "license_name": _is_name, "license_link": _is_link}
-    cleaned = {
+    valid_fields = {
         name: value for name, value in fields.items() if isinstance(value, str) and value and checks[name](value)
     }
-    return cleaned if "license" in cleaned else {}
+    return valid_fields if "license" in valid_fields else {}
 
 
 def _is_license(value: str) -> bool:

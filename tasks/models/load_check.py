@@ -41,9 +41,9 @@ def check_loads(checkpoint: Path) -> None:
     config = read_model_config(checkpoint)
     shapes = _read_shapes(checkpoint, config)
     with _transformers_errors(checkpoint / "config.json"):
-        parsed = AutoConfig.from_pretrained(checkpoint)
-    check_shapes(checkpoint, parsed, shapes)
-    _check_forward(checkpoint, parsed)
+        transformers_config = AutoConfig.from_pretrained(checkpoint)
+    check_shapes(checkpoint, transformers_config, shapes)
+    _check_forward(checkpoint, transformers_config)
     _check_generation(checkpoint)
     if not (checkpoint / "tokenizer.json").is_file():
         raise UserError(f"{checkpoint} has no tokenizer.json: save its tokenizer there, with save_pretrained")
@@ -105,13 +105,15 @@ def _load_tokenizer(checkpoint: Path, config: ModelConfig) -> "PreTrainedTokeniz
 
 def _check_token_ids(path: Path, tokenizer: dict[str, object]) -> None:
     """Raise UserError if token ids are far apart: the library allocates memory and logs a line for each unused id."""
-    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    model, added_tokens = tokenizer.get("model"), tokenizer.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list):
         vocabulary = None
     # In a list, a token's id is its position.
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary or ())))
-    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    ids += (
+        [token.get("id") for token in added_tokens if isinstance(token, dict)] if isinstance(added_tokens, list) else []
+    )
     if not ids or not all(type(number) is int and 0 <= number < len(ids) + MAX_UNUSED_IDS for number in ids):
         raise UserError(f"{path} has no vocabulary with consecutive token ids: download it again")
 
@@ -140,8 +142,10 @@ def check_shapes(checkpoint: Path, config: "PreTrainedConfig", shapes: Mapping[s
 
     `shapes` are the weights' shapes by their names in the loaded model.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in _empty_model(checkpoint, config).state_dict().items()}
-    for name, shape in expected.items():
+    expected_shapes = {
+        name: tuple(tensor.shape) for name, tensor in _empty_model(checkpoint, config).state_dict().items()
+    }
+    for name, shape in expected_shapes.items():
         if name not in shapes:
             raise UserError(f"{checkpoint} lacks the weight {name}: download it again")
         if tuple(shapes[name]) != shape:
@@ -149,9 +153,9 @@ def check_shapes(checkpoint: Path, config: "PreTrainedConfig", shapes: Mapping[s
                 f"the weight {name} in {checkpoint} has the shape {list(shapes[name])}, "
                 f"but config.json implies {list(shape)}: they belong to different models"
             )
-    unknown = sorted(set(shapes) - set(expected))
-    if unknown:
-        raise UserError(f"{checkpoint} has the weight {unknown[0]}, which its model does not: download it again")
+    extra_names = sorted(set(shapes) - set(expected_shapes))
+    if extra_names:
+        raise UserError(f"{checkpoint} has the weight {extra_names[0]}, which its model does not: download it again")
 
 
 def _empty_model(checkpoint: Path, config: "PreTrainedConfig") -> "PreTrainedModel":

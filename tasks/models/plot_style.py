@@ -94,15 +94,15 @@ def new_figure(path: Path, title: str, height: float, width: float = WIDTH, subt
 def add_axes(figure: "Figure", left: float, right: float, top: float, bottom: float, **options: Any) -> "Axes":
     """Return axes that are so many inches away from the figure's edges."""
     width, height = figure.get_size_inches()
-    place = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
-    return figure.add_axes(place, **options)
+    rectangle = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    return figure.add_axes(rectangle, **options)
 
 
 def add_legend(figure: "Figure", top: float, columns: int) -> None:
     """Add a legend below the title, so many inches from the top."""
     width, height = figure.get_size_inches()
-    place = (MARGIN / width, 1 - top / height)
-    figure.legend(loc="upper left", bbox_to_anchor=place, ncols=columns)
+    corner = (MARGIN / width, 1 - top / height)
+    figure.legend(loc="upper left", bbox_to_anchor=corner, ncols=columns)
 
 
 def label_logarithmic(axis: "Axis") -> None:

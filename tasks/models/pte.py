@@ -23,9 +23,9 @@ def has_image_channel(path: Path) -> bool:
 
 def insert_image_features(features: Tensor, embeddings: Tensor, is_image: Tensor) -> Tensor:
     """Return a copy of `embeddings`, [1, tokens, width], with an image's features where `is_image` is true."""
-    merged = embeddings.clone()
-    merged[0, is_image] = features.reshape(-1, embeddings.shape[-1])
-    return merged
+    result = embeddings.clone()
+    result[0, is_image] = features.reshape(-1, embeddings.shape[-1])
+    return result
 
 
 class PteProgram:
@@ -140,8 +140,8 @@ class PteProgram:
         edges = self._image_edges(inputs, start)
         ends = sorted({position + 1 for position in positions} | {stop} | edges)
         if self.has_image_channel:
-            inside = {end for end in ends if end < stop and inputs[0, end - first, -1] > 0} - edges
-            assert not inside, f"an image would be cut at {inside}, and its tokens would not see each other"
+            cuts = {end for end in ends if end < stop and inputs[0, end - first, -1] > 0} - edges
+            assert not cuts, f"an image would be cut at {cuts}, and its tokens would not see each other"
         logits = []
         while start < stop:
             end = min(start + self.max_chunk, next(end for end in ends if end > start))

@@ -198,8 +198,8 @@ def load_recipe(name: str) -> Recipe:
     if (settings := recipe.calibration) is not None:
         if not any(rule.algorithm == "gptq" for rule in recipe.rules):
             _refuse(path, content, ("calibration",), "is set, but no rule's algorithm is gptq: remove it")
-        whole = min(settings.sequences, settings.answers + 1, settings.length - 1, settings.passes + 1) >= 1
-        if not (whole and 0 < settings.damping < 1 and 0 <= settings.compensation <= 1):
+        counts_valid = min(settings.sequences, settings.answers + 1, settings.length - 1, settings.passes + 1) >= 1
+        if not (counts_valid and 0 < settings.damping < 1 and 0 <= settings.compensation <= 1):
             ranges = (
                 "sequences >= 1, answers >= 0, length >= 2, passes >= 0, 0 < damping < 1 and 0 <= compensation <= 1"
             )
@@ -217,8 +217,8 @@ def recipe_hash(recipe: Recipe) -> str:
     """Return the SHA-256 of the recipe's rules and settings; its name and description do not count."""
     content = recipe.to_json()
     settings = [content[name] for name in ("calibration", "distillation") if name in content]
-    counted = [content["rules"], *settings] if settings else content["rules"]
-    return hashlib.sha256(canonical_json(counted)).hexdigest()
+    hashed_content = [content["rules"], *settings] if settings else content["rules"]
+    return hashlib.sha256(canonical_json(hashed_content)).hexdigest()
 
 
 def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Rule]:
@@ -304,40 +304,42 @@ def torchao_config(rule: Rule) -> "AOBaseConfig":
 
 def _check_rule(path: Path, content: Mapping[str, object], number: int, rule: Rule) -> None:
     """Raise UserError for mistakes in a rule that its types do not rule out."""
-    where = ("rules", number)
+    location = ("rules", number)
     if not rule.match.isprintable():
-        _refuse(path, content, (*where, "match"), "must be one line of text")
+        _refuse(path, content, (*location, "match"), "must be one line of text")
     try:
         re.compile(rule.match.removeprefix(REGEX))
     except (re.error, OverflowError, RecursionError) as error:
-        _refuse(path, content, (*where, "match"), f"is not a regular expression ({error})")
+        _refuse(path, content, (*location, "match"), f"is not a regular expression ({error})")
     if not rule.match.startswith(REGEX) and rule.match not in GEMMA3.roles:
         roles = ", ".join(GEMMA3.roles)
-        _refuse(path, content, (*where, "match"), f"is not a role: use one of {roles}, or re:<regular expression>")
+        _refuse(path, content, (*location, "match"), f"is not a role: use one of {roles}, or re:<regular expression>")
     if rule.group_size is not None and rule.group_size < 1:
-        _refuse(path, content, (*where, "group_size"), "must be a positive integer or null")
+        _refuse(path, content, (*location, "group_size"), "must be a positive integer or null")
 
 
 def _check_gptq(path: Path, content: Mapping[str, Any], number: int, recipe: Recipe) -> None:
     """Raise UserError for a rule with `gptq` without a calibration, or for modules or formats that GPTQ lacks."""
-    rule, where = recipe.rules[number], ("rules", number)
+    rule, location = recipe.rules[number], ("rules", number)
     if recipe.calibration is None:
-        _refuse(path, content, (*where, "algorithm"), 'is gptq: add "calibration": {} to the recipe, or its settings')
+        _refuse(
+            path, content, (*location, "algorithm"), 'is gptq: add "calibration": {} to the recipe, or its settings'
+        )
     if rule.match not in ("linear", "lm_head"):
         _refuse(
-            path, content, (*where, "match"), "must be linear or lm_head with gptq: nothing calibrates other modules"
+            path, content, (*location, "match"), "must be linear or lm_head with gptq: nothing calibrates other modules"
         )
     if rule.weight != "int4" or rule.group_size is None:
-        _refuse(path, content, where, "needs weight int4 and a group_size with gptq")
+        _refuse(path, content, location, "needs weight int4 and a group_size with gptq")
 
 
-def _refuse(path: Path, content: Mapping[str, Any], where: tuple[int | str, ...], reason: str) -> NoReturn:
+def _refuse(path: Path, content: Mapping[str, Any], location: tuple[int | str, ...], reason: str) -> NoReturn:
     """Raise UserError that names the recipe's file, the rule and the field, and says what is wrong with it."""
     rule = ""
-    if len(where) > 1 and isinstance(where[1], int):
-        value = content["rules"][where[1]]
+    if len(location) > 1 and isinstance(location[1], int):
+        value = content["rules"][location[1]]
         match = value.get("match", value) if isinstance(value, dict) else value
         rule = f"the rule {repr(match)[:200]} of "
-        where = where[2:]
-    field = ".".join(str(part) for part in where)
+        location = location[2:]
+    field = ".".join(str(part) for part in location)
     raise UserError(f"{rule}the recipe {path} is not valid: {field or 'it'} {reason}".replace("\n", " "))

@@ -44,7 +44,7 @@ def shard_requests(requests: Sequence[Request]) -> Shards:
     for task, rows in tasks.items():
         documents = list(dict.fromkeys(request.doc_id for request in rows))
         size = DOCUMENTS[rows[0].kind]
-        shard_of = {doc_id: place // size for place, doc_id in enumerate(documents)}
+        shard_of = {doc_id: index // size for index, doc_id in enumerate(documents)}
         for request in rows:
             name = f"{task}-{shard_of[request.doc_id]}" if len(documents) > size else task
             shards.setdefault(name, []).append(request)
@@ -77,5 +77,7 @@ def to_request(
     task: str, doc_id: int, index: int, kind: str, arguments: tuple[object, ...], row: int | None
 ) -> Request:
     """Return a request of lm-eval's as JSON values; images become the number of their row in the dataset."""
-    values = [{"row": row} if isinstance(one, dict) and "visual" in one else one for one in arguments]
+    values = [
+        {"row": row} if isinstance(argument, dict) and "visual" in argument else argument for argument in arguments
+    ]
     return Request(task, doc_id, index, kind, json.loads(json.dumps(values)))

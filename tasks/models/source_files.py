@@ -48,12 +48,14 @@ def release_files(folder: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}): use a model directory that can be") from None
     # A directory named LICENSES is not a license file.
-    chosen = [name for name in names if is_release_file(name) and (name in FILES or not (folder / name).is_dir())]
-    for name in chosen:
+    release_names = [
+        name for name in names if is_release_file(name) and (name in FILES or not (folder / name).is_dir())
+    ]
+    for name in release_names:
         if not name.isprintable():
             raise UserError(f"the file {name!r} in {folder} has a name with control characters: rename it")
         open_source(folder, name).close()
-    return chosen
+    return release_names
 
 
 def open_source(folder: Path, name: str) -> io.BufferedReader:
@@ -76,7 +78,7 @@ def open_source(folder: Path, name: str) -> io.BufferedReader:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise UserError(f"{path} is not a regular file: replace it with one, or remove it")
         real = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if not any(real.is_relative_to(allowed) for allowed in _allowed(folder)):
+        if not any(real.is_relative_to(allowed_folder) for allowed_folder in _allowed_folders(folder)):
             raise UserError(
                 f"{path} is a link to {str(real)!r}, outside the model directory: replace it with the file itself"
             )
@@ -87,7 +89,7 @@ def open_source(folder: Path, name: str) -> io.BufferedReader:
         raise
 
 
-def _allowed(folder: Path) -> list[Path]:
+def _allowed_folders(folder: Path) -> list[Path]:
     """Return where a model directory's files may be: in it, or in the blobs of the Hub's cache that it is part of."""
     real = folder.resolve()
     repository = real.parent.parent

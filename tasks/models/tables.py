@@ -27,7 +27,7 @@ def benchmark_rows(columns: Columns, name: str) -> dict[str, Row]:
     row = BENCHMARKS.get(name)
     title, percent = title_of(name), row is None or row.higher_is_better
     measured = {"base": columns.base.scores.get(name), "quantized": columns.quantized.scores.get(name)}
-    known = [score for score in measured.values() if score is not None]
+    measured_scores = [score for score in measured.values() if score is not None]
     sample = columns.program.scores.get(name)
 
     def cells(part: Callable[[BenchmarkScore], Score | None]) -> Row:
@@ -35,15 +35,15 @@ def benchmark_rows(columns: Columns, name: str) -> dict[str, Row]:
         return {column: format_score(score, percent) for column, score in scores.items()} | {"program": NOT_MEASURED}
 
     rows: dict[str, Row] = {}
-    if known:
-        samples = max(score.samples or 0 for score in known)
+    if measured_scores:
+        samples = max(score.samples or 0 for score in measured_scores)
         base = measured["base"]
         chance = percent and base is not None and base.is_at_chance(row.chance if row else None)
         note = " (base at chance: uninformative)" if chance else ""
         rows[f"{title}, {samples:,} samples{note}"] = cells(lambda score: score)
-    for group in dict.fromkeys(group for score in known for group in score.groups):
+    for group in dict.fromkeys(group for score in measured_scores for group in score.groups):
         rows[f"{title}, {group.replace('_', ' ')}"] = cells(lambda score, group=group: score.groups.get(group))  # type: ignore[misc]
-    for metric in dict.fromkeys(metric for score in known for metric in score.metrics):
+    for metric in dict.fromkeys(metric for score in measured_scores for metric in score.metrics):
         words = row.metrics.get(metric, metric) if row else metric
         rows[f"{title}, {words}"] = cells(lambda score, metric=metric: score.metrics.get(metric))  # type: ignore[misc]
     if sample is not None:
@@ -97,11 +97,11 @@ def quality_rows(columns: Columns) -> list[Row]:
         rows += [{"metric": title, **cells} for title, cells in benchmark_rows(columns, name).items()]
         sample = columns.program.scores.get(name)
         if sample is not None and sample.agreement is not None:
-            what = f"{title_of(name)}, same answers as"
-            rows.append({"metric": f"{what} the checkpoint, %", "program": f"{100 * sample.agreement:.1f}"})
+            prefix = f"{title_of(name)}, same answers as"
+            rows.append({"metric": f"{prefix} the checkpoint, %", "program": f"{100 * sample.agreement:.1f}"})
             if sample.agreement_act_quant is not None:
                 share = f"{100 * sample.agreement_act_quant:.1f}"
-                rows.append({"metric": f"{what} without activation quantization, %", "quantized": share})
+                rows.append({"metric": f"{prefix} without activation quantization, %", "quantized": share})
     rows += [
         {"metric": "KL from the checkpoint, nats", "program": _two_digits(agreement.kl_program)},
         {"metric": "KL due to activation quantization, nats", "quantized": _two_digits(agreement.kl_act_quant)},
@@ -115,7 +115,7 @@ def distance_rows(columns: Columns, checks: Sequence[Check]) -> list[Row]:
     """Return the table of the distance from the base model on text, with the gate's checks of it."""
     names = {"max_kl": "KL", "min_same_top": "same top"}
     results = [
-        f"{names[check.name]}{'' if check.limit is None else ' ' + _limit(check)}: {_result(check)}"
+        f"{names[check.name]}{'' if check.limit is None else ' ' + _format_limit(check)}: {_format_result(check)}"
         for check in checks
         if check.name in names
     ]
@@ -129,10 +129,10 @@ def verdict_rows(checks: Sequence[Check]) -> list[dict[str, str]]:
         {
             "check": check.name.replace("_", " "),
             "value": _with_stderr(check.value, check.stderr),
-            "limit": _limit(check),
+            "limit": _format_limit(check),
             "margin": _with_stderr(check.margin, None),
             "confidence": "" if check.confidence is None else format_percent(check.confidence),
-            "result": _result(check),
+            "result": _format_result(check),
         }
         for check in checks
     ]
@@ -161,14 +161,14 @@ def _four_digits(value: float, stderr: float | None) -> str:
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
-def _limit(check: Check) -> str:
+def _format_limit(check: Check) -> str:
     if check.limit is None:
         return NOT_MEASURED
     sign = "≥" if check.name.endswith("_recovery") or check.name.startswith("min_") else "≤"
     return f"{sign} {_with_stderr(check.limit, None)}"
 
 
-def _result(check: Check) -> str:
+def _format_result(check: Check) -> str:
     if check.status == "uninformative":
         return "not compared" if check.value is None else "recorded" if check.limit is None else check.status
     return "pass (low confidence)" if check.low_confidence else check.status

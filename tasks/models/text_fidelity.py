@@ -122,13 +122,13 @@ def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
         damages: The modules.
         kind: One of KINDS.
     """
-    roles = list(dict.fromkeys(one.role for one in damages if one.block is not None))
+    roles = list(dict.fromkeys(damage.role for damage in damages if damage.block is not None))
     cells: dict[str, dict[str, str]] = {}
-    for one in damages:
-        value = getattr(one, kind)
-        row = cells.setdefault(one.role if one.block is None else f"block {one.block}", {})
+    for damage in damages:
+        value = getattr(damage, kind)
+        row = cells.setdefault(damage.role if damage.block is None else f"block {damage.block}", {})
         # Modules outside of blocks have one value, shown in the first column.
-        row[roles[0] if one.block is None else one.role] = "" if value is None else f"{value:.2g}"
+        row[roles[0] if damage.block is None else damage.role] = "" if value is None else f"{value:.2g}"
     return [
         {"block": name, **{role.rpartition(".")[2]: row.get(role, "") for role in roles}} for name, row in cells.items()
     ]
@@ -161,15 +161,15 @@ def fidelity_rows(
     return [
         {
             "measurement": title,
-            "KL, nats": _with_stderr(one.kl_mean, one.kl_mean_stderr, 4),
-            "KL p99": f"{one.kl_99:.3f}",
-            "same top, %": _with_stderr(100 * one.same_top, _percent(one.same_top_stderr), 1),
-            "perplexity": _perplexity(one.ppl),
-            "base perplexity": _perplexity(one.ppl_base),
-            "tokens": f"{one.tokens:,}",
-            "gate": ", ".join(checks) if one is quantized else "",
+            "KL, nats": _with_stderr(distances.kl_mean, distances.kl_mean_stderr, 4),
+            "KL p99": f"{distances.kl_99:.3f}",
+            "same top, %": _with_stderr(100 * distances.same_top, _percent(distances.same_top_stderr), 1),
+            "perplexity": _perplexity(distances.ppl),
+            "base perplexity": _perplexity(distances.ppl_base),
+            "tokens": f"{distances.tokens:,}",
+            "gate": ", ".join(checks) if distances is quantized else "",
         }
-        for title, one in columns.items()
+        for title, distances in columns.items()
     ]
 
 
