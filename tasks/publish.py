@@ -145,14 +145,16 @@ class _Change:
 def _plan(api: "HfApi", target: Target, release: Artifact, contents: dict[str, bytes]) -> _Change:
     """Return the difference between the repository and the release."""
     head = api.model_info(target.repository, revision=target.branch, files_metadata=True)
-    remote_files, revision = _files(head), str(head.sha)
-    previous = _previous_files(target.repository, head, target.adopt)
-    stale = [name for name in previous if name in remote_files and name not in release.files]
+    remote_files, revision = _files_by_name(head), str(head.sha)
+    previous_files = _previous_files(target.repository, head, target.adopt)
+    stale = [name for name in previous_files if name in remote_files and name not in release.files]
     return _Change(
         head=revision,
         upload=[name for name in release.files if not _is_same(release, contents, name, remote_files)],
         # A file that a person has changed since stays.
-        delete=[name for name in stale if _has(target.repository, revision, remote_files[name], previous[name])],
+        delete=[
+            name for name in stale if _has_sha256(target.repository, revision, remote_files[name], previous_files[name])
+        ],
     )
 
 
@@ -164,7 +166,7 @@ def _commit(
     from huggingface_hub.errors import HfHubHTTPError
 
     metrics = json.loads(contents["metrics.json"])
-    additions = _send(api, target, release, contents, change.upload)
+    additions = _upload_large_files(api, target, release, contents, change.upload)
     try:
         return api.create_commit(
             target.repository,
@@ -193,7 +195,7 @@ def _read_release(release: Artifact) -> dict[str, bytes]:
     return contents
 
 
-def _send(
+def _upload_large_files(
     api: "HfApi", target: Target, release: Artifact, contents: dict[str, bytes], names: list[str]
 ) -> "list[CommitOperationAdd]":
     """Upload the large files among those named; return the operations that add all of them to a commit."""
@@ -207,7 +209,7 @@ def _send(
     return additions
 
 
-def _files(head: "ModelInfo") -> "dict[str, RepoSibling]":
+def _files_by_name(head: "ModelInfo") -> "dict[str, RepoSibling]":
     return {file.rfilename: file for file in head.siblings or []}
 
 
@@ -240,8 +242,8 @@ def check_target(target: Target) -> None:
     api = HfApi(token=value)
     with translate_hub_errors("model", repository):
         validate_repo_id(repository)
-        me = api.whoami()
-        if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        account = api.whoami()
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise UserError(
                 f"the token is read-only and cannot publish to {repository}: set HF_TOKEN_WRITE to one that can write"
             )
@@ -256,22 +258,22 @@ def check_target(target: Target) -> None:
             return
         except RepositoryNotFoundError:
             pass
-        allowed = _namespaces(me)
-        if repository.split("/")[0] not in allowed:
+        namespaces = _namespaces(account)
+        if repository.split("/")[0] not in namespaces:
             raise UserError(
                 f"the token cannot create a repository in {repository.split('/')[0]!r}: "
-                f"use another token, or a namespace that it can write to ({', '.join(allowed) or 'none'})"
+                f"use another token, or a namespace that it can write to ({', '.join(namespaces) or 'none'})"
             )
 
 
-def _namespaces(me: dict[str, Any]) -> list[str]:
+def _namespaces(account: dict[str, Any]) -> list[str]:
     """Return where the token can create repositories: a fine-grained token's scopes, else all of its owner's."""
-    access = me.get("auth", {}).get("accessToken", {})
+    access = account.get("auth", {}).get("accessToken", {})
     if access.get("role") == "fineGrained":
         scopes = access.get("fineGrained", {}).get("scoped", [])
         return [scope["entity"]["name"] for scope in scopes if "repo.write" in scope.get("permissions", [])]
-    organizations = [org["name"] for org in me.get("orgs", []) if org.get("roleInOrg") != "read"]
-    return [me["name"], *organizations]
+    organizations = [org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read"]
+    return [account["name"], *organizations]
 
 
 def published_metrics(repository: str, branch: str | None) -> dict[str, object] | None:
@@ -288,7 +290,7 @@ def published_metrics(repository: str, branch: str | None) -> dict[str, object] 
             head = api.model_info(repository, revision=branch, files_metadata=True)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return None
-        file = _files(head).get("metrics.json")
+        file = _files_by_name(head).get("metrics.json")
         return None if file is None else _read_json(repository, str(head.sha), file)
 
 
@@ -297,7 +299,7 @@ def _read_json(repository: str, revision: str, file: "RepoSibling") -> dict[str,
     if (file.size or 0) > MAX_BYTES_DOWNLOADED:
         return {}
     try:
-        value = json.loads(_read(repository, revision, file))
+        value = json.loads(_download(repository, revision, file))
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -308,7 +310,7 @@ def _previous_files(repository: str, head: "ModelInfo", adopt: bool) -> dict[str
 
     Raises UserError if the repository has files and no release of ours, unless `adopt`.
     """
-    remote_files = {name: file for name, file in _files(head).items() if name != ".gitattributes"}
+    remote_files = {name: file for name, file in _files_by_name(head).items() if name != ".gitattributes"}
     revision = str(head.sha)
     if MANIFEST in remote_files:
         files = _read_json(repository, revision, remote_files[MANIFEST]).get("files")
@@ -316,39 +318,41 @@ def _previous_files(repository: str, head: "ModelInfo", adopt: bool) -> dict[str
             return {name: str(file.get("sha256")) for name, file in files.items()}
     if "metrics.json" in remote_files and _is_ours(_read_json(repository, revision, remote_files["metrics.json"])):
         return {name: None for name in remote_files if name in LEGACY_FILES or re.fullmatch(LEGACY_SHARDS, name)}
-    others = [
+    foreign_files = [
         name for name, file in remote_files.items() if name != "README.md" or not _is_stub(repository, revision, file)
     ]
-    if others and not adopt:
-        some = ", ".join(others[:3]) + (" and more" if len(others) > 3 else "")
+    if foreign_files and not adopt:
+        examples = ", ".join(foreign_files[:3]) + (" and more" if len(foreign_files) > 3 else "")
         raise UserError(
-            f"{repository} contains files that quantize-gemma did not write ({some}): choose another target, or pass "
-            "--adopt to publish there anyway, which overwrites files of the same names and deletes none"
+            f"{repository} contains files that quantize-gemma did not write ({examples}): choose another target, or "
+            "pass --adopt to publish there anyway, which overwrites files of the same names and deletes none"
         )
     return {}
 
 
-def _has(repository: str, revision: str, file: "RepoSibling", sha256: str | None) -> bool:
+def _has_sha256(repository: str, revision: str, file: "RepoSibling", sha256: str | None) -> bool:
     """Return whether a file of the repository has this SHA-256; True if it is not known."""
     if sha256 is None:
         return True
     if file.lfs is not None:
         return bool(file.lfs.sha256 == sha256)
-    small = (file.size or 0) <= MAX_BYTES_DOWNLOADED
-    return small and hashlib.sha256(_read(repository, revision, file)).hexdigest() == sha256
+    is_small = (file.size or 0) <= MAX_BYTES_DOWNLOADED
+    return is_small and hashlib.sha256(_download(repository, revision, file)).hexdigest() == sha256
 
 
-def _read(repository: str, revision: str, file: "RepoSibling") -> bytes:
+def _download(repository: str, revision: str, file: "RepoSibling") -> bytes:
     return hub.read_file("model", repository, revision, file, find_token(write=True))
 
 
 def _is_ours(metrics: Mapping[str, object]) -> bool:
     """Return whether a metrics.json is one of ours, of any version."""
-    texts = all(isinstance(metrics.get(name), str) for name in ("base_model", "base_revision", "recipe", "run_id"))
+    has_texts = all(isinstance(metrics.get(name), str) for name in ("base_model", "base_revision", "recipe", "run_id"))
     recipe_hash = metrics.get("recipe_hash")
-    hashed = isinstance(recipe_hash, str) and re.fullmatch("[0-9a-f]{64}", recipe_hash) is not None
+    has_hash = isinstance(recipe_hash, str) and re.fullmatch("[0-9a-f]{64}", recipe_hash) is not None
     return (
-        texts and hashed and all(isinstance(metrics.get(name), dict) for name in ("versions", "quantized", "program"))
+        has_texts
+        and has_hash
+        and all(isinstance(metrics.get(name), dict) for name in ("versions", "quantized", "program"))
     )
 
 
@@ -356,7 +360,7 @@ def _is_stub(repository: str, revision: str, file: "RepoSibling") -> bool:
     """Return whether a README.md is the one that the Hub creates with a repository: a license and no text."""
     if (file.size or 0) > MAX_BYTES_DOWNLOADED:
         return False
-    text = _read(repository, revision, file).decode("utf-8", "replace")
+    text = _download(repository, revision, file).decode("utf-8", "replace")
     return re.fullmatch(r"\s*(---\s*(license(_name|_link)?:.*\s)*---\s*)?", text) is not None
 
 
@@ -367,9 +371,9 @@ def _open_proposal(
     requests = api.get_repo_discussions(target.repository, discussion_type="pull_request", discussion_status="open")
     for request in requests:
         head = api.model_info(target.repository, revision=f"refs/pr/{request.num}", files_metadata=True)
-        remote_files = _files(head)
-        same = all(_is_same(release, contents, name, remote_files) for name in release.files)
-        if same and not any(name in remote_files for name in change.delete):
+        remote_files = _files_by_name(head)
+        has_release = all(_is_same(release, contents, name, remote_files) for name in release.files)
+        if has_release and not any(name in remote_files for name in change.delete):
             return _publication(api, target.repository, "already published", str(head.sha), None, request.url)
     return None
 
@@ -379,23 +383,23 @@ def _tag(api: "HfApi", repository: str, name: str, commit: str) -> str:
     tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repository).tags}
     number = 1
     while True:
-        free = name if number == 1 else f"{name}-{number}"
-        if tags.get(free) == commit:
-            return free
-        if free not in tags:
-            api.create_tag(repository, tag=free, revision=commit)
-            return free
+        candidate = name if number == 1 else f"{name}-{number}"
+        if tags.get(candidate) == commit:
+            return candidate
+        if candidate not in tags:
+            api.create_tag(repository, tag=candidate, revision=commit)
+            return candidate
         number += 1
 
 
 def _verify_upload(api: "HfApi", repository: str, revision: str, release: Artifact, contents: dict[str, bytes]) -> None:
     """Raise StageFailed if the repository does not hold the release's files."""
-    remote_files = _files(api.model_info(repository, revision=revision, files_metadata=True))
-    wrong = [name for name in release.files if not _is_same(release, contents, name, remote_files)]
-    if wrong:
+    remote_files = _files_by_name(api.model_info(repository, revision=revision, files_metadata=True))
+    differing_files = [name for name in release.files if not _is_same(release, contents, name, remote_files)]
+    if differing_files:
         raise StageFailed(
-            f"{repository} at {revision} differs from the release after the upload: check {', '.join(wrong)} there, "
-            "and start the run again"
+            f"{repository} at {revision} differs from the release after the upload: check "
+            f"{', '.join(differing_files)} there, and start the run again"
         )
 
 

@@ -192,26 +192,26 @@ def _compute_in_float32(model: PreTrainedModel) -> None:
 
 
 class _StoredLinear(torch.nn.Module):
-    stored: tuple[Tensor]
+    stored_weight: tuple[Tensor]
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         assert linear.bias is None, "Gemma 3's linears have no bias"
         # In a tuple: no parameter that would be converted with the model.
-        self.stored = (linear.weight,)
+        self.stored_weight = (linear.weight,)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.nn.functional.linear(inputs, self.stored[0].float())
+        return torch.nn.functional.linear(inputs, self.stored_weight[0].float())
 
 
 class _StoredEmbedding(torch.nn.Module):
-    stored: tuple[Tensor]
+    stored_weight: tuple[Tensor]
     scale: Tensor
 
     def __init__(self, embedding: torch.nn.Embedding) -> None:
         super().__init__()
-        self.stored = (embedding.weight,)
+        self.stored_weight = (embedding.weight,)
         self.register_buffer("scale", getattr(embedding, GEMMA3.embedding_scale))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return torch.nn.functional.embedding(tokens, self.stored[0]).float() * self.scale
+        return torch.nn.functional.embedding(tokens, self.stored_weight[0]).float() * self.scale

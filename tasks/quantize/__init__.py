@@ -71,11 +71,11 @@ def quantize(
     with open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
         shapes = {name: source.shape for name, source in sources.items()}
         rules = decide(parsed, linear_shapes(shapes))
-        quantized, calibrated = {}, {}
+        quantized, calibration_metadata = {}, {}
         if calibration is not None:
             blocks = _quantize_decoder(checkpoint, sources, rules, parsed, calibration, device, refresh, stack)
             quantized = stack.enter_context(_open_blocks(blocks.files))
-            calibrated = {"output_error": blocks.errors}
+            calibration_metadata = {"output_error": blocks.errors}
         weights = target / "model.safetensors"
         with _one_thread(), CheckpointWriter(weights, sources, rules, multimodal, device, quantized) as writer:
             # Importing transformers takes seconds, in which the threads work.
@@ -94,7 +94,7 @@ def quantize(
                 role: round(sums.error / sums.square, 8) if sums.square else 0.0
                 for role, sums in sorted(errors.items())
             },
-            **calibrated,
+            **calibration_metadata,
         }
     }
 
@@ -136,9 +136,11 @@ def _quantize_decoder(
     config = config.get_text_config()
     tokens = torch.tensor(read_calibration(calibration))
     # A block depends neither on the head's rule nor on the vision tower's: recipes that differ only there share it.
-    shaping = [asdict(one) for one in recipe.rules if one.match != "lm_head" and not GEMMA3.is_vision_role(one.match)]
+    block_rules = [
+        asdict(rule) for rule in recipe.rules if rule.match != "lm_head" and not GEMMA3.is_vision_role(rule.match)
+    ]
     identity: dict[str, object] = {
-        "rules": shaping,
+        "rules": block_rules,
         "calibration": asdict(recipe.calibration) if recipe.calibration else None,
         "tokens": digest_tokens(tokens),
         "device": device,

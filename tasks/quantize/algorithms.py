@@ -69,14 +69,14 @@ def iterations_to_repeat(changes: "Sequence[npt.NDArray[np.float32] | None]") ->
     """
     from quantize_gemma.tasks.quantize import hqq
 
-    of_hqq = [one for one in changes if one is not None]
-    if not of_hqq:
+    hqq_changes = [chunk_changes for chunk_changes in changes if chunk_changes is not None]
+    if not hqq_changes:
         return None
-    needed = hqq.iterations_needed(of_hqq)
-    return None if needed == hqq.ITERATIONS else needed
+    iterations = hqq.iterations_needed(hqq_changes)
+    return None if iterations == hqq.ITERATIONS else iterations
 
 
-def with_torchao(rows: "torch.Tensor", rule: Rule) -> "tuple[dict[str, torch.Tensor], str]":
+def quantize_with_torchao(rows: "torch.Tensor", rule: Rule) -> "tuple[dict[str, torch.Tensor], str]":
     """Quantize rows with torchao's `quantize_`.
 
     Returns:
@@ -97,7 +97,7 @@ def with_torchao(rows: "torch.Tensor", rule: Rule) -> "tuple[dict[str, torch.Ten
 def _affine(rows: "torch.Tensor", rule: Rule, device: str) -> QuantizedRows:
     """Round to the nearest integer, with scales from the largest weight of each group, as torchao does."""
     group_size = rule.group_size or rows.shape[1]
-    tensors = {part: tensor.cpu() for part, tensor in with_torchao(rows.to(device), rule)[0].items()}
+    tensors = {part: tensor.cpu() for part, tensor in quantize_with_torchao(rows.to(device), rule)[0].items()}
     integers = tensors["qdata"].float() - tensors["zero_point"].float().repeat_interleave(group_size, 1)
     scales = tensors["scale"].float().repeat_interleave(group_size, 1)
     error = float((integers * scales - rows.float()).double().square().sum())
@@ -109,7 +109,7 @@ def _search(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
     from quantize_gemma.tasks.quantize.search import search_scales
 
     integers, scales = search_scales(rows, rule.group_size or rows.shape[1], rule.weight)
-    return measured({"qdata": integers, "scale": scales}, rows)
+    return measure_rows({"qdata": integers, "scale": scales}, rows)
 
 
 def _exact(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
@@ -117,13 +117,13 @@ def _exact(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
     from quantize_gemma.tasks.quantize.exact import find_scales
 
     integers, scales, off_grid = find_scales(rows, rule.group_size or rows.shape[1], rule.weight)
-    found = measured({"qdata": integers, "scale": scales}, rows)
+    quantized = measure_rows({"qdata": integers, "scale": scales}, rows)
     # A product that rounds to the weight in the checkpoint's dtype has no error.
-    error = found.error if off_grid.off else 0.0
-    return QuantizedRows(found.tensors, error, found.square, off_grid=off_grid)
+    error = quantized.error if off_grid.misfits else 0.0
+    return QuantizedRows(quantized.tensors, error, quantized.square, off_grid=off_grid)
 
 
-def measured(tensors: "dict[str, torch.Tensor]", rows: "torch.Tensor") -> QuantizedRows:
+def measure_rows(tensors: "dict[str, torch.Tensor]", rows: "torch.Tensor") -> QuantizedRows:
     """Return quantized rows with their sums of squares, against the weights."""
     group_size = rows.shape[1] // tensors["scale"].shape[1]
     quantized = tensors["qdata"] * tensors["scale"].float().repeat_interleave(group_size, 1)

@@ -73,7 +73,7 @@ class Moments:
     cross: Tensor
 
     @classmethod
-    def of(cls, inputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Moments:
+    def from_pieces(cls, inputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Moments:
         """Return the moments of pieces of inputs and targets, [..., columns]."""
         moments: Moments | None = None
         for piece, target in zip(inputs, targets, strict=True):
@@ -164,30 +164,30 @@ class Block:
 
     def attention(self, hidden: Tensor) -> Tensor:
         """Return o_proj's input, [sequences, length, width], from the block's."""
-        places = torch.arange(hidden.shape[1], device=hidden.device)
-        distance = places[:, None] - places[None]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        distance = positions[:, None] - positions[None]
         mask = (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
-        attended: Tensor = self.layer.self_attn(
+        attention: Tensor = self.layer.self_attn(
             hidden_states=self.layer.input_layernorm(hidden),
-            position_embeddings=self.rotary(hidden, places[None], self.kind),
+            position_embeddings=self.rotary(hidden, positions[None], self.kind),
             attention_mask=mask[None, None],
         )[0]
-        return attended
+        return attention
 
-    def add_attention(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def add_attention(self, hidden: Tensor, attention: Tensor) -> Tensor:
         """Return the hidden states after attention, from the block's input and o_proj's."""
-        added: Tensor = hidden + self.layer.post_attention_layernorm(self.o_proj(attended))
-        return added
+        output: Tensor = hidden + self.layer.post_attention_layernorm(self.o_proj(attention))
+        return output
 
     def mlp(self, hidden: Tensor) -> Tensor:
         """Return down_proj's input from the hidden states after attention."""
-        activated: Tensor = self.layer.mlp(self.layer.pre_feedforward_layernorm(hidden))
-        return activated
+        product: Tensor = self.layer.mlp(self.layer.pre_feedforward_layernorm(hidden))
+        return product
 
-    def add_mlp(self, hidden: Tensor, activated: Tensor) -> Tensor:
+    def add_mlp(self, hidden: Tensor, product: Tensor) -> Tensor:
         """Return the block's output from the hidden states after attention and down_proj's input."""
-        added: Tensor = hidden + self.layer.post_feedforward_layernorm(self.down_proj(activated))
-        return added
+        output: Tensor = hidden + self.layer.post_feedforward_layernorm(self.down_proj(product))
+        return output
 
 
 # Linears that share an input, and the pieces of that input, [sequences, length, width].
@@ -203,11 +203,11 @@ def run_block(block: Block, hidden: Tensor | HiddenStates) -> Iterator[Step]:
     """
     pieces = _pieces(block, hidden)
     yield QKV, (block.layer.input_layernorm(hidden[piece]) for piece in pieces)
-    attended = torch.cat([block.attention(hidden[piece]) for piece in pieces])
-    yield ("self_attn.o_proj",), (attended[piece] for piece in pieces)
+    attention = torch.cat([block.attention(hidden[piece]) for piece in pieces])
+    yield ("self_attn.o_proj",), (attention[piece] for piece in pieces)
     for piece in pieces:
-        hidden[piece] = block.add_attention(hidden[piece], attended[piece])
-    del attended
+        hidden[piece] = block.add_attention(hidden[piece], attention[piece])
+    del attention
     yield GATE_UP, (block.layer.pre_feedforward_layernorm(hidden[piece]) for piece in pieces)
     yield ("mlp.down_proj",), (block.mlp(hidden[piece]) for piece in pieces)
     for piece in pieces:
@@ -221,22 +221,22 @@ def run_full_block(block: Block, hidden: Tensor | HiddenStates) -> Iterator[Step
     """
     pieces = _pieces(block, hidden)
 
-    def attended() -> Iterator[Tensor]:
+    def attention_inputs() -> Iterator[Tensor]:
         for piece in pieces:
             inputs = block.attention(hidden[piece])
             hidden[piece] = block.add_attention(hidden[piece], inputs)
             yield inputs
 
-    def activated() -> Iterator[Tensor]:
+    def mlp_inputs() -> Iterator[Tensor]:
         for piece in pieces:
             inputs = block.mlp(hidden[piece])
             hidden[piece] = block.add_mlp(hidden[piece], inputs)
             yield inputs
 
     yield QKV, (block.layer.input_layernorm(hidden[piece]) for piece in pieces)
-    yield ("self_attn.o_proj",), attended()
+    yield ("self_attn.o_proj",), attention_inputs()
     yield GATE_UP, (block.layer.pre_feedforward_layernorm(hidden[piece]) for piece in pieces)
-    yield ("mlp.down_proj",), activated()
+    yield ("mlp.down_proj",), mlp_inputs()
 
 
 def quantize_block(
@@ -255,21 +255,21 @@ def quantize_block(
         settings: The recipe's calibration settings.
     """
     matrices: dict[str, QuantizedMatrix] = {}
-    block, full = blocks
-    steps = zip(run_block(block, hidden[0]), run_full_block(full, hidden[1]), strict=True)
+    block, full_block = blocks
+    steps = zip(run_block(block, hidden[0]), run_full_block(full_block, hidden[1]), strict=True)
     for (names, inputs), (_, targets) in steps:
-        moments = Moments.of(inputs, targets)
-        chosen = [name for name in names if name in rules]
-        if not chosen:
+        moments = Moments.from_pieces(inputs, targets)
+        chosen_names = [name for name in names if name in rules]
+        if not chosen_names:
             continue
-        sizes = {rules[name].group_size or len(moments.hessian) for name in chosen}
-        assert len(sizes) == 1, f"{chosen} share one order of columns, but have the group sizes {sizes}"
-        linears = {name: block.linears[name] for name in chosen}
+        sizes = {rules[name].group_size or len(moments.hessian) for name in chosen_names}
+        assert len(sizes) == 1, f"{chosen_names} share one order of columns, but have the group sizes {sizes}"
+        linears = {name: block.linears[name] for name in chosen_names}
         for name, quantize in prepare_linears(linears, moments, sizes.pop(), settings).items():
             matrices[name] = quantize()
             device = linears[name].weight.device
-            stored = matrices[name].integers.to(device), matrices[name].scales.to(device)
-            linears[name].matrix = QuantizedMatrix(*stored)
+            tensors = matrices[name].integers.to(device), matrices[name].scales.to(device)
+            linears[name].matrix = QuantizedMatrix(*tensors)
     return matrices
 
 
@@ -292,32 +292,32 @@ def prepare_linears(
     """Return a function that quantizes each linear, by name; they share one input, whose moments are overwritten."""
     hessian, cross = moments.hessian, moments.cross
     shifts: dict[str, Tensor] = {}
-    spare = None
+    scratch = None
     if all(linear.weight.shape[0] < len(hessian) for linear in linears.values()):
         # Weights times cross products are smaller than the cross products, whose memory can then be reused.
         for name, linear in linears.items():
             rows, step = linear.weight.shape[0], gptq.rows_at_once(len(cross))
             shifts[name] = torch.cat([linear.rows(first, step) @ cross for first in range(0, rows, step)]).cpu()
-        spare = cross
-    curvature = gptq.prepare(hessian, group_size, settings.damping, spare, settings.order == "activations").cpu()
-    on_cpu = cross.cpu() if spare is None else None
+        scratch = cross
+    curvature = gptq.prepare(hessian, group_size, settings.damping, scratch, settings.order == "activations").cpu()
+    cross_on_cpu = cross.cpu() if scratch is None else None
 
     def quantize(name: str) -> QuantizedMatrix:
         linear = linears[name]
 
-        def read(first: int, count: int) -> tuple[Tensor, Tensor]:
+        def read_rows(first: int, count: int) -> tuple[Tensor, Tensor]:
             weight = linear.rows(first, count).cpu()
-            if on_cpu is None:
+            if cross_on_cpu is None:
                 return weight, shifts[name][first : first + count]
-            return weight, weight @ on_cpu
+            return weight, weight @ cross_on_cpu
 
-        return quantize_matrix(read, linear.weight.shape[0], curvature, settings)
+        return quantize_matrix(read_rows, linear.weight.shape[0], curvature, settings)
 
     return {name: lambda name=name: quantize(name) for name in linears}  # type: ignore[misc]
 
 
 def quantize_matrix(
-    read: Callable[[int, int], tuple[Tensor, Tensor]], rows: int, curvature: gptq.Curvature, settings: Calibration
+    read_rows: Callable[[int, int], tuple[Tensor, Tensor]], rows: int, curvature: gptq.Curvature, settings: Calibration
 ) -> QuantizedMatrix:
     """Quantize a linear's weight, and measure the error of its outputs.
 
@@ -326,8 +326,8 @@ def quantize_matrix(
     it. Moving them all the way would overfit the calibration text.
 
     Args:
-        read: Takes a first row and a count, and returns these rows of the weight, float32, [rows, columns], and the
-            same rows times the moments' cross products.
+        read_rows: Takes a first row and a count, and returns these rows of the weight, float32, [rows, columns], and
+            the same rows times the moments' cross products.
         rows: The number of rows of the weight.
         curvature: The curvature of the linear's inputs.
         settings: The recipe's calibration settings.
@@ -339,13 +339,13 @@ def quantize_matrix(
     step = gptq.rows_at_once(columns)
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        weight, shift = read(first, last - first)
-        moved = weight + settings.compensation * curvature.solve(shift)
-        matrix = QuantizedMatrix(*gptq.quantize_matrix(moved, curvature, settings.passes))
+        weight, shift = read_rows(first, last - first)
+        corrected = weight + settings.compensation * curvature.solve(shift)
+        matrix = QuantizedMatrix(*gptq.quantize_matrix(corrected, curvature, settings.passes))
         integers[first:last], scales[first:last] = matrix.integers, matrix.scales
         for values, is_error in ((matrix.dequantize() - weight, True), (weight, False)):
-            ordered = values[:, curvature.order]
-            total = float((ordered @ curvature.hessian).mul_(ordered).double().sum())
+            reordered = values[:, curvature.order]
+            total = float((reordered @ curvature.hessian).mul_(reordered).double().sum())
             error, square = (error + total, square) if is_error else (error, square + total)
     return QuantizedMatrix(integers, scales, float(f"{error / square if square else 0.0:.{DIGITS}g}"))
 

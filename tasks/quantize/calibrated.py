@@ -64,14 +64,14 @@ class Blocks:
         """
         from safetensors.torch import save_file
 
-        computed: list[bool] = []
+        computed_blocks: list[bool] = []
 
         def write(target: Path) -> JsonObject:
             matrices = compute()
             tensors = {f"{module}.qdata": matrix.integers for module, matrix in matrices.items()}
             tensors |= {f"{module}.scale": matrix.scales for module, matrix in matrices.items()}
             save_file(tensors, target / FILE)
-            computed.append(True)
+            computed_blocks.append(True)
             return {"metadata": {"error": {module: matrix.error for module, matrix in matrices.items()}}}
 
         code = fingerprint("quantize_gemma.tasks.quantize.calibrated:quantize_decoder")
@@ -80,7 +80,7 @@ class Blocks:
         artifact = store.produce(STAGE, key, write, self.root, self.refresh, pinned=True)
         self.files.append(artifact.path / FILE)
         self.errors.update(artifact.metadata["error"])
-        return bool(computed)
+        return bool(computed_blocks)
 
 
 def quantize_decoder(
@@ -112,39 +112,39 @@ def quantize_decoder(
     settings = recipe.calibration
     embedding = next(name for name in sources if name.endswith(f"{GEMMA3.embedding_module}.weight"))
     prefix = embedding.removesuffix(f"{GEMMA3.embedding_module}.weight")
-    embedded = _embed(sources[embedding], rules[embedding.removesuffix(".weight")], tokens)
-    hidden = HiddenStates(embedded[0], blocks.root, device), HiddenStates(embedded[1], blocks.root, device)
-    del embedded
+    embeddings = _embed(sources[embedding], rules[embedding.removesuffix(".weight")], tokens)
+    hidden = HiddenStates(embeddings[0], blocks.root, device), HiddenStates(embeddings[1], blocks.root, device)
+    del embeddings
     # Blocks from the store that the tokens have not run through yet: they must before another block is computed.
-    finished: list[int] = []
+    pending: list[int] = []
 
     def load(number: int) -> tuple[tuple[Block, Block], dict[str, Rule]]:
         """Return a block, twice, and the rules of the linears that are calibrated."""
         start = f"{prefix}layers.{number}."
         weights = read_block(sources, start, device)
         pair = Block(config, number, weights), Block(config, number, weights)
-        of_block = {name: rules[start + name] for name in pair[0].linears}
-        for name, rule in of_block.items():
+        block_rules = {name: rules[start + name] for name in pair[0].linears}
+        for name, rule in block_rules.items():
             if rule.algorithm != "gptq":
                 pair[0].linears[name].matrix = _quantize_without_data(pair[0].linears[name].weight, rule)
-        return pair, {name: rule for name, rule in of_block.items() if rule.algorithm == "gptq"}
+        return pair, {name: rule for name, rule in block_rules.items() if rule.algorithm == "gptq"}
 
     def catch_up() -> None:
-        while finished:
-            number = finished.pop(0)
+        while pending:
+            number = pending.pop(0)
             log(f"block {number} is in the store: running the calibration tokens through it")
-            pair, of_block = load(number)
-            stored = load_file(blocks.files[number])
-            for name in of_block:
+            pair, block_rules = load(number)
+            tensors = load_file(blocks.files[number])
+            for name in block_rules:
                 start = f"{prefix}layers.{number}.{name}"
-                parts = (stored[f"{start}.{part}"].to(device) for part in ("qdata", "scale"))
+                parts = (tensors[f"{start}.{part}"].to(device) for part in ("qdata", "scale"))
                 pair[0].linears[name].matrix = QuantizedMatrix(*parts)
             replay_block(pair, hidden)
 
     def compute(number: int) -> dict[str, QuantizedMatrix]:
         catch_up()
-        pair, of_block = load(number)
-        matrices = quantize_block(pair, hidden, of_block, settings)
+        pair, block_rules = load(number)
+        matrices = quantize_block(pair, hidden, block_rules, settings)
         return {f"{prefix}layers.{number}.{name}": matrix for name, matrix in matrices.items()}
 
     def compute_head() -> dict[str, QuantizedMatrix]:
@@ -155,7 +155,7 @@ def quantize_decoder(
     total = config.num_hidden_layers + 1
     for number in range(config.num_hidden_layers):
         if not blocks.finish(str(number), functools.partial(compute, number)):
-            finished.append(number)
+            pending.append(number)
         report_progress(number + 1, total, "blocks")
     head = GEMMA3.head_module
     if head in rules and rules[head].algorithm == "gptq":
@@ -172,12 +172,12 @@ def _embed(source: SourceTensor, rule: Rule, tokens: Tensor) -> tuple[Tensor, Te
     """Return the quantized and the full-precision embeddings of tokens, scaled, [sequences, length, width]."""
     import torch
 
-    rows, places = look_up(source, tokens)
-    stored = quantize_rows(rows.to(torch.bfloat16), rule, "cpu").tensors
-    size = rows.shape[1] // stored["scale"].shape[1]
-    quantized = stored["qdata"] * stored["scale"].float().repeat_interleave(size, 1)
+    rows, row_numbers = look_up(source, tokens)
+    tensors = quantize_rows(rows.to(torch.bfloat16), rule, "cpu").tensors
+    size = rows.shape[1] // tensors["scale"].shape[1]
+    quantized = tensors["qdata"] * tensors["scale"].float().repeat_interleave(size, 1)
     factor = embedding_factor(rows.shape[1])
-    return (quantized * factor)[places], (rows.to(torch.bfloat16).float() * factor)[places]
+    return (quantized * factor)[row_numbers], (rows.to(torch.bfloat16).float() * factor)[row_numbers]
 
 
 def _quantize_head(
@@ -193,16 +193,16 @@ def _quantize_head(
     module.weight.data = norm.float()
     with torch.no_grad():
         pieces = [slice(first, first + blocks.SEQUENCES) for first in range(0, len(hidden[0]), blocks.SEQUENCES)]
-        moments = blocks.Moments.of(*(map(module, map(states.__getitem__, pieces)) for states in hidden))
+        moments = blocks.Moments.from_pieces(*(map(module, map(states.__getitem__, pieces)) for states in hidden))
     cross = moments.cross.cpu()
     size = rule.group_size or source.shape[1]
     curvature = gptq.prepare(moments.hessian, size, settings.damping, None, settings.order == "activations").cpu()
 
-    def read(first: int, count: int) -> tuple[Tensor, Tensor]:
+    def read_head_rows(first: int, count: int) -> tuple[Tensor, Tensor]:
         rows = read_rows(source, first, count).float()
         return rows, rows @ cross
 
-    return {GEMMA3.head_module: blocks.quantize_matrix(read, source.shape[0], curvature, settings)}
+    return {GEMMA3.head_module: blocks.quantize_matrix(read_head_rows, source.shape[0], curvature, settings)}
 
 
 def _quantize_without_data(weight: Tensor, rule: Rule) -> QuantizedMatrix:

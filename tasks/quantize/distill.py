@@ -103,8 +103,8 @@ def distill(
         lesson = Lesson(embed, tokens, targets.to(device), head)
         identity = {**digests, "settings": asdict(parsed.distillation), **run_identity}
         state = _train_in_store(student, lesson, parsed, root, identity, refresh)
-    changed = _trained_tensors(student)
-    _write(target, checkpoint, changed)
+    tensors = _trained_tensors(student)
+    _write_checkpoint(target, checkpoint, tensors)
     return {
         "metadata": {
             "sequences": len(tokens) - len(split(len(tokens))[0]),
@@ -126,11 +126,11 @@ class _Embedding:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the embeddings, float32, [..., width]."""
-        integers, places = look_up(self.integers, tokens)
+        integers, row_numbers = look_up(self.integers, tokens)
         scales = look_up(self.scales, tokens)[0].float()
         rows = integers.float() * scales.repeat_interleave(integers.shape[1] // scales.shape[1], 1)
-        embedded: Tensor = (rows * self.factor)[places].to(self.device)
-        return embedded
+        embeddings: Tensor = (rows * self.factor)[row_numbers].to(self.device)
+        return embeddings
 
 
 def _prefix(sources: Sources) -> str:
@@ -162,8 +162,8 @@ def _run_base(config: Gemma3TextConfig, sources: Sources, tokens: Tensor, device
     from quantize_gemma.tasks.quantize.blocks import Block, run_full_block, run_to_end
 
     prefix = _prefix(sources)
-    rows, places = look_up(sources[f"{prefix}{GEMMA3.embedding_module}.weight"], tokens)
-    hidden = (rows.float() * embedding_factor(config.hidden_size))[places].to(device)
+    rows, row_numbers = look_up(sources[f"{prefix}{GEMMA3.embedding_module}.weight"], tokens)
+    hidden = (rows.float() * embedding_factor(config.hidden_size))[row_numbers].to(device)
     norm = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     norm.weight.data = read_rows(sources[f"{prefix}norm.weight"]).flatten().float().to(device)
     with torch.no_grad():
@@ -171,8 +171,8 @@ def _run_base(config: Gemma3TextConfig, sources: Sources, tokens: Tensor, device
             block = Block(config, number, read_block(sources, f"{prefix}layers.{number}.", device))
             run_to_end(run_full_block(block, hidden))
             report_progress(number + 1, config.num_hidden_layers, "blocks of the base model")
-        for one in hidden:
-            one.copy_(norm(one))
+        for sequence in hidden:
+            sequence.copy_(norm(sequence))
     return hidden
 
 
@@ -213,15 +213,15 @@ def _train_in_store(
     assert recipe.distillation is not None
     key = store.key(STATE, [], identity, fingerprint(f"{__name__}:distill"))
     state = State()
-    stored = None if refresh else store.load(STATE, key, root)
-    if stored is not None:
-        state = State(**stored.metadata["state"], tensors=load_file(stored.path / "state.safetensors"))
+    artifact = None if refresh else store.load(STATE, key, root)
+    if artifact is not None:
+        state = State(**artifact.metadata["state"], tensors=load_file(artifact.path / "state.safetensors"))
 
-    def save(now: State) -> None:
+    def save(current: State) -> None:
         def write(target: Path) -> JsonObject:
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in now.tensors.items()}
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in current.tensors.items()}
             save_file(tensors, target / "state.safetensors")
-            return {"metadata": {"state": {"step": now.step, "best": now.best, "history": now.history}}}
+            return {"metadata": {"state": {"step": current.step, "best": current.best, "history": current.history}}}
 
         store.produce(STATE, key, write, root, refresh=True)
 
@@ -237,27 +237,27 @@ def _trained_tensors(student: Student) -> dict[str, Tensor]:
 
     with torch.no_grad():
         return {
-            f"{name}.{'_weight_scale' if isinstance(module, TrainedLinear) else 'weight'}": module.trained()
+            f"{name}.{'_weight_scale' if isinstance(module, TrainedLinear) else 'weight'}": module.value()
             .to(torch.bfloat16)
             .cpu()
-            for name, module in student.places.items()
+            for name, module in student.trained_modules.items()
         }
 
 
-def _write(target: Path, checkpoint: Path, changed: Mapping[str, Tensor]) -> None:
+def _write_checkpoint(target: Path, checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the checkpoint with new values in some of its tensors; link its other files."""
     import torch
 
     for path in checkpoint.iterdir():
         (store.copy if path.name == WEIGHTS else store.link)(path, target / path.name)
-    written = 0
+    count = 0
     with (target / WEIGHTS).open("r+b") as file:
         for name, tensor in read_header(checkpoint / WEIGHTS).items():
-            values = changed.get(GEMMA3.runtime_name(name))
+            values = tensors.get(GEMMA3.runtime_name(name))
             if values is None:
                 continue
             assert (tuple(values.shape), tensor.end - tensor.start) == (tensor.shape, 2 * prod(tensor.shape)), name
             file.seek(tensor.start)
             file.write(values.contiguous().view(torch.uint8).numpy().data)
-            written += 1
-    assert written == len(changed), f"{len(changed) - written} trained tensors have no place in {checkpoint}"
+            count += 1
+    assert count == len(tensors), f"{len(tensors) - count} trained tensors have no place in {checkpoint}"

@@ -22,22 +22,22 @@ class OffGrid:
 
     Attributes:
         groups: The number of groups.
-        off: The number of groups for which no scale fits all weights.
+        misfits: The number of groups for which no scale fits all weights.
         negative: The number of those groups that a negative scale fits, which XNNPACK does not support.
-        worst: The largest error of a weight, as a fraction of its group's largest weight.
+        worst_error: The largest error of a weight, as a fraction of its group's largest weight.
     """
 
     groups: int = 0
-    off: int = 0
+    misfits: int = 0
     negative: int = 0
-    worst: float = 0.0
+    worst_error: float = 0.0
 
     def __add__(self, other: OffGrid) -> OffGrid:
         return OffGrid(
             self.groups + other.groups,
-            self.off + other.off,
+            self.misfits + other.misfits,
             self.negative + other.negative,
-            max(self.worst, other.worst),
+            max(self.worst_error, other.worst_error),
         )
 
 
@@ -57,11 +57,11 @@ def find_scales(rows: Tensor, group_size: int, dtype: str) -> tuple[Tensor, Tens
 
     groups = rows.reshape(-1, group_size)
     integers, scales, errors = _fit(groups, dtype)
-    off = errors > 0
-    negative = _fit(-groups[off], dtype)[2] == 0
-    largest = groups[off].abs().amax(1).float()
-    worst = float((errors[off] / largest).max()) if off.any() else 0.0
-    summary = OffGrid(len(groups), int(off.sum()), int(negative.sum()), worst)
+    is_misfit = errors > 0
+    negative = _fit(-groups[is_misfit], dtype)[2] == 0
+    largest = groups[is_misfit].abs().amax(1).float()
+    worst_error = float((errors[is_misfit] / largest).max()) if is_misfit.any() else 0.0
+    summary = OffGrid(len(groups), int(is_misfit.sum()), int(negative.sum()), worst_error)
     return integers.view(rows.shape), scales.view(len(rows), -1).to(torch.bfloat16), summary
 
 
@@ -80,18 +80,18 @@ def _fit(groups: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     errors = largest.clone()  # The errors if all integers are zero.
     # The largest integers first: most grids use them, and groups that fit are not tried again.
     for integer in range(-low, 0, -1):
-        left = errors.nonzero()[:, 0]
-        if not len(left):
+        unfit = errors.nonzero()[:, 0]
+        if not len(unfit):
             break
-        weights, nearest = groups[left], (largest[left] / integer).to(torch.bfloat16)
+        weights, candidates = groups[unfit], (largest[unfit] / integer).to(torch.bfloat16)
         # The largest weight may have been rounded: the scale can be a neighboring bfloat16 number.
         for step in (0, -1, 1):
-            scale = (nearest.view(torch.int16) + step).view(torch.bfloat16).float().clamp_min(TINIEST)
+            scale = (candidates.view(torch.int16) + step).view(torch.bfloat16).float().clamp_min(TINIEST)
             quotients = (weights.float() / scale[:, None]).round_().clamp_(low, high)
             # Compare in the checkpoint's own dtype.
             error = ((quotients * scale[:, None]).to(groups.dtype) - weights).abs().amax(1).float()
-            better = error < errors[left]
-            chosen = left[better]
-            integers[chosen], scales[chosen] = quotients[better].to(torch.int8), scale[better]
-            errors[chosen] = error[better]
+            is_better = error < errors[unfit]
+            improved = unfit[is_better]
+            integers[improved], scales[improved] = quotients[is_better].to(torch.int8), scale[is_better]
+            errors[improved] = error[is_better]
     return integers, scales, errors

@@ -74,12 +74,12 @@ class Curvature:
 
     def solve(self, products: Tensor) -> Tensor:
         """Return `products`, [rows, columns], times the inverse of the damped Hessian, in the columns' own order."""
-        solved = products[:, self.order] @ self.factor.T @ self.factor
-        return solved[:, self.order.argsort()] / self.mean
+        solutions = products[:, self.order] @ self.factor.T @ self.factor
+        return solutions[:, self.order.argsort()] / self.mean
 
 
 def prepare(
-    hessian: Tensor, group_size: int, damping: float, spare: Tensor | None = None, ordered: bool = True
+    hessian: Tensor, group_size: int, damping: float, scratch: Tensor | None = None, sort_columns: bool = True
 ) -> Curvature:
     """Return the curvature of a Hessian, in its memory and in as much again.
 
@@ -88,8 +88,8 @@ def prepare(
         group_size: How many columns share a scale.
         damping: What is added to the diagonal, as a fraction of its mean. It grows tenfold until the Cholesky
             factorization succeeds.
-        spare: A scratch matrix of the same size; overwritten, too.
-        ordered: Columns with the largest inputs come first; otherwise the columns keep their order.
+        scratch: A scratch matrix of the same size; overwritten, too.
+        sort_columns: Columns with the largest inputs come first; otherwise the columns keep their order.
 
     Raises:
         UserError: The Hessian is not finite, because the activations are not.
@@ -105,18 +105,18 @@ def prepare(
     mean = max(mean, 1e-30)
     sizes = diagonal.reshape(-1, group_size)
     groups = sizes.sum(1).argsort(descending=True, stable=True)
-    inside = sizes.argsort(dim=1, descending=True, stable=True)
-    order = (groups[:, None] * group_size + inside[groups]).flatten()
-    if not ordered:
+    column_order = sizes.argsort(dim=1, descending=True, stable=True)
+    order = (groups[:, None] * group_size + column_order[groups]).flatten()
+    if not sort_columns:
         order = torch.arange(len(order), device=order.device)
-    spare = torch.empty_like(hessian) if spare is None else spare
-    torch.index_select(hessian, 0, order, out=spare)
+    scratch = torch.empty_like(hessian) if scratch is None else scratch
+    torch.index_select(hessian, 0, order, out=scratch)
     for panel in _panels(len(order)):
-        hessian[panel] = spare[panel][:, order] / mean
+        hessian[panel] = scratch[panel][:, order] / mean
     while True:
         hessian.diagonal().add_(damping)
-        if _factorize(hessian, spare):
-            return Curvature(order, hessian, spare.T, mean, group_size)
+        if _factorize(hessian, scratch):
+            return Curvature(order, hessian, scratch.T, mean, group_size)
         damping *= 10
 
 
@@ -132,9 +132,9 @@ def _factorize(hessian: Tensor, factor: Tensor) -> bool:
         factor[count - panel.stop : count - panel.start] = hessian[panel].flip(0, 1)
     # Column-major, as LAPACK expects, so that neither needs a copy.
     lower = factor.T
-    failed = torch.empty((), dtype=torch.int32, device=lower.device)
-    torch.linalg.cholesky_ex(lower, out=(lower, failed))
-    if failed:
+    info = torch.empty((), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    if info:
         return False
     panels = _panels(count)
     for number, columns in enumerate(panels):
@@ -198,11 +198,11 @@ def rows_at_once(columns: int) -> int:
     return max(CHUNK // columns // WIDTH, 1) * WIDTH
 
 
-def _gptq(remaining: Tensor, curvature: Curvature, pool: ThreadPoolExecutor) -> tuple[Tensor, Tensor]:
+def _gptq(weights: Tensor, curvature: Curvature, pool: ThreadPoolExecutor) -> tuple[Tensor, Tensor]:
     """Return integers, [columns, rows], and scales, [groups, rows], of weights, [columns, rows], overwritten."""
     import torch
 
-    columns, rows = remaining.shape
+    columns, rows = weights.shape
     size = curvature.group_size
     integers = torch.empty(columns, rows, dtype=torch.int8)
     scales = torch.empty(columns // size, rows, dtype=torch.float32)
@@ -211,11 +211,11 @@ def _gptq(remaining: Tensor, curvature: Curvature, pool: ThreadPoolExecutor) -> 
     for first in range(0, columns, size):
         last = first + size
         block = curvature.factor[first:last, first:last].contiguous().numpy()
-        group, chosen = remaining[first:last].numpy(), integers[first:last].numpy()
+        group, group_integers = weights[first:last].numpy(), integers[first:last].numpy()
         scale = scales[first // size].numpy()
-        arrays = group, block, factors, chosen, scale, errors.numpy()
+        arrays = group, block, factors, group_integers, scale, errors.numpy()
         _tiles(pool, rows, functools.partial(_round_group, *arrays))
-        remaining[last:].addmm_(curvature.factor[first:last, last:].T, errors, alpha=-1)
+        weights[last:].addmm_(curvature.factor[first:last, last:].T, errors, alpha=-1)
     return integers, scales
 
 
@@ -235,9 +235,9 @@ def _descend(
         for first in range(0, columns, size):
             last = first + size
             block = curvature.hessian[first:last, first:last].contiguous().numpy()
-            group, chosen = gradient[first:last].numpy(), integers[first:last].numpy()
+            group, group_integers = gradient[first:last].numpy(), integers[first:last].numpy()
             scale = scales[first // size].numpy()
-            arrays = group, block, chosen, scale, changes.numpy()
+            arrays = group, block, group_integers, scale, changes.numpy()
             _tiles(pool, rows, functools.partial(_improve_group, *arrays))
             gradient.addmm_(curvature.hessian[:, first:last], changes)
 
@@ -263,7 +263,7 @@ def _to_bfloat16(values: Floats) -> None:
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _round_group(
-    remaining: Floats,
+    weights: Floats,
     factor: Floats,
     factors: Floats,
     integers: Integers,
@@ -277,7 +277,7 @@ def _round_group(
     It is long and takes many parameters because a numba kernel is one function on arrays and numbers.
 
     Args:
-        remaining: The weights with the errors of earlier groups, [columns, rows].
+        weights: The weights with the errors of earlier groups, [columns, rows].
         factor: The group's block of the inverse Hessian's upper factor, [columns, columns].
         factors: The scales to try, as multiples of the scale that the largest weight needs.
         integers, scales: Outputs, [columns, rows] and [rows].
@@ -285,7 +285,7 @@ def _round_group(
         start: The first row.
         end: The row after the last.
     """
-    size = remaining.shape[0]
+    size = weights.shape[0]
     weight = np.zeros((size, WIDTH), np.float32)
     work = np.empty((size, WIDTH), np.float32)
     largest = np.empty(WIDTH, np.float32)
@@ -301,7 +301,7 @@ def _round_group(
         largest[:] = np.float32(0)
         for k in range(size):
             for lane in range(count):
-                weight[k, lane] = remaining[k, tile + lane]
+                weight[k, lane] = weights[k, tile + lane]
             for lane in range(WIDTH):
                 largest[lane] = max(largest[lane], abs(weight[k, lane]))
         best_loss[:] = np.float32(np.inf)
@@ -337,9 +337,9 @@ def _round_group(
                         integers[k, tile + lane] = np.int8(work[k, lane])
                         errors[k, tile + lane] = error[lane]
             for lane in range(WIDTH):
-                better = loss[lane] < best_loss[lane]
-                best_loss[lane] = loss[lane] if better else best_loss[lane]
-                best_scale[lane] = scale[lane] if better else best_scale[lane]
+                is_better = loss[lane] < best_loss[lane]
+                best_loss[lane] = loss[lane] if is_better else best_loss[lane]
+                best_scale[lane] = scale[lane] if is_better else best_scale[lane]
         for lane in range(count):
             scales[tile + lane] = best_scale[lane]
 
@@ -372,7 +372,7 @@ def _improve_group(
     product = np.empty((size, WIDTH), np.float32)
     change = np.empty((size, WIDTH), np.float32)
     scale = np.ones(WIDTH, np.float32)
-    fitted = np.empty(WIDTH, np.float32)
+    new_scale = np.empty(WIDTH, np.float32)
     linear = np.empty(WIDTH, np.float32)
     square = np.empty(WIDTH, np.float32)
     step = np.empty(WIDTH, np.float32)
@@ -398,13 +398,13 @@ def _improve_group(
                 linear[lane] += integer[k, lane] * slope[k, lane]
                 square[lane] += integer[k, lane] * product[k, lane]
         for lane in range(WIDTH):
-            fitted[lane] = max(scale[lane] + linear[lane] / square[lane], TINIEST)
-        _to_bfloat16(fitted)
+            new_scale[lane] = max(scale[lane] + linear[lane] / square[lane], TINIEST)
+        _to_bfloat16(new_scale)
         for lane in range(WIDTH):
-            move = fitted[lane] - scale[lane]
-            better = move * (move * square[lane] - np.float32(2) * linear[lane]) < np.float32(0)
-            step[lane] = move if better else np.float32(0)
-            scale[lane] = fitted[lane] if better else scale[lane]
+            move = new_scale[lane] - scale[lane]
+            is_better = move * (move * square[lane] - np.float32(2) * linear[lane]) < np.float32(0)
+            step[lane] = move if is_better else np.float32(0)
+            scale[lane] = new_scale[lane] if is_better else scale[lane]
         for k in range(size):
             for lane in range(WIDTH):
                 change[k, lane] = -step[lane] * integer[k, lane]

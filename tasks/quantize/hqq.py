@@ -114,10 +114,10 @@ def iterations_needed(changes: Sequence[Floats]) -> int:
     It is ITERATIONS also where later iterations change nothing.
     """
     largest = np.max(changes, axis=0)
-    settled = np.flatnonzero(largest < TOLERANCE)
-    if not settled.size or not largest[settled[0] + 1 :].any():
+    settled_iterations = np.flatnonzero(largest < TOLERANCE)
+    if not settled_iterations.size or not largest[settled_iterations[0] + 1 :].any():
         return ITERATIONS
-    return int(settled[0]) + 1
+    return int(settled_iterations[0]) + 1
 
 
 @functools.cache
@@ -129,14 +129,14 @@ def sum_lanes() -> int:
     import torch
 
     values = np.random.default_rng(0).standard_normal((64, 2575), np.float32)
-    expected = torch.from_numpy(values).sum(dim=1).numpy()
-    short = torch.from_numpy(values[:, :32].copy()).sum(dim=1).numpy()
+    expected_sums = torch.from_numpy(values).sum(dim=1).numpy()
+    expected_short_sums = torch.from_numpy(values[:, :32].copy()).sum(dim=1).numpy()
     for lanes in (16, 8, 4):
         sums = np.array([_sum_of_products(row, np.ones_like(row), lanes, _accumulators(lanes)) for row in values])
         short_sums = np.array(
             [_sum_of_products(r[:32], np.ones_like(r[:32]), lanes, _accumulators(lanes)) for r in values]
         )
-        if np.array_equal(sums, expected) and np.array_equal(short_sums, short):
+        if np.array_equal(sums, expected_sums) and np.array_equal(short_sums, expected_short_sums):
             return lanes
     return 0
 
@@ -152,7 +152,7 @@ def _compiled(**options: bool | str) -> Callable[[Callable[P, R]], Callable[P, R
 
 
 @_compiled(error_model="numpy", inline="always")
-def _nearest(weight: np.float32, scale: np.float32, low: np.float32, high: np.float32) -> np.float32:
+def _round_to_nearest(weight: np.float32, scale: np.float32, low: np.float32, high: np.float32) -> np.float32:
     """Return the quantized weight, an integer in float32, in a form that compiles to vector code."""
     value = weight / scale
     value = value if value < high else high
@@ -182,7 +182,7 @@ def _quantize_side_by_side(
     bits = weight.view(np.uint32)
     quantized = np.empty((length, WIDTH), np.float32)
     scale = np.empty(WIDTH, np.float32)
-    stored = np.empty(WIDTH, np.float32)
+    stored_scale = np.empty(WIDTH, np.float32)
     errors = np.zeros(WIDTH, np.float64)
     squares = np.zeros(WIDTH, np.float64)
     numerator = np.empty(WIDTH, np.float32)
@@ -194,14 +194,14 @@ def _quantize_side_by_side(
     quads = vectors // 4
     for first in range(0, count, WIDTH):
         # The last group stands in for those that are missing in the last block.
-        for place in range(WIDTH):
-            group = min(first + place, count - 1)
+        for g in range(WIDTH):
+            group = min(first + g, count - 1)
             if halves:
                 for k in range(length):
-                    bits[k, place] = np.uint32(groups[group, k]) << np.uint32(16)
+                    bits[k, g] = np.uint32(groups[group, k]) << np.uint32(16)
             else:
                 for k in range(length):
-                    weight[k, place] = groups[group, k]
+                    weight[k, g] = groups[group, k]
         scale[:] = ZERO
         for k in range(length):
             for g in range(WIDTH):
@@ -210,11 +210,11 @@ def _quantize_side_by_side(
         for g in range(WIDTH):
             start = scale[g] / largest
             scale[g] = start if start > EPSILON else EPSILON
-        settled = False
+        is_settled = False
         for iteration in range(iterations):
             for k in range(length):
                 for g in range(WIDTH):
-                    quantized[k, g] = _nearest(weight[k, g], scale[g], low, high)
+                    quantized[k, g] = _round_to_nearest(weight[k, g], scale[g], low, high)
             numerator[:] = ZERO
             denominator[:] = ZERO
             for k in range(vectors * lanes, length):
@@ -250,32 +250,32 @@ def _quantize_side_by_side(
                 after = numerator[g] / denominator[g]
                 after = after if after > EPSILON else EPSILON
                 after = after if denominator[g] > ZERO else before
-                moved = abs(after - before) / before
-                change = moved if moved > change else change
+                relative_change = abs(after - before) / before
+                change = relative_change if relative_change > change else change
                 scale[g] = after
             changes[iteration] = max(changes[iteration], change)
             if change == ZERO:
-                settled = True
+                is_settled = True
                 break
         for k in range(length):
             for g in range(WIDTH):
-                if not settled:
-                    quantized[k, g] = _nearest(weight[k, g], scale[g], low, high)
-        present = min(WIDTH, count - first)
-        _store_scales(scale, stored, halves)
-        for g in range(present, WIDTH):
-            stored[g] = ZERO
+                if not is_settled:
+                    quantized[k, g] = _round_to_nearest(weight[k, g], scale[g], low, high)
+        group_count = min(WIDTH, count - first)
+        _store_scales(scale, stored_scale, halves)
+        for g in range(group_count, WIDTH):
+            stored_scale[g] = ZERO
             for k in range(length):
                 weight[k, g] = ZERO
         for k in range(length):
             for g in range(WIDTH):
-                difference = np.float64(quantized[k, g] * stored[g] - weight[k, g])
+                difference = np.float64(quantized[k, g] * stored_scale[g] - weight[k, g])
                 errors[g] += difference * difference
                 squares[g] += np.float64(weight[k, g]) * np.float64(weight[k, g])
-        for place in range(present):
-            scales[first + place] = scale[place]
+        for g in range(group_count):
+            scales[first + g] = scale[g]
             for k in range(length):
-                integers[first + place, k] = np.int8(quantized[k, place])
+                integers[first + g, k] = np.int8(quantized[k, g])
     for g in range(WIDTH):
         sums[0] += errors[g]
         sums[1] += squares[g]
@@ -303,7 +303,7 @@ def _quantize_one_by_one(
     bits = weight.view(np.uint32)
     quantized = np.empty(length, np.float32)
     scale_array = np.empty(1, np.float32)
-    stored = np.empty(1, np.float32)
+    stored_scale = np.empty(1, np.float32)
     errors = np.zeros(WIDTH, np.float64)
     squares = np.zeros(WIDTH, np.float64)
     accumulators = np.empty((4, 4 * lanes), np.float32)
@@ -319,10 +319,10 @@ def _quantize_one_by_one(
         for k in range(length):
             scale = max(scale, abs(weight[k]))
         scale = max(scale / largest, EPSILON)
-        settled = False
+        is_settled = False
         for iteration in range(iterations):
             for k in range(length):
-                quantized[k] = _nearest(weight[k], scale, low, high)
+                quantized[k] = _round_to_nearest(weight[k], scale, low, high)
             numerator = _sum_of_products(weight, quantized, lanes, accumulators)
             denominator = _sum_of_products(quantized, quantized, lanes, accumulators)
             before = scale
@@ -331,18 +331,18 @@ def _quantize_one_by_one(
             change = abs(scale - before) / before
             changes[iteration] = max(changes[iteration], change)
             if change == 0:
-                settled = True
+                is_settled = True
                 break
         scales[group] = scale
         scale_array[0] = scale
-        _store_scales(scale_array, stored, halves)
+        _store_scales(scale_array, stored_scale, halves)
         for k in range(length):
-            if not settled:
-                quantized[k] = _nearest(weight[k], scale, low, high)
+            if not is_settled:
+                quantized[k] = _round_to_nearest(weight[k], scale, low, high)
             integers[group, k] = np.int8(quantized[k])
         for first in range(0, length, WIDTH):
             for k in range(min(WIDTH, length - first)):
-                difference = np.float64(quantized[first + k] * stored[0] - weight[first + k])
+                difference = np.float64(quantized[first + k] * stored_scale[0] - weight[first + k])
                 errors[k] += difference * difference
                 squares[k] += np.float64(weight[first + k]) * np.float64(weight[first + k])
     for k in range(WIDTH):
@@ -357,8 +357,8 @@ def _store_scales(scale: Floats, stored: Floats, halves: bool) -> None:
     if halves:
         bits = stored.view(np.uint32)
         for g in range(len(bits)):
-            odd = (bits[g] >> np.uint32(16)) & np.uint32(1)
-            bits[g] = (bits[g] + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+            last_bit = (bits[g] >> np.uint32(16)) & np.uint32(1)
+            bits[g] = (bits[g] + np.uint32(0x7FFF) + last_bit) & np.uint32(0xFFFF0000)
 
 
 @_compiled(cache=True)

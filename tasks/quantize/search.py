@@ -92,8 +92,8 @@ def _search(
             for lane in range(WIDTH):
                 scale[lane] = largest[lane] * factors[candidate]
             for lane in range(WIDTH):
-                odd = (bits[lane] >> np.uint32(16)) & np.uint32(1)
-                bits[lane] = (bits[lane] + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+                last_bit = (bits[lane] >> np.uint32(16)) & np.uint32(1)
+                bits[lane] = (bits[lane] + np.uint32(0x7FFF) + last_bit) & np.uint32(0xFFFF0000)
             for lane in range(WIDTH):
                 scale[lane] = max(scale[lane], TINIEST)
                 inverse[lane] = np.float32(1) / scale[lane]
@@ -107,9 +107,9 @@ def _search(
                     error = weight[k, lane] - value * scale[lane]
                     loss[lane] += importance[k, lane] * error * error
             for lane in range(WIDTH):
-                better = loss[lane] < best_loss[lane]
-                best_loss[lane] = loss[lane] if better else best_loss[lane]
-                best_scale[lane] = scale[lane] if better else best_scale[lane]
+                is_better = loss[lane] < best_loss[lane]
+                best_loss[lane] = loss[lane] if is_better else best_loss[lane]
+                best_scale[lane] = scale[lane] if is_better else best_scale[lane]
         for lane in range(count):
             scales[tile + lane] = best_scale[lane]
             inverse[lane] = np.float32(1) / best_scale[lane]

@@ -40,7 +40,7 @@ def read_rows(source: SourceTensor, first: int = 0, count: int | None = None) ->
     count = rows - first if count is None else count
     width = prod(source.shape[1:])
     buffer = bytearray(count * width * source.dtype.itemsize)
-    _read(source.file, buffer, source.offset + first * width * source.dtype.itemsize)
+    _fill_buffer(source.file, buffer, source.offset + first * width * source.dtype.itemsize)
     return torch.frombuffer(buffer, dtype=source.dtype).view(count, width)
 
 
@@ -72,8 +72,8 @@ def look_up(source: SourceTensor, tokens: torch.Tensor) -> tuple[torch.Tensor, t
     """Return the rows of the distinct tokens, [distinct, columns], and the number of each token's row in them."""
     import torch
 
-    ids, places = torch.unique(tokens, return_inverse=True)
-    return torch.cat([read_rows(source, int(token), 1) for token in ids]), places
+    ids, row_numbers = torch.unique(tokens, return_inverse=True)
+    return torch.cat([read_rows(source, int(token), 1) for token in ids]), row_numbers
 
 
 def embedding_factor(width: int) -> torch.Tensor:
@@ -83,7 +83,7 @@ def embedding_factor(width: int) -> torch.Tensor:
     return torch.tensor(width**0.5, dtype=torch.bfloat16).float()
 
 
-def _read(file: int, buffer: bytearray, offset: int) -> None:
+def _fill_buffer(file: int, buffer: bytearray, offset: int) -> None:
     view = memoryview(buffer)
     while view:
         count = os.preadv(file, [view], offset)

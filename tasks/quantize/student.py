@@ -31,24 +31,24 @@ class TrainedLinear(torch.nn.Module):
 
     Attributes:
         integers: int8, [rows, columns].
-        stored: The scales before training, float32, [rows, groups].
+        initial: The scales before training, float32, [rows, groups].
         change: The logarithm of each scale's factor, [rows, groups].
         fake_quantize: Quantizes activations; None if they are not quantized.
     """
 
     def __init__(self, integers: Tensor, scales: Tensor, fake_quantize: FakeQuantize | None) -> None:
         super().__init__()
-        self.integers, self.stored, self.fake_quantize = integers, scales.float(), fake_quantize
-        self.change = torch.nn.Parameter(torch.zeros_like(self.stored))
+        self.integers, self.initial, self.fake_quantize = integers, scales.float(), fake_quantize
+        self.change = torch.nn.Parameter(torch.zeros_like(self.initial))
 
-    def trained(self) -> Tensor:
+    def value(self) -> Tensor:
         """Return the scales, positive bfloat16 numbers in float32, [rows, groups]."""
-        return _round_to_bfloat16((self.stored * self.change.exp()).clamp_min(float(gptq.TINIEST)))
+        return _round_to_bfloat16((self.initial * self.change.exp()).clamp_min(float(gptq.TINIEST)))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the outputs, [..., rows]."""
-        rounded = inputs if self.fake_quantize is None else self.fake_quantize(inputs)
-        outputs: Tensor = _Product.apply(inputs, rounded, self.trained(), self.integers)
+        quantized_inputs = inputs if self.fake_quantize is None else self.fake_quantize(inputs)
+        outputs: Tensor = _Product.apply(inputs, quantized_inputs, self.value(), self.integers)
         return outputs
 
 
@@ -56,7 +56,7 @@ class TrainedNorm(torch.nn.Module):
     """An RMS norm of Gemma 3 with a trained factor for each of its multipliers.
 
     Attributes:
-        stored: The weight before training, float32, [width]; the norm multiplies with 1 + weight.
+        initial: The weight before training, float32, [width]; the norm multiplies with 1 + weight.
         change: The logarithm of each factor, [width].
     """
 
@@ -64,16 +64,16 @@ class TrainedNorm(torch.nn.Module):
         super().__init__()
         # In a tuple, so that its weight is not a parameter of this module.
         self.norm = (norm,)
-        self.stored = norm.weight.detach().clone()
-        self.change = torch.nn.Parameter(torch.zeros_like(self.stored))
+        self.initial = norm.weight.detach().clone()
+        self.change = torch.nn.Parameter(torch.zeros_like(self.initial))
 
-    def trained(self) -> Tensor:
+    def value(self) -> Tensor:
         """Return the weight, bfloat16 numbers in float32, [width]."""
-        return _round_to_bfloat16(self.stored + (1 + self.stored) * self.change.expm1())
+        return _round_to_bfloat16(self.initial + (1 + self.initial) * self.change.expm1())
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the normalized inputs, [..., width]."""
-        outputs: Tensor = torch.func.functional_call(self.norm[0], {"weight": self.trained()}, (inputs,))
+        outputs: Tensor = torch.func.functional_call(self.norm[0], {"weight": self.value()}, (inputs,))
         return outputs
 
 
@@ -84,7 +84,7 @@ class Student:
         blocks: The decoder's blocks.
         norm: The norm after the last block.
         head: The output head.
-        places: The modules that are trained, by their names in the loaded model.
+        trained_modules: The modules that are trained, by their names in the loaded model.
     """
 
     def __init__(
@@ -104,26 +104,26 @@ class Student:
         """
         from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-        self.places: dict[str, TrainedLinear | TrainedNorm] = dict(linears)
+        self.trained_modules: dict[str, TrainedLinear | TrainedNorm] = dict(linears)
         self.head = linears[GEMMA3.head_module]
         self.blocks = []
         for number in range(config.num_hidden_layers):
             start = f"{prefix}layers.{number}."
-            of_block = {name.removeprefix(start): one for name, one in linears.items() if name.startswith(start)}
-            norms = {name.removeprefix(start): one for name, one in weights.items() if name.startswith(start)}
-            block = Block(config, number, norms, of_block)
+            block_linears = {name.removeprefix(start): linears[name] for name in linears if name.startswith(start)}
+            block_weights = {name.removeprefix(start): weights[name] for name in weights if name.startswith(start)}
+            block = Block(config, number, block_weights, block_linears)
             for name, module in list(block.layer.named_modules()):
                 if isinstance(module, Gemma3RMSNorm):
-                    self.places[start + name] = TrainedNorm(module)
-                    block.layer.set_submodule(name, self.places[start + name])
+                    self.trained_modules[start + name] = TrainedNorm(module)
+                    block.layer.set_submodule(name, self.trained_modules[start + name])
             self.blocks.append(block)
         last = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         last.weight.data = weights[f"{prefix}norm.weight"].float()
-        self.norm = self.places[f"{prefix}norm"] = TrainedNorm(last)
+        self.norm = self.trained_modules[f"{prefix}norm"] = TrainedNorm(last)
 
-    def __call__(self, embedded: Tensor) -> Tensor:
+    def __call__(self, embeddings: Tensor) -> Tensor:
         """Return the head's inputs, [sequences, length, width], from embeddings of the same shape."""
-        hidden = embedded
+        hidden = embeddings
         for block in self.blocks:
             hidden = checkpoint(_run, block, hidden, use_reentrant=False)
         outputs: Tensor = self.norm(hidden)
@@ -131,7 +131,7 @@ class Student:
 
     def changes(self) -> dict[str, torch.nn.Parameter]:
         """Return the trained parameters by the names of their modules."""
-        return {name: module.change for name, module in self.places.items()}
+        return {name: module.change for name, module in self.trained_modules.items()}
 
 
 def kl_divergence(head: torch.nn.Module, inputs: Tensor, base_head: torch.nn.Module, targets: Tensor) -> Tensor:
@@ -165,25 +165,28 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, rounded: Tensor, scales: Tensor, integers: Tensor) -> Tensor:
-        ctx.save_for_backward(rounded, scales, integers)
-        pieces = [rounded @ weight.T for _, weight in _dequantize(integers, scales)]
+    def forward(ctx: Any, inputs: Tensor, quantized_inputs: Tensor, scales: Tensor, integers: Tensor) -> Tensor:
+        ctx.save_for_backward(quantized_inputs, scales, integers)
+        pieces = [quantized_inputs @ weight.T for _, weight in _dequantize(integers, scales)]
         return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        rounded, scales, integers = ctx.saved_tensors
+        quantized_inputs, scales, integers = ctx.saved_tensors
         gradient = gradients[0].flatten(0, -2)
-        flat = rounded.flatten(0, -2)
-        of_inputs: Tensor | None = None
-        of_scales = torch.empty_like(scales)
+        flat = quantized_inputs.flatten(0, -2)
+        input_gradient: Tensor | None = None
+        scale_gradient = torch.empty_like(scales)
         for rows, weight in _dequantize(integers, scales):
-            of_rows = gradient[:, rows]
-            of_inputs = of_rows @ weight if of_inputs is None else of_inputs.addmm_(of_rows, weight)
-            of_weight = of_rows.T @ flat
-            of_scales[rows] = of_weight.mul_(integers[rows]).view(len(of_weight), scales.shape[1], -1).sum(-1)
-        assert of_inputs is not None, "a linear has no rows"
-        return of_inputs.view_as(rounded), None, of_scales, None
+            row_gradient = gradient[:, rows]
+            if input_gradient is None:
+                input_gradient = row_gradient @ weight
+            else:
+                input_gradient.addmm_(row_gradient, weight)
+            weight_gradient = (row_gradient.T @ flat).mul_(integers[rows])
+            scale_gradient[rows] = weight_gradient.view(len(weight_gradient), scales.shape[1], -1).sum(-1)
+        assert input_gradient is not None, "a linear has no rows"
+        return input_gradient.view_as(quantized_inputs), None, scale_gradient, None
 
 
 def _dequantize(integers: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor]]:

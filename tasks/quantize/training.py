@@ -83,26 +83,26 @@ def train(
         UserError: The training diverges.
     """
     changes = student.changes()
-    _load(changes, state)
+    _load_parameters(changes, state)
     optimizer = torch.optim.Adam(changes.values(), lr=settings.learning_rate, betas=BETAS)
     _load_moments(optimizer, changes, state)
-    held_out, learned = split(len(lesson.tokens))
-    every = -(-settings.steps // MEASUREMENTS)
+    held_out, training_sequences = split(len(lesson.tokens))
+    interval = -(-settings.steps // MEASUREMENTS)
     if not state.history:
         _add_measurement(state, measure(student, lesson, held_out), changes)
     while not state.stops(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(state.step, settings.steps)
-        sequences, positions = choose(learned, state.step, lesson.tokens.shape[1])
+        sequences, positions = choose_batch(training_sequences, state.step, lesson.tokens.shape[1])
         optimizer.zero_grad()
         _add_gradients(student, lesson, sequences, positions)
         optimizer.step()
         state.step += 1
         report_progress(state.step, settings.steps, "steps")
-        if state.step % every and state.step != settings.steps:
+        if state.step % interval and state.step != settings.steps:
             continue
         _add_measurement(state, measure(student, lesson, held_out), changes)
-        _store(optimizer, changes, state)
+        _store_state(optimizer, changes, state)
         save(state)
     with torch.no_grad():
         for name, change in changes.items():
@@ -129,26 +129,26 @@ def measure(student: Student, lesson: Lesson, held_out: list[int]) -> float:
     positions = torch.arange(0, length, max(length // STEP_POSITIONS, 1))[None]
     losses = []
     with torch.no_grad():
-        for one in held_out:
-            inputs, targets = _states(student, lesson, torch.tensor([one]), positions)
+        for sequence in held_out:
+            inputs, targets = _states(student, lesson, torch.tensor([sequence]), positions)
             losses.append(float(kl_divergence(student.head, inputs, lesson.base_head, targets)))
     return sum(losses) / len(losses)
 
 
-def choose(learned: list[int], step: int, length: int) -> tuple[Tensor, Tensor]:
+def choose_batch(training_sequences: list[int], step: int, length: int) -> tuple[Tensor, Tensor]:
     """Return the sequences of a step, and the positions in the loss, [STEP_SEQUENCES, STEP_POSITIONS].
 
     They depend on the step alone. An epoch uses every sequence once.
     """
-    places = [step * STEP_SEQUENCES + number for number in range(STEP_SEQUENCES)]
+    numbers = [step * STEP_SEQUENCES + index for index in range(STEP_SEQUENCES)]
     generator = torch.Generator()
     sequences = []
-    for place in places:
-        epoch, within = divmod(place, len(learned))
-        order = torch.randperm(len(learned), generator=generator.manual_seed(SEED + epoch))
-        sequences.append(learned[int(order[within])])
+    for number in numbers:
+        epoch, offset = divmod(number, len(training_sequences))
+        order = torch.randperm(len(training_sequences), generator=generator.manual_seed(SEED + epoch))
+        sequences.append(training_sequences[int(order[offset])])
     generator.manual_seed(SEED + 2**32 + step)
-    positions = [torch.randperm(length, generator=generator)[:STEP_POSITIONS].sort().values for _ in places]
+    positions = [torch.randperm(length, generator=generator)[:STEP_POSITIONS].sort().values for _ in numbers]
     return torch.tensor(sequences), torch.stack(positions)
 
 
@@ -184,7 +184,7 @@ def _schedule(step: int, steps: int) -> float:
     return min((step + 1) / WARMUP, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _load(changes: dict[str, torch.nn.Parameter], state: State) -> None:
+def _load_parameters(changes: dict[str, torch.nn.Parameter], state: State) -> None:
     with torch.no_grad():
         for name, change in changes.items():
             if f"change/{name}" in state.tensors:
@@ -201,7 +201,7 @@ def _load_moments(optimizer: torch.optim.Adam, changes: dict[str, torch.nn.Param
             }
 
 
-def _store(optimizer: torch.optim.Adam, changes: dict[str, torch.nn.Parameter], state: State) -> None:
+def _store_state(optimizer: torch.optim.Adam, changes: dict[str, torch.nn.Parameter], state: State) -> None:
     for name, change in changes.items():
         moments = optimizer.state[change]
         state.tensors[f"change/{name}"] = change.detach()

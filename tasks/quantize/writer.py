@@ -15,9 +15,9 @@ from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import Rule
 from quantize_gemma.tasks.quantize.algorithms import (
     iterations_to_repeat,
-    measured,
+    measure_rows,
     quantize_rows,
-    with_torchao,
+    quantize_with_torchao,
 )
 from quantize_gemma.tasks.quantize.exact import OffGrid
 from quantize_gemma.tasks.quantize.source import SourceTensor, read_rows
@@ -102,14 +102,14 @@ class CheckpointWriter:
         layout: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.keys: dict[str, dict[str, str]] = {}
         for name, source in sources.items():
-            parts, metadata[name] = _stored_tensors(name, source.shape, self.rules[name])
+            parts, metadata[name] = _describe_stored_tensors(name, source.shape, self.rules[name])
             self.keys[name] = {
                 part: GEMMA3.hub_name(tensor.key) if multimodal else tensor.key for part, tensor in parts.items()
             }
             layout |= {self.keys[name][part]: (tensor.dtype, tensor.shape) for part, tensor in parts.items()}
         metadata["tensor_names"] = json.dumps(list(sources))
         if multimodal:
-            metadata = _with_newer_names(metadata)
+            metadata = _add_newer_names(metadata)
         # Readable by all: a release's files are served to others.
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self.offsets = write_header(self.file, layout, {**metadata, "format": "pt"})
@@ -127,7 +127,7 @@ class CheckpointWriter:
         weights = CHUNK if self.device == "cpu" else CHUNK_ON_ACCELERATOR
         return [
             self.pool.submit(_convert, name, chunk, self.file, self.rules[name], self.device, iterations)
-            for chunk in _chunks(self.sources[name], offsets, self.quantized.get(name, {}), weights)
+            for chunk in _split_chunks(self.sources[name], offsets, self.quantized.get(name, {}), weights)
         ]
 
     def finish(self) -> dict[str, ErrorSums]:
@@ -138,24 +138,24 @@ class CheckpointWriter:
         """
         # A weight is two bytes in bfloat16.
         total = 2 * sum(prod(source.shape) for source in self.sources.values())
-        done = 0
+        bytes_done = 0
         sums: dict[str, ErrorSums] = {}
         off_grid: dict[str, OffGrid] = {}
         for name, futures in self.futures.items():
             chunks = []
             for future in futures:
                 chunks.append(future.result())
-                done += 2 * chunks[-1].weights
-                report_progress(done, total, "bytes")
+                bytes_done += 2 * chunks[-1].weights
+                report_progress(bytes_done, total, "bytes")
             rule = self.rules[name]
             if rule is None or not chunks:
                 continue
             iterations = iterations_to_repeat([chunk.changes for chunk in chunks])
             if iterations is not None:
                 chunks = [future.result() for future in self._submit(name, iterations)]
-            found = sum((chunk.off_grid for chunk in chunks if chunk.off_grid is not None), OffGrid())
-            if found.off:
-                off_grid[name.removesuffix(".weight")] = found
+            module_off_grid = sum((chunk.off_grid for chunk in chunks if chunk.off_grid is not None), OffGrid())
+            if module_off_grid.misfits:
+                off_grid[name.removesuffix(".weight")] = module_off_grid
             for chunk in chunks:
                 before = sums.get(rule.match, ErrorSums())
                 sums[rule.match] = ErrorSums(before.error + chunk.error, before.square + chunk.square)
@@ -166,20 +166,20 @@ class CheckpointWriter:
 
 def _off_grid_message(modules: Mapping[str, OffGrid]) -> str:
     """Return the message about modules off the grid, the worst first, and what to do."""
-    shown = sorted(modules, key=lambda name: -modules[name].off / modules[name].groups)[:MAX_SHOWN]
+    worst_names = sorted(modules, key=lambda name: -modules[name].misfits / modules[name].groups)[:MAX_SHOWN]
     lines = [
-        f"{name}: {one.off:,} of {one.groups:,} groups, {one.negative:,} of them because their scale is negative, by "
-        f"up to {one.worst:.2g} of the group's largest weight"
-        for name, one in ((name, modules[name]) for name in shown)
+        f"{name}: {grid.misfits:,} of {grid.groups:,} groups, {grid.negative:,} of them because their scale "
+        f"is negative, by up to {grid.worst_error:.2g} of the group's largest weight"
+        for name, grid in ((name, modules[name]) for name in worst_names)
     ]
-    more = f"; and {len(modules) - len(shown)} more modules" if len(modules) > len(shown) else ""
+    suffix = f"; and {len(modules) - len(worst_names)} more modules" if len(modules) > len(worst_names) else ""
     return (
-        f"the weights are not on the recipe's grid, so they cannot be written without loss: {'; '.join(lines)}{more}: "
-        "use GPTQ-INT8-INT4, which is calibrated, or SEARCH-INT8-INT4, which needs no data"
+        "the weights are not on the recipe's grid, so they cannot be written without loss: "
+        f"{'; '.join(lines)}{suffix}: use GPTQ-INT8-INT4, which is calibrated, or SEARCH-INT8-INT4, which needs no data"
     )
 
 
-def _chunks(
+def _split_chunks(
     source: SourceTensor, offsets: Mapping[str, int], quantized: Mapping[str, SourceTensor], weights: int
 ) -> Iterator[Chunk]:
     if not prod(source.shape):
@@ -205,7 +205,7 @@ def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str,
         tensors, sums = {"": weight}, ChunkSums(weight.numel(), 0.0, float(weight.double().square().sum()), None)
     else:
         if chunk.quantized:
-            rows = measured(
+            rows = measure_rows(
                 {part: read_rows(source, chunk.first_row, chunk.rows) for part, source in chunk.quantized.items()},
                 weight,
             )
@@ -217,17 +217,19 @@ def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str,
         raise UserError(f"{name} holds a NaN or an infinity: the checkpoint is damaged, download it again")
     for part, tensor in tensors.items():
         bytes_per_row = tensor.numel() // chunk.rows * tensor.itemsize
-        _write(file, tensor, chunk.offsets[part] + chunk.first_row * bytes_per_row)
+        _write_tensor(file, tensor, chunk.offsets[part] + chunk.first_row * bytes_per_row)
     return sums
 
 
-def _stored_tensors(name: str, shape: tuple[int, ...], rule: Rule | None) -> tuple[dict[str, StoredTensor], str]:
+def _describe_stored_tensors(
+    name: str, shape: tuple[int, ...], rule: Rule | None
+) -> tuple[dict[str, StoredTensor], str]:
     """Return {part: what is stored of a tensor}, and torchao's metadata for it, by quantizing one row."""
     import torch
 
     if rule is None:
         return {"": StoredTensor(name, "BF16", shape)}, json.dumps({"_type": "Tensor"})
-    tensors, metadata = with_torchao(torch.zeros(1, shape[1], dtype=torch.bfloat16), rule)
+    tensors, metadata = quantize_with_torchao(torch.zeros(1, shape[1], dtype=torch.bfloat16), rule)
     module = name.removesuffix(".weight")
     dtypes = {torch.int8: "I8", torch.bfloat16: "BF16"}
     return {
@@ -236,7 +238,7 @@ def _stored_tensors(name: str, shape: tuple[int, ...], rule: Rule | None) -> tup
     }, metadata
 
 
-def _write(file: int, tensor: "torch.Tensor", offset: int) -> None:
+def _write_tensor(file: int, tensor: "torch.Tensor", offset: int) -> None:
     import torch
 
     view = tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
@@ -245,13 +247,13 @@ def _write(file: int, tensor: "torch.Tensor", offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def _with_newer_names(metadata: Mapping[str, str]) -> dict[str, str]:
+def _add_newer_names(metadata: Mapping[str, str]) -> dict[str, str]:
     """Add the names of transformers 5.1 and later, whose vision tower lost a level; loaders skip names without data."""
     names = json.loads(metadata["tensor_names"])
-    old, new = GEMMA3.vision_prefixes
-    renamed = {name: name.replace(old, new) for name in names if name.startswith(old)}
+    old_prefix, new_prefix = GEMMA3.vision_prefixes
+    new_names = {name: name.replace(old_prefix, new_prefix) for name in names if name.startswith(old_prefix)}
     return {
         **metadata,
-        **{after: metadata[before] for before, after in renamed.items()},
-        "tensor_names": json.dumps([*names, *renamed.values()]),
+        **{after: metadata[before] for before, after in new_names.items()},
+        "tensor_names": json.dumps([*names, *new_names.values()]),
     }

@@ -182,7 +182,7 @@ def test_gradients_are_those_of_the_dequantized_product(groups: int) -> None:
 
 def test_every_sequence_is_learned_from_before_any_comes_again() -> None:
     learned = list(range(3, 3 + 5 * STEP_SEQUENCES))
-    steps = [training.choose(learned, step, 600) for step in range(10)]
+    steps = [training.choose_batch(learned, step, 600) for step in range(10)]
     for first in (0, 5):
         epoch = [int(one) for sequences, _ in steps[first : first + 5] for one in sequences]
         assert sorted(epoch) == learned
@@ -191,7 +191,7 @@ def test_every_sequence_is_learned_from_before_any_comes_again() -> None:
         assert len(positions) == len(sequences)
         assert all(len(set(row.tolist())) == len(row) for row in positions)
         assert all(0 <= place < 600 for place in itertools.chain(*positions.tolist()))
-    assert all(torch.equal(*pair) for pair in zip(steps[3], training.choose(learned, 3, 600), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(steps[3], training.choose_batch(learned, 3, 600), strict=True))
 
 
 def test_a_training_that_gets_no_better_stops_with_its_best() -> None:

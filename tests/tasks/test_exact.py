@@ -30,7 +30,7 @@ def test_the_scale_of_every_group_is_found_and_gives_each_weight_back(dtype: tor
     weight[5, :32] = 0
     weight[5, 7] = -weight[4, 0]
     integers, scales, off = find_scales(weight, GROUP, "int4")
-    assert (off.groups, off.off, off.worst) == (600, 0, 0.0)
+    assert (off.groups, off.misfits, off.worst_error) == (600, 0, 0.0)
     assert (scales > 0).all()
     assert integers.min() >= -8
     assert integers.max() <= 7
@@ -43,7 +43,7 @@ def test_rows_of_int8_are_found_too(dtype: torch.dtype) -> None:
     scales = (weight.abs().amax(1, keepdim=True) / 127.5).bfloat16().float()
     weight = ((weight / scales).round().clamp(-128, 127) * scales).to(dtype)
     integers, found, off = find_scales(weight, 96, "int8")
-    assert off.off == 0
+    assert off.misfits == 0
     assert torch.equal((integers * found.float()).to(dtype), weight)
 
 
@@ -52,15 +52,15 @@ def test_what_is_on_no_grid_is_counted_with_its_error() -> None:
     weight[0, 0] *= 1.01
     weight[9, 40] += 0.3 * weight[9, 32:64].abs().max()
     off = find_scales(weight, GROUP, "int4")[2]
-    assert (off.groups, off.off, off.negative) == (600, 2, 0)
-    assert 0.01 < off.worst < 0.1
+    assert (off.groups, off.misfits, off.negative) == (600, 2, 0)
+    assert 0.01 < off.worst_error < 0.1
 
 
 def test_scales_of_either_sign_are_told_from_weights_on_no_grid() -> None:
     """Half of q4_0's scales are negative; a group that has -8 times such a scale would need the integer 8."""
     off = find_scales(to_grid(random_weights(), torch.float32, negative=True), GROUP, "int4")[2]
-    assert 200 < off.off < 400
-    assert off.negative == off.off
+    assert 200 < off.misfits < 400
+    assert off.negative == off.misfits
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def test_work_in_panels_and_chunks_gives_the_same_bytes(monkeypatch: pytest.Monk
 
 def test_columns_are_rounded_in_their_own_order_if_the_recipe_says_so() -> None:
     weight, hessian = example()
-    curvature = gptq.prepare(hessian.clone(), GROUP, 0.01, ordered=False)
+    curvature = gptq.prepare(hessian.clone(), GROUP, 0.01, sort_columns=False)
     assert curvature.order.tolist() == list(range(96))
     integers, scales = gptq.quantize_matrix(weight, curvature, 0)
     assert (integers == naive_gptq(weight, scales, curvature)).double().mean() > 0.999
@@ -299,14 +299,14 @@ def test_a_head_is_calibrated_on_blocks_that_are_quantized_without_data(
     (tmp_path / "search").mkdir()
     quantize(tmp_path / "search", untied, content, "cpu", calibration)
     seen: list[torch.Tensor] = []
-    real = blocks.Moments.of
+    real = blocks.Moments.from_pieces
 
-    def of(inputs: Any, targets: Any) -> blocks.Moments:
+    def from_pieces(inputs: Any, targets: Any) -> blocks.Moments:
         pieces = list(inputs)
         seen.append(torch.cat(pieces))
         return real(pieces, targets)
 
-    monkeypatch.setattr(blocks.Moments, "of", of)
+    monkeypatch.setattr(blocks.Moments, "from_pieces", from_pieces)
     (tmp_path / "again").mkdir()
     quantize(tmp_path / "again", untied, content, "cpu", calibration, refresh=True)
     tokens = torch.tensor(read_calibration(calibration))
