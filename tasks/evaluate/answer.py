@@ -268,7 +268,7 @@ def _load_answers(keys: dict[str, str], root: Path) -> dict[str, list[JsonValue]
     """Return the answers that are in the store."""
     answers: dict[str, list[JsonValue]] = {}
     for name, key in keys.items():
-        artifact = store.load(STAGE, key, root, whole=True)
+        artifact = store.load(STAGE, key, root, rehash=True)
         if artifact is not None:
             answers[name] = json.loads((artifact.path / "responses.json").read_text(encoding="utf-8"))
     return answers

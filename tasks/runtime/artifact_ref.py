@@ -34,17 +34,17 @@ def ref_of(artifact: Artifact) -> ArtifactRef:
     return ArtifactRef(artifact.stage, artifact.key, artifact.digest, artifact.size)
 
 
-def open_artifact(ref: ArtifactRef, whole: bool = False) -> Artifact:
+def open_artifact(ref: ArtifactRef, rehash: bool = False) -> Artifact:
     """Return the artifact, pinned: it stays as it is until the run ends.
 
     Args:
         ref: Its reference.
-        whole: Hash all of its files.
+        rehash: Hash all of its files.
 
     Raises:
         StageFailed: The store does not have it, or has another content under its key.
     """
-    artifact = store.pin(ref.stage, ref.key, digest=ref.digest, whole=whole)
+    artifact = store.pin(ref.stage, ref.key, digest=ref.digest, rehash=rehash)
     if artifact is not None:
         return artifact
     if store.load(ref.stage, ref.key) is not None:
@@ -62,9 +62,9 @@ def digest_of_files(refs: Sequence[ArtifactRef]) -> str:
     return hashlib.sha256(store.canonical_json(files)).hexdigest()
 
 
-def load_artifact(ref: ArtifactRef, whole: bool = False) -> Artifact:
+def load_artifact(ref: ArtifactRef, rehash: bool = False) -> Artifact:
     """Return the artifact without pinning it; open_artifact() says the rest."""
-    artifact = store.load(ref.stage, ref.key, digest=ref.digest, whole=whole)
+    artifact = store.load(ref.stage, ref.key, digest=ref.digest, rehash=rehash)
     if artifact is None:
         raise StageFailed(f"{ref} is not in {store.home()}: all machines of a run must share one store")
     return artifact

@@ -67,7 +67,7 @@ CHECKS = frozenset(
 # Names of libraries on the registry that differ from the names by which they are imported.
 DISTRIBUTIONS = {"PIL": "pillow", "optimum": "optimum-executorch", "yaml": "pyyaml"}
 # Libraries that the imported ones hand the work to. Not all that they require: none of the rest shapes a result.
-BEHIND = {
+UNDERLYING = {
     "executorch": ("flatbuffers",),
     # Datasets are parquet files, their prompts templates.
     "lm-eval": ("datasets", "jinja2", "pyarrow"),
@@ -112,7 +112,7 @@ def fingerprint(*functions: str) -> Fingerprint:
     Raises:
         LookupError: There is no such function.
     """
-    names = reached(*functions)
+    names = reachable_definitions(*functions)
     lines = sorted(line for name in names for line in _facts(*name).contents)
     return {
         "code": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
@@ -127,19 +127,19 @@ def versions(names: Iterable[str]) -> dict[str, str]:
     return {name: version(name).split("+")[0] for name in names}
 
 
-def difference(expected: Fingerprint, here: Fingerprint) -> str | None:
+def difference(expected: Fingerprint, actual: Fingerprint) -> str | None:
     """Return the first difference of two fingerprints, for people; None if they are equal."""
     for library, expected_version in expected["libraries"].items():
-        if here["libraries"].get(library) != expected_version:
-            return f"{library} {here['libraries'].get(library)} instead of {expected_version}"
-    if here["python"] != expected["python"]:
-        return f"Python {here['python']} instead of {expected['python']}"
-    if here["machine"] != expected["machine"]:
-        return f"a processor of type {here['machine']} instead of {expected['machine']}"
-    return None if here == expected else "a different version of this program"
+        if actual["libraries"].get(library) != expected_version:
+            return f"{library} {actual['libraries'].get(library)} instead of {expected_version}"
+    if actual["python"] != expected["python"]:
+        return f"Python {actual['python']} instead of {expected['python']}"
+    if actual["machine"] != expected["machine"]:
+        return f"a processor of type {actual['machine']} instead of {expected['machine']}"
+    return None if actual == expected else "a different version of this program"
 
 
-def reached(*functions: str) -> set[Definition]:
+def reachable_definitions(*functions: str) -> set[Definition]:
     """Return the definitions, as (module, name), that the functions "module:name" reach."""
     pending: list[Definition] = []
     for function in functions:
@@ -158,10 +158,10 @@ def reached(*functions: str) -> set[Definition]:
 
 def libraries(names: Iterable[Definition]) -> list[str]:
     """Return the libraries that these definitions import and those behind them, by their names on the registry."""
-    counted = [name for name in names if not CHECKS & {name[0], ":".join(name)}]
-    imported = {top for name in counted for top in _facts(*name).libraries}
-    direct = {DISTRIBUTIONS.get(top, top.replace("_", "-")) for top in imported}
-    return sorted(direct | {library for name in direct for library in BEHIND.get(name, ())})
+    definitions = [name for name in names if not CHECKS & {name[0], ":".join(name)}]
+    modules = {top for name in definitions for top in _facts(*name).libraries}
+    direct = {DISTRIBUTIONS.get(top, top.replace("_", "-")) for top in modules}
+    return sorted(direct | {library for name in direct for library in UNDERLYING.get(name, ())})
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class _Module:
             names = _defined_names(node)
             if isinstance(node, ast.FunctionDef):
                 # How a stage is run shapes no result.
-                node.decorator_list = [of for of in node.decorator_list if not _declares_stage(of)]
+                node.decorator_list = [decorator for decorator in node.decorator_list if not _declares_stage(decorator)]
             for name in names:
                 self.definitions.setdefault(name, []).append(node)
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -205,11 +205,11 @@ class _Module:
 
 # Python 3.11 counts the depth of all threads' trees together, and raises SystemError when a garbage collection lets two
 # of them make one at the same time (CPython's issue 106905).
-_parsing = threading.Lock()
+_parse_lock = threading.Lock()
 
 
 def _parse(source: str) -> ast.Module:
-    with _parsing:
+    with _parse_lock:
         return ast.parse(source)
 
 
@@ -225,26 +225,30 @@ def _module(name: str) -> _Module:
 def _facts(module: str, name: str) -> _Facts:
     source = _module(module)
     if name == WHOLE:
-        every = [*source.definitions, EFFECTS]
-        return _Facts(frozenset((module, one) for one in every), frozenset(), ())
+        names = [*source.definitions, EFFECTS]
+        return _Facts(frozenset((module, defined_name) for defined_name in names), frozenset(), ())
     statements = source.effects if name == EFFECTS else source.definitions[name]
     nodes = [node for statement in statements for node in ast.walk(statement)]
     local = dict(_bindings(nodes))
     texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    imported = {of for of, _ in local.values()}
+    imported_modules = {target for target, _ in local.values()}
     if name == EFFECTS:
         # `import library.part` may be there for what it registers.
-        imported |= {of for one, (of, part) in source.imports.items() if part is None and of.startswith(f"{one}.")}
+        imported_modules |= {
+            target
+            for bound_name, (target, part) in source.imports.items()
+            if part is None and target.startswith(f"{bound_name}.")
+        }
     # Its module is imported before it runs, and with a module whatever that one imports.
-    loaded = {module, *imported, *(of for of, _ in source.imports.values())}
-    references = {(package, EFFECTS) for one in loaded for package in _packages(one)}
-    for one, attribute in _used_names(nodes):
+    loaded_modules = {module, *imported_modules, *(target for target, _ in source.imports.values())}
+    references = {(package, EFFECTS) for loaded_module in loaded_modules for package in _packages(loaded_module)}
+    for used_name, attribute in _used_names(nodes):
         for imports in (local, source.imports):
-            if one in imports:
-                imported.add(imports[one][0])
-                references.update(_resolve(imports[one], attribute))
-        if one in source.definitions:
-            references.add((module, one))
+            if used_name in imports:
+                imported_modules.add(imports[used_name][0])
+                references.update(_resolve(imports[used_name], attribute))
+        if used_name in source.definitions:
+            references.add((module, used_name))
     for text in texts:
         if FUNCTION.fullmatch(text) and _find(text.split(":")[0]):
             references.add((text.split(":")[0], text.split(":")[1]))
@@ -254,19 +258,23 @@ def _facts(module: str, name: str) -> _Facts:
             contents[text] = (source.path.parent / text).read_bytes()
     return _Facts(
         references=frozenset(references),
-        libraries=frozenset({of.split(".")[0] for of in imported if not _find(of)} - sys.stdlib_module_names),
-        contents=tuple(f"{module}:{of} {hashlib.sha256(text).hexdigest()}" for of, text in contents.items() if text),
+        libraries=frozenset(
+            {target.split(".")[0] for target in imported_modules if not _find(target)} - sys.stdlib_module_names
+        ),
+        contents=tuple(
+            f"{module}:{part} {hashlib.sha256(content).hexdigest()}" for part, content in contents.items() if content
+        ),
     )
 
 
 @functools.cache
 def _find(name: str) -> Path | None:
     """Return the source file of a module of this project, without importing it; None for any other."""
-    top, *rest = name.split(".")
+    top, *parts = name.split(".")
     spec = importlib.util.find_spec(top) if top in PACKAGES else None
     if spec is None or spec.origin is None:
         return None
-    path = Path(spec.origin).parent.joinpath(*rest)
+    path = Path(spec.origin).parent.joinpath(*parts)
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 

@@ -65,12 +65,12 @@ class ForkServer:
         )
         with channel:
             self._process = start_process(start)
-        self._printed: list[str] = []
-        self._reader = threading.Thread(target=keep_tail, args=(self._process.stdout, self._printed), daemon=True)
+        self._output_tail: list[str] = []
+        self._reader = threading.Thread(target=keep_tail, args=(self._process.stdout, self._output_tail), daemon=True)
         self._reader.start()
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether it can fork."""
         return self._process.poll() is None
 
@@ -90,7 +90,7 @@ class ForkServer:
         answer = self.request({"fork": function}, [events, stdin, output])
         if answer is None:
             self._reader.join(timeout=5)
-            tail = "".join(self._printed[-30:])
+            tail = "".join(self._output_tail[-30:])
             raise ServerEnded(
                 f"the process that starts stages ended with {describe_exit(self._process.returncode)}\n{tail}".strip()
             )
@@ -188,11 +188,11 @@ def main() -> None:
     die_with_parent(int(sys.argv[2]))
     # Its own ends are no others' to wait for, whatever the parent has inherited.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for sent in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP):
         # The parent gets them as well, and ends this process when it ends the run. A handler, unlike SIG_IGN, ends with
         # exec: the programs that stages start do not ignore them.
-        if signal.getsignal(sent) is not signal.SIG_IGN:
-            signal.signal(sent, lambda *_: None)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     # CUDA works in no process that was forked after a library asked for a GPU, as libraries do when they are imported.
     if not machine.has_cuda_driver():
         for library in sys.argv[3:]:
@@ -214,7 +214,7 @@ def serve(channel: socket.socket) -> NoReturn:
     running: set[int] = set()
     # Of those that have been waited for.
     codes: dict[int, int] = {}
-    here = os.getpid()
+    own_pid = os.getpid()
 
     def end(*_: object) -> NoReturn:
         """End the workers first: nobody else may take note of their ends."""
@@ -242,7 +242,7 @@ def serve(channel: socket.socket) -> NoReturn:
                     channel.close()
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                     events, stdin, output = descriptors
-                    worker_main.work(request["fork"], events, stdin, output, here)
+                    worker_main.work(request["fork"], events, stdin, output, own_pid)
                 running.add(pid)
                 answer = pid
             for descriptor in descriptors:
@@ -253,10 +253,10 @@ def serve(channel: socket.socket) -> NoReturn:
                 os.kill(request["kill"], signal.SIGKILL)
             answer = "killed"
         elif request["poll"] in running:
-            ended, status = os.waitpid(request["poll"], os.WNOHANG)
-            running.discard(ended)
+            ended_pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            running.discard(ended_pid)
             codes[request["poll"]] = os.waitstatus_to_exitcode(status)
-            answer = codes[request["poll"]] if ended else "running"
+            answer = codes[request["poll"]] if ended_pid else "running"
         else:
             answer = codes[request["poll"]]
         channel.send(json.dumps({"answer": answer}).encode())

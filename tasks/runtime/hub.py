@@ -76,10 +76,10 @@ def download_files(
     info = repo_info(kind, repository, revision, token)
     files = [file for file in info.siblings or [] if is_needed(file.rfilename)]
     total = sum(file.size or 0 for file in files)
-    arrived = 0
+    bytes_done = 0
 
-    def report(done: int) -> None:
-        progress(arrived + done, total)
+    def report(count: int) -> None:
+        progress(bytes_done + count, total)
 
     for file in files:
         path = folder / file.rfilename
@@ -96,7 +96,7 @@ def download_files(
                 f"{file.rfilename} of {repository} was downloaded twice and did not match the Hub's hash: it was not "
                 "kept; check the network or the proxy, and start the run again"
             )
-        arrived += file.size or 0
+        bytes_done += file.size or 0
         report(0)
 
 
@@ -149,25 +149,25 @@ def _download(
 
     size = file.size or 0
     partial = path.with_name(f"{path.name}.incomplete")
-    done = partial.stat().st_size if partial.is_file() else 0
-    if done >= size:
+    offset = partial.stat().st_size if partial.is_file() else 0
+    if offset >= size:
         partial.unlink(missing_ok=True)
-        done = 0
+        offset = 0
     # Not compressed on the way, or the bytes of a partial file could not be counted.
     headers = {**build_hf_headers(token=token or False), "Accept-Encoding": "identity"}
-    if done:
-        headers["Range"] = f"bytes={done}-"
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
     url = hf_hub_url(repository, file.rfilename, repo_type=kind, revision=revision)
     with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
         hf_raise_for_status(response)
         with partial.open("ab" if response.status_code == 206 else "wb") as stream:
-            reported = 0
+            last_report = 0
             for chunk in response.iter_raw():
                 stream.write(chunk)
                 # More than was announced is wrong already, and might never end.
                 if stream.tell() > size:
                     break
-                if stream.tell() - reported >= REPORTED_BYTES:
-                    reported = stream.tell()
-                    report(reported)
+                if stream.tell() - last_report >= REPORTED_BYTES:
+                    last_report = stream.tell()
+                    report(last_report)
     partial.replace(path)

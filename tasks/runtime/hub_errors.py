@@ -106,8 +106,8 @@ def _translate_status(error: "HfHubHTTPError", repository: str) -> RunError:
         return UserError(f"the quota for {repository} is used up ({message}): free some space there, or ask for more")
     if status in (400, 404, 422):
         return UserError(f"the Hub refuses the request for {repository}: {message}")
-    later = _when_to_retry(error.response.headers)
-    return StageFailed(f"the Hub answers {status} for {repository}: {message}{later}", *is_retryable(error))
+    advice = _when_to_retry(error.response.headers)
+    return StageFailed(f"the Hub answers {status} for {repository}: {message}{advice}", *is_retryable(error))
 
 
 def _when_to_retry(headers: Mapping[str, str]) -> str:
@@ -130,11 +130,11 @@ def _report_unexpected(error: Exception) -> StageFailed:
     from prefect.exceptions import MissingContextError
     from prefect.logging import get_run_logger
 
-    where = redact("".join(traceback.format_exception(error)))
+    trace = redact("".join(traceback.format_exception(error)))
     try:
-        get_run_logger().error(where)
+        get_run_logger().error(trace)
     except MissingContextError:
         # In a worker process, or outside of a run.
-        logger.error(where)
-        reporting.log(where)
+        logger.error(trace)
+        reporting.log(trace)
     return StageFailed(f"{type(error).__name__}: {_shorten(error)}", *is_retryable(error))

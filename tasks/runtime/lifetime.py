@@ -26,13 +26,13 @@ class Workers:
     """The worker processes of a run.
 
     Attributes:
-        of_a_run: Whether there is a run, which has many workers.
+        for_run: Whether there is a run, which has many workers.
         stopping: Set when the run is interrupted or over: then nobody waits for a lock or a retry, and no worker
             starts.
     """
 
-    def __init__(self, of_a_run: bool) -> None:
-        self.of_a_run = of_a_run
+    def __init__(self, for_run: bool) -> None:
+        self.for_run = for_run
         self.stopping = threading.Event()
         self._server: ForkServer | None = None
         self._lock = threading.Lock()
@@ -46,7 +46,7 @@ class Workers:
         with self._lock:
             if self.stopping.is_set():
                 raise StageFailed("stopped")
-            if self._server is None or not self._server.alive:
+            if self._server is None or not self._server.is_alive:
                 self._end_server()
                 self._server = start()
             return self._server
@@ -76,26 +76,26 @@ _run_workers: ContextVar[Workers] = ContextVar("run_workers")
 
 def run_workers() -> Workers:
     """Return the workers of the run that this thread works for; outside of a run, workers that nothing interrupts."""
-    return _run_workers.get(None) or Workers(of_a_run=False)
+    return _run_workers.get(None) or Workers(for_run=False)
 
 
 def start_process(start: StartProcess) -> "subprocess.Popen[str]":
     """Start a process from a thread that lives as long as the process, for die_with_parent()."""
-    started: Future[subprocess.Popen[str]] = Future()
+    process_future: Future[subprocess.Popen[str]] = Future()
 
     def work() -> None:
         try:
             process = start()
         except BaseException as error:
-            started.set_exception(error)
+            process_future.set_exception(error)
             return
-        started.set_result(process)
+        process_future.set_result(process)
         # WNOWAIT leaves the exit code to the process's owner, who may take it first.
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
     threading.Thread(target=work, daemon=True, name="starter").start()
-    return started.result()
+    return process_future.result()
 
 
 @contextlib.contextmanager
@@ -104,7 +104,7 @@ def stop_on_interrupt() -> Iterator[None]:
 
     Prefect waits for its threads then, and they wait for the workers, an export's for minutes.
     """
-    workers = Workers(of_a_run=True)
+    workers = Workers(for_run=True)
     token = _run_workers.set(workers)
     try:
         with _hangup_terminates():

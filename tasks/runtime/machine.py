@@ -28,7 +28,7 @@ def available_memory(root: Path = ROOT) -> int:
     """Return the bytes of memory that are available, in this machine and in every group of this process."""
     import psutil
 
-    free = [max(0, limit - _used(group)) for group, limit in _memory_limits(root)]
+    free = [max(0, limit - _used_bytes(group)) for group, limit in _memory_limits(root)]
     return min([int(psutil.virtual_memory().available), *free])
 
 
@@ -108,11 +108,11 @@ def _memory_limits(root: Path) -> list[tuple[Path, int]]:
     return limits
 
 
-def _used(group: Path) -> int:
+def _used_bytes(group: Path) -> int:
     """Return the bytes that a group uses, without cached files that the kernel would drop."""
-    used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
+    used_bytes = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
     cached = dict(_pairs(group / "memory.stat"))
-    return used - cached.get("total_inactive_file", cached.get("inactive_file", 0))
+    return used_bytes - cached.get("total_inactive_file", cached.get("inactive_file", 0))
 
 
 def _core_limits(root: Path) -> list[int]:
@@ -140,11 +140,11 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         else:
             continue
         # In a container the path may be the host's, while only what is below it is mounted.
-        within = Path(os.path.normpath("/" + path.strip("/"))).relative_to("/")
+        relative = Path(os.path.normpath("/" + path.strip("/"))).relative_to("/")
         for mount in dict.fromkeys((root / mount).resolve() for mount in mounts):
-            for below in (within, *within.parents):
-                if (mount / below).is_dir():
-                    yield mount / below
+            for subpath in (relative, *relative.parents):
+                if (mount / subpath).is_dir():
+                    yield mount / subpath
 
 
 def _number(path: Path) -> int | None:

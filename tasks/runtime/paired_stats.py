@@ -25,7 +25,7 @@ def share_difference(pairs: Pairs) -> tuple[float, float]:
     small dataset do not pass for equal: A. Agresti and Y. Min, Simple improved confidence intervals for comparing
     matched proportions, Statistics in Medicine 24 (2005), 729-740.
     """
-    _, first, second, total = _adjusted(pairs)
+    _, first, second, total = _adjust_counts(pairs)
     variance = (first + second - (first - second) ** 2 / total) / total**2
     return (pairs["first"] - pairs["second"]) / sum(pairs.values()), math.sqrt(variance)
 
@@ -35,12 +35,12 @@ def share_ratio(pairs: Pairs) -> tuple[float, float]:
 
     The standard error is the delta method's, on the adjusted counts above.
     """
-    both, first, second, _ = _adjusted(pairs)
+    both, first, second, _ = _adjust_counts(pairs)
     ratio = (both + second) / (both + first)
     # The sum of the squares of second - ratio * first, whose mean is zero.
     square = both * (1 - ratio) ** 2 + first * ratio**2 + second
-    of_first = pairs["both"] + pairs["first"]
-    return (pairs["both"] + pairs["second"]) / of_first if of_first else 1.0, math.sqrt(square) / (both + first)
+    correct = pairs["both"] + pairs["first"]
+    return (pairs["both"] + pairs["second"]) / correct if correct else 1.0, math.sqrt(square) / (both + first)
 
 
 def confidence(margin: float, stderr: float) -> float:
@@ -48,5 +48,5 @@ def confidence(margin: float, stderr: float) -> float:
     return 0.5 * math.erfc(-margin / (stderr * math.sqrt(2)))
 
 
-def _adjusted(pairs: Pairs) -> tuple[float, float, float, float]:
+def _adjust_counts(pairs: Pairs) -> tuple[float, float, float, float]:
     return pairs["both"] + 0.5, pairs["first"] + 0.5, pairs["second"] + 0.5, sum(pairs.values()) + 2

@@ -30,22 +30,22 @@ class StageProgress:
         if self._artifact is not None and failed is None:
             self._publish(100.0, "done")
 
-    def __call__(self, done: int, total: int, unit: str) -> None:
+    def __call__(self, count: int, total: int, unit: str) -> None:
         if sys.stderr.isatty():
-            self._draw(done, total, unit)
+            self._draw(count, total, unit)
         now = time.monotonic()
         if now - self._updated < SECONDS_BETWEEN_UPDATES:
             return
         self._updated = now
-        self._publish(100.0 * done / max(total, 1), unit)
+        self._publish(100.0 * count / max(total, 1), unit)
 
-    def _draw(self, done: int, total: int, unit: str) -> None:
+    def _draw(self, count: int, total: int, unit: str) -> None:
         from tqdm import tqdm
 
         if self._bar is None or self._bar.total != total:
-            scaled = {"unit": "B", "unit_scale": True} if unit == "bytes" else {}
-            self._bar = tqdm(total=total, desc=f"{self.stage}: {unit}", leave=False, **scaled)
-        self._bar.update(done - self._bar.n)
+            units = {"unit": "B", "unit_scale": True} if unit == "bytes" else {}
+            self._bar = tqdm(total=total, desc=f"{self.stage}: {unit}", leave=False, **units)
+        self._bar.update(count - self._bar.n)
 
     def _publish(self, percent: float, description: str) -> None:
         """Update the artifact; an API that is away for a moment is no reason to end a stage."""

@@ -89,14 +89,14 @@ def key_of(stage: Stage[...], inputs: Inputs) -> str:
     Of a list of artifacts only their files count: the parts of an evaluation may be as many as there are workers.
     """
     ignored = stage.ignored + (stage.ignored_on_cpu if inputs.get("device") == "cpu" else ())
-    counted = {field: value for field, value in sorted(inputs.items()) if field not in ignored}
-    refs = {field: _refs(value) for field, value in counted.items()}
+    key_inputs = {field: value for field, value in sorted(inputs.items()) if field not in ignored}
+    refs = {field: _refs(value) for field, value in key_inputs.items()}
     digests = [
         f"{field}={value.digest if isinstance(value, ArtifactRef) else digest_of_files(refs[field])}"
-        for field, value in counted.items()
+        for field, value in key_inputs.items()
         if refs[field]
     ]
-    parameters = {field: value for field, value in counted.items() if not refs[field]}
+    parameters = {field: value for field, value in key_inputs.items() if not refs[field]}
     return store.key(stage.name, digests, parameters, fingerprint(stage.function))
 
 
@@ -209,7 +209,7 @@ def _run_in_worker(stage: Stage[...], inputs: Inputs, target: Path, refresh: boo
     refs = {field: _refs(value) for field, value in inputs.items()}
     take = load_artifact if on_cluster else open_artifact
     # What a stage computes with is hashed first: a disk's own errors change no time of modification.
-    folders = {field: [str(take(ref, whole=True).path) for ref in items] for field, items in refs.items()}
+    folders = {field: [str(take(ref, rehash=True).path) for ref in items] for field, items in refs.items()}
     paths = {field: items if isinstance(inputs[field], list) else items[0] for field, items in folders.items() if items}
     values = {field: value for field, value in inputs.items() if not refs[field]}
     if stage.resumes:

@@ -16,14 +16,14 @@ from quantize_gemma.tasks.runtime.store_layout import (
     MANIFEST,
     MARK,
     PARTIAL,
-    artifact_places,
+    artifact_folders,
     current_generation,
     delete,
     disk_usage,
     generations,
+    hold_lock,
     is_locked,
     lock_path,
-    locked,
     remove,
 )
 
@@ -34,19 +34,19 @@ SECONDS_TO_RESUME = 86_400.0
 
 
 @dataclass
-class Removed:
+class Removal:
     """What was removed, and how many bytes of the disk that has freed."""
 
     paths: list[Path] = field(default_factory=list)
     bytes: int = 0
 
-    def add(self, path: Path, freed: int) -> None:
+    def add(self, path: Path, bytes_freed: int) -> None:
         """Count a directory that was removed."""
         self.paths.append(path)
-        self.bytes += freed
+        self.bytes += bytes_freed
 
 
-def remove_unfinished(root: Path | None = None) -> Removed:
+def remove_unfinished(root: Path | None = None) -> Removal:
     """Remove what nobody will read: work that died half-way, and generations that were replaced.
 
     Work in progress holds its lock. Interrupted downloads stay for a day, because the next run continues them.
@@ -56,32 +56,32 @@ def remove_unfinished(root: Path | None = None) -> Removed:
     """
     root = root or home()
     _check_store(root)
-    removed = Removed()
+    removal = Removal()
     for incoming in sorted(root.glob(f"*/{INCOMING}*")):
         # A download releases its lock between two tries.
         # It may just have been completed, and is gone then.
-        touched = _last_touched(incoming) or time.time()
+        last_change = _last_change(incoming) or time.time()
         busy = any(is_locked(path) for path in incoming.parent.glob(f"{LOCK}*"))
-        if time.time() - touched > SECONDS_TO_RESUME and not busy:
-            removed.add(incoming, delete(incoming))
+        if time.time() - last_change > SECONDS_TO_RESUME and not busy:
+            removal.add(incoming, delete(incoming))
     for partial in sorted(root.glob(f"*/{PARTIAL}*-*")):
-        short = partial.name[len(PARTIAL) :].split("-")[0]
-        if re.fullmatch("[0-9a-f]{16}", short) and not is_locked(lock_path(partial.parent / short)):
-            removed.add(partial, delete(partial))
-    for place in sorted(root.glob(f"*/{'[0-9a-f]' * 64}")):
-        replaced = set(generations(place)) - {current_generation(place)}
-        if not replaced or is_locked(lock_path(place)):
+        key_prefix = partial.name[len(PARTIAL) :].split("-")[0]
+        if re.fullmatch("[0-9a-f]{16}", key_prefix) and not is_locked(lock_path(partial.parent / key_prefix)):
+            removal.add(partial, delete(partial))
+    for artifact_folder in sorted(root.glob(f"*/{'[0-9a-f]' * 64}")):
+        old_generations = set(generations(artifact_folder)) - {current_generation(artifact_folder)}
+        if not old_generations or is_locked(lock_path(artifact_folder)):
             continue
-        for generation in sorted(replaced):
-            freed = remove(generation, place.name)
-            if freed is not None:
-                removed.add(generation, freed)
-    for path in removed.paths:
+        for generation in sorted(old_generations):
+            bytes_freed = remove(generation, artifact_folder.name)
+            if bytes_freed is not None:
+                removal.add(generation, bytes_freed)
+    for path in removal.paths:
         logger.info("removed %s", path.relative_to(root))
-    return removed
+    return removal
 
 
-def evict(max_bytes: float, max_age_seconds: float, root: Path | None = None) -> Removed:
+def evict(max_bytes: float, max_age_seconds: float, root: Path | None = None) -> Removal:
     """Remove artifacts that were not used for so long, then the longest unused ones until the store fits.
 
     What a running process reads stays, whatever its age and size.
@@ -92,25 +92,30 @@ def evict(max_bytes: float, max_age_seconds: float, root: Path | None = None) ->
     root = root or home()
     _check_store(root)
     size = disk_usage(root)
-    unused = []
-    for place in artifact_places(root):
+    candidates = []
+    for artifact_folder in artifact_folders(root):
         with contextlib.suppress(OSError):
-            manifest = (place / MANIFEST).resolve()
-            unused.append((max(manifest.stat().st_mtime, manifest.parent.stat().st_mtime), place))
-    evicted = Removed()
-    for used, place in sorted(unused):
-        age = time.time() - used
-        if age <= max_age_seconds and size - evicted.bytes <= max_bytes:
+            manifest = (artifact_folder / MANIFEST).resolve()
+            candidates.append((max(manifest.stat().st_mtime, manifest.parent.stat().st_mtime), artifact_folder))
+    removal = Removal()
+    for last_use, artifact_folder in sorted(candidates):
+        age = time.time() - last_use
+        if age <= max_age_seconds and size - removal.bytes <= max_bytes:
             continue
-        if is_locked(lock_path(place)):
+        if is_locked(lock_path(artifact_folder)):
             continue
-        with locked(place):
-            freed = remove(place, place.name)
-            if freed is None:
+        with hold_lock(artifact_folder):
+            bytes_freed = remove(artifact_folder, artifact_folder.name)
+            if bytes_freed is None:
                 continue
-        logger.info("removed %s/%s, last used %.0f days ago", place.parent.name, place.name[:12], age / 86_400)
-        evicted.add(place, freed)
-    return evicted
+        logger.info(
+            "removed %s/%s, last used %.0f days ago",
+            artifact_folder.parent.name,
+            artifact_folder.name[:12],
+            age / 86_400,
+        )
+        removal.add(artifact_folder, bytes_freed)
+    return removal
 
 
 def store_size(root: Path | None = None) -> int:
@@ -123,14 +128,14 @@ def incoming_size(stage: str, revision: str, root: Path | None = None) -> int:
     return disk_usage((root or home()) / stage / f"{INCOMING}{revision[:16]}")
 
 
-def _last_touched(folder: Path) -> float:
+def _last_change(folder: Path) -> float:
     """Return the latest modification time of what is in a directory; what vanishes meanwhile does not count."""
-    latest = 0.0
+    latest_time = 0.0
     for parent, _, names in os.walk(folder):
         for path in (parent, *(os.path.join(parent, name) for name in names)):
             with contextlib.suppress(FileNotFoundError):
-                latest = max(latest, os.stat(path).st_mtime)
-    return latest
+                latest_time = max(latest_time, os.stat(path).st_mtime)
+    return latest_time
 
 
 def _check_store(root: Path) -> None:

@@ -36,7 +36,7 @@ _from_blocks: ContextVar[set[str]] = ContextVar("secrets_from_blocks")
 
 def redact(text: str) -> str:
     """Return the text without secrets: those of this process's environment, and whatever looks like one."""
-    for secret in sorted(_known(), key=len, reverse=True):
+    for secret in sorted(_secrets(), key=len, reverse=True):
         for form in _forms(secret):
             text = text.replace(form, HIDDEN)
     for pattern, replacement in PATTERNS:
@@ -62,7 +62,7 @@ def redact_logs() -> None:
     """Redact what Prefect logs about flows and tasks, with tracebacks, on its way to the terminal and the API."""
     for name in ("", "prefect", "prefect.flow_runs", "prefect.task_runs"):
         for handler in logging.getLogger(name).handlers:
-            if not any(isinstance(existing, _Redacting) for existing in handler.filters):
+            if not any(isinstance(log_filter, _Redacting) for log_filter in handler.filters):
                 handler.addFilter(_Redacting())
 
 
@@ -75,7 +75,7 @@ class _Redacting(logging.Filter):
         return True
 
 
-def _known() -> set[str]:
+def _secrets() -> set[str]:
     """Return the secrets of this process."""
     secrets = (
         {os.environ.get(name, "") for name in (*TOKENS, *AUTH_STRINGS, *WEBHOOKS)}

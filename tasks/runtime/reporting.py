@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 logger.propagate = False
 
 
-def report_progress(done: int, total: int, unit: str) -> None:
+def report_progress(count: int, total: int, unit: str) -> None:
     """Report that so many units of the work are done."""
-    logger.info("", extra={"progress": (done, total, unit)})
+    logger.info("", extra={"progress": (count, total, unit)})
 
 
 @contextlib.contextmanager
@@ -30,8 +30,8 @@ def as_part(before: int, share: int, total: int) -> Iterator[None]:
     def scale(record: logging.LogRecord) -> bool:
         progress = getattr(record, "progress", None)
         if progress is not None:
-            done, whole, unit = progress
-            record.__dict__["progress"] = before + share * done // max(whole, 1), total, unit
+            count, part_total, unit = progress
+            record.__dict__["progress"] = before + share * count // max(part_total, 1), total, unit
         return True
 
     logger.addFilter(scale)
@@ -64,8 +64,8 @@ class Events(logging.Handler):
         if progress is None:
             self.send({"event": "log", "message": record.getMessage()})
         else:
-            done, total, unit = progress
-            self.send({"event": "progress", "done": done, "total": total, "what": unit})
+            count, total, unit = progress
+            self.send({"event": "progress", "done": count, "total": total, "what": unit})
 
     def send(self, event: JsonObject) -> None:
         """Write an event."""

@@ -73,5 +73,5 @@ def stage(**policy: Any) -> Callable[[Callable[Concatenate[Path, P], Output]], S
 def import_function(name: str) -> Callable[..., Any]:
     """Return the function of a name "module:function"."""
     module, function = name.split(":")
-    imported: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return imported
+    result: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return result

@@ -42,11 +42,11 @@ from quantize_gemma.tasks.runtime.store_layout import (
     MANIFEST,
     MARK,
     PARTIAL,
-    artifact_places,
+    artifact_folders,
     current_generation,
     generations,
+    hold_lock,
     lock_for_reading,
-    locked,
     remove,
 )
 from quantize_gemma.tasks.runtime.strict_json import JsonObject, JsonValue
@@ -192,9 +192,9 @@ def produce(
         StageFailed: The disk is full.
     """
     root = root or home()
-    place = root / stage / artifact_key
+    artifact_folder = root / stage / artifact_key
     take = pin if pinned else load
-    with translate_disk_errors(root), locked(place):
+    with translate_disk_errors(root), hold_lock(artifact_folder):
         artifact = None if refresh else take(stage, artifact_key, root)
         if artifact is not None:
             return artifact
@@ -203,20 +203,20 @@ def produce(
             (partial / "data").mkdir(parents=True)
             result = work(partial / "data")
             _write_manifest(partial, stage, artifact_key, result)
-            _make_current(partial, place)
+            _make_current(partial, artifact_folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         artifact = take(stage, artifact_key, root)
         assert artifact is not None, f"{stage}/{artifact_key} vanished right after it was written"
-        for generation in generations(place):
+        for generation in generations(artifact_folder):
             if generation != artifact.path.parent:
                 remove(generation, artifact_key)
         return artifact
 
 
 def load(
-    stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, whole: bool = False
+    stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, rehash: bool = False
 ) -> Artifact | None:
     """Return an artifact if it is complete and unchanged, else None; a warning names the file that is not.
 
@@ -228,12 +228,12 @@ def load(
         artifact_key: The artifact's key.
         root: The store. [default: home()]
         digest: The digest of the content. An older generation with it is found, too, as long as a process reads it.
-        whole: Hash all files.
+        rehash: Hash all files.
     """
-    opened = _open(root or home(), stage, artifact_key, digest, whole)
-    if opened is None:
+    opened_generation = _open_generation(root or home(), stage, artifact_key, digest, rehash)
+    if opened_generation is None:
         return None
-    artifact, lock = opened
+    artifact, lock = opened_generation
     os.close(lock)
     return artifact
 
@@ -251,18 +251,18 @@ def keep_pinned() -> Iterator[None]:
 
 
 def pin(
-    stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, whole: bool = False
+    stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, rehash: bool = False
 ) -> Artifact | None:
     """Load an artifact, and keep its directory as it is until the block of keep_pinned() ends.
 
-    It counts as used now. `whole` hashes all of its files, once in the block. The other arguments are load()'s.
+    It counts as used now. `rehash` hashes all of its files, once in the block. The other arguments are load()'s.
     """
-    opened = _open(root or home(), stage, artifact_key, digest, whole)
-    if opened is None:
+    opened_generation = _open_generation(root or home(), stage, artifact_key, digest, rehash)
+    if opened_generation is None:
         return None
-    artifact, lock = opened
+    artifact, lock = opened_generation
     manifest = artifact.path.parent / MANIFEST
-    _run_pins.get().add(manifest, lock, whole)
+    _run_pins.get().add(manifest, lock, rehash)
     os.utime(manifest.parent)
     return artifact
 
@@ -274,7 +274,7 @@ def read_artifact(path: Path) -> Artifact:
         StageFailed: It is not there, or it is damaged.
     """
     # A store's artifacts are four directories deep.
-    artifact = _read(path.parent, root_of(path)) if len(path.parents) > 3 else None
+    artifact = _read_generation(path.parent, root_of(path)) if len(path.parents) > 3 else None
     if artifact is None:
         raise StageFailed(f"{path.parent} is damaged or missing in the store: start the run again")
     return artifact
@@ -365,44 +365,46 @@ def file_changed(artifact: Artifact, name: str) -> StageFailed:
     )
 
 
-def _make_current(partial: Path, place: Path) -> None:
+def _make_current(partial: Path, artifact_folder: Path) -> None:
     """Make a complete directory the artifact's current generation, at once: readers see the last one or this one."""
-    stage, name = place.parent, uuid.uuid4().hex[:8]
-    if place.exists() and not (place / CURRENT).is_symlink():
+    stage, name = artifact_folder.parent, uuid.uuid4().hex[:8]
+    if artifact_folder.exists() and not (artifact_folder / CURRENT).is_symlink():
         # An earlier version wrote it, or somebody has copied it without links.
-        remove(place, place.name)
-    place.mkdir(exist_ok=True)
-    link = place / f".{name}"
+        remove(artifact_folder, artifact_folder.name)
+    artifact_folder.mkdir(exist_ok=True)
+    link = artifact_folder / f".{name}"
     try:
         if not (stage.parent / MARK).exists():
             (stage.parent / MARK).touch()
         for entry in (MANIFEST, "data"):
-            if not (place / entry).is_symlink():
-                os.symlink(f"{CURRENT}/{entry}", place / entry)
+            if not (artifact_folder / entry).is_symlink():
+                os.symlink(f"{CURRENT}/{entry}", artifact_folder / entry)
         os.symlink(name, link)
-        partial.rename(place / name)
-        link.replace(place / CURRENT)
+        partial.rename(artifact_folder / name)
+        link.replace(artifact_folder / CURRENT)
     except BaseException:
         link.unlink(missing_ok=True)
-        shutil.rmtree(place / name, ignore_errors=True)
+        shutil.rmtree(artifact_folder / name, ignore_errors=True)
         raise
-    _fsync(place)
+    _fsync(artifact_folder)
     _fsync(stage)
 
 
-def _open(root: Path, stage: str, artifact_key: str, digest: str | None, whole: bool) -> tuple[Artifact, int] | None:
+def _open_generation(
+    root: Path, stage: str, artifact_key: str, digest: str | None, rehash: bool
+) -> tuple[Artifact, int] | None:
     """Return an artifact that is complete and unchanged, with the descriptor of its shared lock."""
-    place = root / stage / artifact_key
+    artifact_folder = root / stage / artifact_key
     while True:
-        folder = current_generation(place)
+        folder = current_generation(artifact_folder)
         lock = lock_for_reading(folder / MANIFEST)
-        if current_generation(place) == folder:
+        if current_generation(artifact_folder) == folder:
             break
         # It was made again meanwhile.
         if lock is not None:
             os.close(lock)
-    if lock is not None and (place / MANIFEST).exists():
-        artifact = _read(folder, root, whole)
+    if lock is not None and (artifact_folder / MANIFEST).exists():
+        artifact = _read_generation(folder, root, rehash)
         belongs_here = artifact is not None and (artifact.stage, artifact.key) == (stage, artifact_key)
         if artifact is not None and belongs_here and digest in (None, artifact.digest):
             return artifact, lock
@@ -410,20 +412,20 @@ def _open(root: Path, stage: str, artifact_key: str, digest: str | None, whole: 
         logger.warning("%s/%s has no manifest; the stage runs again", stage, artifact_key[:12])
     if lock is not None:
         os.close(lock)
-    for folder in generations(place) if digest is not None else []:
+    for folder in generations(artifact_folder) if digest is not None else []:
         lock = lock_for_reading(folder / MANIFEST)
         if lock is not None:
-            artifact = _read(folder, root, whole)
+            artifact = _read_generation(folder, root, rehash)
             if artifact is not None and artifact.digest == digest:
                 return artifact, lock
             os.close(lock)
     return None
 
 
-def _read(folder: Path, root: Path, whole: bool = False) -> Artifact | None:
+def _read_generation(folder: Path, root: Path, rehash: bool = False) -> Artifact | None:
     """Return the artifact in a generation's directory if it is unchanged, else None."""
     pins = _run_pins.get(None)
-    whole = whole and not (pins and pins.were_hashed(folder / MANIFEST))
+    rehash = rehash and not (pins and pins.were_hashed(folder / MANIFEST))
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         stage, artifact_key = manifest["stage"], manifest["key"]
@@ -445,7 +447,7 @@ def _read(folder: Path, root: Path, whole: bool = False) -> Artifact | None:
         return None
     for name, file in artifact.files.items():
         path = artifact.path / name
-        fault = _fault(path, file, whole)
+        fault = _find_fault(path, file, rehash)
         if fault and file.shared and path.exists() and _link_again(path, file, root):
             fault = None
         if fault:
@@ -454,13 +456,13 @@ def _read(folder: Path, root: Path, whole: bool = False) -> Artifact | None:
     return artifact
 
 
-def _fault(path: Path, expected: File, whole: bool) -> str | None:
+def _find_fault(path: Path, expected: File, rehash: bool) -> str | None:
     """Return what is wrong with a file, as the end of a sentence; None if it is unchanged."""
     try:
         status = path.stat()
         if status.st_size != expected.size:
             return f"has {status.st_size:,} bytes instead of {expected.size:,}"
-        if (whole or status.st_mtime_ns != expected.mtime_ns) and digest_file(path) != expected.sha256:
+        if (rehash or status.st_mtime_ns != expected.mtime_ns) and digest_file(path) != expected.sha256:
             # Whoever looks next hashes it, too.
             os.utime(path)
             return "was changed"
@@ -471,14 +473,14 @@ def _fault(path: Path, expected: File, whole: bool) -> str | None:
 
 def _link_again(path: Path, expected: File, root: Path) -> bool:
     """Replace a damaged shared file by a link to an intact one with the same content, if there is one."""
-    for manifest in [path / MANIFEST for path in artifact_places(root)]:
+    for manifest in [path / MANIFEST for path in artifact_folders(root)]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for name, fields in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
                 file, source = File(**fields), manifest.parent / "data" / name
                 if file.sha256 == expected.sha256 and not file.shared and digest_file(source) == expected.sha256:
-                    fresh = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}")
-                    os.link(source, fresh)
-                    fresh.replace(path)
+                    new_link = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}")
+                    os.link(source, new_link)
+                    new_link.replace(path)
                     return True
     return False
 

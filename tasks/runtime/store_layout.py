@@ -31,47 +31,47 @@ INCOMING = ".incoming-"
 LOCK = ".lock-"
 
 
-def current_generation(place: Path) -> Path:
+def current_generation(artifact_folder: Path) -> Path:
     """Return the generation of an artifact that counts; in a copy without links it has no name of its own."""
     try:
-        return place / os.readlink(place / CURRENT)
+        return artifact_folder / os.readlink(artifact_folder / CURRENT)
     except OSError:
-        return place / CURRENT
+        return artifact_folder / CURRENT
 
 
-def generations(place: Path) -> list[Path]:
+def generations(artifact_folder: Path) -> list[Path]:
     """Return all generations of an artifact."""
     try:
-        return [path for path in place.iterdir() if re.fullmatch("[0-9a-f]{8}", path.name)]
+        return [path for path in artifact_folder.iterdir() if re.fullmatch("[0-9a-f]{8}", path.name)]
     except OSError:
         return []
 
 
-def artifact_places(root: Path) -> list[Path]:
+def artifact_folders(root: Path) -> list[Path]:
     """Return the directories of a store's artifacts: those whose manifest says that it belongs where it is."""
-    places = []
+    folders = []
     for manifest in root.glob(f"*/*/{MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads(manifest.read_text(encoding="utf-8"))
             if (content["stage"], content["key"]) == (manifest.parent.parent.name, manifest.parent.name):
-                places.append(manifest.parent)
-    return places
+                folders.append(manifest.parent)
+    return folders
 
 
-def lock_path(place: Path) -> Path:
+def lock_path(artifact_folder: Path) -> Path:
     """Return the file that is locked while an artifact is made or removed."""
-    return place.parent / f"{LOCK}{place.name[:16]}"
+    return artifact_folder.parent / f"{LOCK}{artifact_folder.name[:16]}"
 
 
 @contextlib.contextmanager
-def locked(place: Path) -> Iterator[None]:
+def hold_lock(artifact_folder: Path) -> Iterator[None]:
     """Hold the lock of an artifact. The kernel releases it when the process dies, however it dies.
 
     Raises:
         StageFailed: The run was interrupted while it waited for another one.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with lock_path(place).open("w") as stream:
+    artifact_folder.parent.mkdir(parents=True, exist_ok=True)
+    with lock_path(artifact_folder).open("w") as stream:
         waiting = False
         while True:
             try:
@@ -81,7 +81,9 @@ def locked(place: Path) -> Iterator[None]:
                 if run_workers().stopping.is_set():
                     raise StageFailed("the run was stopped while it waited for another run") from None
                 if not waiting:
-                    logger.info("%s: another run is computing the same result; waiting for it", place.parent.name)
+                    logger.info(
+                        "%s: another run is computing the same result; waiting for it", artifact_folder.parent.name
+                    )
                 waiting = True
                 time.sleep(0.1)
         yield
@@ -120,7 +122,7 @@ def remove(folder: Path, artifact_key: str) -> int | None:
         The bytes of the disk that this frees; None if a process reads it, or another one has removed it.
     """
     stage = folder.parent if folder.name == artifact_key else folder.parent.parent
-    aside = stage / f"{PARTIAL}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
+    trash = stage / f"{PARTIAL}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
     with contextlib.ExitStack() as locks:
         for manifest in {
             (path / MANIFEST).resolve() for path in (folder, current_generation(folder), *generations(folder))
@@ -133,29 +135,29 @@ def remove(folder: Path, artifact_key: str) -> int | None:
             except BlockingIOError:
                 return None
         try:
-            folder.rename(aside)
+            folder.rename(trash)
         except FileNotFoundError:
             return None
-    return delete(aside)
+    return delete(trash)
 
 
 def delete(folder: Path) -> int:
     """Delete a directory; return the bytes that this frees: those of files that have no other name elsewhere."""
-    before = disk_usage(folder, only_here=True)
+    before = disk_usage(folder, exclusive=True)
     if folder.is_symlink():
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
-    return before - disk_usage(folder, only_here=True)
+    return before - disk_usage(folder, exclusive=True)
 
 
-def disk_usage(folder: Path, only_here: bool = False) -> int:
+def disk_usage(folder: Path, exclusive: bool = False) -> int:
     """Return the bytes of the disk's blocks that a directory takes, each inode once, as `du` counts them.
 
     What vanishes meanwhile counts as nothing.
 
     Args:
         folder: The directory.
-        only_here: Leave out files that also have names elsewhere.
+        exclusive: Leave out files that also have names elsewhere.
     """
     names: dict[tuple[int, int], int] = {}
     total = 0
@@ -167,7 +169,7 @@ def disk_usage(folder: Path, only_here: bool = False) -> int:
             inode = (status.st_dev, status.st_ino)
             names[inode] = names.get(inode, 0) + 1
             directory = stat.S_ISDIR(status.st_mode)
-            if names[inode] == (1 if directory or not only_here else status.st_nlink):
+            if names[inode] == (1 if directory or not exclusive else status.st_nlink):
                 total += status.st_blocks * 512
             if directory:
                 pending.extend(path.iterdir())

@@ -74,12 +74,12 @@ def run(
         UserError: The function raised it.
         StageFailed: The function raised anything else, or the process died.
     """
-    started = time.monotonic()
+    start = time.monotonic()
     with contextlib.closing(Worker(function, arguments, environment)) as process:
         event = process.wait(progress, logger, seconds_allowed)
     value: dict[str, Any] = event["value"]
     value["measured"] = {
-        "seconds": round(time.monotonic() - started, 2),
+        "seconds": round(time.monotonic() - start, 2),
         "peak_rss_bytes": event["peak_rss_bytes"],
         **value.pop("extra", {}),
     }
@@ -100,13 +100,13 @@ class Worker:
         self.killed = False
         self.workers = run_workers()
         receive, send = os.pipe()
-        stdin, arguments_to = os.pipe()
-        output_from, output = os.pipe()
+        stdin, stdin_writer = os.pipe()
+        output_reader, output = os.pipe()
         self.events = os.fdopen(receive, encoding="utf-8")
         # It stays open: its end tells the process that this one is gone.
-        self.stdin = os.fdopen(arguments_to, "w", encoding="utf-8")
-        self.output = os.fdopen(output_from, encoding="utf-8", errors="replace")
-        self.printed: list[str] = []
+        self.stdin = os.fdopen(stdin_writer, "w", encoding="utf-8")
+        self.output = os.fdopen(output_reader, encoding="utf-8", errors="replace")
+        self.output_tail: list[str] = []
         try:
             self.process = self._fork(function, send, stdin, output)
         except StageFailed as error:
@@ -116,7 +116,7 @@ class Worker:
         finally:
             for descriptor in (send, stdin, output):
                 os.close(descriptor)
-        self.reader = threading.Thread(target=keep_tail, args=(self.output, self.printed), daemon=True)
+        self.reader = threading.Thread(target=keep_tail, args=(self.output, self.output_tail), daemon=True)
         self.reader.start()
         # If it is dead, wait() says why.
         with contextlib.suppress(BrokenPipeError):
@@ -135,7 +135,7 @@ class Worker:
     def _start_server(self) -> ForkServer:
         inherited = {name: value for name, value in os.environ.items() if name not in SECRETS}
         environment = {**inherited, **QUIET, **machine.threads(), **_numba_cache()}
-        return ForkServer(environment, LIBRARIES if self.workers.of_a_run else ())
+        return ForkServer(environment, LIBRARIES if self.workers.for_run else ())
 
     def wait(self, progress: Progress, logger: Logger | None, seconds_allowed: float | None = None) -> Event:
         """Return the result, and pass on what is reported before it.
@@ -144,7 +144,7 @@ class Worker:
             UserError: The function raised it.
             StageFailed: The function raised anything else, or the process died.
         """
-        started = time.monotonic()
+        start = time.monotonic()
         timer = threading.Timer(seconds_allowed, self.process.kill) if seconds_allowed else None
         if timer:
             timer.start()
@@ -161,12 +161,12 @@ class Worker:
         self.reader.join(timeout=5)
         if self.killed or self.workers.stopping.is_set():
             raise StageFailed("stopped")
-        tail = redact("".join(self.printed[-30:]))
+        tail = redact("".join(self.output_tail[-30:]))
         if event["event"] in ("failed", "error"):
             # The message of an expected failure is enough; for any other, the last lines say where it was raised.
             message = redact(event["message"]) + (f"\n{tail}" if event["event"] == "error" else "")
             raise StageFailed(message.strip(), event["transient"], event["retry_after"])
-        if seconds_allowed and time.monotonic() - started >= seconds_allowed:
+        if seconds_allowed and time.monotonic() - start >= seconds_allowed:
             raise StageFailed(f"it was stopped after {seconds_allowed:,.0f} s, the time limit of a stage")
         raise StageFailed(f"its process ended with {describe_exit(code)}\n{tail}".strip())
 
@@ -200,7 +200,7 @@ class Worker:
         self.output.close()
         with contextlib.suppress(BrokenPipeError):
             self.stdin.close()
-        if not self.workers.of_a_run:
+        if not self.workers.for_run:
             self.workers.close()
 
 

@@ -41,18 +41,18 @@ def work(function: str, events: int, stdin: int, output: int, parent: int) -> No
     try:
         die_with_parent(parent)
         _let_memory_run_out_here()
-        for own, standard in ((stdin, 0), (output, 1), (output, 2)):
-            os.dup2(own, standard)
+        for descriptor, standard_descriptor in ((stdin, 0), (output, 1), (output, 2)):
+            os.dup2(descriptor, standard_descriptor)
         os.close(stdin)
         os.close(output)
         os.set_inheritable(events, False)
-        given = json.loads(sys.stdin.readline())
-        _set_environment(given["environment"])
+        request = json.loads(sys.stdin.readline())
+        _set_environment(request["environment"])
         threading.Thread(target=_end_with_input, daemon=True).start()
         stream = Events(os.fdopen(events, "w", encoding="utf-8"))
         stream.listen()
         logging.basicConfig(level=logging.WARNING)
-        stream.send(_call(function, given["arguments"]))
+        stream.send(_call(function, request["arguments"]))
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -90,11 +90,11 @@ def _call(function: str, arguments: JsonObject) -> JsonObject:
     except Exception as error:
         logging.exception("the stage failed")
         error = disk_failure(error, *output_folders()) or error
-        expected = isinstance(error, StageFailed)
+        is_expected = isinstance(error, StageFailed)
         transient, retry_after = is_retryable(error)
         return {
-            "event": "failed" if expected else "error",
-            "message": str(error) if expected else f"{type(error).__name__}: {error}",
+            "event": "failed" if is_expected else "error",
+            "message": str(error) if is_expected else f"{type(error).__name__}: {error}",
             "transient": transient,
             "retry_after": retry_after,
         }
@@ -144,12 +144,12 @@ def call(
         StageFailed: The code here is not the code of the fingerprint.
     """
     name_process(function.split(":")[1])
-    changed = difference(made_by, fingerprint(function)) if made_by else None
-    if changed:
-        raise StageFailed(f"the code or a library changed during the run ({changed}): start the run again")
+    mismatch = difference(made_by, fingerprint(function)) if made_by else None
+    if mismatch:
+        raise StageFailed(f"the code or a library changed during the run ({mismatch}): start the run again")
     work = import_function(function)
     inputs = {
-        field: [Path(one) for one in path] if isinstance(path, list) else Path(path) for field, path in paths.items()
+        field: [Path(item) for item in path] if isinstance(path, list) else Path(path) for field, path in paths.items()
     }
     result: JsonObject = work(Path(target), **inputs, **values)
     return result

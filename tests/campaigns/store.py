@@ -202,7 +202,7 @@ def flipped_bit(root: Path, rng: random.Random) -> str | None:
     made = store.produce("stage", KEYS[0], write_alike(content), root)
     victim = rng.choice([path for path in made.path.parent.rglob("*") if path.is_file()])
     flip(victim, rng)
-    opened = store.load("stage", KEYS[0], root, whole=True)
+    opened = store.load("stage", KEYS[0], root, rehash=True)
     if opened is not None:
         return f"flipped bit: {victim.name} was damaged and taken"
     again = store.produce("stage", KEYS[0], write_alike(content), root)
@@ -235,7 +235,7 @@ def small_disk(root: Path, rng: random.Random) -> str | None:
             return f"small disk: raised {error!r}"
         if [path for path in disk.rglob("*") if path.name.startswith(store_layout.PARTIAL)]:
             return "small disk: debris"
-        if any(store.load("stage", artifact.key, disk / "home", whole=True) != artifact for artifact in made):
+        if any(store.load("stage", artifact.key, disk / "home", rehash=True) != artifact for artifact in made):
             return "small disk: an artifact was damaged"
         subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
         for number in range(8):

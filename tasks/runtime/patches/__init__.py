@@ -71,10 +71,10 @@ def patched_export() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def applied(patches: tuple[Patch, ...]) -> Iterator[None]:
     """Applies those of the patches that fit the installed libraries and are not disabled."""
-    disabled = os.environ.get(DISABLE, "").split(",")
+    disabled_names = os.environ.get(DISABLE, "").split(",")
     with contextlib.ExitStack() as stack:
         for patch in patches:
-            if "all" in disabled or patch.__name__ in disabled:
+            if "all" in disabled_names or patch.__name__ in disabled_names:
                 continue
             try:
                 stack.enter_context(patch())

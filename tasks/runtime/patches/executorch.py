@@ -49,19 +49,21 @@ def one_decomposition() -> Iterator[None]:
     def run_decompositions(
         self: ExportedProgram, decomp_table: Any = None, decompose_custom_triton_ops: bool = False
     ) -> ExportedProgram:
-        decomposed: ExportedProgram
+        result: ExportedProgram
         if decomp_table is None:
-            decomposed = stock(self, decomp_table, decompose_custom_triton_ops)
-            return decomposed
+            result = stock(self, decomp_table, decompose_custom_triton_ops)
+            return result
         table: set[object] = set(dict(decomp_table))
         if not table:
             return self
-        done = tables.get(self)
-        if done is not None and not any(node.target in table - done for node in _every_node(self.graph_module)):
+        previous_table = tables.get(self)
+        if previous_table is not None and not any(
+            node.target in table - previous_table for node in _every_node(self.graph_module)
+        ):
             return self
-        decomposed = stock(self, decomp_table, decompose_custom_triton_ops)
-        tables[decomposed] = table
-        return decomposed
+        result = stock(self, decomp_table, decompose_custom_triton_ops)
+        tables[result] = table
+        return result
 
     with replaced(ExportedProgram, "run_decompositions", run_decompositions):
         yield
@@ -102,8 +104,8 @@ def cached_shapes() -> Iterator[None]:
             return type(leaf), leaf
         if id(leaf) not in layouts:
             delegate = isinstance(leaf, LoweredBackendModule)
-            own = id(leaf) if delegate else _layout(leaf) if isinstance(leaf, FakeTensor) else leaf.node.expr
-            layouts[id(leaf)] = leaf, own
+            identity = id(leaf) if delegate else _layout(leaf) if isinstance(leaf, FakeTensor) else leaf.node.expr
+            layouts[id(leaf)] = leaf, identity
         return layouts[id(leaf)][1]
 
     def remembers(kind: str, operator: object) -> bool:
@@ -120,13 +122,13 @@ def cached_shapes() -> Iterator[None]:
         if not all(isinstance(leaf, (*constants, *objects)) for leaf in leaves):
             return stock(self, kind, target, args, kwargs, meta)
         key = self.fake_tensor_mode, operator, structure, tuple(map(layout_of, leaves))
-        known = results.get(key)
-        if known is None:
+        cached_result = results.get(key)
+        if cached_result is None:
             proxy = stock(self, kind, target, args, kwargs, meta)
             if all(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(proxy.data)):
                 results[key] = proxy.data
             return proxy
-        with replaced(self.interpreter, "call_function", lambda *_: known):
+        with replaced(self.interpreter, "call_function", lambda *_: cached_result):
             return stock(self, kind, target, args, kwargs, meta)
 
     with replaced(_ExportPassBase, "_fx", _fx):
@@ -183,13 +185,13 @@ def paged_out_weights() -> Iterator[None]:
     def preprocess(program: "ExportedProgram", specs: object) -> object:
         # The passes put others in their place.
         weights = _weights(program)
-        packed = stock(program, specs)
+        result = stock(program, specs)
         for weight in weights:
             first = -(-weight.data_ptr() // page) * page
             size = (weight.data_ptr() + weight.nbytes - first) // page * page
             if size > 0:
                 advise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_PAGEOUT)
-        return packed
+        return result
 
     with replaced(XnnpackBackend, "preprocess", staticmethod(preprocess)):
         yield
@@ -198,8 +200,8 @@ def paged_out_weights() -> Iterator[None]:
 def _weights(program: "ExportedProgram") -> "list[Tensor]":
     import torch
 
-    held = [*program.state_dict.values(), *program.constants.values()]
-    return [weight for weight in held if isinstance(weight, torch.Tensor)]
+    values = [*program.state_dict.values(), *program.constants.values()]
+    return [weight for weight in values if isinstance(weight, torch.Tensor)]
 
 
 @contextlib.contextmanager
@@ -228,7 +230,7 @@ def needed_passes() -> Iterator[None]:
     written_for(bilinear_2d, "516f2e3fcb9c6835")
     aten, dim_order = ops.edge.aten, ops.edge.dim_order_ops
     batch_norms = {aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default}
-    wanted: dict[str, set[object]] = {
+    operators_of_pass: dict[str, set[object]] = {
         "XNNPACKRemoveCloneOpsTransform": {aten.clone.default, dim_order._clone_dim_order.default},
         "DimOrderOpsRevertPass": {
             dim_order._clone_dim_order.default,
@@ -251,13 +253,13 @@ def needed_passes() -> Iterator[None]:
     }
 
     def is_idle(name: str, nodes: list["Node"]) -> bool:
-        if name in wanted:
-            return wanted[name].isdisjoint(node.target for node in nodes)
+        if name in operators_of_pass:
+            return operators_of_pass[name].isdisjoint(node.target for node in nodes)
         if name == "PropagateCustomMetaPass":
             return not any("custom" in node.meta for node in nodes)
         if name == "ConstPropPass":
-            called = [node for node in nodes if node.op == "call_function"]
-            return not any(all(given.op == "get_attr" for given in node.all_input_nodes) for node in called)
+            calls = [node for node in nodes if node.op == "call_function"]
+            return not any(all(argument.op == "get_attr" for argument in node.all_input_nodes) for node in calls)
         return False
 
     stock = manager.transform
@@ -348,8 +350,8 @@ def sorted_in_place() -> Iterator[None]:
         end = module.graph._root
         for node in order:
             end.prepend(node)
-            for given in node.all_input_nodes:
-                given.users[node] = None
+            for argument in node.all_input_nodes:
+                argument.users[node] = None
         module.recompile()
         return module
 
@@ -365,20 +367,24 @@ def _topological(graph: "Graph") -> "list[Node]":
 
     aten = torch.ops.aten
     names = "add", "mul", "sub", "floordiv", "truediv", "mod", "le", "lt", "ge", "gt", "eq", "ne"
-    ahead = {getattr(operator, name) for name in names}
-    ahead |= {aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default, aten._assert_async.msg}
-    ahead |= {aten.scalar_tensor.default, aten._assert_scalar.default}
+    priority = {getattr(operator, name) for name in names}
+    priority |= {
+        aten.sym_constrain_range.default,
+        aten.sym_constrain_range_for_size.default,
+        aten._assert_async.msg,
+    }
+    priority |= {aten.scalar_tensor.default, aten._assert_scalar.default}
     nodes = list(graph.nodes)
-    missing = {node: len(node.all_input_nodes) for node in nodes}
-    queue = collections.deque(node for node in nodes if not missing[node])
+    input_counts = {node: len(node.all_input_nodes) for node in nodes}
+    queue = collections.deque(node for node in nodes if not input_counts[node])
     order = []
     while queue:
         node = queue.popleft()
         order.append(node)
         for user in node.users:
-            missing[user] -= 1
-            if not missing[user]:
-                (queue.appendleft if user.op == "call_function" and user.target in ahead else queue.append)(user)
+            input_counts[user] -= 1
+            if not input_counts[user]:
+                (queue.appendleft if user.op == "call_function" and user.target in priority else queue.append)(user)
     assert len(order) == len(nodes), f"{len(nodes) - len(order)} nodes of the graph depend on themselves"
     return order
 
@@ -401,7 +407,7 @@ def descendants_as_bits() -> Iterator[None]:
     class Descendants:
         def __init__(self, graph_module: "GraphModule") -> None:
             nodes = list(graph_module.graph.nodes)
-            self.bit = {node: 1 << place for place, node in enumerate(nodes)}
+            self.bit = {node: 1 << index for index, node in enumerate(nodes)}
             self.below: dict[Node, int] = {}
             for node in reversed(nodes):
                 below = 0
@@ -409,14 +415,14 @@ def descendants_as_bits() -> Iterator[None]:
                     below |= self.bit[user] | self.below[user]
                 self.below[node] = below
 
-    def can_merge(self: Any, one: Any, other: Any, partitions: Any) -> bool:
+    def can_merge(self: Any, first: Any, second: Any, partitions: Any) -> bool:
         viewer = self.dependency_viewer
-        nodes = {**partitions[one].nodes, **partitions[other].nodes}
-        inside = 0
+        nodes = {**partitions[first].nodes, **partitions[second].nodes}
+        member_bits = 0
         for node in nodes:
-            inside |= viewer.bit[node]
+            member_bits |= viewer.bit[node]
         users = {user for node in nodes for user in node.users if user not in nodes}
-        return not any(viewer.below[user] & inside for user in users)
+        return not any(viewer.below[user] & member_bits for user in users)
 
     with (
         replaced(group_partitioner, "_DependencyViewer", Descendants),

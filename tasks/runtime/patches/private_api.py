@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 # The number of rows that a weight's order is best for. Generating has as many texts; products of more gain as well.
-REORDERED_FOR = 16
+REORDER_ROWS = 16
 
 
 def ignore_settings_files() -> None:
@@ -34,25 +34,25 @@ def ignore_settings_files() -> None:
     from pydantic_settings import BaseSettings, DotEnvSettingsSource, TomlConfigSettingsSource
     from pydantic_settings.sources import ConfigFileSourceMixin
 
-    replaced = {"_read_env_files": DotEnvSettingsSource, "_read_files": ConfigFileSourceMixin}
-    called: set[str] = set()
+    owners = {"_read_env_files": DotEnvSettingsSource, "_read_files": ConfigFileSourceMixin}
+    called_names: set[str] = set()
 
     def replace(owner: object, name: str) -> None:
         def read_nothing(*_: object, **__: object) -> dict[str, object]:
-            called.add(name)
+            called_names.add(name)
             return {}
 
         setattr(owner, name, read_nothing)
 
-    for name, owner in replaced.items():
+    for name, owner in owners.items():
         replace(owner, name)
     # A source that reads its file in another way does not call the method. The device is no file: nothing is read here.
     with contextlib.suppress(Exception):
         DotEnvSettingsSource(BaseSettings, env_file=os.devnull)
     with contextlib.suppress(Exception):
         TomlConfigSettingsSource(BaseSettings, toml_file=os.devnull)
-    for name, owner in replaced.items():
-        if name not in called:
+    for name, owner in owners.items():
+        if name not in called_names:
             raise UserError(
                 f"{_differs('pydantic-settings', '2.16.3', f'{owner.__name__}.{name}')}, without which the settings "
                 "files of the working directory would be trusted: install pydantic-settings==2.16.3"
@@ -117,12 +117,12 @@ def reorder_weight(weight: "Tensor") -> "Callable[[Tensor], Tensor] | None":
     try:
         if not operators._is_mkldnn_bf16_supported():
             return None
-        reordered = operators._reorder_linear_weight(weight, REORDERED_FOR)
+        reordered_weight = operators._reorder_linear_weight(weight, REORDER_ROWS)
         multiply = operators._linear_pointwise
     except (AttributeError, RuntimeError):
         warn(f"{_differs('torch', '2.15.0', 'ops.mkldnn._reorder_linear_weight')}: generating text takes longer")
         return None
-    return lambda activations: multiply(activations, reordered, None, "none", [], "")
+    return lambda activations: multiply(activations, reordered_weight, None, "none", [], "")
 
 
 def thread_count() -> int:
@@ -151,8 +151,8 @@ def require(package: str, version: str, owner: Any, *names: str) -> None:
     """
     for name in names:
         if not hasattr(owner, name):
-            where = f"{owner.__name__}.{name}"
-            raise UserError(f"{_differs(package, version, where)}: install {package}=={version}")
+            full_name = f"{owner.__name__}.{name}"
+            raise UserError(f"{_differs(package, version, full_name)}: install {package}=={version}")
 
 
 def _differs(package: str, version: str, name: str) -> str:

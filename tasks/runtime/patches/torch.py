@@ -46,8 +46,8 @@ def uncopied_weights() -> Iterator[None]:
     written_for(builder._clone_input, "fdee93dcef3fc957")
     written_for(builder.cache_real_value_when_export, "f7d4268f430034c3")
 
-    def keep(value: object, fake_mode: object) -> object:
+    def return_value(value: object, fake_mode: object) -> object:
         return value
 
-    with replaced(builder, "_clone_input", keep):
+    with replaced(builder, "_clone_input", return_value):
         yield

@@ -30,8 +30,8 @@ def own_metadata() -> Iterator[None]:
 
     def unflatten(tensors: dict[str, "Tensor"], metadata: dict[str, str]) -> object:
         modules = {name.rsplit(".", 1)[0] for name in tensors}
-        own = {name: value for name, value in metadata.items() if name.rsplit(".", 1)[0] in modules}
-        return stock(tensors, {**own, "tensor_names": json.dumps(list(own))})
+        weight_metadata = {name: value for name, value in metadata.items() if name.rsplit(".", 1)[0] in modules}
+        return stock(tensors, {**weight_metadata, "tensor_names": json.dumps(list(weight_metadata))})
 
     with replaced(torchao, "unflatten_tensor_state_dict", unflatten):
         yield

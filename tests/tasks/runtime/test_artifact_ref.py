@@ -82,6 +82,6 @@ def test_an_artifact_that_the_disk_has_changed_fails_and_is_made_again(
     (made.path / "a").write_text("gooe")
     os.utime(made.path / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
     with store.keep_pinned(), pytest.raises(StageFailed, match="is damaged or missing in the store"):
-        open_artifact(ref_of(made), whole=True)
+        open_artifact(ref_of(made), rehash=True)
     assert "a was changed" in caplog.text
     assert (store.produce("stage", KEY, write("good")).path / "a").read_text() == "good"

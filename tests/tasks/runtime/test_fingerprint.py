@@ -165,7 +165,7 @@ def test_a_change_of_code_runs_the_stages_that_use_it_and_no_other(copy: Copy) -
     expected = {definition: stages for definition, stages in CHANGES.items() if stages}
     # Of a module that is not in the table, any definition that a stage uses; "*" stands for the whole module.
     for stage, function in STAGES.items():
-        for module, name in sorted(fingerprint.reached(function)):
+        for module, name in sorted(fingerprint.reachable_definitions(function)):
             in_table = any(definition.startswith(f"{module}:") for definition in CHANGES)
             if name not in ("", "*") and not in_table:
                 expected.setdefault(f"{module}:{name}", set()).add(stage)
@@ -278,14 +278,14 @@ def test_a_difference_of_fingerprints_is_named() -> None:
 
 def test_every_imported_library_has_its_name_on_the_registry() -> None:
     installed = packages_distributions()
-    names = {name for stage in STAGES.values() for name in fingerprint.reached(stage)}
+    names = {name for stage in STAGES.values() for name in fingerprint.reachable_definitions(stage)}
     tops = {top for name in names for top in fingerprint._facts(*name).libraries}
     for top in tops:
         name = fingerprint.DISTRIBUTIONS.get(top, top)
         assert normal(name) in map(normal, installed[top]), f"{top} is of {installed[top]}: add it to DISTRIBUTIONS"
     # The optional ones are those of a cluster, and shape nothing.
-    behind = {library for libraries in fingerprint.BEHIND.values() for library in libraries}
-    assert behind | set(fingerprint.BEHIND) <= {normal(name) for names in installed.values() for name in names}
+    behind = {library for libraries in fingerprint.UNDERLYING.values() for library in libraries}
+    assert behind | set(fingerprint.UNDERLYING) <= {normal(name) for names in installed.values() for name in names}
 
 
 # Of the libraries that we depend on: what a stage loads without its being in the key, and why.
@@ -338,7 +338,7 @@ def test_a_fingerprint_covers_all_that_a_stage_calls_and_loads(
     called, loaded = json.loads(done.stdout.splitlines()[-1])
     ours = {(module, name) for module, name in called if module not in fingerprint.MACHINERY and name[0] != "<"}
     assert ours
-    names = fingerprint.reached(STAGES[stage])
+    names = fingerprint.reachable_definitions(STAGES[stage])
     assert ours - names == set()
     installed = packages_distributions()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

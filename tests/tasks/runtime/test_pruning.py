@@ -80,7 +80,7 @@ def test_eviction_starts_with_the_longest_unused_and_leaves_what_a_process_reads
 def scorer(artifact: str, root: str, removed: str) -> Callable[[list[Any]], list[Any]]:
     def score(requests: list[Any]) -> list[Any]:
         # Prunes during the evaluation, once, when some shards are complete.
-        stages = {path.parent.name for path in store_layout.artifact_places(Path(root))}
+        stages = {path.parent.name for path in store_layout.artifact_folders(Path(root))}
         if STAGE in stages and not os.path.exists(removed):
             Path(removed).write_text("\n".join(map(str, pruning.evict(0, 0, Path(root)).paths)))
         return [f"answer to {request.arguments[0]}" for request in requests]
