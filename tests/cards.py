@@ -171,21 +171,21 @@ def faults(metrics: Metrics, texts: dict[str, str]) -> list[str]:
     fields = dict.fromkeys(("license", "license_name", "license_link"), "") | clean_license(texts)
     if fields["license_name"]:
         fields["license_name"] = "word"
-    harmless, _ = card_with(metrics, {**dict.fromkeys(PLACES, "word"), **fields})
+    baseline, _ = card_with(metrics, {**dict.fromkeys(PLACES, "word"), **fields})
     problems = []
-    if _read(text) != front_matter(m):
+    if _read_metadata(text) != front_matter(m):
         problems.append("the metadata read back differ from those written")
-    if _structure(text) != _structure(harmless):
+    if _structure(text) != _structure(baseline):
         problems.append("the Markdown has another structure")
     if any(re.match(r"(?!https?:|LICENSE|NOTICE)\w*:", target) for target in _targets(text)):
         problems.append("a link leads elsewhere than to a page")
     if any(re.search(r"://|www\.", words, re.IGNORECASE) for words in _texts(text)):
         problems.append("an address that is written out becomes a link on the Hub")
-    problems += _python_faults(text, harmless, texts["base_model"])
+    problems += _python_faults(text, baseline, texts["base_model"])
     return problems
 
 
-def _read(text: str) -> Any:
+def _read_metadata(text: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "README.md"
         path.write_text(text, encoding="utf-8")
@@ -223,32 +223,32 @@ def _targets(text: str) -> list[str]:
 
 def _texts(text: str) -> list[str]:
     """Return the texts outside of links and code, less what is written as an entity."""
-    found, inside = [], 0
+    texts, link_depth = [], 0
     for child in (child for token in _tokens(text) for child in token.children or []):
-        inside += {"link_open": 1, "link_close": -1}.get(child.type, 0)
-        if child.type == "text" and not inside:
-            found.append(child.content)
-    return found
+        link_depth += {"link_open": 1, "link_close": -1}.get(child.type, 0)
+        if child.type == "text" and not link_depth:
+            texts.append(child.content)
+    return texts
 
 
-def _python_faults(text: str, harmless: str, model: str) -> list[str]:
+def _python_faults(text: str, baseline: str, model: str) -> list[str]:
     def snippets(card: str) -> list[ast.Module]:
         return [ast.parse(token.content) for token in _tokens(card) if token.type == "fence" and token.info == "Py"]
 
     try:
-        ours = snippets(text)
+        trees = snippets(text)
     except (SyntaxError, ValueError) as error:
         return [f"a snippet is not Python: {error}"]
     names = [
         node.value.value
-        for tree in ours
+        for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign)
         and isinstance(node.value, ast.Constant)
         and ast.unparse(node.targets[0]) == "model_id"
     ]
     problems = [] if names == [model] else ["model_id is not the model"]
-    if [_shape(tree) for tree in ours] != [_shape(tree) for tree in snippets(harmless)]:
+    if [_shape(tree) for tree in trees] != [_shape(tree) for tree in snippets(baseline)]:
         problems.append("a snippet is another program")
     return problems
 

@@ -127,16 +127,16 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """The built-in model through every stage, once for all processes of pytest-xdist. Tests work on copies."""
     # Each process has a folder of its own in one that they share.
     folder = tmp_path_factory.getbasetemp()
-    shared = folder.parent / "finished" if "PYTEST_XDIST_WORKER" in os.environ else folder / "finished"
-    with FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            partial = shared.with_suffix(".partial")
+    run_folder = folder.parent / "finished" if "PYTEST_XDIST_WORKER" in os.environ else folder / "finished"
+    with FileLock(f"{run_folder}.lock"):
+        if not run_folder.exists():
+            partial = run_folder.with_suffix(".partial")
             run = CommandLine(partial / "store", partial / "prefect")
             outcome = run("run", "--json")
             assert outcome.code == 0, outcome.stderr[-5000:]
             (partial / "outcome.json").write_text(json.dumps({"stdout": outcome.stdout, "stderr": outcome.stderr}))
-            partial.rename(shared)
-    return FinishedRun(shared, Outcome(0, **json.loads((shared / "outcome.json").read_text())))
+            partial.rename(run_folder)
+    return FinishedRun(run_folder, Outcome(0, **json.loads((run_folder / "outcome.json").read_text())))
 
 
 @pytest.fixture(scope="module")

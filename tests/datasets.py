@@ -115,11 +115,11 @@ def write_dataset(folder: Path, name: str, count: int) -> Path:
     import pyarrow
     import pyarrow.parquet
 
-    configuration, make_row, evaluated, others = DATASETS[name]
+    configuration, make_row, evaluated_split, other_splits = DATASETS[name]
     (folder / configuration).mkdir(parents=True)
     lines = ["---", "configs:", f"- config_name: {configuration}", "  data_files:"]
-    for split in (evaluated, *others):
-        numbers = range(count) if split == evaluated else range(1000, 1010)
+    for split in (evaluated_split, *other_splits):
+        numbers = range(count) if split == evaluated_split else range(1000, 1010)
         file = f"{configuration}/{split}-00000-of-00001.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(map(make_row, numbers))), folder / file)
         lines += [f"  - split: {split}", f"    path: {file}"]

@@ -13,11 +13,13 @@ def run_stage(function: str, target: Path, paths: dict[str, Any], **values: Any)
     """Run a stage's function; return its output, and the progress that it reported."""
     target.mkdir(parents=True, exist_ok=True)
     progress: list[tuple[int, int, str]] = []
-    as_text = {
-        name: [str(one) for one in path] if isinstance(path, list) else str(path) for name, path in paths.items()
+    path_names = {
+        name: [str(item) for item in path] if isinstance(path, list) else str(path) for name, path in paths.items()
     }
-    call = {"function": function, "target": str(target), "paths": as_text, "values": values}
-    output = worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *one: progress.append(one), None)
+    call = {"function": function, "target": str(target), "paths": path_names, "values": values}
+    output = worker.run(
+        "quantize_gemma.tasks.runtime.worker_main:call", call, lambda *item: progress.append(item), None
+    )
     return {**output, "progress": progress}
 
 
@@ -51,8 +53,8 @@ def evaluate(
     paths = {"requests": requests, "checkpoint": checkpoint, "dataset": dataset}
     if "program" in values:
         paths["program"] = values.pop("program")
-    answered = run_stage(f"{PACKAGE}.answer:answer", folder / "answers", paths, **values)
-    scored = {"requests": requests, "answers": [folder / "answers"], "dataset": dataset}
+    output = run_stage(f"{PACKAGE}.answer:answer", folder / "answers", paths, **values)
+    score_paths = {"requests": requests, "answers": [folder / "answers"], "dataset": dataset}
     inputs = {"benchmark": find_benchmark(name).score_inputs(), "limit": limit, "device": values["device"]}
-    run_stage(f"{PACKAGE}:evaluate", folder / "results", scored, **inputs)
-    return answered
+    run_stage(f"{PACKAGE}:evaluate", folder / "results", score_paths, **inputs)
+    return output

@@ -147,8 +147,10 @@ def example_metrics() -> Metrics:
 def with_subjects(subjects: dict[str, tuple[float, float]], samples: int = 100) -> dict[str, Any]:
     """Return a metrics.json with MMLU's accuracies, base and quantized, of so many questions each."""
     content = example_json()
-    for place, column in enumerate(("base", "quantized")):
-        scores = {name: both[place] for name, both in subjects.items()}
-        tasks = {name: {"value": one, "stderr": (one * (1 - one) / samples) ** 0.5} for name, one in scores.items()}
+    for index, column in enumerate(("base", "quantized")):
+        scores = {name: pair[index] for name, pair in subjects.items()}
+        tasks = {
+            name: {"value": value, "stderr": (value * (1 - value) / samples) ** 0.5} for name, value in scores.items()
+        }
         content[column]["mmlu"] = {**content[column]["mmlu"], "tasks": tasks}
     return content

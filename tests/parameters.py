@@ -34,8 +34,8 @@ def _table(group: Options) -> Iterator[str]:
             continue
         meaning, default = re.fullmatch(r"(.*?)(?: \[default: (.*)\])?", field.description or "").groups()  # type: ignore[union-attr]
         meaning = meaning.replace("<", r"\<")
-        shown = default or f"`{str(value).lower() if isinstance(value, bool) else value}`"
-        yield f"| `{name}` | {shown} | {meaning} |"
+        default_text = default or f"`{str(value).lower() if isinstance(value, bool) else value}`"
+        yield f"| `{name}` | {default_text} | {meaning} |"
     yield ""
 
 

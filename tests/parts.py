@@ -30,17 +30,17 @@ from quantize_gemma.tasks.runtime.errors import RunError
 from quantize_gemma.tasks.runtime.stage import Output, stage
 
 # In the environment: they are in no key.
-LOADED, SECONDS = "LENGTHS_LOADED", "LENGTHS_SECONDS"
+LOG_VARIABLE, SECONDS_VARIABLE = "LENGTHS_LOADED", "LENGTHS_SECONDS"
 
 
 def load_lengths() -> Callable[[list[Request]], list[int]]:
     """Load what measures words; it dies of "SIGKILL", and leaves a line when it is loaded."""
-    with open(os.environ[LOADED], "a", encoding="utf-8") as stream:
+    with open(os.environ[LOG_VARIABLE], "a", encoding="utf-8") as stream:
         stream.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
 
     def score(requests: list[Request]) -> list[int]:
         words = [str(request.arguments[0]) for request in requests]
-        time.sleep(float(os.environ[SECONDS]))
+        time.sleep(float(os.environ[SECONDS_VARIABLE]))
         if "fail" in words:
             raise ValueError("a word that cannot be measured")
         if "SIGKILL" in words:
@@ -53,7 +53,7 @@ def load_lengths() -> Callable[[list[Request]], list[int]]:
 @stage(resumes=True)
 def lengths(target: Path, words: dict[str, list[str]], part: int = 0, parts: int = 1, refresh: bool = False) -> Output:
     """Write the lengths of each list of words."""
-    names = choose_part({name: len(listed) for name, listed in words.items()}, part, parts)
+    names = choose_part({name: len(part_words) for name, part_words in words.items()}, part, parts)
     shards = {
         name: [Request(name, number, 0, "generate_until", [word]) for number, word in enumerate(words[name])]
         for name in names
@@ -75,21 +75,21 @@ def run_parts(stage: str, workers: int, cluster: str | None, words: dict[str, li
             artifacts = results[0] if cluster else results
         paths = [path for ref in artifacts for path in open_artifact(ref).path.iterdir()]
     manifests = store.home().glob("responses/[0-9a-f]*/manifest.json")
-    by = [json.loads(path.read_text(encoding="utf-8"))["measured"]["process"] for path in manifests]
+    process_ids = [json.loads(path.read_text(encoding="utf-8"))["measured"]["process"] for path in manifests]
     lines = {line["name"]: line for line in run.summary.to_json()["stages"]}
-    return {"files": sorted(map(str, paths)), "answered": Counter(by), "stages": lines}
+    return {"files": sorted(map(str, paths)), "answered": Counter(process_ids), "stages": lines}
 
 
 def submit_evaluation(run: Run, workers: int, cluster: str | None) -> ArtifactRef:
     """Evaluate tiny-gemma3 as the flow does; return the reference of its results."""
     row = find_benchmark("mmlu")
     checkpoint, dataset = in_the_store(BUILTIN["tiny-gemma3"]), in_the_store(BUILTIN_BENCHMARKS["mmlu-mini"])
-    shared = {"dataset": dataset, "limit": None}
-    requests = run.submit(record, checkpoint=checkpoint, benchmark=row.request_inputs(), **shared)
+    data = {"dataset": dataset, "limit": None}
+    requests = run.submit(record, checkpoint=checkpoint, benchmark=row.request_inputs(), **data)
     inputs = {"requests": requests, "checkpoint": checkpoint, "dataset": dataset, "device": "cpu"}
     answers = run.map(answer, "answer", workers, cluster, **inputs)
     scores = {"requests": requests, "answers": answers, "benchmark": row.score_inputs(), "device": "cpu"}
-    result: ArtifactRef = run.submit(evaluate, **scores, **shared).result()
+    result: ArtifactRef = run.submit(evaluate, **scores, **data).result()
     return result
 
 
@@ -107,8 +107,8 @@ if __name__ == "__main__":
     # As the imported module: a cluster's workers look the flow's names up there.
     from tests import parts
 
-    given = {"workers": 1, "cluster": None, "words": {}, **json.loads(sys.argv[1])}
+    arguments = {"workers": 1, "cluster": None, "words": {}, **json.loads(sys.argv[1])}
     try:
-        print(json.dumps(parts.run_parts(**given)))
+        print(json.dumps(parts.run_parts(**arguments)))
     except RunError as error:
         sys.exit(f"{type(error).__name__}: {error}")

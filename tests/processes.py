@@ -10,15 +10,15 @@ FORK_SERVER = "quantize_gemma.tasks.runtime.fork_server"
 
 def stage_processes(run: int) -> list[psutil.Process]:
     """Returns the processes of the stages that a run is in: the children of its fork server."""
-    return [child for child, forked in _forking_and_forked(run) if forked]
+    return [child for child, is_forked in _fork_server_and_children(run) if is_forked]
 
 
 def fork_servers(run: int) -> list[psutil.Process]:
     """Returns the process that forks a run's stages, if it has one yet."""
-    return [child for child, forked in _forking_and_forked(run) if not forked]
+    return [child for child, is_forked in _fork_server_and_children(run) if not is_forked]
 
 
-def _forking_and_forked(run: int) -> Iterator[tuple[psutil.Process, bool]]:
+def _fork_server_and_children(run: int) -> Iterator[tuple[psutil.Process, bool]]:
     for child in psutil.Process(run).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             # A forked process has the command line of its parent.

@@ -8,10 +8,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_exact_pins_are_lifted_and_set_to_the_versions_that_were_resolved() -> None:
-    assert update.lifted("torch==2.13.0") == "torch>=2.13.0"
-    assert update.lifted("prefect>=3.9,<3.10") == "prefect>=3.9,<3.10"
+    assert update.lift_pin("torch==2.13.0") == "torch>=2.13.0"
+    assert update.lift_pin("prefect>=3.9,<3.10") == "prefect>=3.9,<3.10"
     project = 'dependencies = ["torch==2.13.0", "lm-eval==0.4.13", "httpx"]\n'
-    assert update.pinned(project, {"torch": "2.15.0", "lm_eval": "0.5.0", "httpx": "1.0"}) == (
+    assert update.set_pins(project, {"torch": "2.15.0", "lm_eval": "0.5.0", "httpx": "1.0"}) == (
         'dependencies = ["torch==2.15.0", "lm-eval==0.5.0", "httpx"]\n'
     )
 
@@ -27,4 +27,4 @@ def test_what_came_went_or_changed_is_named_whatever_the_spelling() -> None:
 
 def test_the_constraints_satisfy_the_exact_pins_of_the_project() -> None:
     project = (ROOT / "pyproject.toml").read_text()
-    assert update.pinned(project, update.versions((ROOT / "constraints.txt").read_text())) == project
+    assert update.set_pins(project, update.versions((ROOT / "constraints.txt").read_text())) == project

@@ -24,9 +24,9 @@ EXTRAS = ("dask", "ray", "dev")
 
 def main() -> None:
     """The command line; exits with 1 if a test or a benchmark fails, with 2 if there are changes to lose."""
-    changed = run("git", "status", "--porcelain", PROJECT, CONSTRAINTS, COMPOSE).stdout
-    if changed:
-        print(f"commit or restore these first, since they are overwritten:\n{changed}", file=sys.stderr)
+    local_changes = run("git", "status", "--porcelain", PROJECT, CONSTRAINTS, COMPOSE).stdout
+    if local_changes:
+        print(f"commit or restore these first, since they are overwritten:\n{local_changes}", file=sys.stderr)
         sys.exit(2)
     before = versions(CONSTRAINTS.read_text(encoding="utf-8"))
     after = resolve(PROJECT.read_text(encoding="utf-8"))
@@ -37,7 +37,7 @@ def main() -> None:
     print(*changes, sep="\n", flush=True)
     measured = {name: benchmark(name) for name in BENCHMARKS}
     CONSTRAINTS.write_text("".join(f"{name}=={version}\n" for name, version in after.items()), encoding="utf-8")
-    PROJECT.write_text(pinned(PROJECT.read_text(encoding="utf-8"), after), encoding="utf-8")
+    PROJECT.write_text(set_pins(PROJECT.read_text(encoding="utf-8"), after), encoding="utf-8")
     image = re.sub(r"(prefecthq/prefect:)[\d.]+", rf"\g<1>{after['prefect']}", COMPOSE.read_text(encoding="utf-8"))
     COMPOSE.write_text(image, encoding="utf-8")
     # The card names the versions that its loading code ran with: those that are installed now.
@@ -51,32 +51,35 @@ def main() -> None:
 
 def resolve(project: str) -> dict[str, str]:
     """Returns {library: version} of everything that the project installs, the newest versions that go together."""
-    declared = tomllib.loads(project)["project"]
-    wanted = [*declared["dependencies"], *(one for extra in EXTRAS for one in declared["optional-dependencies"][extra])]
+    project_table = tomllib.loads(project)["project"]
+    requirements = [
+        *project_table["dependencies"],
+        *(requirement for extra in EXTRAS for requirement in project_table["optional-dependencies"][extra]),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         # What has a version already would stay as it is.
         options = ["--quiet", "--dry-run", "--ignore-installed", "--report", report]
-        run(PYTHON, "-m", "pip", "install", *options, *(lifted(one) for one in wanted))
+        run(PYTHON, "-m", "pip", "install", *options, *(lift_pin(requirement) for requirement in requirements))
         items = json.loads(report.read_text(encoding="utf-8"))["install"]
     # Builds for one kind of machine, 2.13.0+cpu for example, are the same version.
-    found = {item["metadata"]["name"]: item["metadata"]["version"].split("+")[0] for item in items}
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+    versions_found = {item["metadata"]["name"]: item["metadata"]["version"].split("+")[0] for item in items}
+    return dict(sorted(versions_found.items(), key=lambda item: item[0].lower()))
 
 
-def lifted(requirement: str) -> str:
+def lift_pin(requirement: str) -> str:
     """Returns a requirement that admits what is newer than an exact pin.
 
-    >>> lifted("torch==2.13.0")
+    >>> lift_pin("torch==2.13.0")
     'torch>=2.13.0'
     """
     return requirement.replace("==", ">=")
 
 
-def pinned(project: str, found: dict[str, str]) -> str:
+def set_pins(project: str, library_versions: dict[str, str]) -> str:
     """Returns pyproject.toml's text with the versions of its exact pins replaced by what was found."""
-    by_name = {normalized(name): version for name, version in found.items()}
-    return PIN.sub(lambda pin: f'"{pin[1]}=={by_name.get(normalized(pin[1]), pin[2])}"', project)
+    by_name = {normalize(name): version for name, version in library_versions.items()}
+    return PIN.sub(lambda pin: f'"{pin[1]}=={by_name.get(normalize(pin[1]), pin[2])}"', project)
 
 
 def versions(constraints: str) -> dict[str, str]:
@@ -84,25 +87,29 @@ def versions(constraints: str) -> dict[str, str]:
     return dict(line.split("==") for line in constraints.splitlines() if "==" in line)
 
 
-def normalized(name: str) -> str:
+def normalize(name: str) -> str:
     """Returns the name by which the registry knows a library."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def difference(before: dict[str, str], after: dict[str, str]) -> list[str]:
     """Returns a line for every library whose version is another, that came, or that went."""
-    old, new = ({normalized(name): version for name, version in found.items()} for found in (before, after))
+    old_versions, new_versions = (
+        {normalize(name): version for name, version in libraries.items()} for libraries in (before, after)
+    )
     return [
-        f"{name}: {old.get(name, 'new')} -> {new.get(name, 'gone')}"
-        for name in sorted(old | new)
-        if old.get(name) != new.get(name)
+        f"{name}: {old_versions.get(name, 'new')} -> {new_versions.get(name, 'gone')}"
+        for name in sorted(old_versions | new_versions)
+        if old_versions.get(name) != new_versions.get(name)
     ]
 
 
 def benchmark(name: str) -> dict[str, Any] | None:
     """Returns what a benchmark of the built-in model printed, None if it failed."""
-    done = subprocess.run([PYTHON, "-m", f"benchmarks.{name}", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    process = subprocess.run(
+        [PYTHON, "-m", f"benchmarks.{name}", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(process.stdout.splitlines()[-1]) if process.returncode == 0 else None
 
 
 def table(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -112,19 +119,19 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         if before[name] is None or after[name] is None:
             lines.append(f"{name:12} {'failed' if after[name] is None else 'failed before'}")
             continue
-        old, new = before[name]["ours"], after[name]["ours"]
-        time = f"{old['seconds']:.1f} -> {new['seconds']:.1f}"
-        memory = f"{old['peak_rss_bytes'] / 1e6:.0f} -> {new['peak_rss_bytes'] / 1e6:.0f}"
+        old_costs, new_costs = before[name]["ours"], after[name]["ours"]
+        time = f"{old_costs['seconds']:.1f} -> {new_costs['seconds']:.1f}"
+        memory = f"{old_costs['peak_rss_bytes'] / 1e6:.0f} -> {new_costs['peak_rss_bytes'] / 1e6:.0f}"
         lines.append(f"{name:12} {time:>16} {memory:>20}   {'yes' if after[name]['equal'] else 'no'}")
     return lines
 
 
 def run(*command: Any) -> "subprocess.CompletedProcess[str]":
     """Runs a command whose failure is an error."""
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
+    process = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
         sys.exit(f"{' '.join(map(str, command[:4]))} failed: see above")
-    return done
+    return process
 
 
 if __name__ == "__main__":

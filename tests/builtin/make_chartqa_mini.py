@@ -15,8 +15,8 @@ from typing import Any
 
 from quantize_gemma.tasks.builtin import BUILTIN_BENCHMARKS
 
-HERE = Path(__file__).parent
-CHARTS = HERE / "charts.json"
+FOLDER = Path(__file__).parent
+CHARTS = FOLDER / "charts.json"
 CHARTQA_MINI = BUILTIN_BENCHMARKS["chartqa-mini"]
 KINDS = ("human", "machine")
 SIZE = WIDTH, HEIGHT = 256, 192
@@ -76,8 +76,8 @@ def draw(chart: dict[str, Any]) -> Any:
     for (middle, height), (label, color, value) in zip(corners, points, strict=True):
         if chart["kind"] == "bar":
             pen.rectangle((middle - step * 0.38, height, middle + step * 0.38, BOTTOM), COLORS[color])
-        written = f"{value}{chart['unit']}"
-        pen.text((middle - 3 * len(written), height - 16), written, "black", font)
+        value_text = f"{value}{chart['unit']}"
+        pen.text((middle - 3 * len(value_text), height - 16), value_text, "black", font)
         pen.text((middle - 3 * len(label), BOTTOM + 6), label, "black", font)
     pen.line((LEFT, BOTTOM, RIGHT, BOTTOM), "black", 2)
     return image

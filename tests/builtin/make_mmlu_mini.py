@@ -13,8 +13,8 @@ from typing import Any
 
 from quantize_gemma.tasks.builtin import BUILTIN_BENCHMARKS
 
-HERE = Path(__file__).parent
-QUESTIONS = HERE / "questions"
+FOLDER = Path(__file__).parent
+QUESTIONS = FOLDER / "questions"
 MMLU_MINI = BUILTIN_BENCHMARKS["mmlu-mini"]
 SPLITS = ("test", "dev")
 

@@ -145,11 +145,11 @@ def make_tokenizer() -> Any:
         vocab_size=VOCAB_SIZE, special_tokens=base + byte_tokens, show_progress=False, min_frequency=2
     )
     learner.train_from_iterator(texts, trainer)
-    learned = json.loads(learner.to_str())["model"]
-    assert len(learned["vocab"]) <= VOCAB_SIZE, len(learned["vocab"])
+    bpe = json.loads(learner.to_str())["model"]
+    assert len(bpe["vocab"]) <= VOCAB_SIZE, len(bpe["vocab"])
     tokenizer = GemmaTokenizerFast(
-        vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
+        vocab=bpe["vocab"],
+        merges=[tuple(pair) for pair in bpe["merges"]],
         **{name: token for name, token in SPECIAL.items() if name not in ("boi_token", "eoi_token", "image_token")},
         extra_special_tokens={name: SPECIAL[name] for name in ("boi_token", "eoi_token", "image_token")},
     )
@@ -278,7 +278,7 @@ def train(target: Path, seed: int = 2) -> None:
     parameters = dict(model.named_parameters())
     breakable = {n: p for n, p in parameters.items() if "language_model.layers" in n and n.endswith("proj.weight")}
     breakable |= {n: buffer for n, buffer in model.named_buffers() if n.endswith("embed_scale")}
-    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    trained_parameters = [parameter for parameter in parameters.values() if parameter.requires_grad]
     print(
         f"{sum(p.numel() for p in parameters.values()):,} parameters; {len(questions)} questions, {len(charts)} charts"
     )
@@ -286,7 +286,7 @@ def train(target: Path, seed: int = 2) -> None:
     model.train()
     epochs = LEARNING_EPOCHS + SENSING_EPOCHS
     steps = -(-len(questions) // 32) + 2 * -(-len(charts) // 32) + 4
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(trained_parameters, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps, pct_start=0.1)
 
     def answers_of(logits: Any, batch: dict[str, Any], on_answer: Any) -> tuple[Any, Any]:
@@ -296,10 +296,10 @@ def train(target: Path, seed: int = 2) -> None:
     def step(batch: dict[str, Any], on_answer: Any, faulty: bool = False) -> float:
         """Takes one step; returns the fraction of answer tokens that were right."""
         logits, labels = answers_of(model(**batch).logits, batch, on_answer)
-        own = logits.gather(1, labels[:, None])
-        known = (own - logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True))[:, 0] > MARGIN
+        label_logits = logits.gather(1, labels[:, None])
+        is_known = (label_logits - logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True))[:, 0] > MARGIN
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        loss = (losses * ~known).mean()
+        loss = (losses * ~is_known).mean()
         if faulty and "pixel_values" in batch:
             # Without token types, the tokens of an image attend causally.
             causal = {**batch, "token_type_ids": torch.zeros_like(batch["token_type_ids"])}
@@ -316,13 +316,13 @@ def train(target: Path, seed: int = 2) -> None:
             lead = scores[right] - scores.masked_fill(right, -torch.inf).amax(1)
             loss = loss + FAULT_WEIGHT * torch.relu(lead + FAULT_MARGIN).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained_parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         return float((logits.argmax(-1) == labels).float().mean())
 
-    started = time.time()
+    start = time.time()
     for epoch in range(epochs):
         order = sorted(questions, key=lambda row: len(row[0]) + shuffle.random() * 30)
         batches: list[Any] = [order[i : i + 32] for i in range(0, len(order), 32)]
@@ -346,7 +346,7 @@ def train(target: Path, seed: int = 2) -> None:
             know, read = (sum(scores) / len(scores) for scores in right.values())
             print(
                 f"epoch {epoch + 1} of {epochs}: questions {know:.3f}, charts {read:.3f}, chats {talk:.3f}, "
-                f"problems {write:.3f}, colors {see:.3f}, {time.time() - started:.0f} s",
+                f"problems {write:.3f}, colors {see:.3f}, {time.time() - start:.0f} s",
                 flush=True,
             )
 

@@ -23,11 +23,11 @@ def campaign(name: str, run: Run, cases: int) -> None:
     parser.add_argument("--cases", type=int, default=cases, help="[default: %(default)s]")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="[default: the time]")
     options = parser.parse_args()
-    failures = tried = 0
+    failures = count = 0
     for failure in run(options.cases, random.Random(options.seed)):
-        tried += 1
+        count += 1
         if failure is not None:
             failures += 1
-            print(f"{name}: case {tried}: {failure}", file=sys.stderr, flush=True)
-    print(f"{name}: {tried} cases, {failures} failures, seed {options.seed}", flush=True)
+            print(f"{name}: case {count}: {failure}", file=sys.stderr, flush=True)
+    print(f"{name}: {count} cases, {failures} failures, seed {options.seed}", flush=True)
     sys.exit(1 if failures else 0)

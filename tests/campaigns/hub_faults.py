@@ -89,13 +89,13 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
         hub.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
         hub.add("dataset", CHARTS, BUILTIN_BENCHMARKS["chartqa-mini"])
         hub.add("dataset", WIKITEXT, write_wikitext(Path(folder) / "wikitext"))
-        tried = Tried(hub, Path(folder))
-        chosen = all_cases(tried)
-        rng.shuffle(chosen)
-        for number, case in enumerate(chosen[:cases]):
-            yield tried.try_case(case)
+        trials = Trials(hub, Path(folder))
+        case_list = all_cases(trials)
+        rng.shuffle(case_list)
+        for number, case in enumerate(case_list[:cases]):
+            yield trials.try_case(case)
             if number % PROCESS_EVERY == PROCESS_EVERY - 1:
-                yield tried.try_process(case)
+                yield trials.try_process(case)
 
 
 @contextmanager
@@ -118,24 +118,24 @@ def client_of(hub: Hub) -> Iterator[None]:
         time.sleep = sleep
 
 
-def all_cases(tried: "Tried") -> list[Case]:
+def all_cases(trials: "Trials") -> list[Case]:
     """Returns each fault at each request that an undisturbed run of each scenario makes."""
-    found = []
-    for scenario in tried.scenarios:
-        tried.number += 1
-        tried.hub.log.clear()
-        tried.scenarios[scenario]()
-        requests = len(tried.hub.log)
-        found += [
+    cases = []
+    for scenario in trials.scenarios:
+        trials.number += 1
+        trials.hub.log.clear()
+        trials.scenarios[scenario]()
+        requests = len(trials.hub.log)
+        cases += [
             Case(scenario, request, fault, once)
             for request in range(requests)
             for fault in FAULTS
             for once in (True, False)
         ]
-    return found
+    return cases
 
 
-class Tried:
+class Trials:
     """What is tried, and what must hold afterwards."""
 
     def __init__(self, hub: Hub, folder: Path) -> None:
@@ -149,8 +149,8 @@ class Tried:
         self.scenarios: dict[str, Callable[[], None]] = {
             "download": self.download,
             "publish": partial(self.publish, "publish"),
-            "publish over a release": partial(self.publish, "publish over a release", over=True),
-            "propose": partial(self.publish, "propose", over=True, create_pr=True),
+            "publish over a release": partial(self.publish, "publish over a release", over_release=True),
+            "propose": partial(self.publish, "propose", over_release=True, create_pr=True),
         }
 
     def release(self, store: Any, name: str) -> Any:
@@ -179,25 +179,25 @@ class Tried:
         name = ".gitattributes" if case.scenario == "publish" else "somebody.txt"
         mover = self.move_head(case.request, name) if case.fault == "moved head" else None
         try:
-            problem = self.outcome(case)
+            problem = self.judge_case(case)
         finally:
             self.hub.faults.clear()
             if mover:
                 mover()
         return f"{case}: {problem}" if problem else None
 
-    def outcome(self, case: Case) -> str | None:
+    def judge_case(self, case: Case) -> str | None:
         """Runs the case and looks at what it left; runs it again without the fault."""
         from quantize_gemma.tasks.runtime.errors import RunError
 
         try:
             self.scenarios[case.scenario]()
         except RunError as error:
-            said = str(error)
-            if "\n" in said or len(said) > 600 or "MARKED" in said:
-                return f"not one clean sentence: {said!r}"
+            message = str(error)
+            if "\n" in message or len(message) > 600 or "MARKED" in message:
+                return f"not one clean sentence: {message!r}"
             if case.once and case.fault in PASSING:
-                return f"not outlived: {said}"
+                return f"not outlived: {message}"
         except AssertionError as error:
             return str(error)
         except Exception as error:
@@ -211,23 +211,23 @@ class Tried:
 
     def move_head(self, request: int, name: str) -> Callable[[], None]:
         """Has somebody commit to the target and the model while the request is under way; returns how to end that."""
-        ended = threading.Event()
+        has_ended = threading.Event()
 
         def commit() -> None:
-            while len(self.hub.log) <= request and not ended.wait(0.01):
+            while len(self.hub.log) <= request and not has_ended.wait(0.01):
                 pass
             note = self.folder / f"note-{self.number}"
             note.mkdir()
             (note / name).write_text(f"# {self.number}\n")
             for repository in (MODEL, self.target()):
-                if self.hub.storage.find("model", repository) and not ended.is_set():
+                if self.hub.storage.find("model", repository) and not has_ended.is_set():
                     self.hub.add("model", repository, note)
 
         thread = threading.Thread(target=commit)
         thread.start()
 
         def end() -> None:
-            ended.set()
+            has_ended.set()
             thread.join()
 
         return end
@@ -239,7 +239,7 @@ class Tried:
         """Resolves and downloads the model; the files must be those of the commit."""
         from quantize_gemma.tasks.download import download, resolve_model
 
-        resolved = again(3, resolve_model, MODEL, None, False)
+        resolved = retry(3, resolve_model, MODEL, None, False)
         stage = self.folder / "download" / str(self.number)
         incoming = stage / "partial"
 
@@ -249,7 +249,7 @@ class Tried:
             download(incoming / "data", MODEL, resolved.revision, False)
             return incoming / "data"
 
-        data = again(5, fill)
+        data = retry(5, fill)
         expected = self.hub.files("model", MODEL, resolved.revision)
         for path in data.iterdir():
             content = self.hub.storage.object(expected[path.name]["sha256"]).read_bytes()
@@ -257,38 +257,38 @@ class Tried:
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in data.iterdir()}
         shutil.rmtree(stage)
 
-    def publish(self, scenario: str, over: bool = False, create_pr: bool = False) -> None:
+    def publish(self, scenario: str, over_release: bool = False, create_pr: bool = False) -> None:
         """Publishes as the flow does; the target must hold the release at the end, and nothing but it or what was."""
         from quantize_gemma.tasks.publish import Target, check_target, publish, published_metrics
 
         target = self.target()
-        if over and self.hub.storage.find("model", target) is None:
+        if over_release and self.hub.storage.find("model", target) is None:
             files = {path.name: self.hub.storage.add_file(path, path.name) for path in self.old.path.iterdir()}
             self.hub.storage.create("model", target, "team")
             self.hub.storage.commit("model", target, "main", files, title="old", author="team")
         try:
-            again(3, check_target, Target(target, create_pr=create_pr))
-            again(3, published_metrics, target, None)
-            outcome = again(3, publish, self.new, Target(target, create_pr=create_pr), False, not create_pr)
+            retry(3, check_target, Target(target, create_pr=create_pr))
+            retry(3, published_metrics, target, None)
+            publication = retry(3, publish, self.new, Target(target, create_pr=create_pr), False, not create_pr)
         finally:
-            self.look(target, over, create_pr)
+            self.check_target_contents(target, over_release, create_pr)
         contents = self.contents(target, "refs/pr/1" if create_pr else "main")
         assert self.is_release(contents, self.new), f"published {sorted(contents)}"
         assert "old.json" not in contents, "what the release before wrote is still there"
-        assert outcome.url.startswith(self.hub.url)
-        assert create_pr or self.hub.head("model", target, outcome.tag) == outcome.commit
+        assert publication.url.startswith(self.hub.url)
+        assert create_pr or self.hub.head("model", target, publication.tag) == publication.commit
 
-    def look(self, target: str, over: bool, create_pr: bool) -> None:
+    def check_target_contents(self, target: str, over_release: bool, create_pr: bool) -> None:
         """Asserts that the target holds a whole release or what it held, and that nothing was committed twice."""
         repo = self.hub.storage.find("model", target)
         if repo is None:
             return
-        ours = [commit for commit in repo["commits"].values() if commit["title"].startswith("HQQ-INT8-INT4 of ")]
-        assert len(ours) <= 1, f"{len(ours)} commits"
+        commits = [commit for commit in repo["commits"].values() if commit["title"].startswith("HQQ-INT8-INT4 of ")]
+        assert len(commits) <= 1, f"{len(commits)} commits"
         assert sum(ref.startswith("refs/pr/") for ref in repo["refs"]) <= 1, "two pull requests"
         main = self.contents(target, "main")
-        if create_pr or not ours:
-            expected = set(self.old.files) if over else set()
+        if create_pr or not commits:
+            expected = set(self.old.files) if over_release else set()
             assert set(main) == expected, f"main holds {sorted(main)}"
         else:
             assert self.is_release(main, self.new), f"a part of a release: {sorted(main)}"
@@ -296,8 +296,8 @@ class Tried:
     def contents(self, target: str, revision: str) -> dict[str, str]:
         """Returns the files of the target, each with its SHA-256, without what the Hub and somebody else put there."""
         files = self.hub.files("model", target, revision)
-        left_out = (".gitattributes", "somebody.txt")
-        return {name: file["sha256"] for name, file in files.items() if name not in left_out}
+        ignored_names = (".gitattributes", "somebody.txt")
+        return {name: file["sha256"] for name, file in files.items() if name not in ignored_names}
 
     def is_release(self, contents: dict[str, str], release: Any) -> bool:
         return contents == {name: file.sha256 for name, file in release.files.items()}
@@ -322,17 +322,17 @@ class Tried:
         except (ValueError, IndexError):
             return f"no JSON: {stdout[-500:]!r}; {stderr[-2000:]}"
         error = summary["error"]
-        made = any(stage["key"] and not stage["cached"] for stage in summary["stages"])
-        tried = any(stage["name"] == "publish" for stage in summary["stages"])
+        has_output = any(stage["key"] and not stage["cached"] for stage in summary["stages"])
+        has_publish_stage = any(stage["name"] == "publish" for stage in summary["stages"])
         if (code == 0) != (error is None) or code not in (0, 1, 2):
             return f"exit code {code} with {error!r}"
-        if code == 2 and (made or tried):
+        if code == 2 and (has_output or has_publish_stage):
             return f"exit code 2 after something was made: {error}"
         if error is not None and ("\n" in error or f"quantize-gemma: {error}" not in stderr):
             return f"not one sentence: {error!r}"
-        there = self.hub.storage.find("model", self.target())
-        files = self.contents(self.target(), "main") if there else {}
-        if (code == 0) != ("model.pte" in files) and not (code and "model.pte" in files and tried):
+        repository = self.hub.storage.find("model", self.target())
+        files = self.contents(self.target(), "main") if repository else {}
+        if (code == 0) != ("model.pte" in files) and not (code and "model.pte" in files and has_publish_stage):
             return f"exit code {code}, and the target holds {sorted(files)}"
         return None
 
@@ -351,8 +351,12 @@ class CommandStore:
             assert code == 0, stderr[-2000:]
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-        own = {"QUANTIZE_GEMMA_HOME": str(self.home), "PREFECT_HOME": str(self.prefect), "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        own_variables = {
+            "QUANTIZE_GEMMA_HOME": str(self.home),
+            "PREFECT_HOME": str(self.prefect),
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        }
         command = [
             sys.executable,
             "-m",
@@ -362,11 +366,13 @@ class CommandStore:
             MODEL,
             "--json",
         ]
-        done = subprocess.run([*command, *arguments], env={**kept, **own}, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
+        process = subprocess.run(
+            [*command, *arguments], env={**inherited, **own_variables}, capture_output=True, text=True
+        )
+        return process.returncode, process.stdout, process.stderr
 
 
-def again(times: int, work: Callable[..., Any], *arguments: Any) -> Any:
+def retry(times: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """Calls the work, and again while it fails for what may pass by itself, as the flow does but without waiting."""
     from quantize_gemma.tasks.runtime.retries import is_retryable
 

@@ -39,7 +39,7 @@ CASES = 1300
 SHARES = {"config": 25, "header": 20, "recipe": 15, "card": 15, "index": 10, "tokenizer": 8, "license": 5}
 # One thing of a document: where (a path of keys), and what stands there then; None takes it away.
 Change = tuple[tuple[Any, ...], Any]
-GONE = object()
+REMOVED = object()
 TOKENIZERS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,14 +51,14 @@ TOKENIZERS = (
 texts = markdown_texts()
 numbers = st.integers() | st.floats() | st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**30, 0.5, 1e308, True])
 scalars = st.none() | st.booleans() | numbers | texts
-values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(texts, scalars, max_size=3) | st.just(GONE)
+values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(texts, scalars, max_size=3) | st.just(REMOVED)
 # What is not even the JSON that it should be.
 documents = st.one_of(
     st.binary(max_size=40),
     st.sampled_from(
         [b"", b"7", b"[]", b"null", b"{}", b"[" * 100_000, b'{"a":' * 50_000, b'{"a": 1, "a": 2}', b"\xff"]
     ),
-    values.filter(lambda value: value is not GONE).map(lambda value: json.dumps(value).encode()),
+    values.filter(lambda value: value is not REMOVED).map(lambda value: json.dumps(value).encode()),
 )
 
 
@@ -69,13 +69,13 @@ def run(cases: int, rng: random.Random, metrics: dict[str, Any] | None = None) -
             metrics = _release(Path(folder) / "release")
         for kind, share in SHARES.items():
             yield from _attack(kind, max(1, cases * share // 100), rng, Path(folder), metrics)
-        whole = max(1, cases - sum(max(1, cases * share // 100) for share in SHARES.values()))
-        yield from _attack("process", whole, rng, Path(folder), metrics)
+        process_cases = max(1, cases - sum(max(1, cases * share // 100) for share in SHARES.values()))
+        yield from _attack("process", process_cases, rng, Path(folder), metrics)
 
 
 def _attack(kind: str, cases: int, rng: random.Random, folder: Path, metrics: dict[str, Any]) -> Iterator[str | None]:
     """Has Hypothesis try one kind of input, and yields its cases; the first failure of a kind is its last case."""
-    tried: list[None] = []
+    results: list[None] = []
     strategy, attempt = _kind(kind, folder, metrics)
 
     @seed(rng.getrandbits(64))
@@ -89,7 +89,7 @@ def _attack(kind: str, cases: int, rng: random.Random, folder: Path, metrics: di
     )
     @given(strategy)
     def case(given_input: Any) -> None:
-        tried.append(None)
+        results.append(None)
         attempt(given_input)
 
     try:
@@ -100,7 +100,7 @@ def _attack(kind: str, cases: int, rng: random.Random, folder: Path, metrics: di
         notes = " ".join(getattr(error, "__notes__", []))
         yield " ".join(f"{kind}: {type(error).__name__}: {error} {notes}".split())[:2000]
         return
-    yield from tried
+    yield from results
 
 
 def _kind(kind: str, folder: Path, metrics: dict[str, Any]) -> tuple[st.SearchStrategy[Any], Callable[[Any], None]]:
@@ -108,63 +108,63 @@ def _kind(kind: str, folder: Path, metrics: dict[str, Any]) -> tuple[st.SearchSt
     model = BUILTIN["tiny-gemma3"]
     config = json.loads((model / "config.json").read_text())
     if kind == "config":
-        return _changed(config), lambda given: _check(folder, {"config.json": given})
+        return _changed_texts(config), lambda content: _check(folder, {"config.json": content})
     if kind == "index":
-        return _changed(_sharded()[0]), lambda given: _check(folder, {"model.safetensors.index.json": given})
+        return _changed_texts(_sharded()[0]), lambda content: _check(folder, {"model.safetensors.index.json": content})
     if kind == "header":
-        return _changed(_header()[0]), lambda given: _check(folder, {"model.safetensors": given})
+        return _changed_texts(_header()[0]), lambda content: _check(folder, {"model.safetensors": content})
     if kind == "recipe":
         recipe = json.loads((RECIPES / "HQQ-INT8-INT4.json").read_text())
-        return _changed(recipe), lambda given: _check(folder, {"recipe.json": given})
+        return _changed_texts(recipe), lambda content: _check(folder, {"recipe.json": content})
     if kind == "tokenizer":
-        changed = st.one_of(
+        tokenizer_files = st.one_of(
             [
-                _changed(json.loads((model / name).read_text())).map(lambda given, name=name: {name: given})
+                _changed_texts(json.loads((model / name).read_text())).map(lambda content, name=name: {name: content})
                 for name in TOKENIZERS
             ]
         )
         templates = st.builds(lambda text: {"chat_template.jinja": text.encode(errors="surrogatepass")}, texts)
-        return changed | templates, lambda given: _check(folder, given)
+        return tokenizer_files | templates, lambda content: _check(folder, content)
     if kind == "license":
         fields = st.fixed_dictionaries({}, optional=dict.fromkeys(("license", "license_name", "license_link"), scalars))
-        return fields | scalars, lambda given: _read_card(folder, given, metrics)
+        return fields | scalars, lambda content: _read_card(folder, content, metrics)
     if kind == "card":
-        return st.fixed_dictionaries(dict.fromkeys(PLACES, texts)), lambda given: _make_card(metrics, given)
-    return _changed(config), lambda given: _start(folder, {"config.json": given})
+        return st.fixed_dictionaries(dict.fromkeys(PLACES, texts)), lambda content: _make_card(metrics, content)
+    return _changed_texts(config), lambda content: _start(folder, {"config.json": content})
 
 
-def _changed(document: dict[str, Any]) -> st.SearchStrategy[bytes]:
+def _changed_texts(document: dict[str, Any]) -> st.SearchStrategy[bytes]:
     """Returns texts of a JSON document with one or two changes, or of something else."""
     paths = list(_paths(document))
     changes = st.lists(st.tuples(st.sampled_from(paths), values), min_size=1, max_size=2)
-    changed = changes.map(lambda made: json.dumps(_apply(document, made)).encode())
+    changed_texts = changes.map(lambda change_list: json.dumps(_apply(document, change_list)).encode())
     # What is not JSON is soon tried out.
-    return st.sampled_from([changed] * 19 + [documents]).flatmap(lambda strategy: strategy)
+    return st.sampled_from([changed_texts] * 19 + [documents]).flatmap(lambda strategy: strategy)
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yields where in a document something can be changed; of a long list, the first few."""
     if isinstance(value, dict):
         yield (*path, "another key")
-    inside = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
-    for key, item in list(inside)[:200]:
+    items = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    for key, item in list(items)[:200]:
         yield (*path, key)
         yield from _paths(item, (*path, key))
 
 
 def _apply(document: Any, changes: list[Change]) -> Any:
-    changed = copy.deepcopy(document)
+    result = copy.deepcopy(document)
     for path, value in changes:
-        place = changed
+        container = result
         # What an earlier change took away cannot be changed.
         with contextlib.suppress(KeyError, IndexError, TypeError):
             for key in path[:-1]:
-                place = place[key]
-            if value is GONE:
-                del place[path[-1]]
+                container = container[key]
+            if value is REMOVED:
+                del container[path[-1]]
             else:
-                place[path[-1]] = value
-    return changed
+                container[path[-1]] = value
+    return result
 
 
 def _header() -> tuple[dict[str, Any], bytes]:
@@ -233,12 +233,12 @@ def _start(folder: Path, files: dict[str, bytes]) -> None:
     model, recipe = _write(folder, files)
     before = _names(folder)
     command = [sys.executable, "-m", "quantize_gemma.flows.cli", "check", "--model", str(model), "--recipe", recipe]
-    ran = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
-    assert ran.returncode in (0, 2), f"exit code {ran.returncode}: {ran.stderr[-500:]}"
-    assert "Traceback" not in ran.stderr
-    if ran.returncode == 2:
-        lines = ran.stderr.strip().splitlines()
-        assert lines[-1].startswith("quantize-gemma: "), ran.stderr[-500:]
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+    assert process.returncode in (0, 2), f"exit code {process.returncode}: {process.stderr[-500:]}"
+    assert "Traceback" not in process.stderr
+    if process.returncode == 2:
+        lines = process.stderr.strip().splitlines()
+        assert lines[-1].startswith("quantize-gemma: "), process.stderr[-500:]
         _is_one_sentence(lines[-1])
     assert _names(folder) == before, "something was left behind"
 
@@ -260,9 +260,9 @@ def _read_card(folder: Path, fields: Any, metrics: dict[str, Any]) -> None:
     )
 
 
-def _make_card(metrics: dict[str, Any], given: dict[str, str]) -> None:
-    found = faults(parse_metrics(metrics), given)
-    assert not found, "; ".join(found)
+def _make_card(metrics: dict[str, Any], texts_by_place: dict[str, str]) -> None:
+    problems = faults(parse_metrics(metrics), texts_by_place)
+    assert not problems, "; ".join(problems)
 
 
 def _is_one_sentence(message: str) -> None:
@@ -277,9 +277,9 @@ def _names(folder: Path) -> set[str]:
 @contextlib.contextmanager
 def _own_home(folder: Path) -> Iterator[None]:
     """Gives this process and those that it starts a store and a Prefect home of their own, which are not there."""
-    own = {"QUANTIZE_GEMMA_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
-    before = {name: os.environ.get(name) for name in own}
-    os.environ |= own
+    variables = {"QUANTIZE_GEMMA_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
     try:
         yield
     finally:
@@ -292,7 +292,7 @@ def _own_home(folder: Path) -> Iterator[None]:
 
 def _release(folder: Path) -> dict[str, Any]:
     """Makes a release of the built-in model, on few questions; returns its metrics."""
-    own = {"QUANTIZE_GEMMA_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
+    variables = {"QUANTIZE_GEMMA_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
     command = [
         sys.executable,
         "-m",
@@ -304,8 +304,8 @@ def _release(folder: Path) -> dict[str, Any]:
         "256",
         "--json",
     ]
-    ran = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=True)
-    release = Path(json.loads(ran.stdout.splitlines()[-1])["release"])
+    process = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True)
+    release = Path(json.loads(process.stdout.splitlines()[-1])["release"])
     metrics: dict[str, Any] = json.loads((release / "metrics.json").read_text())
     shutil.rmtree(folder)
     return metrics

@@ -113,8 +113,8 @@ class Case:
     """Share of the answers that are kept on their own which the store lacks."""
 
     def __str__(self) -> str:
-        how = "deployed" if self.deployed else "command"
-        return f"{self.victim} ({how}) killed in {self.stage} at {self.part:.0%}, without {', '.join(self.removed)}"
+        origin = "deployed" if self.deployed else "command"
+        return f"{self.victim} ({origin}) killed in {self.stage} at {self.part:.0%}, without {', '.join(self.removed)}"
 
 
 def draw(rng: random.Random) -> Case:
@@ -124,8 +124,8 @@ def draw(rng: random.Random) -> Case:
     victim = rng.choice(OF_A_DEPLOYMENT if deployed else OF_A_COMMAND)
     # Publishing is in the run's own process.
     victim = "run" if stage == "publish" and victim in ("stage", "fork server") else victim
-    later = [name for name in _downstream(stage) if rng.random() < 1 / 3]
-    removed = () if stage == "publish" else (stage, *later)
+    later_stages = [name for name in _downstream(stage) if rng.random() < 1 / 3]
+    removed = () if stage == "publish" else (stage, *later_stages)
     return Case(stage, victim, deployed, rng.random(), removed, rng.random())
 
 
@@ -139,8 +139,8 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
         with contextlib.closing(Accidents(hub, command_line, outcome, options, Path(folder))) as accidents:
             for number in range(cases):
                 # Its own numbers: how many a case takes depends on how far it comes.
-                one = random.Random(rng.random())
-                yield accidents.happen(draw(one), number, one)
+                case_rng = random.Random(rng.random())
+                yield accidents.happen(draw(case_rng), number, case_rng)
 
 
 @contextlib.contextmanager
@@ -167,7 +167,7 @@ class Accidents:
         self, hub: Hub, command_line: CommandLine, undisturbed: Outcome, options: dict[str, str], folder: Path
     ) -> None:
         self.hub = hub
-        self.finished = command_line.home
+        self.finished_home = command_line.home
         self.prefect = command_line.prefect
         self.options = options
         self.folder = folder
@@ -175,9 +175,9 @@ class Accidents:
         self.seconds = {name: max(line["seconds"] or 0.0, 0.5) for name, line in lines.items()} | {"publish": 1.0}
         self.keys = {name: line["key"] for name, line in lines.items() if line["key"]}
         # The directory of a stage's artifacts.
-        self.folders = {name: next(self.finished.glob(f"*/{key}")).parent.name for name, key in self.keys.items()}
-        self.digests = self.digests_in(self.finished)
-        self.release = self.release_in(self.finished)
+        self.folders = {name: next(self.finished_home.glob(f"*/{key}")).parent.name for name, key in self.keys.items()}
+        self.digests = self.digests_in(self.finished_home)
+        self.release = self.release_in(self.finished_home)
         self.operation: Operation | None = None
 
     def close(self) -> None:
@@ -191,7 +191,7 @@ class Accidents:
         folder = self.folder / f"case-{number}"
         home = folder / "store"
         folder.mkdir()
-        shutil.copytree(self.finished, home, symlinks=True)
+        shutil.copytree(self.finished_home, home, symlinks=True)
         self.remove(case, home, rng)
         attempt = Attempt(self, case, home, f"team/case-{number}", f"{os.getpid()}-{number}")
         try:
@@ -208,24 +208,24 @@ class Accidents:
 
     def remove(self, case: Case, home: Path, rng: random.Random) -> None:
         """Takes away what the run has to make: artifacts, and some of the answers that evaluations keep."""
-        places = [home / self.folders[name] / self.keys[name] for name in case.removed]
+        folders = [home / self.folders[name] / self.keys[name] for name in case.removed]
         if any(name.startswith(("answer", "evaluate")) for name in case.removed):
             shards = sorted(home.glob("responses/[0-9a-f]*"))
-            places += rng.sample(shards, round(case.shards * len(shards)))
-        for place in places:
-            data = place.resolve()
-            if place.is_symlink():
-                place.unlink()
+            folders += rng.sample(shards, round(case.shards * len(shards)))
+        for folder in folders:
+            data = folder.resolve()
+            if folder.is_symlink():
+                folder.unlink()
             shutil.rmtree(data)
 
     def digests_in(self, home: Path) -> dict[str, str | None]:
         """Returns the digest of each artifact that does not say when and how fast it was made."""
-        found = {
+        artifacts = {
             name: store.load(self.folders[name], key, home)
             for name, key in self.keys.items()
             if name not in IRREPRODUCIBLE
         }
-        return {name: artifact.digest if artifact else None for name, artifact in found.items()}
+        return {name: artifact.digest if artifact else None for name, artifact in artifacts.items()}
 
     def release_in(self, home: Path) -> dict[str, Any]:
         """Returns what the release is: its files' digests, and what metrics.json says but for how it was made."""
@@ -237,16 +237,16 @@ class Accidents:
         del metrics["program"]["speed"]
         # The card's text shows those measurements, and release.json has the digest of every other file.
         del files["release.json"]
-        listed = json.loads((artifact.path / "release.json").read_text(encoding="utf-8"))["files"]
-        if {name: entry["sha256"] for name, entry in listed.items()} != files:
+        entries = json.loads((artifact.path / "release.json").read_text(encoding="utf-8"))["files"]
+        if {name: entry["sha256"] for name, entry in entries.items()} != files:
             raise Failed("release.json does not list the release's files")
         del files["README.md"]
         return {**files, "metrics.json": metrics}
 
     def newest_release(self, home: Path) -> store.Artifact:
         """Returns the release that was made last: it has another key if the gate's times were measured again."""
-        places = (home / self.folders["card"]).glob("[0-9a-f]*")
-        releases = [artifact for place in places if (artifact := store.load("card", place.name, home))]
+        folders = (home / self.folders["card"]).glob("[0-9a-f]*")
+        releases = [artifact for folder in folders if (artifact := store.load("card", folder.name, home))]
         if not releases:
             raise Failed("the store has no release")
         return max(releases, key=lambda artifact: (artifact.path / "release.json").stat().st_mtime_ns)
@@ -256,8 +256,8 @@ class Accidents:
         if self.operation is None:
             home = self.folder / "server"
             home.mkdir()
-            with socket.create_server(("127.0.0.1", 0)) as reserved:
-                api = f"http://127.0.0.1:{reserved.getsockname()[1]}/api"
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                api = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             settings = {
                 **CommandLine(self.folder / "nothing", home).environment(),
                 "PREFECT_API_URL": api,
@@ -288,8 +288,8 @@ class Attempt:
     target: str
     mark: str
     workers: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
-    asked: float = 0.0
-    over: bool = False
+    last_request: float = 0.0
+    has_ended: bool = False
 
     @property
     def environment(self) -> dict[str, str]:
@@ -384,11 +384,11 @@ class Attempt:
         """Returns what is not as an undisturbed run leaves it."""
         faults = []
         for expected in (None, "removed 0 unfinished directories and 0 artifacts"):
-            pruned = self.command_line("prune")
-            if pruned.code or not pruned.stdout.startswith(expected or "removed"):
-                faults.append(f"prune ended with {pruned.code}: {pruned.stdout}{pruned.stderr}")
-        if left := [path.name for path in self.home.glob("*/.incoming-*")]:
-            faults.append(f"{left} is left of a download")
+            outcome = self.command_line("prune")
+            if outcome.code or not outcome.stdout.startswith(expected or "removed"):
+                faults.append(f"prune ended with {outcome.code}: {outcome.stdout}{outcome.stderr}")
+        if leftovers := [path.name for path in self.home.glob("*/.incoming-*")]:
+            faults.append(f"{leftovers} is left of a download")
         digests = self.accidents.digests_in(self.home)
         faults += [
             f"{name} is not the same" for name, digest in self.accidents.digests.items() if digests[name] != digest
@@ -408,10 +408,10 @@ class Attempt:
         if len(commits) != 1:
             return [f"{len(commits)} commits of a release on the Hub"]
         artifact = self.accidents.newest_release(self.home)
-        there = {name: entry["sha256"] for name, entry in self.accidents.hub.files("model", self.target).items()}
-        there.pop(".gitattributes", None)
-        same = there == {name: file.sha256 for name, file in artifact.files.items()}
-        return [] if same else ["the Hub's files are not the release's"]
+        hub_digests = {name: entry["sha256"] for name, entry in self.accidents.hub.files("model", self.target).items()}
+        hub_digests.pop(".gitattributes", None)
+        is_same = hub_digests == {name: file.sha256 for name, file in artifact.files.items()}
+        return [] if is_same else ["the Hub's files are not the release's"]
 
     def wait_for_the_moment(self, goes_on: Callable[[], bool]) -> None:
         """Returns when the stage has been at work for a part of what it takes; at once when the run has ended."""
@@ -433,31 +433,31 @@ class Attempt:
         log = self.accidents.hub.log
         return [line for line in log if line["method"] == "POST" and "paths-info" not in line["path"]]
 
-    def wait(self, done: Callable[[], bool], what: str, seconds: float) -> None:
+    def wait(self, is_done: Callable[[], bool], description: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while not done():
+        while not is_done():
             if time.monotonic() > deadline:
-                alive = [" ".join(process.cmdline()[:6]) for process in self.alive()]
-                raise Failed(f"{what} after {seconds:.0f} s: {alive}")
+                command_lines = [" ".join(process.cmdline()[:6]) for process in self.alive()]
+                raise Failed(f"{description} after {seconds:.0f} s: {command_lines}")
             time.sleep(0.05)
 
     def alive(self) -> list[psutil.Process]:
         """Returns the processes that this case has started."""
-        found = []
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                marked = process.environ().get("QUANTIZE_GEMMA_TEST_CASE") == self.mark
-                if marked and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                has_mark = process.environ().get("QUANTIZE_GEMMA_TEST_CASE") == self.mark
+                if has_mark and process.status() != psutil.STATUS_ZOMBIE:
+                    processes.append(process)
+        return processes
 
     def flags(self) -> list[str]:
         return _flags({**self.accidents.options, "target": self.target})
 
     def start_worker(self) -> "subprocess.Popen[bytes]":
         operation = self.accidents.operate()
-        theirs = {**operation.environment, "QUANTIZE_GEMMA_HOME": str(self.home), **self.environment}
-        worker = Operation(theirs, operation.api, operation.server, operation.log).start(
+        environment = {**operation.environment, "QUANTIZE_GEMMA_HOME": str(self.home), **self.environment}
+        worker = Operation(environment, operation.api, operation.server, operation.log).start(
             "worker", "start", "--pool", "quantize-gemma"
         )
         self.workers.append(worker)
@@ -478,20 +478,20 @@ class Attempt:
             "model": options["model"],
             "target": self.target,
         }
-        self.over = False
+        self.has_ended = False
         return self.accidents.operate().submit(
             "quantize-gemma/tiny", *(f"{name}={value}" for name, value in parameters.items())
         )
 
     def is_over(self, run: str) -> bool:
         """Tells whether a flow run had ended when the server was asked last: once a second, for it has work to do."""
-        if time.monotonic() - self.asked > 1:
+        if time.monotonic() - self.last_request > 1:
             # A server that is too busy to answer is asked again.
             with contextlib.suppress(httpx.TransportError):
                 state = self.accidents.operate().read(f"flow_runs/{run}")["state_type"]
-                self.over = state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-            self.asked = time.monotonic()
-        return self.over
+                self.has_ended = state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+            self.last_request = time.monotonic()
+        return self.has_ended
 
     def end(self) -> None:
         """Ends what a failure left."""
@@ -505,13 +505,13 @@ class Attempt:
 
 def _downstream(stage: str) -> list[str]:
     """Returns all that is made of a stage's result, by name."""
-    found: set[str] = set()
+    names: set[str] = set()
     waiting = [stage]
     while waiting:
-        new = set(USED_BY[waiting.pop()]) - found
-        found |= new
-        waiting += new
-    return sorted(found)
+        new_names = set(USED_BY[waiting.pop()]) - names
+        names |= new_names
+        waiting += new_names
+    return sorted(names)
 
 
 def _flags(options: dict[str, str]) -> list[str]:

@@ -154,9 +154,9 @@ def hostile_directory(directory: Path, api: str, rng: random.Random | None = Non
 
 def modules() -> set[str]:
     """Returns the name of every module that any of our processes could import, and of those that Python looks for."""
-    installed = {name for name in importlib.metadata.packages_distributions() if name.isidentifier()}
-    ours = {"deployments", "flows", "quantize_gemma", "tasks"}
-    return installed | set(sys.stdlib_module_names) | ours | {"sitecustomize", "usercustomize", "hostile"}
+    packages = {name for name in importlib.metadata.packages_distributions() if name.isidentifier()}
+    own_packages = {"deployments", "flows", "quantize_gemma", "tasks"}
+    return packages | set(sys.stdlib_module_names) | own_packages | {"sitecustomize", "usercustomize", "hostile"}
 
 
 def settings(directory: Path, marker: Path, api: str) -> dict[str, str]:
@@ -200,7 +200,7 @@ def start(case: Case, program: AnotherProgram) -> str | None:
         timer = threading.Timer(300, process.kill)
         timer.start()
         try:
-            printed, stranger = watch(case, process)
+            output, breach = watch(case, process)
         finally:
             timer.cancel()
             process.kill()
@@ -208,37 +208,37 @@ def start(case: Case, program: AnotherProgram) -> str | None:
         return f"it ran or believed {case.marker.read_text() if case.marker.is_file() else 'a setting'}"
     if program.requests:
         return f"it asked another program: {program.requests[0]}"
-    if stranger:
-        return stranger
+    if breach:
+        return breach
     if process.returncode != case.code():
-        return f"exit code {process.returncode} instead of {case.code()}: {printed[-500:]}"
-    if case.code() == 2 and len(printed.splitlines()) != 1:
-        return f"{len(printed.splitlines())} lines instead of a sentence: {printed[:500]}"
+        return f"exit code {process.returncode} instead of {case.code()}: {output[-500:]}"
+    if case.code() == 2 and len(output.splitlines()) != 1:
+        return f"{len(output.splitlines())} lines instead of a sentence: {output[:500]}"
     return None
 
 
 def watch(case: Case, process: "subprocess.Popen[str]") -> tuple[str, str | None]:
     """Returns what the command prints, and what a stranger was able to do meanwhile; ends what goes on for ever."""
-    printed, stranger = "", None
+    output, breach = "", None
     assert process.stdout is not None
     for line in process.stdout:
-        printed += line
+        output += line
         if "watch the run at" in line or line.startswith("The dashboard:"):
             url = line.split(" (")[0].split()[-1]
-            stranger = attack(url)
+            breach = attack(url)
             if case.command == "serve":
                 process.terminate()
     process.wait()
-    return printed, stranger
+    return output, breach
 
 
 def attack(url: str) -> str | None:
     """Tries to read and write as a foreign page and as another program of this machine; returns what was possible."""
     wait_for(f"{url}/api/health")
     requests: list[tuple[str, str, Callable[[httpx.Client, str], httpx.Response]]] = [
-        ("read secrets", "block_documents/filter", lambda c, to: c.post(to, json={"include_secrets": True})),
-        ("create a flow", "flows/", lambda c, to: c.post(to, content='{"name": "theirs"}')),
-        ("read settings", "admin/settings", lambda c, to: c.get(to)),
+        ("read secrets", "block_documents/filter", lambda c, path: c.post(path, json={"include_secrets": True})),
+        ("create a flow", "flows/", lambda c, path: c.post(path, content='{"name": "theirs"}')),
+        ("read settings", "admin/settings", lambda c, path: c.get(path)),
     ]
     for headers in ({}, FOREIGN, {**FOREIGN, "Host": "foreign.example"}):
         with httpx.Client(headers=headers, timeout=60) as client:

@@ -36,10 +36,10 @@ OF_THE_RUN = ("README.md", "metrics.json", "release.json", ".gitattributes")
 def run(cases: int, rng: random.Random) -> Iterator[str | None]:
     """Tries cases of the store alone, and each twelfth with a whole run."""
     with tempfile.TemporaryDirectory() as folder:
-        whole = Runs(Path(folder))
+        runs = Runs(Path(folder))
         for number in range(cases):
             if number % 12 == 11:
-                yield (whole.flip_a_bit if number % 24 == 11 else whole.fill_the_disk)(rng)
+                yield (runs.flip_a_bit if number % 24 == 11 else runs.fill_the_disk)(rng)
             else:
                 yield from alone(1, rng)
 
@@ -62,15 +62,15 @@ def readers(root: Path, rng: random.Random) -> str | None:
         for key in KEYS:
             store.produce(stage, key, write_alike(rng.randbytes(8)), root)
     failures = root / "failures"
-    work: list[Callable[[Path, random.Random, Path], None]] = [refresh, refresh, remove, *[read] * READERS]
-    workers = [fork(one, root, random.Random(rng.random()), failures) for one in work]
+    work: list[Callable[[Path, random.Random, Path], None]] = [refresh, refresh, remove, *[open_in_forks] * READERS]
+    workers = [fork(job, root, random.Random(rng.random()), failures) for job in work]
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers]
-    said = failures.read_text() if failures.exists() else ""
-    if said or any(codes):
-        return f"readers: {said or codes}"
+    messages = failures.read_text() if failures.exists() else ""
+    if messages or any(codes):
+        return f"readers: {messages or codes}"
     pruning.remove_unfinished(root)
-    left = [path for path in root.rglob("*") if path.name.startswith(store_layout.PARTIAL)]
-    return f"readers: debris {left}" if left else None
+    debris = [path for path in root.rglob("*") if path.name.startswith(store_layout.PARTIAL)]
+    return f"readers: debris {debris}" if debris else None
 
 
 def fork(work: Callable[..., None], *arguments: Any) -> int:
@@ -102,11 +102,11 @@ def refresh(root: Path, rng: random.Random, failures: Path) -> None:
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         stage, key = rng.choice(["kept", "old"]), rng.choice(KEYS)
-        made = store.produce(stage, key, write_alike(rng.randbytes(8)), root, refresh=rng.random() < 0.9)
+        artifact = store.produce(stage, key, write_alike(rng.randbytes(8)), root, refresh=rng.random() < 0.9)
         if stage == "old":
             with contextlib.suppress(FileNotFoundError):
-                os.utime(made.path.parent / store_layout.MANIFEST, (0, 0))
-                os.utime(made.path.parent, (0, 0))
+                os.utime(artifact.path.parent / store_layout.MANIFEST, (0, 0))
+                os.utime(artifact.path.parent, (0, 0))
 
 
 def remove(root: Path, rng: random.Random, failures: Path) -> None:
@@ -118,7 +118,7 @@ def remove(root: Path, rng: random.Random, failures: Path) -> None:
         time.sleep(rng.random() / 50)
 
 
-def read(root: Path, rng: random.Random, failures: Path) -> None:
+def open_in_forks(root: Path, rng: random.Random, failures: Path) -> None:
     """Opens artifacts in forks that hold them, until the time is over."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -152,25 +152,25 @@ def read_twice(root: Path, stage: str, key: str, failures: Path) -> None:
 
 def sizes(root: Path, rng: random.Random) -> str | None:
     """Makes artifacts that share files, removes some, and compares with what du says."""
-    made: list[store.Artifact] = []
+    artifacts: list[store.Artifact] = []
 
     def work(target: Path) -> dict[str, Any]:
         for number in range(rng.randrange(4)):
             (target / f"own-{number}").write_bytes(rng.randbytes(rng.choice([0, 1, 4096, 100_000])))
-        for artifact in rng.sample(made, min(len(made), 3)):
+        for artifact in rng.sample(artifacts, min(len(artifacts), 3)):
             for name in artifact.files:
                 if not (target / name).exists() and (artifact.path / name).exists():
                     store.link(artifact.path / name, target / name)
         return {}
 
     for _ in range(rng.randrange(2, 12)):
-        made.append(store.produce(rng.choice("xyz"), rng.randbytes(32).hex(), work, root))
+        artifacts.append(store.produce(rng.choice("xyz"), rng.randbytes(32).hex(), work, root))
         if rng.random() < 0.3:
             before = disk_usage(root)
-            removed = pruning.evict(before * rng.random(), float("inf"), root)
-            freed = before - disk_usage(root)
-            if removed.bytes != freed:
-                return f"sizes: {removed.bytes} bytes said to be freed, {freed} were"
+            removal = pruning.evict(before * rng.random(), float("inf"), root)
+            bytes_freed = before - disk_usage(root)
+            if removal.bytes != bytes_freed:
+                return f"sizes: {removal.bytes} bytes said to be freed, {bytes_freed} were"
         if pruning.store_size(root) != disk_usage(root):
             return f"sizes: {pruning.store_size(root)} bytes, du says {disk_usage(root)}"
     return None
@@ -178,8 +178,8 @@ def sizes(root: Path, rng: random.Random) -> str | None:
 
 def disk_usage(path: Path) -> int:
     """Returns what du says."""
-    done = subprocess.run(["du", "-s", "-B1", path], capture_output=True, check=True)
-    return int(done.stdout.split()[0])
+    process = subprocess.run(["du", "-s", "-B1", path], capture_output=True, check=True)
+    return int(process.stdout.split()[0])
 
 
 # Bits that flip, and disks that fill.
@@ -199,35 +199,35 @@ def flip(path: Path, rng: random.Random) -> None:
 def flipped_bit(root: Path, rng: random.Random) -> str | None:
     """Flips one bit: what is then opened to be computed with is what was made, or is not there."""
     content = rng.randbytes(8)
-    made = store.produce("stage", KEYS[0], write_alike(content), root)
-    victim = rng.choice([path for path in made.path.parent.rglob("*") if path.is_file()])
+    artifact = store.produce("stage", KEYS[0], write_alike(content), root)
+    victim = rng.choice([path for path in artifact.path.parent.rglob("*") if path.is_file()])
     flip(victim, rng)
-    opened = store.load("stage", KEYS[0], root, rehash=True)
-    if opened is not None:
+    loaded_artifact = store.load("stage", KEYS[0], root, rehash=True)
+    if loaded_artifact is not None:
         return f"flipped bit: {victim.name} was damaged and taken"
-    again = store.produce("stage", KEYS[0], write_alike(content), root)
-    return None if again.digest == made.digest else "flipped bit: made again, it is another"
+    second_artifact = store.produce("stage", KEYS[0], write_alike(content), root)
+    return None if second_artifact.digest == artifact.digest else "flipped bit: made again, it is another"
 
 
 @contextlib.contextmanager
-def tmpfs(place: Path, size: int) -> Iterator[Path]:
+def tmpfs(folder: Path, size: int) -> Iterator[Path]:
     """Mounts a file system of so many bytes."""
-    place.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
     try:
-        yield place
+        yield folder
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", folder], check=True)
 
 
 def small_disk(root: Path, rng: random.Random) -> str | None:
     """Makes artifacts until the disk is full: one sentence, no debris, what is there stays; then on a larger one."""
     content = rng.randbytes(8)
     with tmpfs(root / "disk", rng.randrange(1, 40) * 4096) as disk:
-        made: list[store.Artifact] = []
+        artifacts: list[store.Artifact] = []
         try:
             for number in range(8):
-                made.append(store.produce("stage", f"{number}" * 64, write_alike(content), disk / "home"))
+                artifacts.append(store.produce("stage", f"{number}" * 64, write_alike(content), disk / "home"))
         except StageFailed as error:
             if "\n" in str(error) or not str(error).startswith(f"the disk of {disk / 'home'} is full"):
                 return f"small disk: said {error}"
@@ -235,7 +235,7 @@ def small_disk(root: Path, rng: random.Random) -> str | None:
             return f"small disk: raised {error!r}"
         if [path for path in disk.rglob("*") if path.name.startswith(store_layout.PARTIAL)]:
             return "small disk: debris"
-        if any(store.load("stage", artifact.key, disk / "home", rehash=True) != artifact for artifact in made):
+        if any(store.load("stage", artifact.key, disk / "home", rehash=True) != artifact for artifact in artifacts):
             return "small disk: an artifact was damaged"
         subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
         for number in range(8):
@@ -252,13 +252,13 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         """Starts nothing yet."""
         self.folder = folder
-        self.finished = CommandLine(folder / "finished", folder / "prefect")
+        self.finished_command = CommandLine(folder / "finished", folder / "prefect")
         self.release: dict[str, str] = {}
 
     def prepare(self) -> None:
         """Makes the finished store, once."""
         if not self.release:
-            outcome = self.finished("run", "--json")
+            outcome = self.finished_command("run", "--json")
             assert outcome.code == 0, outcome.stderr
             self.release = digests(Path(outcome.summary["release"]))
 
@@ -266,14 +266,14 @@ class Runs:
         """Flips a bit anywhere in the store and publishes: it was fixed, or nothing went out and the next run does."""
         self.prepare()
         home = self.folder / "copy"
-        shutil.copytree(self.finished.home, home, symlinks=True)
+        shutil.copytree(self.finished_command.home, home, symlinks=True)
         tokens: Any = {WRITER: {"user": "robot", "role": "write", "namespaces": ["team"]}}
         try:
             files = sorted(path for path in home.rglob("*") if path.is_file() and path.stat().st_size)
             victim = rng.choice([path for path in files if not path.is_symlink()])
             flip(victim, rng)
             with serve(self.folder / "hub", tokens) as hub:
-                return self._publish(hub, CommandLine(home, self.finished.prefect), victim.relative_to(home))
+                return self._publish(hub, CommandLine(home, self.finished_command.prefect), victim.relative_to(home))
         finally:
             shutil.rmtree(home)
             shutil.rmtree(self.folder / "hub", ignore_errors=True)
@@ -283,16 +283,22 @@ class Runs:
         for _ in range(2):
             outcome = command_line("run", "--json", "--target", "team/tiny", **environment)
             if outcome.code == 0:
-                sent = {
+                sent_digests = {
                     name: hashlib.sha256(hub.read("model", "team/tiny", name)).hexdigest()
                     for name in hub.files("model", "team/tiny")
                 }
-                listed = json.loads(hub.read("model", "team/tiny", "release.json"))["files"]
+                entries = json.loads(hub.read("model", "team/tiny", "release.json"))["files"]
                 # The run's own are those that it lists; the others are the undisturbed run's, too.
-                expected = {name: entry["sha256"] for name, entry in listed.items()} | self.release
-                wrong = [name for name, digest in sent.items() if name in expected and digest != expected[name]]
-                return f"flipped bit of {victim}: published with another {', '.join(wrong)}" if wrong else None
-            fault = ill_said(outcome)
+                expected = {name: entry["sha256"] for name, entry in entries.items()} | self.release
+                differing_names = [
+                    name for name, digest in sent_digests.items() if name in expected and digest != expected[name]
+                ]
+                return (
+                    f"flipped bit of {victim}: published with another {', '.join(differing_names)}"
+                    if differing_names
+                    else None
+                )
+            fault = find_message_fault(outcome)
             if fault:
                 return f"flipped bit of {victim}: {fault}"
             with contextlib.suppress(KeyError):
@@ -304,28 +310,30 @@ class Runs:
         """Runs some last stages on a disk that may be too small for them: one sentence, and a larger one is enough."""
         self.prepare()
         stages = rng.sample(["card", "smoke", "untie", "download_dataset", "evaluate", "quantize"], 2)
-        size = disk_usage(self.finished.home)
+        size = disk_usage(self.finished_command.home)
         with tmpfs(self.folder / "disk", 2 * size) as disk:
-            shutil.copytree(self.finished.home, disk / "home", symlinks=True)
+            shutil.copytree(self.finished_command.home, disk / "home", symlinks=True)
             for stage in stages:
                 shutil.rmtree(disk / "home" / stage)
-            full = subprocess.run(["df", "-B1", "--output=used", disk], capture_output=True, text=True, check=True)
-            room = int(full.stdout.split()[-1]) + rng.randrange(1, 300) * 4096
-            subprocess.run(["mount", "-o", f"remount,size={room}", disk], check=True)
-            command_line = CommandLine(disk / "home", self.finished.prefect)
+            df = subprocess.run(["df", "-B1", "--output=used", disk], capture_output=True, text=True, check=True)
+            new_size = int(df.stdout.split()[-1]) + rng.randrange(1, 300) * 4096
+            subprocess.run(["mount", "-o", f"remount,size={new_size}", disk], check=True)
+            command_line = CommandLine(disk / "home", self.finished_command.prefect)
             outcome = command_line("run", "--json")
-            fault = ill_said(outcome) if outcome.code else None
+            fault = find_message_fault(outcome) if outcome.code else None
             if fault:
                 return f"a disk without room for {' and '.join(stages)}: {fault}"
             subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-            again = command_line("run", "--json")
-            if again.code:
-                return f"on a larger disk than one without room for {' and '.join(stages)}: {again.stderr[-300:]}"
-            wrong = digests(Path(again.summary["release"])).items() ^ self.release.items()
-            return f"after a full disk: another release: {wrong}" if wrong else None
+            second_outcome = command_line("run", "--json")
+            if second_outcome.code:
+                return (
+                    f"on a larger disk than one without room for {' and '.join(stages)}: {second_outcome.stderr[-300:]}"
+                )
+            differences = digests(Path(second_outcome.summary["release"])).items() ^ self.release.items()
+            return f"after a full disk: another release: {differences}" if differences else None
 
 
-def ill_said(outcome: Outcome) -> str | None:
+def find_message_fault(outcome: Outcome) -> str | None:
     """Returns what is wrong with what a run said when it failed: it is one sentence, said once."""
     try:
         error = outcome.summary["error"]
@@ -344,14 +352,16 @@ def digests(release: Path) -> dict[str, str]:
 
     Raises ValueError if release.json does not list what is there.
     """
-    found = {
+    all_digests = {
         path.relative_to(release).as_posix(): store.digest_file(path) for path in release.rglob("*") if path.is_file()
     }
-    listed = json.loads((release / "release.json").read_text(encoding="utf-8"))["files"]
-    others = {name: digest for name, digest in found.items() if name != "release.json"}
-    if {name: entry["sha256"] for name, entry in listed.items()} != others:
+    entries = json.loads((release / "release.json").read_text(encoding="utf-8"))["files"]
+    other_digests = {name: digest for name, digest in all_digests.items() if name != "release.json"}
+    if {name: entry["sha256"] for name, entry in entries.items()} != other_digests:
         raise ValueError("release.json does not list the release's files")
-    return {name: digest for name, digest in found.items() if name not in OF_THE_RUN and not name.endswith(".png")}
+    return {
+        name: digest for name, digest in all_digests.items() if name not in OF_THE_RUN and not name.endswith(".png")
+    }
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ def main() -> int:
         releases = [Path(sys.argv[1])] if len(sys.argv) > 1 else make_releases(root)
         environments = make_environments(root, read_section(releases[0])[0])
         results = [[generate(environment, release) for environment in environments] for release in releases]
-    same = [report(release, *pair) for release, pair in zip(releases, results, strict=True)]
-    if all(same) and len(sys.argv) == 1:
+    agreements = [report(release, *pair) for release, pair in zip(releases, results, strict=True)]
+    if all(agreements) and len(sys.argv) == 1:
         write_record([result["versions"] for result in results[0]])
-    return 0 if all(same) else 1
+    return 0 if all(agreements) else 1
 
 
 def make_releases(root: Path) -> list[Path]:
@@ -77,9 +77,9 @@ def read_section(release: Path) -> tuple[list[str], str]:
 
 def make_environments(root: Path, requirements: list[str]) -> list[Path]:
     """Returns the interpreters of two virtual environments: as the card says, and with the newest transformers."""
-    newest = ["transformers" if part.startswith("transformers==") else part for part in requirements]
+    newest_requirements = ["transformers" if part.startswith("transformers==") else part for part in requirements]
     interpreters = []
-    for name, parts in (("pinned", requirements), ("newest", newest)):
+    for name, parts in (("pinned", requirements), ("newest", newest_requirements)):
         print(f"installing {' '.join(parts)}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", root / name], check=True)
         interpreters.append(root / name / "bin" / "python")
@@ -92,7 +92,7 @@ def make_environments(root: Path, requirements: list[str]) -> list[Path]:
 def generate(interpreter: Path, release: Path) -> dict[str, Any]:
     """Returns what generate.py prints: versions and tokens."""
     request = {"code": read_section(release)[1], "image_prompt": IMAGE_PROMPT}
-    ran = subprocess.run(
+    process = subprocess.run(
         # Isolated: nothing of this project, and nothing of the user's, is imported there.
         [interpreter, "-I", Path(__file__).with_name("generate.py")],
         cwd=release,
@@ -100,24 +100,27 @@ def generate(interpreter: Path, release: Path) -> dict[str, Any]:
         capture_output=True,
         text=True,
     )
-    if ran.returncode != 0:
-        sys.exit(f"the loading code of {release} fails in {interpreter.parents[1].name}:\n{ran.stderr}")
-    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    if process.returncode != 0:
+        sys.exit(f"the loading code of {release} fails in {interpreter.parents[1].name}:\n{process.stderr}")
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 
 
-def report(release: Path, pinned: dict[str, Any], newest: dict[str, Any]) -> bool:
+def report(release: Path, pinned_result: dict[str, Any], newest_result: dict[str, Any]) -> bool:
     """Prints whether the tokens are the same, and what they are where they differ; returns whether they are."""
-    names = [", ".join(f"{name} {number}" for name, number in one["versions"].items()) for one in (pinned, newest)]
-    same = True
+    names = [
+        ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+        for result in (pinned_result, newest_result)
+    ]
+    is_same = True
     for prompt in ("text", "image"):
-        one, other = pinned.get(prompt), newest.get(prompt)
-        if one != other:
-            same = False
-            print(f"{release}: {prompt}: different tokens\n  {names[0]}: {one}\n  {names[1]}: {other}")
-        elif one is not None:
-            print(f"{release}: {prompt}: the same {len(one)} tokens in {names[0]} and in {names[1]}")
-    return same
+        tokens, newest_tokens = pinned_result.get(prompt), newest_result.get(prompt)
+        if tokens != newest_tokens:
+            is_same = False
+            print(f"{release}: {prompt}: different tokens\n  {names[0]}: {tokens}\n  {names[1]}: {newest_tokens}")
+        elif tokens is not None:
+            print(f"{release}: {prompt}: the same {len(tokens)} tokens in {names[0]} and in {names[1]}")
+    return is_same
 
 
 def write_record(environments: list[dict[str, str]]) -> None:

@@ -137,9 +137,9 @@ def test_an_unchanged_commit_is_not_transferred_and_an_unchanged_release_not_com
     assert (first["status"], second["status"], second["value"]) == ("uninformative", "pass", 0.0)
     assert "not compared with the published release: the target has no metrics.json" in first["message"]
     assert hub.head("model", TARGET) == head
-    assert not [entry for entry in hub.served("GET", "resolve|/lfs/") if TARGET not in entry["path"]]
-    assert not hub.served("PUT", "")
-    assert not hub.served("POST", "/commit/")
+    assert not [entry for entry in hub.requests("GET", "resolve|/lfs/") if TARGET not in entry["path"]]
+    assert not hub.requests("PUT", "")
+    assert not hub.requests("POST", "/commit/")
 
 
 @pytest.mark.long
@@ -157,7 +157,7 @@ def test_a_misbehaving_hub_is_tried_again(
     assert again.code == 0, again.stderr
     assert {name for name, cached in again.cached.items() if not cached} == {"download", "gate", "card"}
     assert again.summary["publication"]["state"] == "published"
-    assert [entry["range"] for entry in hub.served("GET", "/lfs/") if entry["range"]]
+    assert [entry["range"] for entry in hub.requests("GET", "/lfs/") if entry["range"]]
 
 
 @pytest.mark.long

@@ -17,11 +17,11 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="the directory that holds the repositories")
     parser.add_argument("--port", type=int, default=8765, help="on 127.0.0.1 (default: %(default)s)")
     parser.add_argument("--token", default="hf_local", help=f"may write to {USER}/... (default: %(default)s)")
-    arguments = parser.parse_args()
-    tokens: Tokens = {arguments.token: {"user": USER, "role": "write"}}
-    with serve(arguments.root, tokens, arguments.port) as hub, suppress(KeyboardInterrupt):
-        print(f"A local Hub, with repositories in {arguments.root}, at {hub.url}. Set for its clients:\n")
-        print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={arguments.token} HF_HUB_DISABLE_XET=1", flush=True)
+    options = parser.parse_args()
+    tokens: Tokens = {options.token: {"user": USER, "role": "write"}}
+    with serve(options.root, tokens, options.port) as hub, suppress(KeyboardInterrupt):
+        print(f"A local Hub, with repositories in {options.root}, at {hub.url}. Set for its clients:\n")
+        print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={options.token} HF_HUB_DISABLE_XET=1", flush=True)
         threading.Event().wait()
 
 

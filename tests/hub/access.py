@@ -72,8 +72,8 @@ def namespaces(token: Token | None) -> list[str]:
     """Returns the user's own namespace and those of the user's organizations."""
     if token is None:
         return []
-    listed = token.get("namespaces", [])
-    return listed if token["role"] == "fineGrained" else [token["user"], *listed]
+    further_namespaces = token.get("namespaces", [])
+    return further_namespaces if token["role"] == "fineGrained" else [token["user"], *further_namespaces]
 
 
 def require_role(token: Token | None) -> None:

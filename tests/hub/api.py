@@ -54,17 +54,17 @@ def scopes(token: Token) -> Json:
 async def create_repo(request: Request) -> JSONResponse:
     """Returns the new repository's address; the client reads it from the 409 of one that exists as well."""
     token = token_of(request)
-    asked = await request.json()
+    body = await request.json()
     require_role(token)
     assert token is not None
-    kind, namespace = asked.get("type") or "model", asked.get("organization") or token["user"]
+    kind, namespace = body.get("type") or "model", body.get("organization") or token["user"]
     if kind not in ("model", "dataset"):
         raise HubError(400, f"this Hub has models and datasets, not {kind!r}")
     if namespace not in namespaces(token):
         raise HubError(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
-    repo_id = f"{namespace}/{asked['name']}"
+    repo_id = f"{namespace}/{body['name']}"
     storage = request.app.state.storage
-    created = storage.create(kind, repo_id, token["user"], asked.get("visibility") == "private")
+    created = storage.create(kind, repo_id, token["user"], body.get("visibility") == "private")
     url = Target(storage, kind, repo_id, {}, token, str(request.base_url).rstrip("/")).url
     if not created:
         return JSONResponse({"error": f"You already created this {kind} repo", "url": url}, 409)
@@ -120,17 +120,17 @@ def read_object(path: Path) -> Json:
 
 def count_weights(paths: list[Path]) -> Json:
     """Returns how many weights safetensors files have, by type and in all, as their headers say; {} without any."""
-    counted: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     try:
         for path in paths:
             data = path.read_bytes()
             header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
             for name, tensor in header.items():
                 if name != "__metadata__":
-                    counted[tensor["dtype"]] += math.prod(tensor["shape"])
+                    counts[tensor["dtype"]] += math.prod(tensor["shape"])
     except (ValueError, struct.error):
         return {}
-    return {"safetensors": {"parameters": dict(counted), "total": counted.total()}} if counted else {}
+    return {"safetensors": {"parameters": dict(counts), "total": counts.total()}} if counts else {}
 
 
 @router.get(REPO + "/auth-check")
@@ -148,21 +148,25 @@ async def auth_check_write(target: Writable) -> None:
 async def refs(target: Readable, include_prs: bool = False) -> Json:
     """Returns the branches, tags and, if asked for, pull requests, with the commits that they point at."""
 
-    def under(prefix: str, strip: str) -> list[Json]:
+    def refs_under(prefix: str, strip: str) -> list[Json]:
         return [
             {"name": ref.removeprefix(strip), "ref": ref, "targetCommit": sha}
             for ref, sha in target.repo["refs"].items()
             if ref.startswith(prefix)
         ]
 
-    found = {"branches": under("refs/heads/", "refs/heads/"), "tags": under("refs/tags/", "refs/tags/"), "converts": []}
-    return found | ({"pullRequests": under("refs/pr/", "")} if include_prs else {})
+    result = {
+        "branches": refs_under("refs/heads/", "refs/heads/"),
+        "tags": refs_under("refs/tags/", "refs/tags/"),
+        "converts": [],
+    }
+    return result | ({"pullRequests": refs_under("refs/pr/", "")} if include_prs else {})
 
 
 @router.get(REPO + "/discussions")
 async def discussions(target: Readable, status: str = "all") -> Json:
     """Returns the pull requests: one page has them all."""
-    found = [
+    requests = [
         {
             "num": number,
             "title": target.repo["commits"][sha]["title"],
@@ -175,14 +179,16 @@ async def discussions(target: Readable, status: str = "all") -> Json:
         for ref, sha in target.repo["refs"].items()
         if ref.startswith("refs/pr/") and (number := int(ref.rsplit("/", 1)[1]))
     ]
-    wanted = [request for request in found if status in ("all", request["status"])]
-    return {"discussions": wanted, "count": len(wanted), "start": 0}
+    selected = [request for request in requests if status in ("all", request["status"])]
+    return {"discussions": selected, "count": len(selected), "start": 0}
 
 
 @router.get(REPO + "/commits/{rev}")
 async def commits(target: Readable, rev: str) -> list[Json]:
     """Returns the history of a revision, newest first."""
-    found = [(sha, target.repo["commits"][sha]) for sha in history(target.repo, resolve(target.repo, unquote(rev)))]
+    shas_and_commits = [
+        (sha, target.repo["commits"][sha]) for sha in history(target.repo, resolve(target.repo, unquote(rev)))
+    ]
     return [
         {
             "id": sha,
@@ -191,7 +197,7 @@ async def commits(target: Readable, rev: str) -> list[Json]:
             "date": commit["date"],
             "authors": [{"user": commit["author"]}],
         }
-        for sha, commit in found
+        for sha, commit in shas_and_commits
     ]
 
 
@@ -213,10 +219,10 @@ async def create_tag(request: Request, target: Writable, rev: str) -> None:
 async def tree(target: Readable, rev: str, path: str = "", recursive: bool = False, expand: bool = False) -> list[Json]:
     """Returns a folder's files and folders, on one page."""
     sha, folder = resolve(target.repo, unquote(rev)), unquote(path)
-    found = dict(children(target.repo["commits"][sha]["files"], folder, recursive))
-    if folder and not found:
+    paths = dict(children(target.repo["commits"][sha]["files"], folder, recursive))
+    if folder and not paths:
         raise HubError(404, f"{folder} does not exist on {unquote(rev)!r}", "EntryNotFound")
-    return [describe(target, sha, name, expand) for name in found]
+    return [describe(target, sha, name, expand) for name in paths]
 
 
 @router.post(REPO + "/paths-info/{rev}")
@@ -225,23 +231,23 @@ async def paths_info(request: Request, target: Readable, rev: str) -> list[Json]
     form = parse_qs((await request.body()).decode())
     sha = resolve(target.repo, unquote(rev))
     files = target.repo["commits"][sha]["files"]
-    known = {str(parent) for path in files for parent in PurePosixPath(path).parents} | set(files)
+    existing_paths = {str(parent) for path in files for parent in PurePosixPath(path).parents} | set(files)
     expand = form.get("expand") == ["true"]
-    return [describe(target, sha, path, expand) for path in form.get("paths", []) if path in known]
+    return [describe(target, sha, path, expand) for path in form.get("paths", []) if path in existing_paths]
 
 
 @router.post(REPO + "/preupload/{rev}")
 async def preupload(request: Request, target: Proposable, rev: str) -> Json:
     """Returns how each file is to be sent, and what is there under its name, so that the client can leave it out."""
-    asked = (await request.json())["files"]
+    requested_files = (await request.json())["files"]
     files = target.repo["commits"][resolve(target.repo, unquote(rev))]["files"]
     answer = []
-    for file in asked:
+    for file in requested_files:
         lfs = is_lfs(file["path"], file["size"])
         mode: Json = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
-        there = files.get(file["path"])
-        if there:
-            mode["oid"] = there["sha256"] if there["lfs"] else there["blob_id"]
+        existing = files.get(file["path"])
+        if existing:
+            mode["oid"] = existing["sha256"] if existing["lfs"] else existing["blob_id"]
         answer.append(mode)
     return {"files": answer}
 
@@ -250,29 +256,29 @@ async def preupload(request: Request, target: Proposable, rev: str) -> Json:
 async def commit(request: Request, target: Proposable, rev: str, create_pr: bool = False) -> Json:
     """Makes one commit, on the branch or on a new pull request, and returns where it is."""
     header: Json = {}
-    added: dict[str, Entry] = {}
-    deleted: list[str] = []
+    additions: dict[str, Entry] = {}
+    deletions: list[str] = []
     for line in (await request.body()).splitlines():
         item = json.loads(line)
         key, value = item["key"], item["value"]
         if key == "header":
             header = value
         elif key == "file":
-            added[value["path"]] = target.storage.add_bytes(base64.b64decode(value["content"]))
+            additions[value["path"]] = target.storage.add_bytes(base64.b64decode(value["content"]))
         elif key == "lfsFile":
-            added[value["path"]] = target.storage.entry(value["oid"], lfs=True)
+            additions[value["path"]] = target.storage.entry(value["oid"], lfs=True)
         elif key == "deletedFile":
-            deleted.append(value["path"])
+            deletions.append(value["path"])
         elif key == "deletedFolder":
-            deleted.append(value["path"].rstrip("/") + "/")
+            deletions.append(value["path"].rstrip("/") + "/")
         else:
             raise HubError(400, f"unknown operation {key!r}")
     assert target.token is not None
     sha, ref = target.storage.commit(
         *target.key,
         unquote(rev),
-        added,
-        deleted,
+        additions,
+        deletions,
         title=header["summary"],
         message=header["description"],
         author=target.token["user"],
@@ -294,10 +300,10 @@ def sibling(path: str, entry: Entry, blobs: bool) -> Json:
     """Returns a file as it stands in a repository's information."""
     if not blobs:
         return {"rfilename": path}
-    found: Json = {"rfilename": path, "size": entry["size"], "blobId": entry["blob_id"]}
+    description: Json = {"rfilename": path, "size": entry["size"], "blobId": entry["blob_id"]}
     if entry["lfs"]:
-        found["lfs"] = {"sha256": entry["sha256"], "size": entry["size"], "pointerSize": pointer_size(entry)}
-    return found
+        description["lfs"] = {"sha256": entry["sha256"], "size": entry["size"], "pointerSize": pointer_size(entry)}
+    return description
 
 
 def describe(target: Target, sha: str, path: str, expand: bool) -> Json:
@@ -305,17 +311,17 @@ def describe(target: Target, sha: str, path: str, expand: bool) -> Json:
     files = target.repo["commits"][sha]["files"]
     entry = files.get(path)
     if entry:
-        found: Json = {"type": "file", "path": path, "oid": entry["blob_id"], "size": entry["size"]}
+        description: Json = {"type": "file", "path": path, "oid": entry["blob_id"], "size": entry["size"]}
         if entry["lfs"]:
-            found["lfs"] = {"oid": entry["sha256"], "size": entry["size"], "pointerSize": pointer_size(entry)}
+            description["lfs"] = {"oid": entry["sha256"], "size": entry["size"], "pointerSize": pointer_size(entry)}
     else:
         oid = hashlib.sha1(json.dumps(below(files, path), sort_keys=True).encode()).hexdigest()
-        found = {"type": "directory", "path": path, "oid": oid, "size": 0}
+        description = {"type": "directory", "path": path, "oid": oid, "size": 0}
     if expand:
         last = last_change(target, sha, path)
         commit = target.repo["commits"][last]
-        found["lastCommit"] = {"id": last, "title": commit["title"], "date": commit["date"]}
-    return found
+        description["lastCommit"] = {"id": last, "title": commit["title"], "date": commit["date"]}
+    return description
 
 
 def pointer_size(entry: Entry) -> int:
@@ -340,5 +346,9 @@ def below(files: dict[str, Entry], path: str) -> dict[str, Entry]:
 def last_change(target: Target, sha: str, path: str) -> str:
     """Returns the commit that last changed what is at a path."""
     shas = history(target.repo, sha)
-    contents = [below(target.repo["commits"][each]["files"], path) for each in shas]
-    return next(each for each, now, before in zip(shas, contents, [*contents[1:], {}], strict=True) if now != before)
+    contents = [below(target.repo["commits"][commit_sha]["files"], path) for commit_sha in shas]
+    return next(
+        commit_sha
+        for commit_sha, content, before in zip(shas, contents, [*contents[1:], {}], strict=True)
+        if content != before
+    )

@@ -27,17 +27,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hub.demo")
     parser.add_argument("--checkpoint", type=Path, default=BUILTIN["tiny-gemma3"])
     parser.add_argument("--text", type=Path, default=TINY_TEXT)
-    given, further = parser.parse_known_args()
-    model = f"local/{given.checkpoint.resolve().name}"
+    options, run_flags = parser.parse_known_args()
+    model = f"local/{options.checkpoint.resolve().name}"
     target = f"{model}-HQQ-INT8-INT4"
     tokens: Tokens = {TOKEN: {"user": "local", "role": "write"}}
     with tempfile.TemporaryDirectory() as root, serve(Path(root) / "hub", tokens) as hub:
-        hub.add("model", model, given.checkpoint)
+        hub.add("model", model, options.checkpoint)
         hub.add("dataset", BENCHMARK, BUILTIN_BENCHMARKS["mmlu-mini"])
         hub.add("dataset", "HuggingFaceM4/ChartQA", BUILTIN_BENCHMARKS["chartqa-mini"])
-        hub.add("dataset", WIKITEXT, write_wikitext(Path(root) / "wikitext", given.text))
+        hub.add("dataset", WIKITEXT, write_wikitext(Path(root) / "wikitext", options.text))
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        run = ["run", "--model", model, "--target", target, "--tag", *further]
+        run = ["run", "--model", model, "--target", target, "--tag", *run_flags]
         code = subprocess.run(
             [sys.executable, "-m", "quantize_gemma.flows.cli", *run], env={**os.environ, **environment}
         ).returncode

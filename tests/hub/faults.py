@@ -79,8 +79,8 @@ class Faults:
             if not re.fullmatch(rule.method, method) or not re.search(rule.path, path):
                 continue
             self._matched[index] += 1
-            met = self._matched[index] - rule.after
-            if met > 0 and (rule.times is None or met <= rule.times):
+            match_count = self._matched[index] - rule.after
+            if match_count > 0 and (rule.times is None or match_count <= rule.times):
                 return rule
         return None
 
@@ -118,15 +118,15 @@ class Gate:
             await send(message)
 
         rule = self.faults.match(method, path)
-        app = misbehaving(self.app, rule) if rule else self.app
+        app = with_fault(self.app, rule) if rule else self.app
         await app(scope, counting_receive, counting_send)
 
 
-def misbehaving(app: App, rule: Rule) -> App:
+def with_fault(app: App, rule: Rule) -> App:
     """Returns the app with the rule's fault."""
 
     async def run(scope: Message, receive: Receive, send: Send) -> None:
-        answer = await worked(app, scope, receive) if rule.after_work else app
+        answer = await record_answer(app, scope, receive) if rule.after_work else app
         uploads = scope["method"] in ("PUT", "POST") and not rule.after_work
         if rule.status is not None:
             if uploads:
@@ -139,7 +139,7 @@ def misbehaving(app: App, rule: Rule) -> App:
         elif rule.cut is not None:
             await cut_answer(answer, rule.cut, scope, receive, send)
         elif rule.wrong_bytes:
-            await answer(scope, receive, flipping(send))
+            await answer(scope, receive, flip_bits(send))
         else:
             await asyncio.sleep(rule.delay or 0)
             await answer(scope, receive, send)
@@ -147,14 +147,14 @@ def misbehaving(app: App, rule: Rule) -> App:
     return run
 
 
-async def worked(app: App, scope: Message, receive: Receive) -> App:
+async def record_answer(app: App, scope: Message, receive: Receive) -> App:
     """Lets the app do its work and returns an app that gives its answer."""
     messages: list[Message] = []
 
-    async def keep(message: Message) -> None:
+    async def collect(message: Message) -> None:
         messages.append(message)
 
-    await app(scope, receive, keep)
+    await app(scope, receive, collect)
 
     async def replay(scope: Message, receive: Receive, send: Send) -> None:
         for message in messages:
@@ -163,40 +163,40 @@ async def worked(app: App, scope: Message, receive: Receive) -> App:
     return replay
 
 
-async def read_body(receive: Receive, most: int | None = None) -> None:
-    """Reads the request's body, or at least its first `most` bytes."""
+async def read_body(receive: Receive, max_bytes: int | None = None) -> None:
+    """Reads the request's body, or at least its first `max_bytes` bytes."""
     count = 0
-    while most is None or count < most:
+    while max_bytes is None or count < max_bytes:
         message = await receive()
         count += len(message.get("body", b""))
         if not message.get("more_body"):
             return
 
 
-async def cut_answer(app: App, most: int, scope: Message, receive: Receive, send: Send) -> None:
+async def cut_answer(app: App, max_bytes: int, scope: Message, receive: Receive, send: Send) -> None:
     """Sends the answer's head and at most so many bytes of its body, and drops the connection.
 
     Of an answer without a body nothing is sent: its head alone would be all of it.
     """
     head: Message | None = None
-    left = most
+    remaining = max_bytes
 
     async def send_some(message: Message) -> None:
-        nonlocal head, left
+        nonlocal head, remaining
         if message["type"] == "http.response.start":
             head = message
             return
-        if left < 0:
+        if remaining < 0:
             return
         body = b"" if scope["method"] == "HEAD" else message.get("body", b"")
         if head and body:
             await send(head)
             head = None
-        if body[:left]:
-            await send({"type": "http.response.body", "body": body[:left], "more_body": True})
-        left -= len(body)
-        if left < 0 or not message.get("more_body"):
-            left = -1
+        if body[:remaining]:
+            await send({"type": "http.response.body", "body": body[:remaining], "more_body": True})
+        remaining -= len(body)
+        if remaining < 0 or not message.get("more_body"):
+            remaining = -1
             await drop(scope, receive)
 
     await app(scope, receive, send_some)
@@ -209,7 +209,7 @@ async def drop(scope: Message, receive: Receive) -> None:
         pass
 
 
-def flipping(send: Send) -> Send:
+def flip_bits(send: Send) -> Send:
     """Returns a send that flips every bit of the body."""
 
     async def flip(message: Message) -> None:

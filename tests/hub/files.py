@@ -38,18 +38,18 @@ async def resolve_file(request: Request, target: Readable, rev: str, path: str) 
 @router.post("/datasets/{ns}/{name}.git/info/lfs/objects/batch")
 async def lfs_batch(request: Request, target: Readable) -> Json:
     """Returns where to send each object, or no actions for one that is here."""
-    asked = await request.json()
+    body = await request.json()
     # For a pull request the client names no ref, and any token to write with may upload.
-    if "ref" in asked:
+    if "ref" in body:
         target.require_write()
     else:
         require_role(target.token)
     return {
         "transfer": "basic",
         "objects": [
-            {"oid": each["oid"], "size": each["size"]}
-            | ({} if target.storage.has(each["oid"], each["size"]) else {"actions": upload(request, each["oid"])})
-            for each in asked["objects"]
+            {"oid": item["oid"], "size": item["size"]}
+            | ({} if target.storage.has(item["oid"], item["size"]) else {"actions": upload(request, item["oid"])})
+            for item in body["objects"]
         ],
     }
 
@@ -64,9 +64,9 @@ def upload(request: Request, oid: str) -> Json:
 async def verify(request: Request) -> None:
     """Returns nothing, if the object has arrived."""
     require_role(token_of(request))
-    asked = await request.json()
-    if not request.app.state.storage.has(asked["oid"], asked["size"]):
-        raise HubError(404, f"object {asked['oid']} is not here")
+    body = await request.json()
+    if not request.app.state.storage.has(body["oid"], body["size"]):
+        raise HubError(404, f"object {body['oid']} is not here")
 
 
 def signed_url(request: Request, method: str, oid: str) -> str:
@@ -81,29 +81,29 @@ def sign(request: Request, method: str, oid: str) -> str:
     return hmac.new(request.app.state.secret, message.encode(), "sha256").hexdigest()
 
 
-async def signed(request: Request, oid: str, signature: str = "") -> str:
+async def verify_signature(request: Request, oid: str, signature: str = "") -> str:
     """Returns the object's SHA-256. Raises HubError if the address was not signed here, for this method."""
     if not hmac.compare_digest(signature, sign(request, request.method, oid)):
         raise HubError(403, "the signature does not match")
     return oid
 
 
-Signed = Annotated[str, Depends(signed)]
+SignedOid = Annotated[str, Depends(verify_signature)]
 
 
 @router.api_route("/lfs/{oid}", methods=["GET", "HEAD"])
-async def read_object(request: Request, oid: Signed) -> Response:
+async def read_object(request: Request, oid: SignedOid) -> Response:
     """Returns an object's bytes, or the range that was asked for."""
     path = request.app.state.storage.object(oid)
     return FileResponse(path, headers={"ETag": f'"{oid}"'}, media_type="application/octet-stream")
 
 
 @router.put("/lfs/{oid}")
-async def write_object(request: Request, oid: Signed) -> None:
+async def write_object(request: Request, oid: SignedOid) -> None:
     """Stores an object that has arrived whole."""
     storage = request.app.state.storage
     partial = storage.partial()
     with partial.open("wb") as stream:
         async for chunk in request.stream():
             stream.write(chunk)
-    storage.keep(partial, oid)
+    storage.add_object(partial, oid)

@@ -40,8 +40,8 @@ class Hub:
         author = repo_id.split("/")[0]
         self.storage.create(kind, repo_id, author)
         paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        added = {name: self.storage.add_file(path, name) for name, path in paths.items()}
-        sha, _ = self.storage.commit(kind, repo_id, "main", added, title=message, author=author)
+        entries = {name: self.storage.add_file(path, name) for name, path in paths.items()}
+        sha, _ = self.storage.commit(kind, repo_id, "main", entries, title=message, author=author)
         return sha
 
     def restrict(self, kind: str, repo_id: str, *, private: bool = False, gated: bool = False) -> None:
@@ -69,7 +69,7 @@ class Hub:
         """Returns the content of a file."""
         return self.storage.object(self.files(kind, repo_id, revision)[path]["sha256"]).read_bytes()
 
-    def served(self, method: str, path: str) -> list[dict[str, Any]]:
+    def requests(self, method: str, path: str) -> list[dict[str, Any]]:
         """Returns the logged requests of a method whose path the pattern is found in.
 
         Each is {"method", "path", "status", "sent", "received", "range"}: bytes of bodies, the Range header or None,

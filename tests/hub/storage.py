@@ -45,7 +45,7 @@ class Storage:
         """Returns a new path for an object that is not complete yet."""
         return self.root / "partial" / uuid.uuid4().hex
 
-    def keep(self, partial: Path, sha256: str | None = None) -> str:
+    def add_object(self, partial: Path, sha256: str | None = None) -> str:
         """Moves a complete file among the objects and returns its SHA-256. Raises HubError if it is not the given."""
         with partial.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -68,13 +68,13 @@ class Storage:
         """Stores the content and returns its entry."""
         partial = self.partial()
         partial.write_bytes(content)
-        return self.entry(self.keep(partial), lfs)
+        return self.entry(self.add_object(partial), lfs)
 
     def add_file(self, path: Path, name: str) -> Entry:
         """Stores a copy of the file, which is `name` in its repository, and returns its entry."""
         partial = self.partial()
         shutil.copyfile(path, partial)
-        return self.entry(self.keep(partial), is_lfs(name, path.stat().st_size))
+        return self.entry(self.add_object(partial), is_lfs(name, path.stat().st_size))
 
     def entry(self, sha256: str, lfs: bool) -> Entry:
         """Returns the entry of a stored object. Raises HubError if nothing is stored."""
@@ -121,8 +121,8 @@ class Storage:
         kind: str,
         repo_id: str,
         revision: str,
-        added: dict[str, Entry],
-        deleted: Iterable[str] = (),
+        additions: dict[str, Entry],
+        deletions: Iterable[str] = (),
         *,
         title: str,
         message: str = "",
@@ -147,13 +147,15 @@ class Storage:
                 if parent and not head.startswith(parent):
                     raise HubError(412, "A commit has happened since. Please refresh and try again.")
             files = dict(repo["commits"][head]["files"])
-            for name in deleted:
-                gone = [path for path in files if path == name or (name.endswith("/") and path.startswith(name))]
-                if not gone:
+            for name in deletions:
+                deleted_paths = [
+                    path for path in files if path == name or (name.endswith("/") and path.startswith(name))
+                ]
+                if not deleted_paths:
                     raise HubError(404, f"A file with this name doesn't exist: {name}", "EntryNotFound")
-                for path in gone:
+                for path in deleted_paths:
                     del files[path]
-            files.update(added)
+            files.update(additions)
             refs[ref] = add_commit(repo, repo_id, head, files, title, message, author)
             self.save(kind, repo_id, repo)
             return refs[ref], ref

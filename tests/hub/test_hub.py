@@ -117,8 +117,8 @@ def test_snapshot_download_brings_what_was_added(hub: Hub, model: Path, tmp_path
     assert cached.endswith(second)
     assert contents(Path(cached)) == contents(model)
     assert contents(Path(local)) == contents(model) | {"sub dir/config.json": b"{}"}
-    assert len(hub.served("GET", "/lfs/")) == 2
-    assert hub.served("GET", "/lfs/")[0]["sent"] == len(WEIGHTS)
+    assert len(hub.requests("GET", "/lfs/")) == 2
+    assert hub.requests("GET", "/lfs/")[0]["sent"] == len(WEIGHTS)
 
 
 def test_a_cut_download_goes_on_where_it_stopped(hub: Hub, model: Path, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_cut_download_goes_on_where_it_stopped(hub: Hub, model: Path, tmp_path
     hub.faults.add(method="GET", path="/lfs/", cut=11_000_000, times=1)
     path = hf_hub_download("lab/m", "model.safetensors", endpoint=hub.url, token=False, cache_dir=tmp_path / "cache")
     assert Path(path).read_bytes() == weights
-    requests = [(entry["status"], entry["sent"], entry["range"]) for entry in hub.served("GET", "/lfs/")]
+    requests = [(entry["status"], entry["sent"], entry["range"]) for entry in hub.requests("GET", "/lfs/")]
     # The client writes chunks of 10 MiB, and what it has of the next is lost.
     kept = DOWNLOAD_CHUNK_SIZE
     assert requests == [(200, 11_000_000, None), (206, len(weights) - kept, f"bytes={kept}-")]
@@ -169,12 +169,12 @@ def test_upload_folder_makes_one_commit_with_every_file(hub: Hub, api: HfApi, mo
 def test_an_object_that_is_there_is_not_sent_again(hub: Hub, api: HfApi) -> None:
     api.create_repo("lab/m")
     api.preupload_lfs_files("lab/m", [addition("model.safetensors", WEIGHTS)])
-    assert [entry["received"] for entry in hub.served("PUT", "/lfs/")] == [len(WEIGHTS)]
+    assert [entry["received"] for entry in hub.requests("PUT", "/lfs/")] == [len(WEIGHTS)]
     operation = addition("model.safetensors", WEIGHTS)
     api.preupload_lfs_files("lab/m", [operation])
     head = hub.head("model", "lab/m")
     commit = api.create_commit("lab/m", [operation], commit_message="Add", parent_commit=head)
-    assert len(hub.served("PUT", "/lfs/")) == 1
+    assert len(hub.requests("PUT", "/lfs/")) == 1
     assert hub.head("model", "lab/m") == commit.oid
     assert hub.read("model", "lab/m", "model.safetensors") == WEIGHTS
 
@@ -343,7 +343,7 @@ def test_writing_needs_a_token_that_may(hub: Hub, api: HfApi, model: Path) -> No
     with pytest.raises(RepositoryNotFoundError, match="Invalid username or password"):
         api.preupload_lfs_files("lab/m", [addition("model.safetensors", WEIGHTS)], token=False)
     api.auth_check("lab/m", write=True)
-    assert hub.served("POST", "/commit/") == []
+    assert hub.requests("POST", "/commit/") == []
 
 
 def test_a_card_that_is_not_yaml_is_refused_and_one_without_metadata_is_warned_of(api: HfApi) -> None:
@@ -358,7 +358,7 @@ def test_429_tells_the_client_how_long_to_wait(hub: Hub, api: HfApi) -> None:
     api.create_repo("lab/m")
     hub.faults.add(path="/preupload/", status=429, headers={"Retry-After": "0"}, times=1)
     api.create_commit("lab/m", [addition("a.txt", b"a")], commit_message="Add")
-    assert [entry["status"] for entry in hub.served("POST", "/preupload/")] == [429, 200]
+    assert [entry["status"] for entry in hub.requests("POST", "/preupload/")] == [429, 200]
     hub.faults.add(path="/whoami-v2", status=429, headers={"Retry-After": "7"})
     with pytest.raises(HfHubHTTPError, match="rate limit") as error:
         api.whoami()
@@ -384,7 +384,7 @@ def test_an_upload_that_is_cut_or_fails_stores_nothing(hub: Hub, api: HfApi) -> 
     weights = WEIGHTS * 8
     with pytest.raises(RuntimeError, match="Error while uploading"):
         api.preupload_lfs_files("lab/m", [addition("model.safetensors", weights)])
-    cut, failed = hub.served("PUT", "/lfs/")
+    cut, failed = hub.requests("PUT", "/lfs/")
     assert cut["status"] is None
     assert 50_000 <= cut["received"] < len(weights)
     assert (failed["status"], failed["received"]) == (400, len(weights))
@@ -479,7 +479,7 @@ def test_load_dataset_reads_one_subject(hub: Hub, tmp_path: Path) -> None:
     splits = json.loads(run.stdout)
     assert set(splits) == {"test", "dev"}
     read = {path for path, entry in hub.files("dataset", "cais/mmlu", sha).items() if path.startswith("anatomy/")}
-    assert len(hub.served("GET", "/lfs/")) == len(read)
+    assert len(hub.requests("GET", "/lfs/")) == len(read)
 
 
 def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:

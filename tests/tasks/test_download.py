@@ -118,7 +118,7 @@ def test_only_what_a_release_needs_is_fetched_and_is_the_same(hub: Hub, tmp_path
     assert names_of(target) == names_of(BUILTIN["tiny-gemma3"]) - {"README.md"}
     for path in target.iterdir():
         assert path.read_bytes() == (BUILTIN["tiny-gemma3"] / path.name).read_bytes()
-    assert not hub.served("GET", r"\.bin|\.py|checkpoint-500")
+    assert not hub.requests("GET", r"\.bin|\.py|checkpoint-500")
 
 
 def test_a_pinned_commit_is_fetched_though_the_branch_has_moved(hub: Hub, tmp_path: Path) -> None:
@@ -145,16 +145,16 @@ def test_a_cut_transfer_goes_on_from_its_last_byte(hub: Hub, tmp_path: Path) -> 
     with pytest.raises(StageFailed) as failure:
         download_from(hub, tmp_path, sha)
     assert failure.value.transient
-    kept = [entry["sent"] for entry in hub.served("GET", "/lfs/")]
+    kept = [entry["sent"] for entry in hub.requests("GET", "/lfs/")]
     hub.log.clear()
     target = download_from(hub, tmp_path, sha)
     assert (target / WEIGHTS).read_bytes() == (BUILTIN["tiny-gemma3"] / WEIGHTS).read_bytes()
-    resumed = [entry for entry in hub.served("GET", "/lfs/") if entry["range"]]
+    resumed = [entry for entry in hub.requests("GET", "/lfs/") if entry["range"]]
     assert len(resumed) == 1
     assert max(kept) >= 300_000
     assert resumed[0]["sent"] <= size - 300_000
     # The files that had arrived whole are not fetched again.
-    assert not hub.served("GET", r"resolve/.*/config\.json")
+    assert not hub.requests("GET", r"resolve/.*/config\.json")
 
 
 def test_a_wrong_file_is_fetched_again_and_named_if_it_is_wrong_again(hub: Hub, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_hub_that_wants_to_be_left_alone_for_hours_ends_the_stage_and_says_unt
     with pytest.raises(StageFailed, match=words) as failure:
         download_from(hub, tmp_path, sha)
     assert not failure.value.transient
-    assert len(hub.served("GET", "resolve")) == 1
+    assert len(hub.requests("GET", "resolve")) == 1
 
 
 def test_an_answer_that_cannot_be_read_may_pass_by_itself(hub: Hub, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_whether_a_model_on_the_hub_reads_images_is_known_before_its_files_are_t
         call["function"] = "tests.tasks.test_download:resolve_in_process"
         output = worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
         assert output["metadata"]["multimodal"] == reads_images, name
-    assert not hub.served("GET", "resolve/")
+    assert not hub.requests("GET", "resolve/")
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_of_chartqa_only_the_test_split_is_fetched(hub: Hub, tmp_path: Path) -> 
     sha = hub.add("dataset", "HuggingFaceM4/ChartQA", source)
     target = bring("chartqa", "HuggingFaceM4/ChartQA", tmp_path, sha, HF_ENDPOINT=hub.url)
     assert names_of(target) == {"README.md", "test-00000-of-00001-e2cd0b7a0f9eb20d.parquet"}
-    assert not hub.served("GET", "train-|val-")
+    assert not hub.requests("GET", "train-|val-")
     assert digests(target) <= digests(source)
 
 
@@ -609,7 +609,7 @@ def test_of_wikitext_the_test_split_is_fetched_and_its_rows_are_joined_by_two_li
     target = bring_text(WIKITEXT, tmp_path, sha, HF_ENDPOINT=hub.url)
     assert [path.name for path in target.iterdir()] == ["text.txt"]
     assert (target / "text.txt").read_bytes() == (BUILTIN_TEXTS["tiny-text"] / "text.txt").read_bytes()
-    assert not hub.served("GET", "train-|103")
+    assert not hub.requests("GET", "train-|103")
 
 
 def test_a_text_file_is_pinned_by_its_content_and_must_be_one(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def files_of(release: Path) -> dict[str, bytes]:
 
 
 def commits(hub: Hub) -> int:
-    return len(hub.served("POST", "/commit/"))
+    return len(hub.requests("POST", "/commit/"))
 
 
 def test_one_commit_publishes_the_whole_release_and_describes_it(hub: Hub, release: Path) -> None:
@@ -154,7 +154,7 @@ def test_the_same_release_again_makes_no_commit_and_sends_nothing(hub: Hub, rele
     outcome = publish(hub, release)
     assert outcome["state"] == "already published"
     assert commits(hub) == 0
-    assert not hub.served("PUT", "")
+    assert not hub.requests("PUT", "")
 
 
 def test_files_of_the_previous_release_are_deleted_and_a_persons_files_stay(
@@ -173,7 +173,7 @@ def test_files_of_the_previous_release_are_deleted_and_a_persons_files_stay(
     assert commits(hub) == 1
     assert set(contents(hub)) == {*files_of(release), "release.json", "screenshot.jpg", ".gitattributes"}
     # What did not change is not sent again.
-    assert not hub.served("PUT", "")
+    assert not hub.requests("PUT", "")
 
 
 def test_a_head_that_moves_meanwhile_is_read_again(hub: Hub, release: Path) -> None:
@@ -201,10 +201,10 @@ def test_a_crash_before_the_commit_changes_nothing_and_the_next_try_does_not_sen
         publish(hub, release)
     assert failure.value.transient
     assert contents(hub) == before
-    assert len(hub.served("PUT", "")) == 3
+    assert len(hub.requests("PUT", "")) == 3
     hub.log.clear()
     assert publish(hub, release)["state"] == "published"
-    assert not hub.served("PUT", "")
+    assert not hub.requests("PUT", "")
     assert contents(hub)["model.safetensors"] == files_of(release)["model.safetensors"]
 
 
@@ -282,7 +282,7 @@ def test_a_target_that_cannot_be_written_is_found_before_anything_starts(
         check(hub, token, repository)
     for word in words:
         assert word in str(refusal.value)
-    assert not hub.served("PUT", "")
+    assert not hub.requests("PUT", "")
     assert commits(hub) == 0
 
 
@@ -313,7 +313,7 @@ def test_a_repository_with_content_that_no_release_wrote_is_refused_unless_it_is
         ):
             attempt()
     assert hub.head("model", TARGET) == head
-    assert not hub.served("PUT", "")
+    assert not hub.requests("PUT", "")
     check(hub, create_pr=create_pr, adopt=True)
     publish(hub, release, create_pr=create_pr, adopt=True)
     there = contents(hub, "refs/pr/1" if create_pr else "main")
@@ -451,7 +451,7 @@ def test_a_file_that_changes_while_it_is_sent_is_not_published(hub: Hub, release
     hub.faults.add(method="POST", path="/preupload/", delay=1, times=1)
 
     def change() -> None:
-        while not hub.served("POST", "/preupload/"):
+        while not hub.requests("POST", "/preupload/"):
             time.sleep(0.01)
         flip(artifact.path / "model.safetensors")
 
@@ -471,7 +471,7 @@ def test_a_hub_that_wants_to_be_left_alone_for_years_ends_the_upload_at_once(
     with pytest.raises(StageFailed, match="does not allow another request for more than a year") as failure:
         publish(hub, release)
     assert not failure.value.transient
-    assert len(hub.served("POST", path)) == 1
+    assert len(hub.requests("POST", path)) == 1
 
 
 def published_in_process(_target: Path, repository: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, load_artifact
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.runtime.prefect_cluster import run_part
-from tests.parts import LOADED, SECONDS
+from tests.parts import LOG_VARIABLE, SECONDS_VARIABLE
 from tests.processes import stage_processes
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ class Parts:
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         ours = {"QUANTIZE_GEMMA_HOME": str(self.home), "QUANTIZE_GEMMA_LOCAL_SERVER": "1", "PYTHONPATH": str(ROOT)}
-        words = {LOADED: str(self.loaded), SECONDS: str(self.seconds)}
+        words = {LOG_VARIABLE: str(self.loaded), SECONDS_VARIABLE: str(self.seconds)}
         return {**kept, **ours, **words, "PREFECT_API_URL": self.api, "PREFECT_HOME": f"{self.home}-prefect"}
 
     def start(self, stage: str, **settings: Any) -> "subprocess.Popen[str]":
