@@ -18,19 +18,19 @@ def measure(shape: str, folder: Path) -> dict[str, Any]:
     checkpoint = make_quantized_checkpoint(shape, folder)
     steps, answers = {}, []
     with tempfile.TemporaryDirectory(dir=folder) as programs_folder:
-        for name, last in (("all logits", False), ("the last position's", True)):
+        for name, last_logits in (("all logits", False), ("the last position's", True)):
             target = Path(programs_folder) / name
             target.mkdir()
-            run("benchmarks.prefill:export", {}, target=target, checkpoint=checkpoint, last_logits_only=last)
+            run("benchmarks.prefill:export", {}, target=target, checkpoint=checkpoint, last_logits_only=last_logits)
             steps[name] = run("benchmarks.prefill:measure_reading", {}, program=target, checkpoint=checkpoint)
             answers.append(steps[name]["answer"])
-    whole, last = ({**step, "seconds": step["prefill_seconds"]} for step in steps.values())
+    all_logits, last_logits = ({**step, "seconds": step["prefill_seconds"]} for step in steps.values())
     equal = answers[0] == answers[1]
-    result = make_result("prefill", {"shape": shape, "tokens": TOKENS}, whole, last, equal)
+    result = make_result("prefill", {"shape": shape, "tokens": TOKENS}, all_logits, last_logits, equal)
     lines = [
         f"{shape}, {TOKENS} tokens, {version()}, {machine()}",
-        format_line("all logits", whole),
-        format_line("the last position's", last),
+        format_line("all logits", all_logits),
+        format_line("the last position's", last_logits),
         *(f"{quantity}: {ratio:.2f}" for quantity, ratio in result["ratio"].items()),
         "the same last logits" if equal else "DIFFERENT last logits",
     ]

@@ -59,8 +59,8 @@ def our_calibrate(target: str, checkpoint: str, text: str, recipe: str, fidelity
     """Prepare the calibration tokens as the flow does."""
     from quantize_gemma.tasks.calibrate import calibrate, digest_text
 
-    parsed = load_recipe(recipe)
-    settings = parsed.calibration
+    parsed_recipe = load_recipe(recipe)
+    settings = parsed_recipe.calibration
     assert settings is not None, f"{recipe} needs no calibration"
     return calibrate(
         Path(target),
@@ -71,7 +71,7 @@ def our_calibrate(target: str, checkpoint: str, text: str, recipe: str, fidelity
         text=text,
         digest=digest_text(text),
         fidelity_text=Path(fidelity_text),
-        distilled=parsed.distillation.sequences if parsed.distillation else 0,
+        distilled=parsed_recipe.distillation.sequences if parsed_recipe.distillation else 0,
     )
 
 
@@ -182,22 +182,22 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     Where a program was not exported, all sizes are packed sizes.
     """
     # A lossless recipe cannot be drawn on a logarithmic scale.
-    drawn = [row for row in rows if row["kl_mean"] > 0]
-    exported = all(row.get("program_bytes") for row in drawn)
+    drawn_rows = [row for row in rows if row["kl_mean"] > 0]
+    exported = all(row.get("program_bytes") for row in drawn_rows)
     size = "program_bytes" if exported else "packed_bytes"
     title = f"KL divergence over {'program' if exported else 'packed'} size"
     subtitle = "from the base model, weights only, in nats; lower is better"
     with new_figure(path, title, 3.6, WIDE, subtitle) as figure:
         axes = add_axes(figure, 0.55, MARGIN, 0.75, 0.45)
-        for row in drawn:
+        for row in drawn_rows:
             # Move overlapping labels of close points apart.
-            ratios = [other_row["kl_mean"] / row["kl_mean"] for other_row in drawn if other_row[size] == row[size]]
+            ratios = [other_row["kl_mean"] / row["kl_mean"] for other_row in drawn_rows if other_row[size] == row[size]]
             shift = 6 * (any(0.8 < ratio < 1 for ratio in ratios) - any(1 < ratio < 1.25 for ratio in ratios))
             point = (row[size] / 1e6, row["kl_mean"])
             axes.plot(*point, "o", color=COLORS["quantized"], markersize=7)
             label = {"text": f"{row['name']}  {row['kl_mean']:.3f}", "bbox": {"color": "white", "pad": 0.5}}
             axes.annotate(xy=point, xytext=(9, shift), textcoords="offset points", va="center", **label)
-        sizes, kls = [row[size] / 1e6 for row in drawn], [row["kl_mean"] for row in drawn]
+        sizes, kls = [row[size] / 1e6 for row in drawn_rows], [row["kl_mean"] for row in drawn_rows]
         width = max(max(sizes) - min(sizes), 0.1 * max(sizes))
         axes.set(xlim=(min(sizes) - 0.1 * width, max(sizes) + 0.6 * width), xlabel="MB")
         axes.set(yscale="log", ylim=(0.5 * min(kls), 1.5 * max(kls)))

@@ -98,7 +98,7 @@ def summarize(plan: Plan, artifact: store.Artifact) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "text": plan.text.name,
         # This path stays the same when the diagnosis is made again.
-        "heat_map": str(Path(store.path_of("diagnose", artifact.key)) / HEAT_MAP),
+        "heat_map": str(store.path_of("diagnose", artifact.key) / HEAT_MAP),
     }
 
 

@@ -472,18 +472,18 @@ def command_line(
         calibration: The resolved calibration text or dataset.
         reference: The resolved reference model.
     """
-    pinned: dict[str, object] = {"model": model.name, "tasks": ",".join(datasets)}
-    pinned["revision"] = model.revision if model.on_hub else None
+    pinned_values: dict[str, object] = {"model": model.name, "tasks": ",".join(datasets)}
+    pinned_values["revision"] = model.revision if model.on_hub else None
     comment = ""
     if not model.on_hub and not model.fixture:
-        pinned["model"] = MODEL_PLACEHOLDER
+        pinned_values["model"] = MODEL_PLACEHOLDER
         comment += f"  # {MODEL_PLACEHOLDER}: the directory whose files have the digest {model.revision}"
     if options.recipe.endswith(".json"):
-        pinned["recipe"] = RECIPE_PLACEHOLDER
+        pinned_values["recipe"] = RECIPE_PLACEHOLDER
         comment += f"  # {RECIPE_PLACEHOLDER}: the recipe with the hash {recipe_hash}"
-    pinned["text"] = _pin(text)
+    pinned_values["text"] = _pin(text)
     if not text.on_hub and not text.fixture:
-        pinned["text"] = TEXT_PLACEHOLDER
+        pinned_values["text"] = TEXT_PLACEHOLDER
         comment += f"  # {TEXT_PLACEHOLDER}: the text file with the digest {text.revision}"
     sources = []
     for benchmark, dataset in datasets.items():
@@ -492,24 +492,24 @@ def command_line(
             source = f"{DATASET_PLACEHOLDER}_{benchmark.upper()}"
             comment += f"  # {source}: the directory whose files have the digest {dataset.revision}"
         sources.append(f"{benchmark}={source}")
-    pinned["dataset"] = tuple(sources)
+    pinned_values["dataset"] = tuple(sources)
     if calibration is not None and calibration.on_hub:
         files = parse_source(options.calibration or "").files
-        pinned["calibration"] = f"{calibration.name}@{calibration.revision}" + (f":{files}" if files else "")
+        pinned_values["calibration"] = f"{calibration.name}@{calibration.revision}" + (f":{files}" if files else "")
     elif calibration is not None:
-        pinned["calibration"] = CALIBRATION_PLACEHOLDER
+        pinned_values["calibration"] = CALIBRATION_PLACEHOLDER
         comment += f"  # {CALIBRATION_PLACEHOLDER}: the text with the SHA-256 {calibration.revision}"
     if reference is not None:
-        pinned["reference_model"] = _pin(reference)
+        pinned_values["reference_model"] = _pin(reference)
         if not reference.on_hub and not reference.fixture:
-            pinned["reference_model"] = REFERENCE_PLACEHOLDER
+            pinned_values["reference_model"] = REFERENCE_PLACEHOLDER
             comment += f"  # {REFERENCE_PLACEHOLDER}: the directory whose files have the digest {reference.revision}"
     if options.evaluation.device_report is not None:
-        pinned["device_report"] = DEVICE_REPORT_PLACEHOLDER
+        pinned_values["device_report"] = DEVICE_REPORT_PLACEHOLDER
         comment += f"  # {DEVICE_REPORT_PLACEHOLDER}: the object device_report in metrics.json"
     words = ["quantize-gemma", "run"]
     for name, field, value in _release_options(options):
-        value = pinned.get(name, value)
+        value = pinned_values.get(name, value)
         if value == field.default and (value is None or name not in ALWAYS_SHOWN):
             continue
         flag = name.replace("_", "-")

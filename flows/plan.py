@@ -305,9 +305,9 @@ def check_device_report(plan: Plan, program: "PrefectFuture[ArtifactRef]") -> No
 
 def _log_costs(plan: Plan, costs: dict[str, int]) -> None:
     """Log the estimated time and memory of calibration and distillation on the CPU."""
-    on_gpu = quantize_inputs(plan.options, plan.recipe)["device"] == "cuda"
+    uses_gpu = quantize_inputs(plan.options, plan.recipe)["device"] == "cuda"
     for step in ("calibration", "distillation"):
-        if f"{step}_seconds" not in costs or on_gpu:
+        if f"{step}_seconds" not in costs or uses_gpu:
             continue
         minutes, memory = costs[f"{step}_seconds"] / 60, costs[f"{step}_memory_bytes"] / 1e9
         get_run_logger().info("%s takes about %.0f minutes and %.1f GB of memory", step, max(minutes, 1), memory)

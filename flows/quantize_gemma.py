@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime
@@ -219,7 +218,7 @@ def report_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) ->
     metrics = parse_metrics(content)
     plan.remember_revisions()
     # This path stays the same when the card is made again.
-    path = Path(store.path_of("card", ref.key))
+    path = store.path_of("card", ref.key)
     create_artifacts(path, metrics)
     get_run_logger().info("release: %s", path)
     run.summary.release = str(path)
@@ -231,8 +230,8 @@ def check_release(run: Run, plan: Plan, metrics: Metrics) -> None:
     """Put the gate's verdict into the summary. Raises GateRefused if the release does not pass."""
     required, regressions = plan.required_checks(), []
     if (target := publishing_target(plan.options)) is not None:
-        published = run.call("read_published", published_metrics, target.repository, target.branch)
-        regressions = compare_with_published(metrics, published, plan.options.gate.max_regression)
+        published_content = run.call("read_published", published_metrics, target.repository, target.branch)
+        regressions = compare_with_published(metrics, published_content, plan.options.gate.max_regression)
         required = [*required, *(check.name for check in regressions)]
     run.summary.gate = to_json(run.call("check_gate", require_pass, metrics, required, regressions))
 

@@ -93,8 +93,8 @@ def check_run(
     Raises:
         UserError: The run cannot work.
     """
-    parsed = load_recipe(recipe)
-    check_calibration(parsed, calibration)
+    parsed_recipe = load_recipe(recipe)
+    check_calibration(parsed_recipe, calibration)
     if device_report is not None:
         read_device_report(Path(device_report))
     _check_store(store.home())
@@ -102,20 +102,20 @@ def check_run(
         _check_device(device)
     else:
         _check_cluster(cluster)
-    plan: dict[str, Any] = {"recipe": parsed.name, "model": model, "device": resolve_device(device)}
+    plan: dict[str, Any] = {"recipe": parsed_recipe.name, "model": model, "device": resolve_device(device)}
     path = local_checkpoint(model)
     if path is not None:
         source_files(path)
         weight_bytes = sum(file.stat().st_size for file in weight_files(path))
-        plan["disk_bytes_needed"] = disk_needed(weight_bytes, recipe=parsed)
+        plan["disk_bytes_needed"] = disk_needed(weight_bytes, recipe=parsed_recipe)
         # Memory first: a person can free disk space, but not add memory.
         local_workers = workers if cluster is None else 1
         plan["memory_bytes_needed"] = check_checkpoint(
-            path, parsed, max_seq_len, custom_kv_cache, local_workers, bidirectional_images
+            path, parsed_recipe, max_seq_len, custom_kv_cache, local_workers, bidirectional_images
         )
         # Whether an earlier run left its files in the store is known only when they are hashed.
         if not may_be_stored(weight_bytes):
-            check_disk(weight_bytes, recipe=parsed)
+            check_disk(weight_bytes, recipe=parsed_recipe)
     return plan
 
 

@@ -30,8 +30,8 @@ def smoke(target: Path, checkpoint: Path, max_new_tokens: int) -> Output:
     dequantize_once(model, head=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": TEXT_PROMPT}]
-    templated = has_chat_template(tokenizer)
-    if templated:
+    uses_template = has_chat_template(tokenizer)
+    if uses_template:
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
@@ -47,7 +47,7 @@ def smoke(target: Path, checkpoint: Path, max_new_tokens: int) -> Output:
     result = {
         "prompt": TEXT_PROMPT,
         "response": response,
-        "chat_template": templated,
+        "chat_template": uses_template,
         "new_tokens": len(new_tokens),
         "max_new_tokens": max_new_tokens,
     }

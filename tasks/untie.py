@@ -78,10 +78,10 @@ def _write_shard(shard: Path, head: str, checkpoint: Path, embedding: TensorInfo
         os.lseek(target, offset, os.SEEK_SET)
         while start < end:
             # sendfile: copy_file_range fails between file systems, and the store may be on another one.
-            copied = os.sendfile(target, source, start, end - start)
-            if not copied:
+            count = os.sendfile(target, source, start, end - start)
+            if not count:
                 raise StageFailed(f"{checkpoint / embedding.file} was truncated while it was read: start the run again")
-            start += copied
+            start += count
     finally:
         os.close(source)
         os.close(target)

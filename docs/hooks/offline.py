@@ -7,7 +7,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.pages import Page
 
 # What a browser loads by itself. A link in the text is not among it.
-LOADED = re.compile(
+EXTERNAL_REFERENCE = re.compile(
     r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["'](?:https?:)?//[^"']+|"""
     r"""<link\b(?![^>]*\brel=["'](?:canonical|prev|next)["'])[^>]*\bhref=["'](?:https?:)?//[^"']+"""
 )
@@ -15,5 +15,5 @@ LOADED = re.compile(
 
 def on_post_page(output: str, page: Page, **_: Any) -> None:
     """Raise PluginError if a page is not complete by itself."""
-    if found := LOADED.search(output):
-        raise PluginError(f"{page.file.src_uri} loads something from a network: {found[0]}")
+    if match := EXTERNAL_REFERENCE.search(output):
+        raise PluginError(f"{page.file.src_uri} loads something from a network: {match[0]}")

@@ -86,9 +86,9 @@ def _type(value: dict[str, Any]) -> str:
         name = value["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
     if "anyOf" in value:
-        return " or ".join(_type(one) for one in value["anyOf"])
+        return " or ".join(_type(value_type) for value_type in value["anyOf"])
     if "enum" in value or "const" in value:
-        return " or ".join(f"`{json.dumps(one)}`" for one in value.get("enum", [value.get("const")]))
+        return " or ".join(f"`{json.dumps(constant)}`" for constant in value.get("enum", [value.get("const")]))
     if value.get("type") == "array":
         items = value.get("prefixItems")
         return f"array of {' and '.join(map(_type, items))}" if items else f"array of {_type(value['items'])}"

@@ -24,17 +24,17 @@ BUDGET = 30_000
 def main() -> None:
     """The command line."""
     chromium = shutil.which("chromium") or sys.exit("screenshots: chromium is not installed")
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as reserved:
-        port = reserved.getsockname()[1]
-        reserved.close()
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        listener.close()
         home = Path(folder)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         environment |= {"PREFECT_HOME": f"{home}/prefect", "QUANTIZE_GEMMA_HOME": f"{home}/store"}
-        served = {**environment, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PYTHONUNBUFFERED": "1"}
+        server_environment = {**environment, "PREFECT_API_URL": f"http://127.0.0.1:{port}/api", "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-P", "-m", "quantize_gemma.deployments.serve"]
         log = home / "log"
         with log.open("wb") as stream:
-            server = subprocess.Popen(command, env=served, stdout=stream, stderr=stream)
+            server = subprocess.Popen(command, env=server_environment, stdout=stream, stderr=stream)
         try:
             wait_until_deployed(server, log)
             run = [sys.executable, "-m", "prefect", "deployment", "run", "quantize-gemma/tiny", "--watch"]

@@ -67,7 +67,7 @@ def card(
         device_report: The program's speed on a phone, as JSON; None if it was not measured.
         **evaluations: The artifacts of `evaluate` by the stage's name in the run, whose samples become part of it.
     """
-    parsed = Recipe.from_json(recipe)
+    parsed_recipe = Recipe.from_json(recipe)
     content = json.loads(store.read_file(store.read_artifact(gate), "metrics.json"))
     report = parse_device_report(device_report) if device_report is not None else None
     if report is not None:
@@ -89,7 +89,7 @@ def card(
         (target / name).write_text(as_yaml(results), encoding="utf-8")
     write_metrics(metrics, target / "metrics.json")
     sizes = {name: path.stat().st_size for name, path in files_of(target).items()}
-    (target / "README.md").write_text(render(metrics, parsed, sizes), encoding="utf-8")
+    (target / "README.md").write_text(render(metrics, parsed_recipe, sizes), encoding="utf-8")
     check_front_matter(target / "README.md", metrics)
     write_file_list(target, hashes)
     return {"metadata": {"recipe_hash": metrics.recipe_hash}}

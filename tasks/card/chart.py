@@ -222,6 +222,6 @@ def _draw_dumbbells(axes: "Axes", subjects: list[Subject], labeled_names: set[st
 def _write_name(axes: "Axes", subject: Subject, height: float) -> None:
     """Write a subject's name at the left of its row, and its change at the right; nothing shows through them."""
     change = f"{subject.change:+.1f}".replace("-", "\N{MINUS SIGN}")
-    for place, side, text in ((0.01, "left", subject.name.replace("_", " ")), (0.99, "right", change)):
+    for x, side, text in ((0.01, "left", subject.name.replace("_", " ")), (0.99, "right", change)):
         ground = {"color": SHADE, "pad": 0.5}
-        axes.text(place, height, text, transform=axes.get_yaxis_transform(), ha=side, va="top", bbox=ground)
+        axes.text(x, height, text, transform=axes.get_yaxis_transform(), ha=side, va="top", bbox=ground)

@@ -9,11 +9,10 @@ import json
 import os
 import random
 import socket
-from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
-from quantize_gemma.tasks.models.requests import Request, Shards, count_documents, read_requests
+from quantize_gemma.tasks.models.requests import Request, Score, Shards, count_documents, read_requests
 from quantize_gemma.tasks.runtime import machine, reporting, store
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
@@ -31,9 +30,6 @@ PROGRAM = "quantize_gemma.tasks.evaluate.program_lm:load_program_scorer"
 MIN_QUESTIONS = 100
 # Fixed: with another seed for each run, a release that fails could be run until a sample passes.
 SEED = 20
-
-# Returns the answers to requests, JSON values; None to one that is longer than the program's sequences.
-Score = Callable[[list[Request]], list[JsonValue]]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from quantize_gemma.tasks.models.checkpoint import is_multimodal
 from quantize_gemma.tasks.models.datasets import CHARTQA_SPLITS, read_chartqa
 from quantize_gemma.tasks.models.pte import PteProgram, insert_image_features
-from quantize_gemma.tasks.models.requests import Request
+from quantize_gemma.tasks.models.requests import Request, Score
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.strict_json import JsonValue
@@ -46,7 +46,7 @@ NUMBER_WORDS = [
 CURRENCIES = "$€£¥₹"
 
 
-def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Callable[[list[Request]], list[JsonValue]]:
+def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Score:
     """Load a checkpoint; return a function that answers requests, each about a row of the dataset.
 
     Raises:
@@ -65,9 +65,7 @@ def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Callable[
     )
 
 
-def load_chartqa_program_scorer(
-    checkpoint: str, program: str, dataset: str
-) -> Callable[[list[Request]], list[JsonValue]]:
+def load_chartqa_program_scorer(checkpoint: str, program: str, dataset: str) -> Score:
     """Load a program; return a function that answers requests, None where prompt and answer exceed its sequences."""
     from transformers import AutoProcessor
 
@@ -94,9 +92,7 @@ def load_chartqa_program_scorer(
     return _answer_rows(Path(dataset), respond)
 
 
-def _answer_rows(
-    dataset: Path, answer: Callable[[dict[str, Any]], str | None]
-) -> Callable[[list[Request]], list[JsonValue]]:
+def _answer_rows(dataset: Path, answer: Callable[[dict[str, Any]], str | None]) -> Score:
     """Return a function that answers requests, each about a row of the dataset, from one that answers a row."""
     table = read_chartqa(dataset)
 

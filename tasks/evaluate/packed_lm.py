@@ -9,7 +9,7 @@ needed reach lm_head. Generation works likewise; see packed_generation.py.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ from quantize_gemma.tasks.evaluate.packed_row import Limits, PackedRow, PrefixGr
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_encoder
 from quantize_gemma.tasks.models.dequantize import dequantize_once, reorder_weights
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
-from quantize_gemma.tasks.models.requests import Request
+from quantize_gemma.tasks.models.requests import Request, Score
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.machine import trim_memory
 from quantize_gemma.tasks.runtime.patches import patched_loading
@@ -52,8 +52,6 @@ CACHED_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 
 # lm-eval's: (strings or None, context, continuation), the last two as tokens.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
-# Returns the answers to requests, JSON values.
-Score = Callable[[list[Request]], list[JsonValue]]
 
 
 def load_checkpoint_scorer(

@@ -12,14 +12,13 @@ from transformers import AutoTokenizer
 
 from quantize_gemma.tasks.evaluate.packed_lm import (
     STOP_TOKENS,
-    Score,
     TokenRequest,
     make_scorer,
     score_continuation,
     share_rows,
 )
 from quantize_gemma.tasks.models.pte import PteProgram
-from quantize_gemma.tasks.models.requests import Request
+from quantize_gemma.tasks.models.requests import Request, Score
 from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.strict_json import JsonValue
 

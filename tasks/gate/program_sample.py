@@ -32,9 +32,15 @@ def compare_answers(
     differing = pairs = None
     if baseline is not None:
         rows = zip(program, checkpoint, baseline, strict=True)
-        differing = count_pairs((_differ(p, b), _differ(c, b)) for p, c, b in rows)
+        differing = count_pairs(
+            (_differ(program_row, baseline_row), _differ(checkpoint_row, baseline_row))
+            for program_row, checkpoint_row, baseline_row in rows
+        )
     if all(row["score"] in (0, 1) for row in [*program, *checkpoint]):
-        pairs = count_pairs((c["score"] == 1, p["score"] == 1) for c, p in zip(checkpoint, program, strict=True))
+        pairs = count_pairs(
+            (checkpoint_row["score"] == 1, program_row["score"] == 1)
+            for checkpoint_row, program_row in zip(checkpoint, program, strict=True)
+        )
     return {
         "checkpoint": mean_score(checkpoint),
         "no_act_quant": None if baseline is None else mean_score(baseline),

@@ -15,7 +15,6 @@ from quantize_gemma.tasks.models.device_report import DeviceReport
 from quantize_gemma.tasks.models.text_fidelity import Fidelity, ProgramFidelity, ReferenceFidelity
 from quantize_gemma.tasks.runtime.paired_stats import Pairs
 
-SCHEMA_VERSION = 2
 SCHEMA = Path(__file__).parent / "metrics.schema.json"
 # Guessing scores this many standard errors above chance, or more, with a probability of 5 %.
 ABOVE_CHANCE = 1.645

@@ -1,7 +1,7 @@
 """The requests of a benchmark, in shards."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -33,6 +33,8 @@ class Request:
 
 # By name; names are valid file names.
 Shards = dict[str, list[Request]]
+# Returns the answers to requests, JSON values; None to one that is longer than the program's sequences.
+Score = Callable[[list[Request]], list[JsonValue]]
 
 
 def shard_requests(requests: Sequence[Request]) -> Shards:

@@ -64,16 +64,18 @@ def quantize(
         UserError: The checkpoint does not fit its configuration, the recipe does not fit the model or has no
             calibration text, or a weight is not finite.
     """
-    parsed = Recipe.from_json(recipe)
+    parsed_recipe = Recipe.from_json(recipe)
     multimodal = is_multimodal(read_config(checkpoint))
-    if (parsed.calibration is None) != (calibration is None):
-        raise UserError(f"the recipe {parsed.name} needs {'a' if parsed.calibration else 'no'} calibration text")
+    if (parsed_recipe.calibration is None) != (calibration is None):
+        raise UserError(
+            f"the recipe {parsed_recipe.name} needs {'a' if parsed_recipe.calibration else 'no'} calibration text"
+        )
     with open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
         shapes = {name: source.shape for name, source in sources.items()}
-        rules = decide(parsed, linear_shapes(shapes))
+        rules = decide(parsed_recipe, linear_shapes(shapes))
         quantized, calibration_metadata = {}, {}
         if calibration is not None:
-            blocks = _quantize_decoder(checkpoint, sources, rules, parsed, calibration, device, refresh, stack)
+            blocks = _quantize_decoder(checkpoint, sources, rules, parsed_recipe, calibration, device, refresh, stack)
             quantized = stack.enter_context(_open_blocks(blocks.files))
             calibration_metadata = {"output_error": blocks.errors}
         weights = target / "model.safetensors"
@@ -86,8 +88,8 @@ def quantize(
             link(path, target / path.name)
     return {
         "metadata": {
-            "recipe": parsed.name,
-            "recipe_hash": recipe_hash(parsed),
+            "recipe": parsed_recipe.name,
+            "recipe_hash": recipe_hash(parsed_recipe),
             "quantized_modules": len(rules),
             "packed_bytes": packed_bytes(shapes, rules),
             "weight_error": {

@@ -84,8 +84,8 @@ def distill(
 
     from quantize_gemma.tasks.quantize.training import Lesson, split
 
-    parsed = Recipe.from_json(recipe)
-    assert parsed.distillation is not None, f"{parsed.name} has no distillation"
+    parsed_recipe = Recipe.from_json(recipe)
+    assert parsed_recipe.distillation is not None, f"{parsed_recipe.name} has no distillation"
     tokens = torch.tensor(read_calibration(calibration, DISTILLATION))
     config: Gemma3TextConfig = AutoConfig.from_pretrained(base, attn_implementation="sdpa").get_text_config()
     with contextlib.ExitStack() as stack:
@@ -93,7 +93,7 @@ def distill(
         quantized = stack.enter_context(open_tensors(checkpoint, QUANTIZED))
         root, digests = stack.enter_context(store.open_store({"checkpoint": checkpoint, "base": base}))
         stack.enter_context(fast_products())
-        rules = decide(parsed, linear_shapes({name: source.shape for name, source in sources.items()}))
+        rules = decide(parsed_recipe, linear_shapes({name: source.shape for name, source in sources.items()}))
         run_identity = {"tokens": digest_tokens(tokens), "device": device, "threads": torch.get_num_threads()}
         base_identity = {"base": digests["base"], **run_identity} if digests else run_identity
         targets = _base_states(config, sources, tokens, device, root, base_identity)
@@ -101,8 +101,8 @@ def distill(
         head = _base_head(sources, device)
         embed = _Embedding(quantized, config, device)
         lesson = Lesson(embed, tokens, targets.to(device), head)
-        identity = {**digests, "settings": asdict(parsed.distillation), **run_identity}
-        state = _train_in_store(student, lesson, parsed, root, identity, refresh)
+        identity = {**digests, "settings": asdict(parsed_recipe.distillation), **run_identity}
+        state = _train_in_store(student, lesson, parsed_recipe, root, identity, refresh)
     tensors = _trained_tensors(student)
     _write_checkpoint(target, checkpoint, tensors)
     return {

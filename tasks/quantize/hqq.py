@@ -351,11 +351,11 @@ def _quantize_one_by_one(
 
 
 @_compiled(cache=True)
-def _store_scales(scale: Floats, stored: Floats, halves: bool) -> None:
-    """Set `stored` to the scales as they are read back: rounded to bfloat16, ties to even, if `halves`."""
-    stored[:] = scale
+def _store_scales(scale: Floats, target: Floats, halves: bool) -> None:
+    """Set `target` to the scales as they are read back: rounded to bfloat16, ties to even, if `halves`."""
+    target[:] = scale
     if halves:
-        bits = stored.view(np.uint32)
+        bits = target.view(np.uint32)
         for g in range(len(bits)):
             last_bit = (bits[g] >> np.uint32(16)) & np.uint32(1)
             bits[g] = (bits[g] + np.uint32(0x7FFF) + last_bit) & np.uint32(0xFFFF0000)

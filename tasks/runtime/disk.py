@@ -12,8 +12,8 @@ from quantize_gemma.tasks.runtime.errors import RunError, StageFailed
 # With fewer free bytes a disk counts as full even if no error says so.
 MIN_FREE_BYTES = 1 << 16
 # The messages of Rust and C++ libraries, whose exceptions have no errno.
-FULL = "No space left on device|Disk quota exceeded|database or disk is full"
-TOO_LARGE = "File too large"
+FULL_MESSAGES = "No space left on device|Disk quota exceeded|database or disk is full"
+TOO_LARGE_MESSAGE = "File too large"
 
 
 def disk_failure(error: BaseException | None, *folders: Path) -> StageFailed | None:
@@ -29,12 +29,12 @@ def disk_failure(error: BaseException | None, *folders: Path) -> StageFailed | N
     is_full = error is not None and _free_bytes(folder) < MIN_FREE_BYTES
     while error is not None and not is_full:
         code = error.errno if isinstance(error, OSError) else None
-        if code == errno.EFBIG or re.search(TOO_LARGE, str(error)):
+        if code == errno.EFBIG or re.search(TOO_LARGE_MESSAGE, str(error)):
             return StageFailed(
                 f"a file was too large for the disk of {folder}, or for this user's limit: raise the limit "
                 "(`ulimit -f`), or set QUANTIZE_GEMMA_HOME to another disk"
             )
-        is_full = code in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL, str(error)) is not None
+        is_full = code in (errno.ENOSPC, errno.EDQUOT) or re.search(FULL_MESSAGES, str(error)) is not None
         error = error.__cause__ or error.__context__
     if not is_full:
         return None

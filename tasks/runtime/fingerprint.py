@@ -82,7 +82,7 @@ PACKAGES = ("benchmarks", "quantize_gemma", "tests")
 FUNCTION = re.compile(r"[a-zA-Z_]\w*(\.\w+)+:\w+")
 FILE = re.compile(r"[\w-]+(\.[\w-]+)+")
 # The names of the statements of a module that run when it is imported, and of all of the module.
-EFFECTS, WHOLE = "", "*"
+EFFECTS, WHOLE_MODULE = "", "*"
 
 Definition = tuple[str, str]
 
@@ -224,7 +224,7 @@ def _module(name: str) -> _Module:
 @functools.cache
 def _facts(module: str, name: str) -> _Facts:
     source = _module(module)
-    if name == WHOLE:
+    if name == WHOLE_MODULE:
         names = [*source.definitions, EFFECTS]
         return _Facts(frozenset((module, defined_name) for defined_name in names), frozenset(), ())
     statements = source.effects if name == EFFECTS else source.definitions[name]
@@ -293,7 +293,7 @@ def _resolve(target: tuple[str, str | None], attribute: str | None) -> Iterator[
     if name is not None and _find(f"{module}.{name}"):
         module, name = f"{module}.{name}", None
     if name is None:
-        yield module, attribute if attribute in _module(module).definitions else WHOLE
+        yield module, attribute if attribute in _module(module).definitions else WHOLE_MODULE
     elif name in _module(module).definitions:
         yield module, name
     else:

@@ -88,8 +88,8 @@ def key_of(stage: Stage[...], inputs: Inputs) -> str:
 
     Of a list of artifacts only their files count: the parts of an evaluation may be as many as there are workers.
     """
-    ignored = stage.ignored + (stage.ignored_on_cpu if inputs.get("device") == "cpu" else ())
-    key_inputs = {field: value for field, value in sorted(inputs.items()) if field not in ignored}
+    ignored_inputs = stage.ignored + (stage.ignored_on_cpu if inputs.get("device") == "cpu" else ())
+    key_inputs = {field: value for field, value in sorted(inputs.items()) if field not in ignored_inputs}
     refs = {field: _refs(value) for field, value in key_inputs.items()}
     digests = [
         f"{field}={value.digest if isinstance(value, ArtifactRef) else digest_of_files(refs[field])}"

@@ -123,9 +123,9 @@ def store_size(root: Path | None = None) -> int:
     return disk_usage(root or home())
 
 
-def incoming_size(stage: str, revision: str, root: Path | None = None) -> int:
+def incoming_size(stage: str, revision: str) -> int:
     """Return the bytes of a download that was interrupted and will be continued."""
-    return disk_usage((root or home()) / stage / f"{INCOMING}{revision[:16]}")
+    return disk_usage(home() / stage / f"{INCOMING}{revision[:16]}")
 
 
 def _last_change(folder: Path) -> float:

@@ -285,9 +285,9 @@ def root_of(path: Path) -> Path:
     return path.parents[3]
 
 
-def path_of(stage: str, artifact_key: str, root: Path | None = None) -> Path:
+def path_of(stage: str, artifact_key: str) -> Path:
     """Return the path of an artifact's files, which stays the same when the artifact is made again."""
-    return (root or home()) / stage / artifact_key / "data"
+    return home() / stage / artifact_key / "data"
 
 
 @contextlib.contextmanager

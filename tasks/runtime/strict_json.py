@@ -14,12 +14,12 @@ JsonObject = dict[str, object]
 MAX_BYTES = 100_000_000
 
 
-def read_object(path: Path, what_to_do: str) -> JsonObject:
+def read_object(path: Path, remedy: str) -> JsonObject:
     """Return the JSON object in a file.
 
     Args:
         path: The file.
-        what_to_do: What to do if the file is not good; the end of the error's sentence.
+        remedy: What to do if the file is not good; the end of the error's sentence.
 
     Raises:
         UserError: The file is missing, cannot be read, or contains anything else.
@@ -28,11 +28,11 @@ def read_object(path: Path, what_to_do: str) -> JsonObject:
         with path.open("rb") as stream:
             return parse_object(stream.read(MAX_BYTES + 1))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {what_to_do}") from None
+        raise UserError(f"{path} is missing: {remedy}") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): {what_to_do}") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): {what_to_do}") from None
+        raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
 
 
 def parse_object(text: bytes) -> JsonObject:

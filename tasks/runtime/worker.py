@@ -99,22 +99,22 @@ class Worker:
         """
         self.killed = False
         self.workers = run_workers()
-        receive, send = os.pipe()
+        events_reader, events_writer = os.pipe()
         stdin, stdin_writer = os.pipe()
         output_reader, output = os.pipe()
-        self.events = os.fdopen(receive, encoding="utf-8")
+        self.events = os.fdopen(events_reader, encoding="utf-8")
         # It stays open: its end tells the process that this one is gone.
         self.stdin = os.fdopen(stdin_writer, "w", encoding="utf-8")
         self.output = os.fdopen(output_reader, encoding="utf-8", errors="replace")
         self.output_tail: list[str] = []
         try:
-            self.process = self._fork(function, send, stdin, output)
+            self.process = self._fork(function, events_writer, stdin, output)
         except StageFailed as error:
             stopped = self.workers.stopping.is_set()
             self._free()
             raise StageFailed("stopped") if stopped else error from None
         finally:
-            for descriptor in (send, stdin, output):
+            for descriptor in (events_writer, stdin, output):
                 os.close(descriptor)
         self.reader = threading.Thread(target=keep_tail, args=(self.output, self.output_tail), daemon=True)
         self.reader.start()
