@@ -130,13 +130,13 @@ def notify_of_missing_nightly(block_id: UUID) -> AutomationCore:
     )
 
 
+def _notification_block(client: SyncPrefectClient) -> BlockDocument | None:
+    return next((document for document in client.read_block_documents() if document.name == BLOCK), None)
+
+
 def _core(automation: AutomationCore) -> dict[str, object]:
     return automation.model_dump(mode="json", include=set(AutomationCore.model_fields))
 
 
 def _notify(block_id: UUID, subject: str, body: str) -> SendNotification:
     return SendNotification(block_document_id=block_id, subject=subject, body=body)
-
-
-def _notification_block(client: SyncPrefectClient) -> BlockDocument | None:
-    return next((document for document in client.read_block_documents() if document.name == BLOCK), None)

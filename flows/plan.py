@@ -356,10 +356,10 @@ def writing_stages(
     return [*stages, PlannedStage(export, export_inputs(options), {"checkpoint": last})]
 
 
-def _name_and_revision(model: ResolvedModel) -> Inputs:
-    return {"name": model.name, "revision": model.revision}
-
-
 def _dataset(source: ResolvedDataset) -> Inputs:
     """Return the fields of a dataset that metrics.json has."""
     return {"name": source.name, "revision": source.revision, "fixture": source.fixture}
+
+
+def _name_and_revision(model: ResolvedModel) -> Inputs:
+    return {"name": model.name, "revision": model.revision}

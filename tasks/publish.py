@@ -133,6 +133,17 @@ def publish(release: Artifact, target: Target, private: bool = False, tagged: bo
     return _publication(api, target.repository, "published", commit.oid, name, commit.pr_url)
 
 
+def _read_release(release: Artifact) -> dict[str, bytes]:
+    """Hash every file and return the contents of the small ones. Raises StageFailed if a file has changed."""
+    contents = {}
+    for name, file in release.files.items():
+        if file.size <= MAX_BYTES_IN_MEMORY:
+            contents[name] = read_file(release, name)
+        else:
+            check_file(release, name)
+    return contents
+
+
 @dataclass(frozen=True)
 class _Change:
     """What a commit on top of `head` has to upload and delete."""
@@ -156,6 +167,34 @@ def _plan(api: "HfApi", target: Target, release: Artifact, contents: dict[str, b
             name for name in stale if _has_sha256(target.repository, revision, remote_files[name], previous_files[name])
         ],
     )
+
+
+def _files_by_name(head: "ModelInfo") -> "dict[str, RepoSibling]":
+    return {file.rfilename: file for file in head.siblings or []}
+
+
+def _is_same(release: Artifact, contents: dict[str, bytes], name: str, remote_files: "dict[str, RepoSibling]") -> bool:
+    """Return whether the Hub has the file as the manifest describes it."""
+    file = remote_files.get(name)
+    if file is None or file.size != release.files[name].size:
+        return False
+    if file.lfs is not None:
+        return bool(file.lfs.sha256 == release.files[name].sha256)
+    return name in contents and hub.git_sha1(contents[name]) == file.blob_id
+
+
+def _open_proposal(
+    api: "HfApi", target: Target, release: Artifact, contents: dict[str, bytes], change: _Change
+) -> Publication | None:
+    """Return the open pull request that already proposes this release, if there is one."""
+    requests = api.get_repo_discussions(target.repository, discussion_type="pull_request", discussion_status="open")
+    for request in requests:
+        head = api.model_info(target.repository, revision=f"refs/pr/{request.num}", files_metadata=True)
+        remote_files = _files_by_name(head)
+        has_release = all(_is_same(release, contents, name, remote_files) for name in release.files)
+        if has_release and not any(name in remote_files for name in change.delete):
+            return _publication(api, target.repository, "already published", str(head.sha), None, request.url)
+    return None
 
 
 def _commit(
@@ -184,17 +223,6 @@ def _commit(
         return None
 
 
-def _read_release(release: Artifact) -> dict[str, bytes]:
-    """Hash every file and return the contents of the small ones. Raises StageFailed if a file has changed."""
-    contents = {}
-    for name, file in release.files.items():
-        if file.size <= MAX_BYTES_IN_MEMORY:
-            contents[name] = read_file(release, name)
-        else:
-            check_file(release, name)
-    return contents
-
-
 def _upload_large_files(
     api: "HfApi", target: Target, release: Artifact, contents: dict[str, bytes], names: list[str]
 ) -> "list[CommitOperationAdd]":
@@ -209,18 +237,40 @@ def _upload_large_files(
     return additions
 
 
-def _files_by_name(head: "ModelInfo") -> "dict[str, RepoSibling]":
-    return {file.rfilename: file for file in head.siblings or []}
+def _tag(api: "HfApi", repository: str, name: str, commit: str) -> str:
+    """Tag the commit with this name, plus a number if another commit has it; return the tag."""
+    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repository).tags}
+    number = 1
+    while True:
+        candidate = name if number == 1 else f"{name}-{number}"
+        if tags.get(candidate) == commit:
+            return candidate
+        if candidate not in tags:
+            api.create_tag(repository, tag=candidate, revision=commit)
+            return candidate
+        number += 1
 
 
-def _is_same(release: Artifact, contents: dict[str, bytes], name: str, remote_files: "dict[str, RepoSibling]") -> bool:
-    """Return whether the Hub has the file as the manifest describes it."""
-    file = remote_files.get(name)
-    if file is None or file.size != release.files[name].size:
-        return False
-    if file.lfs is not None:
-        return bool(file.lfs.sha256 == release.files[name].sha256)
-    return name in contents and hub.git_sha1(contents[name]) == file.blob_id
+def _verify_upload(api: "HfApi", repository: str, revision: str, release: Artifact, contents: dict[str, bytes]) -> None:
+    """Raise StageFailed if the repository does not hold the release's files."""
+    remote_files = _files_by_name(api.model_info(repository, revision=revision, files_metadata=True))
+    differing_files = [name for name in release.files if not _is_same(release, contents, name, remote_files)]
+    if differing_files:
+        raise StageFailed(
+            f"{repository} at {revision} differs from the release after the upload: check "
+            f"{', '.join(differing_files)} there, and start the run again"
+        )
+
+
+def _publication(
+    api: "HfApi",
+    repository: str,
+    state: Literal["published", "already published"],
+    commit: str,
+    tag: str | None,
+    url: str | None = None,
+) -> Publication:
+    return Publication(state, url or f"{api.endpoint}/{repository}/commit/{commit}", commit, tag)
 
 
 def check_target(target: Target) -> None:
@@ -330,20 +380,6 @@ def _previous_files(repository: str, head: "ModelInfo", adopt: bool) -> dict[str
     return {}
 
 
-def _has_sha256(repository: str, revision: str, file: "RepoSibling", sha256: str | None) -> bool:
-    """Return whether a file of the repository has this SHA-256; True if it is not known."""
-    if sha256 is None:
-        return True
-    if file.lfs is not None:
-        return bool(file.lfs.sha256 == sha256)
-    is_small = (file.size or 0) <= MAX_BYTES_DOWNLOADED
-    return is_small and hashlib.sha256(_download(repository, revision, file)).hexdigest() == sha256
-
-
-def _download(repository: str, revision: str, file: "RepoSibling") -> bytes:
-    return hub.read_file("model", repository, revision, file, find_token(write=True))
-
-
 def _is_ours(metrics: Mapping[str, object]) -> bool:
     """Return whether a metrics.json is one of ours, of any version."""
     has_texts = all(isinstance(metrics.get(name), str) for name in ("base_model", "base_revision", "recipe", "run_id"))
@@ -364,51 +400,15 @@ def _is_stub(repository: str, revision: str, file: "RepoSibling") -> bool:
     return re.fullmatch(r"\s*(---\s*(license(_name|_link)?:.*\s)*---\s*)?", text) is not None
 
 
-def _open_proposal(
-    api: "HfApi", target: Target, release: Artifact, contents: dict[str, bytes], change: _Change
-) -> Publication | None:
-    """Return the open pull request that already proposes this release, if there is one."""
-    requests = api.get_repo_discussions(target.repository, discussion_type="pull_request", discussion_status="open")
-    for request in requests:
-        head = api.model_info(target.repository, revision=f"refs/pr/{request.num}", files_metadata=True)
-        remote_files = _files_by_name(head)
-        has_release = all(_is_same(release, contents, name, remote_files) for name in release.files)
-        if has_release and not any(name in remote_files for name in change.delete):
-            return _publication(api, target.repository, "already published", str(head.sha), None, request.url)
-    return None
+def _has_sha256(repository: str, revision: str, file: "RepoSibling", sha256: str | None) -> bool:
+    """Return whether a file of the repository has this SHA-256; True if it is not known."""
+    if sha256 is None:
+        return True
+    if file.lfs is not None:
+        return bool(file.lfs.sha256 == sha256)
+    is_small = (file.size or 0) <= MAX_BYTES_DOWNLOADED
+    return is_small and hashlib.sha256(_download(repository, revision, file)).hexdigest() == sha256
 
 
-def _tag(api: "HfApi", repository: str, name: str, commit: str) -> str:
-    """Tag the commit with this name, plus a number if another commit has it; return the tag."""
-    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repository).tags}
-    number = 1
-    while True:
-        candidate = name if number == 1 else f"{name}-{number}"
-        if tags.get(candidate) == commit:
-            return candidate
-        if candidate not in tags:
-            api.create_tag(repository, tag=candidate, revision=commit)
-            return candidate
-        number += 1
-
-
-def _verify_upload(api: "HfApi", repository: str, revision: str, release: Artifact, contents: dict[str, bytes]) -> None:
-    """Raise StageFailed if the repository does not hold the release's files."""
-    remote_files = _files_by_name(api.model_info(repository, revision=revision, files_metadata=True))
-    differing_files = [name for name in release.files if not _is_same(release, contents, name, remote_files)]
-    if differing_files:
-        raise StageFailed(
-            f"{repository} at {revision} differs from the release after the upload: check "
-            f"{', '.join(differing_files)} there, and start the run again"
-        )
-
-
-def _publication(
-    api: "HfApi",
-    repository: str,
-    state: Literal["published", "already published"],
-    commit: str,
-    tag: str | None,
-    url: str | None = None,
-) -> Publication:
-    return Publication(state, url or f"{api.endpoint}/{repository}/commit/{commit}", commit, tag)
+def _download(repository: str, revision: str, file: "RepoSibling") -> bytes:
+    return hub.read_file("model", repository, revision, file, find_token(write=True))

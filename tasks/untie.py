@@ -58,15 +58,6 @@ def _link_files(target: Path, checkpoint: Path, weight_files: set[str]) -> None:
             link(path, target / path.name)
 
 
-def _write_config(target: Path, checkpoint: Path) -> None:
-    """Write config.json, which says that the weights are not tied."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    config["tie_word_embeddings"] = False
-    if "text_config" in config:
-        config["text_config"]["tie_word_embeddings"] = False
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
 def _write_shard(shard: Path, head: str, checkpoint: Path, embedding: TensorInfo) -> None:
     """Write a safetensors file with the embedding's bytes under the head's name; the kernel copies them."""
     start, end = embedding.start, embedding.end
@@ -85,3 +76,12 @@ def _write_shard(shard: Path, head: str, checkpoint: Path, embedding: TensorInfo
     finally:
         os.close(source)
         os.close(target)
+
+
+def _write_config(target: Path, checkpoint: Path) -> None:
+    """Write config.json, which says that the weights are not tied."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config["tie_word_embeddings"] = False
+    if "text_config" in config:
+        config["text_config"]["tie_word_embeddings"] = False
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

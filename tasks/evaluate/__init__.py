@@ -66,15 +66,6 @@ def evaluate(
     return {"metadata": {"value": results["value"], "samples": results["samples"], "left_out": left_out}}
 
 
-def _documents_of_a_sample(keys: Iterable[tuple[str, int, int]], count: int) -> dict[str, list[int]] | None:
-    """Return the documents that were answered, by task; None if that is all of them."""
-    documents = sorted({(task, doc_id) for task, doc_id, _ in keys})
-    doc_ids: dict[str, list[int]] = {}
-    for task, doc_id in documents:
-        doc_ids.setdefault(task, []).append(doc_id)
-    return doc_ids if len(documents) < count else None
-
-
 def _read_answers(shards: Shards, parts: list[Path]) -> tuple[dict[tuple[str, int, int], object], int]:
     """Return the answers by (task, doc_id, index), and how many documents were left out."""
     responses: dict[tuple[str, int, int], object] = {}
@@ -87,3 +78,12 @@ def _read_answers(shards: Shards, parts: list[Path]) -> tuple[dict[tuple[str, in
                 if value is not None:
                     responses[request.task, request.doc_id, request.index] = value
     return responses, left_out
+
+
+def _documents_of_a_sample(keys: Iterable[tuple[str, int, int]], count: int) -> dict[str, list[int]] | None:
+    """Return the documents that were answered, by task; None if that is all of them."""
+    documents = sorted({(task, doc_id) for task, doc_id, _ in keys})
+    doc_ids: dict[str, list[int]] = {}
+    for task, doc_id in documents:
+        doc_ids.setdefault(task, []).append(doc_id)
+    return doc_ids if len(documents) < count else None

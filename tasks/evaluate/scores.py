@@ -72,19 +72,6 @@ def documents(rows: list[Json], filter_name: str | None = None) -> dict[int, Jso
     return {row["doc_id"]: row for row in rows if row["filter"] == name}
 
 
-def _answers(sample: Json, requests: list[Request]) -> Json:
-    """Return the answers to a document."""
-    responses = sample["filtered_resps"]
-    if requests[0].kind != "loglikelihood":
-        return {"responses": [response[0] for response in sample["resps"]], "prediction": str(responses[0])}
-    scores = [response[0] for response in responses]
-    return {
-        "choices": [request.arguments[1] for request in requests],
-        "responses": scores,
-        "prediction": max(range(len(scores)), key=lambda choice: scores[choice]),
-    }
-
-
 def _score(results: Json, metric: str, samples: int | None) -> Json:
     """Return a metric with its standard error, None if there is none."""
     name, _, filter_name = _key(metric).partition(",")
@@ -102,12 +89,6 @@ def _as_share(metric: str, value: Any) -> Any:
     return value / 100 if metric in PERCENT_METRICS else value
 
 
-def _average(parts: list[tuple[Json, int]], metric: str) -> Json:
-    """Return the mean of a metric over tasks without a group of their own, by their number of documents."""
-    total = sum(count for _, count in parts)
-    return {_key(metric): sum(results[_key(metric)] * count for results, count in parts) / total}
-
-
 def _key(metric: str) -> str:
     return metric if "," in metric else f"{metric},none"
 
@@ -118,6 +99,25 @@ def _count(samples: Json, metric: str) -> int:
     return sum(len({row["doc_id"] for row in rows if name in row}) for rows in samples.values())
 
 
+def _average(parts: list[tuple[Json, int]], metric: str) -> Json:
+    """Return the mean of a metric over tasks without a group of their own, by their number of documents."""
+    total = sum(count for _, count in parts)
+    return {_key(metric): sum(results[_key(metric)] * count for results, count in parts) / total}
+
+
 def _short_name(task: str, name: str) -> str:
     """Return a task's name without the benchmark's."""
     return task.removeprefix(f"{name}_")
+
+
+def _answers(sample: Json, requests: list[Request]) -> Json:
+    """Return the answers to a document."""
+    responses = sample["filtered_resps"]
+    if requests[0].kind != "loglikelihood":
+        return {"responses": [response[0] for response in sample["resps"]], "prediction": str(responses[0])}
+    scores = [response[0] for response in responses]
+    return {
+        "choices": [request.arguments[1] for request in requests],
+        "responses": scores,
+        "prediction": max(range(len(scores)), key=lambda choice: scores[choice]),
+    }

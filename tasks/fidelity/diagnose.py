@@ -326,10 +326,10 @@ def draw_heat_map(damages: list[Damage], path: Path) -> None:
         label_logarithmic(scale.xaxis)
 
 
-def _describe(damage: Damage) -> str:
-    """Return a module's divergences in words."""
-    activations = f", activations {damage.activations:.2g}" if damage.activations is not None else ""
-    return f"{damage.role}: weights {damage.weights:.2g}{activations} nats"
+def _fake_quantize(activations: Tensor) -> Tensor:
+    from quantize_gemma.tasks.models.dequantize import quantize_dequantize
+
+    return quantize_dequantize(activations)
 
 
 def _language_model(model: PreTrainedModel) -> Any:
@@ -337,7 +337,7 @@ def _language_model(model: PreTrainedModel) -> Any:
     return next(module for module in model.modules() if hasattr(module, "layers") and hasattr(module, "embed_tokens"))
 
 
-def _fake_quantize(activations: Tensor) -> Tensor:
-    from quantize_gemma.tasks.models.dequantize import quantize_dequantize
-
-    return quantize_dequantize(activations)
+def _describe(damage: Damage) -> str:
+    """Return a module's divergences in words."""
+    activations = f", activations {damage.activations:.2g}" if damage.activations is not None else ""
+    return f"{damage.role}: weights {damage.weights:.2g}{activations} nats"

@@ -85,15 +85,15 @@ def _agreement(rows: Sequence[Row], other_rows: Sequence[Row]) -> float | None:
     return sum(not _differ(first, second) for first, second in zip(rows, other_rows, strict=True)) / len(rows)
 
 
+def _letter(row: Row, choice: Any) -> str:
+    """Return the letter of a choice, and anything else as text."""
+    number = int(choice) if "choices" in row and str(choice).isdigit() else None
+    return str(choice) if number is None or number >= len(LETTERS) else LETTERS[number]
+
+
 def _answer(row: Row) -> dict[str, Any]:
     if "choices" not in row:
         return {"answer": row["prediction"], "margin": None}
     best, second, *_ = [*sorted(row["responses"], reverse=True), -math.inf]
     margin = round(best - second, 4) if math.isfinite(best - second) else None
     return {"answer": _letter(row, row["prediction"]), "margin": margin}
-
-
-def _letter(row: Row, choice: Any) -> str:
-    """Return the letter of a choice, and anything else as text."""
-    number = int(choice) if "choices" in row and str(choice).isdigit() else None
-    return str(choice) if number is None or number >= len(LETTERS) else LETTERS[number]

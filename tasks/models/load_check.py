@@ -86,6 +86,21 @@ def _read_shapes(checkpoint: Path, config: ModelConfig) -> dict[str, tuple[int, 
     return shapes
 
 
+def _check_token_ids(path: Path, tokenizer: dict[str, object]) -> None:
+    """Raise UserError if token ids are far apart: the library allocates memory and logs a line for each unused id."""
+    model, added_tokens = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict | list):
+        vocabulary = None
+    # In a list, a token's id is its position.
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary or ())))
+    ids += (
+        [token.get("id") for token in added_tokens if isinstance(token, dict)] if isinstance(added_tokens, list) else []
+    )
+    if not ids or not all(type(number) is int and 0 <= number < len(ids) + MAX_UNUSED_IDS for number in ids):
+        raise UserError(f"{path} has no vocabulary with consecutive token ids: download it again")
+
+
 def _load_tokenizer(checkpoint: Path, config: ModelConfig) -> "PreTrainedTokenizerBase":
     """Return the tokenizer, of the processor where there is one. Raises UserError if it cannot be loaded."""
     from transformers import AutoProcessor, AutoTokenizer
@@ -101,21 +116,6 @@ def _load_tokenizer(checkpoint: Path, config: ModelConfig) -> "PreTrainedTokeniz
             f"{checkpoint} has no {GEMMA3.processor_class}: add processor_config.json and preprocessor_config.json"
         )
     return processor.tokenizer
-
-
-def _check_token_ids(path: Path, tokenizer: dict[str, object]) -> None:
-    """Raise UserError if token ids are far apart: the library allocates memory and logs a line for each unused id."""
-    model, added_tokens = tokenizer.get("model"), tokenizer.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict | list):
-        vocabulary = None
-    # In a list, a token's id is its position.
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary or ())))
-    ids += (
-        [token.get("id") for token in added_tokens if isinstance(token, dict)] if isinstance(added_tokens, list) else []
-    )
-    if not ids or not all(type(number) is int and 0 <= number < len(ids) + MAX_UNUSED_IDS for number in ids):
-        raise UserError(f"{path} has no vocabulary with consecutive token ids: download it again")
 
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -153,12 +153,12 @@ def format_percent(share: float) -> str:
     return "under 0.1%" if share < 0.001 else f"{100 * share:.1f}%"
 
 
-def _two_digits(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.2g}"
-
-
 def _four_digits(value: float, stderr: float | None) -> str:
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
+
+
+def _two_digits(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.2g}"
 
 
 def _format_limit(check: Check) -> str:
