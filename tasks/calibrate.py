@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.models.calibration import DISTILLATION, PROMPTS, write_calibration
 from quantize_gemma.tasks.models.chat import has_chat_template
+from quantize_gemma.tasks.models.recipe import ANSWER_BATCH
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
 # This many equal tokens in a row are no coincidence: the model would be measured on its own calibration text.
 OVERLAP = 32
-# The number of prompts that are answered at once, and the maximum length of an answer in tokens.
-BATCH = 8
+# The maximum length of an answer in tokens.
 ANSWER = 384
 
 
@@ -168,10 +168,10 @@ def answer_prompts(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, count: 
     model = load_model(checkpoint, torch.bfloat16)
     drop_vision_encoder(model)
     tokens: list[int] = []
-    for first in range(0, len(PROMPTS), BATCH):
+    for first in range(0, len(PROMPTS), ANSWER_BATCH):
         if len(tokens) >= count:
             break
-        messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[first : first + BATCH]]
+        messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[first : first + ANSWER_BATCH]]
         inputs = tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=True,
@@ -185,7 +185,7 @@ def answer_prompts(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, count: 
         # Padding is on the left of a prompt and on the right of a finished answer.
         special = {tokenizer.pad_token_id, tokenizer.bos_token_id}
         tokens += [token for row in output.tolist() for token in row if token not in special]
-        report_progress(min(first + BATCH, len(PROMPTS)), len(PROMPTS), "prompts")
+        report_progress(min(first + ANSWER_BATCH, len(PROMPTS)), len(PROMPTS), "prompts")
     return tokens
 
 

@@ -28,6 +28,8 @@ from quantize_gemma.tasks.models.config import TextConfig
 from quantize_gemma.tasks.models.device_report import read_device_report
 from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.recipe import (
+    ANSWER_BATCH,
+    CHUNK_ELEMENTS,
     HELD_OUT,
     LOGITS,
     MEASUREMENTS,
@@ -61,11 +63,10 @@ DISTILLATION_FACTOR = 1.9
 # measured on gemma-3-270m and on a block of gemma-3-4b's shape.
 SHARE_OF_SPEED = 0.6
 MEMORY_OF_CALIBRATION = 1_750_000_000
-# The number of base-model answers that are generated at once, the memory bandwidth of a processor in bytes per second,
-# and the number of intermediate values while some of the calibration tokens run through a block.
-ANSWERED_AT_ONCE = 8
+# The memory bandwidth of a processor in bytes per second, and the number of intermediate values while some of the
+# calibration tokens run through a block.
 BYTES_PER_SECOND = 2e10
-PIECES = 8 * 2**23
+BLOCK_ELEMENTS = 8 * CHUNK_ELEMENTS
 # Float32 operations per second of an NVIDIA H200 in a distillation, and the launch overhead of a step.
 GPU_OPERATIONS_PER_SECOND = 2e13
 GPU_SECONDS_PER_STEP = 0.5
@@ -188,12 +189,12 @@ def estimate_calibration(text: TextConfig, recipe: Recipe, operations_per_second
     operations = text.num_hidden_layers * (forward + moments + rounding) + head
     seconds = operations / (operations_per_second * SHARE_OF_SPEED)
     # Generating a token for a batch of answers reads all weights, which are in bfloat16.
-    steps = math.ceil(settings.answers * settings.length / ANSWERED_AT_ONCE)
+    steps = math.ceil(settings.answers * settings.length / ANSWER_BATCH)
     model_bytes = 2 * (text.num_hidden_layers * weights + text.vocab_size * hidden)
     seconds += steps * model_bytes / BYTES_PER_SECOND
     # Two matrices of the largest Hessian's size or, earlier, the embeddings of both models' tokens; intermediate
     # values; a block's weights in bfloat16, and quantized at one byte each.
-    floats = max(2 * max(inputs) ** 2 + hidden * mlp, 3 * tokens * hidden) + PIECES
+    floats = max(2 * max(inputs) ** 2 + hidden * mlp, 3 * tokens * hidden) + BLOCK_ELEMENTS
     return seconds, int(MEMORY_OF_CALIBRATION + 4 * floats + 3.1 * weights)
 
 
@@ -221,7 +222,7 @@ def estimate_distillation(text: TextConfig, recipe: Recipe) -> tuple[int, int]:
     memory = weights + 3 * head + (weights + head) // 32 * 24
     # The inputs of all blocks, and the activations that one block saves for its backward pass.
     activations = STEP_SEQUENCES * length * ((text.num_hidden_layers + 12) * hidden + 6 * text.intermediate_size)
-    memory += 4 * (sequences * length * hidden + 6 * LOGITS * text.vocab_size + activations + PIECES)
+    memory += 4 * (sequences * length * hidden + 6 * LOGITS * text.vocab_size + activations + BLOCK_ELEMENTS)
     return operations, MEMORY_OF_LIBRARIES + memory
 
 

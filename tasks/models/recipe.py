@@ -106,6 +106,10 @@ class Calibration:
     compensation: float = 0.5
 
 
+# Prompts that the base model answers at once, and the elements of gate_proj's output that are computed at once while
+# calibration tokens run through a block.
+ANSWER_BATCH = 8
+CHUNK_ELEMENTS = 2**23
 # Sequences of a distillation step, and the positions of each that the loss uses: the head is most of the work there.
 STEP_SEQUENCES = 4
 STEP_POSITIONS = 64

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantize_gemma.tasks.models.recipe import Calibration, Rule
+from quantize_gemma.tasks.models.recipe import CHUNK_ELEMENTS, Calibration, Rule
 from quantize_gemma.tasks.quantize import gptq
 
 if TYPE_CHECKING:
@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 
     from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 
-# Sequences that run through a block at once; fewer if gate_proj's output would have more than PIECE elements.
+# Sequences that run through a block at once; fewer if gate_proj's output would have more than CHUNK_ELEMENTS.
 SEQUENCES = 8
-PIECE = 2**23
 # Columns of a Hessian that are computed at once; only the blocks on and above the diagonal are computed.
 PANEL = 512
 # Significant digits of an error: the order of sums over tokens depends on the number of threads.
@@ -351,5 +350,5 @@ def quantize_matrix(
 
 
 def _pieces(block: Block, hidden: Tensor | HiddenStates) -> list[slice]:
-    count = max(min(PIECE // (hidden.shape[1] * block.width), SEQUENCES), 1)
+    count = max(min(CHUNK_ELEMENTS // (hidden.shape[1] * block.width), SEQUENCES), 1)
     return [slice(first, first + count) for first in range(0, len(hidden), count)]
