@@ -1,8 +1,8 @@
-# `make run` and `make test` install everything they need into .venv and then work; a second call installs nothing.
+# `make run` and `make test` install everything they need into .venv first; a second call installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two files of tests at a time: half of it is waiting, for servers above all. OpenMP's threads wait without spinning:
-# with more of them than cores, that takes a quarter of the processor's time.
+# Two test files at a time: half of the time is spent waiting, mostly for servers. OpenMP's threads wait without
+# spinning: with more threads than cores, spinning takes a quarter of the CPU time.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -15,14 +15,14 @@ help: ## list the targets
 run: .venv/installed ## run every stage on the tiny built-in model
 	$(BIN)/quantize-gemma run
 
-test: check ## make check, and all tests that take at most half a minute
+test: check ## make check, and all tests that take at most half a minute each
 	$(PYTEST) -m "not long"
 
 # For example `make test-fast TESTS=tests/tasks`.
-test-fast: .venv/installed ## the tests without a run or a server, for the inner loop
+test-fast: .venv/installed ## the tests that start no flow run and no server
 	$(PYTEST) -m "not slow" $(TESTS)
 
-test-ci: check ## what CI runs: make check, and all tests but the longest
+test-ci: check ## make check, and all tests but the longest; CI runs this
 	$(PYTEST) -m "not longest"
 
 test-all: check ## make check, and all tests
@@ -38,38 +38,39 @@ check: docs ## formatting, lint, types, imports, spelling, and documentation
 docs: .venv/installed ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Each prints its cases, its failures and its seed.
-campaign: .venv/installed ## random faults and hostile inputs at full size: hours
+# Each campaign prints its cases, its failures, and its seed.
+campaign: .venv/installed ## test with random faults and hostile inputs, at full size; takes hours
 	$(BIN)/python -m tests.campaigns.starting_place
 	$(BIN)/python -m tests.campaigns.input_fuzz
 	$(BIN)/python -m tests.campaigns.hub_faults
 	$(BIN)/python -m tests.campaigns.store
 	$(BIN)/python -m tests.campaigns.kill_points
 
-# In virtual environments of their own.
-compatibility: .venv/installed ## the card's loading code with the pinned and the newest transformers
+# In separate virtual environments.
+compatibility: .venv/installed ## test the card's loading code with the pinned and the newest transformers
 	$(BIN)/python -m tests.compatibility.loading
 
-update: .venv/installed ## the newest version of every library: resolved, tested, and measured
+update: .venv/installed ## update every library to its newest version, then test and measure
 	$(BIN)/python -m tests.update
 
 install: .venv/installed ## install into .venv, and do nothing else
 
-hub-demo: .venv/installed ## a run from a local Hub to a local Hub
+hub-demo: .venv/installed ## a run that downloads from and publishes to a local Hub
 	$(BIN)/python -m tests.hub.demo
 
-# In a directory without settings, and importing from the environment alone: Prefect takes both from where it is started.
+# Run in a directory without settings, and import from the environment only: by default, Prefect reads settings and
+# imports modules from the working directory.
 deploy: .venv/installed ## create the work pool, limits, and deployments on a Prefect server
 	cd deployments && PYTHONSAFEPATH=1 $(abspath $(BIN))/python -m quantize_gemma.deployments.deploy
 
-worker: .venv/installed ## start a worker for them
+worker: .venv/installed ## start a worker for the deployments
 	cd deployments && PYTHONSAFEPATH=1 PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 \
 		$(abspath $(BIN))/prefect worker start --pool quantize-gemma
 
 serve: .venv/installed ## a Prefect server, its deployments, and a worker on this machine
 	PYTHONSAFEPATH=1 $(BIN)/python -m quantize_gemma.deployments.serve
 
-# The stamp depends on what is to be installed, so a changed pin installs again.
+# The stamp depends on the files with the requirements, so that a changed pin installs again.
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
