@@ -1,4 +1,4 @@
-"""What people see of a run: Prefect artifacts in the UI, tables and log lines in the terminal."""
+"""Reports of a run: artifacts in Prefect's UI, and tables and log lines in the terminal."""
 
 import base64
 import contextlib
@@ -21,7 +21,7 @@ Row = dict[str, str]
 
 
 def create_artifacts(release: Path, metrics: Metrics) -> None:
-    """Show the tables of fidelity, quality and the gate, the charts, the card, and the files in Prefect's UI.
+    """Show the tables of fidelity, quality, and the gate, the charts, the card, and the files in Prefect's UI.
 
     Args:
         release: The directory of the release.
@@ -48,23 +48,23 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
 
 
 def show_image(path: Path, description: str) -> str:
-    """Show a PNG in Prefect's UI, under its file's name; return the URL with all of it."""
+    """Show a PNG in Prefect's UI, under its file's name; return its content as a data URL."""
     from prefect.artifacts import create_image_artifact
 
     url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-    # Prefect takes no underscores in keys.
+    # Prefect does not allow underscores in keys.
     create_image_artifact(url, key=path.stem.replace("_", "-"), description=description)
     return url
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """Print the tables of a run that has a release: stages, fidelity, quality, gate; then where the release is."""
+    """Print the tables of a run with a release (stages, fidelity, quality, gate), and where the release is."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
     stages = Table("stage", "", title="Stages")
-    for column in ("seconds", "peak memory", "written"):
+    for column in ("seconds", "peak memory", "output size"):
         stages.add_column(column, justify="right")
     for stage in summary["stages"]:
         if stage["key"]:
@@ -118,7 +118,7 @@ def _publish_line(summary: dict[str, Any]) -> str:
 
 
 class Terminal(logging.Handler):
-    """Writes log lines above the progress bars, and the reason for a failure only once."""
+    """Write log lines above the progress bars, and the reason for a failure only once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,16 +133,16 @@ class Terminal(logging.Handler):
             if self.has_shown(message):
                 return
             self._reasons.add(message.partition(": ")[2])
-        # A closed terminal must not fail the run.
+        # A closed terminal must not make the run fail.
         with contextlib.suppress(OSError):
             tqdm.write(f"quantize-gemma: {message}", file=sys.stderr)
 
     def has_shown(self, message: str) -> bool:
-        """Tell whether the reason in "stage: reason" was written before, for whatever stage."""
+        """Tell whether the reason in "stage: reason" was written before, for any stage."""
         return message in self._reasons or message.partition(": ")[2] in self._reasons
 
     def attach(self) -> logging.Logger:
-        """Show the stages' log from now on, and return its logger."""
+        """Show the log of the stages from now on, and return its logger."""
         logger = logging.getLogger("quantize_gemma")
         logger.setLevel(logging.INFO)
         logger.addHandler(self)

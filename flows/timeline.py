@@ -1,6 +1,7 @@
 """The timeline of a run in Prefect's UI: when each stage ran, and its peak memory.
 
-Whatever depends on a clock belongs to the run alone: a release made twice has the same files.
+It is an artifact of the run and not a file of the release, because times differ between runs that produce the same
+release.
 """
 
 import tempfile
@@ -27,15 +28,15 @@ from quantize_gemma.tasks.runtime import worker
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# The starts and ends of a stage's calls by its name, in seconds since the epoch: of each of its parts and retries.
+# {stage name: (start, end) of each of its parts and retries}, in seconds since the epoch.
 Times = dict[str, list[tuple[float, float]]]
-# The height of a row, and the widths of a letter and of the column of memory, in inches.
+# The height of a row, and the widths of a letter and of the memory column, in inches.
 ROW, LETTER, MEMORY = 0.17, 0.07, 1.3
-# What takes less and is done in the flow's own process, such as a check, is left out unless it failed.
+# Steps in the flow's own process that take less than this, such as a check, are left out unless they fail.
 SHORT_SECONDS = 1.0
-# Seconds in each unit of time, and how many of it are too many.
+# Units of time: name, seconds per unit, and the number of units from which the next larger one is used.
 UNITS = (("s", 1, 100), ("min", 60, 100), ("h", 3600, float("inf")))
-# Text beside bars, and numbers.
+# The style of the text next to bars, and of numbers.
 LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline"}
 NUMBER: dict[str, Any] = {**LABEL, "fontsize": FONT_SIZE - 1}
 
@@ -46,8 +47,8 @@ class Bar:
 
     Attributes:
         name: The stage's name, with spaces.
-        start, end: When it ran, in seconds after the first; from the first of its parts to the last.
-        peak_rss_bytes: Its peak memory; None of what runs in the flow's own process, or failed.
+        start, end: When its first part started and its last part ended, in seconds since the start of the first stage.
+        peak_rss_bytes: Its peak memory; None if it ran in the flow's own process, or failed.
         failed: Whether it failed.
     """
 
@@ -59,18 +60,18 @@ class Bar:
 
 
 def show_timeline(label: str, stages: Collection[StageSummary], times: Times) -> None:
-    """Draw what a run ran, and show it in Prefect's UI.
+    """Draw the timeline of a run, and show it in Prefect's UI.
 
-    It is drawn in a worker process: here, matplotlib would read settings from the directory where the run was started.
+    It is drawn in a worker process because matplotlib would read settings from this process's working directory.
 
     Args:
-        label: What the run works on.
+        label: The model and the recipe.
         stages: The run's stages.
         times: When they ran.
     """
     from prefect.logging import get_run_logger
 
-    # The worker imports this module, too, but not what the reports need.
+    # Imported here because the worker imports this module, too, but does not need the reports' libraries.
     from quantize_gemma.flows.report import show_image
 
     cached = sum(stage.cached for stage in stages)
@@ -86,12 +87,12 @@ def show_timeline(label: str, stages: Collection[StageSummary], times: Times) ->
             worker.run("quantize_gemma.flows.timeline:draw", arguments, lambda *_: None, None)
             show_image(path, "When each stage ran, and its peak memory")
     except Exception as error:
-        # The run has ended as it has, with or without a picture.
+        # A run does not fail because of its timeline.
         get_run_logger().warning("the timeline could not be shown: %s", error)
 
 
 def make_bars(stages: Collection[StageSummary], times: Times) -> list[Bar]:
-    """Return the bars of what ran, in the order in which it started; the parts of a stage are one bar."""
+    """Return a bar for each stage that ran, ordered by start time; a stage in parts has one bar."""
     first = min((start for calls in times.values() for start, _ in calls), default=0.0)
     bars = []
     for stage in stages:
@@ -137,11 +138,11 @@ def draw(bars: list[dict[str, Any]], subtitle: str, path: str) -> dict[str, Any]
 
 
 def _draw_times(axes: "Axes", rows: list[Bar], total: float) -> None:
-    """Draw when each stage ran, with how long it took where there is room: after the bar, before it, or in it."""
+    """Draw when each stage ran, and write its duration where there is room: after, before, or in its bar."""
     unit, seconds, _ = next(row for row in UNITS if total < row[1] * row[2])
     for position, bar in enumerate(rows):
         axes.annotate(bar.name, (0, position), (-4, 0), ha="right", **LABEL)
-        # However short, it can be seen.
+        # Even the shortest bar is visible.
         start, width = bar.start / seconds, max(bar.end - bar.start, 0.004 * total) / seconds
         axes.barh(position, width, left=start, height=0.7, color=VERMILION if bar.failed else BLUE)
         label = _describe(bar.end - bar.start) + (", failed" if bar.failed else "")
@@ -157,6 +158,6 @@ def _draw_times(axes: "Axes", rows: list[Bar], total: float) -> None:
 
 
 def _describe(seconds: float) -> str:
-    """Return a time for people."""
+    """Return a duration as text, in the unit that fits it."""
     unit, length, _ = next(row for row in UNITS if seconds < row[1] * row[2])
     return f"{seconds / length:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Card: assembles the release from checkpoint, program and metrics.json, and renders its README.md."""
+"""Card: assemble the release from the checkpoint, the program, and metrics.json, and render its README.md."""
 
 import json
 from dataclasses import dataclass, replace
@@ -56,7 +56,7 @@ def card(
     device_report: dict[str, object] | None = None,
     **evaluations: Path,
 ) -> Output:
-    """Fill `target` with a release that can be pushed to the Hub as it is.
+    """Fill `target` with a release that is ready to be pushed to the Hub.
 
     Args:
         target: The artifact's directory.
@@ -65,7 +65,7 @@ def card(
         program: The artifact of `export`.
         gate: The artifact of `gate`, with metrics.json.
         device_report: The program's speed on a phone, as JSON; None if it was not measured.
-        **evaluations: The artifacts of `evaluate` by the stage's name in the run, whose samples become part of it.
+        **evaluations: The artifacts of `evaluate` whose samples the release includes, by the stage's name in the run.
     """
     parsed_recipe = Recipe.from_json(recipe)
     content = json.loads(store.read_file(store.read_artifact(gate), "metrics.json"))
@@ -98,7 +98,7 @@ def card(
 def read_loading_environments() -> list[dict[str, str]]:
     """Return the environments, {library: version}, in which the card's loading code was run.
 
-    `python -m tests.compatibility.loading` writes the record when the code generates the same tokens in all of them.
+    `python -m tests.compatibility.loading` writes loads_in.json if the code generates the same tokens in all of them.
     """
     environments: list[dict[str, str]] = json.loads((FOLDER / "loads_in.json").read_text(encoding="utf-8"))[
         "environments"
@@ -118,12 +118,12 @@ def add_file(release: Path, name: str, artifact: store.Artifact, source: str) ->
 
 
 def files_of(release: Path) -> dict[str, Path]:
-    """Return the files of a release by their paths in it, sorted."""
+    """Return {path in the release: file}, sorted by path."""
     return {path.relative_to(release).as_posix(): path for path in sorted(release.rglob("*")) if path.is_file()}
 
 
 def write_file_list(release: Path, hashes: dict[str, str]) -> None:
-    """Write release.json, {"files": {name: {"size", "sha256"}}}, with the SHA-256 `hashes` that are already known."""
+    """Write release.json, {"files": {name: {"size", "sha256"}}}; `hashes` are the SHA-256s that are already known."""
     files = {
         name: {"size": path.stat().st_size, "sha256": hashes.get(name) or store.digest_file(path)}
         for name, path in files_of(release).items()
@@ -132,7 +132,7 @@ def write_file_list(release: Path, hashes: dict[str, str]) -> None:
 
 
 def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
-    """Return the text of the model card; `sizes` are the files' in bytes."""
+    """Return the text of the model card; `sizes` are the sizes of the files, in bytes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -180,11 +180,11 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
 
 
 def check_front_matter(readme: Path, metrics: Metrics) -> None:
-    """Raise StageFailed if the Hub's own client does not read back the metadata that was written to the card."""
+    """Raise StageFailed if the Hub's own client reads different metadata from the card than was written to it."""
     from huggingface_hub import metadata_load
 
     if metadata_load(readme) != front_matter(metrics):
-        raise StageFailed(f"the metadata of {readme} does not read back as it was written: it is not published")
+        raise StageFailed(f"the metadata of {readme} differs from what was written: the release is not published")
 
 
 def _rule_code(rule: Rule) -> RuleCode:

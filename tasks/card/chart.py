@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 KL_CHART = "kl-histogram.png"
 ERROR_CHART = "output-error.png"
-# Standard errors in half of a 95 % interval.
+# Standard errors in half of a 95% confidence interval.
 CONFIDENT = 1.96
-# The subjects that are named at most, and the heights of a subject's row and of its name, in inches: 57 subjects take
-# 1,400 pixels at most.
+# The maximum number of named subjects, and the heights of a subject's row and of its name, in inches: 57 subjects take
+# at most 1,400 pixels.
 NAMES = 8
 ROW, NAME = 0.07, 0.16
-# The ground of a row with a name.
+# The background of a row with a name.
 SHADE = "#F3F3F3"
 
 
@@ -40,8 +40,9 @@ class Subject:
     Attributes:
         name: The task's name.
         base, quantized: The scores.
-        error: Half of the 95 % interval of their difference; None where a standard error is not known. It takes the
-            two scores as independent. They are of the same documents, so it is rather too wide than too narrow.
+        error: Half of the 95% confidence interval of their difference; None if a standard error is not known. It treats
+            the two scores as independent. Both are measured on the same documents, so it is more likely too wide than
+            too narrow.
     """
 
     name: str
@@ -55,22 +56,22 @@ class Subject:
         return self.quantized - self.base
 
     @property
-    def has_moved(self) -> bool:
-        """Whether the change is larger than its error."""
+    def is_significant(self) -> bool:
+        """Whether the change is larger than its margin of error."""
         return self.error is not None and abs(self.change) > self.error
 
 
 def charts(metrics: Metrics) -> dict[str, str]:
-    """Return {benchmark: file name} for the benchmarks with several tasks that base and checkpoint were measured on."""
+    """Return {benchmark: file name} for benchmarks with several tasks, measured on base model and checkpoint."""
     measured = [name for name in metrics.benchmarks if _columns(metrics, name) is not None]
     return {name: f"{name}-by-subject.png" for name in measured if metrics.benchmarks[name].higher_is_better}
 
 
 def draw_subjects(metrics: Metrics, benchmark: str, path: Path) -> None:
-    """Draw base and checkpoint per task, sorted by the change, as a PNG that is readable on a phone.
+    """Draw the scores of base model and checkpoint per task, sorted by the change, as a PNG for small screens.
 
-    A gray bar around the base model's score is the error of the change: a checkpoint's score outside of it has moved.
-    Those subjects are named, at most NAMES of them; all are if there are no more.
+    A gray bar around the base model's score is the margin of error of the change. At most NAMES subjects whose change
+    exceeds it are named; if there are no more than NAMES subjects, all of them are.
 
     Args:
         metrics: The metrics.
@@ -82,8 +83,8 @@ def draw_subjects(metrics: Metrics, benchmark: str, path: Path) -> None:
     labeled_names = choose_named(subjects)
     rows = ROW * (len(subjects) + 1) + NAME * len(labeled_names)
     top, bottom = 1.34, 0.45
-    moved_count = sum(subject.has_moved for subject in subjects)
-    subtitle = f"{moved_count} of {len(subjects)} changed by more than the margin of error"
+    significant_count = sum(subject.is_significant for subject in subjects)
+    subtitle = f"{significant_count} of {len(subjects)} changed by more than the margin of error"
     with new_figure(path, f"{info.title} by subject", top + rows + bottom, subtitle=subtitle) as figure:
         axes = add_axes(figure, MARGIN, MARGIN, top, bottom)
         _draw_dumbbells(axes, subjects, labeled_names)
@@ -91,7 +92,7 @@ def draw_subjects(metrics: Metrics, benchmark: str, path: Path) -> None:
             axes.axvline(100 * info.chance, color=GRAY, linestyle="--", linewidth=0.9, zorder=0.5)
             axes.text(100 * info.chance, -0.03, "chance", color=GRAY, ha="center", va="bottom")
         if labeled_names:
-            header = "largest changes, points" if moved_count > len(labeled_names) else "change, points"
+            header = "largest changes, points" if significant_count > len(labeled_names) else "change, points"
             axes.text(0.99, 1, header, color=GRAY, transform=axes.transAxes, ha="right", va="bottom")
         metric = info.metric.partition(",")[0].replace("_", " ")
         axes.set_xlabel(f"{'accuracy' if metric.startswith('acc') else metric}, %")
@@ -118,15 +119,15 @@ def compare_subjects(metrics: Metrics, benchmark: str) -> list[Subject]:
 
 
 def choose_named(subjects: list[Subject]) -> set[str]:
-    """Return the names of the subjects that the chart names: all of a few, else those that moved, the farthest."""
-    candidates = subjects if len(subjects) <= NAMES else [subject for subject in subjects if subject.has_moved]
+    """Return the subjects to name: all if there are at most NAMES, else those with the largest significant changes."""
+    candidates = subjects if len(subjects) <= NAMES else [subject for subject in subjects if subject.is_significant]
     return {subject.name for subject in sorted(candidates, key=lambda subject: -abs(subject.change))[:NAMES]}
 
 
 def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
-    """Draw how many tokens have which KL divergence from the base model, as a PNG that is readable on a phone.
+    """Draw histograms of the tokens' KL divergence from the base model, as a PNG for small screens.
 
-    Bins are on a logarithmic scale; a divergence below the first edge counts as 0. The program is measured on fewer
+    Bins are on a logarithmic scale; the first bin also has all smaller divergences. The program is measured on fewer
     tokens, so the bars are shares.
 
     Args:
@@ -148,7 +149,7 @@ def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
             edges = [distances.kl_histogram.edges[1] / 10 ** (1 / 4), *distances.kl_histogram.edges[1:]]
             shares = [100 * count / distances.tokens for count in distances.kl_histogram.counts]
             label = f"{name}, mean {distances.kl_mean:.3f}"
-            # The first covers the others.
+            # Draw the first line on top.
             axes.stairs(shares, edges, color=color, linewidth=1.4, label=label, zorder=4 - number)
             axes.axvline(distances.kl_mean, color=color, linestyle=":", linewidth=1.2)
         axes.set(xscale="log", ylim=(0, None), xlabel="KL divergence from the base model, nats", title="tokens, %")
@@ -159,10 +160,10 @@ def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
 
 
 def draw_output_error(metrics: Metrics, path: Path) -> None:
-    """Draw the output error that remains after calibration, by role over the blocks, readable on a phone.
+    """Draw the output error after calibration, by role and decoder block, as a PNG for small screens.
 
     Args:
-        metrics: The metrics, of a calibrated recipe.
+        metrics: The metrics of a release with a calibrated recipe.
         path: The file.
     """
     from matplotlib.ticker import MaxNLocator
@@ -190,13 +191,13 @@ def draw_output_error(metrics: Metrics, path: Path) -> None:
 
 
 def _columns(metrics: Metrics, benchmark: str) -> tuple[BenchmarkScore, BenchmarkScore] | None:
-    """Return the scores of base and checkpoint, None if either was not measured or has no tasks."""
+    """Return the scores of base model and checkpoint; None if either was not measured or has no tasks."""
     base, quantized = metrics.base.scores.get(benchmark), metrics.quantized.scores.get(benchmark)
     return None if base is None or quantized is None or not quantized.tasks else (base, quantized)
 
 
 def _draw_dumbbells(axes: "Axes", subjects: list[Subject], labeled_names: set[str]) -> None:
-    """Draw a row for each subject; one with a name is higher, and on a gray ground."""
+    """Draw a row for each subject; rows with a name are taller and have a gray background."""
     heights, height = [], 0.0
     for subject in subjects:
         if subject.name in labeled_names:
@@ -206,8 +207,8 @@ def _draw_dumbbells(axes: "Axes", subjects: list[Subject], labeled_names: set[st
         heights.append(height + ROW / 2)
         height += ROW
     base, quantized = [subject.base for subject in subjects], [subject.quantized for subject in subjects]
-    # What did not move stands back.
-    alpha = [1.0 if subject.has_moved else 0.55 for subject in subjects]
+    # Insignificant changes are paler.
+    alpha = [1.0 if subject.is_significant else 0.55 for subject in subjects]
     axes.hlines(heights, base, quantized, color=GRAY, linewidth=0.8, alpha=alpha)
     for name, scores in (("base", base), ("quantized", quantized)):
         axes.scatter(scores, heights, 12, [(COLORS[name], opacity) for opacity in alpha], linewidths=0, zorder=3)
@@ -220,8 +221,8 @@ def _draw_dumbbells(axes: "Axes", subjects: list[Subject], labeled_names: set[st
 
 
 def _write_name(axes: "Axes", subject: Subject, height: float) -> None:
-    """Write a subject's name at the left of its row, and its change at the right; nothing shows through them."""
+    """Write a subject's name at the left of its row, and its change at the right, on an opaque background."""
     change = f"{subject.change:+.1f}".replace("-", "\N{MINUS SIGN}")
     for x, side, text in ((0.01, "left", subject.name.replace("_", " ")), (0.99, "right", change)):
-        ground = {"color": SHADE, "pad": 0.5}
-        axes.text(x, height, text, transform=axes.get_yaxis_transform(), ha=side, va="top", bbox=ground)
+        background = {"color": SHADE, "pad": 0.5}
+        axes.text(x, height, text, transform=axes.get_yaxis_transform(), ha=side, va="top", bbox=background)

@@ -1,11 +1,10 @@
-"""The look of every plot: sizes, fonts, colors, and the place of the title.
+"""The style of every plot: sizes, fonts, colors, and the position of the title.
 
-Everything that matplotlib does by itself comes from here, and nothing from a user's matplotlibrc: equal numbers give
-equal files. The font is the one that matplotlib brings along.
+All of matplotlib's settings come from here, and none from a user's matplotlibrc, so that equal numbers give equal
+files. The font is the one that ships with matplotlib.
 
-The background is an opaque white. A card has one file for pages that are light and pages that are dark, and a plot is
-also looked at on its own, where nobody knows what a transparent background would stand on; lines and text in the one
-gray that can be read on both would have little contrast on either.
+The background is opaque white. A card has one file for light and dark pages, and a plot is also viewed on its own, on
+an unknown background: with a transparent one, lines and text would have to be in a gray that has little contrast.
 """
 
 import contextlib
@@ -18,13 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# In inches. A plot of a card has twice the pixels of a phone's page, 400 wide; text is as large as the page's there.
+# In inches. A plot on a card has twice as many pixels as a phone's page, which is 400 wide; its text is as large as the
+# page's.
 WIDTH, WIDE = 4.0, 7.0
 DPI = 200
 MARGIN = 0.16
 FONT_SIZE, TITLE_SIZE = 8.5, 10.5
-# Colors that everybody can tell apart: M. Okabe and K. Ito, Color Universal Design, 2008. Yellow is left out, which is
-# too light for lines on white.
+# Colors that color-blind people can tell apart: M. Okabe and K. Ito, Color Universal Design, 2008. Yellow is left out
+# because it is too light for lines on white.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = PALETTE = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
     *("#E69F00", "#56B4E9", "#000000"),
@@ -37,7 +37,7 @@ STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": FONT_SIZE,
     "text.color": INK,
-    # A dollar sign in a name starts no formula.
+    # A dollar sign in a name does not start a formula.
     "text.parse_math": False,
     "axes.edgecolor": GRAY,
     "axes.labelcolor": INK,
@@ -74,7 +74,7 @@ def new_figure(path: Path, title: str, height: float, width: float = WIDTH, subt
         title: What the plot shows.
         height: The figure's height, in inches.
         width: Its width, in inches.
-        subtitle: What to read from it, or how, in smaller type; it may have several lines.
+        subtitle: The main result, or how to read the plot, in smaller type; it may have several lines.
     """
     from matplotlib import rc_context, rcdefaults, rcParams
     from matplotlib.figure import Figure
@@ -92,21 +92,21 @@ def new_figure(path: Path, title: str, height: float, width: float = WIDTH, subt
 
 
 def add_axes(figure: "Figure", left: float, right: float, top: float, bottom: float, **options: Any) -> "Axes":
-    """Return axes that are so many inches away from the figure's edges."""
+    """Return axes with these margins to the figure's edges, in inches."""
     width, height = figure.get_size_inches()
     rectangle = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
     return figure.add_axes(rectangle, **options)
 
 
 def add_legend(figure: "Figure", top: float, columns: int) -> None:
-    """Add a legend below the title, so many inches from the top."""
+    """Add a legend below the title, `top` inches from the top."""
     width, height = figure.get_size_inches()
     corner = (MARGIN / width, 1 - top / height)
     figure.legend(loc="upper left", bbox_to_anchor=corner, ncols=columns)
 
 
 def label_logarithmic(axis: "Axis") -> None:
-    """Label a logarithmic axis with plain numbers: powers of ten, in a small range also their doubles and halves."""
+    """Label a logarithmic axis with plain numbers: powers of ten, and in a small range also 2 and 5 times these."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = sorted(axis.get_view_interval())

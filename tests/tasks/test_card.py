@@ -390,7 +390,7 @@ def test_a_link_to_the_terms_ends_where_it_ends(measured: dict[str, Any]) -> Non
 def test_a_card_whose_metadata_do_not_read_back_fails(measured: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card(measured))
     check_front_matter(tmp_path / "README.md", parse_metrics(measured))
-    with pytest.raises(StageFailed, match="does not read back as it was written"):
+    with pytest.raises(StageFailed, match="differs from what was written"):
         check_front_matter(tmp_path / "README.md", parse_metrics({**measured, "base_model": "another"}))
 
 
