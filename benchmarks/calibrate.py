@@ -1,7 +1,7 @@
-"""One decoder block through GPTQ at a model's shape, with random weights: `python -m benchmarks.calibrate --shape 4b`.
+"""Time and memory of calibrating one decoder block with GPTQ: `python -m benchmarks.calibrate --shape 4b`.
 
-Prints its time and peak memory, the time of the whole decoder at that rate, and the estimate of `quantize-gemma check`.
-Random weights and hidden states take as long as real ones: nothing depends on their values but the order of columns.
+Print both, the time for the whole decoder at that rate, and the estimate of `quantize-gemma check`. Random weights and
+hidden states take as long as real ones: only the order of columns depends on their values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RECIPE = "GPTQ-INT8-INT4"
 def random_block(
     shape: str, settings: Calibration, device: str
 ) -> tuple[tuple[Block, Block], tuple[HiddenStates, HiddenStates], dict[str, Rule]]:
-    """Returns what quantize_block() takes, with random weights: a block of full attention, hidden states, rules."""
+    """Return random inputs of quantize_block(): a block with full attention, hidden states, and rules."""
     import torch
     from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
@@ -55,7 +55,7 @@ def random_block(
 
 
 def text_config(shape: str) -> Gemma3TextConfig:
-    """Returns the decoder's configuration of a shape."""
+    """Return the decoder's configuration for a shape."""
     from transformers import Gemma3TextConfig
 
     config = Gemma3TextConfig(**SHAPES[shape].get("text_config", SHAPES[shape]))
@@ -64,7 +64,7 @@ def text_config(shape: str) -> Gemma3TextConfig:
 
 
 def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any]:
-    """Quantizes a block of full attention; returns its seconds, and check's estimate of the decoder's."""
+    """Quantize a block with full attention; return the seconds that it takes, and check's estimate for the decoder."""
     import torch
 
     from quantize_gemma.tasks.check import estimate_calibration, measure_speed
@@ -73,7 +73,7 @@ def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any
 
     settings = Calibration(sequences=sequences, answers=0)
     pair, states, rules = random_block(shape, settings, device)
-    # Kernels are compiled once per machine.
+    # A previous call has compiled the kernels.
     start = time.monotonic()
     with torch.no_grad(), fast_products():
         quantize_block(pair, states, rules, settings)
@@ -91,14 +91,14 @@ def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=[*SHAPES], default="4b")
     parser.add_argument("--sequences", type=int, default=64, help="sequences of 512 tokens")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    # The kernels are compiled by the first.
+    # The first call compiles the kernels.
     for sequences in (1, options.sequences):
         result = run(
             "benchmarks.calibrate:quantize_one_block",
@@ -114,10 +114,10 @@ def main() -> None:
     hours = result["block_seconds"] * result["blocks"] / 3600
     print(f"{options.shape}, {options.sequences} x 512 tokens, on {options.device}:")
     print(f"  {result['block_seconds']} s per block, {hours:.2f} hours for {result['blocks']} blocks without the head")
-    print(f"  {human_size(result['peak_rss_bytes'])} of peak memory")
+    print(f"  {human_size(result['peak_rss_bytes'])} peak memory")
     print(
-        f"  check: {result['check_seconds'] / 3600:.2f} hours with the head, {human_size(result['check_bytes'])}, "
-        f"at {result['operations_per_second'] / 1e9:.0f} GFLOP/s"
+        f"  estimate of check: {result['check_seconds'] / 3600:.2f} hours with the head, "
+        f"{human_size(result['check_bytes'])}, at {result['operations_per_second'] / 1e9:.0f} GFLOP/s"
     )
 
 

@@ -1,9 +1,9 @@
-"""The speed of a program on a phone, for `quantize-gemma run --device-report`:
+"""Speed and memory of a program on a phone, for `quantize-gemma run --device-report`:
 `python -m benchmarks.device_report --program model.pte --tokenizer tokenizer.json --runner llama_main --output FILE`.
 
-The runner is a binary for Android that you build from ExecuTorch: the one of examples/models/llama for a text-only
-program, or the one of examples/models/gemma3 for a program that reads images, with `--image photo.jpg`. Each run is a
-new process; the report has the medians.
+The runner is an Android binary that you build from ExecuTorch: examples/models/llama for a text-only program, or
+examples/models/gemma3 for a multimodal one, with `--image photo.jpg`. Each run is a new process; the report has the
+medians.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from quantize_gemma.tasks.models.device_report import (
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime.errors import UserError
 
-# On the phone: where apps and `adb shell` may both execute files.
+# A directory on the phone in which `adb shell` may execute files.
 FOLDER = "/data/local/tmp/quantize-gemma"
-# The most that one command of adb may take: 3 GB over USB 2.0 take two minutes, a run of a large program a few.
+# The timeout of an adb command: copying 3 GB over USB 2.0 takes two minutes, and a run of a large program a few.
 SECONDS = 1800
 # The prompt has about 100 tokens, and llama_main generates up to this many together with it; gemma3's runner, 100.
 SEQ_LEN = 256
@@ -45,9 +45,9 @@ STORY = (
     "what happened to him. Describe the island, the sea, and the people of the village, and let the story end well."
 )
 TEXT_PROMPT = f"{GEMMA3.bos_token}<start_of_turn>user\n{STORY}<end_of_turn>\n<start_of_turn>model\n"
-# gemma3's runner puts the image and the chat template around it.
+# gemma3's runner adds the image and the chat template.
 IMAGE_PROMPT = "Describe this image in detail."
-# What is read of the runner's statistics. It does not print its own rates in every version of ExecuTorch.
+# The fields that are read from the runner's statistics. Not every version of ExecuTorch prints tokens per second.
 STATISTICS = (
     *("prompt_tokens", "generated_tokens", "model_load_start_ms", "model_load_end_ms"),
     *("inference_start_ms", "prompt_eval_end_ms", "first_token_ms", "inference_end_ms"),
@@ -68,18 +68,18 @@ class Measurement:
 
 
 def measure(files: dict[str, Path], command: str, runs: int) -> tuple[Device, list[Measurement]]:
-    """Runs a program on the connected phone.
+    """Run a program on the connected phone.
 
     Args:
-        files: What is copied to FOLDER on the phone, by the name there.
+        files: The files to copy to FOLDER on the phone, by their names on the phone.
         command: The phone's shell command; see runner_command().
-        runs: How often it runs.
+        runs: The number of runs.
 
     Returns:
         The phone, and one measurement for each run.
 
     Raises:
-        UserError: A file is missing, there is no adb, no phone, or more than one; or the runner fails.
+        UserError: A file or adb is missing, there is no phone or more than one, or the runner fails.
     """
     for path in files.values():
         if not path.is_file():
@@ -96,12 +96,12 @@ def measure(files: dict[str, Path], command: str, runs: int) -> tuple[Device, li
             measurements.append(parse_output(adb("shell", command, name="the runner")))
         return read_device(), measurements
     finally:
-        # Without a check: it must not hide why the rest failed.
+        # Do not check the exit code: an error here must not hide the original one.
         subprocess.run(["adb", "shell", f"rm -rf {FOLDER}"], stdin=subprocess.DEVNULL, capture_output=True)
 
 
 def require_one_phone() -> None:
-    """Raises UserError unless adb has exactly one phone to use."""
+    """Raise UserError unless adb has exactly one phone to use."""
     states = dict(line.split("\t", 1) for line in adb("devices").splitlines() if "\t" in line)
     selected = os.environ.get("ANDROID_SERIAL")
     if selected is not None and selected not in states:
@@ -118,11 +118,11 @@ def require_one_phone() -> None:
 
 
 def adb(*words: str, name: str | None = None) -> str:
-    """Returns what adb prints. Raises UserError if it is missing or fails; `name` says what it ran."""
+    """Return the output of adb. Raises UserError if adb is missing or fails; `name` is the command in messages."""
     try:
         process = subprocess.run(["adb", *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
     except FileNotFoundError:
-        raise UserError("there is no adb: install Android's platform-tools, and put adb on the PATH") from None
+        raise UserError("adb was not found: install Android's platform-tools, and add adb to the PATH") from None
     except subprocess.TimeoutExpired:
         raise UserError(
             f"{name or f'adb {words[0]}'} took more than {SECONDS} s: check that the phone is connected and unlocked"
@@ -137,10 +137,10 @@ def adb(*words: str, name: str | None = None) -> str:
 
 
 def runner_command(image: str | None, threads: int) -> str:
-    """Returns the phone's shell command that runs the program once; `image` is the image's name on the phone.
+    """Return the shell command that runs the program once on the phone; `image` is the image's name on the phone.
 
-    It prints the peak memory of the runner's process, VmHWM, five times a second until it ends, and then the runner's
-    output. The kernel keeps that peak, so only one in the last fifth of a second would be missed.
+    The command prints the runner's peak memory, VmHWM, five times a second until the runner ends, and then its output.
+    Because VmHWM is a peak, only an increase in the last fifth of a second would be missed.
     """
     flags = ["--model_path=model.pte", "--tokenizer_path=tokenizer.json", "--temperature=0", f"--cpu_threads={threads}"]
     if image is None:
@@ -155,19 +155,21 @@ def runner_command(image: str | None, threads: int) -> str:
 
 
 def parse_output(output: str) -> Measurement:
-    """Returns the times in the runner's own statistics, and the peak memory. Raises UserError if there are none."""
+    """Return the times from the runner's statistics, and its peak memory. Raises UserError if either is missing."""
     matches = re.findall(r"^PyTorchObserver (\{.*\})\s*$", output, re.MULTILINE)
     try:
         fields = json.loads(matches[-1])
         stats = {name: int(fields[name]) for name in STATISTICS}
     except (IndexError, KeyError, TypeError, ValueError):
         raise UserError(
-            "the runner printed no line `PyTorchObserver {…}` with its statistics: use the one of "
-            "examples/models/llama, or, with --image, the one of examples/models/gemma3; its last lines are: "
+            "the runner printed no line `PyTorchObserver {…}` with its statistics: use the runner from "
+            "examples/models/llama, or, with --image, from examples/models/gemma3; its last lines are: "
             f"{_last_lines(output)}"
         ) from None
     if stats["generated_tokens"] < 1:
-        raise UserError(f"the runner generated no tokens: check that the tokenizer is the program's; it says {stats}")
+        raise UserError(
+            f"the runner generated no tokens: check that the tokenizer matches the program; its statistics: {stats}"
+        )
     peaks = [int(kilobytes) for kilobytes in re.findall(r"^VmHWM:\s+(\d+) kB", output, re.MULTILINE)]
     if not peaks:
         raise UserError("the phone does not report the runner's peak memory in /proc/PID/status: use another phone")
@@ -188,18 +190,18 @@ def parse_output(output: str) -> Measurement:
 
 
 def medians(measurements: list[Measurement], prompt: str) -> DeviceSpeed:
-    """Returns the median of each number."""
+    """Return the median of each number."""
     rows = [dataclasses.asdict(measurement) for measurement in measurements]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    # Counts stay integers; a value that is missing in one run is missing in the median.
+    # Counts stay integers. If a value is missing in one run, it has no median.
     middle = {name: None if None in values else statistics.median_high(values) for name, values in columns.items()}
     return DeviceSpeed(prompt=prompt, runs=len(rows), **middle)
 
 
 def read_device() -> Device:
-    """Returns what the phone says it is."""
+    """Return the phone's model, SoC, Android version, and memory, as the phone reports them."""
     name = " ".join(_properties("ro.product.manufacturer", "ro.product.model"))
-    # The first two exist since Android 12.
+    # The first two properties exist since Android 12.
     processor = " ".join(_properties("ro.soc.manufacturer", "ro.soc.model") or _properties("ro.board.platform"))
     memory = re.search(r"^MemTotal:\s+(\d+) kB", adb("shell", "cat /proc/meminfo"), re.MULTILINE)
     if memory is None:
@@ -213,7 +215,7 @@ def read_device() -> Device:
 
 
 def digest(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -236,21 +238,21 @@ def _count(text: str) -> int:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device_report", description=__doc__)
     parser.add_argument("--program", type=Path, required=True, help="the release's model.pte")
     parser.add_argument("--tokenizer", type=Path, required=True, help="the release's tokenizer.json")
-    parser.add_argument("--runner", type=Path, required=True, help="the runner's binary for Android")
+    parser.add_argument("--runner", type=Path, required=True, help="the runner, an Android binary")
     installed_version = version("executorch")
     parser.add_argument(
         "--executorch",
         default=installed_version,
-        help=f"version that the runner was built from [default: {installed_version}]",
+        help=f"version of ExecuTorch that the runner was built from [default: {installed_version}]",
     )
-    parser.add_argument("--image", type=Path, help="image of the prompt, for a program that reads images")
-    parser.add_argument("--threads", type=_count, default=4, help="CPU threads [default: 4]")
-    parser.add_argument("--runs", type=_count, default=5, help="how often the program runs [default: 5]")
-    parser.add_argument("--output", type=Path, required=True, help="where the report is written")
+    parser.add_argument("--image", type=Path, help="image for the prompt, for a multimodal program")
+    parser.add_argument("--threads", type=_count, default=4, help="number of CPU threads [default: 4]")
+    parser.add_argument("--runs", type=_count, default=5, help="number of runs [default: 5]")
+    parser.add_argument("--output", type=Path, required=True, help="file to write the report to")
     options = parser.parse_args()
     files = {"model.pte": options.program, "tokenizer.json": options.tokenizer, "runner": options.runner}
     image = f"image{options.image.suffix.lower()}" if options.image else None
@@ -275,7 +277,7 @@ def main() -> None:
     content = dataclasses.asdict(report)
     parse_device_report(content)
     options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {options.output}: pass it to quantize-gemma run as --device-report")
+    print(f"wrote {options.output}: pass it to `quantize-gemma run` with --device-report")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A benchmark by the `lm_eval` command line and by ours, in turn: `python -m benchmarks.evaluate --task gsm8k …`.
+"""Evaluate a benchmark with the `lm_eval` command line and with ours: `python -m benchmarks.evaluate --task gsm8k …`.
 
-Both get the same directories, in fresh processes; of several batch sizes of the command line, the fastest counts. They
-are equal if no prediction and no score differs. Text that is generated in batches may differ in a word, because of
-padding: then the share of equal texts is shown, and they are equal if every score is within its standard error.
+Both read the same directories, one after the other, in fresh processes. If lm_eval runs with several batch sizes, the
+fastest one counts. The results are equal if no prediction and no score differs. Text that is generated in batches may
+differ in a few words because of padding; such results are equal if every score is within its standard error.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from benchmarks.side_by_side import format_line, machine, make_result, print_res
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.models.benchmarks import BENCHMARKS, Benchmark, find_benchmark
 
-# By (task, document): the choices' log-likelihoods, or the text.
+# {(task, document): the choices' log-likelihoods, or the text}
 Responses = dict[tuple[str, int], list[Any]]
 
 
 def command_line(
     target: str, checkpoint: str, dataset: str, task: str, limit: int | None, batch_size: str, device: str
 ) -> dict[str, Any]:
-    """Runs lm-eval's command line; leaves its files in `target`."""
+    """Run lm-eval's command line, and leave its files in `target`."""
     import os
     import sys
 
@@ -50,7 +50,7 @@ def command_line(
 def our_evaluation(
     target: str, checkpoint: str, dataset: str, task: str, limit: int | None, rows: int | None, device: str
 ) -> dict[str, Any]:
-    """Evaluates as the flow does, in one process; `rows` is how many sequences run together, at most."""
+    """Evaluate as the flow does, in one process; `rows` is the maximum number of sequences in a batch."""
     from quantize_gemma.tasks.evaluate import evaluate
     from quantize_gemma.tasks.evaluate.answer import answer
     from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
@@ -70,7 +70,7 @@ def our_evaluation(
 
 
 def _timed(model: Any, kind: str, evaluate: Any) -> float:
-    """Returns the seconds that the model spent on requests: without loading it, and without lm-eval's start."""
+    """Return the seconds that the model spent on requests, without loading the model and starting lm-eval."""
     name = "generate_until" if kind == "generate_until" else "_loglikelihood_tokens"
     method, seconds = getattr(model, name), []
 
@@ -86,7 +86,7 @@ def _timed(model: Any, kind: str, evaluate: Any) -> float:
 
 
 def read_command_line(target: Path, row: Benchmark) -> tuple[dict[str, Any], Responses]:
-    """Returns what lm-eval's command line wrote: results by task, and the responses."""
+    """Return the output of lm-eval's command line: results by task, and the responses."""
     responses = {}
     for path in target.glob("out/**/samples_*.jsonl"):
         task = path.name.removeprefix("samples_").rsplit("_", 1)[0].removeprefix(f"{row.name}_")
@@ -100,7 +100,7 @@ def read_command_line(target: Path, row: Benchmark) -> tuple[dict[str, Any], Res
 
 
 def read_ours(target: Path, row: Benchmark) -> tuple[dict[str, Any], Responses]:
-    """Returns our results, by lm-eval's names of the tasks, and the responses."""
+    """Return our results, by lm-eval's task names, and the responses."""
     results = json.loads((target / "results.json").read_text(encoding="utf-8"))
     lines = (target / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     samples = {(sample["task"], sample["doc_id"]): sample["responses"] for sample in map(json.loads, lines)}
@@ -110,7 +110,7 @@ def read_ours(target: Path, row: Benchmark) -> tuple[dict[str, Any], Responses]:
 
 
 def compare(reference: Path, ours: Path, task: str = "mmlu") -> dict[str, Any]:
-    """Returns how many documents' responses and predictions differ, and the scores that do.
+    """Return how many documents' responses and predictions differ, and the scores that do.
 
     A score differs if its value or standard error does; `scores_out_of_error` differ by more than a standard error.
     """
@@ -118,7 +118,7 @@ def compare(reference: Path, ours: Path, task: str = "mmlu") -> dict[str, Any]:
     their_scores, expected_responses = read_command_line(reference, row)
     our_scores, responses = read_ours(ours, row)
     assert expected_responses.keys() == responses.keys(), (
-        f"{len(expected_responses)} documents here, {len(responses)} there"
+        f"lm_eval: {len(expected_responses)} documents, ours: {len(responses)}"
     )
     different = [name for name in expected_responses if expected_responses[name] != responses[name]]
     metric, _, filter_name = (row.metric if "," in row.metric else f"{row.metric},none").partition(",")
@@ -143,7 +143,7 @@ def compare(reference: Path, ours: Path, task: str = "mmlu") -> dict[str, Any]:
 
 
 def _prediction(responses: list[Any]) -> Any:
-    """Returns the number of the best choice, or the text."""
+    """Return the number of the best choice, or the text."""
     numbers = all(isinstance(value, float) for value in responses)
     return max(range(len(responses)), key=responses.__getitem__) if numbers else responses
 
@@ -158,7 +158,7 @@ def measure(
     device: str,
     folder: Path,
 ) -> dict[str, Any]:
-    """Runs both. Returns the figures, and the lines to print."""
+    """Run both. Return the results, and the lines to print."""
     row = find_benchmark(task)
     common = {"dataset": str(dataset), "task": task, "limit": limit, "device": device}
     references = {}
@@ -178,7 +178,7 @@ def measure(
     comparison = compare(folder / f"reference-{best}", target, task)
     speeds = {name: comparison["questions"] / step["evaluation_seconds"] for name, step in steps.items()}
     ratios = {
-        "whole time": steps["lm_eval"]["seconds"] / steps["ours"]["seconds"],
+        "total time": steps["lm_eval"]["seconds"] / steps["ours"]["seconds"],
         "questions per second": speeds["ours"] / speeds["lm_eval"],
         "memory": steps["lm_eval"]["peak_rss_bytes"] / steps["ours"]["peak_rss_bytes"],
     }
@@ -190,10 +190,10 @@ def measure(
         *(f"{format_line(name, step)} {speeds[name]:10.2f} questions/s" for name, step in steps.items()),
         f"lm_eval's batch size: {best}, the fastest of {', '.join(batch_sizes)}",
         *(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()),
-        f"the same predictions: {1 - comparison['different_predictions'] / comparison['questions']:.1%}",
-        f"different: {comparison['different_predictions']} predictions, {comparison['different_responses']} "
-        f"questions' responses, {len(comparison['different_scores'])} scores, "
-        f"{len(comparison['scores_out_of_error'])} by more than their standard error",
+        f"same predictions: {1 - comparison['different_predictions'] / comparison['questions']:.1%}",
+        f"different: {comparison['different_predictions']} predictions, responses to "
+        f"{comparison['different_responses']} questions, {len(comparison['different_scores'])} scores, "
+        f"{len(comparison['scores_out_of_error'])} of them by more than the standard error",
     ]
     case = {"model": checkpoint.name, "task": task, "limit": limit, "batch_size": best, "rows": rows, "device": device}
     return {
@@ -206,14 +206,14 @@ def measure(
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=BUILTIN["tiny-gemma3"], help="directory of a checkpoint")
-    parser.add_argument("--task", default="mmlu", help=f"{', '.join(BENCHMARKS)}, or another task of lm-eval")
+    parser.add_argument("--task", default="mmlu", help=f"{', '.join(BENCHMARKS)}, or another lm-eval task")
     parser.add_argument("--dataset", type=Path, default=BUILTIN_BENCHMARKS["mmlu-mini"], help="the task's dataset")
-    parser.add_argument("--limit", type=int, help="questions per task, such as an MMLU subject")
-    parser.add_argument("--batch-size", default="1", help="the command line's, or several, separated by commas")
-    parser.add_argument("--rows", type=int, help="sequences that ours runs together, at most [default: as in a run]")
+    parser.add_argument("--limit", type=int, help="maximum number of questions per task; each MMLU subject is a task")
+    parser.add_argument("--batch-size", default="1", help="lm_eval's batch size, or several, separated by commas")
+    parser.add_argument("--rows", type=int, help="our maximum number of sequences in a batch [default: as in a run]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -1,8 +1,7 @@
-"""Export, with optimum-executorch and ExecuTorch as they are and as the flow does it, in turn:
-`python -m benchmarks.export --shape 270m`.
+"""Export with unmodified libraries, and as the flow does: `python -m benchmarks.export --shape 270m`.
 
-Both use optimum-executorch's own path with the fixes that it needs to run at all: an example image made from the
-configuration, float32 scales, max_seq_len honored, and corrected metadata.
+Both use optimum-executorch's own code path with the fixes that it needs to run at all: an example image created from
+the configuration, float32 scales, max_seq_len honored, and corrected metadata.
 """
 
 import argparse
@@ -20,7 +19,7 @@ LENGTHS = 1, 7, 60
 
 
 def measure(shape: str, max_seq_len: int, folder: Path) -> dict[str, Any]:
-    """Exports both ways. Returns the figures, and the lines to print."""
+    """Export both ways. Return the results, and the lines to print."""
     checkpoint = make_quantized_checkpoint(shape, folder)
     steps, programs = {}, []
     with tempfile.TemporaryDirectory(dir=folder) as programs_folder:
@@ -45,7 +44,7 @@ def measure(shape: str, max_seq_len: int, folder: Path) -> dict[str, Any]:
 
 
 def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
-    """Exports as the flow's stage does, without the patches that the environment disables."""
+    """Export as the flow's stage does, without the patches that the environment disables."""
     from quantize_gemma.tasks.export import export
 
     export(Path(target), Path(checkpoint), max_seq_len, last_logits_only=True)
@@ -53,7 +52,7 @@ def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
 
 
 def compare(programs: list[str]) -> dict[str, Any]:
-    """Returns {"equal": what two programs have in common}; runs them only if their bytes differ."""
+    """Return {"equal": how two programs are equal}; run them only if their bytes differ."""
     import filecmp
 
     import torch
@@ -66,7 +65,7 @@ def compare(programs: list[str]) -> dict[str, Any]:
 
 
 def _outputs(program: Path) -> list[Any]:
-    """Returns what every method that has inputs gives for random ones."""
+    """Return the outputs of every method with inputs, for random inputs."""
     import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
     import executorch.kernels.quantized  # noqa: F401 (registers operators)
     import torch
@@ -94,11 +93,11 @@ def _outputs(program: Path) -> list[Any]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.export", description=__doc__)
     parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
     parser.add_argument("--max-seq-len", type=int, default=1024)
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
+    parser.add_argument("--folder", type=Path, help="directory to keep checkpoints in [default: temporary]")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,6 +1,6 @@
-"""A program whose images attend in both directions and a causal one, in turn: `python -m benchmarks.images --shape 4b`.
+"""Compare programs with bidirectional and causal attention within images: `python -m benchmarks.images --shape 4b`.
 
-Reads a text, decodes, and reads an image with both. Texts must give the same logits, to the bit.
+Both prefill a text, decode, and prefill an image. The logits of the text must be bit-identical.
 """
 
 import argparse
@@ -25,14 +25,14 @@ TIMES = {
 
 
 def measure(shape: str, folder: Path) -> dict[str, Any]:
-    """Exports both programs and runs both in turn. Returns the figures, and the lines to print."""
+    """Export both programs, and run them one after the other. Return the results, and the lines to print."""
     checkpoint = make_quantized_checkpoint(shape, folder)
     programs, steps = {}, {}
     with tempfile.TemporaryDirectory(dir=folder) as programs_folder:
-        for name, both_ways in (("causal", False), ("both directions", True)):
+        for name, bidirectional in (("causal", False), ("bidirectional", True)):
             programs[name] = Path(programs_folder) / name
             programs[name].mkdir()
-            inputs = {"target": programs[name], "checkpoint": checkpoint, "bidirectional_images": both_ways}
+            inputs = {"target": programs[name], "checkpoint": checkpoint, "bidirectional_images": bidirectional}
             run("benchmarks.images:export", {}, **inputs)
         sizes = {name: (program / "model.pte").stat().st_size for name, program in programs.items()}
         for _ in range(2):
@@ -44,23 +44,23 @@ def measure(shape: str, folder: Path) -> dict[str, Any]:
     equal = causal["logits"] == both["logits"]
     comparison = make_result("images", {"shape": shape, "text": TOKENS, "decoded": DECODED}, causal, both, equal)
     ratios = {title: causal[key] / both[key] for title, key in TIMES.items()}
-    size = sizes["both directions"] / sizes["causal"]
+    size = sizes["bidirectional"] / sizes["causal"]
     lines = [
         f"{shape}, {TOKENS} tokens of text, {DECODED} decoded, {version()}, {machine()}",
         *(
-            f"{title:20} causal {causal[key]:8.3f} s   both directions {both[key]:8.3f} s   ratio {ratios[title]:.2f}"
+            f"{title:20} causal {causal[key]:8.3f} s   bidirectional {both[key]:8.3f} s   ratio {ratios[title]:.2f}"
             for title, key in TIMES.items()
         ),
         format_line("causal", causal),
-        format_line("both directions", both),
-        f"size: {sizes['causal']:,} and {sizes['both directions']:,} bytes, ratio {size:.4f}",
-        "the same logits of text" if equal else "DIFFERENT logits of text",
+        format_line("bidirectional", both),
+        f"size: {sizes['causal']:,} and {sizes['bidirectional']:,} bytes, ratio {size:.4f}",
+        "the logits of the text are identical" if equal else "the logits of the text DIFFER",
     ]
     return {**comparison, "ratio": ratios, "bytes": sizes, "lines": lines}
 
 
 def export(target: str, checkpoint: str, bidirectional_images: bool) -> dict[str, Any]:
-    """Exports as the flow's stage does."""
+    """Export as the flow does."""
     from quantize_gemma.tasks.export import export
 
     export(Path(target), Path(checkpoint), TOKENS + 2 * DECODED, bidirectional_images=bidirectional_images)
@@ -68,9 +68,9 @@ def export(target: str, checkpoint: str, bidirectional_images: bool) -> dict[str
 
 
 def measure_reading(program: str) -> dict[str, Any]:
-    """Reads a text in one chunk, decodes, and reads an image's embeddings; returns seconds and a digest of the logits.
+    """Prefill a text in one chunk, decode, and prefill an image; return the seconds and a digest of the logits.
 
-    Each is the fastest of ROUNDS.
+    Each time is the fastest of ROUNDS.
     """
     import torch
 
@@ -99,10 +99,10 @@ def measure_reading(program: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description=__doc__)
     parser.add_argument("--shape", choices=("tiny", "4b"), default="tiny")
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
+    parser.add_argument("--folder", type=Path, help="directory to keep checkpoints in [default: temporary]")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,7 +1,7 @@
-"""A program with an int8 KV cache and one in float32: `python -m benchmarks.kv_cache --checkpoint DIR --text FILE`.
+"""Compare programs with int8 and float32 KV caches: `python -m benchmarks.kv_cache --checkpoint DIR --text FILE`.
 
-Both read the beginning of the text in one chunk, and decode the rest one token at a time. With `--shape`, weights and
-tokens are random, so the KL divergence says nothing.
+Both prefill the beginning of the text in one chunk, and decode the rest one token at a time. With `--shape`, weights
+and tokens are random, so the KL divergence is meaningless.
 """
 
 import argparse
@@ -34,10 +34,10 @@ def measure(checkpoint: Path, text: Path | None, folder: Path) -> dict[str, Any]
     names = ("planned_bytes", "peak_rss_bytes", "prefill_seconds", "decode_seconds")
     ratios = {name: baseline[name] / int8[name] for name in names}
     lines = [
-        f"{checkpoint.name}, {PREFILL} tokens read, {DECODED} decoded, {version()}, {machine()}",
+        f"{checkpoint.name}, {PREFILL} tokens of prefill, {DECODED} decoded, {version()}, {machine()}",
         *(format_line(dtype, {**step, "seconds": step["prefill_seconds"]}) for dtype, step in steps.items()),
         *(f"{name}: {baseline[name]:,.6g} and {int8[name]:,.6g}, ratio {ratios[name]:.2f}" for name in names),
-        f"KL divergence of the program with int8 from the one with float32: {kl:.6f} nats",
+        f"KL divergence of the int8 program from the float32 program: {kl:.6f} nats",
     ]
     case = {"checkpoint": checkpoint.name, "max_seq_len": MAX_SEQ_LEN, "prefill": PREFILL, "decoded": DECODED}
     result = {"name": "kv_cache", "machine": machine(), "version": version(), "case": case, "equal": None}
@@ -45,7 +45,7 @@ def measure(checkpoint: Path, text: Path | None, folder: Path) -> dict[str, Any]
 
 
 def export(target: str, checkpoint: str, kv_cache_dtype: str) -> dict[str, Any]:
-    """Export as the flow's stage does."""
+    """Export as the flow does."""
     from quantize_gemma.tasks.export import export
 
     export(Path(target), Path(checkpoint), MAX_SEQ_LEN, kv_cache_dtype=kv_cache_dtype)
@@ -53,7 +53,7 @@ def export(target: str, checkpoint: str, kv_cache_dtype: str) -> dict[str, Any]:
 
 
 def measure_reading(program: str, checkpoint: str, text: str | None) -> dict[str, Any]:
-    """Return the times of prefill and decoding; write the logits beside the program."""
+    """Return the times of prefill and decoding, and write the logits next to the program."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
@@ -78,7 +78,7 @@ def measure_reading(program: str, checkpoint: str, text: str | None) -> dict[str
 
 
 def planned_bytes(program: str) -> dict[str, Any]:
-    """Return the memory that the decoder plans: KV caches and intermediate results outside of XNNPACK."""
+    """Return the decoder's planned memory: KV caches, and intermediate results outside of XNNPACK."""
     from executorch.exir._serialize._program import deserialize_pte_binary
 
     plans = deserialize_pte_binary((Path(program) / "model.pte").read_bytes()).program.execution_plan
@@ -96,13 +96,13 @@ def compare(folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the benchmark from the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_cache", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--shape", choices=("tiny", *SHAPES), help="random weights of this shape")
     source.add_argument("--checkpoint", type=Path, help="the directory of a quantized checkpoint")
     parser.add_argument("--text", type=Path, help="the text to read")
-    parser.add_argument("--folder", type=Path, help="where checkpoints and programs are written")
+    parser.add_argument("--folder", type=Path, help="directory for checkpoints and programs [default: temporary]")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

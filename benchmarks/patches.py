@@ -1,7 +1,7 @@
-"""What each patch to a library is worth: an export without it, in turn: `python -m benchmarks.patches --shape 270m`.
+"""Measure what each patch to a library saves in an export: `python -m benchmarks.patches --shape 270m`.
 
-Each patch is left out --repeats times, between exports with all of them; the table shows medians. Processor time varies
-less than wall time where the machine has other work. The program is the same bytes in every row.
+Each patch is left out --repeats times, between exports with all of them; the table shows medians. CPU time varies less
+than wall time if the machine has other work. The program must be byte-identical in every row.
 """
 
 import argparse
@@ -21,7 +21,7 @@ MEASURED = ("seconds", "cpu_seconds", "peak_rss_bytes")
 
 
 def measure(shape: str, max_seq_len: int, folder: Path, names: list[str], repeats: int) -> dict[str, Any]:
-    """Exports with all patches, without each of those named, and with all again. Returns the rows."""
+    """Export with all patches, without each of the named ones, and with all again. Return the rows."""
     checkpoint = make_quantized_checkpoint(shape, folder)
     steps: dict[str, list[dict[str, Any]]] = {}
     for name in [*["none", *names] * repeats, "none"]:
@@ -40,7 +40,7 @@ def measure(shape: str, max_seq_len: int, folder: Path, names: list[str], repeat
 
 
 def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
-    """Exports as the flow's stage does; returns the processor's time and the program's SHA-256."""
+    """Export as the flow does; return the CPU time and the program's SHA-256."""
     import hashlib
 
     from quantize_gemma.tasks.export import export
@@ -53,27 +53,27 @@ def export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Returns a row of Markdown per patch: how much more time and memory an export takes without it."""
+    """Return a Markdown table with a row per patch: how much more time and memory an export takes without it."""
     base = result["base"]
     lines = [
         f"{result['shape']}, {result['version']}, {result['machine']}: with all patches {base['seconds']:.1f} s, "
-        f"{base['cpu_seconds']:.1f} s of the processor, {human_size(round(base['peak_rss_bytes']))}",
-        "| without | wall time | processor time | peak memory |",
+        f"{base['cpu_seconds']:.1f} s of CPU time, {human_size(round(base['peak_rss_bytes']))}",
+        "| patch left out | wall time | CPU time | peak memory |",
         "|---|---:|---:|---:|",
     ]
     for row in result["rows"]:
-        changes = [f"{100 * (row[key] / base[key] - 1):+.1f} %" for key in MEASURED]
+        changes = [f"{100 * (row[key] / base[key] - 1):+.1f}%" for key in MEASURED]
         lines.append(f"| {row['disabled']} | {' | '.join(changes)} |")
-    return [*lines, "the same bytes" if result["equal"] else "the bytes DIFFER"]
+    return [*lines, "the programs are byte-identical" if result["equal"] else "the programs DIFFER"]
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     patches = [patch.__name__ for patch in (*loading_patches(), *export_patches())]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.patches", description=__doc__)
     parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
     parser.add_argument("--max-seq-len", type=int, default=1024)
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
+    parser.add_argument("--folder", type=Path, help="directory to keep checkpoints in [default: temporary]")
     parser.add_argument("--patches", nargs="+", choices=["all", *patches], default=["all", *patches])
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()

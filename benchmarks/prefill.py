@@ -1,4 +1,4 @@
-"""Reading a prompt with a program that returns all logits and with one that returns the last position's, in turn:
+"""Prefill with a program that returns all logits, and with one that returns only those of the last token:
 `python -m benchmarks.prefill --shape 270m`.
 """
 
@@ -14,11 +14,11 @@ TOKENS = 1000
 
 
 def measure(shape: str, folder: Path) -> dict[str, Any]:
-    """Exports both programs and reads the same prompt with each. Returns the figures, and the lines to print."""
+    """Export both programs, and prefill the same prompt with each. Return the results, and the lines to print."""
     checkpoint = make_quantized_checkpoint(shape, folder)
     steps, answers = {}, []
     with tempfile.TemporaryDirectory(dir=folder) as programs_folder:
-        for name, last_logits in (("all logits", False), ("the last position's", True)):
+        for name, last_logits in (("all logits", False), ("last logits only", True)):
             target = Path(programs_folder) / name
             target.mkdir()
             run("benchmarks.prefill:export", {}, target=target, checkpoint=checkpoint, last_logits_only=last_logits)
@@ -30,15 +30,15 @@ def measure(shape: str, folder: Path) -> dict[str, Any]:
     lines = [
         f"{shape}, {TOKENS} tokens, {version()}, {machine()}",
         format_line("all logits", all_logits),
-        format_line("the last position's", last_logits),
+        format_line("last logits only", last_logits),
         *(f"{quantity}: {ratio:.2f}" for quantity, ratio in result["ratio"].items()),
-        "the same last logits" if equal else "DIFFERENT last logits",
+        "the last logits are identical" if equal else "the last logits DIFFER",
     ]
     return {**result, "lines": lines}
 
 
 def export(target: str, checkpoint: str, last_logits_only: bool) -> dict[str, Any]:
-    """Exports as the flow's stage does."""
+    """Export as the flow does."""
     from quantize_gemma.tasks.export import export
 
     export(Path(target), Path(checkpoint), TOKENS + 24, last_logits_only=last_logits_only)
@@ -46,7 +46,7 @@ def export(target: str, checkpoint: str, last_logits_only: bool) -> dict[str, An
 
 
 def measure_reading(program: str, checkpoint: str) -> dict[str, Any]:
-    """Reads a prompt in one chunk; returns the seconds that it took and the digest of the last logits."""
+    """Prefill a prompt in one chunk; return the seconds that it takes, and the digest of the last logits."""
     import hashlib
     import time
 
@@ -63,10 +63,10 @@ def measure_reading(program: str, checkpoint: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prefill", description=__doc__)
     parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
+    parser.add_argument("--folder", type=Path, help="directory to keep checkpoints in [default: temporary]")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

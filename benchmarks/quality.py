@@ -1,9 +1,9 @@
 """Quality and size of each recipe on a model: `python -m benchmarks.quality --model DIR --text FILE`.
 
-Every recipe runs through the flow's own stages, each in its own process. Quality is fidelity, weights only: both models
-in float32 without quantized activations, on the first windows of the text. On disk an int4 weight takes a byte, so
-sizes are compared by the program and by `packed_bytes`: the bits of integers and scales, and weights that are not
-quantized.
+Every recipe runs through the flow's own stages, each in its own process. Quality is the weights-only fidelity: both
+models compute in float32 without quantized activations, on the first windows of the text. On disk, an int4 weight takes
+a whole byte, so the table compares the sizes of the programs and of the packed weights: integers and scales at their
+bit widths, plus everything that is not quantized.
 """
 
 import argparse
@@ -27,7 +27,7 @@ RECIPES = (
     "DISTILL-INT8-INT4",
     "DISTILL-INT8-INT4-HEAD8",
 )
-# What export() takes besides the checkpoint.
+# The arguments of export() besides the checkpoint.
 EXPORT = {"max_seq_len": 1024, "custom_sdpa": True, "custom_kv_cache": True, "last_logits_only": True}
 COLUMNS = ("name", "program_bytes", "packed_bytes", "ppl", "kl_mean", "same_top", "seconds", "peak_rss_bytes")
 
@@ -177,9 +177,9 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the recipes' KL divergence over the size of the program, in the format of the file name's extension.
+    """Plot the recipes' KL divergence over the size of the program, in the format of the file name's extension.
 
-    Where a program was not exported, all sizes are packed sizes.
+    If a program was not exported, the plot shows packed sizes instead.
     """
     # A lossless recipe cannot be drawn on a logarithmic scale.
     drawn_rows = [row for row in rows if row["kl_mean"] > 0]
@@ -206,7 +206,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the directory of the base checkpoint")
     parser.add_argument("--text", type=Path, required=True, help="the text to measure on")

@@ -1,6 +1,7 @@
-"""Untie and quantize, the card's own way and ours, in turn: `python -m benchmarks.quantize --shape 4b`.
+"""Untie and quantize as the published card does, and as the flow does: `python -m benchmarks.quantize --shape 4b`.
 
-The card's way: load the model, clone lm_head, save; load it again, torchao's `quantize_`, save.
+The card loads the model, clones lm_head, and saves; then it loads the model again, calls torchao's `quantize_`, and
+saves.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from quantize_gemma.tasks.runtime.units import human_size
 
 
 def reference_untie(target: str, checkpoint: str) -> dict[str, Any]:
-    """Unties through transformers."""
+    """Untie with transformers."""
     import torch
 
     model = _load(checkpoint)
@@ -30,7 +31,7 @@ def reference_untie(target: str, checkpoint: str) -> dict[str, Any]:
 
 
 def reference_quantize(target: str, checkpoint: str, recipe: str) -> dict[str, Any]:
-    """Quantizes with torchao's `quantize_` on the loaded model, and saves what it flattens to."""
+    """Quantize the loaded model with torchao's `quantize_`, and save the flattened tensors."""
     import json
 
     import torch
@@ -50,21 +51,21 @@ def reference_quantize(target: str, checkpoint: str, recipe: str) -> dict[str, A
 
 
 def our_untie(target: str, checkpoint: str) -> dict[str, Any]:
-    """Unties as the flow does."""
+    """Untie as the flow does."""
     from quantize_gemma.tasks.untie import untie
 
     return untie(Path(target), Path(checkpoint))
 
 
 def our_quantize(target: str, checkpoint: str, recipe: str, device: str) -> dict[str, Any]:
-    """Quantizes as the flow does."""
+    """Quantize as the flow does."""
     from quantize_gemma.tasks.quantize import quantize
 
     return quantize(Path(target), Path(checkpoint), load_recipe(recipe).to_json(), device)
 
 
 def copy_files(target: str, checkpoint: str) -> dict[str, Any]:
-    """Copies every file: the floor for what reads and writes as much."""
+    """Copy every file: a lower bound for a stage that reads and writes as much."""
     import subprocess
 
     subprocess.run(["cp", "-r", "--reflink=never", f"{checkpoint}/.", target], check=True)
@@ -72,7 +73,7 @@ def copy_files(target: str, checkpoint: str) -> dict[str, Any]:
 
 
 def different_tensors(first: Path, second: Path) -> list[str]:
-    """Returns the tensors in which two quantized checkpoints differ, whatever names they are filed under."""
+    """Return the tensors that differ between two quantized checkpoints, regardless of their naming schemes."""
     import torch
     from safetensors import safe_open
 
@@ -88,7 +89,7 @@ def different_tensors(first: Path, second: Path) -> list[str]:
 
 
 def measure(shape: str, folder: Path, recipe: str, device: str, reference: bool) -> dict[str, Any]:
-    """Runs every step in turn. Returns the figures, and the lines to print."""
+    """Run every step in turn. Return the results, and the lines to print."""
     base = make_checkpoint(shape, folder)
     folders: dict[str, Path] = {}
 
@@ -117,11 +118,11 @@ def measure(shape: str, folder: Path, recipe: str, device: str, reference: bool)
         recipe=recipe,
         device=device,
     )
-    steps["cp of what it reads"] = run(
+    steps["cp of the input"] = run(
         "benchmarks.quantize:copy_files", target=new_folder("copy"), checkpoint=folders["untied"]
     )
     shutil.rmtree(folders["copy"])
-    steps["cp of what it writes"] = run(
+    steps["cp of the output"] = run(
         "benchmarks.quantize:copy_files", target=new_folder("copy"), checkpoint=folders["quantized"]
     )
     bytes_read, bytes_written = (_bytes(folders[name]) for name in ("untied", "quantized"))
@@ -133,8 +134,8 @@ def measure(shape: str, folder: Path, recipe: str, device: str, reference: bool)
     result: dict[str, Any] = {"bytes": {"read": bytes_read, "written": bytes_written}}
     equal = None
     result["steps"] = {name: {k: step[k] for k in ("seconds", "peak_rss_bytes")} for name, step in steps.items()}
-    floor = steps["quantize, ours"]["seconds"] / steps["cp of what it reads"]["seconds"]
-    result["ratios"] = {"quantize to cp of what it reads": floor}
+    floor = steps["quantize, ours"]["seconds"] / steps["cp of the input"]["seconds"]
+    result["ratios"] = {"quantize vs. cp of the input": floor}
     if reference:
         for name, reference_step in (("untie", "untie, transformers"), ("quantize", "quantize, torchao")):
             ours = steps[f"{name}, ours"]
@@ -166,13 +167,13 @@ def _bytes(folder: Path) -> int:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantize", description=__doc__)
     parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
     parser.add_argument("--recipe", default="HQQ-INT8-INT4")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where ours computes")
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are made, and kept for the next time")
-    parser.add_argument("--no-reference", action="store_true", help="only ours and cp: 4b needs 23 GB for the other")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device for our quantization")
+    parser.add_argument("--folder", type=Path, help="directory to keep checkpoints in [default: temporary]")
+    parser.add_argument("--no-reference", action="store_true", help="skip the reference, which takes 23 GB for 4b")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,7 +1,6 @@
-"""A whole run on random weights, stage by stage: `python -m benchmarks.run --shape 4b`.
+"""Time and memory of each stage of a run on random weights: `python -m benchmarks.run --shape 4b`.
 
-With `--reference`, it then runs the published card's own commands for untie, quantize and export on the same
-checkpoint.
+With `--reference`, also untie, quantize, and export the same checkpoint with the published card's own commands.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from quantize_gemma.tasks.runtime.patches import DISABLE
 from quantize_gemma.tasks.runtime.units import human_size
 
 RECIPE = "HQQ-INT8-INT4"
-# As little of the evaluation as shows every stage. Random weights pass no gate, which does not matter here.
+# The smallest evaluation that runs every stage. Random weights fail the gate, which does not matter here.
 OPTIONS = (
     *(
         "--text",
@@ -39,7 +38,7 @@ OPTIONS = (
 
 
 def measure(shape: str, folder: Path, max_seq_len: int, reference: bool) -> dict[str, Any]:
-    """Runs everything. Returns the figures, and the lines to print."""
+    """Run the flow, and the references if requested. Return the results, and the lines to print."""
     checkpoint = make_checkpoint(shape, folder)
     home = folder / "home"
     shutil.rmtree(home, ignore_errors=True)
@@ -57,7 +56,7 @@ def measure(shape: str, folder: Path, max_seq_len: int, reference: bool) -> dict
     lines = [
         f"{shape}, max_seq_len {max_seq_len}, {version()}, {machine()}",
         "",
-        "| stage | time | peak memory | the card's way | peak memory |",
+        "| stage | time | peak memory | time, published card | peak memory, published card |",
         "|---|---:|---:|---:|---:|",
         *(f"| {name.replace('_', ' ')} | {_cells(step)} | {_cells(stock.get(name))} |" for name, step in steps.items()),
         f"| all | {sum(step['seconds'] for step in steps.values()):.1f} s | | | |",
@@ -68,7 +67,7 @@ def measure(shape: str, folder: Path, max_seq_len: int, reference: bool) -> dict
 
 
 def run_references(checkpoint: Path, folder: Path, max_seq_len: int) -> dict[str, Any]:
-    """Runs the card's own way; returns time and memory by the names of our stages."""
+    """Run the published card's commands; return their time and memory by the names of our stages."""
     steps: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=folder) as outputs:
         untied, quantized, program = (Path(outputs) / name for name in ("untied", "quantized", "program"))
@@ -77,7 +76,7 @@ def run_references(checkpoint: Path, folder: Path, max_seq_len: int) -> dict[str
         steps["untie"] = run("benchmarks.quantize:reference_untie", {}, target=untied, checkpoint=checkpoint)
         inputs: dict[str, Any] = {"target": quantized, "checkpoint": untied, "recipe": RECIPE}
         steps["quantize"] = run("benchmarks.quantize:reference_quantize", {}, **inputs)
-        # What torchao writes has no place for the rest of a checkpoint: the export takes ours, which is equal.
+        # torchao's output lacks the other files of a checkpoint, so export ours, whose tensors are equal.
         shutil.rmtree(quantized)
         quantized.mkdir()
         run("benchmarks.quantize:our_quantize", {}, **inputs, device="cpu")
@@ -94,12 +93,12 @@ def _cells(step: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--shape", choices=("tiny", *SHAPES), default="tiny")
     parser.add_argument("--max-seq-len", type=int, default=1024)
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is made, and kept for the next time")
-    parser.add_argument("--reference", action="store_true", help="also measure the card's own way, which takes long")
+    parser.add_argument("--folder", type=Path, help="directory to keep the checkpoint in [default: temporary]")
+    parser.add_argument("--reference", action="store_true", help="also measure the published card's commands (slow)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""Checkpoints with random weights in the exact shapes of Gemma 3, made on disk without holding one in memory."""
+"""Checkpoints with random weights in the exact shapes of Gemma 3, written to disk tensor by tensor."""
 
 import json
 import os
@@ -108,7 +108,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_checkpoint(shape: str, folder: Path) -> Path:
-    """Returns the directory of a bf16 checkpoint of this shape, made if it is not there; `tiny` is the built-in one."""
+    """Return the directory of a bfloat16 checkpoint of this shape, created if needed; `tiny` is the built-in model."""
     if shape == "tiny":
         return BUILTIN["tiny-gemma3"]
     target = folder / shape
@@ -118,7 +118,7 @@ def make_checkpoint(shape: str, folder: Path) -> Path:
 
 
 def write_checkpoint(target: Path, config: dict[str, Any]) -> None:
-    """Writes a bf16 checkpoint of this configuration, with the tiny model's tokenizer and special tokens."""
+    """Write a bfloat16 checkpoint with this configuration, and the tiny model's tokenizer and special tokens."""
     target.mkdir(parents=True, exist_ok=True)
     tiny = BUILTIN["tiny-gemma3"]
     for path in tiny.iterdir():
@@ -145,13 +145,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    # Not through a link to the built-in model's file.
+    # Do not write through a link to the built-in model's file.
     path.unlink(missing_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def make_quantized_checkpoint(shape: str, folder: Path) -> Path:
-    """Returns the directory of this shape's checkpoint as the pipeline quantizes it, made if it is not there."""
+    """Return the directory of this shape's checkpoint as the pipeline quantizes it, made if it is not there."""
     target = folder / f"quantized-{shape}"
     if not (target / "config.json").exists():
         target.mkdir(parents=True)
@@ -160,14 +160,14 @@ def make_quantized_checkpoint(shape: str, folder: Path) -> Path:
 
 
 def quantize_checkpoint(checkpoint: Path, target: Path) -> None:
-    """Fills `target` with the checkpoint as the pipeline quantizes it."""
+    """Fill `target` with the checkpoint as the pipeline quantizes it."""
     with tempfile.TemporaryDirectory(dir=target.parent) as untied:
         untie(Path(untied), checkpoint)
         quantize(target, Path(untied), load_recipe("HQQ-INT8-INT4").to_json(), "cpu")
 
 
 def weight_shapes(checkpoint: Path) -> dict[str, list[int]]:
-    """Returns {tensor: shape} of the checkpoint that config.json describes, by its names on the Hub."""
+    """Return {tensor: shape} of the checkpoint that config.json describes, by its names on the Hub."""
     import torch
     from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
@@ -184,7 +184,7 @@ def weight_shapes(checkpoint: Path) -> dict[str, list[int]]:
 
 
 def write_random_weights(path: Path, shapes: dict[str, list[int]]) -> None:
-    """Writes a safetensors file of bf16 numbers, normal with a deviation of 0.02, the same every time."""
+    """Write a safetensors file of normally distributed bfloat16 numbers (standard deviation 0.02, fixed seed)."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     offsets = write_header(file, {name: ("BF16", shape) for name, shape in shapes.items()}, {"format": "pt"})
     step = 2**22

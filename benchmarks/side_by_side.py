@@ -1,4 +1,4 @@
-"""What the benchmarks share: steps in fresh processes, one after the other, on files that are not in memory yet."""
+"""Shared code of the benchmarks: run steps in fresh processes, on files that are not in the page cache."""
 
 import json
 import os
@@ -20,16 +20,16 @@ LIBRARIES = ("torch", "torchao", "transformers", "executorch", "optimum-executor
 
 
 def run(function: str, environment: dict[str, str] | None = None, /, **arguments: Any) -> dict[str, Any]:
-    """Calls "module:name" in a process of its own; returns its value, "seconds" and "peak_rss_bytes".
+    """Call "module:name" in a separate process; return its result with "seconds" and "peak_rss_bytes" added.
 
-    The time is that until everything is on disk. Arguments are JSON values and paths.
+    The clock stops when all output is on disk. Arguments are JSON values and paths.
     """
     values = {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}
     for value in arguments.values():
         if isinstance(value, Path):
             drop_from_page_cache(value)
     start = time.monotonic()
-    # Processes of ours import from the environment alone.
+    # Workers do not import from the working directory.
     os.environ["PYTHONPATH"] = str(ROOT)
     result = worker.run(function, values, lambda *_: None, None, environment)
     os.sync()
@@ -37,14 +37,14 @@ def run(function: str, environment: dict[str, str] | None = None, /, **arguments
 
 
 def empty_folder(path: Path) -> Path:
-    """Returns a directory without files: a new one, in place of what was there."""
+    """Create an empty directory, replacing an existing one, and return it."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """Drops a directory's files from the page cache, so that the next read goes to the disk."""
+    """Drop a directory's files from the page cache, so that the next read goes to the disk."""
     os.sync()
     for path in folder.iterdir():
         file = os.open(path, os.O_RDONLY)
@@ -53,13 +53,13 @@ def drop_from_page_cache(folder: Path) -> None:
 
 
 def machine() -> str:
-    """Returns what the numbers were measured on."""
+    """Return a description of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return f"{processor()}, {os.cpu_count()} cores, {memory / 2**30:.0f} GiB, {platform.system()} {platform.machine()}"
 
 
 def version() -> str:
-    """Returns the commit that was measured."""
+    """Return the commit that is measured."""
     process = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return process.stdout.strip() or "unknown"
 
@@ -67,7 +67,7 @@ def version() -> str:
 def make_result(
     name: str, case: dict[str, Any], reference: dict[str, Any] | None, ours: dict[str, Any], equal: bool | None
 ) -> dict[str, Any]:
-    """Returns what every benchmark says as JSON, of steps {"seconds", "peak_rss_bytes"}; ratio: reference / ours."""
+    """Return the JSON fields of every benchmark, from steps {"seconds", "peak_rss_bytes"}; ratio: reference / ours."""
     costs = {"time": "seconds", "memory": "peak_rss_bytes"}
     steps = {"reference": reference, "ours": ours}
     return {
@@ -83,12 +83,12 @@ def make_result(
 
 
 def format_line(name: str, step: dict[str, Any]) -> str:
-    """Returns one line of a benchmark's table."""
+    """Return one line of a benchmark's table."""
     return f"{name:28} {step['seconds']:9.1f} s {human_size(step['peak_rss_bytes']):>10}"
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:
-    """Prints what a benchmark found: as one JSON object, or its lines. Exits with 1 if the results are not equal."""
+    """Print the results of a benchmark, as one JSON object or as lines. Exit with 1 if they are not equal."""
     print(json.dumps(result) if as_json else "\n".join(result["lines"]))
     if result["equal"] is False:
         sys.exit(1)

@@ -1,9 +1,9 @@
 """The error of int4 and int8 in the vision tower: `python -m benchmarks.vision [--shape 4b]`.
 
-Prints, for each way to quantize its linears, the bytes of the tower, the relative squared error of its output, and, for
-the built-in model, the KL divergence of the text after an image. SigLIP's shape has random weights with outliers:
-single weights, and whole input channels, as trained vision transformers have them. Images are drawn: a fractal, noise,
-and one color; calibrated weights have seen other noise and another part of the fractal.
+For each way to quantize the tower's linears, print the bytes of the tower, the relative squared error of its output,
+and, for the built-in model, the KL divergence of the text after an image. With SigLIP's shape, weights are random, with
+outliers like those of trained vision transformers: single weights, and whole input channels. The images are synthetic:
+a fractal, noise, and one color. Calibration uses different noise and another part of the fractal.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# Name: dtype, group size, and algorithm of the linears whose columns a group divides; fc2 is int8 in all of them.
+# {name: (dtype, group size, algorithm)} of the linears whose number of columns is a multiple of the group size; fc2 is
+# always int8.
 SCHEMES: dict[str, tuple[WeightDtype, int | None, Algorithm]] = {
     "int4, HQQ (the card's)": ("int4", 32, "hqq_scale_only"),
     "int4, search": ("int4", 32, "search"),
     "int4, calibrated": ("int4", 32, "gptq"),
     "int8 per row": ("int8", None, "search"),
 }
-# Outliers: the share of weights, and of input channels, and how many times they are as large.
+# Outliers: the share of weights, the share of input channels, and the factor by which they are larger.
 WEIGHTS, CHANNELS, TIMES = 1e-4, 0.01, 10.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to quantize: bytes of the tower's matrices, the output's relative squared error, and the text's KL."""
+    """A row of the table: bytes of the tower's matrices, relative squared error of the output, and KL of the text."""
 
     name: str
     bytes: int
@@ -48,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower: its linears, what runs it on pixels, and the text's log-probabilities after the first image."""
+    """A vision tower: linears, encoder, and a function that returns the text's log-probabilities after an image."""
 
     linears: dict[str, torch.nn.Linear]
     encode: Callable[[Tensor], Tensor]
@@ -57,7 +58,7 @@ class Tower:
 
 
 def builtin_tower() -> Tower:
-    """Returns the built-in model's."""
+    """Return the built-in model's vision tower."""
     import torch
 
     from quantize_gemma.tasks.models.checkpoint import load_model
@@ -77,7 +78,7 @@ def builtin_tower() -> Tower:
 
 
 def random_tower(shape: str) -> Tower:
-    """Returns SigLIP's of a shape, with random weights and outliers."""
+    """Return a SigLIP vision tower of this shape, with random weights and outliers."""
     import torch
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -94,7 +95,7 @@ def random_tower(shape: str) -> Tower:
 
 
 def draw_images(size: int, seed: int) -> list[Tensor]:
-    """Returns pixels, [1, 3, size, size] in [-1, 1]: a part of the Mandelbrot set, noise, and one color."""
+    """Return pixels, [1, 3, size, size] in [-1, 1]: a part of the Mandelbrot set, noise, and one color."""
     import numpy as np
     import torch
     from PIL import Image
@@ -108,7 +109,7 @@ def draw_images(size: int, seed: int) -> list[Tensor]:
 
 @contextmanager
 def weights_of(tower: Tower, matrices: dict[str, Tensor]) -> Iterator[None]:
-    """Puts these weights into the tower."""
+    """Replace the tower's weights within the context."""
     before = {name: linear.weight.data for name, linear in tower.linears.items()}
     for name, matrix in matrices.items():
         tower.linears[name].weight.data = matrix
@@ -120,7 +121,7 @@ def weights_of(tower: Tower, matrices: dict[str, Tensor]) -> Iterator[None]:
 
 
 def hessians(tower: Tower, images: list[Tensor]) -> dict[str, Tensor]:
-    """Returns the sum of products of each linear's inputs, [columns, columns]."""
+    """Return the Hessian of each linear: the sum of x x^T over its inputs x, [columns, columns]."""
     sums: dict[str, Tensor] = {}
 
     def add(name: str, inputs: Tensor) -> None:
@@ -139,7 +140,7 @@ def hessians(tower: Tower, images: list[Tensor]) -> dict[str, Tensor]:
 
 
 def quantize(weight: Tensor, rule: Rule, hessian: Tensor | None) -> Tensor:
-    """Returns a weight, quantized and dequantized."""
+    """Return a weight, quantized and dequantized."""
     from quantize_gemma.tasks.quantize import gptq
     from quantize_gemma.tasks.quantize.algorithms import quantize_rows
     from quantize_gemma.tasks.quantize.blocks import QuantizedMatrix
@@ -154,7 +155,7 @@ def quantize(weight: Tensor, rule: Rule, hessian: Tensor | None) -> Tensor:
 
 
 def measure(tower: Tower) -> list[Row]:
-    """Returns a row for each way."""
+    """Return a row for each way to quantize."""
     import torch
 
     from quantize_gemma.tasks.models.float32 import fast_products
@@ -192,7 +193,7 @@ def measure(tower: Tower) -> list[Row]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vision", description=__doc__)
     parser.add_argument("--shape", choices=["tiny", "4b"], default="tiny", help="[default: tiny, the built-in model]")
     parser.add_argument("--json", action="store_true")
@@ -201,7 +202,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({"machine": machine(), "shape": options.shape, "rows": [asdict(row) for row in rows]}))
         return
-    print("| vision tower | bytes | error of the output | KL of the text after an image |")
+    print("| vision tower | bytes | relative squared error of the output | KL of the text after an image |")
     print("|---|---:|---:|---:|")
     for row in rows:
         print(f"| {row.name} | {row.bytes:,} | {row.error:.2e} | {'' if row.kl is None else f'{row.kl:.2e}'} |")

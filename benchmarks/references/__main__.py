@@ -1,9 +1,9 @@
-"""Our GPTQ next to llm-compressor's and to AutoRound: `python -m benchmarks.references --model DIR --text FILE …`.
+"""Compare our GPTQ with llm-compressor's and AutoRound: `python -m benchmarks.references --model DIR --text FILE …`.
 
-All get the same checkpoint and the same calibration tokens, in processes of their own, and quantize the decoder's
-linears to int4 with a positive scale for each 32 weights. Their integers and scales then take the place of ours in one
-checkpoint with int8 embeddings and an int8 head, which fidelity compares with the base model, weights only. The two
-libraries need other versions of torch and transformers: they are installed into virtual environments in `--folder`.
+All three get the same checkpoint and the same calibration tokens, in separate processes, and quantize the decoder's
+linears to int4 with a positive scale for each 32 weights. The libraries' integers and scales then replace ours in a
+checkpoint with int8 embeddings and an int8 head, whose weights-only fidelity is measured. The two libraries need other
+versions of torch and transformers: they are installed into virtual environments in `--folder`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from quantize_gemma.tasks.models.recipe import load_recipe
 RECIPE = "GPTQ-INT8-INT4-HEAD8"
 FOLDER = Path(__file__).parent
 LLM_COMPRESSOR, AUTO_ROUND = "llmcompressor==0.14.0.1", "auto-round==0.16.1"
-# Name of the row: what is installed, the script, and its last argument.
+# {name of the row: (requirement, script, last argument of the script)}
 REFERENCES = {
     "llm-compressor, GPTQ": (LLM_COMPRESSOR, "with_llm_compressor.py", "memoryless_minmax"),
     "llm-compressor, GPTQ, scales by squared error": (LLM_COMPRESSOR, "with_llm_compressor.py", "memoryless_mse"),
@@ -35,7 +35,7 @@ COLUMNS = ("name", "ppl", "kl_mean", "same_top", "seconds", "peak_rss_bytes")
 
 
 def install(folder: Path, requirement: str) -> Path:
-    """Returns the interpreter of a virtual environment that has the requirement."""
+    """Install a requirement into a virtual environment, and return its interpreter."""
     environment = folder / requirement
     if not (environment / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)], check=True)
@@ -47,9 +47,9 @@ def install(folder: Path, requirement: str) -> Path:
 def run_reference(
     python: Path, script: str, checkpoint: Path, tokens: Path, target: Path, option: str
 ) -> dict[str, Any]:
-    """Runs a script in its environment; returns "seconds" and "peak_rss_bytes"."""
+    """Run a script in its environment; return "seconds" and "peak_rss_bytes"."""
     start = time.monotonic()
-    # It imports from its environment alone, whatever PYTHONPATH says.
+    # -I makes Python ignore PYTHONPATH, so that the script imports only from its environment.
     command = [str(python), "-I", str(FOLDER / script), str(checkpoint), str(tokens), str(target), option]
     process = subprocess.Popen(command, stdout=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)
@@ -59,10 +59,10 @@ def run_reference(
 
 
 def read_integers(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Returns {"<module>.qdata", "<module>.scale"} of {"<module>.weight", "<module>.scale"}.
+    """Return {"<module>.qdata", "<module>.scale"} of {"<module>.weight", "<module>.scale"}.
 
     Raises:
-        AssertionError: A weight is not its scale times an integer, as far as bfloat16 can tell.
+        AssertionError: A weight is not an integer times its scale, within the precision of bfloat16.
     """
     import torch
 
@@ -79,11 +79,11 @@ def read_integers(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def replace_linears(checkpoint: Path, weights: Path) -> int:
-    """Overwrites the decoder's linears in a checkpoint of ours; returns how many there were.
+    """Overwrite the decoder's linears in one of our checkpoints; return their number.
 
     Raises:
-        AssertionError: The file lacks one, or one does not fit our programs: integers beyond [-8, 7], scales that are
-            not positive.
+        AssertionError: A linear is missing from the file, or does not fit our format: integers are outside [-8, 7], or
+            scales are not positive.
     """
     import torch
     from safetensors.torch import load_file
@@ -98,16 +98,16 @@ def replace_linears(checkpoint: Path, weights: Path) -> int:
             values = tensors[f"{module}.{part}"]
             assert tuple(values.shape) == tuple(tensor.shape), f"{name}: {values.shape}, not {tensor.shape}"
             is_valid = (values >= -8) & (values <= 7) if part == "qdata" else values > 0
-            assert is_valid.all(), f"{name}: {int((~is_valid).sum())} values are not of our format"
+            assert is_valid.all(), f"{name}: {int((~is_valid).sum())} values do not fit our format"
             file.seek(tensor.start)
             file.write(values.contiguous().flatten().view(torch.uint8).numpy().tobytes())
             count += 1
-    assert count == len(tensors) > 0, f"{count} of {len(tensors)} tensors are of the decoder's linears"
+    assert count == len(tensors) > 0, f"{count} of {len(tensors)} tensors belong to the decoder's linears"
     return count // 2
 
 
 def measure(folder: Path, model: Path, text: Path, calibration: Path, references: list[str]) -> list[dict[str, Any]]:
-    """Returns the table's rows, ours first."""
+    """Return the table's rows, ours first."""
 
     def measure_fidelity(checkpoint: Path) -> dict[str, Any]:
         results = empty_folder(folder / "results")
@@ -116,9 +116,7 @@ def measure(folder: Path, model: Path, text: Path, calibration: Path, references
         return {key: metrics[key] for key in ("ppl", "kl_mean", "same_top")}
 
     if is_multimodal(read_config(model)):
-        raise SystemExit(
-            "the libraries are compared on text-only checkpoints: they name a multimodal one's modules otherwise"
-        )
+        raise SystemExit("use a text-only checkpoint: the libraries name the modules of a multimodal one differently")
     pythons = {name: install(folder, REFERENCES[name][0]) for name in references}
     corpus, untied, states, tokens, ours = (
         empty_folder(folder / name) for name in ("text", "untied", "states", "calibration", "ours")
@@ -150,24 +148,24 @@ def measure(folder: Path, model: Path, text: Path, calibration: Path, references
 
 
 def function_name(function: Any) -> str:
-    """Returns "module:name", by which a process of its own finds a function."""
+    """Return "module:name", which a worker process uses to import a function."""
     return f"{function.__module__}:{function.__name__}"
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """Prints one row of the table as Markdown."""
+    """Print one row of the table as Markdown."""
     quality = f"{row['ppl']:.2f} | {row['kl_mean']:.4f} | {100 * row['same_top']:.1f}"
     print(f"| {row['name']} | {quality} | {row['seconds']:.0f} | {row['peak_rss_bytes'] / 1e9:.2f} |", flush=True)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.references", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the directory of the base checkpoint")
     parser.add_argument("--text", type=Path, required=True, help="the text to measure on")
     parser.add_argument("--calibration", type=Path, required=True, help="the text to calibrate on")
     parser.add_argument("--references", nargs="+", choices=REFERENCES, default=list(REFERENCES))
-    parser.add_argument("--folder", type=Path, required=True, help="where the environments are kept, about 10 GB each")
+    parser.add_argument("--folder", type=Path, required=True, help="directory for the environments, about 10 GB each")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     print("| quantized by | PPL | KL | same top token, % | seconds | peak memory, GB |")

@@ -1,7 +1,7 @@
 """AutoRound: `python with_auto_round.py CHECKPOINT TOKENS TARGET ITERATIONS`.
 
-Runs in a virtual environment of its own, which does not have this package. Writes each linear's weight, which is its
-scales times integers, and the scales.
+It runs in a separate virtual environment without this package, and writes each linear's scales, and its weight as
+integers times scales.
 """
 
 import json
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    """Quantizes the decoder's linears to int4 with a positive scale for each 32 weights, and writes them."""
+    """Quantize the decoder's linears to int4 with a positive scale for each 32 weights, and write them."""
     checkpoint, tokens, target, iterations = sys.argv[1:]
     with open(tokens, encoding="utf-8") as file:
         rows = torch.tensor(json.load(file))
@@ -28,7 +28,7 @@ def main() -> None:
         scale_dtype="bf16",
         dataset=list(rows.split(8)),
         iters=int(iterations),
-        # Of 50, the library's own recipe says this; of 200, its default is right.
+        # The library's own recipe has this value for 50 iterations; for 200, its default is right.
         lr=5e-3 if iterations == "50" else None,
         nsamples=len(rows),
         seqlen=rows.shape[1],

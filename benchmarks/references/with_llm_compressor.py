@@ -1,7 +1,7 @@
 """GPTQ of llm-compressor: `python with_llm_compressor.py CHECKPOINT TOKENS TARGET OBSERVER`.
 
-Runs in a virtual environment of its own, which does not have this package. Writes each linear's weight, which is its
-scales times integers, and the scales.
+It runs in a separate virtual environment without this package, and writes each linear's scales, and its weight as
+integers times scales.
 """
 
 import json
@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    """Quantizes the decoder's linears to int4 with a scale for each 32 weights, and writes them."""
+    """Quantize the decoder's linears to int4 with a scale for each 32 weights, and write them."""
     checkpoint, tokens, target, observer = sys.argv[1:]
     with open(tokens, encoding="utf-8") as file:
         rows = [torch.tensor([row]) for row in json.load(file)]
-    # With scales in bfloat16, as they will be stored, from the beginning.
+    # Load in bfloat16, so that scales have the dtype in which they are stored.
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     weights = QuantizationArgs(
         num_bits=4, type="int", symmetric=True, strategy="group", group_size=32, observer=observer

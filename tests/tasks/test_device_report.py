@@ -333,7 +333,7 @@ def fail_with(phone: Path, code: str) -> None:
 
 
 MISTAKES = {
-    "there is no adb: install Android's platform-tools": lambda phone: (phone / "host" / "adb").unlink(),
+    "adb was not found: install Android's platform-tools": lambda phone: (phone / "host" / "adb").unlink(),
     "adb sees no phone: connect one": lambda phone: (phone / "devices").write_text("List of devices attached\n\n"),
     "adb sees several phones: set ANDROID_SERIAL to one of ONE, TWO": lambda phone: (phone / "devices").write_text(
         "List of devices attached\nONE\tdevice\nTWO\toffline\n"
@@ -343,7 +343,9 @@ MISTAKES = {
         phone, "print('no such operator'); sys.exit(3)"
     ),
     "the runner printed no line `PyTorchObserver": lambda phone: fail_with(phone, "sys.exit()"),
-    "use the one of examples/models/llama": lambda phone: fail_with(phone, "print('PyTorchObserver {}'); sys.exit()"),
+    "use the runner from examples/models/llama": lambda phone: fail_with(
+        phone, "print('PyTorchObserver {}'); sys.exit()"
+    ),
     "there is no file": lambda phone: (phone / "tokenizer.json").unlink(),
 }
 

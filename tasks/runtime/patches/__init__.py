@@ -1,17 +1,17 @@
-"""Patches to libraries, in force inside a `with`: loading and exporting take less time and memory.
+"""Patches to libraries that save time and memory when loading and exporting, within a `with` block:
 
     with patched_loading():
         model = Gemma3ForCausalLM.from_pretrained(...)
     with patched_export():
         ...
 
-The model and the program are those of the libraries as they are, byte for byte. There is a module per library and a
-function per patch, which says what the library does, why the result stays the same, and what upstream would have to
-change to make the patch unnecessary. docs/performance.md has what each is worth.
+The model and the program are byte-identical to those of the unpatched libraries. There is a module per library and a
+function per patch, whose docstring says what the library does, why the result stays the same, and what upstream would
+have to change to make the patch unnecessary. docs/performance.md lists what each patch saves.
 
-A patch fits the code that it was written for: it compares hashes of the source that it replaces or relies on. If the
-installed source differs, the library is used as it is, and a warning says so. The environment variable
-QUANTIZE_GEMMA_DISABLE_PATCHES, a list of names separated by commas, or `all`, leaves patches out.
+A patch is applied only to the code that it was written for: it compares hashes of the source that it replaces or relies
+on. If the installed source differs, the library is used unpatched, with a warning. The environment variable
+QUANTIZE_GEMMA_DISABLE_PATCHES turns patches off: a list of names separated by commas, or `all`.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ Patch = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class SourceDiffers(Exception):
-    """A function of a library is not the code that a patch was written for."""
+    """The source of a library differs from the code that a patch was written for."""
 
 
 def loading_patches() -> tuple[Patch, ...]:
-    """Returns the patches that apply while a quantized checkpoint is loaded."""
+    """Return the patches that apply while a quantized checkpoint is loaded."""
     from quantize_gemma.tasks.runtime.patches import transformers
 
     return (transformers.own_metadata,)
 
 
 def export_patches() -> tuple[Patch, ...]:
-    """Returns the patches that apply while a program is exported."""
+    """Return the patches that apply while a program is exported."""
     from quantize_gemma.tasks.runtime.patches import executorch, optimum_executorch, torch
 
     return (
@@ -59,18 +59,18 @@ def export_patches() -> tuple[Patch, ...]:
 
 
 def patched_loading() -> contextlib.AbstractContextManager[None]:
-    """Applies the patches for loading a quantized checkpoint that fit the installed libraries."""
+    """Apply the patches for loading a quantized checkpoint that fit the installed libraries."""
     return applied(loading_patches())
 
 
 def patched_export() -> contextlib.AbstractContextManager[None]:
-    """Applies the patches for exporting a program that fit the installed libraries."""
+    """Apply the patches for exporting a program that fit the installed libraries."""
     return applied(export_patches())
 
 
 @contextlib.contextmanager
 def applied(patches: tuple[Patch, ...]) -> Iterator[None]:
-    """Applies those of the patches that fit the installed libraries and are not disabled."""
+    """Apply the patches that fit the installed libraries and are not disabled."""
     disabled_names = os.environ.get(DISABLE, "").split(",")
     with contextlib.ExitStack() as stack:
         for patch in patches:
@@ -78,27 +78,27 @@ def applied(patches: tuple[Patch, ...]) -> Iterator[None]:
                 continue
             try:
                 stack.enter_context(patch())
-            # Without a source to compare, inspect raises OSError.
+            # inspect raises OSError if there is no source to compare.
             except (AttributeError, ImportError, OSError, SourceDiffers) as error:
                 warn(f"patch {patch.__name__} is not applied, which costs time or memory only: {error}")
         yield
 
 
 def written_for(source: Any, digest: str) -> None:
-    """Raises SourceDiffers if the source of a function, class or module does not have this digest."""
+    """Raise SourceDiffers if the source of a function, class, or module does not have this digest."""
     if source_digest(source) != digest:
         name = ".".join(filter(None, (getattr(source, "__module__", None), getattr(source, "__qualname__", None))))
         raise SourceDiffers(f"{name or source.__name__} differs from the version that the patch was written for")
 
 
 def source_digest(source: Any) -> str:
-    """Returns the start of the SHA-256 of the source of a function, class or module, 16 hexadecimal digits."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of the source of a function, class, or module."""
     return hashlib.sha256(inspect.getsource(source).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Sets an attribute of a module or a class, and restores it."""
+    """Set an attribute of a module or a class within the context, and restore it afterwards."""
     missing = object()
     before = vars(owner).get(name, missing)
     setattr(owner, name, value)

@@ -25,13 +25,13 @@ MADV_PAGEOUT = 21
 
 @contextlib.contextmanager
 def one_decomposition() -> Iterator[None]:
-    """Decomposes a program once instead of three times.
+    """Decompose a program once instead of three times.
 
-    Each time ExecuTorch traces the program from scratch. The first time the table is empty, which only makes the
-    program functional, and so does the second time; the partitioner does not look at the program in between. The third
-    time undoes the preservation of operators that the partitioner then refuses: without an operator that the third
-    table decomposes and the second does not, nothing changes. An operator that is in both tables and is left after the
-    second stays after the third for the same reason.
+    Each time, ExecuTorch traces the program from scratch. The first time, the table is empty, so the program only
+    becomes functional, which the second time does, too; the partitioner does not look at the program in between. The
+    third time undoes the preservation of operators that the partitioner then rejects: without an operator that the
+    third table decomposes and the second does not, nothing changes. An operator that is in both tables and is left
+    after the second stays after the third for the same reason.
 
     Unnecessary once `_gen_edge_manager_for_partitioners` compares the tables with the graph on all of its paths, as it
     does on one of them since 1.5.
@@ -71,16 +71,16 @@ def one_decomposition() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cached_shapes() -> Iterator[None]:
-    """Computes the shapes of an operator's results once for all passes.
+    """Compute the shapes of an operator's results once for all passes.
 
-    Nearly every pass of ExecuTorch traces the whole graph with fake tensors, whatever it changes, layer by layer. An
-    operator's result for fake tensors depends on their shapes, strides and types and on its other arguments, so an
-    earlier result is the same. An edge operator gives what its ATen operator gives; a delegate is an operator of its
-    own. Operators whose result depends on values, those with other arguments, real tensors for example, and those
-    whose result is no tensor run as before.
+    Nearly every pass of ExecuTorch traces the whole graph with fake tensors, layer by layer, whatever it changes. An
+    operator's result for fake tensors depends only on their shapes, strides, and dtypes and on its other arguments, so
+    an earlier result can be reused. An edge operator returns the same as its ATen operator; a delegate is an operator
+    of its own. Operators run as before if their result depends on values or is not a tensor, or if they have other
+    arguments, such as real tensors.
 
-    Unnecessary once `ExportPass` keeps a node's `val` when neither the node nor its inputs change. It is long because
-    the functions in it share what is imported here, at the first export.
+    Unnecessary once `ExportPass` keeps a node's `val` when neither the node nor its inputs change. This function is
+    long because its inner functions share libraries that are imported only at the first export.
     """
     import torch
     from executorch.exir.delegate import executorch_call_delegate
@@ -96,7 +96,7 @@ def cached_shapes() -> Iterator[None]:
     objects = FakeTensor, torch.SymInt, LoweredBackendModule
     by_value = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
     results: dict[object, object] = {}
-    # With each key what it was made of, so that its id stays its own.
+    # {id: (object, layout)}. Keeping the object prevents its id from being reused.
     layouts: dict[int, tuple[object, object]] = {}
 
     def layout_of(leaf: Any) -> object:
@@ -136,7 +136,7 @@ def cached_shapes() -> Iterator[None]:
 
 
 def _layout(tensor: "FakeTensor") -> tuple[object, ...]:
-    """Returns what an operator on fake tensors sees of one."""
+    """Return the properties of a fake tensor that an operator's result depends on."""
     extents = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
     plain = tuple(extent if isinstance(extent, int) else extent.node.expr for extent in extents)
     return plain, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad, type(tensor), id(tensor.fake_mode)
@@ -144,10 +144,10 @@ def _layout(tensor: "FakeTensor") -> tuple[object, ...]:
 
 @contextlib.contextmanager
 def shared_weights() -> Iterator[None]:
-    """Lets the copies of partitions that go to XNNPACK share their weights.
+    """Let the copies of partitions that go to XNNPACK share their weights.
 
-    ExecuTorch makes a deep copy of every partition before it lowers the first, in case a backend writes to the graph: a
-    second copy of the model. XNNPACK's passes put new tensors in the place of weights, but write to none.
+    ExecuTorch makes a deep copy of every partition before it lowers the first one, in case a backend writes to the
+    graph: a second copy of the model. XNNPACK's passes replace weights with new tensors, but never write to a weight.
 
     Unnecessary once `XnnpackBackend` defines `copy_exported_program_for_preprocess` like this.
     """
@@ -166,11 +166,11 @@ def shared_weights() -> Iterator[None]:
 
 @contextlib.contextmanager
 def paged_out_weights() -> Iterator[None]:
-    """Asks the system to take back the pages of the checkpoint's file once their weights are packed.
+    """Ask the system to take back the pages of the checkpoint's file once their weights are packed.
 
-    Packing reads the weights in, and they stay in memory beside the packed ones and the program's content: a second
-    model. The system may take a file's pages back at any time, since it can read them again; this asks it to. Nothing
-    is lost: pages of no file stay, or go to swap space.
+    Packing reads the weights, and their pages stay in memory next to the packed weights and the program's content: a
+    second copy of the model. The system may take a file's pages back at any time, since it can read them again; this
+    patch asks it to. Nothing is lost: pages that belong to no file stay in memory, or go to swap space.
 
     Unnecessary once XNNPACK's serializer drops what it has read of a memory-mapped file.
     """
@@ -179,11 +179,11 @@ def paged_out_weights() -> Iterator[None]:
     stock = XnnpackBackend.preprocess
     written_for(stock, "62f7dc915f1ef40c")
     page = mmap.PAGESIZE
-    # Elsewhere the request has another number, and nothing is asked.
+    # On other systems, MADV_PAGEOUT does not exist.
     advise = ctypes.CDLL(None).madvise if sys.platform == "linux" else lambda *_: None
 
     def preprocess(program: "ExportedProgram", specs: object) -> object:
-        # The passes put others in their place.
+        # The passes may have replaced them with other tensors.
         weights = _weights(program)
         result = stock(program, specs)
         for weight in weights:
@@ -206,13 +206,13 @@ def _weights(program: "ExportedProgram") -> "list[Tensor]":
 
 @contextlib.contextmanager
 def needed_passes() -> Iterator[None]:
-    """Runs XNNPACK's passes only on partitions that hold what they look for.
+    """Run XNNPACK's passes only on partitions with operators that they change.
 
-    Each of the 17 traces the partition again, changed or not, verifies it before and after, and prints it for a log
-    that nobody reads. None changes a partition without the operators below.
+    Each of the 17 passes traces the partition again, changed or not, verifies it before and after, and formats it for a
+    debug log. No pass changes a partition without the operators below.
 
-    Unnecessary once `XNNPACKPass` returns early when its target operators are absent. It is long because of the table
-    of passes.
+    Unnecessary once `XNNPACKPass` returns early when its target operators are absent. This function is long because of
+    the table of passes.
     """
     from executorch.backends.transforms import addmm_mm_to_linear
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
@@ -238,7 +238,7 @@ def needed_passes() -> Iterator[None]:
             dim_order._to_dim_order_copy.default,
         },
         "ConvertToUpsampleBilinear2d": {aten.upsample_bilinear2d.vec},
-        # It also takes the view_copy away that stands before or after a linear.
+        # It also removes a view_copy before or after a linear.
         "ConvertToLinearPass": {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.view_copy.default},
         "ConvertToSDPAPass": {aten._softmax.default},
         "FuseBatchNormPass": batch_norms,
@@ -298,10 +298,10 @@ XNNPACK_PASSES = {
 
 @contextlib.contextmanager
 def deferred_code() -> Iterator[None]:
-    """Generates a graph's Python code when all partitions are cut out of it.
+    """Generate a graph's Python code once, after all partitions are extracted from it.
 
-    Each cut generates and compiles the code of the whole graph and of every partition so far, quadratic in the number
-    of partitions, although nothing calls that code between two cuts.
+    After each partition, ExecuTorch generates and compiles the code of the whole graph and of every partition so far,
+    which is quadratic in the number of partitions, although nothing calls that code in between.
 
     Unnecessary once `_create_partitions_in_graph_module` recompiles once, at its end.
     """
@@ -330,10 +330,11 @@ def deferred_code() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sorted_in_place() -> Iterator[None]:
-    """Sorts a graph in place after a partition is cut out of it.
+    """Sort a graph in place after a partition is extracted from it.
 
-    After each cut ExecuTorch copies all nodes into a new graph, in topological order: quadratic in the number of nodes,
-    and copying a node costs a hundred times what moving it does. Nodes and their users end in the order of the copies.
+    After each partition, ExecuTorch copies all nodes into a new graph, in topological order: this is quadratic in the
+    number of nodes, and copying a node costs a hundred times as much as moving it. Nodes and their users end up in the
+    same order as in the copy.
 
     Unnecessary once torch's `legalize_graph` moves nodes instead of copying them.
     """
@@ -360,7 +361,7 @@ def sorted_in_place() -> Iterator[None]:
 
 
 def _topological(graph: "Graph") -> "list[Node]":
-    """Returns the nodes in the order that torch.fx's legalize_graph gives them: breadth first, arithmetic ahead."""
+    """Return the nodes in the order that torch.fx's legalize_graph gives them: breadth-first, arithmetic ahead."""
     import operator
 
     import torch
@@ -391,11 +392,12 @@ def _topological(graph: "Graph") -> "list[Node]":
 
 @contextlib.contextmanager
 def descendants_as_bits() -> Iterator[None]:
-    """Decides whether two partitions may merge with one integer per node.
+    """Decide whether two partitions may merge, using one integer per node.
 
-    The partitioner builds the sets of all descendants and all ancestors of every node, quadratic in time and memory;
-    asks of every pair of partitions whether a node outside that uses one of them has a descendant in them; and then
-    searches the graph for the same nodes. Both are one question, which an integer with a bit per descendant answers.
+    The partitioner builds the sets of all descendants and all ancestors of every node, which is quadratic in time and
+    memory. For every pair of partitions, it checks whether an outside node that uses one of them has a descendant in
+    them, and then searches the graph for the same nodes. Both checks are the same, and an integer with a bit for each
+    descendant is enough for it.
 
     Unnecessary once `_DependencyViewer` keeps bit sets.
     """

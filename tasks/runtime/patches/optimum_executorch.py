@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def example_image(pixels: object) -> Iterator[None]:
-    """Exports the vision encoder with this image, [1, channels, height, width], of which only the shape counts.
+    """Export the vision encoder with this image, [1, channels, height, width], of which only the shape counts.
 
-    optimum-executorch downloads a photograph from a web site instead, so that nothing is exported without a network.
-    No environment variable disables this patch.
+    optimum-executorch downloads a photograph from a website instead, so it cannot export without a network connection.
+    The environment variable does not turn this patch off.
 
-    Unnecessary once `VisionExportableModule.prepare_export_inputs` makes an image from the configuration.
+    Unnecessary once `VisionExportableModule.prepare_export_inputs` creates an image from the configuration.
     """
     from optimum.exporters.executorch.integrations import VisionExportableModule
 
@@ -28,11 +28,11 @@ def example_image(pixels: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_export() -> Iterator[None]:
-    """Exports a decoder once, and removes redundant transposes from the exported program.
+    """Export a decoder once, and remove redundant transposes from the exported program.
 
     optimum-executorch turns the exported decoder into a module, removes transposes that undo each other, and exports
     that module again, which takes longer than the first time. The second export has the same operators with the same
-    inputs, and the pass works on a program's graph as it does on a module's.
+    inputs, and the pass works on the graph of a program just as on that of a module.
 
     Unnecessary once `CausalLMExportableModule.export` and `MultiModalTextToTextExportableModule.export` run
     `RemoveRedundantTransposes` on the program.

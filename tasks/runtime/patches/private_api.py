@@ -1,7 +1,7 @@
-"""The private names of libraries that this program uses, for want of a public way, and what happens without them.
+"""The private names of libraries that this program uses because there is no public API, and what happens without them.
 
-Each function names the version that it was written for, what it does when the name is gone, and what would make it
-unnecessary. What is changed in libraries to save time or memory is in tasks/runtime/patches/.
+Each docstring names the version that the function was written for, what it does if the private name is missing, and
+what would make it unnecessary. Changes to libraries that save time or memory are in the other modules of this package.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
-# The number of rows that a weight's order is best for. Generating has as many texts; products of more gain as well.
+# The number of rows for which oneDNN optimizes a weight's layout: that of text generation. Larger products gain, too.
 REORDER_ROWS = 16
 
 
 def ignore_settings_files() -> None:
-    """Make classes of pydantic-settings, as Prefect's are, read no .env and no TOML file.
+    """Prevent pydantic-settings, which Prefect uses, from reading .env and TOML files.
 
-    Written for pydantic-settings 2.16.3. Unnecessary once Prefect can be told to leave the working directory's files
-    alone: it reads them when it is imported, before anything can be configured.
+    Written for pydantic-settings 2.16.3. Unnecessary once Prefect has a setting to ignore the files of the working
+    directory: it reads them when it is imported, before anything can be configured.
 
     Raises:
-        UserError: These methods are not what reads the files: those of a stranger's directory would be believed.
+        UserError: The files are read by other methods, so the settings of an untrusted directory would be used.
     """
     from pydantic_settings import BaseSettings, DotEnvSettingsSource, TomlConfigSettingsSource
     from pydantic_settings.sources import ConfigFileSourceMixin
@@ -62,12 +62,12 @@ def ignore_settings_files() -> None:
 def retry_refused_connections() -> None:
     """Make every Prefect client of this process retry a refused connection, PREFECT_CLIENT_MAX_RETRIES times.
 
-    Prefect's client does so only once it has reached the server, so that a wrong address fails at once. A running flow
-    has reached its server; but limits, blocks and artifacts each make a new client, and would end the run if they did
-    so in the seconds of a restart.
+    Prefect's client retries only after it has reached the server once, so that a wrong address fails immediately. A
+    running flow has reached its server; but limits, blocks, and artifacts each create a new client, which would make
+    the run fail if the server is restarting at that moment.
 
     Written for Prefect 3.9.1. Unnecessary once a setting makes the first connection retry, too. Without the attribute,
-    clients stay as they are, and a warning says what is lost.
+    clients are not changed, and a warning says what is lost.
     """
     from prefect.client.base import PrefectHttpxAsyncClient, PrefectHttpxSyncClient
 
@@ -85,11 +85,11 @@ def retry_refused_connections() -> None:
 
 
 def fake_tensor_mode() -> contextlib.AbstractContextManager[object] | None:
-    """Return the mode in which tensors have a dtype, a device and a shape, but no data; None without it.
+    """Return the mode in which tensors have a dtype, a device, and a shape, but no data; None if it is missing.
 
     Written for torch 2.15.0, whose documentation imports it from this module. Unnecessary once torch has a public name
-    for it, or transformers runs on the meta device, for which its autocast fails. Without it, a warning says what is
-    lost.
+    for it, or transformers runs on the meta device, on which its autocast fails. If it is missing, a warning says what
+    is lost.
     """
     try:
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -106,10 +106,10 @@ def fake_tensor_mode() -> contextlib.AbstractContextManager[object] | None:
 def reorder_weight(weight: "Tensor") -> "Callable[[Tensor], Tensor] | None":
     """Return the product of activations, [..., columns], with a bfloat16 weight, [rows, columns], on a CPU.
 
-    oneDNN copies the weight into its own order once, not for every product. The results are the same to the bit.
+    oneDNN packs the weight into its own layout once, not for every product. The results are bit-identical.
 
-    Written for torch 2.15.0, whose compiler uses these operators. Unnecessary once torch has a public way to keep
-    weights in that order. None without the operators or for a processor without support for bfloat16.
+    Written for torch 2.15.0, whose compiler uses these operators. Unnecessary once torch has a public API to keep
+    weights in that layout. Returns None without the operators, or on a CPU that does not support bfloat16.
     """
     import torch
 
@@ -126,10 +126,10 @@ def reorder_weight(weight: "Tensor") -> "Callable[[Tensor], Tensor] | None":
 
 
 def thread_count() -> int:
-    """Return the threads of ExecuTorch's pool, which does not heed the limits of this process.
+    """Return the number of threads in ExecuTorch's pool, which ignores the CPU limits of this process.
 
-    Written for executorch 1.5.1; without this name, the number of the machine's processors, which is its default.
-    Unnecessary once the runners' statistics say it.
+    Written for executorch 1.5.1. Without this name, return the pool's default, the number of the machine's processors.
+    Unnecessary once the runners' statistics contain it.
     """
     from executorch.extension.pybindings import portable_lib
 
@@ -138,7 +138,7 @@ def thread_count() -> int:
 
 
 def require(package: str, version: str, owner: Any, *names: str) -> None:
-    """Check names of a library that are about to be replaced: a new name in their place would be called by nobody.
+    """Check that a library has the names that are about to be replaced; nothing would call the replacement otherwise.
 
     Args:
         package: The library's distribution.
@@ -160,8 +160,8 @@ def _differs(package: str, version: str, name: str) -> str:
 
 
 def warn(message: str) -> None:
-    """Warn in this process's log and, from a stage's own process, in that of the run."""
-    # Here, because every command line imports this module.
+    """Log a warning in this process and, from a worker process, in the run."""
+    # Imported here because every command imports this module.
     from quantize_gemma.tasks.runtime.reporting import log
 
     logger.warning(message)

@@ -8,11 +8,11 @@ from quantize_gemma.tasks.runtime.patches import replaced, written_for
 
 @contextlib.contextmanager
 def no_common_subexpressions() -> Iterator[None]:
-    """Compiles dynamo's guards as they are, without looking for common subexpressions.
+    """Compile dynamo's guards as they are, without looking for common subexpressions.
 
     To find violated constraints, torch.export has dynamo build the guards of what it traced. Before dynamo compiles
-    them, it parses and prints every expression several times to compute shared parts once. Nobody calls the guards of
-    an export, so nothing is gained.
+    them, it parses and prints every expression several times to compute shared parts once. Nothing calls the guards of
+    an export, so this work is wasted.
 
     Unnecessary once `CheckFunctionManager` skips `build_guard_function` for exports.
     """
@@ -33,11 +33,12 @@ def no_common_subexpressions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncopied_weights() -> Iterator[None]:
-    """Keeps the weights themselves, not copies of them, while dynamo traces.
+    """Keep the weights themselves, not copies of them, while dynamo traces.
 
-    For torch.export dynamo copies the value of every weight twice and keeps one copy until it is done: a second model
-    in memory. It needs real values for operators that do not work on fake tensors, and copies so that running one does
-    not change the caller's. No operator of a decoder or an encoder is one, and one that were would only read.
+    For torch.export, dynamo copies the value of every weight twice and keeps one copy until it is done: a second model
+    in memory. It needs real values for operators that do not work on fake tensors, and copies them so that running
+    such an operator does not change the caller's weights. No decoder or encoder has such an operator, and one that had
+    would only read its weights.
 
     Unnecessary once `cache_real_value_when_export` copies a value only when an operator asks for it.
     """

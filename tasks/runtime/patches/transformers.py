@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def own_metadata() -> Iterator[None]:
-    """Puts each quantized weight together with its own metadata instead of all weights' metadata.
+    """Assemble each quantized weight with only its own metadata.
 
-    transformers calls torchao for one weight at a time, but with the metadata of all of them, in which torchao looks
-    for every weight that the tensors may belong to: cubic in the number of weights. torchao returns the weights whose
-    tensors it gets, and these belong to one.
+    transformers calls torchao for one weight at a time, but with the metadata of all weights, which torchao searches
+    for every weight that the tensors may belong to: this is cubic in the number of weights. The tensors of a call
+    belong to a single weight, so its metadata is enough.
 
     Unnecessary once transformers' `TorchAoDeserialize.convert` passes on only the metadata of the weight at hand.
     """
