@@ -214,7 +214,7 @@ def check_api() -> None:
     except httpx.HTTPStatusError as error:
         if error.response.status_code in (401, 403):
             remedy = "set PREFECT_API_AUTH_STRING to its password"
-        raise UserError(f"the Prefect server at {url} answers HTTP {error.response.status_code}: {remedy}") from None
+        raise UserError(f"the Prefect server at {url} returned HTTP {error.response.status_code}: {remedy}") from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the Prefect server at {url} cannot be reached ({error}): {remedy}") from None
 

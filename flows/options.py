@@ -119,7 +119,7 @@ class EvaluationOptions(Options):
         ),
     )
     text_windows: Count = Field(
-        default=16, description="Maximum number of windows of that text, 511 tokens each; limit caps it, too."
+        default=16, description="Maximum number of windows of that text, 511 tokens each; also capped by limit."
     )
     limit: Count | None = Field(
         default=None, description="Maximum number of documents per task; each MMLU subject is a task. [default: all]"

@@ -339,7 +339,7 @@ def check_checkpoint(
         )
     window = config.text.sliding_window
     if not custom_kv_cache and not config.multimodal:
-        raise UserError("without custom_kv_cache the program of a text-only model cannot prefill a prompt: turn it on")
+        raise UserError("a text-only program cannot prefill without custom_kv_cache: turn on custom_kv_cache")
     if not custom_kv_cache and bidirectional_images:
         raise UserError("bidirectional_images requires custom_kv_cache: turn off bidirectional_images, too")
     if not custom_kv_cache and max_seq_len > window:
@@ -377,7 +377,7 @@ def _check_cluster(address: str) -> None:
     parts = re.fullmatch(r"(tcp|ray)://(.+):(\d+)", address)
     if parts is None:
         raise UserError(
-            f"cluster {address!r} is not a cluster's address: use tcp://host:8786 (Dask) or ray://host:10001 (Ray)"
+            f"cluster {address!r} is not a cluster address: use tcp://host:8786 (Dask) or ray://host:10001 (Ray)"
         )
     extra = {"tcp": "dask", "ray": "ray"}[parts[1]]
     if importlib.util.find_spec(f"prefect_{extra}") is None:

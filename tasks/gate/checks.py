@@ -298,7 +298,7 @@ def _fail_unmeasured_loss() -> Check:
     check = _make_check("informative", "", math.nan, math.nan, False, math.nan, None)
     message = (
         "no check measures how much quality the release lost: its distance from the base model has no limit, and the "
-        "base model answers the benchmarks by chance: set max_kl"
+        "base model scores at chance level on the benchmarks: set max_kl"
     )
     return replace(check, message=message)
 
@@ -449,7 +449,7 @@ def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: floa
     top, top_stderr = 100 * _or_nan(fidelity.same_top), fidelity.same_top_stderr
     top_stderr = None if top_stderr is None else 100 * top_stderr
     text = f"on {fidelity.tokens:,} tokens of text, the KL divergence from the base model is {kl:.4f}"
-    tops = f"its most likely token is the base model's at {top:.1f}% of the positions"
+    tops = f"the most likely token is the base model's at {top:.1f}% of the positions"
     return [
         _record_check("max_kl", f"{text} nats", kl, kl_stderr)
         if max_kl is None

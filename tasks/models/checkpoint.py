@@ -214,12 +214,12 @@ def _parse_tensor(path: Path, name: str, tensor: object, first: int) -> TensorIn
 
     Raises:
         ValueError: The entry is malformed.
-        UserError: It has a dtype that we do not read.
+        UserError: It has an unsupported dtype.
     """
     if not name.isprintable():
         raise ValueError(f"the name {name!r} has control characters")
     if not isinstance(tensor, dict) or set(tensor) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"the entry of {name} does not have exactly dtype, shape and data_offsets")
+        raise ValueError(f"the entry of {name} does not have exactly dtype, shape, and data_offsets")
     for field in ("shape", "data_offsets"):
         numbers = tensor[field]
         # isinstance() would accept True.
@@ -234,14 +234,14 @@ def _parse_tensor(path: Path, name: str, tensor: object, first: int) -> TensorIn
         raise ValueError(f"the dtype of {name} is not text")
     if dtype not in DTYPE_BYTES:
         raise UserError(
-            f"the weight {name} in {path} is {dtype[:20]!r}, a dtype that is not supported (nor are FP8 and other "
-            "quantized dtypes): use the checkpoint in bfloat16, float16 or float32"
+            f"the weight {name} in {path} has the unsupported dtype {dtype[:20]!r}: use an unquantized checkpoint, in "
+            "bfloat16, float16, or float32"
         )
     if len(tensor["data_offsets"]) != 2:
-        raise ValueError(f"the data_offsets of {name} are not two")
+        raise ValueError(f"the data_offsets of {name} are not two numbers")
     begin, end = tensor["data_offsets"]
     if end - begin != DTYPE_BYTES[dtype] * prod(tensor["shape"]):
-        raise ValueError(f"the extent of {name} does not fit its shape")
+        raise ValueError(f"the data_offsets of {name} do not match its shape")
     return TensorInfo(dtype, tuple(tensor["shape"]), first + begin, first + end, path.name)
 
 
@@ -250,7 +250,7 @@ def _check_extents(tensors: Mapping[str, TensorInfo], first: int) -> int:
     end = first
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != end:
-            raise ValueError(f"the extent of {name} does not start where the one before it ends")
+            raise ValueError(f"the data of {name} does not start where that of the preceding tensor ends")
         end = tensor.end
     return end
 
@@ -316,7 +316,7 @@ def check_weights(tensors: Mapping[str, TensorInfo], checkpoint: Path) -> None:
         if tensor.dtype not in FLOATS:
             raise UserError(
                 f"the weight {name} in {checkpoint / tensor.file} is {tensor.dtype}: "
-                "use the unquantized checkpoint, in bfloat16, float16 or float32"
+                "use the unquantized checkpoint, in bfloat16, float16, or float32"
             )
 
 
@@ -347,7 +347,7 @@ def linear_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
 
 
 def check_finite(path: Path) -> None:
-    """Raise UserError that names the first tensor of the file that holds a NaN or an infinity.
+    """Raise UserError that names the first tensor of the file that contains a NaN or an infinity.
 
     The file is read, not mapped: the pages of a mapped file count as the process's memory.
     """
@@ -363,7 +363,7 @@ def check_finite(path: Path) -> None:
                 part = bytearray(stream.read(min(CHUNK_BYTES, tensor.end - start)))
                 if not bool(torch.frombuffer(part, dtype=types[tensor.dtype]).isfinite().all()):
                     raise UserError(
-                        f"the weight {name} in {path} holds a NaN or an infinity: "
+                        f"the weight {name} in {path} contains a NaN or an infinity: "
                         "the checkpoint is damaged, download it again"
                     )
 

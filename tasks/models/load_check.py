@@ -57,7 +57,7 @@ def check_loads(checkpoint: Path) -> None:
         tokens = _tokenize(tokenizer)
     if not tokens or max(tokens) >= config.text.vocab_size:
         raise UserError(
-            f"the tokenizer of {checkpoint} has token ids that its model does not: they belong to different models"
+            f"the tokenizer of {checkpoint} has token ids that its model lacks: they belong to different models"
         )
 
 
@@ -71,7 +71,7 @@ def _read_shapes(checkpoint: Path, config: ModelConfig) -> dict[str, tuple[int, 
     layers = config.text.num_hidden_layers + (config.vision.num_hidden_layers if config.vision else 0)
     if layers > len(tensors):
         raise UserError(
-            f"{checkpoint / 'config.json'} describes {layers:,} layers, but there are {len(tensors):,} weights: "
+            f"{checkpoint / 'config.json'} describes {layers:,} layers, but there are only {len(tensors):,} weights: "
             "they belong to different models"
         )
     shapes = {GEMMA3.runtime_name(name): tensor.shape for name, tensor in tensors.items()}

@@ -205,14 +205,14 @@ def load_recipe(name: str) -> Recipe:
         counts_valid = min(settings.sequences, settings.answers + 1, settings.length - 1, settings.passes + 1) >= 1
         if not (counts_valid and 0 < settings.damping < 1 and 0 <= settings.compensation <= 1):
             ranges = (
-                "sequences >= 1, answers >= 0, length >= 2, passes >= 0, 0 < damping < 1 and 0 <= compensation <= 1"
+                "sequences >= 1, answers >= 0, length >= 2, passes >= 0, 0 < damping < 1, and 0 <= compensation <= 1"
             )
             _refuse(path, content, ("calibration",), f"needs {ranges}")
     if (training := recipe.distillation) is not None:
         if recipe.calibration is None:
-            _refuse(path, content, ("distillation",), "needs a calibrated recipe: it learns from the calibration text")
+            _refuse(path, content, ("distillation",), "needs a calibrated recipe: it trains on the calibration text")
         if not (training.sequences >= 2 and training.steps >= 1 and 0 < training.learning_rate < 1):
-            ranges = "sequences >= 2, steps >= 1 and 0 < learning_rate < 1"
+            ranges = "sequences >= 2, steps >= 1, and 0 < learning_rate < 1"
             _refuse(path, content, ("distillation",), f"needs {ranges}")
     return recipe
 
@@ -327,11 +327,14 @@ def _check_gptq(path: Path, content: Mapping[str, Any], number: int, recipe: Rec
     rule, location = recipe.rules[number], ("rules", number)
     if recipe.calibration is None:
         _refuse(
-            path, content, (*location, "algorithm"), 'is gptq: add "calibration": {} to the recipe, or its settings'
+            path,
+            content,
+            (*location, "algorithm"),
+            'is gptq, which needs calibration: add "calibration": {} to the recipe',
         )
     if rule.match not in ("linear", "lm_head"):
         _refuse(
-            path, content, (*location, "match"), "must be linear or lm_head with gptq: nothing calibrates other modules"
+            path, content, (*location, "match"), "must be linear or lm_head with gptq: other modules are not calibrated"
         )
     if rule.weight != "int4" or rule.group_size is None:
         _refuse(path, content, location, "needs weight int4 and a group_size with gptq")

@@ -1,7 +1,7 @@
 """The checks of the C++ runner of phone apps on a program: their names and descriptions."""
 
 RUNNER_CHECKS = {
-    "tokenizer": "texts as its tokenizer reads them",
+    "tokenizer": "tokenizing texts",
     "prompts": "prompts up to the longest that the program takes",
     "past_window": "generating past the end of the sliding window",
     "full_length": "generating up to the longest sequence",

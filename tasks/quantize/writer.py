@@ -214,7 +214,7 @@ def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str,
         tensors = rows.tensors
         sums = ChunkSums(weight.numel(), rows.error, rows.square, rows.changes, rows.off_grid)
     if not math.isfinite(sums.square):
-        raise UserError(f"{name} holds a NaN or an infinity: the checkpoint is damaged, download it again")
+        raise UserError(f"{name} contains a NaN or an infinity: the checkpoint is damaged, download it again")
     for part, tensor in tensors.items():
         bytes_per_row = tensor.numel() // chunk.rows * tensor.itemsize
         _write_tensor(file, tensor, chunk.offsets[part] + chunk.first_row * bytes_per_row)

@@ -50,9 +50,9 @@ def read_environment() -> dict[str, str]:
 
 
 def token_setting(variable: str = "HF_TOKEN") -> str:
-    """Return where the token is to be set, as part of a sentence: a block goes before an environment variable."""
+    """Return where to set the token, as part of a sentence: a block takes precedence over an environment variable."""
     blocks = " and ".join(_token_blocks())
-    return f"Prefect's Secret block {blocks}, which goes before {variable}," if blocks else variable
+    return f"Prefect's Secret block {blocks}, which takes precedence over {variable}," if blocks else variable
 
 
 def _token_blocks() -> list[str]:

@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub's refusals mean, as one sentence that says what to do."""
+"""Turn errors of the Hugging Face Hub into one sentence that says what to do."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ SECONDS_OF_A_YEAR = 365 * 86_400.0
 
 @contextlib.contextmanager
 def translate_hub_errors(kind: str, repository: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what the Hub's client raises in the block into one sentence that says what to do.
+    """Turn errors of the Hub's client in the block into one sentence that says what to do.
 
     Args:
         kind: "model" or "dataset".
@@ -33,8 +33,8 @@ def translate_hub_errors(kind: str, repository: str, revision: str | None = None
         revision: The branch, tag or commit.
 
     Raises:
-        UserError: The Hub refuses.
-        StageFailed: The Hub fails, or cannot be reached; it says whether a retry may help.
+        UserError: The Hub rejects the request.
+        StageFailed: The Hub fails or cannot be reached; the exception says whether a retry may help.
     """
     configure_client()
     try:
@@ -68,7 +68,7 @@ def _translate(error: Exception, kind: str, repository: str, revision: str | Non
         case RevisionNotFoundError():
             return UserError(f"{repository} has no revision {revision!r}: use one of its branches, tags, or commits")
         case EntryNotFoundError():
-            return UserError(f"{repository} lacks a file that it should have ({_shorten(error)})")
+            return UserError(f"a file is missing from {repository} ({_shorten(error)})")
         case RepositoryNotFoundError():
             return UserError(
                 f"the Hub has no {kind} {repository!r}, or none that your token may see: check the name, and "
@@ -83,11 +83,11 @@ def _translate(error: Exception, kind: str, repository: str, revision: str | Non
         case httpx.ConnectError():
             return StageFailed(f"the Hub cannot be reached at {constants.ENDPOINT} ({_shorten(error)})", True)
         case httpx.HTTPError():
-            # Its text may contain a header or a signed address.
+            # Its text may contain a header or a signed URL.
             return StageFailed(f"{type(error).__name__}: {_shorten(error)}", *is_retryable(error))
         case json.JSONDecodeError() | UnicodeDecodeError():
-            # Neither JSON nor text: what arrived is not what the Hub sent.
-            return StageFailed(f"the Hub's answer for {repository} cannot be read ({_shorten(error)})", True)
+            # The response is neither JSON nor text, so it was damaged on the way.
+            return StageFailed(f"the Hub's response for {repository} cannot be read ({_shorten(error)})", True)
     return _report_unexpected(error)
 
 
@@ -96,7 +96,7 @@ def _translate_status(error: "HfHubHTTPError", repository: str) -> RunError:
     status = error.response.status_code
     message = _shorten(error.server_message or error)
     if status == 401:
-        return UserError(f"the Hub refuses the token for {repository}: set {token_setting()} to one that is valid")
+        return UserError(f"the Hub rejects the token for {repository}: set {token_setting()} to one that is valid")
     if status == 403:
         return UserError(
             f"the Hub forbids this on {repository} ({message}): set {token_setting('HF_TOKEN and HF_TOKEN_WRITE')} "
@@ -105,13 +105,13 @@ def _translate_status(error: "HfHubHTTPError", repository: str) -> RunError:
     if status in (402, 413, 507):
         return UserError(f"the quota for {repository} is used up ({message}): free some space there, or ask for more")
     if status in (400, 404, 422):
-        return UserError(f"the Hub refuses the request for {repository}: {message}")
+        return UserError(f"the Hub rejects the request for {repository}: {message}")
     advice = _when_to_retry(error.response.headers)
-    return StageFailed(f"the Hub answers {status} for {repository}: {message}{advice}", *is_retryable(error))
+    return StageFailed(f"the Hub returned HTTP {status} for {repository}: {message}{advice}", *is_retryable(error))
 
 
 def _when_to_retry(headers: Mapping[str, str]) -> str:
-    """Return, as the end of a sentence, when the server allows the next request, if that is too long to wait for."""
+    """Return, as the end of a sentence, when the server allows the next request, if that is too far in the future."""
     seconds = requested_wait(headers)
     if seconds <= MAX_SECONDS_TO_WAIT:
         return ""
@@ -121,7 +121,7 @@ def _when_to_retry(headers: Mapping[str, str]) -> str:
 
 
 def _shorten(message: object) -> str:
-    """Return a message of the Hub or its client as a part of one sentence."""
+    """Return a message of the Hub or its client as part of one sentence."""
     return textwrap.shorten(redact(str(message)), 300, placeholder=" …")
 
 

@@ -187,7 +187,7 @@ def test_offline_a_run_goes_on_with_what_it_has_and_says_so(
         (("--model", "team/nothing"), {}, ["no model 'team/nothing'"]),
         (("--revision", "v9"), {}, ["no revision 'v9'"]),
         (("--target", "stranger/tiny"), {}, ["stranger", "robot"]),
-        (("--target", TARGET), {"HF_TOKEN_WRITE": "hf_MARKEDwrong00"}, ["refuses the token"]),
+        (("--target", TARGET), {"HF_TOKEN_WRITE": "hf_MARKEDwrong00"}, ["rejects the token"]),
         (("--target", TARGET), {"HF_TOKEN_WRITE": READER}, ["is read-only"]),
         (("--target", MODEL), {}, ["target is the model itself"]),
         (

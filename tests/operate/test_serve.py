@@ -272,7 +272,7 @@ def test_a_run_with_the_wrong_password_is_one_sentence(server: LocalServer, tmp_
     )
     assert outcome.code == 2
     (sentence,) = outcome.stderr.splitlines()
-    assert "answers HTTP 401: set PREFECT_API_AUTH_STRING" in sentence
+    assert "returned HTTP 401: set PREFECT_API_AUTH_STRING" in sentence
     assert "not:this" not in sentence
 
 

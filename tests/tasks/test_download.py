@@ -214,7 +214,7 @@ def test_a_hub_that_wants_to_be_left_alone_for_hours_ends_the_stage_and_says_unt
 def test_an_answer_that_cannot_be_read_may_pass_by_itself(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="/api/models", wrong_bytes=True)
-    with pytest.raises(StageFailed, match="the Hub's answer for team/tiny cannot be read") as failure:
+    with pytest.raises(StageFailed, match="the Hub's response for team/tiny cannot be read") as failure:
         download_from(hub, tmp_path, sha)
     assert failure.value.transient
 
@@ -276,7 +276,7 @@ def test_whether_a_model_on_the_hub_reads_images_is_known_before_its_files_are_t
     [
         ({"status": 401}, ["token", "valid"]),
         ({"status": 403}, ["forbids", "HF_TOKEN"]),
-        ({"status": 404, "error_code": "EntryNotFound"}, ["lacks a file"]),
+        ({"status": 404, "error_code": "EntryNotFound"}, ["a file is missing from"]),
         ({"status": 404, "error_code": "RevisionNotFound"}, ["no revision"]),
     ],
 )
@@ -546,7 +546,7 @@ def test_an_infinity_is_found_wherever_it_is(
     check_finite(path)
     weights["w"].view(-1)[place] = torch.inf
     save_file(weights, path)
-    with pytest.raises(UserError, match=r"the weight w in .* holds a NaN or an infinity"):
+    with pytest.raises(UserError, match=r"the weight w in .* contains a NaN or an infinity"):
         check_finite(path)
 
 
@@ -595,10 +595,10 @@ def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hu
     assert "'QUANTIZE_GEMMA_TOKEN_BLOCKS': 'hf-token'" in ran.stdout
     refusal = ran.stdout.splitlines()[-1]
     assert NAME in refusal
-    assert "Prefect's Secret block hf-token, which goes before HF_TOKEN" in refusal
+    assert "Prefect's Secret block hf-token, which takes precedence over HF_TOKEN" in refusal
     # A stage's own process says the same, without asking Prefect.
     sha = hub.head("model", NAME)
-    with pytest.raises(UserError, match="Prefect's Secret block hf-token, which goes before HF_TOKEN"):
+    with pytest.raises(UserError, match="Prefect's Secret block hf-token, which takes precedence over HF_TOKEN"):
         download_from(hub, tmp_path, sha, "hf_old000000", QUANTIZE_GEMMA_TOKEN_BLOCKS="hf-token")
 
 

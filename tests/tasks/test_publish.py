@@ -269,7 +269,7 @@ def test_a_repository_that_holds_something_else_than_was_sent_is_named(
     ("token", "repository", "words"),
     [
         (READER, TARGET, ["is read-only", "HF_TOKEN_WRITE"]),
-        ("hf_unknown00000", TARGET, ["refuses the token", "valid"]),
+        ("hf_unknown00000", TARGET, ["rejects the token", "valid"]),
         (WRITER, "stranger/tiny", ["stranger", "me"]),
         (WRITER, "not a name", ["not a name"]),
         (SCOPED, "me/tiny", ["'me'", "(team)"]),

@@ -300,7 +300,7 @@ def tensor(**changes: Any) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (tensor(dtype="F8_E4M3"), ["FP8", "F8_E4M3", EMBEDDING, "bfloat16"]),
+        (tensor(dtype="F8_E4M3"), ["unsupported dtype", "F8_E4M3", EMBEDDING, "bfloat16"]),
         (tensor(dtype="I8", shape=[2048, 128]), ["I8", EMBEDDING, "unquantized"]),
         (tensor(dtype=None), ["dtype", EMBEDDING]),
         (tensor(shape="2048"), ["shape", EMBEDDING]),
@@ -311,7 +311,7 @@ def tensor(**changes: Any) -> Callable[[dict[str, Any]], object]:
         (tensor(data_offsets=[0.0, 262144.0]), ["data_offsets", EMBEDDING]),
         (tensor(data_offsets=[0]), ["data_offsets", EMBEDDING]),
         (tensor(data_offsets={"0": 0}), ["data_offsets", EMBEDDING]),
-        (tensor(more=1), [EMBEDDING, "exactly dtype, shape and data_offsets"]),
+        (tensor(more=1), [EMBEDDING, "exactly dtype, shape, and data_offsets"]),
         (lambda header: header.update({EMBEDDING: 5}), [EMBEDDING, "exactly"]),
         (lambda header: header.update({"__metadata__": {"format": 1}}), ["metadata"]),
         (lambda header: header.update({"a\nb": header.pop(EMBEDDING)}), ["control characters"]),
