@@ -295,7 +295,7 @@ def _run_flow(
     arguments: dict[str, Any],
     empty_summary: dict[str, Any],
 ) -> tuple[dict[str, Any], int]:
-    """Run a flow; return its summary and the exit code, whatever happens.
+    """Run a flow; return its summary and the exit code, even if it fails or is interrupted.
 
     Args:
         options: The options to check before anything starts.
@@ -361,7 +361,7 @@ def _run_on_server(
     server = start_local_server()
     if server:
         print(f"quantize-gemma: watch the run at {server.sign_in(sys.stderr)}", file=sys.stderr)
-    # The server starts while this is imported.
+    # The server starts up during this import.
     flow = load_flow()
     if server:
         server.wait()

@@ -67,7 +67,7 @@ def diagnose(
     ).run_options()
     with start_run(f"{model} · {recipe}", refresh) as run:
         plan = make_plan(run, options, benchmarks=False)
-        # Modules are put into the base model one by one; scales that were trained together with the norms do not fit.
+        # Modules are quantized one at a time, but distillation trains scales and norms together.
         plan = dataclasses.replace(plan, recipe=without_distillation(plan.recipe))
         base = run.submit(download, **download_inputs(plan.model, offline))
         plan = check_download(plan, base)
@@ -91,13 +91,13 @@ def diagnose(
 
 
 def summarize(plan: Plan, artifact: store.Artifact) -> dict[str, Any]:
-    """Return what was diagnosed, and where the heat map is."""
+    """Return the results of the diagnosis, and the path of the heat map."""
     return {
         "model": plan.model.name,
         "revision": plan.model.revision,
         "recipe": plan.recipe.name,
         "text": plan.text.name,
-        # This path stays the same when the diagnosis is made again.
+        # This path stays the same if the diagnosis is repeated.
         "heat_map": str(store.path_of("diagnose", artifact.key) / HEAT_MAP),
     }
 

@@ -1,10 +1,10 @@
-"""A Prefect API for one run: the one that is configured, or a local server that ends with the run, however that ends.
+"""A Prefect API for one run: the configured one, or a local server that ends with the run.
 
     python -P -m quantize_gemma.flows.local_server FD PARENT
 
 serves Prefect's API and UI on the listening socket FD until its standard input or the process PARENT ends. A local
-server requires this user's password and refuses pages of other origins: whoever has access can read tokens
-and run flows.
+server requires this user's password and rejects cross-origin requests, because anyone with access can read tokens and
+run flows.
 """
 
 import atexit
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 SECONDS_TO_START = 120.0
 SECONDS_TO_STOP = 10.0
-# How long a configured server may take to answer.
+# Timeout for a configured server.
 SECONDS_TO_ANSWER = 15.0
-# This server lives for one run: it must not start deployments that are in the same database.
+# This server exists for one run only: it must not start deployments that are in the same database.
 NO_SCHEDULES = {
     "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
 }
-# Prefect's UI keeps the password in this item of the browser's local storage, base64-encoded. What follows # in an
-# address stays in the browser: it is in no request and in no log.
+# Prefect's UI keeps the password in this item of the browser's local storage, base64-encoded. The part of a URL after #
+# stays in the browser: it is not in any request or log.
 SIGN_IN = """<!doctype html>
 <title>Signing in</title>
 <script>
@@ -68,8 +68,8 @@ class LocalServer:
         self.ready = False
         self.stopped = False
         self.process = subprocess.Popen(
-            # -P, and our own directory: neither modules nor settings may come from the directory where the run was
-            # started.
+            # -P, and a trusted directory: neither modules nor settings may come from the directory where the run
+            # was started.
             [sys.executable, "-P", "-m", "quantize_gemma.flows.local_server", str(listener.fileno()), str(os.getpid())],
             cwd=Path(__file__).parent,
             stdin=subprocess.PIPE,
@@ -83,7 +83,7 @@ class LocalServer:
                 "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"{self.ui},http://localhost:{port}",
                 **settings,
             },
-            # In its own session: Ctrl-C ends the run, which still has to report that to the server.
+            # In its own session, so that Ctrl-C does not reach it: the run still has to report its end to the server.
             start_new_session=True,
         )
         threading.Thread(target=self._refuse_connections_after_end, daemon=True).start()
@@ -93,7 +93,7 @@ class LocalServer:
         return {"PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": self.password}
 
     def sign_in(self, stream: IO[str]) -> str:
-        """Return where to sign in: a link with the password for a terminal, only the password's file for a log."""
+        """Return where to sign in: for a terminal, a link with the password; for a log, only the password's file."""
         if stream.isatty():
             return f"{self.ui}/sign-in#{quote(self.password, safe=':')}"
         return f"{self.ui} (its password is in {password_file()})"
@@ -105,7 +105,7 @@ class LocalServer:
         deadline = time.monotonic() + SECONDS_TO_START
         while self.process.poll() is None:
             try:
-                # Nobody but the server answers here: the socket is ours.
+                # Only the server can answer here: the socket is ours.
                 if httpx.get(f"{self.url}/health", timeout=1, trust_env=False).status_code == 200:
                     self.ready = True
                     return
@@ -122,7 +122,7 @@ class LocalServer:
         )
 
     def read_output(self) -> str:
-        """Return what a server that has ended wrote to its log."""
+        """Return the log of a server that has ended."""
         if self.log is None:
             return ""
         self.log.seek(0)
@@ -137,7 +137,7 @@ class LocalServer:
         return f"the local Prefect server ended with {describe_exit(self.process.returncode)}{last}"
 
     def stop(self) -> None:
-        """Stop the server after it has stored what it received."""
+        """Stop the server after it has stored all received events."""
         assert self.process.stdin is not None
         self.stopped = True
         self.process.stdin.close()
@@ -146,18 +146,18 @@ class LocalServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        # Ends the accept() below, which would keep the port.
+        # End the accept() below, which would keep the port in use.
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
 
     def _refuse_connections_after_end(self) -> None:
-        """Close connections to a server that has ended; clients would wait for an answer otherwise."""
+        """Close connections to a server that has ended; otherwise, clients would wait for a response."""
         self.process.wait()
         if not self.stopped:
             from prefect.context import refresh_global_settings_context
 
-            # Nobody restarts the server: pending retries try once more instead of for minutes.
+            # The server is not restarted, so pending requests retry once instead of for minutes.
             os.environ["PREFECT_CLIENT_MAX_RETRIES"] = "1"
             refresh_global_settings_context()
         with contextlib.suppress(OSError):
@@ -171,12 +171,12 @@ def start_local_server() -> LocalServer | None:
     """Start a Prefect server on a free port of this machine, and make it this process's API.
 
     Returns None, and starts nothing, if an API is configured in the environment or in Prefect's profile. The server
-    stops at this process's exit, and by itself when this process is killed: the pipe to it then ends. Raises UserError
-    if the configured API does not answer, or Prefect's home cannot be written.
+    stops when this process exits, and also when it is killed, because the pipe to the server then closes. Raises
+    UserError if the configured API does not answer, or if Prefect's home is not writable.
     """
     _check_address()
     with warnings.catch_warnings():
-        # The UserError of password() says so in one sentence.
+        # password() raises a UserError about this.
         warnings.filterwarnings("ignore", "Failed to create the Prefect home directory")
         from prefect.context import refresh_global_settings_context
         from prefect.settings import PREFECT_API_URL
@@ -184,7 +184,7 @@ def start_local_server() -> LocalServer | None:
     if PREFECT_API_URL.value():
         check_api()
         return None
-    # Open as long as the process lives.
+    # Stays open until this process exits.
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115
     server = LocalServer(socket.create_server(("127.0.0.1", 0)), log, **NO_SCHEDULES)
     os.environ.update(server.client_settings())
@@ -195,7 +195,7 @@ def start_local_server() -> LocalServer | None:
 
 
 def check_api() -> None:
-    """Raise UserError if a Prefect API is configured and does not answer, or refuses this user."""
+    """Raise UserError if a Prefect API is configured, but does not answer or rejects this user."""
     _check_address()
     import httpx
     from prefect.client.orchestration import get_client
@@ -239,7 +239,7 @@ def password_file() -> Path:
 
 
 def password() -> str:
-    """Return this user's password for local servers, as user:password; create it at the first call.
+    """Return this user's password for local servers, as user:password; create it on the first call.
 
     Only the user may read its file; a file that others can read is replaced. Raises UserError if it is not writable.
     """
@@ -278,9 +278,9 @@ def _make_app(host: str) -> "FastAPI":
 
     app = create_app(final=True)
     headers = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
-    # Before Prefect's own routes, the last of which is a catch-all.
+    # Insert it before Prefect's own routes, the last of which matches everything.
     app.router.routes.insert(0, Route("/sign-in", lambda _: HTMLResponse(SIGN_IN, headers=headers)))
-    # Against DNS rebinding: for a browser, a page whose host name resolves to this machine has the same origin.
+    # Prevent DNS rebinding: to a browser, a page whose host name resolves to this machine has the same origin.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "127.0.0.1", "localhost"])
     return app
 

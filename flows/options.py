@@ -39,7 +39,7 @@ FIXTURE_TEXT = "tiny-text"
 
 
 def _require_printable(value: str) -> str:
-    # Such a name is a mistake or an attack: it breaks log lines, paths, and requests to the Hub.
+    # Any other name is a mistake or an attack: it breaks log lines, paths, and requests to the Hub.
     if not value.isprintable():
         raise ValueError("must be printable text without line breaks or control characters")
     return value
@@ -72,7 +72,7 @@ ModelName = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 # A limit of the gate; "none" is no limit.
 Limit = Annotated[Annotated[float, Field(ge=0)] | None, BeforeValidator(_none_to_null)]
-# Several words after one flag, or one word after each of several.
+# Several values after one flag, or repeated flags with one value each.
 Texts = Annotated[tuple[Text, ...], Parameter(consume_multiple=True, negative=(), show_default=False)]
 # Off unless the flag is passed.
 Flag = Annotated[bool, Parameter(negative=())]
@@ -160,18 +160,18 @@ class EvaluationOptions(Options):
     )
 
     def benchmark_names(self, fixture_model: bool) -> list[str]:
-        """Return the names of the benchmarks, each once; `fixture_model`: of the built-in model."""
+        """Return the names of the benchmarks, without duplicates; `fixture_model`: whether the model is built in."""
         if self.tasks is None:
             return list(FIXTURE_TASKS if fixture_model else DEFAULT_TASKS)
         return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
 
     def dataset_sources(self) -> dict[str, tuple[str, str | None]]:
-        """Return {benchmark: (directory, fixture, or repository; revision)} for those with another source."""
+        """Return {benchmark: (directory, fixture, or repository; revision)} for benchmarks with another source."""
         pairs = [text.partition("=") for text in self.dataset]
         return {name: _split_revision(source) for name, _, source in pairs}
 
     def text_source(self, fixture_model: bool) -> tuple[str, str | None]:
-        """Return the text (file, fixture, or repository) and its revision; `fixture_model`: of the built-in model."""
+        """Return the text (file, fixture, or repository) and its revision; `fixture_model`: whether it is built in."""
         return _split_revision(self.text or (FIXTURE_TEXT if fixture_model else WIKITEXT))
 
     def reference_source(self) -> tuple[str, str | None] | None:
@@ -461,7 +461,7 @@ def command_line(
 ) -> str:
     """Return the command that reproduces the release, with every revision pinned.
 
-    What is local becomes a placeholder, with its digest in a comment.
+    Local files and directories become placeholders, with their digests in comments.
 
     Args:
         options: The run's options.
@@ -521,7 +521,7 @@ def command_line(
 
 
 def _pin(source: ResolvedDataset | ResolvedModel) -> str:
-    """Return a dataset's or a model's name, on the Hub with its commit."""
+    """Return the name of a dataset or model, with its commit if it is on the Hub."""
     return f"{source.name}@{source.revision}" if source.on_hub else source.name
 
 

@@ -78,16 +78,16 @@ class PlannedBenchmark:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run works on.
+    """The resolved inputs of a run.
 
     Attributes:
         options: The run's options.
         model: The resolved model.
-        text: The text that the release is compared with its base model on.
+        text: The text on which the release is compared with its base model.
         benchmarks: The benchmarks to evaluate.
         recipe: The recipe.
         device: Where the evaluation runs, "cpu" or "cuda".
-        calibration: The resolved text or dataset that the recipe is calibrated on; None if it needs none.
+        calibration: The resolved text or dataset for a calibrated recipe; None for any other recipe.
         reference: The resolved reference model; None if there is none.
         multimodal: Whether the model reads images; final once the checkpoint is downloaded.
         device_report: The program's speed on a phone; None if it was not measured.
@@ -192,7 +192,7 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
         benchmarks: Whether benchmarks are measured, too.
 
     Raises:
-        UserError: The run cannot work; the message says why, and what to do.
+        UserError: The run cannot succeed; the message says why, and what to do.
     """
     recipe = load_recipe(options.recipe)
     path = options.evaluation.device_report
@@ -229,7 +229,7 @@ def resolve_reference(run: "Run", options: RunOptions) -> ResolvedModel | None:
 
 
 def check_reference(plan: Plan, base: "PrefectFuture[ArtifactRef]", reference: "PrefectFuture[ArtifactRef]") -> None:
-    """Raise UserError if the two models' tokens are not the same: they could not be compared token by token."""
+    """Raise UserError if the two models tokenize differently, because they could not be compared token by token."""
     paths = [open_artifact(future.result()).path for future in (base, reference)]
     sizes = [read_model_config(path).text.vocab_size for path in paths]
     # The rest of the file, such as the chat template's tokens, does not affect how text is tokenized.
@@ -267,7 +267,7 @@ def _without_images(rows: list[Benchmark]) -> list[Benchmark]:
 
 
 def publishing_target(options: RunOptions) -> Target | None:
-    """Return where the release goes, None if it is not published."""
+    """Return where the release is published; None if it is not."""
     publishing = options.publishing
     return Target(options.target, publishing.branch, publishing.create_pr, publishing.adopt) if options.target else None
 
@@ -298,7 +298,7 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
 
 
 def check_device_report(plan: Plan, program: "PrefectFuture[ArtifactRef]") -> None:
-    """If there is a device report, wait for the program. Raises UserError if the report is for another one."""
+    """If there is a device report, wait for the program. Raises UserError if the report is for another program."""
     if plan.device_report is not None:
         require_program(plan.device_report, open_artifact(program.result()).files["model.pte"].sha256)
 
@@ -357,7 +357,7 @@ def writing_stages(
 
 
 def _dataset(source: ResolvedDataset) -> Inputs:
-    """Return the fields of a dataset that metrics.json has."""
+    """Return the fields of a dataset that go into metrics.json."""
     return {"name": source.name, "revision": source.revision, "fixture": source.fixture}
 
 

@@ -1,4 +1,4 @@
-"""The quantizing part of a run: the calibration data, and the stages up to the quantized checkpoint."""
+"""The quantization part of a run: the calibration data, and the stages up to the quantized checkpoint."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def resolve_calibration(run: "Run", options: "RunOptions") -> ResolvedDataset | None:
-    """Return the text file, or the dataset at its commit, that the options name; None if they name none."""
+    """Return the calibration text file, or the dataset at its commit; None if the options name neither."""
     if options.calibration is None:
         return None
     source = parse_source(options.calibration)
@@ -35,13 +35,13 @@ def resolve_calibration(run: "Run", options: "RunOptions") -> ResolvedDataset | 
 def quantize_inputs(options: "RunOptions", recipe: Recipe) -> dict[str, Any]:
     """Return the inputs of `quantize`, except for its artifacts."""
     evaluation = options.evaluation
-    # Results are byte-identical on every machine unless a GPU is requested: it sums in another order.
+    # Results are byte-identical on every machine unless a GPU is requested, which sums in a different order.
     device = "cuda" if evaluation.device == "cuda" and evaluation.cluster is None else "cpu"
     return {"recipe": recipe.to_json(), "device": device}
 
 
 def submit_quantization(run: "Run", plan: "Plan", base: "Future", untied: "Future", text: "Future") -> "Future":
-    """Submit the stages that quantize the checkpoint by the plan's recipe; return its future."""
+    """Submit the stages that quantize the checkpoint with the plan's recipe; return its future."""
     tokens = _submit_calibration(run, plan, base, text)
     inputs = quantize_inputs(plan.options, without_distillation(plan.recipe))
     quantized = run.submit(quantize, checkpoint=untied, **inputs, **tokens)
@@ -53,7 +53,7 @@ def submit_quantization(run: "Run", plan: "Plan", base: "Future", untied: "Futur
 
 
 def without_distillation(recipe: Recipe) -> Recipe:
-    """Return the recipe without its distillation, so that a change of those settings does not rerun `quantize`."""
+    """Return the recipe without its distillation settings, so that changing them does not rerun `quantize`."""
     return dataclasses.replace(recipe, distillation=None)
 
 
@@ -100,7 +100,7 @@ def _dataset_inputs(options: "RunOptions", source: ResolvedDataset) -> dict[str,
 
 
 def _describe_dataset(options: "RunOptions") -> Benchmark:
-    """Return the calibration dataset as a benchmark, which says which files are downloaded."""
+    """Return the calibration dataset as a benchmark, whose fields define which files are downloaded."""
     source = parse_source(options.calibration or "")
     return Benchmark(
         name="calibration", title="calibration", task="", dataset=source.name, metric="", files=source.patterns()

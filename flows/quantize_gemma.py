@@ -1,4 +1,4 @@
-"""The flow: a Gemma 3 checkpoint becomes a measured, on-device release of it."""
+"""The flow that turns a Gemma 3 checkpoint into a measured on-device release."""
 
 import json
 from dataclasses import asdict
@@ -140,7 +140,7 @@ def submit_reference(run: Run, plan: Plan) -> Future | None:
 def measure_fidelity(
     run: Run, plan: Plan, text: Future, base: Future, quantized: Future, program: Future, reference: Future | None
 ) -> None:
-    """Submit the comparison of checkpoint and program with the base model on text, token by token."""
+    """Submit the token-by-token comparison of checkpoint and program with the base model on text."""
     evaluation = plan.options.evaluation
     partition: dict[str, Any] = {"parts": evaluation.workers, "cluster": evaluation.cluster}
     states_inputs: dict[str, Any] = {"text": text, "windows": evaluation.windows(), "device": plan.device}
@@ -166,7 +166,7 @@ def measure_fidelity(
 def evaluate_columns(
     run: Run, plan: Plan, benchmark: PlannedBenchmark, base: Future, quantized: Future, program: Future
 ) -> Future:
-    """Submit one row of the evaluation: a benchmark's requests are answered, and scored, for each column.
+    """Submit the evaluation of one benchmark: its requests are answered and scored for each column.
 
     Returns:
         The future of the requests.
@@ -217,7 +217,7 @@ def report_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) ->
     content: dict[str, object] = json.loads(store.read_file(open_artifact(ref), "metrics.json"))
     metrics = parse_metrics(content)
     plan.remember_revisions()
-    # This path stays the same when the card is made again.
+    # This path stays the same if the card is created again.
     path = store.path_of("card", ref.key)
     create_artifacts(path, metrics)
     get_run_logger().info("release: %s", path)

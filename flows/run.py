@@ -1,4 +1,4 @@
-"""The bookkeeping of one flow run: submits its stages, collects the summary, and finds the first failure."""
+"""The bookkeeping of one flow run: submit its stages, collect the summary, and find the first failure."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ Futures = dict[str, Future | list[Future]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Stages that hold a model and may run at the same time: an evaluation, a smoke test, and the export.
+# Stages that have a model in memory and may run at the same time: an evaluation, a smoke test, and the export.
 CONCURRENT_STAGES = 3
 RETRIES = 3
 
@@ -43,15 +43,15 @@ def start_run(label: str, refresh: Collection[str]) -> Iterator["Run"]:
     """Start the bookkeeping of a flow run, and complete its summary however the run ends.
 
     Args:
-        label: What the run works on; part of every task run's name.
-        refresh: Names of stages that run again although their results are cached.
+        label: The model and the recipe; part of every task run's name.
+        refresh: Names of stages that run again even if their results are cached.
 
     Yields:
         The run.
 
     Raises:
-        RunError: The failure of the first stage that failed, instead of those that followed from it; its `summary` is
-            the run's.
+        RunError: The failure of the first stage that failed, not one of those that it caused; its `summary` is the
+            run's.
         Interrupted: The run was interrupted.
     """
     redact_logs()
@@ -64,7 +64,7 @@ def start_run(label: str, refresh: Collection[str]) -> Iterator["Run"]:
                 try:
                     yield run
                 except Exception:
-                    # Stages that do not depend on the failed one finish, so that the next run has them cached.
+                    # Let stages that do not depend on the failed one finish, so that they are cached for the next run.
                     run.finish()
                     raise
                 run.finish()
@@ -86,7 +86,7 @@ class Run:
 
     Attributes:
         futures: The futures of the submitted stages by name, in the order of submission; a list for a stage in parts.
-        summary: What the run did so far.
+        summary: What the run has done so far.
     """
 
     def __init__(self, label: str, refresh: Collection[str]) -> None:
@@ -105,7 +105,7 @@ class Run:
         Args:
             stage: The stage.
             name: Its name in this run, if the run has the stage several times.
-            exclusive: It uses every core, or measures speed: it waits for earlier exclusive stages.
+            exclusive: Whether it uses every core or measures speed, and so waits for earlier exclusive stages.
             **inputs: The stage's inputs: futures of other stages, and plain values.
 
         Returns:
@@ -131,7 +131,7 @@ class Run:
             **inputs: The stage's other inputs.
 
         Returns:
-            The futures of the references of the parts' artifacts; of a cluster, the future of their list.
+            The futures of the references of the parts' artifacts; on a cluster, the future of their list.
         """
         wait_for = self._wait_for(exclusive=True)
         futures: list[Future]
@@ -142,7 +142,7 @@ class Run:
             futures = list(self._make_task(stage, name).map(part=range(parts), wait_for=wait_for, **shared_inputs))
         else:
             label = f"{name.replace('_', ' ')} · {self.label}"
-            # A task, so that the flow does not wait for it.
+            # It is a task, so that the flow does not wait for it.
             on_cluster: Task[..., Any] = task(
                 name=name, task_run_name=label, cache_policy=NO_CACHE, persist_result=False
             )(self._timed(name)(run_on_cluster))
@@ -184,9 +184,9 @@ class Run:
         return value
 
     def _timed(self, name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Return a decorator that notes when the work of a stage starts and ends; nothing is called if it is cached."""
+        """Return a decorator that records when the work of a stage starts and ends; cached stages do no work."""
 
-        # Of the run itself, which cannot be pickled: Prefect sends a task's function to a cluster, with its closure.
+        # The closure must not include the run, which cannot be pickled: Prefect sends it to a cluster.
         times = self._times
 
         def decorate(work: Callable[P, R]) -> Callable[P, R]:
@@ -236,10 +236,10 @@ class Run:
             show_timeline(self.label, self.summary.stages, self._times)
 
     def first_failure(self, error: Exception) -> RunError:
-        """Return what made the run fail: the failure of the first stage that failed, else the error.
+        """Return why the run failed: the failure of the first stage that failed, or else the error.
 
-        A stage whose input failed never starts, and says only that. A mistake of the user is reported as one only as
-        long as no stage has produced anything: what the Hub refuses after hours is a failure.
+        A stage whose input failed never starts, and reports only that. A mistake of the user is reported as a UserError
+        only if no stage has produced a result: if the Hub rejects a request after hours, the run has failed.
         """
         cause: BaseException = error
         name = next((step.name for step in self._steps.values() if step.state == "FAILED"), None)
@@ -257,7 +257,7 @@ class Run:
 
 
 def summarize(name: str, futures: list[Future]) -> StageSummary:
-    """Return the cost of a stage and whether it was cached; UNKNOWN if Prefect's API does not answer anymore.
+    """Return the cost of a stage and whether it was cached; UNKNOWN if Prefect's API no longer answers.
 
     A stage in parts takes as long as its longest part, and is cached if all of its parts are.
     """
@@ -270,7 +270,7 @@ def summarize(name: str, futures: list[Future]) -> StageSummary:
         if state_name == "COMPLETED":
             artifacts = [open_artifact(ref) for future in futures for ref in _as_list(future.result())]
     except Exception:
-        # The API or the artifact is gone: the run reports how it ended all the same.
+        # The API or the artifact is gone, but the run still reports how it ended.
         artifacts = []
     if not artifacts:
         return StageSummary(name, state_name, cached)

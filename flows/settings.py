@@ -1,6 +1,6 @@
-"""Take settings from the user's environment and files only, never from the working directory.
+"""Read settings only from the user's environment and files, never from the working directory.
 
-That directory may be a model that somebody else made: its files could send a run, with its tokens, to their server.
+That directory may contain an untrusted model, whose files could send a run and its tokens to an attacker's server.
 """
 
 import os
@@ -25,12 +25,12 @@ PATHS = (
 def ignore_working_directory() -> None:
     """Make Prefect read its settings from the environment and the user's profile only, in child processes as well.
 
-    Prefect also reads .env, prefect.toml and pyproject.toml of the working directory as soon as it is imported: call
-    this before.
+    Prefect also reads .env, prefect.toml, and pyproject.toml in the working directory as soon as it is imported: call
+    this first.
 
     Raises:
         UserError: There is no home directory, the path in a variable is relative to a working directory that was
-            removed, or the installed pydantic-settings cannot be kept from reading these files.
+            removed, or the installed pydantic-settings cannot be prevented from reading these files.
     """
     try:
         for name in PATHS:
@@ -38,7 +38,7 @@ def ignore_working_directory() -> None:
             if value:
                 os.environ[name] = str(Path(value).expanduser().absolute())
             elif value is not None:
-                # Prefect would take an empty value for the working directory.
+                # Prefect would interpret an empty value as the working directory.
                 del os.environ[name]
         home = os.environ.get("PREFECT_HOME") or Path("~/.prefect").expanduser()
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """The summary of a run, which `quantize-gemma run --json` prints however the run ends.
 
-A module of its own, so that the command line can print it without importing Prefect, which takes seconds.
+It is in its own module, so that the command line can print it without importing Prefect, which takes seconds.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -24,7 +24,7 @@ class StageSummary:
 
 @dataclass
 class Summary:
-    """What a run did. Every field keeps its initial value until the run gets there."""
+    """What a run has done. A field keeps its initial value until the run reaches the step that sets it."""
 
     release: str | None = None
     gate: JsonObject | None = None
@@ -43,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a run.
 
     Attributes:
-        summary: What the run had done by then, as JSON.
+        summary: What the run had done so far, as JSON.
     """
 
     def __init__(self, summary: dict[str, Any]) -> None:

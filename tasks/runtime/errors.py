@@ -1,4 +1,4 @@
-"""How a run fails: by the user's mistake, or in a stage."""
+"""The exceptions of a run: a mistake of the user, or the failure of a stage."""
 
 from quantize_gemma.tasks.runtime.redact import redact
 
@@ -7,7 +7,7 @@ class RunError(Exception):
     """Why a run ended.
 
     Attributes:
-        summary: What the run had done by then, as `quantize-gemma run --json` prints it.
+        summary: What the run had done so far, as `quantize-gemma run --json` prints it.
     """
 
     def __init__(self, message: str) -> None:
@@ -17,15 +17,15 @@ class RunError(Exception):
 
 
 class UserError(RunError):
-    """A mistake that the person who started the run can fix: one sentence that says what is wrong, and what to do."""
+    """A mistake that the user can fix. The message is one sentence that says what is wrong, and what to do."""
 
 
 class StageFailed(RunError):
-    """A stage that could not finish for a reason that is not the user's input.
+    """The failure of a stage that is not caused by the user's input.
 
     Attributes:
-        transient: The same work may succeed later.
-        retry_after: After how many seconds, at the earliest.
+        transient: Whether the same work may succeed later.
+        retry_after: The minimum number of seconds to wait before a retry.
     """
 
     def __init__(self, message: str, transient: bool = False, retry_after: float = 0) -> None:
