@@ -1,7 +1,8 @@
 """The server's automations: runs that stop sending heartbeats are marked as crashed, and failures are reported.
 
 Notifications go through a notification block of any kind named `quantize-gemma-alerts`: created in Prefect's UI
-(Slack, e-mail, …), or made from QUANTIZE_GEMMA_ALERTS, the URL of a webhook. Without one, notifications are off.
+(Slack, email, …), or by `make deploy` from QUANTIZE_GEMMA_ALERTS, the URL of a webhook. Without one, notifications are
+off.
 """
 
 import os
@@ -23,10 +24,11 @@ OUR_FLOWS: dict[str, str | list[str]] = {
     "prefect.resource.name": ["quantize-gemma", "prune-store"],
 }
 END_EVENTS = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")}
-# Workers send a heartbeat every 30 s (PREFECT_FLOWS_HEARTBEAT_FREQUENCY). A server that restarts receives none in the
-# meantime, and must not conclude that every run has crashed.
+# Workers send a heartbeat every 30 s (PREFECT_FLOWS_HEARTBEAT_FREQUENCY). A server that is restarting receives none,
+# and must not conclude that every run has crashed.
 SILENCE_SECONDS = 900.0
-# Between two nightly runs: a day of 25 hours, and an hour's grace. Another schedule needs another value.
+# The maximum time between two nightly runs: a day of 25 hours, and a grace period of one hour. Change it with the
+# schedule.
 NIGHT_SECONDS = 26 * 3600.0
 BODY = (
     "Flow run {{ flow_run.name }} of quantize-gemma is {{ flow_run.state.name }}: {{ flow_run.state.message }}\n"
@@ -35,17 +37,17 @@ BODY = (
 
 
 def save_alerts(client: SyncPrefectClient, webhook: str | None) -> None:
-    """Create or update the automations; those that notify only if there is a notification block.
+    """Create or update the automations; those that send notifications only if there is a notification block.
 
     Args:
         client: A client of the Prefect server.
-        webhook: The URL of a webhook to notify, None to keep the block that exists.
+        webhook: The URL of a webhook to notify; None to keep the existing block.
     """
     document = _notification_block(client)
     if webhook:
         save_webhook(webhook)
     elif document and document.data.get("json_data") == MESSAGE and document.data["url"] != WEBHOOK:
-        # Saved by an earlier version, which did not keep the URL as a secret.
+        # It was saved by an earlier version, which did not store the URL as a secret.
         save_webhook(document.data["url"])
     block_id = getattr(_notification_block(client), "id", None)
     automations = [crash_silent_runs()]
@@ -64,7 +66,7 @@ def save_alerts(client: SyncPrefectClient, webhook: str | None) -> None:
 
 
 def save_webhook(url: str) -> None:
-    """Save the block that calls the webhook. Its URL is a secret: whoever has it can write to the channel."""
+    """Save the block that calls the webhook. Its URL is a secret: anyone who has it can write to the channel."""
     block = CustomWebhookNotificationBlock.model_validate(
         {"name": BLOCK, "url": WEBHOOK, "method": "POST", "json_data": MESSAGE, "secrets": {"url": url}}
     )
@@ -95,7 +97,7 @@ def crash_silent_runs() -> AutomationCore:
 
 
 def notify_of_failures(block_id: UUID) -> AutomationCore:
-    """Return the automation that reports every run that failed or crashed, silent ones included."""
+    """Return the automation that reports every run that failed or crashed, including those without heartbeats."""
     return AutomationCore(
         name="quantize-gemma: a run failed",
         trigger=EventTrigger(

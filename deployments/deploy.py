@@ -4,9 +4,9 @@ Running it again changes nothing. It creates the work pool, the global concurren
 prefect.yaml, and, from environment variables, the secrets and the alerts:
 
     HF_TOKEN, HF_TOKEN_WRITE   saved as the Secret blocks hf-token and hf-token-write
-    QUANTIZE_GEMMA_TARGET      Hub repository that the nightly opens pull requests in [default: none]
+    QUANTIZE_GEMMA_TARGET      Hub repository against which the nightly run opens pull requests [default: none]
     QUANTIZE_GEMMA_TIMEZONE    IANA name of the schedules' time zone [default: UTC]
-    QUANTIZE_GEMMA_ALERTS      webhook that is called when a run fails, crashes, hangs, or does not start; see alerts.py
+    QUANTIZE_GEMMA_ALERTS      URL of a webhook for runs that fail, crash, hang, or do not start; see alerts.py
 """
 
 import os

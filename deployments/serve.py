@@ -2,7 +2,7 @@
 
     python -P -m quantize_gemma.deployments.serve
 
-Ctrl-C ends all of it. The server is at http://127.0.0.1:4200, or at PREFECT_API_URL if that is this machine. While it
+Ctrl-C stops everything. The server is at http://127.0.0.1:4200, or at PREFECT_API_URL if that is this machine. While it
 runs, the Prefect profile `quantize-gemma` has its URL and password.
 """
 
@@ -22,7 +22,7 @@ from quantize_gemma.tasks.runtime.errors import UserError
 
 API = "http://127.0.0.1:4200/api"
 DEFAULTS = {
-    # Leases of concurrency slots outlive a restart of the server.
+    # Leases of concurrency slots survive a restart of the server.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -33,8 +33,8 @@ EMPTY_PROFILE = "ephemeral"
 
 
 def main() -> int:
-    """Serve until something ends, and return its exit code."""
-    # SIGTERM and closing the terminal end everything that is started here, too.
+    """Serve until the server or the worker ends, and return its exit code."""
+    # SIGTERM and closing the terminal also end everything that is started here.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
@@ -82,7 +82,7 @@ def listen(url: str) -> socket.socket:
 
 def work(server: LocalServer) -> int:
     """Deploy to the server and run a worker; return the exit code of the one that ends first."""
-    # No modules and settings of the working directory, here and in the flow runs that the worker starts.
+    # Use no modules or settings from the working directory, here and in the flow runs that the worker starts.
     environment = {**os.environ, **server.client_settings(), "PYTHONSAFEPATH": "1"}
     folder = Path(__file__).parent
     deployment = subprocess.run(

@@ -299,7 +299,7 @@ def _run_flow(
 
     Args:
         options: The options to check before anything starts.
-        load_flow: Imports the flow, which takes seconds.
+        load_flow: Imports and returns the flow; the import takes seconds.
         arguments: The flow's parameters.
         empty_summary: The summary of a run that did nothing.
     """

@@ -215,7 +215,7 @@ class ExportOptions(Options):
         if self.custom_kv_cache and not self.custom_sdpa:
             raise ValueError("custom_kv_cache requires custom_sdpa: turn off custom_kv_cache, too")
         if self.kv_cache_dtype != "float32" and not self.custom_kv_cache:
-            raise ValueError(f"a KV cache in {self.kv_cache_dtype} requires custom_kv_cache: turn it on")
+            raise ValueError(f"a KV cache in {self.kv_cache_dtype} requires custom_kv_cache: turn on custom_kv_cache")
         return self
 
 

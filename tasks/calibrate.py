@@ -19,7 +19,7 @@ from quantize_gemma.tasks.runtime.stage import Output, stage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# This many equal tokens in a row are no coincidence: the model would be measured on its own calibration text.
+# This many equal tokens in a row are not a coincidence: the model would be evaluated on its own calibration text.
 OVERLAP = 32
 # The maximum length of an answer in tokens.
 ANSWER = 384
@@ -40,21 +40,22 @@ def calibrate(
 ) -> Output:
     """Fill `target` with calibration.json: sequences of token ids, each <bos> and consecutive tokens.
 
-    For a distilled recipe, distillation.json has more of them, and the same answers. It takes more than seven
-    parameters because each is a value of the stage's key.
+    For a distilled recipe, distillation.json has more sequences, and the same answers. This function has more than
+    seven parameters because each one is part of the stage's cache key.
 
     Args:
         target: An empty directory.
         checkpoint: The base model's checkpoint.
-        sequences: How many sequences of the text to take, evenly spread; fewer if it is shorter.
-        length: Tokens of a sequence, <bos> included.
-        answers: How many sequences of answers to add, if the model has a chat template; fewer if they are shorter.
+        sequences: The number of sequences of the text, evenly spaced; fewer if the text is shorter.
+        length: The number of tokens in a sequence, including <bos>.
+        answers: The number of additional sequences of answers, if the model has a chat template; fewer if the answers
+            are shorter.
         text: The path of a text file; None for a dataset.
         digest: The SHA-256 that the file had when the run started.
-        dataset: The directory of a dataset's files, text or parquet with the column `text`.
+        dataset: The directory of a dataset's files: text files, or parquet files with a `text` column.
         fidelity_text: The text that fidelity is measured on: a text file, or a directory with one; None to skip the
             check for overlap.
-        distilled: How many sequences of the text to distill from; 0 for a recipe that is not distilled.
+        distilled: The number of sequences of the text to distill on; 0 for a recipe without distillation.
 
     Raises:
         UserError: The text is too short, is not UTF-8, has changed, or shares OVERLAP tokens in a row with the
@@ -101,10 +102,10 @@ def digest_text(text: str) -> str:
 
 
 def read_dataset(folder: Path) -> str:
-    """Return the texts of a dataset's files in the order of their names, as one text.
+    """Return the contents of a dataset's files as one text, in the order of the file names.
 
     Raises:
-        UserError: There is none, or a parquet file has no column `text`.
+        UserError: There are no files, or a parquet file has no `text` column.
     """
     import pyarrow
     import pyarrow.parquet
@@ -128,7 +129,7 @@ def read_dataset(folder: Path) -> str:
 
 
 def spread_windows(tokens: list[int], bos: int, count: int, length: int) -> list[list[int]]:
-    """Return at most `count` windows without overlap, each `bos` and `length` - 1 tokens, evenly spread."""
+    """Return at most `count` evenly spaced windows without overlap, each `bos` and `length` - 1 tokens."""
     size = length - 1
     available = len(tokens) // size
     count = min(count, available)
@@ -159,7 +160,7 @@ def answer_prompts(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, count: 
     """Return the tokens of concatenated conversations without <bos>, at least `count` if there are enough prompts.
 
     A conversation is a prompt in the chat template and the model's greedy answer. Answers can differ between machines:
-    in bfloat16, another machine may choose another token where two are equally likely.
+    in bfloat16, another machine may choose the other of two equally likely tokens.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Check: find what cannot work before a long stage starts, so that a mistake costs seconds."""
+"""Check: find problems before a long stage starts, so that a mistake costs seconds."""
 
 import contextlib
 import importlib.util
@@ -42,8 +42,9 @@ from quantize_gemma.tasks.models.recipe import (
 from quantize_gemma.tasks.runtime import machine, pruning, store, store_layout
 from quantize_gemma.tasks.runtime.errors import UserError
 
-# What each stage writes, in multiples of the base weights in bf16: the weights themselves, the untied head, one byte
-# per weight, half a byte per weight in the program. Large models need less: the embedding is a smaller part of them.
+# The output of each stage, in multiples of the base weights in bfloat16: the weights themselves, the untied head, one
+# byte per weight, half a byte per weight in the program. Large models need less, because the embedding is a smaller
+# part of them.
 # 4B: (8.6, 1.3, 5.4, 3.2) / 8.6; 270M: (0.54, 0.34, 0.44, 0.39) / 0.54.
 OUTPUT_FACTORS = {"download": 1.0, "untie": 0.65, "quantize": 0.82, "export": 0.73}
 OUTPUT_FACTORS_OF_LARGE_MODELS = {"download": 1.0, "untie": 0.16, "quantize": 0.65, "export": 0.39}
@@ -51,12 +52,12 @@ LARGE_BYTES = 5_000_000_000
 # The stages that write a lot.
 WRITING_STAGES = (*OUTPUT_FACTORS, "distill")
 # The peak memory of evaluating a quantized checkpoint on ChartQA, which takes more than any other stage, in multiples
-# of the base weights in bf16, measured with gemma-3-4b's shape: 17.2 GB; and what Python and the libraries take.
+# of the base weights in bfloat16 (17.2 GB, measured with gemma-3-4b's shape); and that of Python and the libraries.
 MEMORY_FACTOR = 2.0
 MEMORY_OF_LIBRARIES = 1_000_000_000
-# What a calibrated recipe writes in addition: the quantized decoder blocks, one byte per weight. And what distillation
-# writes: another checkpoint, two copies of its training state while one replaces the other, and the base model's hidden
-# states.
+# The additional output of a calibrated recipe: the quantized decoder blocks, one byte per weight. And that of
+# distillation: another checkpoint, two copies of its training state while one replaces the other, and the base model's
+# hidden states.
 CALIBRATION_FACTOR = 0.53
 DISTILLATION_FACTOR = 1.9
 # The share of a matrix product's speed that calibration reaches overall, and the memory of the libraries and kernels,
@@ -92,7 +93,7 @@ def check_run(
     For a model on the Hub, only the name is checked, and the last two are missing.
 
     Raises:
-        UserError: The run cannot work.
+        UserError: The run cannot succeed.
     """
     parsed_recipe = load_recipe(recipe)
     check_calibration(parsed_recipe, calibration)
@@ -114,7 +115,7 @@ def check_run(
         plan["memory_bytes_needed"] = check_checkpoint(
             path, parsed_recipe, max_seq_len, custom_kv_cache, local_workers, bidirectional_images
         )
-        # Whether an earlier run left its files in the store is known only when they are hashed.
+        # The files must be hashed to know whether the store already has them.
         if not may_be_stored(weight_bytes):
             check_disk(weight_bytes, recipe=parsed_recipe)
     return plan
@@ -136,7 +137,7 @@ def check_calibration(recipe: Recipe, text: str | None) -> None:
 
 
 def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:
-    """Estimate time and memory of calibration and distillation on this machine, and of distillation on a GPU.
+    """Estimate the time and memory of calibration and distillation on this machine, and the time on a GPU.
 
     Returns:
         "calibration_seconds" and "calibration_memory_bytes" if the recipe is calibrated; "distillation_seconds",
@@ -227,7 +228,7 @@ def estimate_distillation(text: TextConfig, recipe: Recipe) -> tuple[int, int]:
 
 
 def measure_speed() -> float:
-    """Return how many float32 operations a second this machine does in a matrix product."""
+    """Return the speed of a float32 matrix product on this machine, in operations per second."""
     import torch
 
     matrix = torch.ones(2048, 2048)
@@ -241,7 +242,7 @@ def measure_speed() -> float:
 def resolve_device(device: str) -> str:
     """Return the device of the evaluation: "auto" is this machine's GPU if it has one, else its CPU.
 
-    Call it before keys are computed, so that results of a CPU and of a GPU never share a key.
+    Call it before keys are computed, so that CPU and GPU results never share a key.
     """
     if device != "auto":
         return device
@@ -254,7 +255,7 @@ def resolve_device(device: str) -> str:
 
 
 def check_memory(weights: int, workers: int = 1) -> int:
-    """Estimate the memory in bytes that the workers' models take, with this number of weights each.
+    """Estimate the memory that the workers' models take, in bytes, for models with this number of weights.
 
     Raises:
         UserError: The machine does not have enough memory.
@@ -293,7 +294,7 @@ def check_disk(
 ) -> None:
     """Raise UserError if the store's disk does not have enough space for the output of these stages.
 
-    Bytes that an interrupted download of this revision left in the store count as written.
+    Bytes that an interrupted download of this revision left in the store are not counted again.
     """
     bytes_needed = disk_needed(weight_bytes, stages, recipe)
     if revision is not None and "download" in stages:
@@ -307,7 +308,7 @@ def check_disk(
 
 
 def may_be_stored(weight_bytes: int) -> bool:
-    """Tell whether the store has a checkpoint of this size; only its digest would tell which one it is."""
+    """Tell whether the store has a checkpoint of this size, which may be the model: only its digest would tell."""
     for manifest in store.home().glob(f"download/*/{store_layout.MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if json.loads(manifest.read_text(encoding="utf-8"))["metadata"]["weight_bytes"] == weight_bytes:
@@ -326,7 +327,8 @@ def check_checkpoint(
     """Check a checkpoint, and estimate the memory in bytes that the run takes.
 
     Raises:
-        UserError: The checkpoint is not a Gemma 3, is damaged, or does not fit the recipe, max_seq_len or this machine.
+        UserError: The checkpoint is not a Gemma 3 model, is damaged, or does not fit the recipe, max_seq_len, or this
+            machine.
     """
     config = read_model_config(path)
     longest = config.text.max_position_embeddings

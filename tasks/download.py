@@ -1,4 +1,4 @@
-"""Resolve and download: pin a name and a revision to a commit, and bring its files into the store."""
+"""Resolve and download: pin a name and a revision to a commit, and fetch its files into the store."""
 
 import contextlib
 import hashlib
@@ -78,7 +78,7 @@ def resolve_dataset(row: Benchmark, source: str, revision: str | None, offline: 
     """Resolve the name of a fixture, a directory (./, ../, / or ~/), or a dataset on the Hub to a pinned revision.
 
     Args:
-        row: The benchmark, whose layout the dataset has.
+        row: The benchmark, which defines the dataset's layout.
         source: The name or the path.
         revision: Branch, tag, or commit on the Hub; None for the default branch.
         offline: Do not contact the Hub.
@@ -87,7 +87,7 @@ def resolve_dataset(row: Benchmark, source: str, revision: str | None, offline: 
         UserError: There is no such dataset.
     """
     fixture = BUILTIN_BENCHMARKS.get(source)
-    # Any other name is one on the Hub, whatever there is in the working directory.
+    # Any other name is a name on the Hub, even if the working directory has a file with that name.
     if fixture is not None or is_path(source):
         path = fixture or Path(source).expanduser().resolve()
         if not path.is_dir():
@@ -132,7 +132,7 @@ def _dataset_on_hub(name: str, revision: str | None, offline: bool) -> ResolvedD
 
 
 def is_path(source: str) -> bool:
-    """Tell whether a source is a path: any other name is one on the Hub, whatever the working directory has."""
+    """Tell whether a source is a path. Any other name is on the Hub, even if the working directory has such a file."""
     return source.startswith((".", "/", "~"))
 
 
@@ -143,10 +143,10 @@ def _data_files(folder: Path, files: Sequence[str], skipped_files: Sequence[str]
 
 
 def _model_on_hub(name: str, revision: str | None) -> ResolvedModel:
-    """Return the commit that a branch or a tag points to now."""
+    """Return the commit that a branch or a tag currently points to."""
     info = hub.repo_info("model", name, revision, find_token())
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if _is_weight_file(file.rfilename)}
-    # Which of several the index names is only known once it is downloaded.
+    # If there are several, only the index says which ones to use, and it is not downloaded yet.
     weight_bytes = sizes[SINGLE] if SINGLE in sizes else sum(sizes.values())
     counts = getattr(info, "safetensors", None)
     return ResolvedModel(
@@ -157,7 +157,7 @@ def _model_on_hub(name: str, revision: str | None) -> ResolvedModel:
         on_hub=True,
         license=clean_license(info.card_data),
         weight_bytes=weight_bytes,
-        # The Hub counts the weights; for a Hub that does not, derive a lower bound from their size.
+        # The Hub reports the number of weights; if a mirror does not, derive a lower bound from their size.
         weights=counts.total if counts else _fewest_weights(weight_bytes),
         multimodal=(getattr(info, "config", None) or {}).get("model_type") != GEMMA3.text_only.model_type,
     )
@@ -174,13 +174,13 @@ def _remembered_model(name: str, revision: str | None) -> ResolvedModel:
         license=clean_license(fields["license"]),
         weight_bytes=fields["weight_bytes"],
         weights=fields["weights"],
-        # Records of earlier versions do not have this field.
+        # Records from earlier versions do not have this field.
         multimodal=fields.get("multimodal", True),
     )
 
 
 def _read_memory(kind: str, name: str, revision: str | None) -> dict[str, Any]:
-    """Return what `remember` wrote of a name on the Hub. Raises UserError if it was never resolved."""
+    """Return what `remember` recorded for a name on the Hub. Raises UserError if the name was never resolved."""
     path = _memory_path(kind, name, revision)
     if not path.is_file():
         raise UserError(
@@ -193,12 +193,12 @@ def _read_memory(kind: str, name: str, revision: str | None) -> dict[str, Any]:
 
 
 def _fewest_weights(size: int) -> int:
-    """Return how many float32 weights have this size in bytes; of bfloat16 there would be twice as many."""
+    """Return the number of float32 weights of this size in bytes; in bfloat16, it would be twice as high."""
     return size // 4
 
 
 def remember(resolved: ResolvedDataset, revision: str | None) -> None:
-    """Record what a name on the Hub resolved to, for `--offline`; call it once its files are in the store."""
+    """Record what a name on the Hub resolved to, for `--offline`; call this after its files are in the store."""
     if not resolved.on_hub:
         return
     kind = "model" if isinstance(resolved, ResolvedModel) else "dataset"
@@ -230,7 +230,7 @@ def download(target: Path, source: str, revision: str, offline: bool) -> Output:
         with _check_unchanged(target, source, revision):
             for name in source_files(Path(source)):
                 with open_source(Path(source), name) as reader:
-                    # Through its descriptor, since the path may point to another file by now.
+                    # Copy from the descriptor, because the path may point to another file by now.
                     store.copy(Path(f"/proc/self/fd/{reader.fileno()}"), target / name)
     else:
         _fetch_checkpoint(target, source, revision, offline)
@@ -238,7 +238,7 @@ def download(target: Path, source: str, revision: str, offline: bool) -> Output:
     tensors = read_headers(target)
     check_weights(tensors, target)
     check_loads(target)
-    # A local directory's own paths, because messages show them.
+    # Check a local directory's own paths, because messages show them.
     files = weight_files(Path(source) if local else target)
     for index, path in enumerate(files):
         report_progress(index, len(files), "checking weights")
@@ -253,7 +253,7 @@ def download(target: Path, source: str, revision: str, offline: bool) -> Output:
 
 
 def read_config_on_hub(model: ResolvedModel) -> ModelConfig:
-    """Return a model's checked configuration from the Hub. Raises UserError if it is not that of a Gemma 3."""
+    """Return a model's checked configuration from the Hub. Raises UserError if it is not a Gemma 3 model's."""
     with tempfile.TemporaryDirectory() as folder:
         hub.download_files(
             Path(folder), "model", model.source, model.revision, lambda name: name == "config.json", lambda *_: None
@@ -262,7 +262,7 @@ def read_config_on_hub(model: ResolvedModel) -> ModelConfig:
 
 
 def _fetch_checkpoint(target: Path, repository: str, revision: str, offline: bool) -> None:
-    """Fetch what a release needs, and the weight files that transformers reads, which the index lists."""
+    """Fetch the files that a release needs, and the weight files in the index, which transformers reads."""
 
     def is_first(name: str) -> bool:
         return is_release_file(name) or name in (SINGLE, INDEX)
@@ -291,7 +291,7 @@ def download_dataset(
 ) -> Output:
     """Fill `target` with the files of a benchmark's dataset.
 
-    It takes more than seven parameters because each is a value of the stage's key.
+    This function has more than seven parameters because each one is part of the stage's cache key.
 
     Args:
         target: The directory to write to.
@@ -299,12 +299,12 @@ def download_dataset(
         revision: The digest of the directory's files, or a commit.
         offline: Do not contact the Hub.
         files: Patterns of the files.
-        skipped_files: Patterns of those that are not needed.
-        resources: What the benchmark's task needs besides, see Resource; fetched here, never when it is imported.
+        skipped_files: Patterns of files that are not needed.
+        resources: Other files that the benchmark's task needs; see Resource. They are fetched here, not on import.
         check: The function that checks the files, as "module:name".
 
     Raises:
-        UserError: The dataset has another layout; the message says where it differs.
+        UserError: The dataset has a different layout; the message says where.
     """
 
     def is_needed(name: str) -> bool:
@@ -329,7 +329,7 @@ def download_dataset(
 
 @stage(ignored=("source", "offline"), retries=5, environment=read_environment)
 def download_text(target: Path, source: str, revision: str, offline: bool) -> Output:
-    """Write text.txt, the text that fidelity is measured on.
+    """Write text.txt, the text on which fidelity is measured.
 
     Args:
         target: The directory to write to.
@@ -338,7 +338,7 @@ def download_text(target: Path, source: str, revision: str, offline: bool) -> Ou
         offline: Do not contact the Hub.
 
     Raises:
-        UserError: It is not a text.
+        UserError: The source is not a UTF-8 text.
     """
     if Path(source).is_file():
         store.copy(Path(source), target / TEXT_FILE)
@@ -359,10 +359,10 @@ def download_text(target: Path, source: str, revision: str, offline: bool) -> Ou
 
 
 def _fetch_resource(target: Path, resource: Resource) -> None:
-    """Fetch an archive, check its hash, and write the files of the folder in it that is needed.
+    """Fetch an archive, check its hash, and write the files of its folder that is needed.
 
     Raises:
-        StageFailed: It cannot be fetched, or its hash is not the pinned one.
+        StageFailed: The archive cannot be fetched, or its hash is not the pinned one.
     """
     import httpx
 
@@ -383,10 +383,10 @@ def _fetch_resource(target: Path, resource: Resource) -> None:
 
 @contextlib.contextmanager
 def _check_unchanged(target: Path, source: str, revision: str) -> Iterator[None]:
-    """Check that what is copied inside this context has the digest that the directory had when the run started.
+    """Check that the files copied within this context have the digest that the directory had when the run started.
 
     Raises:
-        UserError: It has another, because something writes to the directory, such as a training run.
+        UserError: The digest differs because something is writing to the directory, such as a training run.
     """
     refusal = UserError(
         f"{source} is changing: its files are no longer those that this run started with; start again when nothing "
@@ -406,7 +406,7 @@ def _check_unchanged(target: Path, source: str, revision: str) -> Iterator[None]
 def _fetch(
     target: Path, kind: str, repository: str, revision: str, offline: bool, is_needed: Callable[[str], bool]
 ) -> Path:
-    """Fetch files into a directory that survives a failure, so that the next try continues there; return it."""
+    """Fetch files into a directory that survives a failure, so that the next attempt resumes; return the directory."""
     if offline:
         raise UserError(f"offline: {repository} at {revision} is not in the store: run once without --offline")
     incoming = target.parent.parent / f"{store_layout.INCOMING}{revision[:16]}"
@@ -440,7 +440,7 @@ def _digest_of(folder: Path, names: list[str]) -> str:
 
 
 def _digest_of_text(path: Path) -> str:
-    """Return the digest of a text file's content; its name does not count."""
+    """Return the digest of a text file's content, without its name."""
     with open_source(path.parent, path.name) as stream:
         digests = {TEXT_FILE: hashlib.file_digest(stream, "sha256").hexdigest()}
     return hashlib.sha256(canonical_json(digests)).hexdigest()[:40]

@@ -1,8 +1,8 @@
 """Export: lower the quantized checkpoint to model.pte, an ExecuTorch program for XNNPACK.
 
-The work is optimum-executorch's: its exportable modules and its xnnpack recipe. What its command line gets wrong is
-corrected here: the example image is made from the configuration instead of fetched from a web site, max_seq_len is
-honored, scales are as wide as XNNPACK wants them, and the program's metadata says what the model is.
+optimum-executorch does the work: its exportable modules and its xnnpack recipe. Mistakes of its command line are
+corrected here: the example image is created from the configuration instead of downloaded from a website, max_seq_len is
+honored, scales have the dtype that XNNPACK needs, and the program's metadata is correct.
 (Card section: Exporting to ExecuTorch.)
 """
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedConfig
 
-# optimum-executorch's recipe, and the dtype of activations and scales: XNNPACK takes no bfloat16.
+# optimum-executorch's recipe, and the dtype of activations and scales: XNNPACK does not support bfloat16.
 BACKEND = "xnnpack"
 DTYPE = "float32"
-# Nodes of a graph that are not operators.
+# Graph nodes that are not operators.
 NO_OPERATORS = {"alloc", "getitem", "sym_size", "cond"}
 # ExecuTorch's own kernels for attention, its cache, and quantized embeddings.
 CUSTOM = ("llama_", "update_cache", "quantized_decomposed_embedding")
@@ -45,7 +45,7 @@ HEAVY = ("linear", "mm", "addmm", "bmm", "convolution", "_softmax", "scaled_dot_
 # The program's size as a multiple of the quantized checkpoint's, whose int4 weights take a byte each; 4B: 3.18 / 5.37.
 PROGRAM_FACTOR = 0.75
 
-# {"xnnpack" | "custom" | "portable": {operator: how often}}
+# {"xnnpack" | "custom" | "portable": {operator: number of calls}}
 OperatorCounts = dict[str, dict[str, int]]
 
 
@@ -60,13 +60,13 @@ def export(
     bidirectional_images: bool = True,
     kv_cache_dtype: str = "float32",
 ) -> Output:
-    """Write model.pte, for sequences up to `max_seq_len` tokens, and delegation.json: which kernels run what.
+    """Write model.pte, for sequences of up to `max_seq_len` tokens, and delegation.json, the kernel of each operator.
 
-    With `custom_sdpa` and `custom_kv_cache` attention and its cache are ExecuTorch's own kernels. With
-    `last_logits_only` the decoder returns the logits of the last of its input tokens, [1, 1, vocabulary], which is all
-    that generating needs. With `bidirectional_images` the tokens of an image attend to each other in both directions,
-    as in the model, and embeddings have one more channel; see image_attention.py. `kv_cache_dtype` is what the custom
-    KV cache stores: float32, or int8 with one scale for each position and head.
+    With `custom_sdpa` and `custom_kv_cache`, attention and its cache use ExecuTorch's own kernels. With
+    `last_logits_only`, the decoder returns only the logits of its last input token, [1, 1, vocabulary], which is all
+    that generation needs. With `bidirectional_images`, the tokens of an image attend to each other in both directions,
+    as in the model, and embeddings have an additional channel; see image_attention.py. `kv_cache_dtype` is the dtype of
+    the custom KV cache: float32, or int8 with one scale for each position and head.
 
     Raises:
         UserError: The checkpoint is not a quantized Gemma 3, or the disk is full.
@@ -106,7 +106,7 @@ def export(
     check_delegation(delegation)
     (target / "delegation.json").write_text(json.dumps(delegation, indent=1) + "\n", encoding="utf-8")
     del module, program
-    gc.collect()  # Graphs refer to themselves; the program must fit beside what is left.
+    gc.collect()  # Graphs have reference cycles; free their memory before the program is loaded.
     report_progress(2, 3, "verifying the program's metadata")
     metadata = _check_metadata(target / "model.pte", expected)
     settings = {"backend": BACKEND, "dtype": DTYPE, "custom_sdpa": custom_sdpa, "custom_kv_cache": custom_kv_cache}
@@ -116,7 +116,7 @@ def export(
 
 
 def check_exportable(target: Path, checkpoint: Path) -> None:
-    """Raise UserError if the checkpoint is not from the quantize stage, or `target` has no space for its program."""
+    """Raise UserError if the checkpoint is not from `quantize`, or there is not enough space for its program."""
     path = checkpoint / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if (config.get("architectures") or [None])[0] not in GEMMA3.architectures:
@@ -133,7 +133,7 @@ def check_exportable(target: Path, checkpoint: Path) -> None:
 
 
 def _load_exportable(checkpoint: Path, max_seq_len: int, custom_sdpa: bool, custom_kv_cache: bool) -> Any:
-    """Return optimum-executorch's exportable module, with what its command line gets wrong corrected."""
+    """Return optimum-executorch's exportable module, with the mistakes of its command line corrected."""
     import torch
     from optimum.exporters.executorch.tasks.causal_lm import load_causal_lm_model
     from optimum.exporters.executorch.tasks.multimodal_text_to_text import load_multimodal_text_to_text_model
@@ -158,7 +158,7 @@ def _load_exportable(checkpoint: Path, max_seq_len: int, custom_sdpa: bool, cust
 
 
 def _blank_image(config: PreTrainedConfig) -> Tensor | None:
-    """Return an image that the model takes, [1, channels, height, width]; None if it takes none."""
+    """Return an example image, [1, channels, height, width]; None for a text-only model."""
     import torch
 
     vision = getattr(config, "vision_config", None)
@@ -168,10 +168,10 @@ def _blank_image(config: PreTrainedConfig) -> Tensor | None:
 
 
 def _last_position(head: Module) -> Module:
-    """Return lm_head for the last position of its input.
+    """Return a module that applies lm_head to the last position of its input only.
 
-    For a long prompt that is a thousandth of the work. And the program plans memory for the longest chunk that a
-    prompt is read in: 1,023 positions of gemma-3-4b's 262,208 logits are 1.07 GB of float32.
+    For a long prompt, that is a thousandth of the work. It also saves memory, because the program plans memory for the
+    longest chunk of a prompt: 1,023 positions of gemma-3-4b's 262,208 logits take 1.07 GB in float32.
     """
     import torch
 
@@ -188,9 +188,9 @@ def _last_position(head: Module) -> Module:
 
 
 def count_operators(method: GraphModule) -> OperatorCounts:
-    """Return how often each operator of a method's graph is run by XNNPACK, custom and portable kernels.
+    """Return how often each operator of a method's graph is run by XNNPACK, custom, and portable kernels.
 
-    Both branches of a condition count.
+    Both branches of a condition are counted.
     """
     from executorch.devtools.backend_debug import get_delegation_info
     from torch.fx import GraphModule
@@ -207,7 +207,7 @@ def count_operators(method: GraphModule) -> OperatorCounts:
 
 
 def check_delegation(delegation: dict[str, OperatorCounts]) -> None:
-    """Raise StageFailed if a matrix product or an attention is left to the portable kernels, which are slow."""
+    """Raise StageFailed if a matrix product or attention runs on the portable kernels, which are slow."""
     for method, counts in delegation.items():
         slow = [name for name in counts["portable"] if any(f"aten_{word}_" in name for word in HEAVY)]
         if slow:
@@ -241,7 +241,7 @@ def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
 
 def _check_metadata(program: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """Return the program's metadata; raise StageFailed if it differs from `expected`."""
-    # In its own process: the runtime keeps the program in memory, beside all that the export took.
+    # Read it in a separate process: the runtime keeps the program in memory, in addition to the export's memory.
     arguments = {"program": str(program), "names": list(expected)}
     result = worker.run("quantize_gemma.tasks.export:read_metadata", arguments, lambda *_: None, None)
     metadata: dict[str, Any] = result["metadata"]
@@ -252,7 +252,7 @@ def _check_metadata(program: Path, expected: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metadata(program: str, names: list[str]) -> dict[str, Any]:
-    """Return {"metadata": {name: value of the program's constant method}}, for those of `names` that it has."""
+    """Return {"metadata": {name: value}} of the program's constant methods among `names`."""
     from executorch.runtime import Runtime
 
     loaded = Runtime.get().load_program(program)

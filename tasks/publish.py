@@ -1,4 +1,4 @@
-"""Publish: the Hub repository becomes the release in one commit, or does not change."""
+"""Publish: replace the content of the Hub repository with the release in one commit, or leave it unchanged."""
 
 import hashlib
 import json
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often the head may move during an upload before the run gives up.
+# How often the branch head may move during an upload before the run gives up.
 ATTEMPTS = 5
 # Lists the other files of a release, which the next release may delete.
 MANIFEST = "release.json"
-# The files of releases from before there was a manifest.
+# The files of releases that were published before release.json existed.
 LEGACY_FILES = (
     "README.md",
     "added_tokens.json",
@@ -48,22 +48,22 @@ LEGACY_FILES = (
     "tokenizer_config.json",
 )
 LEGACY_SHARDS = r"model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json"
-# Files of at most this many bytes are read once and sent as they were hashed. Larger ones are always LFS files, which
-# the Hub's client hashes as it sends them.
+# Files of at most this many bytes are read once, so that the bytes that were hashed are sent. Larger files are always
+# LFS files, which the Hub's client hashes as it sends them.
 MAX_BYTES_IN_MEMORY = 20_000_000
-# Larger than any metrics.json or README.md.
+# No metrics.json or README.md is larger than this.
 MAX_BYTES_DOWNLOADED = 16_000_000
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a release goes, and how.
+    """Where and how to publish a release.
 
     Attributes:
         repository: The Hub repository.
-        branch: Its branch, None for the default one.
+        branch: Its branch; None for the default branch.
         create_pr: Open a pull request instead of committing to the branch.
-        adopt: Publish even if the repository holds files that no release of ours wrote.
+        adopt: Publish even if the repository contains files that quantize-gemma did not write.
     """
 
     repository: str
@@ -83,21 +83,21 @@ class Publication:
 
 
 def publish(release: Artifact, target: Target, private: bool = False, tagged: bool = False) -> Publication:
-    """Make the repository the release in one commit, or leave it unchanged.
+    """Replace the repository's content with the release in one commit, or leave it unchanged.
 
     Every file is compared with the release's manifest first. Large files are uploaded before the commit, which then
-    shows everything at once on top of the head that was read; if the head has moved by then, it is read again. Files
-    that the previous release wrote and this one does not have are deleted in that commit, and no others. Afterwards the
-    repository is compared with the manifest, file by file.
+    adds everything at once on top of the branch head; if the head has moved in the meantime, it is read again. The
+    commit deletes the files that the previous release wrote and this one does not contain, and no others. Afterwards,
+    the repository is compared with the manifest, file by file.
 
     Args:
         release: The artifact of `card`.
-        target: Where it goes.
+        target: Where and how to publish it.
         private: Make the repository private if it has to be created.
-        tagged: Tag the commit v<date>-<recipe hash>.
+        tagged: Tag the commit as v<date>-<recipe hash>.
 
     Raises:
-        UserError: The Hub refuses, or the repository holds files that no release of ours wrote.
+        UserError: The Hub rejects the request, or the repository contains files that quantize-gemma did not write.
         StageFailed: A file differs from the release's manifest, here or on the Hub.
     """
     from huggingface_hub import HfApi
@@ -107,7 +107,7 @@ def publish(release: Artifact, target: Target, private: bool = False, tagged: bo
     api = HfApi(token=find_token(write=True) or False)
     tag = f"v{datetime.now(UTC):%Y-%m-%d}-{recipe_hash[:8]}" if tagged else None
     with translate_hub_errors("model", target.repository, target.branch):
-        # Without `private` the organization's own default applies.
+        # Without `private`, the organization's own default applies.
         api.create_repo(target.repository, private=private or None, exist_ok=True)
         if target.branch:
             api.create_branch(target.repository, branch=target.branch, exist_ok=True)
@@ -146,7 +146,7 @@ def _read_release(release: Artifact) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class _Change:
-    """What a commit on top of `head` has to upload and delete."""
+    """The files that a commit on top of `head` has to upload and delete."""
 
     head: str
     upload: list[str]
@@ -162,7 +162,7 @@ def _plan(api: "HfApi", target: Target, release: Artifact, contents: dict[str, b
     return _Change(
         head=revision,
         upload=[name for name in release.files if not _is_same(release, contents, name, remote_files)],
-        # A file that a person has changed since stays.
+        # Keep a file that someone has changed since.
         delete=[
             name for name in stale if _has_sha256(target.repository, revision, remote_files[name], previous_files[name])
         ],
@@ -200,7 +200,7 @@ def _open_proposal(
 def _commit(
     api: "HfApi", target: Target, release: Artifact, contents: dict[str, bytes], change: _Change
 ) -> "CommitInfo | None":
-    """Upload and commit a change; return the commit, None if the head has moved."""
+    """Upload and commit a change; return the commit, or None if the head has moved."""
     from huggingface_hub import CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -226,7 +226,7 @@ def _commit(
 def _upload_large_files(
     api: "HfApi", target: Target, release: Artifact, contents: dict[str, bytes], names: list[str]
 ) -> "list[CommitOperationAdd]":
-    """Upload the large files among those named; return the operations that add all of them to a commit."""
+    """Upload the large files among `names`; return the operations that add all of the files to a commit."""
     from huggingface_hub import CommitOperationAdd
 
     additions = [CommitOperationAdd(name, contents.get(name, release.path / name)) for name in names]
@@ -252,7 +252,7 @@ def _tag(api: "HfApi", repository: str, name: str, commit: str) -> str:
 
 
 def _verify_upload(api: "HfApi", repository: str, revision: str, release: Artifact, contents: dict[str, bytes]) -> None:
-    """Raise StageFailed if the repository does not hold the release's files."""
+    """Raise StageFailed if the repository does not contain the release's files."""
     remote_files = _files_by_name(api.model_info(repository, revision=revision, files_metadata=True))
     differing_files = [name for name in release.files if not _is_same(release, contents, name, remote_files)]
     if differing_files:
@@ -276,8 +276,8 @@ def _publication(
 def check_target(target: Target) -> None:
     """Raise UserError if the release could not be published; change nothing on the Hub.
 
-    The token may lack the right to write to the repository or to create it, or the repository may hold files that no
-    release of ours wrote.
+    The token may lack permission to write to the repository or to create it, or the repository may contain files that
+    quantize-gemma did not write.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -302,7 +302,7 @@ def check_target(target: Target) -> None:
             try:
                 head = api.model_info(repository, revision=target.branch, files_metadata=True)
             except RevisionNotFoundError:
-                # The branch is created from the default one.
+                # The branch is created from the default branch.
                 head = api.model_info(repository, files_metadata=True)
             _previous_files(repository, head, target.adopt)
             return
@@ -317,7 +317,7 @@ def check_target(target: Target) -> None:
 
 
 def _namespaces(account: dict[str, Any]) -> list[str]:
-    """Return where the token can create repositories: a fine-grained token's scopes, else all of its owner's."""
+    """Return the namespaces in which the token can create repositories: its scopes if it is fine-grained, else all."""
     access = account.get("auth", {}).get("accessToken", {})
     if access.get("role") == "fineGrained":
         scopes = access.get("fineGrained", {}).get("scoped", [])
@@ -327,9 +327,9 @@ def _namespaces(account: dict[str, Any]) -> list[str]:
 
 
 def published_metrics(repository: str, branch: str | None) -> dict[str, object] | None:
-    """Return the metrics.json at the head of the repository, None if there is none.
+    """Return the metrics.json at the head of the repository; None if there is none.
 
-    Anybody may have written it: the result is empty if it is not a JSON object.
+    It is untrusted: the result is empty if it is not a JSON object.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -345,7 +345,7 @@ def published_metrics(repository: str, branch: str | None) -> dict[str, object] 
 
 
 def _read_json(repository: str, revision: str, file: "RepoSibling") -> dict[str, object]:
-    """Return the JSON object in a file of the repository, an empty one if it is something else or far too large."""
+    """Return the JSON object in a file of the repository; an empty one if it is something else or far too large."""
     if (file.size or 0) > MAX_BYTES_DOWNLOADED:
         return {}
     try:
@@ -358,7 +358,7 @@ def _read_json(repository: str, revision: str, file: "RepoSibling") -> dict[str,
 def _previous_files(repository: str, head: "ModelInfo", adopt: bool) -> dict[str, str | None]:
     """Return the files that the previous release wrote, each with its SHA-256 if it is known.
 
-    Raises UserError if the repository has files and no release of ours, unless `adopt`.
+    Raises UserError if the repository has files but no release of ours, unless `adopt` is set.
     """
     remote_files = {name: file for name, file in _files_by_name(head).items() if name != ".gitattributes"}
     revision = str(head.sha)

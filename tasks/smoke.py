@@ -1,4 +1,4 @@
-"""Smoke: generate from the quantized checkpoint, with the card's prompt, chat template and `generate`.
+"""Smoke: generate text from the quantized checkpoint, with the card's prompt, the chat template, and `generate`.
 
 (Card section: Inference. The program's generation is part of `verify`.)
 """
@@ -26,7 +26,7 @@ def smoke(target: Path, checkpoint: Path, max_new_tokens: int) -> Output:
 
     model = load_model(checkpoint, torch.bfloat16)
     drop_vision_encoder(model)
-    # The same tokens, without dequantizing every weight for each of them.
+    # This gives the same tokens, but does not dequantize every weight for each of them.
     dequantize_once(model, head=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": TEXT_PROMPT}]

@@ -1,4 +1,4 @@
-"""Untie: give lm_head its own copy of the embedding, in one new shard beside the unchanged ones."""
+"""Untie: give lm_head its own copy of the embedding, in one new shard next to the unchanged ones."""
 
 import json
 import os
@@ -18,13 +18,13 @@ BASE = "model-base.safetensors"
 
 @stage()
 def untie(target: Path, checkpoint: Path) -> Output:
-    """Fill `target` with the checkpoint, in which lm_head.weight is a separate tensor with the embedding's bytes.
+    """Fill `target` with a checkpoint in which lm_head.weight is a separate tensor with the embedding's bytes.
 
-    Files that do not change are hard links. A checkpoint that is untied already passes through unchanged.
+    Files that do not change are hard links. A checkpoint that is already untied is not changed.
     (Card section: Untie weights.)
 
     Raises:
-        UserError: There is no embedding.
+        UserError: The checkpoint has no embedding.
     """
     tensors = read_headers(checkpoint)
     quantizable_modules(tensors)
@@ -51,24 +51,24 @@ def untie(target: Path, checkpoint: Path) -> Output:
 
 
 def _link_files(target: Path, checkpoint: Path, weight_files: set[str]) -> None:
-    """Link the weight files and everything else that stays the same."""
+    """Link the weight files and everything else that does not change."""
     for path in checkpoint.iterdir():
-        # Transformers would read a weight file that it ignored before, once there is an index.
+        # With an index, transformers would read weight files that it ignored before.
         if path.name in weight_files or (path.suffix != ".safetensors" and path.name not in ("config.json", INDEX)):
             link(path, target / path.name)
 
 
 def _write_shard(shard: Path, head: str, checkpoint: Path, embedding: TensorInfo) -> None:
-    """Write a safetensors file with the embedding's bytes under the head's name; the kernel copies them."""
+    """Write a safetensors file with the embedding's bytes under the head's name; the kernel copies the bytes."""
     start, end = embedding.start, embedding.end
     source = os.open(checkpoint / embedding.file, os.O_RDONLY)
-    # Readable by all: a release's files are served to others.
+    # Make the file readable by everyone, because a release may be served to others.
     target = os.open(shard, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         offset = write_header(target, {head: (embedding.dtype, embedding.shape)}, {"format": "pt"})[head]
         os.lseek(target, offset, os.SEEK_SET)
         while start < end:
-            # sendfile: copy_file_range fails between file systems, and the store may be on another one.
+            # Use sendfile because copy_file_range fails between file systems, and the store may be on another one.
             count = os.sendfile(target, source, start, end - start)
             if not count:
                 raise StageFailed(f"{checkpoint / embedding.file} was truncated while it was read: start the run again")
@@ -79,7 +79,7 @@ def _write_shard(shard: Path, head: str, checkpoint: Path, embedding: TensorInfo
 
 
 def _write_config(target: Path, checkpoint: Path) -> None:
-    """Write config.json, which says that the weights are not tied."""
+    """Write config.json, with untied weights."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config["tie_word_embeddings"] = False
     if "text_config" in config:

@@ -110,7 +110,7 @@ class CheckpointWriter:
         metadata["tensor_names"] = json.dumps(list(sources))
         if multimodal:
             metadata = _add_newer_names(metadata)
-        # Readable by all: a release's files are served to others.
+        # Make the file readable by everyone, because a release may be served to others.
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self.offsets = write_header(self.file, layout, {**metadata, "format": "pt"})
 
