@@ -1,7 +1,7 @@
-"""Quantize activations to int8 and back, per token, as torchao's dynamic quantization does it, to the bit.
+"""Quantize activations to int8 and back, per token, bit-identical to torchao's dynamic quantization.
 
-torchao makes some ten passes over the tensor; here a token stays in the processor's cache. For a bfloat16 tensor, every
-step is rounded to bfloat16, as in torch, which computes in float32.
+torchao makes about ten passes over the tensor; here, a token stays in the CPU's cache. For a bfloat16 tensor, every
+step computes in float32 and rounds to bfloat16, as in torch.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-# Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
+# Adding and subtracting 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
 ROUNDER = np.float32(12582912.0)
-# The smallest normal number of bfloat16 and of float32.
+# The smallest normal number in bfloat16 and float32.
 SMALLEST = np.float32(2.0**-126)
 LOW, HIGH, STEPS = np.float32(-128), np.float32(127), np.float32(255)
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
 def fake_quantize_per_token(activations: Tensor) -> Tensor:
-    """Return a tensor of the CPU, [..., width], bfloat16 or float32, with each token rounded to its own 256 levels."""
+    """Return a CPU tensor, [..., width], bfloat16 or float32, with each token rounded to its own 256 levels."""
     import torch
 
     inputs = activations.detach().contiguous()

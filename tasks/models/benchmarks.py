@@ -1,6 +1,6 @@
-"""What a model can be evaluated on: a row per benchmark. To add one, add a row.
+"""The benchmarks on which a model can be evaluated, one row each. To add a benchmark, add a row.
 
-Any other task or group of lm-eval with one dataset can be named, too: find_benchmark() reads its YAML file.
+Any other lm-eval task or group with a single dataset works, too: find_benchmark() reads its YAML file.
 """
 
 import fnmatch
@@ -22,17 +22,17 @@ KINDS = {
     "loglikelihood_rolling": "loglikelihood_rolling",
     "generate_until": "generate_until",
 }
-# The columns of the evaluation. The last one is not released: the quantized checkpoint in float32 without quantized
-# activations, which says how many of the program's differences activation quantization explains.
+# The columns of the evaluation. The last one is the quantized checkpoint in float32 without quantized activations. It
+# is not released, but shows how many of the program's differences activation quantization explains.
 ALL_COLUMNS = ("base", "quantized", "program", "no_act_quant")
-# The metrics that lm-eval gives in percent, unlike all others.
+# The metrics that lm-eval returns in percent, unlike all others.
 PERCENT_METRICS = {
     *("bleu", "chrf", "chrf++", "ter", "exact"),
     *(f"{name}_{statistic}" for name in ("bleu", "rouge1", "rouge2", "rougeL") for statistic in ("max", "diff")),
 }
-# Where the checks of datasets are.
+# The module with the functions that check datasets.
 DATASETS = "quantize_gemma.tasks.models.datasets"
-# What a dataset's repository may consist of.
+# The files that a dataset's repository may consist of.
 DATA_FILES = ("README.md", "*.parquet", "*.json", "*.jsonl", "*.csv", "*.txt")
 
 
@@ -41,10 +41,10 @@ class Resource:
     """A ZIP archive that a task needs besides its dataset. It is not fetched if the dataset's source has its files.
 
     Attributes:
-        url: Where it is.
-        sha256: Its hash.
-        member: The folder in it that is needed.
-        folder: Where that folder's files are, in the dataset's directory; hidden, since all other files are data.
+        url: The archive's URL.
+        sha256: Its SHA-256.
+        member: The folder in the archive that is needed.
+        folder: The folder's path in the dataset's directory; hidden, because all other files are data.
     """
 
     url: str
@@ -53,7 +53,7 @@ class Resource:
     folder: str
 
 
-# The tokenizer that IFEval counts words with.
+# The sentence tokenizer that IFEval needs.
 PUNKT = Resource(
     url=(
         "https://raw.githubusercontent.com/nltk/nltk_data/550b6625bcef1f2abff2ff770a5a0d272c9c6b2a/packages/tokenizers/"
@@ -66,7 +66,7 @@ PUNKT = Resource(
 
 
 class RequestInputs(TypedDict):
-    """What the requests of a benchmark depend on; see Benchmark."""
+    """The fields that a benchmark's requests depend on; see Benchmark."""
 
     task: str
     num_fewshot: int | None
@@ -74,7 +74,7 @@ class RequestInputs(TypedDict):
 
 
 class ScoreInputs(RequestInputs):
-    """What the scores of a benchmark depend on; see Benchmark."""
+    """The fields that a benchmark's scores depend on; see Benchmark."""
 
     name: str
     metric: str
@@ -82,7 +82,7 @@ class ScoreInputs(RequestInputs):
 
 
 class FileInputs(TypedDict):
-    """Which files a benchmark needs; see Benchmark."""
+    """The files that a benchmark needs; see Benchmark."""
 
     files: list[str]
     skipped_files: list[str]
@@ -95,9 +95,9 @@ class Benchmark:
     """One benchmark.
 
     Attributes:
-        name: Its name in options, stages, checks and metrics.json.
+        name: Its name in options, stages, checks, and metrics.json.
         title: Its name on the card.
-        task: The task or group of lm-eval.
+        task: The lm-eval task or group.
         dataset: The repository of its dataset on the Hub, pinned to a commit when a run starts.
         metric: The headline metric, with its filter if that is not "none", as in "exact_match,strict-match".
         metrics: Further metrics that the card shows, with their titles.
@@ -107,16 +107,16 @@ class Benchmark:
         num_fewshot: The number of examples in a prompt; None for the task's own.
         chat_template: Whether prompts are in the model's chat template, if it has one.
         max_drop: The default limit on the drop of the headline metric, in points; None for no limit.
-        program_samples: The size of the program's sample at most; None for what the options say.
-        needs_images: Whether its prompts have images, which a text-only model does not see.
+        program_samples: The maximum size of the program's sample; None for the value in the options.
+        needs_images: Whether its prompts have images, which a text-only model cannot read.
         files: Patterns of the dataset's files.
-        skipped_files: Patterns of those that are not needed.
+        skipped_files: Patterns of files that are not needed.
         check: The function that checks the layout of a dataset's files, as "module:name"; see datasets.py.
-        resources: What its task needs besides the dataset.
-        fixture: The built-in dataset of the same layout, if there is one.
-        task_type: The type of task, as the Hub's model index names it.
-        is_own_task: The task is one of ours, which the lm_eval command line does not have.
-        words: A sentence for the card about how it is measured.
+        resources: Other files that the task needs.
+        fixture: The built-in dataset with the same layout, if there is one.
+        task_type: The task type in the Hub's model index.
+        is_own_task: Whether the task is part of quantize-gemma, so that the lm_eval command line does not have it.
+        words: A description for the card of how it is measured.
     """
 
     name: str
@@ -145,14 +145,14 @@ class Benchmark:
     def columns(self) -> tuple[str, ...]:
         """Return the columns that are measured.
 
-        The program's sequences are shorter than the windows of a perplexity, which would not be the same measure.
+        Perplexities are not measured on the program: its windows would be shorter, so they could not be compared.
         """
         if self.kind == "loglikelihood_rolling":
             return ALL_COLUMNS[:2]
         return ALL_COLUMNS if self.kind == "loglikelihood" else ALL_COLUMNS[:3]
 
     def request_inputs(self) -> RequestInputs:
-        """Return what its requests depend on, besides the dataset and the chat template."""
+        """Return the fields that its requests depend on, besides the dataset and the chat template."""
         return {
             "task": self.task,
             "num_fewshot": self.num_fewshot,
@@ -160,11 +160,11 @@ class Benchmark:
         }
 
     def patterns(self) -> tuple[str, ...]:
-        """Return the patterns of the files that a source of the dataset may have: its data, and its resources'."""
+        """Return patterns of the files that a source of the dataset may contain: data, and resources."""
         return (*self.files, *(f"{resource.folder}/*" for resource in self.resources))
 
     def file_inputs(self) -> FileInputs:
-        """Return the files of a dataset's repository, and the other resources, that the benchmark needs."""
+        """Return the files in the dataset's repository, and other resources, that the benchmark needs."""
         return {
             "files": list(self.patterns()),
             "skipped_files": list(self.skipped_files),
@@ -186,7 +186,7 @@ class Benchmark:
         }
 
     def score_inputs(self) -> ScoreInputs:
-        """Return what its scores depend on, besides the answers."""
+        """Return the fields that its scores depend on, besides the answers."""
         return {**self.request_inputs(), "name": self.name, "metric": self.metric, "metrics": list(self.metrics)}
 
 
@@ -200,7 +200,7 @@ BENCHMARKS = {
             dataset="cais/mmlu",
             metric="acc",
             chance=0.25,
-            # Without the configurations that hold all subjects a second time.
+            # Skip the configurations that contain all subjects a second time.
             files=("README.md", "*/test-*.parquet", "*/validation-*.parquet", "*/dev-*.parquet"),
             skipped_files=("all/*", "auxiliary_train/*"),
             check=f"{DATASETS}:check_mmlu",
@@ -225,7 +225,7 @@ BENCHMARKS = {
             max_drop=10.0,
             program_samples=50,
             needs_images=True,
-            # The other splits are ten times as large.
+            # Skip the other splits, which are ten times as large.
             files=("README.md", "data/test-*.parquet"),
             check=f"{DATASETS}:check_chartqa",
             fixture="chartqa-mini",
@@ -279,7 +279,7 @@ BENCHMARKS = {
         Benchmark(
             name="ifeval",
             title="IFEval",
-            words="This is the share of prompts whose instructions are all followed, with strict checks.",
+            words="It is the share of prompts for which the model follows every instruction, checked strictly.",
             task="ifeval",
             dataset="google/IFEval",
             metric="prompt_level_strict_acc",
@@ -298,7 +298,7 @@ BENCHMARKS = {
         Benchmark(
             name="wikitext",
             title="WikiText-2",
-            words="This is the perplexity per word on the test split.",
+            words="It is the perplexity per word on the test split.",
             task="wikitext",
             dataset="EleutherAI/wikitext_document_level",
             metric="word_perplexity",
@@ -313,7 +313,7 @@ BENCHMARKS = {
 }
 
 
-# Those of the published card, and those that can be tried without a network.
+# The benchmarks of the published card, and those with built-in fixtures.
 DEFAULT_TASKS = ("mmlu", "chartqa")
 FIXTURE_TASKS = tuple(row.name for row in BENCHMARKS.values() if row.fixture)
 
@@ -324,10 +324,10 @@ def title_of(name: str) -> str:
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """Return a benchmark: its row, or one made from lm-eval's YAML file of a task or a group.
+    """Return a benchmark: its row, or one created from lm-eval's YAML file for a task or group.
 
     Raises:
-        UserError: lm-eval has no such task, or one that cannot be evaluated here.
+        UserError: lm-eval has no such task, or the task is not supported.
     """
     return BENCHMARKS[name] if name in BENCHMARKS else _describe_task(name)
 
@@ -369,14 +369,14 @@ def _describe_task(name: str) -> Benchmark:
 
 @functools.cache
 def _task_manager() -> "TaskManager":
-    """Return the index of lm-eval's tasks, which takes seconds to read."""
+    """Return the index of lm-eval's tasks, which takes seconds to build."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def _unsupported(config: dict[str, Any]) -> str | None:
-    """Return why a task cannot be evaluated, None if it can."""
+    """Return why a task is not supported; None if it is."""
     if "doc_to_image" in config or "doc_to_audio" in config:
         return "has images or audio: the only such benchmark that is supported is chartqa"
     if config.get("unsafe_code"):

@@ -1,15 +1,15 @@
-"""Calibration data: its source, and the file of tokens that one stage writes and others read."""
+"""Calibration data: the source, and the token file that `calibrate` writes and other stages read."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 FILE = "calibration.json"
-# The sequences that a distilled recipe learns from.
+# The file of the sequences that a distilled recipe trains on.
 DISTILLATION = "distillation.json"
-# A dataset's files, if no others are named.
+# The default patterns of a dataset's files.
 DATASET_FILES = ("*.parquet", "*.txt")
-# Prompts for the base model, if it has a chat template. None of them is a fidelity prompt.
+# Prompts for a base model with a chat template. None of them is also a fidelity prompt.
 PROMPTS = (
     "How does a bicycle stay upright while it is moving?",
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
@@ -48,7 +48,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """What `--calibration` names: a text file, or a dataset on the Hub, in which `files` is a pattern of file names."""
+    """The value of `--calibration`: a text file, or a dataset on the Hub, with a pattern of file names in `files`."""
 
     name: str
     on_hub: bool
@@ -61,7 +61,7 @@ class CalibrationSource:
 
 
 def parse_source(text: str) -> CalibrationSource:
-    """Return what `text` names: the path of a file, or ORG/NAME[@REVISION][:FILES] on the Hub."""
+    """Parse `text`: the path of a file, or ORG/NAME[@REVISION][:FILES] on the Hub."""
     is_file = text.startswith((".", "/", "~")) or text.endswith(".txt") or "/" not in text
     if is_file or Path(text).is_file():
         return CalibrationSource(str(Path(text).expanduser()), on_hub=False)

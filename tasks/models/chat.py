@@ -12,5 +12,5 @@ TEXT_PROMPT = "Hey, are you conscious? Can you talk to me?"
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer is an instruction-tuned checkpoint's: a base model has no chat template."""
+    """Tell whether the checkpoint has a chat template: only instruction-tuned models do."""
     return bool(getattr(tokenizer, "chat_template", None))

@@ -1,4 +1,4 @@
-"""Checkpoints: reading their files without loading weights, and loading their models."""
+"""Read the files of checkpoints without loading weights, and load their models."""
 
 import json
 import os
@@ -37,21 +37,21 @@ DTYPE_BYTES = {
 # The dtypes of a base checkpoint's weights.
 FLOATS = ("BF16", "F16", "F32", "F64")
 SHARD_NAME = re.compile(r"[\w][\w.+ -]*\.safetensors", re.ASCII)
-# How many bytes are read at a time: a multiple of every dtype's size.
+# The number of bytes to read at a time, a multiple of every dtype's size.
 CHUNK_BYTES = 2**25
-# The order in which safetensors writes tensors, last to first: the widest alignment comes first in the file.
+# The order in which safetensors writes tensors, last to first: the dtype with the widest alignment comes first.
 DTYPE_ORDER = ("BOOL", "U8", "I8", "F16", "BF16", "I32", "F32", "F64", "I64")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors file's header says of one tensor.
+    """A tensor's entry in the header of a safetensors file.
 
     Attributes:
-        dtype: Its dtype, as safetensors calls it.
+        dtype: Its dtype, as safetensors names it.
         shape: Its shape.
-        start: Where its bytes start, from the start of the file.
-        end: Where they end.
+        start: The offset of its first byte from the start of the file.
+        end: The offset of the byte after its last one.
         file: The name of its file.
     """
 
@@ -102,7 +102,7 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
 
 
 def task_of(config: Mapping[str, Any]) -> str:
-    """Return the task that a model is exported for, from the content of config.json."""
+    """Return the task for which a model is exported, from the content of config.json."""
     return GEMMA3.architectures[config["architectures"][0]].task
 
 
@@ -119,7 +119,7 @@ def end_token_ids(checkpoint: Path) -> list[int]:
         for part in (content, content.get("text_config", {})):
             if (ids := part.get("eos_token_id")) is not None:
                 return ids if isinstance(ids, list) else [ids]
-    # Gemma 3's default, which a configuration may leave out.
+    # Gemma 3's default, which a configuration may omit.
     return [1]
 
 
@@ -127,7 +127,7 @@ def source_files(checkpoint: Path) -> list[str]:
     """Return the names of all files of a model directory that go into a release.
 
     Raises:
-        UserError: One of them is not a file of this directory, or weight_files() raises it.
+        UserError: A file is not in this directory, or weight_files() raises it.
     """
     names = release_files(checkpoint)
     for name in (SINGLE, INDEX):
@@ -166,7 +166,7 @@ def read_index(path: Path) -> dict[str, str]:
     """Return the index as {tensor: file}.
 
     Raises:
-        UserError: It is malformed, or a name in it is not that of a file beside it.
+        UserError: The index is malformed, or names a file in another directory.
     """
     index = read_object(path, "download it again")
     weight_map: object = index.get("weight_map")
@@ -185,8 +185,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of one safetensors file by name.
 
     Raises:
-        UserError: Its header or its length is wrong, as safetensors itself would find, or it has a dtype that we do not
-            read; the message names the file.
+        UserError: Its header or its length is invalid (safetensors would reject it, too), or it has an unsupported
+            dtype; the message names the file.
     """
     try:
         size = path.stat().st_size
@@ -288,8 +288,7 @@ def read_headers(checkpoint: Path) -> dict[str, TensorInfo]:
     """Return the tensors of all weight files by name.
 
     Raises:
-        UserError: Two tensors have the same name, in the files or once they are loaded, or the index differs from the
-            files.
+        UserError: Two tensors have the same name, in the files or after loading, or the index does not match the files.
     """
     tensors: dict[str, TensorInfo] = {}
     names: dict[str, str] = {}
@@ -311,7 +310,7 @@ def read_headers(checkpoint: Path) -> dict[str, TensorInfo]:
 
 
 def check_weights(tensors: Mapping[str, TensorInfo], checkpoint: Path) -> None:
-    """Raise UserError if a weight's dtype is not a float, as in a checkpoint that is quantized already."""
+    """Raise UserError if a weight's dtype is not a float, as in a checkpoint that is already quantized."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise UserError(
@@ -321,9 +320,9 @@ def check_weights(tensors: Mapping[str, TensorInfo], checkpoint: Path) -> None:
 
 
 def quantizable_modules(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
-    """Return {module name: weight shape} of every linear and embedding, lm_head included.
+    """Return {module name: weight shape} of every linear and embedding, including lm_head.
 
-    Names are those of the loaded model's modules, which recipes match.
+    The names are those of the modules in the loaded model, which recipes match.
 
     Raises:
         UserError: There is no embedding.
@@ -369,7 +368,7 @@ def check_finite(path: Path) -> None:
 
 
 def model_class(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
-    """Return the class in transformers of the model that a configuration describes."""
+    """Return the transformers class of the model that a configuration describes."""
     import transformers
 
     cls: type[PreTrainedModel] = getattr(transformers, GEMMA3.architectures[config.architectures[0]].class_name)
@@ -377,11 +376,11 @@ def model_class(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
 
 
 def load_model(checkpoint: Path, dtype: "torch.dtype") -> "PreTrainedModel":
-    """Return the model of an untied or quantized checkpoint, in eval mode, its weights bfloat16 or float32.
+    """Load the model of an untied or quantized checkpoint, in eval mode, with bfloat16 or float32 weights.
 
     Raises:
-        StageFailed: A weight is missing, which transformers would initialize at random, or is not the model's; or
-            lm_head and the embedding share their storage, so that quantizing one would change the other.
+        StageFailed: A weight is missing, which transformers would initialize at random, or unexpected; or lm_head and
+            the embedding share their storage, so that quantizing one would change the other.
     """
     import torch
     from transformers import AutoConfig
@@ -409,7 +408,7 @@ def drop_vision_encoder(model: "PreTrainedModel") -> None:
 
 
 def disable_activation_quantization(model: "torch.nn.Module") -> None:
-    """Turn off the quantization of activations in every linear of a loaded model; weights stay as they are."""
+    """Turn off activation quantization in every linear of a loaded model, without changing its weights."""
     import torch
 
     for module in model.modules():

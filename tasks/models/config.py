@@ -1,8 +1,8 @@
-"""One model's numbers: reads and checks config.json before anything relies on it.
+"""The configuration of one model: read and check config.json before anything relies on it.
 
-It checks only what this program reads itself, and what decides how large a model transformers builds and how long that
-takes. Transformers reports everything else that is wrong with a configuration; see load_check.py. What is the same for
-all models of the family is in gemma3.py.
+Only fields that this program reads itself are checked, and those that determine the size of the model that transformers
+builds. Transformers reports all other mistakes in a configuration; see load_check.py. Facts about the whole family are
+in gemma3.py.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from quantize_gemma.tasks.models.gemma3 import GEMMA3, Architecture
 from quantize_gemma.tasks.runtime.errors import UserError
 
-# Far more than any Gemma has, and small enough to compute with.
+# Far larger than in any Gemma model, and small enough to compute with.
 Size = Annotated[int, Field(ge=1, le=10_000_000)]
 TokenId = Annotated[int, Field(ge=-1, le=10_000_000)]
 
@@ -59,7 +59,7 @@ class TextConfig(_Section):
     attn_logit_softcapping: float | None = Field(None, gt=0)
     final_logit_softcapping: float | None = Field(None, gt=0)
     attention_dropout: float = Field(0.0, ge=0, le=1)
-    # True in an embedding model, which cannot generate.
+    # True in an embedding model, which cannot generate text.
     use_bidirectional_attention: Literal[False] | None = False
     return_dict: Literal[True] = True
     tie_word_embeddings: bool = True
@@ -107,7 +107,7 @@ def parse_config(config: dict[str, Any], path: Path) -> ModelConfig:
         path: Its file, for messages.
 
     Raises:
-        UserError: It is not such a configuration; the message names the file and the field.
+        UserError: The configuration is not one; the message names the file and the field.
     """
     architecture = _find_architecture(config, path)
     if config.get("quantization_config") is not None:

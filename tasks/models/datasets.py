@@ -1,4 +1,4 @@
-"""The files of benchmarks and of the text: read them, and check their layout."""
+"""Read the files of benchmarks and of the fidelity text, and check their layout."""
 
 import io
 from collections.abc import Callable
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 MMLU = "cais/mmlu"
 CHARTQA = "HuggingFaceM4/ChartQA"
 WIKITEXT = "Salesforce/wikitext"
-# The test split of WikiText-2, and what any other text is called in the store.
+# The test split of WikiText-2, and the name of any other text in the store.
 WIKITEXT_FILES, TEXT_FILE = "wikitext-2-raw-v1/test-*.parquet", "text.txt"
 # The types of columns, as messages call them.
 TEXT, TEXTS, INTEGER, IMAGE = "text", "a list of text", "an integer", "a struct with the image's bytes"
 MMLU_COLUMNS = {"question": TEXT, "subject": TEXT, "choices": TEXTS, "answer": INTEGER}
 CHARTQA_COLUMNS = {"image": IMAGE, "query": TEXT, "label": TEXTS, "human_or_machine": INTEGER}
-# What the values of human_or_machine mean, in the words of lmms-eval's task.
+# The meanings of human_or_machine's values, named as in lmms-eval's task.
 CHARTQA_SPLITS = ("human", "augmented")
 
 
 def check_files(folder: Path, source: str) -> None:
-    """Raise UserError unless `source` has data files, and those in parquet can be read; whatever their layout."""
+    """Raise UserError unless `source` has data files, and its parquet files are readable, in any layout."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
     if not files:
         raise UserError(f"{source} has no data files: use a dataset in the layout of the benchmark's own")
@@ -34,7 +34,7 @@ def check_files(folder: Path, source: str) -> None:
 
 
 def check_mmlu(folder: Path, source: str) -> None:
-    """Raise UserError if the files of `source` are not like those of cais/mmlu; it names the file and the row."""
+    """Raise UserError, with the file and the row, if the files of `source` do not have the layout of cais/mmlu."""
     files = sorted(folder.glob("*/*.parquet"))
     if not any(path.name.startswith("test-") for path in files):
         raise UserError(f"{source} has no <subject>/test-*.parquet: use a dataset in the layout of {MMLU}")
@@ -43,7 +43,7 @@ def check_mmlu(folder: Path, source: str) -> None:
 
 
 def check_chartqa(folder: Path, source: str) -> None:
-    """Raise UserError if the files of `source` are not like those of ChartQA; it names the file and the row."""
+    """Raise UserError, with the file and the row, if the files of `source` do not have the layout of ChartQA."""
     files = chartqa_files(folder)
     if not files:
         raise UserError(f"{source} has no data/test-*.parquet: use a dataset in the layout of {CHARTQA}")

@@ -1,8 +1,8 @@
-"""Dequantize a quantized checkpoint's weights once, with the same outputs to the bit.
+"""Dequantize a quantized checkpoint's weights once, with bit-identical outputs.
 
-torchao's linear quantizes the activations to int8, per token, and multiplies with the weight, which it dequantizes in
-every forward. lm_head and the embedding stay quantized, which halves their memory: few tokens reach
-lm_head, unless the model generates, and of the embedding only the rows that are looked up are dequantized.
+torchao's linear quantizes the activations to int8, per token, and multiplies them by the weight, which it dequantizes
+in every forward pass. lm_head and the embedding stay quantized, which halves their memory: few tokens reach lm_head,
+unless the model generates text, and only the rows of the embedding that are looked up are dequantized.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ CHUNK = 2**24
 
 
 def dequantize_once(model: torch.nn.Module, head: bool = False, linears: bool = True) -> None:
-    """Replace every quantized linear and embedding of the model; others stay.
+    """Replace every quantized linear and embedding of the model.
 
-    With `head`, lm_head is dequantized once too: generating needs it for every token. Without `linears`, only
-    embeddings are replaced: torchao's linears then dequantize in every forward, in less memory.
+    With `head`, lm_head is dequantized once, too, because text generation needs it for every token. Without `linears`,
+    only embeddings are replaced: torchao's linears then dequantize in every forward pass, and take less memory.
     """
     fake_quantize = FakeQuantize()
     for parent in list(model.modules()):
@@ -48,15 +48,15 @@ def dequantize_once(model: torch.nn.Module, head: bool = False, linears: bool = 
                 setattr(parent, name, (_Head if name == "lm_head" and not head else _Linear)(module, fake_quantize))
             else:
                 continue
-            # torchao's modules refer to themselves and would keep their weights until they are collected.
+            # torchao's modules have reference cycles and would keep their weights until they are garbage-collected.
             del module.weight
 
 
 def reorder_weights(model: torch.nn.Module, head: bool) -> None:
-    """Copy the weights of bfloat16 linears into the order in which the processor reads them; lm_head's with `head`.
+    """Pack the weights of bfloat16 linears into the CPU's preferred layout; also lm_head's with `head`.
 
-    The outputs are the same to the bit. Products with the last tokens of a few texts take half the time. A weight is
-    in memory once; that of an lm_head that is tied to the embedding, twice.
+    The outputs are bit-identical. Products with the last tokens of a few texts take half the time. Each weight is in
+    memory once, except for an lm_head that is tied to the embedding, which is in memory twice.
     """
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
@@ -80,16 +80,16 @@ class _Product(torch.nn.Module):
 
 
 class FakeQuantize:
-    """Quantize and dequantize activations, per token. Modules with the same input, as q, k and v, share the work."""
+    """Quantize and dequantize activations, per token. Modules with the same input (q, k, and v) share the work."""
 
     def __init__(self) -> None:
-        # The last input, which is not kept alive, and its result.
+        # A weak reference to the last input, and its result.
         self.last: tuple[weakref.ref[Tensor], Tensor] | None = None
 
     def __call__(self, activations: Tensor) -> Tensor:
         """Return the activations as torchao's linear quantizes them, without a gradient.
 
-        They must not be changed in place between two calls.
+        The activations must not be changed in place between two calls.
         """
         if self.last is None or self.last[0]() is not activations:
             self.last = None

@@ -1,7 +1,7 @@
-"""The speed of a program as measured on a phone, as frozen dataclasses: the file that --device-report names.
+"""The speed of a program on a phone, as frozen dataclasses: the content of the file for --device-report.
 
-`python -m benchmarks.device_report` writes it; the card shows it. After a change here,
-`python -m quantize_gemma.tasks.models.device_report` writes the JSON Schema, device_report.schema.json.
+`python -m benchmarks.device_report` writes it, and the card shows it. After a change to this module, run
+`python -m quantize_gemma.tasks.models.device_report` to update the JSON Schema, device_report.schema.json.
 """
 
 import json
@@ -17,7 +17,7 @@ from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.strict_json import read_object
 
 SCHEMA = Path(__file__).parent / "device_report.schema.json"
-# The upper limit of every count, bytes among them.
+# The upper limit of every count, including bytes.
 LARGEST = 10**15
 REMEDY = "create it with `python -m benchmarks.device_report`"
 # Messages for pydantic's error types.

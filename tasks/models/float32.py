@@ -1,9 +1,9 @@
-"""Products of float32 matrices at the speed of the processor."""
+"""Fast products of float32 matrices."""
 
 import contextlib
 from collections.abc import Iterator
 
-# The columns of the matrices that are tried, and a relative error that float32 stays far below and bfloat16 far above.
+# The number of columns of the test matrices, and a relative error that is far above float32's and far below bfloat16's.
 SIZE, EXACT = 256, 1e-5
 
 
@@ -11,8 +11,8 @@ SIZE, EXACT = 256, 1e-5
 def fast_products() -> Iterator[None]:
     """Have oneDNN multiply float32 matrices on the CPU, unless it would round them to bfloat16.
 
-    By default torch uses MKL, which reaches half of the speed of AMD's processors. It uses oneDNN only if oneDNN may
-    compute in bfloat16. On a processor where oneDNN does so, torch keeps MKL.
+    By default, torch uses MKL, which reaches half of the speed of AMD's processors. torch uses oneDNN only if oneDNN
+    may compute in bfloat16. On a processor where oneDNN actually does, torch keeps using MKL.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""The facts of the Gemma 3 family: every name and token that its code or its files use, in one place.
+"""The facts about the Gemma 3 family: every name and token that its code or its files use, in one place.
 
-Numbers of one model (layers, hidden size, the length of the sliding window) are read from its config.json; see
-config.py. This module imports nothing, so that everything may import it.
+The numbers of one model (layers, hidden size, sliding window) are read from its config.json; see config.py. This module
+imports nothing, so that every other module can import it.
 """
 
 from collections.abc import Mapping
@@ -25,25 +25,25 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Gemma3:
-    """The facts of the family.
+    """The facts about the family.
 
     Attributes:
         text_model_type: `model_type` of the language model's configuration.
         vision_model_type: `model_type` of the vision tower's configuration.
-        processor_class: The processor in transformers that hands images to the model.
+        processor_class: The processor in transformers that prepares images for the model.
         runtime_prefixes: Prefix of tensor names in the Hub's files -> prefix in the pinned transformers.
-        vision_prefixes: The vision tower's module prefix in transformers up to 5.0 and from 5.1 on, which lost a level.
+        vision_prefixes: The vision tower's module prefix in transformers up to 5.0, and from 5.1 on, one level shorter.
         embedding_module: Last part of the embedding's module name.
         head_module: Last part of the output head's module name.
-        heads: The head's tensor beside each name of the embedding's: the Hub's layout, a text-only model, and
+        heads: {name of the embedding's tensor: name of the head's}, for the Hub's layout, a text-only model, and
             transformers' own names.
-        vision_module: The attribute of the multimodal model that holds the vision tower, and its part of module names.
+        vision_module: The vision tower's attribute in the multimodal model, and its part of module names.
         embedding_scale: The embedding's buffer that holds sqrt(hidden_size), which multiplies every embedded token. It
             is not saved with the weights.
-        layer_types: The kinds of attention, by which layers are listed in config.json and masks are named.
-        roles: Role in a recipe -> regular expression on module names. Module names of one transformers version differ
-            from another's in their prefixes; the parts that are matched here do not.
-        bos_token: The token that every text starts with; without it the model generates nonsense.
+        layer_types: The kinds of attention in config.json's `layer_types`, which are also the names of masks.
+        roles: Role in a recipe -> regular expression on module names. The prefixes of module names differ between
+            versions of transformers; the parts that are matched here do not.
+        bos_token: The token that every text starts with; without it, the model generates nonsense.
         stop_tokens: The tokens that end an answer.
         image_token_index, boi_token_index, eoi_token_index: Default ids of an image's soft token, and of the tokens
             before and after an image.
@@ -98,11 +98,11 @@ class Gemma3:
 
     @property
     def architectures(self) -> dict[str, Architecture]:
-        """The model classes by their names."""
+        """The model classes by name."""
         return {architecture.class_name: architecture for architecture in (self.multimodal, self.text_only)}
 
     def runtime_name(self, name: str) -> str:
-        """Return the name in the loaded model of a tensor of the Hub's files."""
+        """Return the name in the loaded model of a tensor in the Hub's files."""
         for hub, runtime in self.runtime_prefixes.items():
             if name.startswith(hub):
                 return runtime + name.removeprefix(hub)

@@ -1,11 +1,12 @@
 """The program's attention over the tokens of an image: in both directions, as in the model.
 
-The model lets the tokens of an image attend to each other, in sliding and in full layers. The decoder that
-optimum-executorch exports takes embeddings and positions only, so it cannot tell an image from a text, and is causal.
+The model lets the tokens of an image attend to each other, in layers with sliding-window and with full attention. The
+decoder that optimum-executorch exports takes only embeddings and positions, so it cannot tell an image from text, and
+is causal.
 
-MultimodalRunner calls `text_decoder` once for each part of a prompt, with what `token_embedding` returns for a text or
-`vision_encoder` for an image, whatever its width (extension/llm/runner/multimodal_prefiller.cpp). So both
-return one more channel, 0 for a text and 1 for an image. A call is an image's if its first token has a 1 there.
+MultimodalRunner calls `text_decoder` once for each part of a prompt, with the output of `token_embedding` for text or
+of `vision_encoder` for an image, whatever its width (extension/llm/runner/multimodal_prefiller.cpp). Therefore, both
+return an additional channel, 0 for text and 1 for an image. A call is for an image if its first token has a 1 there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXAMPLE_INPUTS = "_prepare_decoder_only_export_inputs"
-# Makes the mask of each type of layer from the tokens' positions, and from whether they are an image's, a scalar.
+# Creates the mask of each layer type from the tokens' positions, and a scalar: whether they are an image's.
 MakeMasks = Callable[["Tensor", "Tensor"], dict[str, "Tensor"]]
 
 
@@ -49,15 +50,15 @@ def attend_in_image(
     Args:
         causal: The causal attention, [1, tokens, heads, head_dim].
         is_image: Whether the tokens are an image's.
-        query: The tokens' queries, as long.
+        query: The tokens' queries, of the same shape.
         key: The cache's keys, [1, positions, heads, head_dim].
-        value: The cache's values, as long.
+        value: The cache's values, of the same shape.
         last: The position of the last token, [1].
-        scale: What attention scores are multiplied with.
+        scale: The factor for attention scores.
     """
 
     def image(causal: Tensor, query: Tensor, key: Tensor, value: Tensor, last: Tensor) -> Tensor:
-        # The cache holds nothing of this sequence behind the image, but maybe of an earlier one.
+        # After the image, the cache has no tokens of this sequence, but may have those of an earlier one.
         visible = torch.arange(key.shape[1])[None] <= last[:, None]
         mask = torch.where(visible, 0.0, float("-inf")).expand(query.shape[1], key.shape[1]).contiguous()
         attended: Tensor = torch.ops.llama.custom_sdpa(query, key, value, 0, mask, 0.0, False, scale)
@@ -72,10 +73,10 @@ def attend_in_image(
 
 @contextlib.contextmanager
 def bidirectional_attention(module: Any, make_masks: MakeMasks) -> Iterator[None]:
-    """Export this module, optimum-executorch's of a multimodal model, with the channel, within the context.
+    """Export optimum-executorch's module of a multimodal model with the additional channel, within the context.
 
     Raises:
-        UserError: With the installed libraries, a causal program would be exported.
+        UserError: The installed libraries would export a causal program.
     """
     require("optimum-executorch", "1.1.0", type(module), EXAMPLE_INPUTS)
     embedding, example_inputs = module.model.get_input_embeddings(), getattr(module, EXAMPLE_INPUTS)
@@ -106,7 +107,7 @@ def bidirectional_attention(module: Any, make_masks: MakeMasks) -> Iterator[None
     def encode_image(self: torch.nn.Module, input_features: Tensor) -> Tensor:
         return _append_channel(encode(self, input_features), 1.0)
 
-    # With gradients, passes that run a graph again fail at torch.cond: its schema is traced, and knows no symbols.
+    # With gradients, passes that run a graph again fail at torch.cond, whose schema is traced without symbols.
     module.model.requires_grad_(requires_grad=False)
     with (
         replaced(module, EXAMPLE_INPUTS, decoder_inputs),

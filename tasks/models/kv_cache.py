@@ -1,18 +1,18 @@
-"""The program's key-value cache: prompts of any length, sequences longer than the sliding window.
+"""The program's key-value cache: prompts of any length, and sequences longer than the sliding window.
 
-The runners of phone apps pass a prompt to the program in one chunk: MultimodalRunner splits nothing, and TextLLMRunner
-splits by get_max_seq_len only, but lets answers run past the end of the cache if that is less than get_max_context_len
+The runners of phone apps pass a prompt to the program in one chunk: MultimodalRunner never splits it, and TextLLMRunner
+splits only by get_max_seq_len, but lets answers run past the end of the cache if that is less than get_max_context_len
 (v1.4.1, extension/llm/runner/). So a chunk may be as long as the whole sequence. optimum-executorch's ring buffer of
-twice the window takes at most a window at once: in a longer chunk the first tokens' keys are overwritten before they
-are used.
+twice the window accepts at most one window at a time: in a longer chunk, the first tokens' keys are overwritten before
+they are used.
 
-Here a sliding layer attends to what the ring buffer holds and, behind it, to the chunk itself, before the ring is
-updated. So a ring of one window is enough for chunks of any length, and takes half the memory. Where no sequence is
-longer than the window, sliding layers are no different from the others.
+Here, a sliding-window layer attends to the content of the ring buffer, followed by the chunk itself, before the buffer
+is updated. So a buffer of one window is enough for chunks of any length, and takes half the memory. If no sequence is
+longer than the window, these layers are the same as full-attention layers.
 
-An int8 cache is converted to float32 for each call, in memory that all layers share, and attention stays in float32.
-ExecuTorch's attention on int8 (`custom_quantized_sdpa`) has no fast kernel for x86: there, a prefill of 476 tokens over
-1,500 positions with gemma-3-4b's heads took it eight times as long.
+An int8 cache is converted to float32 for each call, in memory that all layers share, and attention is computed in
+float32. ExecuTorch's int8 attention (`custom_quantized_sdpa`) has no fast kernel for x86: a prefill of 476 tokens over
+1,500 positions with gemma-3-4b's heads took eight times as long.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 
 
 INT8_MAX = 127
-# Conversion between int8 and float32 without scaling, as XNNPACK has it: scale, zero point, smallest, largest, dtype.
-# Its kernel is ten times as fast as the portable one of Tensor.to(); the scales differ by position and are multiplied
-# separately.
+# XNNPACK's conversion between int8 and float32 without scaling: scale, zero point, minimum, maximum, dtype. Its kernel
+# is ten times as fast as the portable one of Tensor.to(). The scales differ by position and are multiplied separately.
 UNIT = 1.0, 0, -128, INT8_MAX, torch.int8
 
 
@@ -50,7 +49,7 @@ class CachedTensor(torch.nn.Module):
 
     def __init__(self, slots: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
-        # As ExecuTorch's kernels want it.
+        # The layout that ExecuTorch's kernels need.
         shape = 1, slots, heads
         self.register_buffer("data", torch.zeros(*shape, head_dim, dtype=dtype), persistent=False)
         scales = torch.zeros(*shape, 1) if dtype == torch.int8 else None
@@ -69,7 +68,7 @@ class CachedTensor(torch.nn.Module):
             torch.ops.llama.update_cache(part, cache, start)
 
     def write_slots(self, new: Tensor, slots: Tensor) -> None:
-        """Write [1, tokens, heads, head_dim] into these slots, [1, tokens]; the last token with a slot keeps it."""
+        """Write [1, tokens, heads, head_dim] into these slots, [1, tokens]; the last token of a slot wins."""
         for part, cache in self._parts(new):
             # With indices, the kernel ignores the start position.
             torch.ops.llama.update_cache_with_indices(part, cache, 0, slots)
@@ -114,7 +113,7 @@ class RingCache(torch.nn.Module):
         self.values = CachedTensor(window, heads, head_dim, dtype)
 
     def update(self, input_pos: Tensor, k_val: Tensor, v_val: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values, and return all that the new tokens may attend to.
+        """Write new keys and values, and return all keys and values that the new tokens may attend to.
 
         Args:
             input_pos: The new tokens' positions, [tokens].
@@ -122,7 +121,7 @@ class RingCache(torch.nn.Module):
             v_val: Their values, likewise.
 
         Returns:
-            Keys and values, [1, heads, window + tokens, head_dim]: the ring's before the update, then the new ones.
+            Keys and values, [1, heads, window + tokens, head_dim]: the old ones from the ring, then the new ones.
         """
         slots = (input_pos % self.window)[None]
         return self._append(self.keys, k_val, slots), self._append(self.values, v_val, slots)
@@ -137,11 +136,11 @@ class RingCache(torch.nn.Module):
 def sliding_mask(positions: Tensor, window: int, is_image: Tensor | None = None) -> Tensor:
     """Return the attention mask, float [tokens, window + tokens], of tokens at `positions` over the ring and the chunk.
 
-    Slots that were not written in this sequence are masked, whatever an earlier sequence left there. If `is_image`, a
-    bool scalar, the tokens of the chunk attend to all of it.
+    Slots that were not written in this sequence are masked, even if they contain an earlier sequence. If `is_image`, a
+    bool scalar, is true, the tokens of the chunk attend to the whole chunk.
     """
     before = positions[:1] - 1
-    # ExecuTorch's remainder of a negative integer is C's, not Python's.
+    # In ExecuTorch, the remainder of a negative integer is that of C, not of Python.
     cached = before - (before - torch.arange(window) + window) % window
     # Later than any position.
     cached = torch.where(cached < 0, torch.iinfo(torch.long).max, cached)
@@ -153,7 +152,7 @@ def sliding_mask(positions: Tensor, window: int, is_image: Tensor | None = None)
 
 
 def make_masks(max_seq_len: int, window: int) -> MakeMasks:
-    """Return what makes the masks of a decoder whose tokens may be an image's."""
+    """Return the function that creates the masks of a decoder whose tokens may be an image's."""
 
     def make(positions: Tensor, is_image: Tensor) -> dict[str, Tensor]:
         sliding = is_image if max_seq_len <= window else sliding_mask(positions, window, is_image)
@@ -164,11 +163,11 @@ def make_masks(max_seq_len: int, window: int) -> MakeMasks:
 
 @contextlib.contextmanager
 def unlimited_chunks(max_seq_len: int, cache_dtype: str) -> Iterator[None]:
-    """Export modules with this cache, and the attention and mask that go with it, within the context.
+    """Export modules with this cache, and its attention and masks, within the context.
 
     Args:
         max_seq_len: The longest sequence, in tokens.
-        cache_dtype: What the cache keeps keys and values in: "float32", or "int8" with scales in float32.
+        cache_dtype: The dtype of the cache: "float32", or "int8" with scales in float32.
 
     Raises:
         UserError: The installed optimum-executorch would export its own cache.
@@ -200,7 +199,7 @@ def unlimited_chunks(max_seq_len: int, cache_dtype: str) -> Iterator[None]:
         return module
 
     def mask(*_: object, cache_position: Tensor, local_size: int | None = None, **__: object) -> Tensor | None:
-        # Without a mask the attention is causal.
+        # Without a mask, attention is causal.
         return None if local_size is None or max_seq_len <= local_size else sliding_mask(cache_position, local_size)
 
     def attention(
@@ -213,7 +212,7 @@ def unlimited_chunks(max_seq_len: int, cache_dtype: str) -> Iterator[None]:
         scaling: float,
         **kwargs: object,
     ) -> tuple[Tensor, None]:
-        # A scalar says whether the tokens are an image's.
+        # A scalar: whether the tokens are an image's.
         is_image = attention_mask if attention_mask is not None and attention_mask.dim() == 0 else None
         masked = attention_mask is not None and is_image is None
         attended: Tensor

@@ -1,4 +1,4 @@
-"""The license fields of a model card. Malformed fields are dropped: they are no reason to fail a run."""
+"""The license fields of a model card. Malformed fields are dropped, because a run should not fail because of them."""
 
 import re
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from huggingface_hub.repocard_data import CardData
 
-# Weights derived from Gemma's stay under its terms, whatever a local directory does not say.
+# Weights derived from Gemma remain under its terms, even if a local directory does not mention them.
 GEMMA_TERMS = {"license": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
-# A link to a file of the release, which the Hub allows.
+# A link to a file in the release, which the Hub allows.
 FILE = re.compile(r"(LICENSE|NOTICE)[\w.-]{0,60}", re.ASCII)
 
 
 def clean_license(card: "Mapping[str, object] | CardData | None") -> dict[str, str]:
-    """Return the well-formed license fields of a model card's metadata, or none of them if `license` is not.
+    """Return the well-formed license fields of a model card's metadata; none if `license` itself is malformed.
 
-    A name is one line of text; a link leads to a web page or to a file of the release.
+    A name is one line of text; a link points to a web page or to a file in the release.
     """
     fields = {name: card.get(name) for name in ("license", "license_name", "license_link")} if card else {}
     checks = {"license": _is_license, "license_name": _is_name, "license_link": _is_link}

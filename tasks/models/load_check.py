@@ -1,7 +1,6 @@
-"""Check that transformers can load a checkpoint, from the weights' shapes alone, before anything long starts.
+"""Check that transformers can load a checkpoint, using only the shapes of the weights, before a long stage starts.
 
-A mistake in the configuration, the tokenizer or the image processor shows in seconds here instead of in a stage that
-runs hours later.
+This reveals a mistake in the configuration, the tokenizer, or the image processor in seconds, instead of hours later.
 """
 
 import contextlib
@@ -25,16 +24,16 @@ from quantize_gemma.tasks.runtime.strict_json import read_object
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# How many ids of a vocabulary may have no token.
+# The maximum number of vocabulary ids without a token.
 MAX_UNUSED_IDS = 10_000
 TEXT = "Hey, are you conscious? Can you talk to me?"
 
 
 def check_loads(checkpoint: Path) -> None:
-    """Check that transformers can load the model, its tokenizer and its processor, without loading a weight.
+    """Check that transformers can load the model, its tokenizer, and its processor, without loading a weight.
 
     Raises:
-        UserError: It cannot, or the files belong to different models.
+        UserError: Transformers cannot load them, or the files belong to different models.
     """
     from transformers import AutoConfig
 
@@ -62,10 +61,10 @@ def check_loads(checkpoint: Path) -> None:
 
 
 def _read_shapes(checkpoint: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the weights' shapes by their names in the loaded model, a tied head's included.
+    """Return the weights' shapes by their names in the loaded model, including that of a tied head.
 
     Raises:
-        UserError: There are more layers than weights, or there is no head although it is not tied.
+        UserError: There are more layers than weights, or the head is missing although it is not tied.
     """
     tensors = read_headers(checkpoint)
     layers = config.text.num_hidden_layers + (config.vision.num_hidden_layers if config.vision else 0)
@@ -87,7 +86,7 @@ def _read_shapes(checkpoint: Path, config: ModelConfig) -> dict[str, tuple[int, 
 
 
 def _check_token_ids(path: Path, tokenizer: dict[str, object]) -> None:
-    """Raise UserError if token ids are far apart: the library allocates memory and logs a line for each unused id."""
+    """Raise UserError if many token ids are unused: the library allocates memory and logs a line for each of them."""
     model, added_tokens = tokenizer.get("model"), tokenizer.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list):
@@ -102,7 +101,7 @@ def _check_token_ids(path: Path, tokenizer: dict[str, object]) -> None:
 
 
 def _load_tokenizer(checkpoint: Path, config: ModelConfig) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer, of the processor where there is one. Raises UserError if it cannot be loaded."""
+    """Return the tokenizer, or that of the processor if there is one. Raises UserError if it cannot be loaded."""
     from transformers import AutoProcessor, AutoTokenizer
 
     if not config.multimodal:
@@ -119,7 +118,7 @@ def _load_tokenizer(checkpoint: Path, config: ModelConfig) -> "PreTrainedTokeniz
 
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the tokens of a text, and of a chat if there is a template."""
+    """Return the tokens of a text, and of a chat if there is a chat template."""
     tokens = list(tokenizer(TEXT)["input_ids"])
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "system", "content": ""}, {"role": "user", "content": TEXT}]
@@ -129,7 +128,7 @@ def _tokenize(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def check_directory(checkpoint: str) -> dict[str, object]:
-    """Check a model directory completely, every weight included; run in a process of its own. Raises UserError."""
+    """Check a model directory completely, including every weight; run in a worker process. Raises UserError."""
     path = Path(checkpoint)
     for file in weight_files(path):
         check_finite(file)
@@ -159,7 +158,7 @@ def check_shapes(checkpoint: Path, config: "PreTrainedConfig", shapes: Mapping[s
 
 
 def _empty_model(checkpoint: Path, config: "PreTrainedConfig") -> "PreTrainedModel":
-    """Return the model without its weights."""
+    """Return the model without weights."""
     import torch
 
     with _transformers_errors(checkpoint / "config.json"), torch.device("meta"):

@@ -1,7 +1,8 @@
-"""What a run measured, as frozen dataclasses: the content of a release's metrics.json.
+"""The measurements of a run, as frozen dataclasses: the content of a release's metrics.json.
 
-The gate writes it; the card, the report and the next release read it. What was not measured is None, in every column.
-After a change here, `python -m quantize_gemma.tasks.models.metrics` writes the JSON Schema, metrics.schema.json.
+The gate writes it; the card, the reports, and the next release read it. Anything that was not measured is None, in
+every column. After a change to this module, run `python -m quantize_gemma.tasks.models.metrics` to update the JSON
+Schema, metrics.schema.json.
 """
 
 import dataclasses
@@ -16,9 +17,9 @@ from quantize_gemma.tasks.models.text_fidelity import Fidelity, ProgramFidelity,
 from quantize_gemma.tasks.runtime.paired_stats import Pairs
 
 SCHEMA = Path(__file__).parent / "metrics.schema.json"
-# Guessing scores this many standard errors above chance, or more, with a probability of 5 %.
+# With a probability of 5%, guessing scores at least this many standard errors above chance.
 ABOVE_CHANCE = 1.645
-# A field that this version does not know is an error, not something to drop silently.
+# An unknown field is an error: it must not be dropped silently.
 STRICT = {"extra": "forbid"}
 
 Json = dict[str, object]
@@ -26,7 +27,7 @@ Json = dict[str, object]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A metric with its standard error and the number of documents, where they are known. Accuracies are fractions."""
+    """A metric, with its standard error and the number of documents if they are known. Accuracies are fractions."""
 
     value: float
     stderr: float | None
@@ -62,9 +63,9 @@ class BenchmarkScore(Score):
         metrics: Further metrics.
         groups: The headline metric by group of tasks.
         tasks: The headline metric by task, such as an MMLU subject.
-        left_out: The number of documents that are longer than the program's sequences.
+        left_out: The number of documents that do not fit into the program's sequence length.
         device: The device that computed the answers.
-        limit: The limit on the documents of each task; None for all.
+        limit: The maximum number of documents per task; None for all.
     """
 
     task: str
@@ -82,7 +83,7 @@ class BenchmarkScore(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A choice or a text, and the choice's margin of log-likelihood over the next best choice's, in nats."""
+    """A choice or a text, and the margin of the choice's log-likelihood over the next best choice's, in nats."""
 
     answer: str
     margin: float | None
@@ -123,9 +124,9 @@ class SampleScore(BenchmarkScore):
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """KL divergences in nats per token from the checkpoint.
+    """KL divergences from the checkpoint, in nats per token.
 
-    `kl_program` is the program's; `kl_act_quant` is the baseline, what activation quantization alone causes.
+    `kl_program` is the program's; `kl_act_quant` is the baseline, which activation quantization alone causes.
     """
 
     kl_program: float | None
@@ -135,7 +136,7 @@ class Divergence:
 
 @dataclass(frozen=True, kw_only=True)
 class Positions:
-    """KL divergences in nats, one per position."""
+    """KL divergences at each position, in nats."""
 
     kl_program: list[float]
     kl_act_quant: list[float]
@@ -152,7 +153,7 @@ class PromptDivergence(Divergence):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDivergence(Divergence):
-    """KL divergences of the text after an image; `kl_causal_image` is what causal attention would cause."""
+    """KL divergences of the text after an image; `kl_causal_image` is the one that causal attention would cause."""
 
     kl_causal_image: float | None = None
 
@@ -167,7 +168,7 @@ class Distance:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionError:
-    """The vision encoder's squared error over the mean square: the program's, and activation quantization's."""
+    """The vision encoder's relative squared error: the program's, and the one that activation quantization causes."""
 
     error: float | None
     error_act_quant: float | None
@@ -182,7 +183,7 @@ class Agreement(Divergence):
 
     Attributes:
         kl_program: The program's KL divergence from the checkpoint on text, in nats per token.
-        kl_act_quant: What activation quantization alone causes.
+        kl_act_quant: The KL divergence that activation quantization alone causes.
         tokens: The number of tokens that were compared.
         same_argmax: The share of tokens whose most likely token is the same.
         nll_checkpoint, nll_program: Mean negative log-likelihoods of the text, in nats per token.
@@ -210,7 +211,7 @@ class Agreement(Divergence):
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What was generated from a prompt."""
+    """A prompt and the generated response."""
 
     prompt: str
     response: str
@@ -218,7 +219,7 @@ class Response:
 
 @dataclass(frozen=True, kw_only=True)
 class Smoke(Response):
-    """What the checkpoint generates from a prompt."""
+    """A prompt and the checkpoint's response."""
 
     chat_template: bool
     new_tokens: int
@@ -244,7 +245,7 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerCheck:
-    """In how many cases of a kind the C++ runner differs from the program, and what is wrong in the first of them."""
+    """The number of cases of a kind in which the C++ runner differs from the program, and examples of failures."""
 
     name: str
     cases: int
@@ -268,7 +269,7 @@ class Quantized(Base):
         fidelity: Its distance from the base model on text.
         reference: Its distance from a reference model, if one was named.
         weight_error: The relative squared error of the weights by role; like `output_error`, before distillation.
-        packed_bytes: Its size with integers packed at their bit width, scales, and weights that are not quantized.
+        packed_bytes: Its size with integers packed at their bit widths, including scales and unquantized weights.
         output_error: For a calibrated recipe, the relative squared error of each module's outputs on the calibration
             tokens.
     """
@@ -288,11 +289,11 @@ class Program:
     Attributes:
         bytes: The size of model.pte.
         fidelity: Its distance from the base model on text.
-        task: Whether it reads images, as optimum-executorch names its task.
-        backend, dtype: What it is lowered to, and what it computes in.
+        task: Its task in optimum-executorch, which says whether it reads images.
+        backend, dtype: The backend that it is lowered to, and the dtype that it computes in.
         custom_sdpa, custom_kv_cache, kv_cache_dtype, last_logits_only, bidirectional_images: The options of the export.
         delegation: {method: {"xnnpack" | "custom" | "portable": {operator: calls}}}.
-        text, image: What it generates from a text and from an image.
+        text, image: Its responses to a text and to an image.
         agreement: How far it is from the checkpoint.
         runner: The checks of the C++ runner.
         processor, threads: The machine on which its speed was measured.
@@ -342,7 +343,7 @@ class Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationData:
-    """What the recipe was calibrated on: sequences of the dataset or text, and of the base model's own answers."""
+    """The calibration data: sequences of the dataset or text, and of the base model's own answers."""
 
     dataset: Dataset
     sequences: int
@@ -353,7 +354,7 @@ class CalibrationData:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The KL divergence from the base model on held-out sequences, in nats, after a number of steps."""
+    """The KL divergence from the base model on the held-out sequences after a number of steps, in nats."""
 
     step: int
     kl: float
@@ -361,9 +362,9 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationData:
-    """How a distilled recipe's scales and norms were trained: on how many sequences, for how many steps.
+    """How a distilled recipe's scales and norms were trained: the number of sequences and of steps.
 
-    `held_out` is the number of sequences that are not trained on, and `held_out_kl` the measurements on them.
+    `held_out` is the number of sequences that are not trained on, and `held_out_kl` has the measurements on them.
     """
 
     sequences: int
@@ -374,7 +375,7 @@ class DistillationData:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkInfo:
-    """What a benchmark is: its row of the table in benchmarks.py, and its dataset.
+    """A benchmark: its row of the table in benchmarks.py, and its dataset.
 
     Attributes:
         title: Its name on the card.
@@ -382,10 +383,10 @@ class BenchmarkInfo:
         metrics: Further metrics, with their titles.
         higher_is_better: Whether a larger value of the headline metric is better.
         chance: The headline metric of random guessing; None if guesses never score.
-        task_type: The type of task, as the Hub's model index names it.
-        is_own_task: Whether the task is one that the lm_eval command line does not have.
-        words: A sentence for the card about how it is measured.
-        dataset: What it was measured on.
+        task_type: The task type in the Hub's model index.
+        is_own_task: Whether the task is part of quantize-gemma, so that the lm_eval command line does not have it.
+        words: A description for the card of how it is measured.
+        dataset: The dataset that it was measured on.
     """
 
     title: str
@@ -414,15 +415,15 @@ class Check:
 
     Attributes:
         name: For example "mmlu_drop".
-        status: "uninformative", which does not fail the gate, if there was nothing to compare, the base model answers
-            by chance, or no limit was set.
-        low_confidence: It passes, with a confidence below 95 %.
-        value: What was measured; None if it is not a finite number.
-        limit: What the value is compared with; None if it is recorded only.
+        status: "uninformative", which does not fail the gate, if there was nothing to compare, the base model scores
+            at chance level, or no limit was set.
+        low_confidence: Whether it passes with a confidence below 95%.
+        value: The measured value; None if it is not a finite number.
+        limit: The limit on the value; None if the value is only recorded.
         margin: The distance to the limit, negative beyond it.
-        stderr: The value's standard error, where it can be estimated.
-        confidence: The probability that the true value is within the limit, where there is a standard error.
-        message: One sentence for people.
+        stderr: The value's standard error, if it can be estimated.
+        confidence: The probability that the true value is within the limit, if there is a standard error.
+        message: The result in one sentence.
     """
 
     name: str
@@ -452,19 +453,20 @@ class Metrics(Columns):
 
     Attributes:
         base, quantized, program: The columns of the quality table.
-        schema_version: Changes when a field changes its meaning or is removed.
+        schema_version: The version of the schema, which changes when a field is removed or changes its meaning.
         base_model, base_revision: The model and its commit, or the digest of a directory.
         license: The license fields of the base model's card.
         fixture_model: Whether it is the built-in model.
         text: The text on which the distance from the base model was measured.
-        benchmarks: What each benchmark is, by name.
+        benchmarks: The benchmarks, by name.
         recipe, recipe_hash: The recipe's name, and the hash of its rules.
         max_seq_len: The longest sequence of the program, in tokens.
         run_id: The id of the flow run in Prefect.
-        commands: The command of this run, and lm_eval's for each benchmark of the base model.
+        commands: The command of this run, and lm_eval's command for each benchmark of the base model.
         versions: The versions of the libraries.
-        loads_in: The versions with which the card's loading code was run.
-        pairs: How many documents of each benchmark base and checkpoint answer correctly: both, only one, neither.
+        loads_in: The versions with which the card's loading code was tested.
+        pairs: The number of documents of each benchmark that both base model and checkpoint, only one of them, or
+            neither answer correctly.
         stages: The cost of each stage.
         gate: The gate's verdict.
         calibration, distillation: How the recipe was calibrated and distilled, if it was.
@@ -533,7 +535,7 @@ def column_fields(column: str) -> set[str]:
 
 
 def _nest_scores(content: Mapping[str, object]) -> Json:
-    """Return a JSON object whose columns have the benchmarks' scores in a field of their own."""
+    """Return a JSON object whose columns have the benchmarks' scores in a separate field."""
     nested = dict(content)
     for name in COLUMNS:
         fields = column_fields(name)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# The constant method of a program that tells images from text by one more channel of the embeddings.
+# The constant method of a program whose embeddings have an additional channel that tells images from text.
 IMAGE_CHANNEL = "has_image_channel"
 
 
@@ -22,7 +22,7 @@ def has_image_channel(path: Path) -> bool:
 
 
 def insert_image_features(features: Tensor, embeddings: Tensor, is_image: Tensor) -> Tensor:
-    """Return a copy of `embeddings`, [1, tokens, width], with an image's features where `is_image` is true."""
+    """Return a copy of `embeddings`, [1, tokens, width], with the image's features where `is_image` is true."""
     result = embeddings.clone()
     result[0, is_image] = features.reshape(-1, embeddings.shape[-1])
     return result
@@ -32,8 +32,8 @@ class PteProgram:
     """A loaded program: embed tokens, encode images, and decode with a key-value cache.
 
     Attributes:
-        multimodal: Whether the program takes images; a text-only program has the method `forward` alone.
-        has_image_channel: Whether embeddings have one more channel, which says whether a token is an image's.
+        multimodal: Whether the program takes images; a text-only program has only the method `forward`.
+        has_image_channel: Whether embeddings have an additional channel, which marks the tokens of an image.
         max_seq_len: The longest sequence, in tokens.
         max_chunk: The maximum number of tokens that one call of the decoder takes.
         eos_ids: The tokens that end a turn.
@@ -53,13 +53,13 @@ class PteProgram:
         self._decoder = self._program.load_method("text_decoder" if self.multimodal else "forward")
         self.max_seq_len = int(self._program.load_method("get_max_seq_len").execute([])[0])
         self.eos_ids: set[int] = set(self._program.load_method("get_eos_ids").execute([]))
-        # A prompt of a whole sequence would leave no room for an answer.
+        # A prompt as long as the sequence would leave no room for an answer.
         self.max_chunk = self.max_seq_len - 1
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Return the embeddings of `ids`, [1, tokens, width]; for a text-only program, `ids` themselves.
 
-        The width is the hidden size, and one more with an image channel.
+        The width is the hidden size, plus one if there is an image channel.
         """
         import torch
 
@@ -75,18 +75,18 @@ class PteProgram:
         return features
 
     def without_channel(self, embeddings: Tensor) -> Tensor:
-        """Return embeddings without the channel that says whether they are an image's."""
+        """Return embeddings without the image channel."""
         return embeddings[..., :-1] if self.has_image_channel else embeddings
 
     def decode(self, inputs: Tensor, positions: set[int]) -> Tensor:
         """Return the logits at `positions`, [positions, vocabulary], of a new sequence.
 
-        The sequence is read in chunks that end at these positions, because a program may return the logits of the last
-        token only, and so that an image is a chunk of its own. Position 0 empties the cache. All methods share their
+        The sequence is read in chunks that end at these positions, because a program may return only the logits of the
+        last token, and so that an image is a separate chunk. Position 0 empties the cache. All methods share their
         memory: run nothing else between two chunks.
 
         Args:
-            inputs: What embed_tokens() returns.
+            inputs: The output of embed_tokens().
             positions: Positions in the sequence, from 0.
         """
         import torch
@@ -152,7 +152,7 @@ class PteProgram:
         return logits
 
     def _image_edges(self, inputs: Tensor, start: int) -> set[int]:
-        """Return the positions at which an image begins, or a text after one."""
+        """Return the positions at which an image begins, or the text after it."""
         if not self.has_image_channel:
             return set()
         is_image = inputs[0, :, -1] > 0

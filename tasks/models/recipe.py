@@ -1,8 +1,8 @@
 """Recipes: how each weight is quantized. A recipe is data that compiles to torchao's own configurations.
 
-A recipe is a JSON file: a name, a description and rules. To add one, put its file into recipes/; its name is the file's
-name without .json. A rule names a role of the family (or `re:<regular expression>` on module names) and, for these
-modules, the weight's dtype, the group size (null: one scale per row), dynamic activation quantization, and the
+A recipe is a JSON file with a name, a description, and rules. To add one, put its file into recipes/; its name is the
+file name without .json. A rule names a role (or `re:<regular expression>` on module names) and, for the modules with
+that role, the weight's dtype, the group size (null: one scale per row), dynamic activation quantization, and the
 algorithm that chooses the scales.
 """
 
@@ -42,8 +42,8 @@ DISTILLATION_REASONS = {
     "unexpected_keyword_argument": "is not a setting of a distillation: use sequences, steps, learning_rate",
 }
 RECIPES = Path(__file__).parent / "recipes"
-# `affine` and `hqq_scale_only` are torchao's `intx_choose_qparams_algorithm`; `search` needs no data either, and `gptq`
-# needs the recipe's calibration. `exact` is for weights that are on a grid already.
+# `affine` and `hqq_scale_only` are torchao's `intx_choose_qparams_algorithm`; `search` needs no data either; `gptq`
+# needs calibration. `exact` is for weights that are already on a grid.
 Algorithm = Literal["affine", "hqq_scale_only", "search", "gptq", "exact"]
 TORCHAO_ALGORITHMS = ("affine", "hqq_scale_only")
 WeightDtype = Literal["int4", "int8"]
@@ -56,9 +56,9 @@ class Rule:
 
     Attributes:
         match: A role, or `re:<regular expression>` on module names.
-        weight: The weight's dtype, a name in torch.
-        group_size: How many columns share a scale; None for one scale per row.
-        activation: "int8" for dynamic quantization of activations, per token; None for none.
+        weight: The name of the weight's dtype in torch.
+        group_size: The number of columns that share a scale; None for one scale per row.
+        activation: "int8" for dynamic per-token quantization of activations; None for weight-only quantization.
         algorithm: The algorithm that chooses the scales.
     """
 
@@ -83,16 +83,17 @@ class Rule:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration tokens, and the settings of the rules with `gptq`.
+    """The calibration data, and the settings for the rules with `gptq`.
 
     Attributes:
-        sequences: How many sequences of the calibration text, evenly spread; fewer if it is shorter.
-        answers: How many more sequences of the base model's own answers, if it has a chat template.
-        length: Tokens of a sequence, <bos> included.
-        damping: What is added to a Hessian's diagonal, as a fraction of its mean.
-        order: "activations" rounds the columns with the largest inputs first, "columns" from the first to the last.
-        passes: Passes of coordinate descent after GPTQ.
-        compensation: The fraction of the error of earlier blocks that a linear corrects, from 0 to 1.
+        sequences: The number of sequences from the calibration text, evenly spaced; fewer if the text is shorter.
+        answers: The number of additional sequences with the base model's own answers, if it has a chat template.
+        length: The number of tokens in a sequence, including <bos>.
+        damping: The value added to the diagonal of each Hessian, as a fraction of the diagonal's mean.
+        order: The order in which columns are rounded: "activations" (largest inputs first) or "columns" (first to
+            last).
+        passes: The number of passes of coordinate descent after GPTQ.
+        compensation: How much of the error of earlier blocks a linear layer corrects, from 0 to 1.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -110,7 +111,8 @@ class Calibration:
 # calibration tokens run through a block.
 ANSWER_BATCH = 8
 CHUNK_ELEMENTS = 2**23
-# Sequences of a distillation step, and the positions of each that the loss uses: the head is most of the work there.
+# The sequences in a distillation step, and the positions of each that the loss uses: few, because the head dominates
+# the cost.
 STEP_SEQUENCES = 4
 STEP_POSITIONS = 64
 # Positions whose logits are in memory at once.
@@ -125,9 +127,10 @@ class Distillation:
     """How the scales and the norms are trained after quantization.
 
     Attributes:
-        sequences: How many sequences of the calibration text to learn from, evenly spread; fewer if it is shorter.
+        sequences: The number of sequences from the calibration text to train on, evenly spaced; fewer if the text is
+            shorter.
         steps: The maximum number of Adam steps.
-        learning_rate: The peak learning rate; scales and norms change by about that fraction in a step.
+        learning_rate: The peak learning rate; scales and norms change by about this fraction per step.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -139,7 +142,7 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A name, rules that match every quantizable module once, and settings for calibration and distillation."""
+    """A name, rules that match every quantizable module exactly once, and calibration and distillation settings."""
 
     name: str
     rules: tuple[Rule, ...]
@@ -149,14 +152,14 @@ class Recipe:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Recipe":
-        """Return the recipe of what `to_json` returned; for a file that a person wrote, see load_recipe."""
+        """Return the recipe from the output of `to_json`. To read a recipe file, use load_recipe."""
         rules = tuple(Rule(**rule) for rule in value["rules"])
         calibration = Calibration(**value["calibration"]) if "calibration" in value else None
         distillation = Distillation(**value["distillation"]) if "distillation" in value else None
         return cls(value["name"], rules, value.get("description"), calibration, distillation)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recipe as JSON values: what a stage takes, and what counts in its key."""
+        """Return the recipe as JSON values, which stages take as input and hash into their keys."""
         value: dict[str, Any] = {"name": self.name, "rules": [asdict(rule) for rule in self.rules]}
         if self.calibration is not None:
             value["calibration"] = asdict(self.calibration)
@@ -166,7 +169,7 @@ class Recipe:
 
 
 def load_recipe(name: str) -> Recipe:
-    """Return the recipe of this name, or the one in the JSON file at this path.
+    """Load the built-in recipe with this name, or the recipe in the JSON file at this path.
 
     Raises:
         UserError: There is no such recipe, or its file is not valid; the message names the file and the field.
@@ -181,7 +184,7 @@ def load_recipe(name: str) -> Recipe:
         )
     content = read_object(path, "it needs a name and rules, as JSON")
     try:
-        # From JSON text, for strict mode accepts objects as dataclasses there, and true as a number nowhere.
+        # Validate JSON text: only there, strict mode accepts objects as dataclasses. It never accepts true as a number.
         recipe = TypeAdapter(Recipe).validate_json(canonical_json(content), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
@@ -218,7 +221,7 @@ def load_recipe(name: str) -> Recipe:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Return the SHA-256 of the recipe's rules and settings; its name and description do not count."""
+    """Return the SHA-256 of the recipe's rules and settings, without its name and description."""
     content = recipe.to_json()
     settings = [content[name] for name in ("calibration", "distillation") if name in content]
     hashed_content = [content["rules"], *settings] if settings else content["rules"]
@@ -234,7 +237,7 @@ def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Ru
 
     Raises:
         UserError: A rule matches no module, a module is matched by no rule or by two, or a group size does not divide
-            a module's columns. A rule for the vision tower may match nothing in a model that has none.
+            a module's columns. A rule for the vision tower may match nothing in a text-only model.
     """
     has_vision = any(GEMMA3.is_vision(name) for name in modules)
     rules: dict[str, Rule] = {}
@@ -271,7 +274,7 @@ def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Ru
 
 
 def packed_bytes(shapes: Mapping[str, Sequence[int]], rules: Mapping[str, Rule]) -> int:
-    """Return the bytes of weights, packed: integers at their width, a bfloat16 scale for each group, the rest bfloat16.
+    """Return the size of packed weights: integers at their bit width, scales and all other weights in bfloat16.
 
     Args:
         shapes: The shapes of all weights by name.
@@ -307,7 +310,7 @@ def torchao_config(rule: Rule) -> "AOBaseConfig":
 
 
 def _check_rule(path: Path, content: Mapping[str, object], number: int, rule: Rule) -> None:
-    """Raise UserError for mistakes in a rule that its types do not rule out."""
+    """Raise UserError for mistakes in a rule that the type checks do not detect."""
     location = ("rules", number)
     if not rule.match.isprintable():
         _refuse(path, content, (*location, "match"), "must be one line of text")
@@ -323,7 +326,7 @@ def _check_rule(path: Path, content: Mapping[str, object], number: int, rule: Ru
 
 
 def _check_gptq(path: Path, content: Mapping[str, Any], number: int, recipe: Recipe) -> None:
-    """Raise UserError for a rule with `gptq` without a calibration, or for modules or formats that GPTQ lacks."""
+    """Raise UserError for a rule with `gptq` without calibration, or with an unsupported role or format."""
     rule, location = recipe.rules[number], ("rules", number)
     if recipe.calibration is None:
         _refuse(
@@ -341,7 +344,7 @@ def _check_gptq(path: Path, content: Mapping[str, Any], number: int, recipe: Rec
 
 
 def _refuse(path: Path, content: Mapping[str, Any], location: tuple[int | str, ...], reason: str) -> NoReturn:
-    """Raise UserError that names the recipe's file, the rule and the field, and says what is wrong with it."""
+    """Raise UserError that names the recipe's file, the rule, and the field, and says what is wrong."""
     rule = ""
     if len(location) > 1 and isinstance(location[1], int):
         value = content["rules"][location[1]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 # Documents per shard, by the kind of request: a run that is killed loses only the shards in progress. MMLU's subjects
-# stay whole, and the questions about one image, which are neighbors, stay together.
+# are not split, and questions about the same image, which are neighbors, stay together.
 DOCUMENTS = {"loglikelihood": 2000, "loglikelihood_rolling": 50, "generate_until": 50}
 
 
@@ -38,7 +38,7 @@ Score = Callable[[list[Request]], list[JsonValue]]
 
 
 def shard_requests(requests: Sequence[Request]) -> Shards:
-    """Return the requests by task, those of a large task in several shards; a document's requests stay together."""
+    """Group requests by task, and split large tasks into several shards; a document's requests stay together."""
     tasks: Shards = {}
     for request in requests:
         tasks.setdefault(request.task, []).append(request)
@@ -54,7 +54,7 @@ def shard_requests(requests: Sequence[Request]) -> Shards:
 
 
 def count_documents(requests: Sequence[Request]) -> int:
-    """Return how many documents the requests are about."""
+    """Return the number of documents of the requests."""
     return len({(request.task, request.doc_id) for request in requests})
 
 
@@ -67,7 +67,7 @@ def write_requests(shards: Shards, folder: Path) -> None:
 
 
 def read_requests(folder: Path) -> Shards:
-    """Return the shards that were written, in their order."""
+    """Read the shards, in their order."""
     names = json.loads((folder / "order.json").read_text(encoding="utf-8"))
     return {
         name: [Request(*row) for row in json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))]
@@ -78,7 +78,7 @@ def read_requests(folder: Path) -> Shards:
 def to_request(
     task: str, doc_id: int, index: int, kind: str, arguments: tuple[object, ...], row: int | None
 ) -> Request:
-    """Return a request of lm-eval's as JSON values; images become the number of their row in the dataset."""
+    """Convert an lm-eval request to JSON values; images are replaced by their row numbers in the dataset."""
     values = [
         {"row": row} if isinstance(argument, dict) and "visual" in argument else argument for argument in arguments
     ]

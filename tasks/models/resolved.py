@@ -9,9 +9,9 @@ class ResolvedDataset:
     """A built-in benchmark or a dataset on the Hub, at one revision.
 
     Attributes:
-        name: The name that reports show.
+        name: The name in reports.
         revision: The commit on the Hub, or the digest of a directory's files.
-        source: Where `download` reads it: a repository on the Hub, or a directory.
+        source: The repository on the Hub, or the directory, from which `download` reads it.
         fixture: Whether it is built in, so that its scores mean nothing.
         on_hub: Whether `source` is a repository on the Hub.
     """
@@ -30,8 +30,8 @@ class ResolvedModel(ResolvedDataset):
     Attributes:
         license: The license fields of its model card, cleaned; see license.py.
         weight_bytes: The size of its weight files in bytes.
-        weights: The number of its weights; a lower bound where only their size is known.
-        multimodal: Whether it reads images; True where only its files will say.
+        weights: The number of its weights; a lower bound if only their size is known.
+        multimodal: Whether it reads images; True if this is not known before the download.
     """
 
     license: Mapping[str, str]

@@ -1,8 +1,8 @@
-"""The program's rotary embeddings: cosines and sines of the positions, made once for all layers of a kind.
+"""The program's rotary embeddings: cosines and sines of the positions, computed once for all layers of a kind.
 
 transformers adds a dimension to both in every layer. ExecuTorch's export moves all of these copies to the start of the
-graph, because they depend on nothing else, so the planned memory holds two tables for each layer until it has run:
-71 MB for gemma-3-4b with 1,024 positions.
+graph, because they depend on nothing else, so planned memory contains two tables for each layer until that layer has
+run: 71 MB for gemma-3-4b with 1,024 positions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def shared_rotary_tables() -> Iterator[None]:
-    """Export modules whose layers share their tables, within the context; the program computes the same.
+    """Export modules whose layers share their tables, within the context; the program's outputs do not change.
 
     Raises:
         UserError: With the installed transformers, every layer would have its own tables.

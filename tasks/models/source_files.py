@@ -1,7 +1,7 @@
-"""Which files of a local model directory are read; links must not point out of the directory.
+"""The files of a local model directory that are read. Links must not point outside the directory.
 
-A model directory may come from anybody. A link in it that leads elsewhere could put a private file, such as a token,
-into a release. Only the Hub cache's own links, from snapshots/<commit>/ to blobs/, may leave the directory.
+A model directory may be untrusted. A link that points outside could put a private file, such as a token, into a
+release. Only the Hub cache's own links, from snapshots/<commit>/ to blobs/, may leave the directory.
 """
 
 import fnmatch
@@ -14,8 +14,8 @@ from quantize_gemma.tasks.runtime.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What a release needs in addition to the weights, at the directory's top level: no pickles, no code, no training state,
-# no notes. Transformers and ExecuTorch's runner read nothing else.
+# The files that a release needs besides the weights, at the directory's top level: no pickles, code, training state, or
+# notes. Transformers and ExecuTorch's runner read nothing else.
 FILES = (
     "config.json",
     "generation_config.json",
@@ -33,7 +33,7 @@ TERMS = ("LICENSE*", "NOTICE*")
 
 
 def is_release_file(name: str) -> bool:
-    """Tell whether a file of this name, other than weights, goes into a release."""
+    """Tell whether a file with this name, other than weights, goes into a release."""
     return name in FILES or ("/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in TERMS))
 
 
@@ -41,7 +41,7 @@ def release_files(folder: Path) -> list[str]:
     """Return the names of a directory's files, other than weights, that go into a release.
 
     Raises:
-        UserError: One of them is not a file of this directory.
+        UserError: One of them is not a file in this directory.
     """
     try:
         names = sorted(os.listdir(folder))
@@ -61,15 +61,15 @@ def release_files(folder: Path) -> list[str]:
 def open_source(folder: Path, name: str) -> io.BufferedReader:
     """Open a file of a model directory for reading.
 
-    The checks look at the open file, so that nobody can replace it, or a directory above it, in between. A hard link
-    cannot be told from a file.
+    The checks use the open file, so that it, or a directory above it, cannot be replaced in between. A hard link cannot
+    be distinguished from a file.
 
     Raises:
         UserError: It is not a regular file, or is outside the directory.
     """
     path = folder / name
     try:
-        # O_NONBLOCK, because opening a pipe otherwise waits for its other end.
+        # O_NONBLOCK, because opening a pipe would otherwise wait for its other end.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -90,7 +90,7 @@ def open_source(folder: Path, name: str) -> io.BufferedReader:
 
 
 def _allowed_folders(folder: Path) -> list[Path]:
-    """Return where a model directory's files may be: in it, or in the blobs of the Hub's cache that it is part of."""
+    """Return where a model directory's files may be: in it, or in the blobs of the Hub cache that contains it."""
     real = folder.resolve()
     repository = real.parent.parent
     if real.parent.name == "snapshots" and repository.name.startswith("models--"):

@@ -57,7 +57,7 @@ def benchmark_rows(columns: Columns, name: str) -> dict[str, Row]:
 
 
 def summary_rows(columns: Columns) -> list[Row]:
-    """Return what a reader wants to know first: size, distance from the base model, main scores, and speed."""
+    """Return the summary table: size, distance from the base model, main scores, and speed."""
     quantized, program = columns.quantized.fidelity, columns.program.fidelity
     speed = columns.program.speed["text"]
     rows = [
@@ -112,7 +112,7 @@ def quality_rows(columns: Columns) -> list[Row]:
 
 
 def distance_rows(columns: Columns, checks: Sequence[Check]) -> list[Row]:
-    """Return the table of the distance from the base model on text, with the gate's checks of it."""
+    """Return the table of the distance from the base model on text, with the results of the gate's checks."""
     names = {"max_kl": "KL", "min_same_top": "same top"}
     results = [
         f"{names[check.name]}{'' if check.limit is None else ' ' + _format_limit(check)}: {_format_result(check)}"

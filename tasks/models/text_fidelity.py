@@ -1,4 +1,4 @@
-"""How far a model is from its base model on text, as frozen dataclasses: the `fidelity` of a column of metrics.json."""
+"""A model's distance from its base model on text, as frozen dataclasses: a column's `fidelity` in metrics.json."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """How many tokens have a KL divergence between neighboring edges, in nats."""
+    """The number of tokens with a KL divergence between neighboring edges, which are in nats."""
 
     edges: list[float]
     counts: list[int]
@@ -14,13 +14,13 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """Distances from the base model, token by token, each with its standard error, None for a single window.
+    """Distances from the base model, token by token. Each has a standard error, which is None for a single window.
 
     Attributes:
-        tokens, windows: How many were compared.
+        tokens, windows: The number of tokens and of windows that were compared.
         kl_mean, kl_median, kl_90, kl_99, kl_max: The KL divergence from the base model, in nats.
         same_top: The share of tokens whose most likely token is the same.
-        dp_mean, dp_rms: The change of the true token's probability, and its root mean square.
+        dp_mean, dp_rms: The mean and the root mean square of the change in the true token's probability.
         ppl, ppl_base: The model's perplexity and the base model's.
         ppl_log_ratio: The logarithm of their ratio.
         kl_histogram: The histogram of KL divergences.
@@ -57,9 +57,9 @@ class Fidelity(Distances):
     """The quantized checkpoint's distances, as shipped.
 
     Attributes:
-        weights_only: Those of both models in float32, without quantized activations.
-        second_half: Those of the second half of each window alone, as llama.cpp scores it.
-        chat: Those of the base model's answers to fixed prompts; None without a chat template.
+        weights_only: The distances of both models in float32, without quantized activations.
+        second_half: The distances on the second half of each window, which llama.cpp scores.
+        chat: The distances on the base model's answers to fixed prompts; None without a chat template.
     """
 
     weights_only: Distances
@@ -69,7 +69,7 @@ class Fidelity(Distances):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceFidelity:
-    """The quantized checkpoint's distances from a model that is not its base, such as the one before fine-tuning."""
+    """The quantized checkpoint's distances from a model other than its base, such as the one before fine-tuning."""
 
     name: str
     revision: str
@@ -78,7 +78,7 @@ class ReferenceFidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramFidelity(Distances):
-    """The program's distances on a sample of tokens; `checkpoint` are the checkpoint's on the same tokens."""
+    """The program's distances on a sample of tokens; `checkpoint` has the checkpoint's on the same tokens."""
 
     checkpoint: Distances
 
@@ -104,7 +104,7 @@ class Damage:
     activations_stderr: float | None
 
 
-# What is quantized in a module.
+# The parts of a module that can be quantized.
 KINDS = ("weights", "activations")
 
 
@@ -116,7 +116,7 @@ def parse_damages(rows: object) -> list[Damage]:
 
 
 def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
-    """Return the table of the KL divergence from quantizing each module alone: a row per block, a column per role.
+    """Return a table of the KL divergence from quantizing each module alone: a row per block, a column per role.
 
     Args:
         damages: The modules.
@@ -135,7 +135,7 @@ def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
 
 
 def reference_rows(reference: ReferenceFidelity) -> dict[str, Distances]:
-    """Return the distances from a reference model by what the table calls them."""
+    """Return the distances from a reference model, by their names in the table."""
     name, distances = reference.name, reference.fidelity
     return {f"from {name}, as shipped": distances, f"from {name}, weights only": distances.weights_only}
 
@@ -143,7 +143,7 @@ def reference_rows(reference: ReferenceFidelity) -> dict[str, Distances]:
 def fidelity_rows(
     quantized: Fidelity, program: ProgramFidelity, checks: Sequence[str], reference: ReferenceFidelity | None = None
 ) -> list[dict[str, str]]:
-    """Return the rows of the table of fidelity, the most important first.
+    """Return the rows of the fidelity table, the most important first.
 
     Args:
         quantized: The quantized checkpoint's.
