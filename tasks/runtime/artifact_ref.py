@@ -1,4 +1,4 @@
-"""What stages hand to each other: a reference of an artifact in the store, small enough for Prefect to keep as JSON."""
+"""References to artifacts in the store, which stages pass to each other; Prefect stores them as JSON."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ class ArtifactRef:
     """An artifact's identity.
 
     Attributes:
-        stage: The stage that made it.
+        stage: The stage that wrote it.
         key: Its key in the store.
-        digest: The digest of its content; an artifact that was made again may have another one.
-        size: The bytes of its files.
+        digest: The digest of its content, which may differ after a rebuild.
+        size: The total size of its files in bytes.
     """
 
     stage: str
@@ -30,19 +30,19 @@ class ArtifactRef:
 
 
 def ref_of(artifact: Artifact) -> ArtifactRef:
-    """Return the reference of an artifact."""
+    """Return a reference to an artifact."""
     return ArtifactRef(artifact.stage, artifact.key, artifact.digest, artifact.size)
 
 
 def open_artifact(ref: ArtifactRef, rehash: bool = False) -> Artifact:
-    """Return the artifact, pinned: it stays as it is until the run ends.
+    """Pin and return the artifact, so that it does not change until the run ends.
 
     Args:
         ref: Its reference.
-        rehash: Hash all of its files.
+        rehash: Whether to hash all of its files.
 
     Raises:
-        StageFailed: The store does not have it, or has another content under its key.
+        StageFailed: The store does not have the artifact, or has different content under its key.
     """
     artifact = store.pin(ref.stage, ref.key, digest=ref.digest, rehash=rehash)
     if artifact is not None:
@@ -53,7 +53,7 @@ def open_artifact(ref: ArtifactRef, rehash: bool = False) -> Artifact:
 
 
 def digest_of_files(refs: Sequence[ArtifactRef]) -> str:
-    """Return the digest of the files of several artifacts together, however the files are divided among them.
+    """Return a digest of the files of several artifacts, regardless of how the files are divided among them.
 
     Raises:
         StageFailed: The store does not have one of them.
@@ -63,7 +63,7 @@ def digest_of_files(refs: Sequence[ArtifactRef]) -> str:
 
 
 def load_artifact(ref: ArtifactRef, rehash: bool = False) -> Artifact:
-    """Return the artifact without pinning it; open_artifact() says the rest."""
+    """Return the artifact without pinning it; otherwise like open_artifact()."""
     artifact = store.load(ref.stage, ref.key, digest=ref.digest, rehash=rehash)
     if artifact is None:
         raise StageFailed(f"{ref} is not in {store.home()}: all machines of a run must share one store")

@@ -1,4 +1,4 @@
-"""Full disks, and files that are too large, as one sentence that says what to do."""
+"""Turn errors from a full disk, or from a file that is too large, into one sentence that says what to do."""
 
 import contextlib
 import errno
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantize_gemma.tasks.runtime.errors import RunError, StageFailed
 
-# With fewer free bytes a disk counts as full even if no error says so.
+# A disk with fewer free bytes counts as full even if no error says so.
 MIN_FREE_BYTES = 1 << 16
 # The messages of Rust and C++ libraries, whose exceptions have no errno.
 FULL_MESSAGES = "No space left on device|Disk quota exceeded|database or disk is full"
@@ -17,11 +17,11 @@ TOO_LARGE_MESSAGE = "File too large"
 
 
 def disk_failure(error: BaseException | None, *folders: Path) -> StageFailed | None:
-    """Return the failure to report if an error, or one of its causes, comes from a full disk, else None.
+    """Return the failure to report if an error, or one of its causes, is due to a full disk; otherwise None.
 
     Args:
         error: The error.
-        folders: Where the work writes; the message names the one with the least free space.
+        folders: The directories that the work writes to; the message names the one with the least free space.
     """
     folder = min(folders, key=_free_bytes)
     if isinstance(error, RunError):

@@ -1,16 +1,16 @@
-"""The fingerprint of code and libraries in a key: nobody has to raise a version by hand.
+"""The fingerprint of code and libraries in a cache key, so that no version has to be raised by hand.
 
-A stage's fingerprint covers the definitions that its function reaches: functions, classes and constants of this
-project, read from the source without importing it, so that editing `verify` does not run `untie` again. Comments,
-docstrings and formatting do not count, and neither do modules that cannot shape a result (MACHINERY). It also contains
-the versions of the libraries that those definitions import, Python's version, and the processor's architecture.
+A stage's fingerprint covers the definitions that its function reaches: functions, classes, and constants of this
+project. They are read from the source without importing it, so that editing `verify` does not rerun `untie`. Comments,
+docstrings, and formatting are not part of it, nor are modules that cannot affect a result (MACHINERY). It also contains
+the versions of the libraries that those definitions import, Python's version, and the CPU architecture.
 
-In doubt, code counts: a module used in any way but `module.name` counts whole, and so do the statements that run on
-import. A definition that only a computed name reaches (`getattr(module, name)`) does not count: use its name, or the
-string "module:function".
+When in doubt, code is included: a module that is used in any way other than `module.name` is included as a whole, and
+so are the statements that run on import. A definition that is reached only through a computed name
+(`getattr(module, name)`) is not included: use its name, or the string "module:function".
 
-The number of threads and the model of the processor or the GPU do not count. They change the last bits of a sum at
-most, far less than an evaluation's standard error, and the machines of a pool are to share their results.
+The number of threads and the model of the CPU or the GPU are not included. They change at most the last bits of a sum,
+far less than an evaluation's standard error, and the machines of a pool should share their results.
 """
 
 import ast
@@ -27,7 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
 
-# Modules that transport results and errors, and shape none: what they store and move is verified by its digest.
+# Modules that transport results and errors without affecting them: the data that they store and move is verified by its
+# digest.
 MACHINERY = frozenset(
     f"quantize_gemma.tasks.runtime.{name}"
     for name in (
@@ -55,8 +56,8 @@ MACHINERY = frozenset(
         "worker_main",
     )
 )
-# Checks, which write nothing: their code counts, so that a new check looks at what is in the store, but the libraries
-# that they use do not: a model of 8 GB is not downloaded again for a new version of one.
+# Checks, which write nothing: their code is included, so that a new check is applied to what is in the store. The
+# libraries that they use are not: a new version of one should not cause an 8 GB model to be downloaded again.
 CHECKS = frozenset(
     {
         "quantize_gemma.tasks.models.checkpoint:check_finite",
@@ -64,37 +65,37 @@ CHECKS = frozenset(
         "quantize_gemma.tasks.models.load_check",
     }
 )
-# Names of libraries on the registry that differ from the names by which they are imported.
+# Names of libraries on PyPI that differ from their import names.
 DISTRIBUTIONS = {"PIL": "pillow", "optimum": "optimum-executorch", "yaml": "pyyaml"}
-# Libraries that the imported ones hand the work to. Not all that they require: none of the rest shapes a result.
+# Libraries that do work for the imported ones; not all of their requirements, because the others do not affect results.
 UNDERLYING = {
     "executorch": ("flatbuffers",),
-    # Datasets are parquet files, their prompts templates.
+    # Datasets are parquet files, and their prompts are templates.
     "lm-eval": ("datasets", "jinja2", "pyarrow"),
     "matplotlib": ("numpy", "pillow"),
     "numba": ("llvmlite", "numpy"),
     "optimum-executorch": ("optimum",),
-    # Tokens, chat templates and images; and how the weights get into the model.
+    # Tokens, chat templates, and images; and loading the weights into the model.
     "transformers": ("accelerate", "jinja2", "numpy", "pillow", "safetensors", "tokenizers"),
 }
-# The packages whose source counts: tests have stages of their own.
+# The packages whose source is included; the tests define stages, too.
 PACKAGES = ("benchmarks", "quantize_gemma", "tests")
 FUNCTION = re.compile(r"[a-zA-Z_]\w*(\.\w+)+:\w+")
 FILE = re.compile(r"[\w-]+(\.[\w-]+)+")
-# The names of the statements of a module that run when it is imported, and of all of the module.
+# Names for the statements of a module that run on import, and for the whole module.
 EFFECTS, WHOLE_MODULE = "", "*"
 
 Definition = tuple[str, str]
 
 
 class Fingerprint(TypedDict):
-    """What shapes a stage's output besides its inputs: JSON values.
+    """Everything that affects a stage's output besides its inputs, as JSON values.
 
     Attributes:
         code: The digest of the code of this project.
         libraries: The versions of the libraries.
         python: Python's version.
-        machine: The processor's architecture.
+        machine: The CPU architecture.
     """
 
     code: str
@@ -105,7 +106,7 @@ class Fingerprint(TypedDict):
 
 @functools.cache
 def fingerprint(*functions: str) -> Fingerprint:
-    """Return the fingerprint of functions "module:name" and of all that they reach.
+    """Return the fingerprint of functions "module:name" and everything that they reach.
 
     Equal code and versions give equal fingerprints on any machine.
 
@@ -128,7 +129,7 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def difference(expected: Fingerprint, actual: Fingerprint) -> str | None:
-    """Return the first difference of two fingerprints, for people; None if they are equal."""
+    """Describe the first difference between two fingerprints; None if they are equal."""
     for library, expected_version in expected["libraries"].items():
         if actual["libraries"].get(library) != expected_version:
             return f"{library} {actual['libraries'].get(library)} instead of {expected_version}"
@@ -157,7 +158,7 @@ def reachable_definitions(*functions: str) -> set[Definition]:
 
 
 def libraries(names: Iterable[Definition]) -> list[str]:
-    """Return the libraries that these definitions import and those behind them, by their names on the registry."""
+    """Return the libraries that these definitions import, and those that do work for them, by their names on PyPI."""
     definitions = [name for name in names if not CHECKS & {name[0], ":".join(name)}]
     modules = {top for name in definitions for top in _facts(*name).libraries}
     direct = {DISTRIBUTIONS.get(top, top.replace("_", "-")) for top in modules}
@@ -166,7 +167,7 @@ def libraries(names: Iterable[Definition]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a definition depends on.
+    """The dependencies of a definition.
 
     Attributes:
         references: The definitions in this project that it refers to.
@@ -192,7 +193,7 @@ class _Module:
         for node in tree.body:
             names = _defined_names(node)
             if isinstance(node, ast.FunctionDef):
-                # How a stage is run shapes no result.
+                # How a stage is run does not affect its result.
                 node.decorator_list = [decorator for decorator in node.decorator_list if not _declares_stage(decorator)]
             for name in names:
                 self.definitions.setdefault(name, []).append(node)
@@ -203,8 +204,8 @@ class _Module:
         self.imports = dict(_bindings(imports))
 
 
-# Python 3.11 counts the depth of all threads' trees together, and raises SystemError when a garbage collection lets two
-# of them make one at the same time (CPython's issue 106905).
+# Python 3.11 counts the depth of all threads' syntax trees together, and raises SystemError if a garbage collection
+# lets two threads build one at the same time (CPython issue 106905).
 _parse_lock = threading.Lock()
 
 
@@ -233,13 +234,13 @@ def _facts(module: str, name: str) -> _Facts:
     texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     imported_modules = {target for target, _ in local.values()}
     if name == EFFECTS:
-        # `import library.part` may be there for what it registers.
+        # `import library.part` may be needed for what it registers.
         imported_modules |= {
             target
             for bound_name, (target, part) in source.imports.items()
             if part is None and target.startswith(f"{bound_name}.")
         }
-    # Its module is imported before it runs, and with a module whatever that one imports.
+    # A definition's module is imported before it runs, along with everything that the module imports.
     loaded_modules = {module, *imported_modules, *(target for target, _ in source.imports.values())}
     references = {(package, EFFECTS) for loaded_module in loaded_modules for package in _packages(loaded_module)}
     for used_name, attribute in _used_names(nodes):
@@ -269,7 +270,7 @@ def _facts(module: str, name: str) -> _Facts:
 
 @functools.cache
 def _find(name: str) -> Path | None:
-    """Return the source file of a module of this project, without importing it; None for any other."""
+    """Return the source file of a module in this project, without importing it; None for any other module."""
     top, *parts = name.split(".")
     spec = importlib.util.find_spec(top) if top in PACKAGES else None
     if spec is None or spec.origin is None:
@@ -279,7 +280,7 @@ def _find(name: str) -> Path | None:
 
 
 def _packages(module: str) -> list[str]:
-    """Return the packages that a module of this project is in, and the module."""
+    """Return the packages that contain a module of this project, and the module itself."""
     parts = module.split(".")
     names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     return [name for name in names if _find(name)]
@@ -297,7 +298,7 @@ def _resolve(target: tuple[str, str | None], attribute: str | None) -> Iterator[
     elif name in _module(module).definitions:
         yield module, name
     else:
-        # What that module has imported itself.
+        # The name may be one that this module imports.
         yield from _resolve(_module(module).imports[name], attribute)
 
 
@@ -315,7 +316,7 @@ def _bindings(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, tuple[str, str | 
 
 
 def _defined_names(node: ast.stmt) -> list[str]:
-    """Return the names that a top-level statement defines; none if it does anything else."""
+    """Return the names that a top-level statement defines; none if it does something else."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []

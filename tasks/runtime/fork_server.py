@@ -1,12 +1,12 @@
-"""Forks a run's worker processes from one that has imported their libraries, which takes longer than many stages.
+"""Fork a run's worker processes from one that has imported their libraries, which takes longer than many stages.
 
     python -m quantize_gemma.tasks.runtime.fork_server <file descriptor of its socket> <parent's id> <library>…
 
-multiprocessing has a fork server as well, but passes on what a stage must not have: the parent's whole environment,
-with its tokens, and its sys.path and main module. A run may be started in a directory that is no place to import from
-or to take settings from. Nor does it end processes whose parent was killed, which would keep the memory and the GPU,
-or catch what native code prints, which is often all that there is of an error. So this is ours, and lifetime.py says
-how its processes end.
+multiprocessing has a fork server, too, but it passes on things that a stage must not have: the parent's whole
+environment, including tokens, its sys.path, and its main module. (A run may be started in a directory from which
+no modules or settings may be loaded.) It also does not end processes whose parent was killed, which would keep
+memory and the GPU in use, and does not capture the output of native code, which is often the only trace of an error.
+lifetime.py describes how the processes of this server end.
 """
 
 import contextlib
@@ -36,20 +36,20 @@ MAX_BYTES = 2**16
 
 
 class ServerEnded(StageFailed):
-    """The server is gone, and has forked nothing."""
+    """The server has ended without forking the process."""
 
 
 class ForkServer:
-    """The process that forks workers. It ends with the process that started it, and its workers end with it."""
+    """The process that forks workers. It ends with the process that started it, and the workers end with it."""
 
     def __init__(self, environment: Mapping[str, str], libraries: Sequence[str]) -> None:
-        """Start the process with these environment variables. The first fork waits until it has the libraries."""
+        """Start the process with these environment variables. The first fork waits until the libraries are imported."""
         self._channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
         start = functools.partial(
             subprocess.Popen,
-            # In a directory of ours: the one where the run was started is no place to take settings from, as numba and
-            # matplotlib do, or to import from, here or in what libraries start (torch lists packages with `pip`).
+            # Start it in a trusted directory: numba and matplotlib read settings from the working directory, and
+            # processes that libraries start (torch lists packages with `pip`) import modules from it.
             [
                 *(sys.executable, "-P", "-m", "quantize_gemma.tasks.runtime.fork_server"),
                 *(str(channel.fileno()), str(os.getpid()), *libraries),
@@ -71,7 +71,7 @@ class ForkServer:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can fork."""
+        """Whether the server can fork."""
         return self._process.poll() is None
 
     def fork(self, function: str, events: int, stdin: int, output: int) -> "ForkedProcess":
@@ -84,8 +84,8 @@ class ForkServer:
             output: Its standard output and error.
 
         Raises:
-            ServerEnded: The server is gone.
-            StageFailed: It cannot fork.
+            ServerEnded: The server has ended.
+            StageFailed: The server cannot fork.
         """
         answer = self.request({"fork": function}, [events, stdin, output])
         if answer is None:
@@ -99,7 +99,7 @@ class ForkServer:
         return ForkedProcess(answer, self)
 
     def request(self, request: JsonObject, descriptors: Sequence[int] = ()) -> Any:
-        """Return the server's answer, None if it is gone."""
+        """Return the server's answer; None if the server has ended."""
         with self._lock:
             try:
                 socket.send_fds(self._channel, [json.dumps(request).encode()], descriptors)
@@ -107,23 +107,23 @@ class ForkServer:
             except OSError:
                 answer = b""
         if not answer:
-            # Whoever asks after this finds that it is not alive.
+            # Afterwards, `is_alive` is false.
             self._process.terminate()
             self._process.wait()
             return None
         return json.loads(answer)["answer"]
 
     def stop(self) -> None:
-        """End it and its workers at once."""
+        """End the server and its workers immediately."""
         self._process.terminate()
 
     def close(self) -> None:
-        """End it and its workers, and free its resources."""
+        """End the server and its workers, and free its resources."""
         self._process.terminate()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
-            # It waits for a worker that is in the kernel's hands.
+            # A worker in an uninterruptible system call delays its end.
             self._process.kill()
             self._process.wait()
         self._reader.join(timeout=5)
@@ -138,7 +138,7 @@ class ForkedProcess:
 
     Attributes:
         pid: Its id.
-        returncode: Its exit code when it has ended, negative for a signal's number; None before.
+        returncode: Its exit code, negative for a signal; None until it has ended.
     """
 
     def __init__(self, pid: int, server: ForkServer) -> None:
@@ -147,12 +147,12 @@ class ForkedProcess:
         self._server = server
 
     def kill(self) -> None:
-        """End it at once."""
+        """End the process immediately."""
         if self.returncode is None:
             self._server.request({"kill": self.pid})
 
     def wait(self) -> int:
-        """Wait for its end; return its exit code."""
+        """Wait until the process has ended; return its exit code."""
         while self.returncode is None:
             answer = self._server.request({"poll": self.pid})
             if answer is None:
@@ -173,7 +173,7 @@ def keep_tail(stream: Iterable[str], lines: list[str]) -> None:
 
 
 def describe_exit(code: int) -> str:
-    """Return how a process ended, for people."""
+    """Describe how a process ended."""
     if code == -signal.SIGKILL:
         return "SIGKILL (killed from outside, or the machine ran out of memory)"
     if code == -signal.SIGBUS:
@@ -182,7 +182,7 @@ def describe_exit(code: int) -> str:
 
 
 def main() -> None:
-    """Import the libraries and answer requests, until the parent is gone."""
+    """Import the libraries, and answer requests until the parent ends."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     die_with_parent(int(sys.argv[2]))
@@ -196,15 +196,15 @@ def main() -> None:
     # CUDA works in no process that was forked after a library asked for a GPU, as libraries do when they are imported.
     if not machine.has_cuda_driver():
         for library in sys.argv[3:]:
-            # The stage that needs it reports why it cannot be imported.
+            # A stage that needs the library reports why it cannot be imported.
             with contextlib.suppress(Exception, SystemExit):
                 importlib.import_module(library)
-    # The threads of the numeric libraries, which restart theirs.
+    # The warning is about the threads of numeric libraries, which restart them after a fork.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-    # What is here already is shared with every worker as long as nobody writes to it, and collecting writes.
+    # Existing objects are shared with the workers until something writes to them, and garbage collection writes.
     gc.collect()
     gc.freeze()
-    # Or each worker would print it again.
+    # Otherwise, each worker would print it again.
     sys.stdout.flush()
     serve(channel)
 
@@ -212,15 +212,15 @@ def main() -> None:
 def serve(channel: socket.socket) -> NoReturn:
     """Answer requests until the other end of the channel is closed, or this process is terminated."""
     running: set[int] = set()
-    # Of those that have been waited for.
+    # Exit codes of workers that have been waited for.
     codes: dict[int, int] = {}
     own_pid = os.getpid()
 
     def end(*_: object) -> NoReturn:
-        """End the workers first: nobody else may take note of their ends."""
+        """End the workers first: only this process can wait for them."""
         for act in (lambda pid: os.kill(pid, signal.SIGKILL), lambda pid: os.waitpid(pid, 0)):
             for pid in running:
-                # It may have been waited for when this began.
+                # The process may have been waited for when this began.
                 with contextlib.suppress(ProcessLookupError, ChildProcessError):
                     act(pid)
         os._exit(0)
@@ -248,7 +248,7 @@ def serve(channel: socket.socket) -> NoReturn:
             for descriptor in descriptors:
                 os.close(descriptor)
         elif "kill" in request:
-            # Its id is not another process's before it has been waited for.
+            # The id cannot be reused before the process has been waited for.
             if request["kill"] in running:
                 os.kill(request["kill"], signal.SIGKILL)
             answer = "killed"

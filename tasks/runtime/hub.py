@@ -1,6 +1,6 @@
-"""Files of the Hugging Face Hub that are what the Hub says they are, downloaded from where an earlier try stopped.
+"""Download files from the Hugging Face Hub, verify them against its hashes, and resume interrupted downloads.
 
-hub_client.py signs in, and hub_errors.py says what the Hub's refusals mean.
+hub_client.py handles tokens and timeouts, and hub_errors.py explains the Hub's errors.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ REPORTED_BYTES = 8 * 1024 * 1024
 
 
 def repo_info(kind: str, repository: str, revision: str | None, token: str | None) -> "ModelInfo | DatasetInfo":
-    """Return the Hub's description of a repository at a revision: its commit, its files with sizes and hashes.
+    """Return the Hub's description of a repository at a revision: its commit, and its files with sizes and hashes.
 
     Args:
         kind: "model" or "dataset".
         repository: The repository's name.
-        revision: A branch, tag or commit; None for the default branch.
-        token: The Hub's token.
+        revision: A branch, tag, or commit; None for the default branch.
+        token: The Hub token.
 
     Raises:
-        UserError: There is no such repository, or the token does not open its files.
+        UserError: There is no such repository, or the token has no access to its files.
         StageFailed: The Hub fails.
     """
     from huggingface_hub import DatasetInfo, HfApi, ModelInfo
@@ -38,7 +38,7 @@ def repo_info(kind: str, repository: str, revision: str | None, token: str | Non
     with translate_hub_errors(kind, repository, revision):
         info = api.repo_info(repository, repo_type=kind, revision=revision, files_metadata=True)
         assert isinstance(info, ModelInfo | DatasetInfo)
-        # What a gated repository contains is public, its files are not.
+        # The list of a gated repository's files is public, but the files are not.
         if info.gated or info.private:
             api.auth_check(repository, repo_type=kind)
         return info
@@ -52,10 +52,9 @@ def download_files(
     is_needed: Callable[[str], bool],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Download files of a commit into a folder, each with the size and hash that the Hub gives for it.
+    """Download the files of a commit into a folder, and verify the size and hash that the Hub lists for each of them.
 
-    Correct files that are there already stay; a partial one continues from its last byte; a wrong one is downloaded
-    once more.
+    Correct files that already exist are kept; a partial one is resumed; a wrong one is downloaded once more.
 
     Args:
         folder: The folder.
@@ -63,15 +62,15 @@ def download_files(
         repository: The repository's name.
         revision: The commit.
         is_needed: Tells whether to download a file, by its path.
-        progress: Called with the bytes that are done and their total.
+        progress: Called with the number of downloaded bytes and their total.
 
     Raises:
-        UserError: The Hub refuses.
+        UserError: The Hub rejects the request.
         StageFailed: The Hub fails, or a file is wrong twice.
     """
     from huggingface_hub import get_token
 
-    # From the environment that the parent has set: a worker process does not ask Prefect for it.
+    # The parent has set it in the environment: a worker process does not ask Prefect for it.
     token = get_token()
     info = repo_info(kind, repository, revision, token)
     files = [file for file in info.siblings or [] if is_needed(file.rfilename)]
@@ -104,8 +103,8 @@ def read_file(kind: str, repository: str, revision: str, file: "RepoSibling", to
     """Return the content of a small file that the Hub describes.
 
     Raises:
-        UserError: The Hub refuses.
-        StageFailed: The Hub fails, or another content arrives than it describes.
+        UserError: The Hub rejects the request.
+        StageFailed: The Hub fails, or the content does not match its description.
     """
     with tempfile.TemporaryDirectory() as folder, translate_hub_errors(kind, repository, revision):
         path = Path(folder) / "file"
@@ -116,7 +115,7 @@ def read_file(kind: str, repository: str, revision: str, file: "RepoSibling", to
 
 
 def is_same(path: Path, file: "RepoSibling") -> bool:
-    """Tell whether a file has the size and hash that the Hub describes: SHA-256, or git's SHA-1 for small ones."""
+    """Tell whether a file has the size and hash that the Hub lists: SHA-256, or git's SHA-1 for small files."""
     if path.stat().st_size != file.size:
         return False
     if file.lfs is not None:
@@ -139,7 +138,7 @@ def _download(
     token: str | None,
     report: Callable[[int], None],
 ) -> None:
-    """Download one file from where an earlier try stopped: the client's own download starts over."""
+    """Download one file, resuming a partial download: the client's own download starts over."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         build_hf_headers,
@@ -153,7 +152,7 @@ def _download(
     if offset >= size:
         partial.unlink(missing_ok=True)
         offset = 0
-    # Not compressed on the way, or the bytes of a partial file could not be counted.
+    # Disable compression, which would make it impossible to resume a partial file.
     headers = {**build_hf_headers(token=token or False), "Accept-Encoding": "identity"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
@@ -164,7 +163,7 @@ def _download(
             last_report = 0
             for chunk in response.iter_raw():
                 stream.write(chunk)
-                # More than was announced is wrong already, and might never end.
+                # A response that is too long is wrong, and might never end.
                 if stream.tell() > size:
                     break
                 if stream.tell() - last_report >= REPORTED_BYTES:

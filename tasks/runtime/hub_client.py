@@ -1,4 +1,4 @@
-"""How this program signs in to the Hugging Face Hub, and how long its client waits."""
+"""Tokens and timeouts for the Hugging Face Hub."""
 
 import contextlib
 import functools
@@ -13,19 +13,19 @@ from quantize_gemma.tasks.runtime.retries import MAX_SECONDS_TO_WAIT, requested_
 if TYPE_CHECKING:
     import httpx
 
-# Prefect blocks and environment variables that may contain a token, in this order.
+# Prefect blocks and environment variables that may contain a token, in order of precedence.
 READ_TOKENS = (("hf-token", "HF_TOKEN"),)
 WRITE_TOKENS = (("hf-token-write", "HF_TOKEN_WRITE"), *READ_TOKENS)
-# Tells a worker process which blocks its token may come from.
+# The environment variable that tells a worker process which blocks its token may come from.
 BLOCKS = "QUANTIZE_GEMMA_TOKEN_BLOCKS"
 SECONDS_TO_CONNECT = 30.0
 
 
 def find_token(write: bool = False) -> str | None:
-    """Return the Hub's token: from a Prefect Secret block, the environment, or the login file; None if there is none.
+    """Return the Hub token from a Prefect Secret block, the environment, or the login file; None if there is none.
 
     Args:
-        write: Prefer the token for writing, which may be another one than that for reading.
+        write: Prefer the token for writing, which may differ from the one for reading.
 
     Raises:
         UserError: The token contains spaces or line breaks.
@@ -44,7 +44,7 @@ def find_token(write: bool = False) -> str | None:
 
 
 def read_environment() -> dict[str, str]:
-    """Return the environment variables of a worker process that reads from the Hub: the token, if there is one."""
+    """Return the environment variables for a worker process that reads from the Hub: the token, if there is one."""
     token = find_token()
     return {**({"HF_TOKEN": token} if token else {}), BLOCKS: " and ".join(_token_blocks())}
 
@@ -56,10 +56,10 @@ def token_setting(variable: str = "HF_TOKEN") -> str:
 
 
 def _token_blocks() -> list[str]:
-    """Return the Secret blocks that contain tokens, which may be old."""
+    """Return the Secret blocks that contain tokens, which may be outdated."""
     if BLOCKS in os.environ:
         return [os.environ[BLOCKS]] if os.environ[BLOCKS] else []
-    # Prefect's API may be away; the Hub's refusal is to be reported all the same.
+    # Prefect's API may be down, but the Hub's error must still be reported.
     with contextlib.suppress(Exception):
         return [block for block, _ in WRITE_TOKENS if _load_secret(block)]
     return []
@@ -69,7 +69,7 @@ def _load_secret(name: str) -> str | None:
     from prefect.blocks.system import Secret
     from prefect.settings import PREFECT_API_URL
 
-    # Without an API there are no blocks, and loading one would start a server.
+    # Without an API, there are no blocks, and loading one would start a server.
     if not PREFECT_API_URL.value():
         return None
     try:
@@ -84,13 +84,13 @@ def _load_secret(name: str) -> str | None:
 
 @functools.cache
 def configure_client() -> None:
-    """Give the Hub's client a timeout, once in a process: without it, it waits for the next bytes forever."""
+    """Set a timeout for the Hub's client, once per process: without it, the client waits for data forever."""
     import httpx
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", 60))
-    # The library's own: they refuse requests in offline mode, and number the others.
+    # Keep the library's own hooks: they reject requests in offline mode, and number all others.
     hooks = get_session().event_hooks
     set_client_factory(
         lambda: httpx.Client(
@@ -102,7 +102,7 @@ def configure_client() -> None:
 
 
 def _refuse_to_wait(response: "httpx.Response") -> None:
-    """Raise the Hub's error at once where its client would first sleep for as long as the server asks for."""
+    """Raise the Hub's error immediately, where its client would first sleep for as long as the server requests."""
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
     if response.is_error and requested_wait(response.headers) > MAX_SECONDS_TO_WAIT:

@@ -30,7 +30,7 @@ def translate_hub_errors(kind: str, repository: str, revision: str | None = None
     Args:
         kind: "model" or "dataset".
         repository: The repository's name.
-        revision: The branch, tag or commit.
+        revision: The branch, tag, or commit.
 
     Raises:
         UserError: The Hub rejects the request.
@@ -126,7 +126,7 @@ def _shorten(message: object) -> str:
 
 
 def _report_unexpected(error: Exception) -> StageFailed:
-    """Return the failure to raise for an error that is none of the Hub's; write where it was raised into the log."""
+    """Return the failure to raise for an error that is not the Hub's, and log its traceback."""
     from prefect.exceptions import MissingContextError
     from prefect.logging import get_run_logger
 
@@ -134,7 +134,7 @@ def _report_unexpected(error: Exception) -> StageFailed:
     try:
         get_run_logger().error(trace)
     except MissingContextError:
-        # In a worker process, or outside of a run.
+        # This may be a worker process, or outside of a run.
         logger.error(trace)
         reporting.log(trace)
     return StageFailed(f"{type(error).__name__}: {_shorten(error)}", *is_retryable(error))

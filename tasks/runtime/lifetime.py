@@ -1,4 +1,4 @@
-"""How long processes live: workers end with the run, at once when it is interrupted or killed."""
+"""The lifetime of processes: workers end with the run, immediately if it is interrupted or killed."""
 
 import contextlib
 import ctypes
@@ -16,7 +16,7 @@ from quantize_gemma.tasks.runtime.errors import StageFailed
 if TYPE_CHECKING:
     from quantize_gemma.tasks.runtime.fork_server import ForkServer
 
-# prctl's requests (linux/prctl.h): a signal at the parent's death, and this process's name.
+# prctl's options (linux/prctl.h): a signal when the parent dies, and this process's name.
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 StartProcess = Callable[[], "subprocess.Popen[str]"]
@@ -26,9 +26,9 @@ class Workers:
     """The worker processes of a run.
 
     Attributes:
-        for_run: Whether there is a run, which has many workers.
-        stopping: Set when the run is interrupted or over: then nobody waits for a lock or a retry, and no worker
-            starts.
+        for_run: Whether the workers belong to a run, which has many of them.
+        stopping: Set when the run is interrupted or over. Then nothing waits for a lock or a retry anymore, and no
+            worker starts.
     """
 
     def __init__(self, for_run: bool) -> None:
@@ -52,14 +52,14 @@ class Workers:
             return self._server
 
     def stop(self) -> None:
-        """Kill all workers, and let none start from now on."""
+        """Kill all workers, and prevent new ones from starting."""
         self.stopping.set()
         with self._lock:
             if self._server is not None:
                 self._server.stop()
 
     def close(self) -> None:
-        """End all workers, and let none start from now on."""
+        """End all workers, and prevent new ones from starting."""
         self.stopping.set()
         with self._lock:
             self._end_server()
@@ -75,7 +75,7 @@ _run_workers: ContextVar[Workers] = ContextVar("run_workers")
 
 
 def run_workers() -> Workers:
-    """Return the workers of the run that this thread works for; outside of a run, workers that nothing interrupts."""
+    """Return the workers of this thread's run; outside of a run, return workers that are never interrupted."""
     return _run_workers.get(None) or Workers(for_run=False)
 
 
@@ -90,7 +90,7 @@ def start_process(start: StartProcess) -> "subprocess.Popen[str]":
             process_future.set_exception(error)
             return
         process_future.set_result(process)
-        # WNOWAIT leaves the exit code to the process's owner, who may take it first.
+        # WNOWAIT leaves the exit code to the process's owner.
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
@@ -100,9 +100,9 @@ def start_process(start: StartProcess) -> "subprocess.Popen[str]":
 
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[None]:
-    """End the workers of the block with it, at once when Ctrl-C or a termination signal interrupts it.
+    """End the workers when the block ends, immediately if Ctrl-C or a termination signal interrupts it.
 
-    Prefect waits for its threads then, and they wait for the workers, an export's for minutes.
+    Otherwise, Prefect would wait for its threads, which wait for the workers, in an export for minutes.
     """
     workers = Workers(for_run=True)
     token = _run_workers.set(workers)
@@ -121,7 +121,7 @@ def stop_on_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hangup_terminates() -> Iterator[None]:
-    """Turn the hangup of a closed terminal into a termination, which Prefect handles; nohup's stays ignored."""
+    """Turn SIGHUP, from a closed terminal, into a termination, which Prefect handles; under nohup, keep ignoring it."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
         yield
@@ -134,11 +134,11 @@ def _hangup_terminates() -> Iterator[None]:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, or the process `parent`.
+    """Have the kernel kill this process when the thread that started it, or the process `parent`, ends.
 
-    A thread of this process could not: native code may hold the interpreter for minutes.
+    A thread of this process could not do that, because native code may hold the GIL for minutes.
     """
-    # Only Linux has it; elsewhere the worker ends when its input does.
+    # Only Linux has this; on other systems, the worker ends when its input ends.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

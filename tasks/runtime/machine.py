@@ -1,7 +1,7 @@
 """The memory and the cores of this machine that this process may use, within the limits of its containers.
 
-Linux keeps those limits in control groups, of version 1, 2, or both side by side. A group's limit binds all groups
-below it, so every group on the way up counts. Functions take the root of the file system, for tests.
+Linux stores those limits in cgroups, version 1, 2, or both. A cgroup's limit applies to all cgroups below it, so every
+cgroup on the way up is considered. For tests, functions take the root of the file system as a parameter.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def total_memory(root: Path = ROOT) -> int:
 
 
 def available_memory(root: Path = ROOT) -> int:
-    """Return the bytes of memory that are available, in this machine and in every group of this process."""
+    """Return the bytes of memory that are available, on this machine and in every cgroup of this process."""
     import psutil
 
     free = [max(0, limit - _used_bytes(group)) for group, limit in _memory_limits(root)]
@@ -47,7 +47,7 @@ def logical_cores(root: Path = ROOT) -> int:
 def threads(processes: int = 1, root: Path = ROOT) -> dict[str, str]:
     """Return the environment variables that give each of several processes its share of the cores.
 
-    There are none if a single process finds the right number by itself: libraries know the processor, but no quota.
+    There are none if a single process has no CPU quota: libraries detect the number of cores, but not a quota.
     """
     if processes == 1 and (not _core_limits(root) or "OMP_NUM_THREADS" in os.environ):
         return {}
@@ -71,7 +71,7 @@ def has_cuda_driver() -> bool:
 
 
 def device_of_part(device: str, part: int) -> str:
-    """Return the device of one of several parts, which share out the GPUs, as torch names it.
+    """Return the device of one of several parts, which share the GPUs, as torch names it.
 
     Args:
         device: "cpu" or "cuda".
@@ -90,14 +90,14 @@ def device_of_part(device: str, part: int) -> str:
 
 
 def trim_memory() -> None:
-    """Give freed memory back to the system: reading Gemma's tokenizer leaves 0.3 GB of it behind."""
-    # Only glibc has it; elsewhere there is nothing to do.
+    """Return freed memory to the operating system: loading Gemma's tokenizer leaves 0.3 GB of it."""
+    # Only glibc has malloc_trim; with other libraries, there is nothing to do.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _memory_limits(root: Path) -> list[tuple[Path, int]]:
-    """Return the groups of this process that limit memory, each with its limit in bytes."""
+    """Return the cgroups of this process that limit memory, each with its limit in bytes."""
     limits = []
     for group in _groups(root, "memory"):
         # memory.high is not a hard limit, but a process above it is slowed down until it stands still.
@@ -109,14 +109,14 @@ def _memory_limits(root: Path) -> list[tuple[Path, int]]:
 
 
 def _used_bytes(group: Path) -> int:
-    """Return the bytes that a group uses, without cached files that the kernel would drop."""
+    """Return the bytes that a cgroup uses, without cached files that the kernel would drop."""
     used_bytes = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
     cached = dict(_pairs(group / "memory.stat"))
     return used_bytes - cached.get("total_inactive_file", cached.get("inactive_file", 0))
 
 
 def _core_limits(root: Path) -> list[int]:
-    """Return the quotas of the groups of this process, in whole cores."""
+    """Return the CPU quotas of this process's cgroups, in whole cores."""
     limits = []
     for group in _groups(root, "cpu"):
         quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
@@ -129,7 +129,7 @@ def _core_limits(root: Path) -> list[int]:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the directories of the groups of this process for a controller, from the innermost to the topmost."""
+    """Yield the directories of this process's cgroups for a controller, from the innermost to the outermost."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         names = controllers.split(",")
@@ -139,7 +139,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
             mounts = [f"sys/fs/cgroup/{controllers}", f"sys/fs/cgroup/{controller}"]
         else:
             continue
-        # In a container the path may be the host's, while only what is below it is mounted.
+        # In a container, the path may be that on the host, of which only a part is mounted.
         relative = Path(os.path.normpath("/" + path.strip("/"))).relative_to("/")
         for mount in dict.fromkeys((root / mount).resolve() for mount in mounts):
             for subpath in (relative, *relative.parents):
@@ -148,7 +148,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file; None without a file and without a limit: "max", -1, or an impossible number."""
+    """Return the number in a file; None if there is no file or no limit ("max", -1, or an impossibly large number)."""
     text = _text(path).strip()
     return int(text) if text.isdigit() and int(text) < 1 << 60 else None
 

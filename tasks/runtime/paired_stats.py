@@ -1,6 +1,6 @@
-"""Paired statistics of two models on the same dataset, each answer correct or not.
+"""Paired statistics of two models on the same dataset, in which each answer is correct or not.
 
-What both have in common cancels out: only answers in which they differ tell them apart, and the standard error of a
+Answers that are the same cancel out: only answers in which the models differ matter, so the standard error of a
 difference is far smaller than that of either accuracy.
 """
 
@@ -11,7 +11,7 @@ Pairs = dict[str, int]
 
 
 def count_pairs(outcomes: Iterable[tuple[bool, bool]]) -> Pairs:
-    """Return how many answers are correct in {"both", "first", "second", "neither"}."""
+    """Return the number of answers that are correct in {"both", "first", "second", "neither"}."""
     pairs = {"both": 0, "first": 0, "second": 0, "neither": 0}
     for first, second in outcomes:
         pairs[("both" if second else "first") if first else ("second" if second else "neither")] += 1
@@ -21,8 +21,8 @@ def count_pairs(outcomes: Iterable[tuple[bool, bool]]) -> Pairs:
 def share_difference(pairs: Pairs) -> tuple[float, float]:
     """Return (accuracy of first minus accuracy of second, its standard error), as fractions.
 
-    Half an answer is added to each of the four counts for the standard error, so that models that never differ on a
-    small dataset do not pass for equal: A. Agresti and Y. Min, Simple improved confidence intervals for comparing
+    For the standard error, half an answer is added to each of the four counts, so that models that never differ on a
+    small dataset are not considered equal: A. Agresti and Y. Min, Simple improved confidence intervals for comparing
     matched proportions, Statistics in Medicine 24 (2005), 729-740.
     """
     _, first, second, total = _adjust_counts(pairs)
@@ -44,7 +44,7 @@ def share_ratio(pairs: Pairs) -> tuple[float, float]:
 
 
 def confidence(margin: float, stderr: float) -> float:
-    """Return the probability that a value is within a limit if its estimate is by `margin`, by the normal law."""
+    """Return the probability that the true value is within a limit whose margin is estimated (normal distribution)."""
     return 0.5 * math.erfc(-margin / (stderr * math.sqrt(2)))
 
 

@@ -29,7 +29,7 @@ def run_on_cluster(
         label: What the task runs' names start with.
         cluster: The address of a Dask or Ray cluster, whose machines share the store.
         parts: How many parts there are.
-        refresh: Do them again although the store has what they make.
+        refresh: Run them again even if the store has their results.
         inputs: The stage's inputs, without `part` and `parts`.
 
     Raises:
@@ -57,10 +57,10 @@ def run_on_cluster(
     return refs
 
 
-# Without tags: for each tag of a task, the server is asked whether it has a limit.
+# The task has no tags: for each tag, Prefect would ask the server for a concurrency limit.
 @task(cache_policy=NO_CACHE, persist_result=False)
 def run_part(function: str, made_by: Fingerprint, inputs: JsonObject, part: int, parts: int) -> ArtifactRef:
-    """Run one part, in a process of the cluster. Raises StageFailed if it has other code or libraries than the run."""
+    """Run one part on the cluster. Raises StageFailed if its code or libraries differ from those of the run."""
     mismatch = difference(made_by, fingerprint(function))
     if mismatch:
         raise StageFailed(f"{socket.gethostname()} has {mismatch}: install the same versions as on the run's machine")
@@ -69,7 +69,7 @@ def run_part(function: str, made_by: Fingerprint, inputs: JsonObject, part: int,
 
 
 def _wait(future: PrefectFuture[ArtifactRef]) -> ArtifactRef:
-    """Return the future's result. Raises StageFailed if the run is interrupted before."""
+    """Return the future's result. Raises StageFailed if the run is interrupted first."""
     while not future.state.is_final():
         future.wait(SECONDS_BETWEEN_LOOKS)
         if run_workers().stopping.is_set():

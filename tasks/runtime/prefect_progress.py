@@ -12,7 +12,7 @@ SECONDS_BETWEEN_UPDATES = 2.0
 
 
 class StageProgress:
-    """Shows the progress of one stage; called with what is done, the total, and the unit."""
+    """Show the progress of one stage; called with the amount done, the total, and the unit."""
 
     def __init__(self, stage: str) -> None:
         """Show nothing yet."""
@@ -48,10 +48,10 @@ class StageProgress:
         self._bar.update(count - self._bar.n)
 
     def _publish(self, percent: float, description: str) -> None:
-        """Update the artifact; an API that is away for a moment is no reason to end a stage."""
+        """Update the artifact; a stage does not fail if the API is temporarily unavailable."""
         try:
             if self._artifact is None:
-                # Prefect takes no underscores there.
+                # Prefect does not allow underscores in keys.
                 key = f"progress-{self.stage.replace('_', '-')}"
                 self._artifact = create_progress_artifact(percent, key=key, description=description)  # type: ignore[assignment]
             else:

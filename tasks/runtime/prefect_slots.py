@@ -1,6 +1,6 @@
-"""Runs on one Prefect server share its machine: heavy stages take slots of the server's concurrency limits.
+"""Concurrency limits for runs that share a machine: heavy stages take slots of the Prefect server's limits.
 
-`make deploy` sets the limits up: one accelerator, and memory in GiB.
+`make deploy` creates the limits: one accelerator, and memory in GiB.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from quantize_gemma.tasks.runtime.lifetime import run_workers
 ACCELERATOR = "quantize-gemma-accelerator"
 MEMORY = "quantize-gemma-memory"
 SECONDS_BETWEEN_REQUESTS = 10.0
-# A server that is away for some minutes is no reason to end a stage: the lease is longer than that.
+# A stage should survive a server that is down for a few minutes: the lease is longer than that.
 SECONDS_OF_LEASE = 1800.0
 
 
@@ -21,12 +21,12 @@ SECONDS_OF_LEASE = 1800.0
 def take_slots(limit: str, count: int) -> Iterator[None]:
     """Wait for slots of a concurrency limit, and hold them during the block.
 
-    A server that the command line started for one run has no other run: there is nothing to wait for, and a run that is
-    killed would leave its slots taken.
+    On a server that the command line started for one run, there is nothing to wait for, and a run that is killed would
+    not release its slots.
 
     Args:
         limit: The limit's name.
-        count: How many slots; all of them if the limit has fewer.
+        count: The number of slots; all of them if the limit has fewer.
 
     Raises:
         UserError: The server has no such limit.

@@ -1,7 +1,7 @@
-"""What Prefect does with a stage: cache key, persistence, retries.
+"""Stages as Prefect tasks: cache keys, persistence, retries.
 
-A stage's result is cached under its store key and kept as JSON inside its artifact, so that an artifact that is
-removed or damaged is a miss and runs again.
+A stage's result is cached under its store key, as JSON inside its artifact, so that a removed or damaged artifact is a
+cache miss and the stage runs again.
 """
 
 import logging
@@ -39,10 +39,10 @@ from quantize_gemma.tasks.runtime.units import human_size
 
 terminal = logging.getLogger(__name__)
 
-# What takes longer hangs: gemma-3-27b's evaluation on a CPU is the longest that is known.
+# A stage that takes longer hangs: the longest stage that we know of is gemma-3-27b's evaluation on a CPU.
 SECONDS_ALLOWED = 24 * 3600.0
 
-# A stage's inputs by name: references of artifacts, lists of them, and plain JSON values.
+# A stage's inputs by name: references to artifacts, lists of references, and plain JSON values.
 Inputs = JsonObject
 AnyTask = Task[..., object]
 Decorator = Callable[[Callable[..., ArtifactRef]], Callable[..., ArtifactRef]]
@@ -56,10 +56,10 @@ class RetryOptions(TypedDict, total=False):
 
 
 def as_task(stage: Stage[...], decorator: Decorator = lambda run: run) -> Task[..., ArtifactRef]:
-    """Return the Prefect task over a stage.
+    """Return the Prefect task for a stage.
 
-    It takes the stage's inputs by keyword: references of artifacts, lists of them, and plain JSON values. It returns
-    the reference of the artifact that the stage makes.
+    It takes the stage's inputs by keyword: references to artifacts, lists of references, and plain JSON values. It
+    returns a reference to the stage's artifact.
 
     Args:
         stage: The stage.
@@ -71,7 +71,7 @@ def as_task(stage: Stage[...], decorator: Decorator = lambda run: run) -> Task[.
 
     run.__name__ = stage.name
     run.__doc__ = stage.work.__doc__
-    # Without tags: for each tag of a task the server is asked whether it has a limit, which takes longer than the rest.
+    # The task has no tags: for each tag, Prefect would ask the server for a concurrency limit, which is slow.
     decorate = task(
         name=stage.name,
         cache_key_fn=lambda context, parameters: _cache_key(stage, context, parameters["inputs"]),
@@ -84,9 +84,9 @@ def as_task(stage: Stage[...], decorator: Decorator = lambda run: run) -> Task[.
 
 
 def key_of(stage: Stage[...], inputs: Inputs) -> str:
-    """Return the key of what a stage makes of these references and plain values.
+    """Return the key of a stage's artifact for these references and plain values.
 
-    Of a list of artifacts only their files count: the parts of an evaluation may be as many as there are workers.
+    For a list of artifacts, only the files are part of the key: the number of parts depends on the number of workers.
     """
     ignored_inputs = stage.ignored + (stage.ignored_on_cpu if inputs.get("device") == "cpu" else ())
     key_inputs = {field: value for field, value in sorted(inputs.items()) if field not in ignored_inputs}
@@ -113,7 +113,7 @@ class PlannedStage:
     Attributes:
         stage: The stage.
         inputs: Its inputs, except for artifacts.
-        artifacts: The names of the stages whose artifacts it takes, by its inputs.
+        artifacts: {input: name of the stage whose artifact it takes}.
     """
 
     stage: Stage[...]
@@ -122,18 +122,18 @@ class PlannedStage:
 
 
 def missing_stages(stages: Collection[PlannedStage], refresh: Collection[str]) -> list[str]:
-    """Return the stages that have to run, because the store does not have what they make.
+    """Return the stages that have to run because the store does not have their artifacts.
 
     Args:
         stages: The stages, each after those whose artifacts it takes.
-        refresh: The stages that run again although the store has what they make.
+        refresh: The stages that run again even if the store has their artifacts.
     """
     artifacts = stored_artifacts(stages)
     return [name for name in (planned.stage.name for planned in stages) if name not in artifacts or name in refresh]
 
 
 def stored_artifacts(stages: Iterable[PlannedStage]) -> dict[str, ArtifactRef]:
-    """Return the artifacts of planned stages that the store has, by stage; each stage is after those it needs."""
+    """Return the artifacts of planned stages that are in the store, by stage; each stage is after those it needs."""
     refs: dict[str, ArtifactRef] = {}
     for planned in stages:
         if all(stage in refs for stage in planned.artifacts.values()):
@@ -145,7 +145,7 @@ def stored_artifacts(stages: Iterable[PlannedStage]) -> dict[str, ArtifactRef]:
 
 
 def retried(times: int) -> RetryOptions:
-    """Return the options of a task that is retried after transient failures, with back-off and jitter."""
+    """Return the options of a task that is retried after transient failures, with backoff and jitter."""
     return {"retries": times, "retry_condition_fn": _wait_for_retry} if times else {}
 
 
@@ -159,12 +159,12 @@ def failure_of(state: State[object]) -> BaseException | None:
 
 
 def _cache_key(stage: Stage[...], context: TaskRunContext, inputs: Inputs) -> str:
-    """Return where Prefect keeps the result, relative to the store; remove the result if its artifact is not there."""
+    """Return where Prefect stores the result, relative to the store; remove the result if its artifact is missing."""
     key = key_of(stage, inputs)
     name = f"{stage.name}/{key}/result.json"
-    # An artifact that is to be replaced is not pinned, so that it can be removed.
+    # Do not pin an artifact that will be replaced, so that it can be removed.
     if not context.task.refresh_cache:
-        # Loading looks at every file: without an artifact its cached result is a miss.
+        # Loading checks every file: without an artifact, its cached result is a miss.
         artifact = store.pin(stage.name, key)
         path = store.home() / name
         if artifact is None or not _is_result_of(artifact, path):
@@ -173,7 +173,7 @@ def _cache_key(stage: Stage[...], context: TaskRunContext, inputs: Inputs) -> st
 
 
 def _is_result_of(artifact: Artifact, path: Path) -> bool:
-    """Tell whether Prefect has cached the reference of this artifact: another run may have made it again."""
+    """Tell whether Prefect's cached reference is to this artifact: another run may have rebuilt it."""
     try:
         results = ResultStore(result_storage=LocalFileSystem(basepath=str(path.parent)))
         return bool(results.read(path.name).result == ref_of(artifact))
@@ -182,12 +182,12 @@ def _is_result_of(artifact: Artifact, path: Path) -> bool:
 
 
 def run_stage(stage: Stage[...], inputs: Inputs, on_cluster: bool = False) -> ArtifactRef:
-    """Make a stage's artifact unless the store has it, in a task run.
+    """Build a stage's artifact unless the store has it, in a task run.
 
     Args:
         stage: The stage.
         inputs: Its inputs.
-        on_cluster: This process works for a cluster. It lives on, so it pins nothing: its pins would never end.
+        on_cluster: Whether this process belongs to a cluster. It outlives the run, so it must not pin anything.
     """
     context = TaskRunContext.get()
     assert context is not None
@@ -205,16 +205,16 @@ def run_stage(stage: Stage[...], inputs: Inputs, on_cluster: bool = False) -> Ar
 
 
 def _run_in_worker(stage: Stage[...], inputs: Inputs, target: Path, refresh: bool, on_cluster: bool) -> JsonObject:
-    """Call a stage's function in a worker process, when the server has room for it; return its output."""
+    """Call a stage's function in a worker process, once the server has free slots for it; return its output."""
     refs = {field: _refs(value) for field, value in inputs.items()}
     take = load_artifact if on_cluster else open_artifact
-    # What a stage computes with is hashed first: a disk's own errors change no time of modification.
+    # Hash the inputs first: disk errors do not change modification times.
     folders = {field: [str(take(ref, rehash=True).path) for ref in items] for field, items in refs.items()}
     paths = {field: items if isinstance(inputs[field], list) else items[0] for field, items in folders.items() if items}
     values = {field: value for field, value in inputs.items() if not refs[field]}
     if stage.resumes:
         values["refresh"] = refresh
-    # The memory and the GPUs of a cluster's machines are not this server's to share out, and neither are their cores.
+    # This server does not manage the memory, GPUs, and cores of a cluster's machines.
     bytes_read = sum(ref.size for items in refs.values() for ref in items)
     parts = inputs.get("parts", 1)
     assert isinstance(parts, int)
@@ -241,7 +241,7 @@ def _run_in_worker(stage: Stage[...], inputs: Inputs, target: Path, refresh: boo
 
 
 def _describe(artifact: Artifact) -> str:
-    """Return what a stage took and wrote, for people."""
+    """Describe a stage's time, memory, and output size."""
     measured = artifact.measured
     return (
         f"{measured['seconds']:.1f} s, {human_size(measured['peak_rss_bytes'])} of peak memory, "
@@ -255,9 +255,9 @@ def _label(run: TaskRun) -> str:
 
 
 def _wait_for_retry(_task: AnyTask, run: TaskRun, state: State[object]) -> bool:
-    """Tell Prefect whether to retry, after a back-off with jitter or as long as the server asked for.
+    """Tell Prefect whether to retry, after a backoff with jitter, or after the time that the server requests.
 
-    It waits here, where an interrupt ends it; Prefect's own delay sleeps through one.
+    The wait is here, where it can be interrupted; Prefect's own delay cannot be.
     """
     retryable, seconds = is_retryable(failure_of(state))
     stopping = run_workers().stopping
@@ -267,12 +267,12 @@ def _wait_for_retry(_task: AnyTask, run: TaskRun, state: State[object]) -> bool:
 
 
 def _log_failure(_task: AnyTask, run: TaskRun, state: State[object]) -> None:
-    """Log a failure at once: the stages that do not need this one finish first, and that may take hours."""
+    """Log a failure immediately: stages that do not depend on this one finish first, which may take hours."""
     terminal.error(f"{_label(run)}: {failure_of(state)}")
 
 
 def _discard_failure(_task: AnyTask, _run: TaskRun, state: State[object]) -> None:
-    """Remove a failure's exception, which Prefect keeps as a file in the result storage: here, that is the store."""
+    """Remove a failure's exception, which Prefect stores as a file in the result storage, here the store."""
     name = getattr(getattr(state.data, "metadata", state.data), "storage_key", None)
     if name is not None and Path(name).parent == store.home():
         Path(name).unlink(missing_ok=True)

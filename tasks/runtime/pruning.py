@@ -1,4 +1,4 @@
-"""Makes room in the store: removes what nobody will read, and what was not used for long."""
+"""Free space in the store: remove unfinished and replaced results, and results that have not been used for long."""
 
 import contextlib
 import logging
@@ -29,13 +29,13 @@ from quantize_gemma.tasks.runtime.store_layout import (
 
 logger = logging.getLogger(__name__)
 
-# For so long a download that was interrupted is kept for another run to continue it.
+# How long an interrupted download is kept, so that another run can resume it.
 SECONDS_TO_RESUME = 86_400.0
 
 
 @dataclass
 class Removal:
-    """What was removed, and how many bytes of the disk that has freed."""
+    """The removed directories, and the number of bytes that this freed on disk."""
 
     paths: list[Path] = field(default_factory=list)
     bytes: int = 0
@@ -47,9 +47,9 @@ class Removal:
 
 
 def remove_unfinished(root: Path | None = None) -> Removal:
-    """Remove what nobody will read: work that died half-way, and generations that were replaced.
+    """Remove unfinished work, and generations that have been replaced.
 
-    Work in progress holds its lock. Interrupted downloads stay for a day, because the next run continues them.
+    Work in progress holds a lock, so it stays. Interrupted downloads stay for a day, because the next run resumes them.
 
     Raises:
         UserError: The directory is not a store.
@@ -58,8 +58,8 @@ def remove_unfinished(root: Path | None = None) -> Removal:
     _check_store(root)
     removal = Removal()
     for incoming in sorted(root.glob(f"*/{INCOMING}*")):
-        # A download releases its lock between two tries.
-        # It may just have been completed, and is gone then.
+        # A download releases its lock between two attempts.
+        # It may just have been completed, and then no longer exists.
         last_change = _last_change(incoming) or time.time()
         busy = any(is_locked(path) for path in incoming.parent.glob(f"{LOCK}*"))
         if time.time() - last_change > SECONDS_TO_RESUME and not busy:
@@ -82,9 +82,9 @@ def remove_unfinished(root: Path | None = None) -> Removal:
 
 
 def evict(max_bytes: float, max_age_seconds: float, root: Path | None = None) -> Removal:
-    """Remove artifacts that were not used for so long, then the longest unused ones until the store fits.
+    """Remove artifacts that have not been used for this long, then the least recently used ones until the size fits.
 
-    What a running process reads stays, whatever its age and size.
+    Artifacts that a running process reads are kept, whatever their age and size.
 
     Raises:
         UserError: The directory is not a store.
@@ -119,17 +119,17 @@ def evict(max_bytes: float, max_age_seconds: float, root: Path | None = None) ->
 
 
 def store_size(root: Path | None = None) -> int:
-    """Return the bytes of the disk that the store takes, as `du` counts: a file with several names counts once."""
+    """Return the disk usage of the store in bytes, as `du` counts it: a file with several names counts once."""
     return disk_usage(root or home())
 
 
 def incoming_size(stage: str, revision: str) -> int:
-    """Return the bytes of a download that was interrupted and will be continued."""
+    """Return the size in bytes of an interrupted download that will be resumed."""
     return disk_usage(home() / stage / f"{INCOMING}{revision[:16]}")
 
 
 def _last_change(folder: Path) -> float:
-    """Return the latest modification time of what is in a directory; what vanishes meanwhile does not count."""
+    """Return the latest modification time in a directory, ignoring files that vanish in the meantime."""
     latest_time = 0.0
     for parent, _, names in os.walk(folder):
         for path in (parent, *(os.path.join(parent, name) for name in names)):
@@ -139,10 +139,10 @@ def _last_change(folder: Path) -> float:
 
 
 def _check_store(root: Path) -> None:
-    """Raise UserError if nothing in the directory says that it is a store: what is there is somebody else's."""
+    """Raise UserError if nothing in the directory shows that it is a store: its files must not be removed."""
     if not root.exists() or (root / MARK).exists() or not any(root.iterdir()):
         return
-    # Earlier versions made no mark, nor has a run that died in its first stage.
+    # The file that marks a store is missing in stores of earlier versions, and if a run was killed in its first stage.
     if not any(re.fullmatch(re.escape(LOCK) + "[0-9a-f]{16}", path.name) for path in root.glob(f"*/{LOCK}*")):
         raise UserError(
             f"{root} is not a quantize-gemma store, and nothing was removed: set QUANTIZE_GEMMA_HOME to the store"

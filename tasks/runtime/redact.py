@@ -1,4 +1,4 @@
-"""Keeps secrets out of output, logs, errors and files: known ones by their value, others by their form."""
+"""Keep secrets out of output, logs, errors, and files: redact known secrets by value, and others by format."""
 
 import base64
 import contextlib
@@ -12,22 +12,22 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 TOKENS = ("HF_TOKEN", "HF_TOKEN_WRITE", "HUGGING_FACE_HUB_TOKEN", "PREFECT_API_KEY")
-# Values "user:password".
+# Variables with values "user:password".
 AUTH_STRINGS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
-# Addresses with the secret in their path, which may also contain a user and a password.
+# Variables with URLs that have a secret in their path, and may also contain a user and a password.
 WEBHOOKS = ("QUANTIZE_GEMMA_ALERTS",)
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-# A shorter secret could be a part of any word.
+# A shorter secret could be part of any word.
 MIN_LENGTH = 6
 HIDDEN = "…"
 PATTERNS = (
-    # A token of the Hub, after whatever letter: a line break may be written as \n. Not hf_hub_download.
+    # A Hub token, even after a letter, because a line break may be written as \n; but not hf_hub_download.
     (re.compile(r"(hf|api_org)_(?=[\w.-]*\d|[A-Za-z0-9]{16})[\w.-]{6,}"), r"\1_…"),
     (re.compile(r"(?i)(authorization\W{1,6}(?:bearer|basic)\s+|bearer\s+)[^\s'\"]{6,}"), r"\1…"),
-    # User and password in an address, with a scheme or without.
+    # The user and the password in a URL, with or without a scheme.
     (re.compile(r"(\w://)[^\s/?#'\"]*@"), r"\1…@"),
     (re.compile(r"(?<![\w…])[^\s:/@'\"]{1,200}:[^\s:/@'\"]{1,200}@(?=[\w.\[-])"), "…@"),
-    # A signed address.
+    # A signed URL.
     (re.compile(r"(https?://[^\s?]+)\?\S+"), r"\1?…"),
 )
 # The secrets that a run has loaded from Prefect's Secret blocks. Prefect copies the flow's context to its tasks.
@@ -35,7 +35,7 @@ _from_blocks: ContextVar[set[str]] = ContextVar("secrets_from_blocks")
 
 
 def redact(text: str) -> str:
-    """Return the text without secrets: those of this process's environment, and whatever looks like one."""
+    """Return the text without secrets: those in this process's environment, and everything that looks like one."""
     for secret in sorted(_secrets(), key=len, reverse=True):
         for form in _forms(secret):
             text = text.replace(form, HIDDEN)
@@ -45,14 +45,14 @@ def redact(text: str) -> str:
 
 
 def keep_secret(value: str) -> None:
-    """Have redact() remove a secret that is in no environment variable. Call keep_secrets() before."""
+    """Make redact() remove a secret that is not in the environment. Call keep_secrets() first."""
     _from_blocks.get().add(value)
 
 
 def keep_secrets() -> None:
-    """Have what keep_secret() adds removed from now on, in this context and in those that are copied from it.
+    """Make redact() remove secrets from keep_secret() from now on, in this context and in copies of it.
 
-    It has no end: Prefect logs a run's failure after the flow's function has ended.
+    This is not undone, because Prefect logs a run's failure after the flow's function has ended.
     """
     if _from_blocks.get(None) is None:
         _from_blocks.set(set())
@@ -83,7 +83,7 @@ def _secrets() -> set[str]:
         | {_login_token()}
     )
     if "prefect.settings" in sys.modules:
-        # If a setting is invalid, the run has failed because of it, and its message still has to be redacted.
+        # If a setting is invalid, the run has failed because of it, but the message must still be redacted.
         with contextlib.suppress(ImportError, ValueError):
             from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
 
@@ -118,11 +118,11 @@ def _login_token() -> str:
 
 
 def _forms(secret: str) -> list[str]:
-    """Return how a secret may be written: as it is, in an address, in JSON, anywhere in a base64-encoded text."""
+    """Return the encodings of a secret: unchanged, in a URL, in JSON, and anywhere in a base64-encoded text."""
     raw = secret.encode()
     forms = [secret, quote(secret, safe=""), quote(secret), json.dumps(secret)[1:-1]]
     for before in range(3):
-        # The characters that it shares with the text before and after it are not known.
+        # The characters that it shares with the preceding and following text are unknown.
         first, last = -(-8 * before // 6), (8 * (before + len(raw))) // 6
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             forms.append(encode(b"\0" * before + raw).decode()[first:last])

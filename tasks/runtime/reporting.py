@@ -1,8 +1,8 @@
-"""What a stage reports while it works: its progress, and lines for the run's log.
+"""Reports from a running stage: its progress, and lines for the run's log.
 
-Reports are log records: stages report from deep inside the loops and callbacks of libraries, and logging delivers the
-records to any handler. In a worker process, worker_main.py sends them to the run; elsewhere, as in tests that call a
-stage's function, there is no handler.
+Reports are log records, because stages report from deep inside loops and callbacks of libraries, and logging delivers
+records to any handler. In a worker process, worker_main.py sends them to the run; elsewhere, such as in tests that call
+a stage's function, there is no handler.
 """
 
 import contextlib
@@ -14,18 +14,18 @@ from typing import TextIO
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 logger = logging.getLogger(__name__)
-# Nobody else's handlers show reports.
+# Handlers of other loggers do not show reports.
 logger.propagate = False
 
 
 def report_progress(count: int, total: int, unit: str) -> None:
-    """Report that so many units of the work are done."""
+    """Report how many units of the work are done."""
     logger.info("", extra={"progress": (count, total, unit)})
 
 
 @contextlib.contextmanager
 def as_part(before: int, share: int, total: int) -> Iterator[None]:
-    """Make the progress that the block reports that of a part of larger work: `share` of `total`, after `before`."""
+    """Scale the progress reported in the block to a part of larger work: `share` of `total`, after `before`."""
 
     def scale(record: logging.LogRecord) -> bool:
         progress = getattr(record, "progress", None)
@@ -47,14 +47,14 @@ def log(message: str) -> None:
 
 
 class Events(logging.Handler):
-    """Writes events, the reports among them, as lines of JSON to a stream that no library prints to."""
+    """Write events, including reports, as lines of JSON to a stream that no library prints to."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self.stream = stream
 
     def listen(self) -> None:
-        """Write the reports from now on."""
+        """Write all reports from now on."""
         logger.addHandler(self)
         logger.setLevel(logging.INFO)
 

@@ -1,4 +1,4 @@
-"""Which failures are worth a retry, and how long the server asks clients to wait before it."""
+"""Which failures are worth a retry, and how long the server asks clients to wait."""
 
 import re
 import time
@@ -12,11 +12,11 @@ MAX_SECONDS_TO_WAIT = 900.0
 
 
 def is_retryable(error: BaseException | None) -> tuple[bool, float]:
-    """Tell whether the same work may succeed later, and after how many seconds at the earliest.
+    """Tell whether the same work may succeed later, and the minimum number of seconds to wait.
 
-    Retryable are interrupted and refused connections, timeouts, and the responses 408, 429 and 5xx, wherever they are
-    in the chain of causes, because the Hub's client wraps them. A user's mistake is not, and neither is a server that
-    asks clients to wait for longer than MAX_SECONDS_TO_WAIT.
+    Interrupted and refused connections, timeouts, and 408, 429, and 5xx responses are retryable, anywhere in the chain
+    of causes, because the Hub's client wraps them. A user's mistake is not, and neither is a response that asks clients
+    to wait for longer than MAX_SECONDS_TO_WAIT.
     """
     import httpx
 
@@ -28,22 +28,22 @@ def is_retryable(error: BaseException | None) -> tuple[bool, float]:
         response = getattr(error, "response", None)
         if response is not None:
             status, seconds = response.status_code, requested_wait(response.headers)
-            # 507 is a quota that is used up.
+            # 507 means that a quota is used up.
             is_temporary = status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS) or (
                 status >= 500 and status != HTTPStatus.INSUFFICIENT_STORAGE
             )
             return (True, seconds) if is_temporary and seconds <= MAX_SECONDS_TO_WAIT else (False, 0.0)
         if isinstance(error, (httpx.TransportError, ConnectionError, TimeoutError)):
             return True, 0.0
-        # What was raised `from None` does not follow from the error that was being handled.
+        # An exception raised `from None` is not caused by the one that was being handled.
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False, 0.0
 
 
 def requested_wait(headers: Mapping[str, str]) -> float:
-    """Return the seconds after which a server allows the next request: the Hub's rate limit, else Retry-After.
+    """Return the seconds after which a server allows the next request: the Hub's rate limit, or else Retry-After.
 
-    It is 0 if the headers name no time that can be read, and may be infinite.
+    The value is 0 if the headers contain no valid time, and may be infinite.
     """
     from email.utils import parsedate_to_datetime
 

@@ -1,4 +1,4 @@
-"""What a stage is. prefect_stage.py makes it a Prefect task, which a worker process does not import.
+"""The definition of a stage. prefect_stage.py turns it into a Prefect task; worker processes do not import Prefect.
 
 @stage(memory=1.5)
 def export(target: Path, checkpoint: Path, max_seq_len: int) -> Output:
@@ -13,7 +13,7 @@ from typing import Any, Concatenate, Generic, ParamSpec
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 P = ParamSpec("P")
-# {"metadata": what the artifact's manifest says about it, "extra": further measurements}.
+# {"metadata": the artifact's metadata, for its manifest, "extra": further measurements}.
 Output = JsonObject
 
 
@@ -22,19 +22,20 @@ class Stage(Generic[P]):
     """A function `work(target, **inputs)` that fills the directory `target`, and its policy.
 
     It runs in a worker process, with its artifacts as paths. A stage with the inputs `part` and `parts` does one of
-    several parts of its work, which run at the same time. Its code and its libraries are in the key of what it
-    writes; see fingerprint.py.
+    several parts of its work, which run at the same time. Its code and its libraries are part of its artifact's key;
+    see fingerprint.py.
 
     Attributes:
-        work: The function, whose name is the stage's in the store, in Prefect, and in every report.
-        retries: How often it is retried after a transient failure.
-        ignored: Inputs that do not shape its output, and are not in its key.
-        ignored_on_cpu: Inputs that do not shape it if `device` is "cpu": a GPU's sums depend on the batch size.
-        resumes: It stores finished shards; its input `refresh` says that they are made again.
+        work: The function, whose name is the stage's name in the store, in Prefect, and in every report.
+        retries: The number of retries after a transient failure.
+        ignored: Inputs that do not affect the output, and are not part of the key.
+        ignored_on_cpu: Inputs that do not affect the output if `device` is "cpu": sums on a GPU depend on the batch
+            size.
+        resumes: Whether it stores finished shards, which the input `refresh` recomputes.
         environment: Returns environment variables that no other process gets: tokens.
         memory: Its peak memory, in multiples of the artifacts that it reads. Such stages, and those that are
             `accelerated` and use the GPU, wait for each other across runs.
-        accelerated: It may use a GPU.
+        accelerated: Whether it may use a GPU.
     """
 
     work: Callable[Concatenate[Path, P], Output]
@@ -71,7 +72,7 @@ def stage(**policy: Any) -> Callable[[Callable[Concatenate[Path, P], Output]], S
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """Return the function of a name "module:function"."""
+    """Import the function with the name "module:function"."""
     module, function = name.split(":")
     result: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return result

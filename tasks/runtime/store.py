@@ -1,22 +1,22 @@
-"""The artifact store: directories that are complete or do not exist, found by the digest of what made them.
+"""The artifact store: directories that are complete or do not exist, addressed by a digest of their inputs and code.
 
     <home>/.quantize-gemma-store         says that this is a store, whose artifacts may be removed
     <home>/<stage>/<key>/                an artifact
-        <generation>/                    its directory, with a name that is never used again:
-            manifest.json                    what the artifact is; written last
+        <generation>/                    its directory, with a name that is never reused:
+            manifest.json                    the artifact's description; written last
             data/                            its files
-        current                          a symbolic link to the generation that counts
-        manifest.json, data              links to what is in that
-        result.json                      Prefect's cached result, so that it goes when the artifact goes
+        current                          a symbolic link to the current generation
+        manifest.json, data              links into the current generation
+        result.json                      Prefect's cached result, which is removed with the artifact
 
 The key is the SHA-256 of the stage, its inputs' content digests, its parameters, and the fingerprint of the code and
-the libraries that shape its output; no path, clock or run id is in it, so equal inputs give equal keys anywhere.
+the libraries that affect its output. It contains no paths, times, or run ids, so equal inputs give equal keys anywhere.
 
-A generation never changes once it is complete: making an artifact again makes another one and points `current` there.
-Whoever reads a generation has a shared lock on its manifest, and nobody removes a generation whose lock is taken. So a
-reader sees one generation, whole, whatever is refreshed and pruned at the same time.
+A generation never changes once it is complete: rebuilding an artifact creates another one and points `current` to it.
+A reader of a generation holds a shared lock on its manifest, and a locked generation is never removed. So a reader sees
+a single complete generation, whatever is refreshed or pruned at the same time.
 
-Two modules share this: here artifacts are written and read, and pruning.py removes them.
+This module writes and reads artifacts; pruning.py removes them.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ class File:
         size: Its size in bytes.
         sha256: The digest of its content.
         mtime_ns: Its modification time when it was hashed.
-        shared: It is a hard link to a file of another artifact.
+        shared: Whether it is a hard link to a file of another artifact.
     """
 
     size: int
@@ -79,13 +79,13 @@ class Artifact:
     """A complete directory in the store.
 
     Attributes:
-        stage: The stage that made it.
+        stage: The stage that wrote it.
         key: Its key.
         path: The directory of its files.
-        digest: The digest of its content: of the files' names and contents, and of the metadata.
+        digest: The digest of its content: the files' names and contents, and the metadata.
         files: Its files by their paths.
-        metadata: What the stage says about it.
-        measured: What making it took: seconds, memory.
+        metadata: The metadata that the stage returned.
+        measured: The time and memory that the stage took.
     """
 
     stage: str
@@ -98,7 +98,7 @@ class Artifact:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The size of all files in bytes."""
         return sum(file.size for file in self.files.values())
 
 
@@ -111,7 +111,7 @@ class _Pins:
         self._lock = threading.Lock()
 
     def add(self, manifest: Path, lock: int, hashed: bool) -> None:
-        """Keep the descriptor of a manifest's lock; `hashed` says that all files of the artifact were hashed."""
+        """Keep the descriptor of a manifest's lock; `hashed`: whether all files of the artifact were hashed."""
         with self._lock:
             if manifest in self._locks:
                 os.close(lock)
@@ -143,7 +143,7 @@ def home() -> Path:
 
 
 def output_folders() -> list[Path]:
-    """Return where a run writes: the store, temporary files, and Prefect's home."""
+    """Return the directories that a run writes to: the store, temporary files, and Prefect's home."""
     prefect = os.environ.get("PREFECT_HOME") or "~/.prefect"
     return [home(), Path(tempfile.gettempdir()), Path(prefect).expanduser()]
 
@@ -162,7 +162,7 @@ def key(stage: str, inputs: list[str], parameters: JsonObject, made_by: Mapping[
 
 
 def canonical_json(value: JsonValue) -> bytes:
-    """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
+    """Return the canonical JSON text of a value: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -174,19 +174,19 @@ def produce(
     refresh: bool = False,
     pinned: bool = False,
 ) -> Artifact:
-    """Return an artifact; make it if the store does not have it.
+    """Return an artifact; build it if the store does not have it.
 
-    Of two processes that want the same key one works, and the other waits for its result. If `work` raises, nothing is
-    left, and what was there before stays.
+    If two processes need the same key, one of them works, and the other waits for its result. If `work` raises an
+    exception, nothing is left behind, and an existing artifact is kept.
 
     Args:
         stage: The stage's name.
         artifact_key: The artifact's key.
         work: Fills the empty directory that it is called with, and returns {"metadata": …, "measured": …}. Metadata is
-            part of the artifact's content; what was measured (seconds, memory) is not.
+            part of the artifact's content; measurements (seconds, memory) are not.
         root: The store. [default: home()]
-        refresh: Make the artifact even if the store has it, and replace it.
-        pinned: Pin the artifact; nothing can remove it before.
+        refresh: Build the artifact even if the store has it, and replace it.
+        pinned: Pin the artifact before anything can remove it.
 
     Raises:
         StageFailed: The disk is full.
@@ -218,17 +218,18 @@ def produce(
 def load(
     stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, rehash: bool = False
 ) -> Artifact | None:
-    """Return an artifact if it is complete and unchanged, else None; a warning names the file that is not.
+    """Return an artifact if it is complete and unchanged, otherwise None; a warning names the file that is not.
 
-    A file is trusted if its size and modification time are those of the manifest, and hashed again if the time differs.
-    A damaged file that is shared with another artifact is linked again from there.
+    A file is trusted if its size and modification time match the manifest, and hashed again if the time differs. A
+    damaged file that is shared with another artifact is replaced by a link to the intact file.
 
     Args:
         stage: The stage's name.
         artifact_key: The artifact's key.
         root: The store. [default: home()]
-        digest: The digest of the content. An older generation with it is found, too, as long as a process reads it.
-        rehash: Hash all files.
+        digest: The expected digest of the content. An older generation with this digest is also returned, as long as a
+            process reads it.
+        rehash: Whether to hash all files.
     """
     opened_generation = _open_generation(root or home(), stage, artifact_key, digest, rehash)
     if opened_generation is None:
@@ -240,7 +241,7 @@ def load(
 
 @contextlib.contextmanager
 def keep_pinned() -> Iterator[None]:
-    """Keep the artifacts that are pinned in the block as they are until it ends, or the process does."""
+    """Keep artifacts that are pinned in the block unchanged until the block or the process ends."""
     pins = _Pins()
     token = _run_pins.set(pins)
     try:
@@ -253,9 +254,10 @@ def keep_pinned() -> Iterator[None]:
 def pin(
     stage: str, artifact_key: str, root: Path | None = None, digest: str | None = None, rehash: bool = False
 ) -> Artifact | None:
-    """Load an artifact, and keep its directory as it is until the block of keep_pinned() ends.
+    """Load an artifact, and keep its directory unchanged until the block of keep_pinned() ends.
 
-    It counts as used now. `rehash` hashes all of its files, once in the block. The other arguments are load()'s.
+    This marks it as used now. `rehash` hashes all of its files, once per block. The other arguments are those of
+    load().
     """
     opened_generation = _open_generation(root or home(), stage, artifact_key, digest, rehash)
     if opened_generation is None:
@@ -271,7 +273,7 @@ def read_artifact(path: Path) -> Artifact:
     """Return the artifact whose files are in this directory, as its manifest describes it.
 
     Raises:
-        StageFailed: It is not there, or it is damaged.
+        StageFailed: The artifact is missing or damaged.
     """
     # A store's artifacts are four directories deep.
     artifact = _read_generation(path.parent, root_of(path)) if len(path.parents) > 3 else None
@@ -281,20 +283,20 @@ def read_artifact(path: Path) -> Artifact:
 
 
 def root_of(path: Path) -> Path:
-    """Return the store that an artifact's directory of files is in."""
+    """Return the store that contains an artifact's directory of files."""
     return path.parents[3]
 
 
 def path_of(stage: str, artifact_key: str) -> Path:
-    """Return the path of an artifact's files, which stays the same when the artifact is made again."""
+    """Return the path of an artifact's files that stays the same when the artifact is rebuilt."""
     return home() / stage / artifact_key / "data"
 
 
 @contextlib.contextmanager
 def open_store(artifacts: Mapping[str, Path]) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Yield the store that some artifacts are in, and their digests by name.
+    """Yield the store that contains these artifacts, and their digests by name.
 
-    If one of them is in no store, it is a temporary store, and there are no digests: nothing outlives the context.
+    If one of them is not in a store, yield a temporary store and no digests: nothing outlives the context.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -306,10 +308,10 @@ def open_store(artifacts: Mapping[str, Path]) -> Iterator[tuple[Path, dict[str, 
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target`, in an artifact, the same file as `source` of another artifact.
+    """Create `target` in an artifact as a hard link to the file `source` of another artifact.
 
-    It is a hard link, or a copy on another file system. Files from outside the store are copied instead: what happens
-    to them later must not reach into the store.
+    On another file system, it is a copy. Files from outside the store are copied, too, so that later changes to them do
+    not affect the store.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -334,7 +336,7 @@ def digest_file(path: Path) -> str:
 
 
 def read_file(artifact: Artifact, name: str) -> bytes:
-    """Return the content of an artifact's file. Raises StageFailed if it is not what the manifest says."""
+    """Return the content of an artifact's file. Raises StageFailed if it does not match the manifest."""
     try:
         content = (artifact.path / name).read_bytes()
     except OSError:
@@ -345,7 +347,7 @@ def read_file(artifact: Artifact, name: str) -> bytes:
 
 
 def check_file(artifact: Artifact, name: str) -> None:
-    """Hash an artifact's file. Raises StageFailed if it is not what the manifest says."""
+    """Hash an artifact's file. Raises StageFailed if it does not match the manifest."""
     try:
         digest = digest_file(artifact.path / name)
     except OSError:
@@ -355,9 +357,9 @@ def check_file(artifact: Artifact, name: str) -> None:
 
 
 def file_changed(artifact: Artifact, name: str) -> StageFailed:
-    """Return the failure to raise for a damaged file, and have the next run hash it, so that it is made again."""
+    """Return the failure to raise for a damaged file, and make the next run hash the file, so that it is rebuilt."""
     path = artifact.path / name
-    # A file is trusted as long as its time is the manifest's; hard links share it, so this reaches all of them.
+    # A file is trusted as long as its time matches the manifest. Hard links share the time, so all are affected.
     with contextlib.suppress(OSError):
         os.utime(path)
     return StageFailed(
@@ -366,10 +368,10 @@ def file_changed(artifact: Artifact, name: str) -> StageFailed:
 
 
 def _make_current(partial: Path, artifact_folder: Path) -> None:
-    """Make a complete directory the artifact's current generation, at once: readers see the last one or this one."""
+    """Atomically make a complete directory the artifact's current generation: readers see the old one or this one."""
     stage, name = artifact_folder.parent, uuid.uuid4().hex[:8]
     if artifact_folder.exists() and not (artifact_folder / CURRENT).is_symlink():
-        # An earlier version wrote it, or somebody has copied it without links.
+        # An earlier version wrote the artifact, or it was copied without links.
         remove(artifact_folder, artifact_folder.name)
     artifact_folder.mkdir(exist_ok=True)
     link = artifact_folder / f".{name}"
@@ -400,7 +402,7 @@ def _open_generation(
         lock = lock_for_reading(folder / MANIFEST)
         if current_generation(artifact_folder) == folder:
             break
-        # It was made again meanwhile.
+        # It was rebuilt in the meantime.
         if lock is not None:
             os.close(lock)
     if lock is not None and (artifact_folder / MANIFEST).exists():
@@ -457,13 +459,13 @@ def _read_generation(folder: Path, root: Path, rehash: bool = False) -> Artifact
 
 
 def _find_fault(path: Path, expected: File, rehash: bool) -> str | None:
-    """Return what is wrong with a file, as the end of a sentence; None if it is unchanged."""
+    """Describe what is wrong with a file, as the end of a sentence; None if it is unchanged."""
     try:
         status = path.stat()
         if status.st_size != expected.size:
             return f"has {status.st_size:,} bytes instead of {expected.size:,}"
         if (rehash or status.st_mtime_ns != expected.mtime_ns) and digest_file(path) != expected.sha256:
-            # Whoever looks next hashes it, too.
+            # Make the next reader hash it, too.
             os.utime(path)
             return "was changed"
     except OSError as error:
@@ -472,7 +474,7 @@ def _find_fault(path: Path, expected: File, rehash: bool) -> str | None:
 
 
 def _link_again(path: Path, expected: File, root: Path) -> bool:
-    """Replace a damaged shared file by a link to an intact one with the same content, if there is one."""
+    """Replace a damaged shared file with a link to an intact file with the same content, if there is one."""
     for manifest in [path / MANIFEST for path in artifact_folders(root)]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for name, fields in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
@@ -486,7 +488,7 @@ def _link_again(path: Path, expected: File, root: Path) -> bool:
 
 
 def _write_manifest(partial: Path, stage: str, artifact_key: str, result: JsonObject) -> None:
-    """Write the manifest of the files in a directory, all of it durably."""
+    """Write the manifest of the files in a directory, and flush everything to disk."""
     data = partial / "data"
     files = {}
     for path in sorted(path for path in data.rglob("*") if path.is_file()):
@@ -507,7 +509,7 @@ def _write_manifest(partial: Path, stage: str, artifact_key: str, result: JsonOb
         "metadata": metadata,
         "measured": result.get("measured", {}),
     }
-    # As it is read back: JSON makes strings of numbers that are keys.
+    # Normalize it to what is read back: JSON turns keys that are numbers into strings.
     manifest = json.loads(json.dumps(manifest))
     manifest["checksum"] = _checksum(manifest)
     with (partial / MANIFEST).open("w", encoding="utf-8") as stream:
@@ -518,7 +520,7 @@ def _write_manifest(partial: Path, stage: str, artifact_key: str, result: JsonOb
 
 
 def _checksum(manifest: JsonObject) -> str:
-    """Return the SHA-256 of what a manifest says, except for the checksum itself."""
+    """Return the SHA-256 of a manifest's content, except for the checksum itself."""
     content = {name: value for name, value in manifest.items() if name != "checksum"}
     return hashlib.sha256(canonical_json(content)).hexdigest()
 

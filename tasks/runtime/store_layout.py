@@ -1,6 +1,6 @@
-"""Where things are in the store, and the locks that keep one process from removing what another one uses.
+"""The layout of the store, and the locks that prevent one process from removing what another one uses.
 
-store.py describes the layout. Its functions take directories of the store, wherever it is.
+store.py describes the layout. The functions here take directories of a store, wherever it is.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from quantize_gemma.tasks.runtime.lifetime import run_workers
 
 logger = logging.getLogger(__name__)
 
-# The file that says that a directory is a store.
+# The file that marks a directory as a store.
 MARK = ".quantize-gemma-store"
 MANIFEST = "manifest.json"
 CURRENT = "current"
-# Names of unfinished work start with this, and names of unfinished downloads, which are continued, with that.
+# The prefixes of unfinished work, and of unfinished downloads, which are resumed.
 PARTIAL = ".partial-"
 INCOMING = ".incoming-"
 LOCK = ".lock-"
 
 
 def current_generation(artifact_folder: Path) -> Path:
-    """Return the generation of an artifact that counts; in a copy without links it has no name of its own."""
+    """Return the current generation of an artifact; in a copy without links, the artifact's own directory."""
     try:
         return artifact_folder / os.readlink(artifact_folder / CURRENT)
     except OSError:
@@ -48,7 +48,7 @@ def generations(artifact_folder: Path) -> list[Path]:
 
 
 def artifact_folders(root: Path) -> list[Path]:
-    """Return the directories of a store's artifacts: those whose manifest says that it belongs where it is."""
+    """Return the directories of a store's artifacts: those whose manifest matches their path."""
     folders = []
     for manifest in root.glob(f"*/*/{MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -59,16 +59,16 @@ def artifact_folders(root: Path) -> list[Path]:
 
 
 def lock_path(artifact_folder: Path) -> Path:
-    """Return the file that is locked while an artifact is made or removed."""
+    """Return the file that is locked while an artifact is built or removed."""
     return artifact_folder.parent / f"{LOCK}{artifact_folder.name[:16]}"
 
 
 @contextlib.contextmanager
 def hold_lock(artifact_folder: Path) -> Iterator[None]:
-    """Hold the lock of an artifact. The kernel releases it when the process dies, however it dies.
+    """Hold the lock of an artifact. The kernel releases the lock when the process ends, however it ends.
 
     Raises:
-        StageFailed: The run was interrupted while it waited for another one.
+        StageFailed: The run was interrupted while it waited for another run.
     """
     artifact_folder.parent.mkdir(parents=True, exist_ok=True)
     with lock_path(artifact_folder).open("w") as stream:
@@ -102,13 +102,13 @@ def is_locked(path: Path) -> bool:
 
 
 def lock_for_reading(manifest: Path) -> int | None:
-    """Return the descriptor of a shared lock on a manifest, or None if it is not there, or no longer."""
+    """Return the descriptor of a shared lock on a manifest; None if the manifest does not exist or was just removed."""
     try:
         lock = os.open(manifest, os.O_RDONLY)
     except OSError:
         return None
     fcntl.flock(lock, fcntl.LOCK_SH)
-    # Whoever removes a directory renames it while holding the lock.
+    # A directory is renamed under the lock before it is removed.
     if manifest.exists():
         return lock
     os.close(lock)
@@ -116,10 +116,10 @@ def lock_for_reading(manifest: Path) -> int | None:
 
 
 def remove(folder: Path, artifact_key: str) -> int | None:
-    """Remove an artifact or one generation of it, at once for readers, unless a process reads it.
+    """Remove an artifact or one of its generations, atomically for readers, unless a process is reading it.
 
     Returns:
-        The bytes of the disk that this frees; None if a process reads it, or another one has removed it.
+        The bytes that this frees on disk; None if a process is reading it, or another process has removed it.
     """
     stage = folder.parent if folder.name == artifact_key else folder.parent.parent
     trash = stage / f"{PARTIAL}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
@@ -142,7 +142,7 @@ def remove(folder: Path, artifact_key: str) -> int | None:
 
 
 def delete(folder: Path) -> int:
-    """Delete a directory; return the bytes that this frees: those of files that have no other name elsewhere."""
+    """Delete a directory; return the bytes that this frees: those of files without links elsewhere."""
     before = disk_usage(folder, exclusive=True)
     if folder.is_symlink():
         folder.unlink()
@@ -151,13 +151,13 @@ def delete(folder: Path) -> int:
 
 
 def disk_usage(folder: Path, exclusive: bool = False) -> int:
-    """Return the bytes of the disk's blocks that a directory takes, each inode once, as `du` counts them.
+    """Return the disk usage of a directory in bytes, counting each inode once, as `du` does.
 
-    What vanishes meanwhile counts as nothing.
+    Files that vanish in the meantime are ignored.
 
     Args:
         folder: The directory.
-        exclusive: Leave out files that also have names elsewhere.
+        exclusive: Leave out files with links elsewhere.
     """
     names: dict[tuple[int, int], int] = {}
     total = 0

@@ -1,4 +1,4 @@
-"""Strict JSON, without duplicate keys and NaN, for files that people and other programs write."""
+"""Strict JSON, without duplicate keys and NaN, for files written by users and other programs."""
 
 import json
 import math
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from quantize_gemma.tasks.runtime.errors import UserError
 
-# JSON that is passed on without being inspected: a value, and an object.
+# JSON that is passed on without inspection: a value, and an object.
 JsonValue = object
 JsonObject = dict[str, object]
 
-# What safetensors allows a header; Gemma's tokenizer.json has 33 MB.
+# The maximum size of a safetensors header; Gemma's tokenizer.json has 33 MB.
 MAX_BYTES = 100_000_000
 
 
@@ -19,10 +19,10 @@ def read_object(path: Path, remedy: str) -> JsonObject:
 
     Args:
         path: The file.
-        remedy: What to do if the file is not good; the end of the error's sentence.
+        remedy: What to do if the file is invalid; the end of the error message.
 
     Raises:
-        UserError: The file is missing, cannot be read, or contains anything else.
+        UserError: The file is missing, cannot be read, or contains something else.
     """
     try:
         with path.open("rb") as stream:
@@ -36,12 +36,12 @@ def read_object(path: Path, remedy: str) -> JsonObject:
 
 
 def parse_object(text: bytes) -> JsonObject:
-    """Return the JSON object of a text.
+    """Parse a text as a JSON object.
 
-    Libraries disagree on which of two values of a key counts, and on NaN; so both are errors.
+    Libraries disagree on which of two values of a duplicate key counts, and on NaN, so both are errors.
 
     Raises:
-        ValueError: It is anything else; the message says why.
+        ValueError: The text is not a JSON object; the message says why.
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
@@ -52,7 +52,7 @@ def parse_object(text: bytes) -> JsonObject:
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
-        # Half of a surrogate pair is text that cannot be written to a file.
+        # Text with half of a surrogate pair cannot be written to a file.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

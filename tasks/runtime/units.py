@@ -1,4 +1,4 @@
-"""Formats numbers for people."""
+"""Format numbers for output."""
 
 
 def human_size(count: float) -> str:

@@ -1,7 +1,7 @@
-"""Runs a stage's work in its own process: its memory is freed at the end, and if it dies, only the stage fails.
+"""Run a stage's work in its own process: its memory is freed at the end, and if it dies, only the stage fails.
 
-Four modules share this: this one is the side of the run, fork_server.py starts the processes, worker_main.py runs in
-them, and reporting.py is how their code reports. Reports and results are lines of JSON in a pipe.
+This module runs in the process of the run; fork_server.py starts the worker processes, worker_main.py runs in them, and
+reporting.py sends their reports. Reports and results are lines of JSON in a pipe.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from quantize_gemma.tasks.runtime.redact import redact
 from quantize_gemma.tasks.runtime.store import home
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
-# Called with what is done, the total, and the unit.
+# Called with the amount done, the total, and the unit.
 Progress = Callable[[int, int, str], None]
 
-# What worker_main.py sends: an "event", and what belongs to it.
+# A message from worker_main.py: an "event", and its fields.
 Event = dict[str, Any]
 
 # Environment variables that no worker inherits.
@@ -44,7 +44,8 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-# What most stages import, in seconds. No `datasets`: it reads environment variables that a stage sets.
+# Libraries that most stages import, which takes seconds; without `datasets`, which reads environment variables that a
+# stage sets.
 LIBRARIES = ("torch", "torchao.quantization", "transformers.models.gemma3.modeling_gemma3")
 
 
@@ -56,16 +57,16 @@ def run(
     environment: dict[str, str] | None = None,
     seconds_allowed: float | None = None,
 ) -> dict[str, Any]:
-    """Call a function in a process of its own.
+    """Call a function in a separate process.
 
     Args:
         function: "module:name".
         arguments: Its arguments: JSON values.
         progress: Called with the progress that it reports.
         logger: Logs the lines that it reports.
-        environment: Further environment variables; tokens reach the process only here, and leave it in nothing that
-            it prints or raises.
-        seconds_allowed: The process is killed if it takes longer.
+        environment: Further environment variables. This is the only way in which tokens reach the process, and they are
+            redacted from everything that it prints or raises.
+        seconds_allowed: The time limit, after which the process is killed.
 
     Returns:
         What the function returned, with "measured" added: seconds and peak_rss_bytes.
@@ -87,7 +88,7 @@ def run(
 
 
 class Worker:
-    """A process that works for this one. Whoever starts it ends it with close()."""
+    """A process that works for this one. End it with close()."""
 
     def __init__(
         self, function: str, arguments: Mapping[str, object], environment: dict[str, str] | None = None
@@ -95,7 +96,7 @@ class Worker:
         """Start the process, which calls `function` ("module:name") with the arguments.
 
         Raises:
-            StageFailed: It did not start.
+            StageFailed: The process did not start.
         """
         self.killed = False
         self.workers = run_workers()
@@ -103,7 +104,7 @@ class Worker:
         stdin, stdin_writer = os.pipe()
         output_reader, output = os.pipe()
         self.events = os.fdopen(events_reader, encoding="utf-8")
-        # It stays open: its end tells the process that this one is gone.
+        # Keep it open: when it closes, the worker knows that this process has ended.
         self.stdin = os.fdopen(stdin_writer, "w", encoding="utf-8")
         self.output = os.fdopen(output_reader, encoding="utf-8", errors="replace")
         self.output_tail: list[str] = []
@@ -118,9 +119,9 @@ class Worker:
                 os.close(descriptor)
         self.reader = threading.Thread(target=keep_tail, args=(self.output, self.output_tail), daemon=True)
         self.reader.start()
-        # If it is dead, wait() says why.
+        # If the process is dead, wait() reports why.
         with contextlib.suppress(BrokenPipeError):
-            # Through the pipe, and not through the server: no other worker has this one's tokens in its memory.
+            # Use the pipe, not the server, so that no other worker has this one's tokens in memory.
             self.stdin.write(json.dumps({"environment": environment or {}, "arguments": arguments}) + "\n")
             self.stdin.flush()
 
@@ -129,7 +130,7 @@ class Worker:
         try:
             return server.fork(function, events, stdin, output)
         except ServerEnded:
-            # It was killed a moment ago. Nothing was forked, so another one can do it.
+            # The server was just killed without forking a process, so start another server.
             return self.workers.fork_server(self._start_server).fork(function, events, stdin, output)
 
     def _start_server(self) -> ForkServer:
@@ -138,7 +139,7 @@ class Worker:
         return ForkServer(environment, LIBRARIES if self.workers.for_run else ())
 
     def wait(self, progress: Progress, logger: Logger | None, seconds_allowed: float | None = None) -> Event:
-        """Return the result, and pass on what is reported before it.
+        """Return the result, and pass on all reports before it.
 
         Raises:
             UserError: The function raised it.
@@ -163,7 +164,7 @@ class Worker:
             raise StageFailed("stopped")
         tail = redact("".join(self.output_tail[-30:]))
         if event["event"] in ("failed", "error"):
-            # The message of an expected failure is enough; for any other, the last lines say where it was raised.
+            # The message of an expected failure is enough; for any other, the last lines show where it was raised.
             message = redact(event["message"]) + (f"\n{tail}" if event["event"] == "error" else "")
             raise StageFailed(message.strip(), event["transient"], event["retry_after"])
         if seconds_allowed and time.monotonic() - start >= seconds_allowed:
@@ -171,8 +172,8 @@ class Worker:
         raise StageFailed(f"its process ended with {describe_exit(code)}\n{tail}".strip())
 
     def _next_event(self, progress: Progress, logger: Logger | None) -> Event:
-        """Return the next event that is neither progress nor a line for the log; "died" if there is none."""
-        # The last line of a process that was killed may be half of one.
+        """Return the next event that is neither progress nor a log line; "died" if there is none."""
+        # The last line of a killed process may be incomplete.
         while (line := self.events.readline()).endswith("\n"):
             event: Event = json.loads(line)
             if event["event"] == "progress":
@@ -184,7 +185,7 @@ class Worker:
         return {"event": "died"}
 
     def kill(self) -> None:
-        """End the process at once. A caller that waits for it gets StageFailed("stopped")."""
+        """End the process immediately. A caller that waits for it gets StageFailed("stopped")."""
         self.killed = True
         self.process.kill()
 
@@ -205,7 +206,7 @@ class Worker:
 
 
 def _numba_cache() -> dict[str, str]:
-    """Return where numba keeps compiled code if it cannot be beside the source: in the store, which is writable."""
+    """Return where numba caches compiled code if it cannot write next to the source: the store, which is writable."""
     if "NUMBA_CACHE_DIR" in os.environ or os.access(Path(__file__).parent, os.W_OK):
         return {}
     return {"NUMBA_CACHE_DIR": str(home() / ".numba")}

@@ -1,4 +1,4 @@
-"""What a worker process does, which fork_server.py forks: it calls a function, and sends its reports and its result."""
+"""The worker process that fork_server.py forks: call a function, and send its reports and its result."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from quantize_gemma.tasks.runtime.stage import import_function
 from quantize_gemma.tasks.runtime.store import keep_pinned, output_folders
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
-# Added to /proc/self/oom_score_adj, in thousandths of the memory.
+# The increase of /proc/self/oom_score_adj, in thousandths of the memory.
 OOM_SCORE = 200
 
 
@@ -36,7 +36,7 @@ def work(function: str, events: int, stdin: int, output: int, parent: int) -> No
         output: The file descriptor for what the function and its libraries print.
         parent: The id of the process that forked this one.
     """
-    # Some libraries' exit handlers take seconds or crash; those of the process that forked this one are not its own.
+    # Skip exit handlers: those of some libraries take seconds or crash, and those of the parent must not run here.
     code = 1
     try:
         die_with_parent(parent)
@@ -65,7 +65,7 @@ def work(function: str, events: int, stdin: int, output: int, parent: int) -> No
 
 
 def _let_memory_run_out_here() -> None:
-    """Have the kernel end this process rather than the one that forked it, with all of its workers."""
+    """When memory runs out, have the kernel kill this process, not the one that forked it, along with all workers."""
     with contextlib.suppress(OSError):
         path = Path("/proc/self/oom_score_adj")
         path.write_text(str(min(int(path.read_text()) + OOM_SCORE, 1000)))
@@ -74,12 +74,12 @@ def _let_memory_run_out_here() -> None:
 def _set_environment(environment: dict[str, str]) -> None:
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment and "torch" in sys.modules:
-        # It was read when torch was imported.
+        # torch has read this variable on import.
         sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
 
 
 def _call(function: str, arguments: JsonObject) -> JsonObject:
-    """Call the function; return the event of its result, or of its failure."""
+    """Call the function; return the event with its result or its failure."""
     try:
         with keep_pinned():
             value = import_function(function)(**arguments)
@@ -102,15 +102,15 @@ def _call(function: str, arguments: JsonObject) -> JsonObject:
 
 
 def _end_with_input() -> None:
-    """End this process with its input, whose other end is the parent's, where the kernel does not kill it."""
+    """End this process when the parent closes its input, on systems where the kernel does not kill it."""
     sys.stdin.read()
     os._exit(1)
 
 
 def _peak_rss_bytes() -> int:
-    """Return this process's peak memory, the libraries that it shares with its parent included.
+    """Return this process's peak memory, including the libraries that it shares with its parent.
 
-    getrusage's also includes what the parent once had.
+    getrusage would also include the parent's earlier memory.
     """
     status = Path("/proc/self/status")
     if not status.exists():
@@ -141,7 +141,7 @@ def call(
         The function's result.
 
     Raises:
-        StageFailed: The code here is not the code of the fingerprint.
+        StageFailed: The code here does not match the fingerprint.
     """
     name_process(function.split(":")[1])
     mismatch = difference(made_by, fingerprint(function)) if made_by else None
