@@ -1,10 +1,10 @@
-"""Quantize: write the checkpoint that torchao and transformers would write, by a recipe.
+"""Quantize: write the checkpoint that torchao and transformers would write with a recipe.
 
-It goes from the base checkpoint's files to the quantized one's a few rows at a time (writer.py), with one function per
-algorithm (algorithms.py), so that memory depends neither on the model's size nor on that of its largest matrix. The
-bytes are those of `quantize_`, `flatten_tensor_state_dict` and safetensors' `save_file`. The tensors' keys follow the
-Hub's layout of the base checkpoint, and the metadata names every module as the installed and as newer transformers call
-it, so that both load the file. (Card section: Quantization.)
+Weights are streamed from the base checkpoint's files to the quantized file a few rows at a time (writer.py), with one
+function per algorithm (algorithms.py), so that memory does not depend on the size of the model or of its largest
+matrix. The output is byte-identical to that of `quantize_`, `flatten_tensor_state_dict`, and safetensors' `save_file`.
+The tensors' keys follow the Hub's layout of the base checkpoint, and the metadata contains the module names of both the
+installed and newer versions of transformers, so that both load the file. (Card section: Quantization.)
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def quantize(
         checkpoint: The untied checkpoint.
         recipe: The recipe as JSON values; see Recipe.to_json.
         device: cpu, or cuda, which sums in a different order: a scale may differ in its last bit.
-        calibration: What calibrate() wrote; None for a recipe that needs none.
+        calibration: The output of calibrate(); None for a recipe without calibration.
         refresh: Quantize decoder blocks again even if they are in the store.
 
     Returns:
@@ -80,7 +80,7 @@ def quantize(
             calibration_metadata = {"output_error": blocks.errors}
         weights = target / "model.safetensors"
         with _one_thread(), CheckpointWriter(weights, sources, rules, multimodal, device, quantized) as writer:
-            # Importing transformers takes seconds, in which the threads work.
+            # Importing transformers takes seconds, during which the threads already work.
             _write_config(target, checkpoint, sources, rules)
             errors = writer.finish()
     for path in checkpoint.iterdir():
@@ -103,7 +103,7 @@ def quantize(
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let torch compute with one thread: the writer has its own, with which others would compete for the cores."""
+    """Make torch use one thread: the writer has its own threads, and others would compete with them for the cores."""
     import torch
 
     threads = torch.get_num_threads()
@@ -126,7 +126,7 @@ def _quantize_decoder(
 ) -> "Blocks":
     """Return the calibrated blocks, in the checkpoint's store or in a temporary one that `stack` removes.
 
-    Its parameters are those of quantize(), and what it has opened.
+    Its parameters are those of quantize(), and the files that it has opened.
     """
     import torch
     from transformers import AutoConfig
@@ -151,7 +151,7 @@ def _quantize_decoder(
     }
     try:
         identity["checkpoint"], root = store.read_artifact(checkpoint).digest, store.root_of(checkpoint)
-    except StageFailed:  # The checkpoint of a benchmark or a test is not in a store.
+    except StageFailed:  # In benchmarks and tests, the checkpoint is not in a store.
         identity["checkpoint"] = str(checkpoint)
         root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     blocks = Blocks(root, identity, refresh)
@@ -162,7 +162,7 @@ def _quantize_decoder(
 
 @contextlib.contextmanager
 def _open_blocks(files: Sequence[Path]) -> Iterator[dict[str, dict[str, SourceTensor]]]:
-    """Yield {weight: {part: where its rows are}} of calibrated blocks; their files are open within the context."""
+    """Yield {weight: {part: location of its rows}} of calibrated blocks; their files are open within the context."""
     import torch
 
     dtypes = {"I8": torch.int8, "BF16": torch.bfloat16}
@@ -181,7 +181,7 @@ def _open_blocks(files: Sequence[Path]) -> Iterator[dict[str, dict[str, SourceTe
 def _write_config(
     target: Path, checkpoint: Path, sources: Mapping[str, SourceTensor], rules: Mapping[str, Rule]
 ) -> None:
-    """Write config.json. Raises UserError if the checkpoint's weights are not those of the model that it describes."""
+    """Write config.json. Raises UserError if the checkpoint's weights do not match the model that it describes."""
     import torch
     from torchao.quantization import FqnToConfig
     from transformers import AutoConfig, TorchAoConfig

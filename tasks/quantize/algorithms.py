@@ -1,6 +1,6 @@
 """The algorithms that a recipe's rule names: one function each, from rows of weights to integers and scales.
 
-They work on any rows of a matrix without calibration data. To add such an algorithm, add its name to recipe.Algorithm
+They work on any rows of a matrix, without calibration data. To add such an algorithm, add its name to recipe.Algorithm
 and its function to `quantize_rows`; mypy reports a name without a function.
 """
 
@@ -24,11 +24,11 @@ class QuantizedRows:
 
     Attributes:
         tensors: The tensors to store: "qdata", int8, [rows, columns], and "scale", [rows, groups], in the weight's
-            dtype. "zero_point" may be absent where it is zero: the file is filled with zeros.
+            dtype. "zero_point" may be missing if it is zero, because the file is initialized with zeros.
         error: The sum of the squared weight errors.
         square: The sum of the squared weights; NaN or infinite if a weight is.
-        changes: With hqq_scale_only, the largest change of a scale in every iteration; see hqq.py.
-        off_grid: With exact, the groups that cannot be represented without loss; see exact.py.
+        changes: For hqq_scale_only, the largest change of a scale in every iteration; see hqq.py.
+        off_grid: For exact, the groups that cannot be represented without loss; see exact.py.
     """
 
     tensors: "dict[str, torch.Tensor]"
@@ -42,7 +42,7 @@ def quantize_rows(rows: "torch.Tensor", rule: Rule, device: str, iterations: int
     """Quantize some rows of a matrix with the rule's algorithm.
 
     Args:
-        rows: The weights, [rows, columns], on the CPU: in bfloat16, with exact in the checkpoint's dtype.
+        rows: The weights, [rows, columns], on the CPU: in bfloat16, or for exact in the checkpoint's dtype.
         rule: How the matrix is quantized.
         device: Where to compute: cpu or cuda.
         iterations: The result of `iterations_to_repeat` when the rows are quantized a second time.
@@ -65,7 +65,7 @@ def quantize_rows(rows: "torch.Tensor", rule: Rule, device: str, iterations: int
 def iterations_to_repeat(changes: "Sequence[npt.NDArray[np.float32] | None]") -> int | None:
     """Return the number of iterations with which to quantize a matrix again; None if its rows are final.
 
-    `changes` are those of all its chunks: only together do they show where torchao's HQQ stops; see hqq.py.
+    `changes` are those of all of its chunks, which together show where torchao's HQQ stops; see hqq.py.
     """
     from quantize_gemma.tasks.quantize import hqq
 
@@ -113,7 +113,7 @@ def _search(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
 
 
 def _exact(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
-    """Find the grid that the weights are on."""
+    """Find the grid of the weights."""
     from quantize_gemma.tasks.quantize.exact import find_scales
 
     integers, scales, off_grid = find_scales(rows, rule.group_size or rows.shape[1], rule.weight)
@@ -124,7 +124,7 @@ def _exact(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
 
 
 def measure_rows(tensors: "dict[str, torch.Tensor]", rows: "torch.Tensor") -> QuantizedRows:
-    """Return quantized rows with their sums of squares, against the weights."""
+    """Return quantized rows with the sums of the squared errors and weights."""
     group_size = rows.shape[1] // tensors["scale"].shape[1]
     quantized = tensors["qdata"] * tensors["scale"].float().repeat_interleave(group_size, 1)
     error = float((quantized - rows.float()).double().square().sum())
@@ -132,7 +132,7 @@ def measure_rows(tensors: "dict[str, torch.Tensor]", rows: "torch.Tensor") -> Qu
 
 
 def _hqq_scale_only(rows: "torch.Tensor", rule: Rule, device: str, iterations: int | None) -> QuantizedRows:
-    """Fit the scales to the rounded weights in up to 20 iterations, as torchao does, to the bit; see hqq.py."""
+    """Fit the scales to the rounded weights in up to 20 iterations, bit-identical to torchao; see hqq.py."""
     import torch
 
     from quantize_gemma.tasks.quantize import hqq

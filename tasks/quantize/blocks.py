@@ -1,12 +1,12 @@
 """Calibration, one decoder block at a time: collect the inputs of each linear, and quantize its weight with GPTQ.
 
 Two models run side by side: the full-precision one, and the one whose blocks are quantized one after the other. Within
-a block the linears are quantized in the order of the data: q, k and v, which share one input and one Hessian; o_proj on
-the attention of the quantized q, k and v; gate_proj and up_proj; down_proj.
+a block, the linears are quantized in the order in which data flows through them: q, k, and v, which share one input and
+one Hessian; o_proj on the attention output of the quantized q, k, and v; gate_proj and up_proj; down_proj.
 
 Peak memory is a block's weights as they are stored, and two matrices of the size of down_proj's Hessian: the Hessian
-and the cross products, later its factor. To get there, hidden states are on disk, down_proj's inputs are computed twice
-instead of kept, and weights are converted to float32 a few rows at a time.
+and the cross products, later its factor. To achieve this, hidden states are on disk, down_proj's inputs are computed
+twice instead of stored, and weights are converted to float32 a few rows at a time.
 
 The blocks run, and Hessians are summed and inverted, on the device of the weights and the hidden states; gptq.py rounds
 on the CPU.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SEQUENCES = 8
 # Columns of a Hessian that are computed at once; only the blocks on and above the diagonal are computed.
 PANEL = 512
-# Significant digits of an error: the order of sums over tokens depends on the number of threads.
+# Significant digits of an error; more would depend on the number of threads, which determines the order of sums.
 DIGITS = 5
 
 
@@ -53,7 +53,7 @@ class QuantizedMatrix:
     error: float = 0.0
 
     def dequantize(self, first: int = 0, count: int | None = None) -> Tensor:
-        """Return `count` rows of the weights from `first` on, all by default, float32, [rows, columns]."""
+        """Return `count` rows of the weights, starting at `first` (default: all), in float32, [rows, columns]."""
         rows = slice(first, None if count is None else first + count)
         size = self.integers.shape[1] // self.scales.shape[1]
         return self.integers[rows] * self.scales[rows].float().repeat_interleave(size, 1)
@@ -79,7 +79,7 @@ class Moments:
             x, difference = piece.flatten(0, -2), (target - piece).flatten(0, -2)
             columns = x.shape[1]
             moments = moments or cls(x.new_zeros(columns, columns), x.new_zeros(columns, columns))
-            # Only on and above the diagonal: the Hessian is symmetric.
+            # Only on and above the diagonal, because the Hessian is symmetric.
             for first in range(0, columns, PANEL):
                 moments.hessian[first : first + PANEL, first:].addmm_(x[:, first : first + PANEL].T, x[:, first:])
             moments.cross.addmm_(difference.T, x)
@@ -91,11 +91,11 @@ class Moments:
 
 
 class StoredLinear(torch.nn.Module):
-    """A linear without bias that computes in float32, with the weight as it is stored.
+    """A linear without bias that computes in float32, with the weight in its stored dtype.
 
     Attributes:
         weight: The full-precision weight, [rows, columns].
-        matrix: The quantized weight, which is used instead once it is set.
+        matrix: The quantized weight, which replaces it once it is set.
     """
 
     weight: Tensor
@@ -106,7 +106,7 @@ class StoredLinear(torch.nn.Module):
         self.matrix: QuantizedMatrix | None = None
 
     def rows(self, first: int, count: int) -> Tensor:
-        """Return some rows of the weight that is used, float32."""
+        """Return some rows of the weight in use, float32."""
         if self.matrix is not None:
             return self.matrix.dequantize(first, count)
         return self.weight[first : first + count].float()
@@ -162,7 +162,7 @@ class Block:
         self.width = config.intermediate_size
 
     def attention(self, hidden: Tensor) -> Tensor:
-        """Return o_proj's input, [sequences, length, width], from the block's."""
+        """Return o_proj's input, [sequences, length, width], from the block's input."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         distance = positions[:, None] - positions[None]
         mask = (distance >= 0) if self.window is None else (distance >= 0) & (distance < self.window)
@@ -198,7 +198,7 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 def run_block(block: Block, hidden: Tensor | HiddenStates) -> Iterator[Step]:
     """Yield the inputs of a block's linears, and replace its input, [sequences, length, width], with its output.
 
-    If the caller quantizes a step's linears before it takes the next step, the following steps run with them.
+    If the caller quantizes a step's linears before it requests the next step, the following steps use them.
     """
     pieces = _pieces(block, hidden)
     yield QKV, (block.layer.input_layernorm(hidden[piece]) for piece in pieces)
@@ -214,9 +214,9 @@ def run_block(block: Block, hidden: Tensor | HiddenStates) -> Iterator[Step]:
 
 
 def run_full_block(block: Block, hidden: Tensor | HiddenStates) -> Iterator[Step]:
-    """Do what run_block does for a block that does not change, without keeping an input beyond its piece.
+    """Do what run_block does for a block that does not change, with only one piece of an input in memory.
 
-    The caller must consume all pieces of a step before it takes the next step.
+    The caller must consume all pieces of a step before it requests the next step.
     """
     pieces = _pieces(block, hidden)
 
@@ -247,7 +247,7 @@ def quantize_block(
     """Quantize a block's linears, and replace its inputs, [sequences, length, width], with its outputs.
 
     Args:
-        blocks: The block twice: the linears of the first are quantized, those of the second stay in full precision.
+        blocks: The block twice: the linears of the first one are quantized, those of the second one are not.
         hidden: The hidden states of the calibration tokens after the preceding quantized blocks, and after the
             preceding full-precision blocks.
         rules: The rule of each linear that GPTQ quantizes, by its name in the block; other linears do not change.
@@ -288,12 +288,12 @@ def run_to_end(steps: Iterator[Step]) -> None:
 def prepare_linears(
     linears: dict[str, StoredLinear], moments: Moments, group_size: int, settings: Calibration
 ) -> dict[str, Callable[[], QuantizedMatrix]]:
-    """Return a function that quantizes each linear, by name; they share one input, whose moments are overwritten."""
+    """Return a quantizing function for each linear, by name; they share one input, whose moments are overwritten."""
     hessian, cross = moments.hessian, moments.cross
     shifts: dict[str, Tensor] = {}
     scratch = None
     if all(linear.weight.shape[0] < len(hessian) for linear in linears.values()):
-        # Weights times cross products are smaller than the cross products, whose memory can then be reused.
+        # Weights times cross products are smaller than the cross products, whose memory can be reused afterwards.
         for name, linear in linears.items():
             rows, step = linear.weight.shape[0], gptq.rows_at_once(len(cross))
             shifts[name] = torch.cat([linear.rows(first, step) @ cross for first in range(0, rows, step)]).cpu()
@@ -321,8 +321,8 @@ def quantize_matrix(
     """Quantize a linear's weight, and measure the error of its outputs.
 
     Before GPTQ rounds them, the weights are moved toward the least-squares solution that reproduces the full-precision
-    model's outputs from the quantized model's inputs, so that a block corrects some of the error of the blocks before
-    it. Moving them all the way would overfit the calibration text.
+    model's outputs from the quantized model's inputs, so that a block corrects some of the error of earlier blocks.
+    Moving them all the way would overfit the calibration text.
 
     Args:
         read_rows: Takes a first row and a count, and returns these rows of the weight, float32, [rows, columns], and

@@ -1,8 +1,8 @@
-"""Quantizes the decoder with calibration data, block by block; each finished block is an artifact.
+"""Quantize the decoder with calibration data, block by block; each finished block is an artifact.
 
-A run that was killed resumes at its last block: finished blocks are loaded from the store, and the calibration tokens
+A run that was killed resumes at the next block: finished blocks are loaded from the store, and the calibration tokens
 run through them once more. The result is a safetensors file for each block and one for the head, from which writer.py
-takes the rows of the matrices that it does not quantize itself.
+reads the rows of the matrices that it does not quantize itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Blocks:
 
     Attributes:
         root: The store.
-        identity: What the blocks depend on, besides their number and the code.
+        identity: Everything that the blocks depend on, besides their number and the code.
         refresh: Quantize blocks again even if they are in the store.
         files: The files of the finished blocks, in order.
         errors: The relative squared error of each module's outputs on the calibration tokens.
@@ -55,7 +55,7 @@ class Blocks:
     errors: dict[str, float] = field(default_factory=dict)
 
     def finish(self, name: str, compute: Callable[[], Mapping[str, QuantizedMatrix]], rule: Rule | None = None) -> bool:
-        """Add a block's quantized matrices from the store, or compute them; return whether they were computed.
+        """Load a block's quantized matrices from the store, or compute them; return whether they were computed.
 
         Args:
             name: The name of the block.
@@ -115,11 +115,11 @@ def quantize_decoder(
     embeddings = _embed(sources[embedding], rules[embedding.removesuffix(".weight")], tokens)
     hidden = HiddenStates(embeddings[0], blocks.root, device), HiddenStates(embeddings[1], blocks.root, device)
     del embeddings
-    # Blocks from the store that the tokens have not run through yet: they must before another block is computed.
+    # Blocks from the store through which the tokens must still run before another block can be computed.
     pending: list[int] = []
 
     def load(number: int) -> tuple[tuple[Block, Block], dict[str, Rule]]:
-        """Return a block, twice, and the rules of the linears that are calibrated."""
+        """Return two copies of a block, and the rules of the linears that are calibrated."""
         start = f"{prefix}layers.{number}."
         weights = read_block(sources, start, device)
         pair = Block(config, number, weights), Block(config, number, weights)

@@ -1,10 +1,10 @@
 """Distill: train the scales and the norms of a quantized checkpoint to minimize the KL divergence from its base model.
 
-The integers, the embedding and the vision tower stay, and so do format and size: scales end as positive bfloat16
-numbers, and norms as bfloat16. Activations are quantized in training as the program quantizes them.
+The integers, the embedding, and the vision tower do not change, and neither do format and size: trained scales are
+positive bfloat16 numbers, and norms are in bfloat16. In training, activations are quantized as in the program.
 
-The base model runs once over all tokens, a block at a time; its last hidden states are stored as an artifact. So is the
-state of the training at its last measurement, from which a run that was killed resumes.
+The base model runs once over all tokens, one block at a time; its last hidden states are stored as an artifact. So is
+the training state at the last measurement, from which a run that was killed resumes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 TARGETS, STATE = "distill-targets", "distill-state"
 WEIGHTS = "model.safetensors"
-# Significant digits of a KL divergence: the order of sums depends on the number of threads.
+# Significant digits of a KL divergence; more would depend on the number of threads, which determines the order of sums.
 DIGITS = 5
 Sources = Mapping[str, SourceTensor]
 
@@ -62,7 +62,7 @@ def distill(
     calibration: Path,
     refresh: bool = False,
 ) -> Output:
-    """Fill `target` with the quantized checkpoint, its scales and norms trained.
+    """Fill `target` with the quantized checkpoint, with trained scales and norms.
 
     Args:
         target: An empty directory.
@@ -70,7 +70,7 @@ def distill(
         base: The untied checkpoint that it was quantized from.
         recipe: The recipe as JSON values; see Recipe.to_json.
         device: cpu, or cuda, which sums in a different order.
-        calibration: What calibrate() wrote: the tokens to learn from.
+        calibration: The output of calibrate(): the tokens to train on.
         refresh: Start again, even if the store has a state to resume from.
 
     Returns:
@@ -116,7 +116,7 @@ def distill(
 
 
 class _Embedding:
-    """Embeds token ids with a quantized checkpoint's rows, as its decoder reads them."""
+    """Embed token ids with a quantized checkpoint's rows, as its decoder does."""
 
     def __init__(self, quantized: Sources, config: Gemma3TextConfig, device: str) -> None:
         module = f"{_prefix(quantized)}{GEMMA3.embedding_module}"
@@ -230,7 +230,7 @@ def _train_in_store(
 
 
 def _trained_tensors(student: Student) -> dict[str, Tensor]:
-    """Return the trained tensors in the dtype in which they are stored, by name in the loaded model."""
+    """Return the trained tensors in their stored dtype, by name in the loaded model."""
     import torch
 
     from quantize_gemma.tasks.quantize.student import TrainedLinear

@@ -1,4 +1,4 @@
-"""Exact: weights that are on a grid already, as quantization-aware training leaves them, are written without loss.
+"""Exact: store weights that are already on a grid, as after quantization-aware training, without loss.
 
 The candidates for a group's scale are its largest weight divided by each positive integer of the format. A scale fits
 if every weight of the group is an integer times the scale, rounded to the checkpoint's own dtype.
@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# bfloat16's smallest normal number: XNNPACK refuses scales below it.
+# bfloat16's smallest normal number: XNNPACK rejects smaller scales.
 TINIEST = 2.0**-126
 
 
 @dataclass(frozen=True)
 class OffGrid:
-    """How much of a matrix is not on a grid.
+    """How much of a matrix is off the grid.
 
     Attributes:
         groups: The number of groups.
         misfits: The number of groups for which no scale fits all weights.
-        negative: The number of those groups that a negative scale fits, which XNNPACK does not support.
+        negative: The number of those groups that fit a negative scale, which XNNPACK does not support.
         worst_error: The largest error of a weight, as a fraction of its group's largest weight.
     """
 
@@ -46,7 +46,7 @@ def find_scales(rows: Tensor, group_size: int, dtype: str) -> tuple[Tensor, Tens
 
     Args:
         rows: The weights, finite, in the checkpoint's dtype.
-        group_size: How many columns share a scale.
+        group_size: The number of columns that share a scale.
         dtype: int4 or int8.
 
     Returns:
@@ -69,8 +69,8 @@ def _fit(groups: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best integers, scales, and largest errors (0 on the grid) for groups, [groups, size]."""
     import torch
 
-    # Imported here because the run's own process imports this module, and numba reads settings from the directory where
-    # that was started.
+    # Imported here because the run's own process imports this module, and numba reads settings from the working
+    # directory.
     from quantize_gemma.tasks.quantize.hqq import BOUNDS
 
     low, high = BOUNDS[dtype]
@@ -78,7 +78,7 @@ def _fit(groups: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     integers = torch.zeros(groups.shape, dtype=torch.int8)
     scales = torch.full((len(groups),), TINIEST, dtype=torch.float32)
     errors = largest.clone()  # The errors if all integers are zero.
-    # The largest integers first: most grids use them, and groups that fit are not tried again.
+    # Try the largest integers first: most grids use them, and groups that fit are not tried again.
     for integer in range(-low, 0, -1):
         unfit = errors.nonzero()[:, 0]
         if not len(unfit):

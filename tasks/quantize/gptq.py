@@ -1,13 +1,13 @@
 """GPTQ in the format of our programs: symmetric signed integers, and a positive bfloat16 scale for each group.
 
 GPTQ (Frantar et al. 2022, arXiv:2210.17323) rounds a matrix column by column and spreads the error of each column over
-the columns that follow, by the inverse of the Hessian of the layer's squared output error. Beyond that paper:
+the following columns, using the inverse of the Hessian of the layer's squared output error. In addition to the paper:
 
 - The scale of a group is the candidate with the smallest error after GPTQ within the group: each of CANDIDATES scales
   is rounded to bfloat16, and the group's columns are rounded with it one by one.
 - Columns are rounded in the order of the size of their inputs: groups are sorted first, then the columns within each
-  group, so that groups stay those of the format.
-- Passes of coordinate descent over scales and integers on the whole Hessian follow: GPTQ never returns to a column.
+  group, so that groups remain those of the format.
+- Afterwards, coordinate descent over scales and integers uses the whole Hessian, because GPTQ never revisits a column.
 
 Rows are independent: they are processed in tiles, transposed, with one row per vector lane. The kernels here never
 split a sum by the number of threads; the matrix products around them may.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int8]
 
-# The number of scales tried for a group, evenly spread between these multiples of what its largest weight needs.
+# The number of scales tried for a group, evenly spaced between these multiples of the scale for its largest weight.
 CANDIDATES = 40
 SMALLEST, LARGEST = 0.45, 1.1
 # Rows that a kernel processes side by side, and the number of weights that are updated at once.
@@ -43,9 +43,9 @@ CHUNK = 2**23
 # Columns of a Hessian that are processed at once.
 PANEL = 512
 LOW, HIGH = -8, 7
-# Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
+# Adding and subtracting 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
 ROUNDER = np.float32(12582912.0)
-# bfloat16's smallest normal number: XNNPACK refuses scales below it.
+# bfloat16's smallest normal number: XNNPACK rejects smaller scales.
 TINIEST = np.float32(2.0**-126)
 
 
@@ -58,7 +58,7 @@ class Curvature:
         hessian: The damped Hessian in that order, float32, [columns, columns].
         factor: The upper Cholesky factor of its inverse, float32, [columns, columns].
         mean: The mean of the Hessian's diagonal, by which it is divided.
-        group_size: How many columns share a scale.
+        group_size: The number of columns that share a scale.
     """
 
     order: Tensor
@@ -68,12 +68,12 @@ class Curvature:
     group_size: int
 
     def cpu(self) -> Curvature:
-        """Return it on the CPU, where matrices are rounded."""
+        """Return the curvature on the CPU, where matrices are rounded."""
         order, hessian, factor = self.order.cpu(), self.hessian.cpu(), self.factor.cpu()
         return Curvature(order, hessian, factor, self.mean, self.group_size)
 
     def solve(self, products: Tensor) -> Tensor:
-        """Return `products`, [rows, columns], times the inverse of the damped Hessian, in the columns' own order."""
+        """Return `products`, [rows, columns], times the inverse of the damped Hessian, in the original column order."""
         solutions = products[:, self.order] @ self.factor.T @ self.factor
         return solutions[:, self.order.argsort()] / self.mean
 
@@ -81,12 +81,12 @@ class Curvature:
 def prepare(
     hessian: Tensor, group_size: int, damping: float, scratch: Tensor | None = None, sort_columns: bool = True
 ) -> Curvature:
-    """Return the curvature of a Hessian, in its memory and in as much again.
+    """Return the curvature of a Hessian, using its memory and a scratch matrix of the same size.
 
     Args:
         hessian: The sum of products of inputs, X^T X, on any scale, [columns, columns]; overwritten.
-        group_size: How many columns share a scale.
-        damping: What is added to the diagonal, as a fraction of its mean. It grows tenfold until the Cholesky
+        group_size: The number of columns that share a scale.
+        damping: The value added to the diagonal, as a fraction of its mean. It is increased tenfold until the Cholesky
             factorization succeeds.
         scratch: A scratch matrix of the same size; overwritten, too.
         sort_columns: Columns with the largest inputs come first; otherwise the columns keep their order.
@@ -123,7 +123,7 @@ def prepare(
 def _factorize(hessian: Tensor, factor: Tensor) -> bool:
     """Fill `factor` with the lower factor F of the inverse Hessian, F F^T; return whether the factorization succeeded.
 
-    The factor of a matrix's inverse is the inverse of the reversed matrix's factor, reversed. All of it is in place.
+    The factor of a matrix's inverse is the inverse of the reversed matrix's factor, reversed. Everything is in place.
     """
     import torch
 
@@ -138,7 +138,7 @@ def _factorize(hessian: Tensor, factor: Tensor) -> bool:
         return False
     panels = _panels(count)
     for number, columns in enumerate(panels):
-        # Rows of this panel that are done are the inverse's, all else is the factor's.
+        # Finished rows of this panel belong to the inverse, all others to the factor.
         size = columns.stop - columns.start
         identity = torch.eye(size, device=lower.device)
         lower[columns, columns] = torch.linalg.solve_triangular(lower[columns, columns], identity, upper=False)
@@ -194,7 +194,7 @@ def quantize_matrix(weight: Tensor, curvature: Curvature, passes: int) -> tuple[
 
 
 def rows_at_once(columns: int) -> int:
-    """Return how many rows to process at once: whole tiles, so that a row's sums do not depend on its position."""
+    """Return the number of rows to process at once: whole tiles, so that a row's sums do not depend on its position."""
     return max(CHUNK // columns // WIDTH, 1) * WIDTH
 
 
@@ -243,7 +243,7 @@ def _descend(
 
 
 def _tiles(pool: ThreadPoolExecutor, rows: int, work: Callable[[int, int], None]) -> None:
-    """Call a kernel on ranges of rows, whole tiles each, on all threads."""
+    """Call a kernel on ranges of whole tiles of rows, on all threads."""
     import torch
 
     step = -(-rows // (WIDTH * torch.get_num_threads())) * WIDTH
@@ -274,7 +274,7 @@ def _round_group(
 ) -> None:
     """Choose the scale of one group of columns and round them, for rows `start` to `end`.
 
-    It is long and takes many parameters because a numba kernel is one function on arrays and numbers.
+    This function is long and has many parameters because a numba kernel is a single function on arrays and numbers.
 
     Args:
         weights: The weights with the errors of earlier groups, [columns, rows].
@@ -305,7 +305,7 @@ def _round_group(
             for lane in range(WIDTH):
                 largest[lane] = max(largest[lane], abs(weight[k, lane]))
         best_loss[:] = np.float32(np.inf)
-        # The last round repeats the best scale, and keeps what it gives.
+        # The last round repeats the best scale and keeps its result.
         for candidate in range(len(factors) + 1):
             final = candidate == len(factors)
             if final:
@@ -356,7 +356,7 @@ def _improve_group(
 ) -> None:
     """Fit the scale of one group to its integers, then each integer to all others, for rows `start` to `end`.
 
-    It is long because a numba kernel is one function.
+    This function is long because a numba kernel is a single function.
 
     Args:
         gradient: The Hessian times the error (weights less quantized weights), [columns, rows].

@@ -1,4 +1,4 @@
-"""Hidden states of the calibration tokens in a file, so that only some sequences at a time are in memory."""
+"""Hidden states of the calibration tokens in a file, so that only a few sequences are in memory at a time."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class HiddenStates:
 
         Args:
             states: The initial values, on the CPU.
-            folder: A directory on the disk that the file is written to.
-            device: The device that sequences are read to.
+            folder: The directory for the file.
+            device: The device to which sequences are read.
         """
         self.shape = states.shape
         self._device = device

@@ -1,13 +1,13 @@
-"""HQQ with scales only, as torchao's `_choose_qparams_and_quantize_scale_only_hqq` computes it, to the bit.
+"""HQQ with scales only, bit-identical to torchao's `_choose_qparams_and_quantize_scale_only_hqq`.
 
-torchao works on whole matrices, in some twenty float32 temporaries of their size. Here a group's twenty iterations
-run on data that stays in the processor's cache. Three things make the results equal, not close:
+torchao works on whole matrices, with about twenty float32 temporaries of the same size. Here, a group's twenty
+iterations run on data that stays in the CPU's cache. Three things make the results identical, not just close:
 
 - every element goes through the same float32 operations;
-- sums are added up in the order of torch's own kernel, which follows the processor's vector width (`sum_lanes`);
+- sums are added up in the order of torch's own kernel, which depends on the CPU's vector width (`sum_lanes`);
 - torchao stops all groups of a matrix at the first iteration in which none of them changed by more than 1e-5. A chunk
   cannot know that, so it returns how much it changed in every iteration. If `iterations_needed` finds that torchao
-  would have stopped earlier, the caller quantizes all chunks of the matrix again. Mostly there is nothing to repeat.
+  would have stopped earlier, the caller quantizes all chunks of the matrix again. This is rarely necessary.
 """
 
 import functools
@@ -31,7 +31,7 @@ ITERATIONS = 20
 TOLERANCE = np.float32(1e-5)
 EPSILON = np.finfo(np.float32).eps
 BOUNDS = {"int4": (-8, 7), "int8": (-128, 127)}
-# Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
+# Adding and subtracting 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
 ROUNDER = np.float32(12582912.0)
 # Groups up to this length are processed WIDTH at a time, side by side; longer ones one by one.
 SIDE_BY_SIDE = 256
@@ -41,7 +41,7 @@ ZERO = np.float32(0)
 
 @dataclass(frozen=True)
 class Quantized(Generic[Array]):
-    """Some rows of a matrix, quantized, in arrays of numpy or tensors of torch.
+    """Some rows of a matrix, quantized, as numpy arrays or torch tensors.
 
     Attributes:
         integers: int8, [rows, columns].
@@ -65,12 +65,12 @@ def quantize_chunk(
     """Quantize some rows of a matrix on the CPU.
 
     Args:
-        weight: [rows, columns], contiguous: float32, or uint16 for the bits of bfloat16. The error is then that of
-            scales stored as bfloat16.
-        group_size: How many columns share a scale.
+        weight: [rows, columns], contiguous: float32, or uint16 for the bits of bfloat16; then the error is that of
+            scales stored in bfloat16.
+        group_size: The number of columns that share a scale.
         dtype: int4 or int8.
         lanes: `sum_lanes()`; no group may be shorter.
-        iterations: How many iterations to run.
+        iterations: The number of iterations.
     """
     rows, columns = weight.shape
     groups = weight.reshape(rows * columns // group_size, group_size)
@@ -88,7 +88,7 @@ def quantize_chunk(
 def quantize_chunk_with_torch(
     weight: "torch.Tensor", group_size: int, dtype: str, iterations: int = ITERATIONS
 ) -> "Quantized[torch.Tensor]":
-    """Do what quantize_chunk does, in torch's operations and order, on the device of `weight`."""
+    """Do what quantize_chunk does, with torch's operations in the same order, on the device of `weight`."""
     import torch
 
     low, high = BOUNDS[dtype]
@@ -109,9 +109,9 @@ def quantize_chunk_with_torch(
 
 
 def iterations_needed(changes: Sequence[Floats]) -> int:
-    """Return after how many iterations torchao stops on a matrix, from all its chunks' changes, [chunks, ITERATIONS].
+    """Return the number of iterations after which torchao stops, from the changes of all chunks, [chunks, ITERATIONS].
 
-    It is ITERATIONS also where later iterations change nothing.
+    It is also ITERATIONS if later iterations change nothing.
     """
     largest = np.max(changes, axis=0)
     settled_iterations = np.flatnonzero(largest < TOLERANCE)
@@ -124,7 +124,7 @@ def iterations_needed(changes: Sequence[Floats]) -> int:
 def sum_lanes() -> int:
     """Return the vector width, in floats, of torch's summation on this processor; 0 if its order is not known.
 
-    It is found by trial: the last bits of a sum of random numbers depend on the order of summation.
+    It is determined by a test: the last bits of a sum of random numbers depend on the order of summation.
     """
     import torch
 
@@ -142,7 +142,7 @@ def sum_lanes() -> int:
 
 
 def _compiled(**options: bool | str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return numba's decorator, which has no types of its own."""
+    """Return numba's decorator, which has no type annotations."""
 
     def compile_function(function: Callable[P, R]) -> Callable[P, R]:
         dispatcher: Callable[P, R] = numba.njit(nogil=True, **options)(function)
@@ -193,7 +193,7 @@ def _quantize_side_by_side(
     vectors = length // lanes
     quads = vectors // 4
     for first in range(0, count, WIDTH):
-        # The last group stands in for those that are missing in the last block.
+        # The last group fills up the last block.
         for g in range(WIDTH):
             group = min(first + g, count - 1)
             if halves:
@@ -232,7 +232,7 @@ def _quantize_side_by_side(
                 else:
                     for part in range(4):
                         in_part[:] = ZERO
-                        # What four vectors at a time leave over is the first part's.
+                        # The remainder after four vectors at a time is added to the first part.
                         for step in range(quads + (vectors - 4 * quads if part == 0 else 0)):
                             k = (part + 4 * step if step < quads else 3 * quads + step) * lanes + lane
                             for g in range(WIDTH):
@@ -352,7 +352,7 @@ def _quantize_one_by_one(
 
 @_compiled(cache=True)
 def _store_scales(scale: Floats, target: Floats, halves: bool) -> None:
-    """Set `target` to the scales as they are read back: rounded to bfloat16, ties to even, if `halves`."""
+    """Set `target` to the stored scales: rounded to bfloat16, ties to even, if `halves`."""
     target[:] = scale
     if halves:
         bits = target.view(np.uint32)
@@ -365,8 +365,8 @@ def _store_scales(scale: Floats, target: Floats, halves: bool) -> None:
 def _sum_of_products(left: Floats, right: Floats, lanes: int, accumulators: Floats) -> np.float32:
     """Return the float32 sum of left * right, added up as torch's CPU kernel does.
 
-    It keeps four vectors side by side, empties them into the next of four levels every so many steps, then adds the
-    levels, the four vectors, what is left over, and last the vector's lanes in their order.
+    The kernel accumulates four vectors side by side, regularly adds them to the next of four levels, and finally adds
+    the levels, the four vectors, the remainder, and the vector's lanes, in this order.
     """
     accumulators[:] = np.float32(0)
     length = left.shape[0]

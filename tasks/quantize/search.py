@@ -1,9 +1,9 @@
-"""Scales by search, without calibration data: of CANDIDATES scales, rounded to bfloat16, the one with the least error.
+"""Search for scales without calibration data: the best of CANDIDATES scales, each rounded to bfloat16 first.
 
-torchao's HQQ with scales only rounds a scale after the integers were chosen with another one, and follows one path of
-alternating steps; here the error of every candidate is computed with the scale as it is stored. Errors of large weights
-count more, by `weight ** 2 + mean square of the group`, a stand-in for the unknown inputs, as in llama.cpp's
-quantization without an importance matrix.
+torchao's HQQ with scales only rounds a scale after the integers are chosen with the unrounded one, and follows a single
+path of alternating steps. Here, the error of every candidate is computed with the scale as it is stored. Errors are
+weighted by `weight ** 2 + mean square of the group`, a stand-in for the unknown inputs, as in llama.cpp's quantization
+without an importance matrix.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 
-# The number of scales tried for a group, evenly spread between these multiples of what its largest weight needs.
+# The number of scales tried for a group, evenly spaced between these multiples of the scale for its largest weight.
 CANDIDATES = 48
 SMALLEST, LARGEST = 0.6, 1.15
-# Groups that the kernel works on side by side.
+# The number of groups that the kernel processes side by side.
 WIDTH = 64
-# Adding and taking away 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
+# Adding and subtracting 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
 ROUNDER = np.float32(12582912.0)
-# bfloat16's smallest normal number: XNNPACK refuses scales below it.
+# bfloat16's smallest normal number: XNNPACK rejects smaller scales.
 TINIEST = np.float32(2.0**-126)
 
 
@@ -37,7 +37,7 @@ def search_scales(rows: Tensor, group_size: int, dtype: str) -> tuple[Tensor, Te
 
     Args:
         rows: The weights.
-        group_size: How many columns share a scale.
+        group_size: The number of columns that share a scale.
         dtype: int4 or int8.
 
     Returns:

@@ -17,14 +17,14 @@ from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 if TYPE_CHECKING:
     import torch
 
-# The names of a base checkpoint's dtypes in safetensors and in torch, and those of a quantized one.
+# {dtype in safetensors: dtype in torch} of a base checkpoint and of a quantized one.
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 QUANTIZED = {"I8": "int8", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Where a tensor's bytes are: file descriptor, offset from the start of the file, dtype, shape."""
+    """The location of a tensor's bytes: file descriptor, offset from the start of the file, dtype, shape."""
 
     file: int
     offset: int
@@ -33,7 +33,7 @@ class SourceTensor:
 
 
 def read_rows(source: SourceTensor, first: int = 0, count: int | None = None) -> torch.Tensor:
-    """Return `count` rows of a tensor from `first` on, all by default, as [rows, columns] in the tensor's dtype."""
+    """Return `count` rows of a tensor, starting at `first` (default: all), as [rows, columns] in the tensor's dtype."""
     import torch
 
     rows = source.shape[0] if source.shape else 1
@@ -63,7 +63,7 @@ def open_tensors(checkpoint: Path, dtypes: Mapping[str, str] = FLOATS) -> Iterat
 
 
 def read_block(sources: Mapping[str, SourceTensor], start: str, device: str) -> dict[str, torch.Tensor]:
-    """Return the tensors whose names start with `start`, by the rest of their names."""
+    """Return the tensors whose names start with `start`, by the remainder of their names."""
     names = [name for name in sources if name.startswith(start)]
     return {name.removeprefix(start): read_rows(sources[name]).view(sources[name].shape).to(device) for name in names}
 
@@ -77,7 +77,7 @@ def look_up(source: SourceTensor, tokens: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def embedding_factor(width: int) -> torch.Tensor:
-    """Return the factor that the model scales embeddings with: rounded to the checkpoint's dtype, in float32."""
+    """Return the factor by which the model scales embeddings: rounded to the checkpoint's dtype, in float32."""
     import torch
 
     return torch.tensor(width**0.5, dtype=torch.bfloat16).float()

@@ -1,7 +1,7 @@
-"""A quantized decoder whose scales and norms are trained; its integers stay as they are.
+"""A quantized decoder whose scales and norms are trained; its integers do not change.
 
-It computes in float32 with activations quantized as the program quantizes them. Gradients pass through that rounding,
-and through the rounding of scales and norms to bfloat16, as if it were not there (straight-through).
+It computes in float32, with activations quantized as in the program. Gradients pass straight through that rounding, and
+through the rounding of scales and norms to bfloat16 (straight-through estimator).
 
 It takes memory for the integers, the trained parameters, one block's activations at a time (the blocks run again in the
 backward pass), and a part of one matrix in float32.
@@ -62,7 +62,7 @@ class TrainedNorm(torch.nn.Module):
 
     def __init__(self, norm: Gemma3RMSNorm) -> None:
         super().__init__()
-        # In a tuple, so that its weight is not a parameter of this module.
+        # Stored in a tuple, so that its weight does not become a parameter of this module.
         self.norm = (norm,)
         self.initial = norm.weight.detach().clone()
         self.change = torch.nn.Parameter(torch.zeros_like(self.initial))
@@ -161,7 +161,7 @@ def _round_to_bfloat16(values: Tensor) -> Tensor:
 class _Product(torch.autograd.Function):
     """rounded @ (integers * scales).T, dequantizing some rows of the weight at a time, forward and backward.
 
-    `rounded` are the quantized inputs; their gradient goes to the inputs (straight-through).
+    `rounded` are the quantized inputs; their gradient is passed to the inputs (straight-through).
     """
 
     @staticmethod

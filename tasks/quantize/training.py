@@ -1,4 +1,4 @@
-"""Trains a student: batches, learning rate schedule, early stopping, and the state between steps."""
+"""Train a student: batches, learning rate schedule, early stopping, and the state between steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Warmup steps of the learning rate.
 WARMUP = 10
-# The training stops after this many measurements in a row without an improvement.
+# Training stops after this many measurements in a row without improvement.
 PATIENCE = 6
 BETAS = 0.9, 0.95
 SEED = 0
@@ -29,10 +29,10 @@ SEED = 0
 
 @dataclass
 class State:
-    """The state of a training.
+    """The training state.
 
     Attributes:
-        step: The number of steps done.
+        step: The number of completed steps.
         best: The lowest KL divergence on the held-out sequences so far.
         history: The measured KL divergences, each with its step.
         tensors: The trained parameters ("change"), their best values ("best"), and Adam's moments ("first", "second"),
@@ -45,14 +45,14 @@ class State:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def stops(self, steps: int) -> bool:
-        """Tell whether the training is over: all steps are done, or PATIENCE measurements were no better."""
+        """Tell whether training is finished: all steps are done, or PATIENCE measurements brought no improvement."""
         kls = [kl for _, kl in self.history]
         return self.step >= steps or (bool(kls) and len(kls) - 1 - kls.index(min(kls)) >= PATIENCE)
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a student learns from.
+    """The training data of a student.
 
     Attributes:
         embed: Embeds sequences of token ids: float32, [sequences, length, width].
@@ -70,7 +70,7 @@ class Lesson:
 def train(
     student: Student, lesson: Lesson, settings: Distillation, state: State, save: Callable[[State], None]
 ) -> None:
-    """Train a student, and leave it with the parameters that were best on the held-out sequences.
+    """Train a student, and set it to the parameters that were best on the held-out sequences.
 
     Args:
         student: The student.
@@ -138,7 +138,7 @@ def measure(student: Student, lesson: Lesson, held_out: list[int]) -> float:
 def choose_batch(training_sequences: list[int], step: int, length: int) -> tuple[Tensor, Tensor]:
     """Return the sequences of a step, and the positions in the loss, [STEP_SEQUENCES, STEP_POSITIONS].
 
-    They depend on the step alone. An epoch uses every sequence once.
+    They depend only on the step. An epoch uses every sequence once.
     """
     numbers = [step * STEP_SEQUENCES + index for index in range(STEP_SEQUENCES)]
     generator = torch.Generator()
@@ -172,7 +172,7 @@ def _states(student: Student, lesson: Lesson, sequences: Tensor, positions: Tens
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
-    """Return the held-out sequences, and the ones to learn from."""
+    """Return the held-out sequences, and the ones to train on."""
     held_out = [number for number in range(count) if number % HELD_OUT == HELD_OUT // 2]
     # If there are only a few sequences, hold out the last one.
     held_out = held_out or [count - 1]
@@ -180,7 +180,7 @@ def split(count: int) -> tuple[list[int], list[int]]:
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Return the factor of the learning rate: linear warmup, and cosine decay."""
+    """Return the factor for the learning rate: linear warmup, then cosine decay."""
     return min((step + 1) / WARMUP, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

@@ -1,4 +1,4 @@
-"""Writes the quantized checkpoint's file chunk by chunk, with threads that read, quantize and write in parallel."""
+"""Write the quantized checkpoint's file chunk by chunk, with threads that read, quantize, and write in parallel."""
 
 import json
 import math
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-# The number of weights in a chunk, in whole rows; an accelerator is faster with larger chunks.
+# The number of weights in a chunk of whole rows; a GPU is faster with larger chunks.
 CHUNK = 2**20
 CHUNK_ON_ACCELERATOR = 2**24
 # The maximum number of modules that a message about weights off the grid names.
@@ -39,10 +39,10 @@ MAX_SHOWN = 5
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a tensor, and where in the new file each part of the tensor starts.
+    """Some rows of a tensor, and the offset of each part of the tensor in the new file.
 
-    The parts are "qdata", "scale" and "zero_point", or "" for a tensor that is not quantized. `quantized` has the parts
-    of a calibrated matrix, which is already quantized.
+    The parts are "qdata", "scale", and "zero_point", or "" for a tensor that is not quantized. `quantized` has the
+    parts of a calibrated matrix, which is already quantized.
     """
 
     source: SourceTensor
@@ -54,7 +54,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the new file: its key, its dtype as safetensors calls it, its shape."""
+    """A tensor in the new file: its key, its dtype as safetensors names it, and its shape."""
 
     key: str
     dtype: str
@@ -81,7 +81,7 @@ class ErrorSums:
 
 
 class CheckpointWriter:
-    """The new file. Threads start to write it on entry; leaving early stops them."""
+    """The new file. Threads start to write it when the context is entered; leaving the context early stops them."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class CheckpointWriter:
         self.quantized = quantized or {}
         self.rules = {name: rules.get(name.removesuffix(".weight")) for name in sources}
         self.device = device
-        # One more than there are cores, since some wait for the disk; an accelerator has memory for few chunks.
+        # One more thread than cores, because some wait for the disk; a GPU has memory for only a few chunks.
         self.pool = ThreadPoolExecutor(min(machine.logical_cores(), 16) + 1 if device == "cpu" else 3)
         metadata: dict[str, str] = {}
         layout: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -131,12 +131,12 @@ class CheckpointWriter:
         ]
 
     def finish(self) -> dict[str, ErrorSums]:
-        """Wait for all threads and return the sums of every role. Raises what a thread raised.
+        """Wait for all threads, and return the sums for every role. Raises what a thread raised.
 
         Raises:
             UserError: The recipe is lossless, but weights are off its grid; the message says where, and by how much.
         """
-        # A weight is two bytes in bfloat16.
+        # In bfloat16, a weight takes two bytes.
         total = 2 * sum(prod(source.shape) for source in self.sources.values())
         bytes_done = 0
         sums: dict[str, ErrorSums] = {}
@@ -165,7 +165,7 @@ class CheckpointWriter:
 
 
 def _off_grid_message(modules: Mapping[str, OffGrid]) -> str:
-    """Return the message about modules off the grid, the worst first, and what to do."""
+    """Return the message about modules off the grid, the worst first, with advice."""
     worst_names = sorted(modules, key=lambda name: -modules[name].misfits / modules[name].groups)[:MAX_SHOWN]
     lines = [
         f"{name}: {grid.misfits:,} of {grid.groups:,} groups, {grid.negative:,} of them because their scale "
@@ -224,7 +224,7 @@ def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str,
 def _describe_stored_tensors(
     name: str, shape: tuple[int, ...], rule: Rule | None
 ) -> tuple[dict[str, StoredTensor], str]:
-    """Return {part: what is stored of a tensor}, and torchao's metadata for it, by quantizing one row."""
+    """Return {part: stored dtype and shape} of a tensor and torchao's metadata for it, by quantizing one row."""
     import torch
 
     if rule is None:
@@ -248,7 +248,7 @@ def _write_tensor(file: int, tensor: "torch.Tensor", offset: int) -> None:
 
 
 def _add_newer_names(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Add the names of transformers 5.1 and later, whose vision tower lost a level; loaders skip names without data."""
+    """Add the names of transformers 5.1 and later, whose vision tower has one level less; loaders skip unused names."""
     names = json.loads(metadata["tensor_names"])
     old_prefix, new_prefix = GEMMA3.vision_prefixes
     new_names = {name: name.replace(old_prefix, new_prefix) for name in names if name.startswith(old_prefix)}
