@@ -1,4 +1,4 @@
-"""Built-in fixtures: a tiny genuine Gemma 3, and small benchmarks in the layouts of MMLU, ChartQA, and GSM8K."""
+"""Built-in fixtures: a tiny but genuine Gemma 3, and small benchmarks in the layouts of MMLU, ChartQA, and GSM8K."""
 
 from pathlib import Path
 

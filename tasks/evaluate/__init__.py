@@ -1,7 +1,7 @@
-"""Evaluate: lm-eval's scores of one column on one benchmark, from its stored answers. (Card section: Model Quality.)
+"""Evaluate: lm-eval's scores for one column on one benchmark, from stored answers. (Card section: Model Quality.)
 
-A benchmark's requests are recorded once (record.py) and answered in parts (answer.py); here lm-eval's own code replays
-the answers and computes its scores.
+A benchmark's requests are recorded once (record.py) and answered in parts (answer.py); here, lm-eval's own code replays
+the answers and computes the scores.
 """
 
 import json
@@ -35,11 +35,11 @@ def evaluate(
     Args:
         target: The directory to write to.
         requests: The recorded requests.
-        answers: The parts of the answers to them.
+        answers: The parts of the answers to the requests.
         dataset: The benchmark's dataset.
-        benchmark: What the requests and the scores depend on; see Benchmark.score_inputs().
-        limit: Documents per task; None for all.
-        device: Where the answers were computed.
+        benchmark: The fields that the requests and the scores depend on; see Benchmark.score_inputs().
+        limit: The maximum number of documents per task; None for all.
+        device: The device that computed the answers.
 
     Raises:
         UserError: No document fits into the program's sequence length.
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def _read_answers(shards: Shards, parts: list[Path]) -> tuple[dict[tuple[str, int, int], object], int]:
-    """Return the answers by (task, doc_id, index), and how many documents were left out."""
+    """Return the answers by (task, doc_id, index), and the number of documents that were left out."""
     responses: dict[tuple[str, int, int], object] = {}
     left_out = 0
     for part in parts:

@@ -1,7 +1,7 @@
 """Answer: one column's answers to a part of a benchmark's requests, in a process that loads its model once.
 
-Each shard is an artifact of its own in the store as soon as it is complete, so that a run that is killed loses only the
-shards in progress. Where the store has all of them, no model is loaded.
+Each shard becomes a separate artifact in the store as soon as it is complete, so that a run that is killed loses only
+the shards in progress. If the store has all of them, no model is loaded.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from quantize_gemma.tasks.runtime.stage import Output, import_function, stage
 from quantize_gemma.tasks.runtime.strict_json import JsonObject, JsonValue
 
 STAGE = "responses"
-# What computes a shard, with its scorer; its code is in the shard's key.
+# The functions that compute a shard, besides its scorer; their code is part of the shard's key.
 RESPOND = "quantize_gemma.tasks.evaluate.answer:_respond"
 CHECKPOINT = "quantize_gemma.tasks.evaluate.packed_lm:load_checkpoint_scorer"
 IMAGES = "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_scorer"
 IMAGES_PROGRAM = "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_program_scorer"
 PROGRAM = "quantize_gemma.tasks.evaluate.program_lm:load_program_scorer"
-# Small shards are answered together, at least this many questions: that fills batches and hides per-task overhead.
+# Small shards are answered together, with at least this many questions, to fill batches and hide per-task overhead.
 MIN_QUESTIONS = 100
-# Fixed: with another seed for each run, a release that fails could be run until a sample passes.
+# The seed is fixed: otherwise, a failing release could be run again until a sample passes.
 SEED = 20
 
 
@@ -40,7 +40,7 @@ class Scorer:
         load: The function "module:name" that loads the model from `paths` and `settings`, and returns a function that
             answers requests.
         paths: Its artifacts, whose content affects the answers.
-        settings: Its other arguments, which affect the answers, too, except for `batch_size` on a CPU.
+        settings: Its other arguments, which also affect the answers, except for `batch_size` on a CPU.
         min_questions: The minimum number of questions that it answers at a time.
     """
 
@@ -68,24 +68,25 @@ def answer(
 ) -> Output:
     """Write the answers to each shard of the part, one file each.
 
-    A file has {"answers": [one for each request; None to those that were not asked], "left_out": [documents that are
-    longer than the program's sequences]}. It takes more than seven parameters because each is a value of the stage's
-    key.
+    A file has {"answers": [one for each request; None for those that were not answered], "left_out": [documents that do
+    not fit into the program's sequence length]}. This function has more than seven parameters because each one is part
+    of the stage's cache key.
 
     Args:
         target: The directory to write to.
         requests: The recorded requests.
-        checkpoint: A plain or quantized checkpoint; of a program, the one that it was exported from.
+        checkpoint: A plain or quantized checkpoint; for a program, the one that it was exported from.
         dataset: The benchmark's dataset, for its images.
         device: "cpu" or "cuda".
-        program: The directory of model.pte, if that answers.
-        no_act_quant: The checkpoint answers in float32 without quantized activations, for reference.
-        sample_size: Documents to draw, always the same ones; None for all.
+        program: The directory of model.pte, if the program answers.
+        no_act_quant: Whether the checkpoint answers in float32 without quantized activations, for reference.
+        sample_size: The number of documents to sample, always the same ones; None for all.
         batch_size: The maximum number of sequences in a batch; "auto" limits only the tokens.
-        exact: Generate text as lm-eval's own model does with one sequence at a time, to the bit, which is slower.
+        exact: Whether to generate text bit-identical to lm-eval's own model with one sequence at a time, which is
+            slower.
         part: The number of the part, from 0.
-        parts: The number of the parts.
-        refresh: Compute answers again that are in the store.
+        parts: The number of parts.
+        refresh: Compute answers again even if they are in the store.
 
     Raises:
         UserError: There is no CUDA device.
@@ -115,7 +116,7 @@ def answer(
 
 
 def draw_sample(shards: Shards, size: int | None) -> Shards:
-    """Return the requests of `size` documents, always the same ones, whatever the shards' order; of all if None."""
+    """Return the requests of `size` documents (None: all), always the same ones, regardless of the shards' order."""
     if size is None:
         return shards
     documents = sorted({(request.task, request.doc_id) for shard in shards.values() for request in shard})
@@ -129,7 +130,7 @@ def draw_sample(shards: Shards, size: int | None) -> Shards:
 
 
 def choose_part(sizes: dict[str, int], part: int, parts: int) -> list[str]:
-    """Return the names of a part's shards: the largest shards go first, each to the part with the least so far."""
+    """Return the names of a part's shards: the largest shards are assigned first, each to the smallest part so far."""
     totals = [0] * parts
     names = []
     for name in _largest_first(sizes):
@@ -168,8 +169,8 @@ def choose_scorer(
         "generates": generates,
         "exact": exact,
     }
-    # Sums on a GPU depend on the batch, and sometimes so does the last float32 bit on a CPU: the batch must not depend
-    # on the number of workers or on interruptions. A shard of texts fills a batch.
+    # Sums on a GPU depend on the batch, and sometimes the last float32 bit on a CPU does, too. So the batch must not
+    # depend on the number of workers or on interruptions. A shard of texts fills a batch.
     min_questions = MIN_QUESTIONS if device == "cpu" and not generates and not no_act_quant else 1
     return Scorer(CHECKPOINT, {"checkpoint": checkpoint}, settings, min_questions)
 
@@ -177,13 +178,13 @@ def choose_scorer(
 def respond(shards: Shards, scorer: Scorer, part: int = 0, refresh: bool = False) -> dict[str, list[JsonValue]]:
     """Return the answers to each shard's requests, from the store where it has them; store the others.
 
-    A shard's key consists of its name, its requests, and the scorer with its artifacts, code and libraries.
+    A shard's key consists of its name, its requests, and the scorer with its artifacts, code, and libraries.
 
     Args:
         shards: The shards.
-        scorer: What answers.
-        part: The number of the part: the parts share out the GPUs.
-        refresh: Compute answers again that are in the store.
+        scorer: The scorer that answers.
+        part: The number of the part: the parts share the GPUs.
+        refresh: Compute answers again even if they are in the store.
     """
     with store.open_store(scorer.paths) as (root, digests):
         keys = {name: _key(name, shard, scorer, digests) for name, shard in shards.items()}
@@ -219,7 +220,7 @@ def group_shards(sizes: dict[str, int], min_size: int) -> list[list[str]]:
 def _respond(
     score: Score, shards: Shards, keys: dict[str, str], root: Path, refresh: bool
 ) -> dict[str, list[JsonValue]]:
-    """Answer some shards together, and put the answers to each into the store."""
+    """Answer some shards together, and store the answers for each shard."""
     requests = [request for shard in shards.values() for request in shard]
     values = score(requests)
     if len(values) != len(requests):
@@ -250,9 +251,9 @@ def _load_arguments(scorer: Scorer, part: int) -> JsonObject:
 
 
 def _key(name: str, shard: list[Request], scorer: Scorer, digests: dict[str, str]) -> str:
-    """Return a shard's key. The requests' text stands for dataset, task, few-shot examples and limit."""
+    """Return a shard's key. It covers dataset, task, few-shot examples, and limit through the requests' text."""
     requests = hashlib.sha256(store.canonical_json([list(astuple(request)) for request in shard])).hexdigest()
-    # On a CPU the results in bfloat16 are the same to the bit, whatever the batches.
+    # On a CPU, the results in bfloat16 are bit-identical for any batches.
     exact = scorer.settings.get("device") == "cpu" and not scorer.settings.get("no_act_quant")
     ignored_settings = ("batch_size",) if exact else ()
     settings = {name: value for name, value in scorer.settings.items() if name not in ignored_settings}

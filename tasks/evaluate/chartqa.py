@@ -1,9 +1,9 @@
 """ChartQA: its test split as our own lm-eval task, and its scorers. (Card section: Model Quality.)
 
-Prompt, generation and score are those of lmms-eval's `chartqa` task and its gemma3 model, which measured the card's
-row: the system prompt "You are a helpful assistant.", image, question and "Answer the question with a single word."
-in the chat template, one BOS token, greedy, 16 new tokens, relaxed accuracy. (lmms-eval also re-encodes each image as
-JPEG; here the model gets the dataset's own pixels.) The normalized score beside it ignores an answer's form.
+Prompt, generation, and score are those of lmms-eval's `chartqa` task and its gemma3 model, which produced the published
+card's row: the system prompt "You are a helpful assistant.", image, question, and "Answer the question with a single
+word." in the chat template, one BOS token, greedy decoding, 16 new tokens, relaxed accuracy. (lmms-eval also re-encodes
+each image as JPEG; here, the model gets the dataset's own pixels.) The normalized score accepts equivalent forms.
 
 The model is lm-eval's own `hf-multimodal`; see chartqa_model.py.
 """
@@ -66,7 +66,7 @@ def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Score:
 
 
 def load_chartqa_program_scorer(checkpoint: str, program: str, dataset: str) -> Score:
-    """Load a program; return a function that answers requests, None where prompt and answer exceed its sequences."""
+    """Load a program; return a function that answers requests, None if prompt and answer exceed its sequence length."""
     from transformers import AutoProcessor
 
     pte = PteProgram(Path(program) / "model.pte")
@@ -82,7 +82,7 @@ def load_chartqa_program_scorer(checkpoint: str, program: str, dataset: str) -> 
         if ids.shape[1] >= pte.max_seq_len:
             return None
         is_image = ids[0] == image_token
-        # Neighbors are about the same image.
+        # Neighboring requests are about the same image.
         if encoded is None or encoded[0] != row["image"]["bytes"]:
             encoded = row["image"]["bytes"], pte.encode_image(inputs["pixel_values"])
         embeddings = insert_image_features(encoded[1], pte.embed_tokens(ids.masked_fill(is_image, 0)), is_image)
@@ -93,7 +93,7 @@ def load_chartqa_program_scorer(checkpoint: str, program: str, dataset: str) -> 
 
 
 def _answer_rows(dataset: Path, answer: Callable[[dict[str, Any]], str | None]) -> Score:
-    """Return a function that answers requests, each about a row of the dataset, from one that answers a row."""
+    """Turn a function that answers a row of the dataset into one that answers requests, each about a row."""
     table = read_chartqa(dataset)
 
     def respond(requests: list[Request]) -> list[JsonValue]:
@@ -116,7 +116,7 @@ def open_image(row: dict[str, Any]) -> Image:
 
 
 def make_messages(query: str) -> list[dict[str, object]]:
-    """Return the chat with an image and a question, as the processor's chat template takes it."""
+    """Return the chat with an image and a question, in the format of the processor's chat template."""
     return [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"{query}{POST_PROMPT}"}]},

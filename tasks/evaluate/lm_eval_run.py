@@ -1,4 +1,4 @@
-"""Runs lm-eval as a library on a benchmark's dataset, offline."""
+"""Run lm-eval as a library on a benchmark's dataset, offline."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 # Called with an lm-eval model, a limit, and, instead of a limit, documents by task; returns lm-eval's output.
 Evaluate = Callable[..., dict[str, object]]
-# Our own tasks: a function that returns lm-eval's configuration of a dataset and a limit.
+# Our own tasks: {name: function that returns lm-eval's configuration for a dataset and a limit}.
 OWN_TASKS = {"chartqa": "quantize_gemma.tasks.evaluate.chartqa:make_chartqa_task"}
-# The name of a group with the tasks that are run.
+# The name of the group with the tasks to run.
 GROUP = "quantize-gemma"
 
 
@@ -30,7 +30,7 @@ GROUP = "quantize-gemma"
 def run_lm_eval(dataset: Path, benchmark: RequestInputs) -> Iterator[Evaluate]:
     """Yield a function that runs lm-eval on a dataset, offline.
 
-    Use it before lm-eval is imported, and once in a process: the libraries remember where they looked first.
+    Use it before lm-eval is imported, and only once per process: the libraries remember where they looked first.
 
     Args:
         dataset: The dataset's directory.
@@ -40,7 +40,7 @@ def run_lm_eval(dataset: Path, benchmark: RequestInputs) -> Iterator[Evaluate]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
-        # What a task needs besides; without it, its import would download it.
+        # Other files that a task needs; otherwise, importing the task would download them.
         os.environ["NLTK_DATA"] = str(dataset / ".nltk_data")
 
         def evaluate(model: Any, limit: int | None, doc_ids: dict[str, list[int]] | None = None) -> dict[str, Any]:
@@ -50,11 +50,11 @@ def run_lm_eval(dataset: Path, benchmark: RequestInputs) -> Iterator[Evaluate]:
             name = benchmark["task"]
             use_template = model.uses_chat_template(benchmark["chat_template"])
             if name in OWN_TASKS:
-                # Its limit is one per kind of question, and its model makes the prompts.
+                # Its limit applies to each kind of question, and its model creates the prompts.
                 tasks, limit, use_template = [import_function(OWN_TASKS[name])(dataset, limit)], None, False
                 manager = TaskManager(include_defaults=False)
             else:
-                # Only the tasks of a group that have documents: lm-eval would run the others in full.
+                # Select only the tasks of a group that have documents: lm-eval would run the others in full.
                 names = [name] if doc_ids is None else list(doc_ids)
                 manager = make_task_manager(name, write_group(Path(folder) / "tasks", names, dataset))
                 tasks = list(manager.load([GROUP])["groups"][GROUP])
@@ -76,10 +76,10 @@ def run_lm_eval(dataset: Path, benchmark: RequestInputs) -> Iterator[Evaluate]:
 
 
 def write_group(folder: Path, names: list[str], dataset: Path) -> Path:
-    """Write lm-eval's YAML file of a group of tasks and groups which read the dataset's directory; return its path.
+    """Write lm-eval's YAML file for a group whose tasks read the dataset's directory; return its path.
 
-    What a group says besides its members takes the place of what theirs say, at every depth: here, the directory stands
-    for the repository on the Hub.
+    A group's settings override those of its members, at every depth: here, the directory replaces the repository on the
+    Hub.
     """
     folder.mkdir()
     path = folder / f"{GROUP}.yaml"
@@ -88,7 +88,7 @@ def write_group(folder: Path, names: list[str], dataset: Path) -> Path:
 
 
 def make_task_manager(task: str, group: Path) -> TaskManager:
-    """Return lm-eval's task manager with a task and a group; reading all of its YAML files would take seconds."""
+    """Return lm-eval's task manager with only a task and a group; reading all of its YAML files would take seconds."""
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent / task.split("_")[0]

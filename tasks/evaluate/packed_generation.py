@@ -1,4 +1,4 @@
-"""Greedy generation in the packed model: each sequence has keys and values of its own, so none is padded.
+"""Greedy generation in the packed model: each sequence has its own keys and values, so there is no padding.
 
 A step runs the last token of every sequence in one row. As soon as a text ends, the next prompt takes its place.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class KeyValues:
-    """The keys and values of one sequence in each layer; those of `length` tokens are complete."""
+    """The keys and values of one sequence in each layer; those of the first `length` tokens are complete."""
 
     def __init__(self, capacity: int) -> None:
         """Create an empty cache for up to `capacity` tokens."""
@@ -28,7 +28,7 @@ class KeyValues:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the next tokens' keys and values in a layer, [1, heads, tokens, width]; return all of the layer's."""
+        """Write the next tokens' keys and values in a layer, [1, heads, tokens, width]; return all of this layer's."""
         if layer not in self._layers:
             batch, heads, _, width = keys.shape
             shape = batch, heads, self.capacity, width
@@ -40,18 +40,18 @@ class KeyValues:
         return all_keys[:, :, :stop], all_values[:, :, :stop]
 
     def release(self) -> None:
-        """Free the memory, when no token follows."""
+        """Free the memory when no more tokens follow."""
         self._layers.clear()
 
 
 @dataclass
 class Text:
-    """A text that is generated.
+    """A text that is being generated.
 
     Attributes:
         prompt: The prompt's tokens.
         max_tokens: The maximum number of tokens of the text.
-        ends: Tells from the tokens so far whether the text has ended.
+        ends: Called with the tokens so far; returns whether the text has ended.
         tokens: The text's tokens so far.
         cache: The keys and values of the prompt and the text.
     """
@@ -67,7 +67,7 @@ class Text:
         self.cache = KeyValues(len(self.prompt) + self.max_tokens)
 
     def is_finished(self) -> bool:
-        """Tell whether there is no next token."""
+        """Tell whether the text is complete."""
         return len(self.tokens) >= self.max_tokens or self.ends(self.tokens)
 
 
@@ -75,13 +75,13 @@ class LastTokens:
     """The last token of each of several sequences, packed in a row."""
 
     def __init__(self, caches: Sequence[KeyValues], exact: bool) -> None:
-        """Take the sequences' keys and values, and whether each head attends by itself, as in the library's model."""
+        """Store the sequences' keys and values, and whether each head attends separately, as in the library's model."""
         self.caches, self.exact = caches, exact
 
     def attend(self, module: Gemma3Attention, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         """Attend from each token to its own sequence; tensors are [1, heads, tokens, width], the result [1, tokens, …].
 
-        A token sees all keys that a layer's window holds, so no mask is needed.
+        A token attends to all keys in a layer's window, so no mask is needed.
         """
         outputs = []
         for index, cache in enumerate(self.caches):
@@ -92,8 +92,8 @@ class LastTokens:
             if self.exact:
                 output, _ = sdpa_attention_forward(module, query[:, :, token], keys, values, None, **kwargs)
             else:
-                # Heads with the same keys are rows of one product: on a CPU in a tenth of the time, for the kernel of
-                # one row is slow. Now and then an output's last bit is another.
+                # Heads with the same keys are rows of one product. On a CPU, this takes a tenth of the time, because
+                # the kernel for one row is slow. Occasionally, the last bit of an output differs.
                 rows = query[:, :, token].reshape(1, keys.shape[1], -1, keys.shape[3])
                 attended = scaled_dot_product_attention(rows, keys, values, scale=kwargs["scaling"])
                 output = attended.flatten(1, 2)[:, None]
@@ -104,7 +104,7 @@ class LastTokens:
 def take_next(
     waiting: list[Text], running: list[Text], max_texts: int | None, max_tokens: int, max_prompt_tokens: int
 ) -> list[Text]:
-    """Remove from `waiting` the texts that fit beside the running ones, at least one if none is running.
+    """Remove from `waiting` the texts that fit in addition to the running ones, at least one if none is running.
 
     Args:
         waiting: Texts, in order.

@@ -1,9 +1,9 @@
-"""lm-eval's own `hf` model, faster; on a CPU, log-likelihoods are the same to the bit.
+"""A faster version of lm-eval's own `hf` model; on a CPU, log-likelihoods are bit-identical.
 
-The command line's default is one request per forward, without padding. Padding changes the last bits of the results,
-through the attention's blocks; the number of rows of a matrix product does not. So several sequences are packed into
-one row without padding, see packed_row.py: a question's answers share its tokens. Only the positions whose logits are
-needed reach lm_head. Generation works likewise; see packed_generation.py.
+By default, lm-eval's command line runs one request per forward pass, without padding. Padding changes the last bits of
+the results, through the blocks of attention; the number of rows of a matrix product does not. Therefore, several
+sequences are packed into one row without padding (packed_row.py), and a question's answers share its tokens. Only the
+positions whose logits are needed reach lm_head. Text generation works the same way (packed_generation.py).
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
-# More tokens per batch make no matrix product faster, only the memory larger.
+# More tokens per batch do not make matrix products faster, but take more memory.
 TOKENS = {"cpu": 4096, "cuda": 32_768}
 # The maximum number of positions in a batch; each is a row of logits over the vocabulary.
 POSITIONS = 256
-# The last tokens of a text in which a stop sequence is looked for.
+# The number of last tokens of a text in which to look for a stop sequence.
 STOP_TOKENS = 32
 
 # The maximum number of tokens of texts generated together, prompts included. For gemma-3-4b, 16,384 take 2.3 GB.
 CACHED_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 
-# lm-eval's: (strings or None, context, continuation), the last two as tokens.
+# A request of lm-eval: (strings or None, context, continuation), the last two as tokens.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
@@ -73,7 +73,7 @@ def make_scorer(model: LM) -> Score:
 
 
 class PackedLM(HFLM):  # type: ignore[misc]
-    """HFLM, for checkpoints of Gemma 3, plain or quantized, read as text alone."""
+    """HFLM for plain and quantized Gemma 3 checkpoints, text only."""
 
     def __init__(
         self,
@@ -90,10 +90,11 @@ class PackedLM(HFLM):  # type: ignore[misc]
             checkpoint: Its directory.
             device: "cpu" or "cuda", or "cuda:0" and so on.
             batch_size: The maximum number of sequences in a batch; "auto" limits only the tokens.
-            no_act_quant: For reference: in float32 and without quantized activations. Slow, in the same memory.
-            generates: It generates text, for which lm_head is dequantized, too.
-            exact: Text is that of lm-eval's own model with one sequence at a time, to the bit. Otherwise it can differ
-                where two tokens are equally likely. Log-likelihoods are always exact on a CPU.
+            no_act_quant: Whether to compute in float32 without quantized activations, for reference. This is slow, but
+                takes no more memory.
+            generates: Whether it generates text, for which lm_head is dequantized, too.
+            exact: Whether text is bit-identical to that of lm-eval's own model with one sequence at a time. Otherwise,
+                it can differ where two tokens are equally likely. Log-likelihoods are always exact on a CPU.
         """
         ALL_ATTENTION_FUNCTIONS.register("packed", _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register("packed", sdpa_mask)
@@ -102,7 +103,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
                 pretrained=str(checkpoint),
                 device=device,
                 dtype="bfloat16",
-                # Of the windows of perplexities, which come to _loglikelihood_tokens() in batches of so many.
+                # The batch size in which windows of perplexities are passed to _loglikelihood_tokens().
                 batch_size=64,
                 attn_implementation="packed",
             )
@@ -146,7 +147,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
                     raise
                 logits = None
             if logits is None:
-                # Only here, because the error held on to the forward's tensors.
+                # Only here, because the exception kept the tensors of the forward pass alive.
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 self.limits = replace(self.limits, tokens=sum(group.tokens for group in batch) // 2)
@@ -169,7 +170,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         return [responses[number] for number in range(len(requests))]
 
     def _next_batch(self, groups: list[PrefixGroup], counts: Mapping[Tokens, int]) -> list[PrefixGroup]:
-        """Return as many of the first groups as fit, at least one."""
+        """Return as many of the first groups as fit, but at least one."""
         count = 1
         sequences = groups[0].sequences
         for group in groups[1:]:
@@ -218,7 +219,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         ]
 
     def _start(self, context: str, generation: dict[str, object]) -> Text:
-        """Return a text without a token; its prompt is truncated on the left, as in lm-eval.
+        """Return a text without generated tokens; its prompt is truncated on the left, as in lm-eval.
 
         Raises:
             UserError: The text could be as long as the model's longest sequence.
@@ -227,7 +228,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
         stop, ends = self._stop_sequences(generation), stop_tokens(self.model)
 
         def has_ended(tokens: list[int]) -> bool:
-            # A stop sequence is found where it ends, in the last few tokens.
+            # Look for a stop sequence only in the last few tokens, where it would end.
             tail = self.tok_decode(tokens[-STOP_TOKENS:], skip_special_tokens=False)
             return tokens[-1] in ends or any(text in tail for text in stop if text)
 
@@ -263,11 +264,11 @@ class PackedLM(HFLM):  # type: ignore[misc]
     ) -> dict[Tokens, Tensor]:
         """Return the logits of each sequence's last positions, [positions, vocabulary].
 
-        Left out are sequences that alone have other last bits than with the others of their group.
+        Sequences whose last bits would differ if they ran alone are left out.
 
         Args:
             groups: The sequences.
-            counts: How many positions of each sequence.
+            counts: The number of positions of each sequence.
             caches: The caches of the groups to fill, if any.
         """
         row = PackedRow(self.model.config, groups, self.device, caches, exact=not caches or self.exact)
@@ -280,7 +281,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
             logits = self.model(
                 input_ids=torch.tensor([row.tokens], device=self.device),
                 position_ids=torch.tensor([row.positions], device=self.device),
-                # Passed, so that the model makes none of its own over the whole row.
+                # Pass None as masks, so that the model does not create one for the whole row.
                 attention_mask=dict.fromkeys(GEMMA3.layer_types),
                 sequences=row,
                 use_cache=False,
@@ -297,10 +298,10 @@ class PackedLM(HFLM):  # type: ignore[misc]
 
 
 def share_rows(requests: list[TokenRequest], max_length: int) -> dict[tuple[int, ...], list[int]]:
-    """Return {a row of input tokens: the numbers of the requests that its logits score}.
+    """Return {row of input tokens: numbers of the requests that its logits score}.
 
-    Continuations of one token after the same context, as the letters of a question, share a row. What is longer than
-    `max_length` is truncated on the left, as in lm-eval.
+    Single-token continuations of the same context, such as the letters of a question, share a row. Rows that are longer
+    than `max_length` are truncated on the left, as in lm-eval.
     """
     sharing: dict[tuple[int, ...], list[int]] = {}
     for number, (_, context, continuation) in enumerate(requests):
@@ -314,13 +315,13 @@ def score_continuation(logs: Tensor, continuation: list[int]) -> tuple[float, bo
     logs = logs[-len(continuation) :]
     tokens = torch.tensor(continuation, device=logs.device)
     token_logs = logs.gather(1, tokens[:, None])
-    # argmax takes longer than everything else here, and is needed only if several tokens may be the most likely.
+    # argmax takes longer than everything else here, and is needed only if several tokens could be the most likely.
     greedy = bool((token_logs[:, 0] == logs.amax(-1)).all()) and bool((logs.argmax(-1) == tokens).all())
     return float(token_logs.sum()), greedy
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:
-    """Return the tokens after which a model generates nothing."""
+    """Return the tokens after which a model stops generating."""
     ids = model.generation_config.eos_token_id
     return set(ids) if isinstance(ids, list) else {ids} - {None}
 

@@ -1,8 +1,8 @@
-"""Sequences packed into one row without padding; those with the same beginning share its tokens.
+"""Sequences packed into one row without padding; sequences with the same prefix share its tokens.
 
-What works on single tokens runs on the whole row; attention runs on each sequence alone, so that a sequence's numbers
-are those that it has by itself. For a shared beginning this has to be checked: attention may add up in another order in
-a longer sequence, and then the last bits of the beginning's states are not the same in all sequences.
+Per-token operations run on the whole row; attention runs on each sequence separately, so that its results are the same
+as if it ran alone. For a shared prefix, this must be checked: in a longer sequence, attention may sum in a different
+order, and then the last bits of the prefix's states differ between sequences.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
 Tokens = tuple[int, ...]
-# Queries that attend at once where not every bit counts.
+# The number of queries that attend at once when results do not have to be bit-identical.
 BLOCK = 256
 
 
@@ -47,18 +47,18 @@ class PrefixGroup:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the sequences have, each by itself: attention's memory grows with these."""
+        """The number of tokens of all sequences, without sharing: attention's memory grows with it."""
         return sum(map(len, self.sequences))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a group or a batch has at most, unless one sequence alone has more.
+    """The maximum size of a group or a batch, unless a single sequence exceeds it.
 
     Attributes:
-        tokens: Tokens of its sequences, each by itself.
-        positions: Positions whose logits are computed.
-        sequences: Sequences; None for no limit.
+        tokens: The number of tokens of its sequences, without sharing.
+        positions: The number of positions whose logits are computed.
+        sequences: The number of sequences; None for no limit.
     """
 
     tokens: int
@@ -66,7 +66,7 @@ class Limits:
     sequences: int | None
 
     def allow(self, sequences: Iterable[Tokens], counts: Mapping[Tokens, int]) -> bool:
-        """Tell whether these sequences are not too many; `counts` are the positions that are scored of each."""
+        """Tell whether these sequences fit; `counts` has the number of scored positions of each."""
         several = list(sequences)
         return len(several) == 1 or (
             sum(map(len, several)) <= self.tokens
@@ -79,9 +79,9 @@ def group_by_prefix(counts: Mapping[Tokens, int], limits: Limits) -> list[Prefix
     """Return groups of sequences with the same prefix, the largest first.
 
     Args:
-        counts: {sequence: how many of its last positions are scored}. What is before them is its prefix, with the
-            first of them.
-        limits: Those of a group.
+        counts: {sequence: number of its last positions that are scored}. Everything up to and including the first of
+            them is the prefix.
+        limits: The limits of a group.
     """
     groups: list[PrefixGroup] = []
     endings: dict[Tokens, tuple[Tokens, ...]] = {}
@@ -103,8 +103,8 @@ class PackedRow:
         tokens: The tokens of the row.
         positions: The position of each token in its sequence.
         sequences: For each sequence, where its tokens are in the row.
-        unequal_sequences: The numbers of the sequences whose prefix alone has other last bits than in the first of
-            their group. Their numbers are not to be used; those of the others are.
+        unequal_sequences: The indices of sequences in which the last bits of the prefix differ from those in the first
+            sequence of the group. Their results must not be used.
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class PackedRow:
             config: The model's.
             groups: The groups.
             device: Where the model is.
-            caches: Those of the groups, if any, to which keys and values are written.
-            exact: Attend as the library's model does, to the bit; or faster.
+            caches: The caches of the groups, if any, to which keys and values are written.
+            exact: Whether attention is bit-identical to the library's model, or faster.
         """
         self.caches, self.exact = caches, exact
         self.unequal_sequences: set[int] = set()
@@ -131,7 +131,7 @@ class PackedRow:
         self.sequences: list[list[int]] = []
         # The group of each sequence, and whether it is the group's first.
         self._groups: list[tuple[int, bool]] = []
-        # On a GPU no order of sums is promised.
+        # On a GPU, the order of sums is not guaranteed.
         self._checks = device.type == "cpu"
         for number, group in enumerate(groups):
             start = len(self.tokens)
@@ -145,7 +145,7 @@ class PackedRow:
                 self.sequences.append([*prefix, *indices])
                 self._groups.append((number, index == 0))
         self._prefixes = [len(group.prefix) for group in groups]
-        # Sequences of the same length share a call.
+        # Sequences of the same length share one call.
         self._by_length: dict[int, list[int]] = {}
         for number, sequence in enumerate(self.sequences):
             self._by_length.setdefault(len(sequence), []).append(number)
@@ -186,13 +186,13 @@ class PackedRow:
         return torch.cat(pieces)[None]
 
     def _attend(self, module: Gemma3Attention, parts: list[Tensor], mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """Return what queries, keys and values of sequences give, [sequences, length, heads, width]."""
+        """Return the attention of queries, keys, and values of sequences, [sequences, length, heads, width]."""
         length = parts[0].shape[2]
         step = length if self.exact or mask is None else BLOCK
         outputs = []
         for start in range(0, length, step):
             stop = min(start + step, length)
-            # With a sliding window, no query of the block attends to earlier positions.
+            # With a sliding window, the block's queries do not attend to earlier positions.
             first = max(start + 1 - module.sliding_window, 0) if step < length and module.sliding_window else 0
             query, key, value = parts[0][:, :, start:stop], *(part[:, :, first:stop] for part in parts[1:])
             block_mask = None if mask is None else mask[:, :, start:stop, first:stop]

@@ -26,7 +26,7 @@ from quantize_gemma.tasks.runtime.strict_json import JsonValue
 class ProgramLM(TemplateLM):  # type: ignore[misc]
     """A program, with the tokenizer of the checkpoint that it was exported from."""
 
-    # The same tokens as for the checkpoint, BOS first.
+    # Use the same tokens as for the checkpoint, with BOS first.
     tok_encode = HFLM.tok_encode
     eot_token_id = HFLM.eot_token_id
     prefix_token_id = HFLM.prefix_token_id
@@ -38,7 +38,7 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         self.program = PteProgram(program / "model.pte")
 
     def fits(self, request: Request) -> bool:
-        """Tell whether the program takes a request without truncation; of a prompt, with room for an answer."""
+        """Tell whether a request fits into the program without truncation; a prompt, with room for an answer."""
         context, continuation = request.arguments
         if request.kind == "generate_until":
             return len(self.tok_encode(context)) < self.program.max_seq_len
@@ -61,11 +61,11 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         return [responses[number] for number in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Not measured: its windows would be shorter than the checkpoint's."""
+        """Not measured, because the windows would be shorter than the checkpoint's."""
         raise NotImplementedError
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str | None]:
-        """Return the greedy texts; None where the program's longest sequence ends before the text does."""
+        """Return the greedy texts; None if the program's maximum sequence length is reached before the text ends."""
         texts = []
         for request in requests:
             texts.append(self._generate(*request.args))
@@ -79,7 +79,7 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         context_ids = self.tok_encode(context)
 
         def is_finished(tokens: list[int]) -> bool:
-            # A stop sequence is found where it ends, in the last few tokens.
+            # Look for a stop sequence only in the last few tokens, where it would end.
             tail = self.tokenizer.decode(tokens[-STOP_TOKENS:])
             return len(tokens) >= settings["max_gen_toks"] or any(text in tail for text in stop if text)
 
@@ -90,7 +90,7 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
 
 
 def load_program_scorer(checkpoint: str, program: str) -> Score:
-    """Load a program; return a function that answers requests, None to those that are longer than its sequences."""
+    """Load a program; return a function that answers requests, None for those that exceed its sequence length."""
     model = ProgramLM(Path(checkpoint), Path(program))
     score_all = make_scorer(model)
 

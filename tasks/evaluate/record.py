@@ -1,4 +1,4 @@
-"""Record: the requests that lm-eval makes in one benchmark, without a model.
+"""Record: collect the requests that lm-eval makes in one benchmark, without a model.
 
 The requests depend on the dataset, the chat template, and the task's settings, not on the weights, so they are recorded
 once for all columns. They are divided into shards, which are answered and stored one by one; see answer.py.
@@ -23,8 +23,8 @@ def record(target: Path, checkpoint: Path, dataset: Path, benchmark: "RequestInp
         target: The directory to write to.
         checkpoint: A checkpoint, for its tokenizer and its chat template.
         dataset: The benchmark's dataset.
-        benchmark: What its requests depend on; see Benchmark.request_inputs().
-        limit: Documents per task; None for all.
+        benchmark: The fields that its requests depend on; see Benchmark.request_inputs().
+        limit: The maximum number of documents per task; None for all.
     """
     with run_lm_eval(dataset, benchmark) as evaluate:
         from quantize_gemma.tasks.evaluate.replay_lm import RecordingLM

@@ -14,14 +14,14 @@ from transformers import AutoTokenizer
 from quantize_gemma.tasks.models.requests import Request, to_request
 from quantize_gemma.tasks.runtime.errors import StageFailed
 
-# What a recorded request is answered with; nobody reads the scores.
+# The dummy answer to a recorded request; its scores are not used.
 PLACEHOLDERS: dict[str, Any] = {"loglikelihood": (0.0, False), "loglikelihood_rolling": 0.0, "generate_until": ""}
 
 
 class RecordingLM(LM):  # type: ignore[misc]
-    """Keeps the requests in `requests`, in order, with the chat template of a checkpoint where a task has one."""
+    """Record the requests in `requests`, in order, with a checkpoint's chat template if the task uses it."""
 
-    # It takes tasks with images, too.
+    # Accept tasks with images, too.
     MULTIMODAL = True
 
     def __init__(self, checkpoint: Path) -> None:
@@ -30,12 +30,12 @@ class RecordingLM(LM):  # type: ignore[misc]
         self.requests: list[Request] = []
 
     def uses_chat_template(self, requested: bool) -> bool:
-        """Tell whether prompts are in the chat template: a base model has none."""
+        """Tell whether prompts use the chat template: a base model has none."""
         return requested and self.tokenizer.chat_template is not None
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The checkpoint's, which only a chat template needs."""
+        """The checkpoint's tokenizer, which is needed only for a chat template."""
         return AutoTokenizer.from_pretrained(self.checkpoint)
 
     @property
@@ -48,7 +48,7 @@ class RecordingLM(LM):  # type: ignore[misc]
         return str(self.tokenizer.chat_template or "")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a chat as text. Without BOS, which the tokenizer adds to every text."""
+        """Return a chat as text, without BOS, which the tokenizer adds to every text."""
         text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -65,27 +65,27 @@ class RecordingLM(LM):  # type: ignore[misc]
 
 
 class ReplayLM(LM):  # type: ignore[misc]
-    """Returns the stored answers to recorded requests."""
+    """Return the stored answers to recorded requests."""
 
     MULTIMODAL = True
 
     def __init__(
         self, answers: Mapping[tuple[str, int, int], Any], doc_ids: Mapping[str, list[int]] | None = None
     ) -> None:
-        """Take the answers by (task, doc_id, index), and the documents of a sample, by task, that lm-eval asks for."""
+        """Store the answers by (task, doc_id, index), and the documents of a sample, by task."""
         super().__init__()
         self.answers = answers
         self.doc_ids = doc_ids
 
     def uses_chat_template(self, _requested: bool) -> bool:
-        """The scores do not depend on the prompts: they are not made again."""
+        """Skip creating prompts: the scores do not depend on them."""
         return False
 
     def _replay(self, instances: list[Instance]) -> list[Any]:
         return [self._answer(_request_of(instance)) for instance in instances]
 
     def _answer(self, request: Request) -> Any:
-        # With a sample, lm-eval numbers the documents within the sample.
+        # lm-eval numbers the documents of a sample within the sample.
         doc_id = request.doc_id if self.doc_ids is None else self.doc_ids[request.task][request.doc_id]
         key = request.task, doc_id, request.index
         if key not in self.answers:

@@ -12,12 +12,12 @@ Json = dict[str, Any]
 
 
 def summarize(output: Json, name: str, task: str, metric: str, metrics: list[str]) -> Json:
-    """Return the content of results.json; metrics.py says what it means.
+    """Return the content of results.json; metrics.py describes the fields.
 
     Args:
         output: What lm-eval returned.
         name: The benchmark's name.
-        task: Its lm-eval task or group.
+        task: The lm-eval task or group.
         metric: The headline metric, with its filter if that is not "none".
         metrics: Further metrics.
     """
@@ -43,9 +43,9 @@ def summarize(output: Json, name: str, task: str, metric: str, metrics: list[str
 def make_samples(output: Json, name: str, metric: str, requests: dict[tuple[str, int], list[Request]]) -> list[Json]:
     """Return the rows of samples.jsonl, sorted by task and document.
 
-    A row has "task", "doc_id", "target", "prompt", "choices" of a multiple-choice task, "responses" (the choices'
-    log-likelihoods in nats, or the text), "prediction" (the number of a choice, or what a filter left of the text), and
-    "score", the headline metric, None if it is not defined for one document.
+    A row has "task", "doc_id", "target", "prompt", "choices" for a multiple-choice task, "responses" (the choices'
+    log-likelihoods in nats, or the text), "prediction" (the number of a choice, or the filtered text), and "score", the
+    headline metric, which is None if it is not defined for a single document.
     """
     rows = []
     column, _, filter_name = metric.partition(",")
@@ -66,14 +66,14 @@ def make_samples(output: Json, name: str, metric: str, requests: dict[tuple[str,
 
 
 def documents(rows: list[Json], filter_name: str | None = None) -> dict[int, Json]:
-    """Return lm-eval's samples by document; with several filters, those of one."""
+    """Return lm-eval's samples by document; if there are several filters, those of one of them."""
     names = {row["filter"] for row in rows}
     name = filter_name if filter_name in names else next(iter(names))
     return {row["doc_id"]: row for row in rows if row["filter"] == name}
 
 
 def _score(results: Json, metric: str, samples: int | None) -> Json:
-    """Return a metric with its standard error, None if there is none."""
+    """Return a metric with its standard error; None if there is none."""
     name, _, filter_name = _key(metric).partition(",")
     stderr = results.get(f"{name}_stderr,{filter_name}")
     has_stderr = isinstance(stderr, float) and math.isfinite(stderr)
@@ -85,7 +85,7 @@ def _score(results: Json, metric: str, samples: int | None) -> Json:
 
 
 def _as_share(metric: str, value: Any) -> Any:
-    """Return a metric's value, a percentage as a share of 1."""
+    """Return a metric's value, with percentages as fractions."""
     return value / 100 if metric in PERCENT_METRICS else value
 
 
@@ -94,13 +94,13 @@ def _key(metric: str) -> str:
 
 
 def _count(samples: Json, metric: str) -> int:
-    """Return how many documents have a metric: some metrics cover only a part of them."""
+    """Return the number of documents with a metric: some metrics cover only some of them."""
     name = metric.partition(",")[0]
     return sum(len({row["doc_id"] for row in rows if name in row}) for rows in samples.values())
 
 
 def _average(parts: list[tuple[Json, int]], metric: str) -> Json:
-    """Return the mean of a metric over tasks without a group of their own, by their number of documents."""
+    """Return the mean of a metric over tasks that have no group, weighted by their number of documents."""
     total = sum(count for _, count in parts)
     return {_key(metric): sum(results[_key(metric)] * count for results, count in parts) / total}
 

@@ -1,20 +1,20 @@
 """Fidelity: how far a release is from its base model on text, token by token. (First table of the card.)
 
-Accuracy on a benchmark says nothing about a model that answers it by chance; fidelity does. The base model's hidden
-states are stored as an artifact, and each column's hidden states are compared with them through the models' own heads,
-so that two models are never in memory at once, and logits of only a few tokens are. The metrics have the names of
-llama.cpp's --kl-divergence.
+Benchmark accuracy says nothing if the model scores at chance level; fidelity still does. The base model's hidden states
+are stored as an artifact, and each column's hidden states are compared with them through the models' own heads, so that
+two models are never in memory at once, and only the logits of a few tokens are. The metrics are named as in llama.cpp's
+--kl-divergence.
 
-The protocol is fixed; sequences.py says what is read, tokens.py how it is compared, summary.py what is reported:
+The protocol is fixed; sequences.py defines what is read, tokens.py how it is compared, and summary.py what is reported:
 
-- The quantized checkpoint is measured as shipped: quantized activations, in bfloat16, as the base model is. Beside it,
-  the metrics of `weights_only` are those of both models in float32 without quantized activations, by which recipes are
-  compared; `second_half` scores the second half of each window alone, as llama.cpp does, for whoever has a GGUF; and
-  `chat` scores the base model's own answers to fixed prompts, if the model has a chat template.
-- The program is model.pte in the ExecuTorch runtime, on every eighth token of a few windows, and beside it the
-  checkpoint on the same tokens.
+- The quantized checkpoint is measured as shipped, with quantized activations; like the base model, it computes in
+  bfloat16. In addition, `weights_only` has the metrics of both models in float32 without quantized activations, which
+  are used to compare recipes; `second_half` scores only the second half of each window, as llama.cpp does, to compare
+  with a GGUF file; and `chat` scores the base model's own answers to fixed prompts, if the model has a chat template.
+- The program, model.pte in the ExecuTorch runtime, is measured on every eighth token of a few windows, and so is the
+  checkpoint.
 
-fidelity_base, fidelity_quantized and fidelity_program compare tokens, in parts; this stage adds them up.
+fidelity_base, fidelity_quantized, and fidelity_program compare tokens, in parts; this stage aggregates them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Columns = dict[str, NDArray[np.float32]]
 
-# The tokens of a window that predict a next token.
+# The number of tokens in a window that predict a next token.
 SCORED_TOKENS = WINDOW - 1
 
 
@@ -45,9 +45,9 @@ def fidelity(target: Path, quantized: list[Path], program: list[Path], reference
 
     Args:
         target: The directory to write to.
-        quantized: What the parts of fidelity_quantized() wrote.
-        program: What the parts of fidelity_program() wrote.
-        reference: What the parts of fidelity_quantized() wrote for the reference model, if there is one.
+        quantized: The outputs of the parts of fidelity_quantized().
+        program: The outputs of the parts of fidelity_program().
+        reference: The outputs of the parts of fidelity_quantized() for the reference model, if there is one.
     """
     results = {"quantized": summarize_quantized(quantized), "program": summarize_program(quantized, program)}
     if reference is not None:

@@ -1,9 +1,9 @@
 """Diagnose: the KL divergence that quantizing one module alone causes, for weights and activations separately.
 
-The base model computes in float32. For each linear in turn, first its weight is replaced with the checkpoint's, then
-its input is quantized instead; everything else stays as it is. Nothing before the module's block changes, so the model
-runs from that block on. The divergences of all modules do not add up to that of the whole checkpoint: damage compounds,
-and partly cancels.
+The base model computes in float32. For each linear, its weight is first replaced with the checkpoint's, and then its
+input is quantized instead; everything else stays the same. The blocks before the module's block do not change, so the
+model runs from that block on. The divergences of all modules do not add up to that of the whole checkpoint, because
+errors compound and partly cancel out.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
     from quantize_gemma.tasks.fidelity.tokens import Head
 
-# Only the first half of a window is read, and every fourth token is scored: the model runs hundreds of times, and
-# lm_head costs as much as the layers.
+# Only the first half of a window is read, and only every fourth token is scored, because the model runs hundreds of
+# times, and lm_head costs as much as the layers.
 LENGTH = WINDOW // 2
 POSITIONS = slice(3, LENGTH, 4)
-# Positions whose logits are in memory at once, beside those of the base model.
+# Positions whose logits are in memory at once, in addition to those of the base model.
 CHUNK = 64
 HEAT_MAP = "heat-map.png"
 BLOCK = re.compile(r"\.layers\.(\d+)\.(.+)$")
@@ -82,9 +82,9 @@ def diagnose(
     device: str,
     refresh: bool = False,
 ) -> Output:
-    """Write results.json, {"tokens": how many were compared, "rows": [text_fidelity.Damage, …]}, and heat-map.png.
+    """Write results.json, {"tokens": number of compared tokens, "rows": [text_fidelity.Damage, …]}, and heat-map.png.
 
-    It takes more than seven parameters because each is a value of the stage's key.
+    This function has more than seven parameters because each one is part of the stage's cache key.
 
     Args:
         target: The directory to write to.
@@ -92,9 +92,9 @@ def diagnose(
         checkpoint: The quantized checkpoint.
         text: The directory with the text, text.txt.
         recipe: The recipe of the checkpoint, as JSON.
-        windows: How many windows of the text to read; fewer if it is shorter.
+        windows: The number of windows of the text to read; fewer if it is shorter.
         device: "cpu" or "cuda".
-        refresh: Measure blocks again that are in the store.
+        refresh: Measure blocks again even if they are in the store.
 
     Raises:
         UserError: The text is shorter than a window, or there is no CUDA device.
@@ -159,7 +159,7 @@ def group_by_block(modules: list[Module]) -> list[list[Module]]:
 
 
 class Probe:
-    """The base model with one module changed at a time; the models are loaded when they are first needed."""
+    """The base model with one changed module at a time; the models are loaded when they are first needed."""
 
     def __init__(self, base: Path, checkpoint: Path, rows: list[Sequence], device: str) -> None:
         self.base, self.checkpoint, self.rows, self.device = base, checkpoint, rows, device
@@ -247,7 +247,7 @@ class Probe:
 
     @functools.cached_property
     def heads(self) -> tuple[Head, Head]:
-        """The heads of both."""
+        """The heads of both models."""
         from quantize_gemma.tasks.fidelity.tokens import load_head
 
         base, checkpoint = (load_head(path, "weights_only", self.device) for path in (self.base, self.checkpoint))
@@ -289,7 +289,7 @@ class Probe:
 
 
 def draw_heat_map(damages: list[Damage], path: Path) -> None:
-    """Draw the divergence of each block and role, weights and activations side by side, on one logarithmic scale."""
+    """Draw the divergence for each block and role, weights and activations side by side, on one logarithmic scale."""
     import numpy as np
     from matplotlib.colors import LogNorm
 
@@ -300,7 +300,7 @@ def draw_heat_map(damages: list[Damage], path: Path) -> None:
         for kind in KINDS:
             values[kind][blocks.index(damage.block or 0), ROLES.index(damage.role)] = getattr(damage, kind) or np.nan
     divergences = np.concatenate([matrix[np.isfinite(matrix) & (matrix > 0)] for matrix in values.values()])
-    # viridis gets lighter throughout, so that it needs no color vision.
+    # viridis gets lighter throughout, so that it is readable without color vision.
     image_options: dict[str, Any] = {
         "norm": LogNorm(max(divergences.min(), divergences.max() / 1e4), divergences.max()),
         "cmap": "viridis",
@@ -308,7 +308,7 @@ def draw_heat_map(damages: list[Damage], path: Path) -> None:
     }
     lines = [_describe(damage) for damage in damages if damage.block is None]
     subtitle = "KL divergence from the base model, nats, with\none module quantized and the rest in float32"
-    # From the top: the text, the plots' titles, a row for each block, the roles, the scale.
+    # From top to bottom: the text, the plots' titles, a row for each block, the roles, the scale.
     top, rows, bottom = 1.35, 0.15 * len(blocks), 0.95
     with new_figure(path, "Damage by module", top + rows + bottom, subtitle="\n".join([subtitle, *lines])) as figure:
         names = [role.rpartition(".")[2].removesuffix("_proj") for role in ROLES]
@@ -333,11 +333,11 @@ def _fake_quantize(activations: Tensor) -> Tensor:
 
 
 def _language_model(model: PreTrainedModel) -> Any:
-    """Return the part of a model that has the decoder blocks."""
+    """Return the part of a model that contains the decoder blocks."""
     return next(module for module in model.modules() if hasattr(module, "layers") and hasattr(module, "embed_tokens"))
 
 
 def _describe(damage: Damage) -> str:
-    """Return a module's divergences in words."""
+    """Describe a module's divergences."""
     activations = f", activations {damage.activations:.2g}" if damage.activations is not None else ""
     return f"{damage.role}: weights {damage.weights:.2g}{activations} nats"

@@ -23,17 +23,17 @@ def fidelity_base(
 ) -> Output:
     """Write the part's groups of sequences, and the base model's hidden states of each.
 
-    It takes more than seven parameters because each is a value of the stage's key.
+    This function has more than seven parameters because each one is part of the stage's cache key.
 
     Args:
         target: The directory to write to.
         checkpoint: The base model's checkpoint.
         text: The directory with the text, text.txt.
-        windows: How many windows of the text to read; fewer if it is shorter.
+        windows: The number of windows of the text to read; fewer if it is shorter.
         device: "cpu" or "cuda".
         part: The number of the part, from 0.
-        parts: The number of the parts.
-        refresh: Compute groups again that are in the store.
+        parts: The number of parts.
+        refresh: Compute groups again even if they are in the store.
 
     Raises:
         UserError: The text is shorter than a window, or there is no CUDA device.

@@ -1,4 +1,4 @@
-"""Compare the predictions of base model and program on a sample of tokens, in the ExecuTorch runtime."""
+"""Compare the predictions of the base model and the program on a sample of tokens, in the ExecuTorch runtime."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from quantize_gemma.tasks.fidelity.tokens import Head
     from quantize_gemma.tasks.models.pte import PteProgram
 
-# The program returns the logits of the last token only, so each scored token costs a call.
+# The program returns only the logits of the last token, so each scored token costs a call.
 PROGRAM_STEP = 8
-# The number of the text's windows that the program reads.
+# The number of windows of the text that the program reads.
 PROGRAM_WINDOWS = 4
 COMPARE = (
     "quantize_gemma.tasks.fidelity.fidelity_program:compare_window",
@@ -50,17 +50,17 @@ def fidelity_program(
 ) -> Output:
     """Write compare_logits()'s columns of the scored tokens of each of the part's windows, as safetensors.
 
-    It takes more than seven parameters because each is a value of the stage's key.
+    This function has more than seven parameters because each one is part of the stage's cache key.
 
     Args:
         target: The directory to write to.
         base: The base model's checkpoint.
-        states: What the parts of fidelity_base() wrote for it.
+        states: The outputs of the parts of fidelity_base() for it.
         program: The directory of model.pte.
-        windows: How many of the windows to read, evenly spread; all if there are fewer.
+        windows: The number of windows to read, evenly spaced; all if there are fewer.
         part: The number of the part, from 0.
-        parts: The number of the parts.
-        refresh: Compute windows again that are in the store.
+        parts: The number of parts.
+        refresh: Compute windows again even if they are in the store.
     """
     rows = read_sequences(states, "text")
     numbers = sample(len(rows), windows)[part::parts]

@@ -1,4 +1,4 @@
-"""Compare the predictions of base model and quantized checkpoint: each head is applied to its own hidden states."""
+"""Compare the predictions of base model and quantized checkpoint: apply each model's head to its own hidden states."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def fidelity_quantized(
 ) -> Output:
     """Write compare_logits()'s columns of the tokens of each of the part's groups, as safetensors.
 
-    It takes more than seven parameters because each is a value of the stage's key.
+    This function has more than seven parameters because each one is part of the stage's cache key.
 
     Args:
         target: The directory to write to.
         base: The base model's checkpoint.
-        states: What the parts of fidelity_base() wrote for it.
+        states: The outputs of the parts of fidelity_base() for it.
         checkpoint: The quantized checkpoint.
         device: "cpu" or "cuda".
         part: The number of the part, from 0.
-        parts: The number of the parts.
-        refresh: Compute groups again that are in the store.
+        parts: The number of parts.
+        refresh: Compute groups again even if they are in the store.
 
     Raises:
         UserError: There is no CUDA device.
@@ -67,7 +67,7 @@ def fidelity_quantized(
         reader = Reader(checkpoint, digests.get("checkpoint"), device, machine.device_of_part(device, part))
         for name, (variant, kind) in MEASURED.items():
             groups = split_groups(read_sequences(states, kind), part, parts)
-            # All of them first: then the layers are not in memory when the heads are.
+            # Compute all of them first, so that the layers are not in memory together with the heads.
             files = group_states(reader, variant, groups, shards)
             gc.collect()
             heads = Heads(base, checkpoint, variant, reader.loaded_on)
@@ -100,7 +100,7 @@ class Heads:
         return self.heads
 
     def clear(self) -> None:
-        """Free their memory."""
+        """Free the memory of the heads."""
         self.heads = None
         gc.collect()
 

@@ -1,7 +1,7 @@
-"""The token sequences that models are compared on: windows of a text, and chats with the base model's own answers.
+"""The token sequences on which models are compared: windows of a text, and chats with the base model's own answers.
 
-A window is `<bos>` and the next 511 tokens of the text; windows do not overlap, and what is left at the end is not
-used. Every position is scored: position t predicts token t + 1. In a chat, the tokens of the answer are scored.
+A window is `<bos>` and the next 511 tokens of the text; windows do not overlap, and the remainder is not used. Every
+position is scored: position t predicts token t + 1. In a chat, only the tokens of the answer are scored.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WINDOW = 512
-# Sequences per group: they run at once, and at most one group is lost if a stage is killed.
+# Sequences per group. They run as a batch, and at most one group is lost if a stage is killed.
 GROUP = 4
 # How models compute: in bfloat16 with quantized activations, or in float32 without.
 Variant = Literal["as_shipped", "weights_only"]
-# What is measured: how the models compute, and on which kind of sequences.
+# The variants that are measured: how the models compute, and on which kind of sequences.
 MEASURED: dict[str, tuple[Variant, str]] = {
     "text": ("as_shipped", "text"),
     "weights_only": ("weights_only", "text"),
@@ -78,13 +78,13 @@ def format_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def split_groups(rows: list[Sequence], part: int, parts: int) -> dict[int, list[Sequence]]:
-    """Return a part's groups of sequences by their numbers: every group belongs to one of the parts."""
+    """Return a part's groups of sequences by number: every group belongs to exactly one part."""
     groups = {start // GROUP: rows[start : start + GROUP] for start in range(0, len(rows), GROUP)}
     return {number: group for number, group in groups.items() if number % parts == part}
 
 
 def group_file(name: str, number: int, suffix: str = "safetensors") -> str:
-    """Return the name of a group's file, the same whichever part writes it."""
+    """Return the name of a group's file, which does not depend on the part that writes it."""
     return f"{name}-{number:04}.{suffix}"
 
 
@@ -95,7 +95,7 @@ def write_group(group: list[Sequence], kind: str, number: int, folder: Path) -> 
 
 
 def read_sequences(folders: list[Path], kind: str) -> list[Sequence]:
-    """Return all sequences of a kind, "text" or "chat", from the directories of the parts that wrote them."""
+    """Read all sequences of a kind, "text" or "chat", from the directories of the parts that wrote them."""
     files = sorted((file for folder in folders for file in folder.glob(f"{kind}-*.json")), key=lambda file: file.name)
     rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
     return [Sequence(tuple(row["ids"]), row["first"]) for row in rows]
@@ -112,6 +112,6 @@ def digest_sequences(group: list[Sequence]) -> str:
 
 
 def sample(count: int, size: int) -> list[int]:
-    """Return `size` of `count` numbers, evenly spread; all if there are fewer. Always the same."""
+    """Return `size` of `count` numbers, evenly spaced; all if there are fewer. The choice is deterministic."""
     size = min(size, count)
     return [number * count // size for number in range(size)]

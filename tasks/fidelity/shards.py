@@ -1,4 +1,4 @@
-"""Finished shards of a stage's work as artifacts of their own: a stage that was killed resumes where it stopped."""
+"""Finished shards of a stage's work as separate artifacts, so that a stage that was killed resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ShardStore:
     """The shards of one stage in the store.
 
     Attributes:
-        root: The store that they are in.
-        refresh: Compute shards again that are in the store.
+        root: The store.
+        refresh: Compute shards again even if they are in the store.
     """
 
     root: Path
@@ -37,8 +37,8 @@ class ShardStore:
         """Return the safetensors file of a shard; compute it if the store does not have it.
 
         Args:
-            functions: "module:function" each, the code that computes the shard, which is in its key.
-            identity: What else the shard depends on, JSON values.
+            functions: The functions, "module:function", that compute the shard; their code is part of its key.
+            identity: Everything else that the shard depends on, as JSON values.
             compute: Returns the shard's tensors by name.
         """
         from safetensors.torch import save_file

@@ -1,7 +1,7 @@
 """Hidden states: the inputs of a checkpoint's lm_head at the scored positions of token sequences.
 
-They take some 10 kB per token for gemma-3-4b-it, while logits take 1 MB: so the hidden states of two models are stored
-instead of keeping both models in memory, and lm_head computes the same logits from them later.
+For gemma-3-4b-it, they take about 10 kB per token, while logits take 1 MB. Therefore, the hidden states of two models
+are stored, instead of keeping both models in memory, and lm_head computes the same logits from them later.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-# Tokens of the longest answer to a prompt.
+# The maximum number of tokens in an answer to a prompt.
 ANSWER_TOKENS = 32
-# What computes a shard; its code is in the shard's key.
+# The functions that compute a shard; their code is part of its key.
 MODULE = "quantize_gemma.tasks.fidelity.states"
 STATES = (f"{MODULE}:load_layers", f"{MODULE}:hidden_states")
 ANSWERS = (f"{MODULE}:load_layers", f"{MODULE}:generate")
 
 
 def load_layers(checkpoint: Path, variant: Variant, device: str) -> PreTrainedModel:
-    """Load a plain or quantized checkpoint to compute hidden states, in no more memory than its stored weights take."""
+    """Load a plain or quantized checkpoint to compute hidden states, using only the memory of its stored weights."""
     model = load_model(checkpoint, torch.bfloat16)
     drop_vision_encoder(model)
     model.to(device)
@@ -53,7 +53,7 @@ def load_layers(checkpoint: Path, variant: Variant, device: str) -> PreTrainedMo
         _compute_in_float32(model)
     else:
         dequantize_once(model)
-    gc.collect()  # torchao's modules refer to themselves.
+    gc.collect()  # torchao's modules have reference cycles.
     trim_memory()
     return model
 
@@ -64,9 +64,9 @@ class Reader:
 
     Attributes:
         checkpoint: A plain or quantized checkpoint.
-        identity: The digest of its content, None outside a store.
+        identity: The digest of its content; None outside a store.
         device: "cpu" or "cuda".
-        loaded_on: The device as torch names it, which is in no key.
+        loaded_on: The device as torch names it, which is not part of any key.
     """
 
     checkpoint: Path
@@ -75,7 +75,7 @@ class Reader:
     loaded_on: str
 
     def key(self, variant: Variant) -> JsonObject:
-        """Return what the hidden states depend on, besides the sequences."""
+        """Return everything that the hidden states depend on, besides the sequences."""
         return {"checkpoint": self.identity, "variant": variant, "device": self.device}
 
     def load(self, variant: Variant) -> PreTrainedModel:
@@ -108,7 +108,7 @@ def group_states(
 def hidden_states(model: PreTrainedModel, rows: list[Sequence]) -> Tensor:
     """Return the hidden states at the scored positions, [positions, width], on the CPU.
 
-    Sequences of the same length run as a batch, without padding, which would change the last bits.
+    Sequences of the same length run as a batch, without padding, because padding would change the last bits.
     """
     states = []
     for _, rows_of_length in itertools.groupby(rows, key=lambda row: len(row.ids)):
@@ -153,7 +153,7 @@ def answer_prompts(reader: Reader, shards: ShardStore, part: int, parts: int) ->
 
 
 def generate(model: PreTrainedModel, ids: tuple[int, ...]) -> Tensor:
-    """Return the greedy answer to a prompt, token ids, with the token that ends it."""
+    """Return the token ids of the greedy answer to a prompt, including the token that ends it."""
     prompt = torch.tensor([ids], device=model.device)
     with torch.no_grad():
         output = model.generate(
@@ -169,9 +169,9 @@ def generate(model: PreTrainedModel, ids: tuple[int, ...]) -> Tensor:
 
 
 def _compute_in_float32(model: PreTrainedModel) -> None:
-    """Make the model compute in float32 without quantized activations; matrices stay in memory as they are stored."""
+    """Make the model compute in float32 without quantized activations; matrices stay in their stored dtype."""
     disable_activation_quantization(model)
-    # The model that is loaded in bfloat16 has rounded the square root of its width.
+    # Loading the model in bfloat16 has rounded the square root of its width.
     setattr(
         model.get_input_embeddings(),
         GEMMA3.embedding_scale,
@@ -197,7 +197,7 @@ class _StoredLinear(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         assert linear.bias is None, "Gemma 3's linears have no bias"
-        # In a tuple: no parameter that would be converted with the model.
+        # Stored in a tuple, so that it is not a parameter that is converted with the model.
         self.stored_weight = (linear.weight,)
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Statistics of two models' predictions per token, with standard errors for tokens that depend on each other.
+"""Statistics of two models' predictions per token, with standard errors for tokens that are correlated.
 
-Tokens of one window are correlated, so a window counts as one observation: standard errors are those of a mean over
-clusters, linearized where the number of tokens differs (W. G. Cochran, Sampling Techniques, 3rd ed., 1977, section 9A).
-A quantile's is Woodruff's: the standard error of the share of tokens below it, read off the distribution (R. S.
+Tokens of one window are correlated, so a window counts as one observation. Standard errors are those of a mean over
+clusters, linearized if the number of tokens differs (W. G. Cochran, Sampling Techniques, 3rd ed., 1977, section 9A).
+That of a quantile is Woodruff's: the standard error of the share of tokens below it, read off the distribution (R. S.
 Woodruff, Confidence intervals for medians and other position measures, JASA 47, 1952). A maximum has none.
 """
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     Values = NDArray[np.float64]
 
 QUANTILES = {"kl_median": 0.5, "kl_90": 0.9, "kl_99": 0.99}
-# Edges of the KL divergence's histogram in nats: four bins for each factor of ten.
+# The edges of the histogram of KL divergences, in nats: four bins for each factor of ten.
 EDGES = [0.0, *(float(f"{10 ** (exponent / 4):.3g}") for exponent in range(-20, 9))]
 
 
 def summarize(tokens: Mapping[str, NDArray[np.float32]], windows: NDArray[np.int64]) -> JsonObject:
-    """Return the metrics of fidelity, by the names of llama.cpp's --kl-divergence.
+    """Return the metrics of fidelity, named as in llama.cpp's --kl-divergence.
 
     Args:
         tokens: compare_logits()'s columns.
@@ -35,8 +35,8 @@ def summarize(tokens: Mapping[str, NDArray[np.float32]], windows: NDArray[np.int
 
     Returns:
         `kl_mean`, `kl_median`, `kl_90`, `kl_99` and `kl_max` in nats; `same_top`, a fraction; `dp_mean` and `dp_rms`,
-        the change of the true token's probability; `ppl` and `ppl_base`, perplexities, and `ppl_log_ratio`, the
-        logarithm of their ratio; `tokens` and `windows`; and a standard error `…_stderr` of each but the maximum,
+        the change in the true token's probability; `ppl` and `ppl_base`, perplexities, and `ppl_log_ratio`, the
+        logarithm of their ratio; `tokens` and `windows`; and a standard error `…_stderr` of each except the maximum,
         None for a single window.
     """
     kl, same_top, nll_base, nll = (tokens[name].astype(np.float64) for name in ("kl", "same_top", "nll_base", "nll"))
@@ -62,14 +62,14 @@ def summarize(tokens: Mapping[str, NDArray[np.float32]], windows: NDArray[np.int
 def histogram(kl: NDArray[np.float32]) -> JsonObject:
     """Return the histogram of KL divergences: {"edges": in nats, "counts": tokens between them}.
 
-    Rounding makes the divergence of equal distributions a little negative: it counts as 0.
+    Rounding can make the divergence of equal distributions slightly negative: this counts as 0.
     """
     counts, _ = np.histogram(np.clip(kl, EDGES[0], EDGES[-1]), bins=EDGES)
     return {"edges": EDGES, "counts": counts.tolist()}
 
 
 def mean_and_stderr(values: Values, windows: NDArray[np.int64]) -> tuple[float, float | None]:
-    """Return the mean over all tokens and its standard error by window, None for a single window."""
+    """Return the mean over all tokens, and its standard error over windows, None for a single window."""
     totals, counts = np.bincount(windows, weights=values), np.bincount(windows)
     mean = float(totals.sum() / counts.sum())
     number = len(counts)
@@ -80,7 +80,7 @@ def mean_and_stderr(values: Values, windows: NDArray[np.int64]) -> tuple[float, 
 
 
 def quantile_and_stderr(values: Values, windows: NDArray[np.int64], share: float) -> tuple[float, float | None]:
-    """Return the value below which this share of all tokens is, and its standard error by window."""
+    """Return the quantile of all tokens for this share, and its standard error over windows."""
     quantile = float(np.quantile(values, share))
     _, stderr = mean_and_stderr((values <= quantile).astype(np.float64), windows)
     if stderr is None:

@@ -1,4 +1,4 @@
-"""Compare two models' predictions for each token: their heads are applied to hidden states a few positions at a time.
+"""Compare two models' predictions for each token: apply their heads to hidden states, a few positions at a time.
 
 The logits of 512 tokens over Gemma's vocabulary of 262,144 take 0.5 GB per model, so only those of CHUNK positions are
 in memory at once.
@@ -53,13 +53,13 @@ def load_head(checkpoint: Path, variant: Variant, device: str) -> Head:
 def compare_states(
     base: tuple[Head, Tensor], other: tuple[Head, Tensor], targets: Tensor, chunk: int = CHUNK
 ) -> dict[str, Tensor]:
-    """Return compare_logits() of two models' heads and hidden states.
+    """Return compare_logits() for two models' heads and hidden states.
 
     Args:
         base: The base model's head, and its hidden states, [positions, width].
         other: The other model's.
         targets: The tokens that follow, [positions].
-        chunk: Positions whose logits are computed at once.
+        chunk: The number of positions whose logits are computed at once.
     """
     rows = []
     for start in range(0, len(targets), chunk):
@@ -83,7 +83,7 @@ def compare_logits(base: Tensor, other: Tensor, targets: Tensor) -> dict[str, Te
         the most likely token is the same; `nll_base` and `nll`, the token's negative log-likelihood in nats.
     """
     logs, other_logs = (torch.log_softmax(logits.float(), dim=-1) for logits in (base, other))
-    # bfloat16 logits can tie; the first of them is the top token in both models.
+    # bfloat16 logits can be equal; then the first of them is the top token in both models.
     same_top = logs.argmax(-1) == other_logs.argmax(-1)
     nll_base, nll = (-row_logs.gather(1, targets[:, None])[:, 0] for row_logs in (logs, other_logs))
     differences = logs - other_logs
@@ -93,7 +93,7 @@ def compare_logits(base: Tensor, other: Tensor, targets: Tensor) -> dict[str, Te
 
 
 class _Passthrough(torch.nn.Module):
-    """Replaces a model's layers: returns `inputs_embeds` as their hidden states."""
+    """Replacement for a model's layers: return `inputs_embeds` as the hidden states."""
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
         from transformers.models.gemma3.modeling_gemma3 import Gemma3ModelOutputWithPast

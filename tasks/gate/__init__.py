@@ -1,7 +1,7 @@
-"""Gate: collects the run's measurements into metrics.json and judges them against the limits.
+"""Gate: collect the run's measurements into metrics.json, and check them against the limits.
 
-The stage gives a verdict and does not fail on a bad one, so that a release that fails can be looked at. The flow calls
-`require_pass` before it publishes.
+The stage does not fail if the release does, so that the release can be inspected. The flow calls `require_pass` before
+it publishes.
 """
 
 from pathlib import Path
@@ -26,23 +26,23 @@ def gate(
     run_id: str,
     **measurements: Path | list[Path],
 ) -> Output:
-    """Write metrics.json: every number of the release, and the verdict on them.
+    """Write metrics.json: all measurements of the release, and the verdict.
 
-    It takes many parameters because each is a JSON value in the stage's key with its own origin in the flow.
+    This function has many parameters because each one is part of the stage's cache key, with its own origin in the
+    flow.
 
     Args:
         target: The artifact's directory.
         resolved: {"model": {"name", "revision", "fixture", "license"}, "datasets": {benchmark: {"name", "revision",
-            "fixture"}}, "text": the same of the text}.
-        benchmarks: {benchmark: what metrics.json says of it}; see Benchmark.card_inputs().
+            "fixture"}}, "text": the same for the text}.
+        benchmarks: {benchmark: its entry in metrics.json}; see Benchmark.card_inputs().
         recipe: The recipe, as JSON.
-        limits: The flow's parameters of these names: see `checks.LIMITS`.
-        required: The checks without which no release passes: see `checks.required_checks`.
+        limits: The flow's parameters with these names; see `checks.LIMITS`.
+        required: The checks that a release must have to pass; see `checks.required_checks`.
         command: The command that reproduces the release.
         versions: The versions of the libraries that the card names.
         run_id: The flow run.
-        **measurements: The artifacts of the stages before it, by the stage's name in the run; a list for a stage in
-            parts.
+        **measurements: The artifacts of earlier stages, by the stage's name in the run; a list for a stage in parts.
     """
     parts = {
         name: [store.read_artifact(path) for path in (paths if isinstance(paths, list) else [paths])]

@@ -32,9 +32,9 @@ from quantize_gemma.tasks.models.text_fidelity import Distances
 from quantize_gemma.tasks.runtime.errors import RunError
 from quantize_gemma.tasks.runtime.paired_stats import Pairs, confidence, share_difference, share_ratio
 
-# Smaller values, in nats per token or as a relative squared error, come from float32 arithmetic alone.
+# Smaller values, in nats per token or as a relative squared error, can come from float32 arithmetic alone.
 FLOOR = 1e-6
-# A check that passes with less has low confidence; a disagreement fails if it is too large with this confidence.
+# A check that passes with less has low confidence; a disagreement fails if it exceeds the limit with this confidence.
 CONFIDENT = 0.95
 LIMITS = ("max_kl", "min_same_top", "min_recovery", "max_disagreement", "max_kl_ratio")
 Limits = dict[str, float | None]
@@ -48,7 +48,7 @@ MISSING = object()
 
 
 class GateRefused(RunError):
-    """The release fails the gate. `verdict` has all checks; the message explains the failed ones and lists all."""
+    """The release fails the gate. `verdict` has all checks; the message explains the failed ones, and lists all."""
 
     def __init__(self, verdict: Verdict, disagreements: Sequence[Disagreement]) -> None:
         failed = [check for check in verdict.checks if check.status == "fail"]
@@ -123,7 +123,7 @@ def compare_with_published(
     Args:
         metrics: The metrics of the release.
         published: The metrics.json at the target's head, from an untrusted author; None if there is none.
-        max_regression: The limit, in points; of a metric whose smaller values are better, in percent.
+        max_regression: The limit, in points; for a metric whose smaller values are better, in percent.
     """
     own_metrics = to_json(metrics)
     return [
@@ -164,7 +164,7 @@ def _check_regression(
 def _incomparable(
     name: str, info: BenchmarkInfo, metrics: Mapping[str, object], published: Mapping[str, object] | None
 ) -> str | None:
-    """Return why the two scores of a benchmark cannot be compared, None if they can."""
+    """Return why the two scores of a benchmark cannot be compared; None if they can."""
     if published is None:
         return "the target has no metrics.json"
     dataset, score = ("benchmarks", name, "dataset"), ("quantized", name)
@@ -214,26 +214,26 @@ def _shorten(value: object) -> str:
 def judge(
     benchmarks: Mapping[str, BenchmarkInfo], columns: Columns, pairs: Mapping[str, Pairs], limits: Limits
 ) -> Verdict:
-    """Return the verdict on what was measured.
+    """Return the verdict on the measurements.
 
-    The value decides, whatever its confidence: a run on few questions passes if its value is within the limit, and
-    `low_confidence` marks it. The exceptions are what is measured on the program's sample, and the answers to long
-    prompts. Their samples are small, and activations quantize differently even in a correct program, so they fail only
-    beyond sampling error, when the confidence is below 5%.
+    The value decides, whatever its confidence: a check on few questions passes if its value is within the limit, and
+    `low_confidence` marks it. The exceptions are measurements on the program's sample, and the answers to long prompts.
+    Their samples are small, and activations round differently even in a correct program, so they fail only beyond
+    sampling error, when the confidence is below 5%.
 
-    The distance from the base model comes first. A benchmark that the base model answers by chance cannot show a loss:
-    its drop and its recovery are uninformative. If no check measures the loss, the verdict fails.
+    The distance from the base model comes first. A benchmark on which the base model scores at chance level cannot show
+    a loss: its drop and its recovery are uninformative. If no check measures the loss, the release fails.
 
     Args:
-        benchmarks: What was measured.
+        benchmarks: The benchmarks that were measured.
         columns: The scores, and the program's distances from the checkpoint.
         pairs: By benchmark, the documents that base (first) and checkpoint (second) answer correctly.
         limits: Values by the names in LIMITS, and `max_<benchmark>_drop`, in points, for each benchmark that has a
-            limit. `max_kl`, in nats, and `min_same_top`, in percent, may be None: they are recorded and not judged.
+            limit. `max_kl`, in nats, and `min_same_top`, in percent, may be None: then the values are only recorded.
             `min_recovery` is in percent of the base model's score; `max_disagreement`, in points, is the share of
             answers that the program changes minus the share that activation quantization alone changes;
-            `max_kl_ratio` bounds the KL divergence between checkpoint and program, and the vision encoder's squared
-            error, as a multiple of what activation quantization alone causes.
+            `max_kl_ratio` limits the program's KL divergence from the checkpoint, and the vision encoder's squared
+            error, as a multiple of the value that activation quantization alone causes.
     """
     checks = judge_fidelity(columns.quantized.fidelity, limits["max_kl"], limits["min_same_top"])
     for name, info in benchmarks.items():
@@ -269,7 +269,7 @@ def _require_limit(limits: Limits, name: str) -> float:
 def _check_losses(
     name: str, info: BenchmarkInfo, columns: Columns, pairs: Pairs | None, limit: float, min_recovery: float
 ) -> list[Check]:
-    """Return the checks of how much a benchmark's score falls from base to checkpoint; none if it was not measured."""
+    """Return the checks of a benchmark's drop from base model to checkpoint; none if it was not measured."""
     base, quantized = columns.base.scores.get(name), columns.quantized.scores.get(name)
     if pairs is not None:
         checks = [_check_drop(name, info.title, pairs, limit), _check_recovery(name, info.title, pairs, min_recovery)]
@@ -317,7 +317,7 @@ def _check_recovery(name: str, title: str, pairs: Pairs, limit: float) -> Check:
 
 
 def _check_unpaired_drop(name: str, info: BenchmarkInfo, base: Score, quantized: Score, limit: float) -> Check:
-    """Return the check on a metric that is not a mean over documents: its drop, or the rise of a perplexity.
+    """Return the check of a metric that is not a mean over documents: its drop, or the increase of a perplexity.
 
     Its standard error is not known.
     """
@@ -349,7 +349,7 @@ def _check_disagreement(name: str, title: str, differing: Pairs, limit: float) -
 
 
 def _check_program_drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
-    """Return the check on the program's texts, for which there is no baseline: it fails only beyond sampling error."""
+    """Return the check of the program's texts, which have no baseline: it fails only beyond sampling error."""
     value, stderr = (round(100 * number, 4) for number in share_difference(pairs))
     change = f"{'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points"
     text = f"{title} {change} from the checkpoint to the program on {sum(pairs.values())} samples"
@@ -360,7 +360,7 @@ def _check_program_drop(name: str, title: str, pairs: Pairs, limit: float) -> Ch
 
 
 def _check_unpaired_program_drop(name: str, info: BenchmarkInfo, sample: SampleScore, limit: float) -> Check:
-    """Return the check on texts that are not correct or incorrect; it fails only beyond the two scores' errors."""
+    """Return the check of texts with scores other than 0 and 1; it fails only beyond the scores' standard errors."""
     checkpoint = sample.checkpoint
     if checkpoint is None:
         check = _make_check(f"{name}_program_drop", "", math.nan, limit, True, math.nan, None)
@@ -417,7 +417,7 @@ def _check_runner(check: RunnerCheck) -> Check:
 
 
 def _stderr_of_excess(positions: Positions, max_ratio: float) -> float | None:
-    """Return the standard error of the program's KL divergence beyond the activation-quantization baseline."""
+    """Return the standard error of the program's KL divergence in excess of the limit."""
     excess = [
         kl - max_ratio * baseline for kl, baseline in zip(positions.kl_program, positions.kl_act_quant, strict=True)
     ]
@@ -438,12 +438,13 @@ def _check_at_most(name: str, text: str, value: float, limit: float, stderr: flo
 
 
 def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: float | None) -> list[Check]:
-    """Return the checks of the distance from the base model on text, the first of a gate.
+    """Return the checks of the distance from the base model on text, which come first in a gate.
 
     Args:
-        fidelity: The quantized checkpoint's, as shipped.
-        max_kl: The largest mean KL divergence in nats; None records it without judging.
-        min_same_top: The smallest share of tokens with the same most likely token, in percent; None as above.
+        fidelity: The quantized checkpoint's distances, as shipped.
+        max_kl: The maximum mean KL divergence, in nats; None to record it without a limit.
+        min_same_top: The minimum share of tokens with the same most likely token, in percent; None to record it without
+            a limit.
     """
     kl, kl_stderr = _or_nan(fidelity.kl_mean), fidelity.kl_mean_stderr
     top, top_stderr = 100 * _or_nan(fidelity.same_top), fidelity.same_top_stderr
@@ -469,7 +470,7 @@ def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: floa
 
 
 def _record_check(name: str, text: str, value: float, stderr: float | None) -> Check:
-    """Return a check that records a value without judging it; one that is not a finite number fails all the same."""
+    """Return a check that records a value without a limit; it still fails if the value is not a finite number."""
     if not math.isfinite(value):
         return _make_check(name, text, value, math.nan, False, math.nan, None)
     return Check(
@@ -488,7 +489,7 @@ def _record_check(name: str, text: str, value: float, stderr: float | None) -> C
 def _make_check(
     name: str, text: str, value: float, limit: float, passed: bool, margin: float, stderr: float | None
 ) -> Check:
-    """Return a check; numbers that are not finite make it fail, and become None."""
+    """Return a check. It fails if a number is not finite; such numbers become None."""
     finite = all(math.isfinite(number) for number in (value, limit, margin))
     status: Literal["pass", "fail"] = "pass" if passed and finite else "fail"
     certainty = None if stderr is None or not finite else confidence(margin, stderr)

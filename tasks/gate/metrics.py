@@ -1,4 +1,4 @@
-"""Collects the content of metrics.json from the artifacts of a run."""
+"""Collect the content of metrics.json from the artifacts of a run."""
 
 import json
 from collections.abc import Iterable
@@ -118,7 +118,7 @@ def collect_metrics(
 
 
 def collect_calibration(artifacts: Artifacts, resolved: dict[str, Any]) -> CalibrationData | None:
-    """Return what the recipe was calibrated on; None if it needs no calibration."""
+    """Return the recipe's calibration data; None if it needs no calibration."""
     if "calibrate" not in artifacts:
         return None
     return TypeAdapter(CalibrationData).validate_python(
@@ -161,7 +161,7 @@ def collect_base(artifacts: Artifacts, benchmarks: Iterable[str]) -> Base:
 def collect_quantized(
     artifacts: Artifacts, benchmarks: Iterable[str], fidelity: JsonObject, resolved: dict[str, Any]
 ) -> Quantized:
-    """Return the quantized checkpoint's column; `fidelity` is as the stage of that name has written it."""
+    """Return the quantized checkpoint's column; `fidelity` is the output of the stage of that name."""
     reference = None
     if "reference" in fidelity:
         reference = {**resolved["reference"], "fidelity": fidelity["reference"]}
@@ -182,7 +182,7 @@ def collect_quantized(
 
 
 def collect_program(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: JsonObject) -> Program:
-    """Return the program's column; `fidelity` is as the stage of that name has written it."""
+    """Return the program's column; `fidelity` is the output of the stage of that name."""
     program, verified, tokenizer = (artifacts[name] for name in ("export", "verify", "verify_tokenizer"))
     return TypeAdapter(Program).validate_python(
         {
@@ -199,12 +199,12 @@ def collect_program(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: J
 
 
 def collect_scores(artifacts: Artifacts, benchmarks: Iterable[str], column: str) -> dict[str, BenchmarkScore | None]:
-    """Return the scores of a column by benchmark, None for those that were not measured."""
+    """Return the scores of a column by benchmark; None for those that were not measured."""
     return {name: _score(artifacts.get(f"evaluate_{name}_{column}")) for name in benchmarks}
 
 
 def collect_sample(artifacts: Artifacts, benchmark: str) -> SampleScore | None:
-    """Return the program's score on a benchmark's sample, beside the checkpoint's; None if it was not measured."""
+    """Return the program's and the checkpoint's scores on a benchmark's sample; None if they were not measured."""
     names = {column: f"evaluate_{benchmark}_{column}" for column in ("program", "quantized", "no_act_quant")}
     score = _score(artifacts.get(names["program"]))
     if score is None:
@@ -223,7 +223,7 @@ def check_devices(base: Base, quantized: Base) -> None:
     """Raise StageFailed if base and quantized were measured on different devices, which round differently."""
     for name, before in base.scores.items():
         after = quantized.scores[name]
-        # A flow run resolves the device once, for both.
+        # A flow run resolves the device once for both.
         if before is not None and after is not None and before.device != after.device:
             raise StageFailed(
                 f"{name} was measured on {before.device} for the base model and on {after.device} for the checkpoint: "
@@ -232,9 +232,9 @@ def check_devices(base: Base, quantized: Base) -> None:
 
 
 def collect_pairs(artifacts: Artifacts, benchmarks: Iterable[str]) -> dict[str, Pairs]:
-    """Return by benchmark how many documents both, only the base, only the checkpoint, or neither answers correctly.
+    """Return, by benchmark, how many documents both, only the base model, only the checkpoint, or neither got right.
 
-    Benchmarks whose documents are not correct or incorrect have none.
+    Benchmarks whose answers are not simply correct or incorrect are missing.
     """
     pairs = {}
     for benchmark in benchmarks:
@@ -266,7 +266,7 @@ def pair_outcomes(before: dict[str, bool], after: dict[str, bool]) -> Pairs:
 
 
 def _score(artifact: Artifact | None) -> BenchmarkScore | None:
-    """Return the score in an evaluation's results.json, None if it was not measured."""
+    """Return the score in an evaluation's results.json; None if it was not measured."""
     if artifact is None:
         return None
     return TypeAdapter(BenchmarkScore).validate_json((artifact.path / "results.json").read_bytes())

@@ -1,8 +1,8 @@
-"""How the program answers a sample of a benchmark's documents, beside the checkpoint that it was exported from.
+"""Compare the program's answers to a sample of a benchmark's documents with those of the checkpoint.
 
-Quantized activations and bfloat16 change answers whose scores are close, and not the same ones in the program as in the
+Quantized activations and bfloat16 change answers whose scores are close, but not the same ones in the program and the
 checkpoint. The activation-quantization baseline shows how many to expect: the checkpoint also answers in float32
-without quantized activations. A correct program is no further from that baseline than the checkpoint is.
+without quantized activations. A correct program is no further from these answers than the checkpoint is.
 """
 
 import math
@@ -63,7 +63,7 @@ def compare_answers(
 
 
 def mean_score(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Return the mean score and its standard error (None for one document); None if a score is not a number."""
+    """Return the mean score and its standard error (None for a single document); None if a score is not a number."""
     scores = [row["score"] for row in rows]
     if not scores or None in scores:
         return None
@@ -74,7 +74,7 @@ def mean_score(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _differ(first: Row, second: Row) -> bool:
-    """Tell whether two answers differ: in the choice; texts only if one is correct and the other is not."""
+    """Tell whether two answers differ: in their choice, or, for texts, if only one of them is correct."""
     name = "prediction" if "choices" in first else "score"
     return bool(first[name] != second[name])
 
@@ -86,7 +86,7 @@ def _agreement(rows: Sequence[Row], other_rows: Sequence[Row]) -> float | None:
 
 
 def _letter(row: Row, choice: Any) -> str:
-    """Return the letter of a choice, and anything else as text."""
+    """Return the letter of a choice; return anything else as text."""
     number = int(choice) if "choices" in row and str(choice).isdigit() else None
     return str(choice) if number is None or number >= len(LETTERS) else LETTERS[number]
 

@@ -1,6 +1,6 @@
 """Search for scales without calibration data: the best of CANDIDATES scales, each rounded to bfloat16 first.
 
-torchao's HQQ with scales only rounds a scale after the integers are chosen with the unrounded one, and follows a single
+torchao's HQQ with scales only rounds a scale after the integers are chosen with the original one, and follows a single
 path of alternating steps. Here, the error of every candidate is computed with the scale as it is stored. Errors are
 weighted by `weight ** 2 + mean square of the group`, a stand-in for the unknown inputs, as in llama.cpp's quantization
 without an importance matrix.

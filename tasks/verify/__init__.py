@@ -1,7 +1,7 @@
 """Verify: generate from model.pte in the C++ runner, and compare the program with its checkpoint.
 
-runner.py generates, scenarios.py has the runner answer prompts, conversations and images, and compare.py compares
-method by method. tokenizer.py is a stage of its own, which depends on the benchmarks.
+runner.py generates text, scenarios.py tests the runner on prompts, conversations, and images, and compare.py compares
+the methods one by one. tokenizer.py is a separate stage, which depends on the benchmarks.
 (Card sections: Mobile Inference, Exporting to ExecuTorch.)
 """
 
@@ -19,7 +19,7 @@ from quantize_gemma.tasks.verify.runner import generate_from_image, generate_fro
 
 @stage(memory=1.7)
 def verify(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_new_tokens: int) -> Output:
-    """Write verify.json: what the program generates from a text and an image, and how far it is from the checkpoint.
+    """Write verify.json: the program's responses to a text and an image, and its distance from the checkpoint.
 
     Args:
         target: The directory to write to.

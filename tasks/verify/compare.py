@@ -1,8 +1,8 @@
 """Compare a program with the checkpoint that it was exported from, method by method, by running both.
 
-They are not expected to agree bit for bit: int8 activations round differently, and one that falls on the other side of
-a rounding boundary changes all that follow. So every difference is reported beside the activation-quantization
-baseline: the difference between the checkpoint with and without quantized activations. A wrong scale, cache or mask
+They are not expected to be bit-identical: int8 activations round differently, and one that falls on the other side of a
+rounding boundary changes all that follow. Therefore, every difference is reported next to the activation-quantization
+baseline: the difference between the checkpoint with and without quantized activations. A wrong scale, cache, or mask
 exceeds it.
 """
 
@@ -57,10 +57,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class ImageDivergence(Divergence):
-    """The divergence on the text after an image.
+    """The divergence for the text after an image.
 
     Attributes:
-        kl_causal_image: The divergence that causal attention causes in the checkpoint: the model lets an image's tokens
+        kl_causal_image: The divergence that causal attention would cause in the checkpoint, in which an image's tokens
             attend to each other in both directions.
     """
 
@@ -69,11 +69,11 @@ class ImageDivergence(Divergence):
 
 @dataclass(frozen=True)
 class PromptDivergence(Divergence):
-    """The divergence on answers to prompts around the sliding window and to the longest prompt, each read in one chunk.
+    """The divergence for answers to prompts around the sliding window and to the longest prompt, each in one chunk.
 
     Attributes:
         lengths: The prompts' lengths in tokens.
-        positions: The KL divergences at each position, by name: there are few positions, so the gate needs the standard
+        positions: The KL divergences at each position, by name. There are few positions, so the gate needs the standard
             error of their mean.
         same_argmax: Share of positions with the same most likely token.
     """
@@ -92,7 +92,7 @@ class VisionError:
         max: Largest absolute difference.
         mean: Mean absolute difference.
         error: Mean squared error over the mean square.
-        error_act_quant: The activation-quantization baseline's.
+        error_act_quant: The error of the activation-quantization baseline.
     """
 
     images: int
@@ -104,7 +104,7 @@ class VisionError:
 
 @dataclass(frozen=True)
 class Agreement(Divergence):
-    """How far model.pte is from its checkpoint. Fields that a text-only program does not have are None.
+    """How far model.pte is from its checkpoint. Fields that do not apply to a text-only program are None.
 
     `late_image` is an image after a text as long as the sliding window, if the program's sequences are long enough.
     The inherited fields are for the first COMPARED_TOKENS tokens of a text; `text_decoder` and `token_embedding` are
@@ -175,7 +175,7 @@ class _Reference:
 def compare(
     program: Path, checkpoint: Path, config: PreTrainedConfig, max_seq_len: int
 ) -> tuple[Agreement, list[RunnerCheck]]:
-    """Return how far `program`/model.pte is from the checkpoint, and the checks of the C++ runner on it.
+    """Return the distance of `program`/model.pte from the checkpoint, and the checks of the C++ runner.
 
     Raises:
         StageFailed: The C++ runner fails on a prompt, or logits are not finite.
@@ -193,7 +193,7 @@ def compare(
         )
     is_bidirectional = has_image_channel(program / "model.pte")
     reference = _run_checkpoint(checkpoint, text, prompts[:-1], image, is_bidirectional)
-    gc.collect()  # The model's modules refer to themselves, and the program takes as much again.
+    gc.collect()  # The model's modules have reference cycles, and the program takes as much memory again.
     agreement = _compare_outputs(PteProgram(program / "model.pte"), reference, text, prompts, image)
     report = json.dumps(agreement.to_json())
     if "NaN" in report or "Infinity" in report:
@@ -205,7 +205,7 @@ def _make_text_input(tokenizer: PreTrainedTokenizerBase, longest: AnsweredPrompt
     import torch
 
     words = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    # The longest prompt and its answer are part of the text, so one forward gives the logits of both.
+    # The longest prompt and its answer are part of the text, so one forward pass gives the logits of both.
     ids = torch.tensor([[*longest.ids, *longest.answer, *words][:max_seq_len]])
     first, last = range(min(COMPARED_TOKENS, max_seq_len)), range(max_seq_len - LAST_TOKENS, max_seq_len)
     positions = torch.tensor(sorted({*first, *last, *longest.answer_positions}))
@@ -257,8 +257,8 @@ def _answer_logits(model: PreTrainedModel, prompt: AnsweredPrompt) -> Tensor:
 
 
 def _image_logits(model: PreTrainedModel, image: ImageInput, features: Tensor, is_bidirectional: bool) -> Tensor:
-    """Return the logits at the compared positions. The features are passed in because encoding is the slow part."""
-    # Without token types the attention is causal.
+    """Return the logits at the compared positions. The features are parameters because encoding is slow."""
+    # Without token types, attention is causal.
     types = {"token_type_ids": image.is_image[None].long()} if is_bidirectional else {}
     embeddings = model.get_input_embeddings()(image.ids.masked_fill(image.is_image, 0))
     merged = insert_image_features(features, embeddings, image.is_image)

@@ -37,7 +37,7 @@ def absolute_difference(reference: Tensor, other: Tensor) -> dict[str, float]:
 
 
 def squared_error(reference: Tensor, other: Tensor) -> float:
-    """Return the mean squared error relative to the reference's mean square."""
+    """Return the mean squared error divided by the reference's mean square."""
     return round(float((other - reference).square().mean()) / float(reference.square().mean()), 8)
 
 

@@ -20,8 +20,8 @@ class ImageInput:
     Attributes:
         ids: Token ids, [1, tokens].
         is_image: Which tokens are image tokens, bool, [tokens].
-        pixel_values: Three images, [1, channels, height, width] each: the prompt's, one of one color, and random
-            pixels. The prompt uses the first only.
+        pixel_values: Three images, [1, channels, height, width] each: the prompt's, a solid color, and random pixels.
+            The prompt uses only the first.
         first: The first position whose logits are compared.
         late: The same prompt after a long text, if the program's sequences are long enough.
     """
@@ -34,14 +34,14 @@ class ImageInput:
 
     @property
     def compared(self) -> Tensor:
-        """The positions whose logits are compared: those of text."""
+        """The positions whose logits are compared: those of the text."""
         return (~self.is_image[self.first :]).nonzero()[:, 0] + self.first
 
     def with_late_prompt(self, text: list[int], max_seq_len: int) -> ImageInput:
-        """Return the input with the prompt after a text, which begins with the BOS token."""
+        """Return the prompt after a text, which begins with the BOS token."""
         import torch
 
-        # The prompt's own BOS token is the text's.
+        # Drop the prompt's own BOS token: the text starts with one.
         ids = torch.cat([torch.tensor([text]), self.ids[:, 1:]], dim=1)
         if ids.shape[1] > max_seq_len:
             return self
@@ -50,7 +50,7 @@ class ImageInput:
 
 
 def make_image_input(checkpoint: Path, image_token_id: int) -> ImageInput:
-    """Return the checkpoint's inputs for IMAGE_PROMPT and a picture of the Mandelbrot set."""
+    """Return the checkpoint's inputs for IMAGE_PROMPT and an image of the Mandelbrot set."""
     import torch
     from PIL import Image
     from transformers import AutoProcessor
@@ -58,7 +58,7 @@ def make_image_input(checkpoint: Path, image_token_id: int) -> ImageInput:
     processor = AutoProcessor.from_pretrained(checkpoint)
     prompt = format_image_prompt(processor)
     image = Image.effect_mandelbrot((256, 192), (-2, -1.2, 1, 1.2), 40).convert("RGB")
-    # The template may have written the BOS token already.
+    # The template may already have written the BOS token.
     has_bos = prompt.startswith(processor.tokenizer.bos_token)
     inputs = processor(text=prompt, images=image, add_special_tokens=not has_bos, return_tensors="pt")
     pixels: Tensor = inputs["pixel_values"]
@@ -68,7 +68,7 @@ def make_image_input(checkpoint: Path, image_token_id: int) -> ImageInput:
 
 
 def solid_image(processor: ProcessorMixin, color: tuple[int, int, int]) -> Tensor:
-    """Return an image of one color as the model takes it, [1, channels, height, width]."""
+    """Return a solid-color image in the model's input format, [1, channels, height, width]."""
     from PIL import Image
 
     image = Image.new("RGB", (256, 192), color)
@@ -77,7 +77,7 @@ def solid_image(processor: ProcessorMixin, color: tuple[int, int, int]) -> Tenso
 
 
 def image_segments(processor: ProcessorMixin, images: list[Tensor]) -> list[str | Tensor]:
-    """Return IMAGE_PROMPT after some images in the form that the C++ runner takes: texts with images between them."""
+    """Return IMAGE_PROMPT after some images in the C++ runner's input format: texts with images between them."""
     first, *texts = format_image_prompt(processor, len(images)).split(processor.boi_token)
     segments: list[str | Tensor] = [f"{first}\n\n{processor.boi_token}"]
     for number, (image, text) in enumerate(zip(images, texts, strict=True), 1):

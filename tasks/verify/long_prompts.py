@@ -1,4 +1,4 @@
-"""Prompts of an exact length: as long as the sliding window, longer, and as long as a program accepts."""
+"""Prompts of an exact length: as long as the sliding window, longer, and as long as the program accepts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Tokens generated after each prompt; an end of turn comes first.
 ANSWER_TOKENS = 8
-# Text for prompts: any text that is long enough to push the first tokens out of the window.
+# Text for prompts, long enough to push the first tokens out of the window.
 TEXT = (
     "A river begins where rain and melting snow gather on high ground. It runs downhill, joins other streams, and "
     "carries sand and stones with it. Where the land is flat it slows down and lays down what it carried. Towns "

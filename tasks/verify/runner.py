@@ -1,4 +1,4 @@
-"""Generate from a program in ExecuTorch's C++ runner, which phone apps use, and measure its speed and memory."""
+"""Generate with a program in ExecuTorch's C++ runner, which phone apps use, and measure its speed and memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def generate_from_text(program: Path, checkpoint: Path, multimodal: bool, max_ne
 
 
 def generate_from_image(program: Path, checkpoint: Path, max_new_tokens: int) -> Generation:
-    """Generate from an image of one color and a question about its color."""
+    """Generate from a solid-color image and a question about its color."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint)
@@ -65,7 +65,7 @@ def _generate(
 ) -> Generation:
     """Run run_program() in its own process, so that its memory is the program's alone.
 
-    `segments` are the prompt as the model reads it: text, and images as pixels.
+    `segments` are the parts of the prompt: text, and images as pixels.
     """
     from safetensors.torch import save_file
 
@@ -100,8 +100,8 @@ def run_program(
     Args:
         program: Path of the .pte file.
         tokenizer: Path of tokenizer.json.
-        segments: The prompt, each segment {"text": …} or {"pixels": path of a safetensors file}. No BOS token is added
-            to a text that starts with one.
+        segments: The parts of the prompt, each {"text": …} or {"pixels": path of a safetensors file}. No BOS token is
+            added to a text that starts with one.
         multimodal: Whether the program takes images.
         max_new_tokens: The maximum number of tokens to generate.
 
@@ -137,7 +137,7 @@ def run_program(
         stats: list[Stats] = []
         runner.reset()
         settings = GenerationConfig(max_new_tokens=most, temperature=0.0, echo=False, num_bos=num_bos)
-        # The Python binding fails on a token that is only part of a character: the response ends before it.
+        # The Python binding fails on a token that is only part of a character; the response ends before that token.
         with contextlib.suppress(UnicodeDecodeError):
             runner.generate(prompt, settings, tokens.append, stats.append)
         return tokens, stats

@@ -1,7 +1,7 @@
-"""Check that the C++ runner of phone apps answers prompts, images and conversations like the program itself.
+"""Check that the C++ runner of phone apps answers prompts, images, and conversations like the program itself.
 
-The runner must generate what the program generates in ExecuTorch's Python runtime, token for token. Each comparison
-belongs to a named check of the gate. compare.py compares the logits behind the answers with the checkpoint's.
+The runner must generate the same tokens as the program in ExecuTorch's Python runtime. Each comparison belongs to a
+named check of the gate. compare.py compares the logits of the answers with the checkpoint's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Tokens of the answer that fills the longest sequence.
 FULL_TOKENS = 2
 FULL_LENGTH = ("full_length",)
-# Enough for any model that ends its turn after a short question.
+# Enough for any model that ends its turn after answering a short question.
 TURN_TOKENS = 64
 SHORT_QUESTION = "What is the capital of France? Answer with one word."
 COLORS = (30, 50, 220), (220, 30, 30)
@@ -66,11 +66,11 @@ class AnsweredPrompt:
 
 @dataclass(frozen=True)
 class RunnerCheck:
-    """How often the runner differs from the program; see RUNNER_CHECKS.
+    """The number of cases in which the runner differs from the program; see RUNNER_CHECKS.
 
     Attributes:
         name: The name of the check.
-        cases: The number of cases; 0 if no case exercised it.
+        cases: The number of cases; 0 if the check was not exercised.
         failed: The number of cases in which they differ.
         examples: Descriptions of the first failed cases.
     """
@@ -90,7 +90,7 @@ class Scenario:
         title: Its name in messages.
         segments: Texts, and the pixels of images, [1, channels, height, width].
         max_new_tokens: The maximum number of tokens to generate.
-        room: The number of tokens that must be left for the answer.
+        room: The number of tokens that must remain for the answer.
     """
 
     checks: tuple[str, ...]
@@ -102,15 +102,15 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the program generates.
+    """The program's answer.
 
     Attributes:
-        length: The tokens of the prompt, those of images included.
-        ids: The token ids of a text; None with images.
+        length: The number of tokens in the prompt, including those of images.
+        ids: The token ids of a text prompt; None with images.
         tokens: The generated tokens.
         logits: The logits that chose them.
         ends: Whether the answer ends with an end token.
-        mistake: What is wrong with the program's own answer; None if nothing is.
+        mistake: A description of what is wrong with the program's own answer; None if it is correct.
     """
 
     length: int
@@ -128,10 +128,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the runner generates: the UTF-8 bytes of each token.
+    """The runner's answer: the UTF-8 bytes of each token.
 
-    The runner's Python binding stops at a token that is only part of a character. There the answer is cut off, and the
-    runner does not report the tokens of the prompt.
+    The runner's Python binding stops at a token that is only part of a character. The answer is then cut off, and the
+    runner does not report the number of prompt tokens.
     """
 
     tokens: list[bytes]
@@ -141,7 +141,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Limits:
-    """The program's sizes in tokens: the sliding window, the longest sequence, and an image."""
+    """The program's limits in tokens: the sliding window, the longest sequence, and an image."""
 
     window: int
     sequence: int
@@ -177,7 +177,7 @@ def run_scenarios(
 
 
 def run_in_process(program: str, checkpoint: str, lengths: list[int], logits: str) -> dict[str, Any]:
-    """Run all scenarios in this process, and write the logits of the prompts' answers to the safetensors file `logits`.
+    """Run all scenarios in this process, and write the logits of the answers to the safetensors file `logits`.
 
     Returns:
         {"prompts": [{"ids", "answer"}], "checks": [RunnerCheck as a dictionary]}; the logits' names are the prompts'
@@ -198,7 +198,7 @@ def run_in_process(program: str, checkpoint: str, lengths: list[int], logits: st
     )
     scenarios: list[Scenario] = []
     expected: list[Expected] = []
-    # The first conversation comes first here, and last in the runner, after longer ones.
+    # The first conversation runs first here, but last in the runner, after longer ones.
     for scenario in _make_scenarios(Path(checkpoint), tokenizer, lengths, limits):
         fits = _count(tokenizer, scenario, limits) + scenario.room <= limits.sequence
         # Reading a prompt as long as the sequence takes a minute on a large model: one is enough.
@@ -208,7 +208,7 @@ def run_in_process(program: str, checkpoint: str, lengths: list[int], logits: st
             expected.append(_expect(pte, tokenizer, scenario))
     multimodal = pte.multimodal
     del pte
-    gc.collect()  # The program is loaded once more, and takes as much again.
+    gc.collect()  # The program is loaded a second time, and takes as much memory again.
     runner = _load_runner(program, checkpoint, multimodal)
     order = sorted(range(len(scenarios)), key=lambda number: "conversations" in scenarios[number].checks)
     answers = {number: _ask(runner, scenarios[number], multimodal) for number in order}
@@ -235,7 +235,7 @@ def _add_case(check: RunnerCheck, failure: str | None) -> RunnerCheck:
 
 
 def _shows(check: str, expected: Expected, answer: Answer, limits: _Limits) -> bool:
-    """Tell whether an answer exercises a check: without the end of a turn, for example, "stop" is not tested."""
+    """Tell whether an answer exercises a check: for example, "stop" is tested only if the turn ends."""
     compared = len(answer.tokens) if answer.is_cut_off else len(expected.tokens)
     end = expected.length + compared
     happened = {
@@ -300,7 +300,7 @@ def _count(tokenizer: CppHFTokenizer, scenario: Scenario, limits: _Limits) -> in
 
 
 def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario) -> Expected:
-    """Return what the program generates in the Python runtime. Raises StageFailed if it fails."""
+    """Return the program's answer in the Python runtime. Raises StageFailed if it fails."""
     import torch
 
     parts: list[Tensor] = []
@@ -329,7 +329,7 @@ def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario) -> E
 
 
 def _num_bos(first: str | Tensor) -> int:
-    """Return the runner's `num_bos` for a prompt: 0 if it starts with a BOS token, as the chat template's do."""
+    """Return the runner's `num_bos` for a prompt: 0 if it starts with a BOS token, as with the chat template."""
     assert isinstance(first, str), "a prompt begins with a text"
     return 0 if first.startswith(GEMMA3.bos_token) else 1
 
@@ -369,7 +369,7 @@ def _ask(runner: MultimodalRunner | TextLLMRunner, scenario: Scenario, multimoda
 def compare_answers(
     tokenizer: CppHFTokenizer, scenario: Scenario, expected: Expected, answer: Answer, runner: str
 ) -> str | None:
-    """Return what is wrong with the runner's answer; None if nothing is."""
+    """Describe what is wrong with the runner's answer; None if it is correct."""
     if answer.prompt_tokens != expected.length and not (answer.is_cut_off and answer.prompt_tokens is None):
         return f"{runner} reads {answer.prompt_tokens} tokens of {scenario.title}, which has {expected.length}"
     tokens = [_decode(tokenizer, token) for token in expected.tokens]
@@ -391,7 +391,7 @@ def _shorten(tokens: list[bytes]) -> str:
 
 
 def _decode(tokenizer: CppHFTokenizer, token: int) -> bytes:
-    """Return the UTF-8 bytes of a token, which may be a part of a character."""
+    """Return the UTF-8 bytes of a token, which may be only part of a character."""
     try:
         return str(tokenizer.decode(token)).encode()
     except UnicodeDecodeError as error:

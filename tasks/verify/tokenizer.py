@@ -1,4 +1,4 @@
-"""Verify that the runner's C++ tokenizer tokenizes text like the tokenizer that the model was trained with."""
+"""Verify that the runner's C++ tokenizer tokenizes text exactly like transformers' tokenizer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from quantize_gemma.tasks.verify.scenarios import MAX_EXAMPLES, RunnerCheck, loa
 TEXTS = Path(__file__).with_name("tokenizer_texts.json")
 # Characters of a text in a message.
 SHOWN = 60
-# The number of prompts of each benchmark that are tokenized, evenly spread.
+# The number of prompts of each benchmark that are tokenized, evenly spaced.
 PROMPTS = 200
 
 
 @stage()
 def verify_tokenizer(target: Path, checkpoint: Path, requests: list[Path]) -> Output:
-    """Write tokenizer.json: how many texts the C++ tokenizer tokenizes differently from transformers', and which.
+    """Write tokenizer.json: the number of texts that the C++ tokenizer tokenizes differently, with examples.
 
     Args:
         target: The directory to write to.
@@ -37,7 +37,7 @@ def verify_tokenizer(target: Path, checkpoint: Path, requests: list[Path]) -> Ou
 
 
 def check_tokenizer(checkpoint: Path, requests: list[Path]) -> RunnerCheck:
-    """Return the check that both tokenizers give the same token ids for TEXTS and for prompts of recorded requests."""
+    """Check that both tokenizers return the same token ids for TEXTS and for prompts of recorded requests."""
     from transformers import AutoTokenizer
 
     library, runner = AutoTokenizer.from_pretrained(checkpoint), load_runner_tokenizer(checkpoint)
@@ -59,7 +59,7 @@ def check_tokenizer(checkpoint: Path, requests: list[Path]) -> RunnerCheck:
 
 
 def read_prompts(folder: Path) -> list[str]:
-    """Return at most PROMPTS distinct prompts of recorded requests, evenly spread."""
+    """Return at most PROMPTS distinct prompts of recorded requests, evenly spaced."""
     shards = read_requests(folder).values()
     prompts = list(dict.fromkeys(str(request.arguments[0]) for shard in shards for request in shard))
     step = max(len(prompts) / PROMPTS, 1)
@@ -67,7 +67,7 @@ def read_prompts(folder: Path) -> list[str]:
 
 
 def _around(ids: list[int], place: int) -> str:
-    """Return the token ids near a place."""
+    """Return the token ids near a position."""
     start, end = max(place - 2, 0), place + 3
     before, after = "…, " if start else "", ", …" if end < len(ids) else ""
     return f"[{before}{', '.join(map(str, ids[start:end]))}{after}]"
