@@ -1,4 +1,4 @@
-"""Evaluation results as the Hub shows them beside a model and on a leaderboard: .eval_results/*.yaml."""
+"""Evaluation results that the Hub shows next to a model and on leaderboards: .eval_results/*.yaml."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ FOLDER = ".eval_results"
 
 
 def eval_results(metrics: Metrics) -> dict[str, list[dict[str, Any]]]:
-    """Return the content of each file by its path: the quantized checkpoint's score on a benchmark.
+    """Return {path: content} of the files: the quantized checkpoint's scores on benchmarks.
 
-    Only for datasets on the Hub, which a result must name, and only for scores on the whole dataset: a leaderboard
-    compares nothing else.
+    They are limited to datasets on the Hub, which a result must name, and to scores on whole datasets, which are the
+    only ones that leaderboards compare.
     """
     scores = {name: metrics.quantized.scores.get(name) for name in metrics.benchmarks}
     return {
@@ -22,7 +22,7 @@ def eval_results(metrics: Metrics) -> dict[str, list[dict[str, Any]]]:
 
 
 def _is_on_hub(info: BenchmarkInfo) -> bool:
-    # The name of a local directory has no slash.
+    # The name of a local directory contains no slash.
     return not info.dataset.fixture and "/" in info.dataset.name
 
 

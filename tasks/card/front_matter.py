@@ -9,7 +9,7 @@ from quantize_gemma.tasks.models.metrics import BenchmarkInfo, BenchmarkScore, M
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes what another version of YAML would read as a number (a commit such as 12e34…) or as a line break."""
+    """Quote text that another version of YAML would read as a number (a commit such as 12e34…) or as a line break."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
@@ -42,7 +42,7 @@ def front_matter(metrics: Metrics) -> dict[str, object]:
 
 
 def _calibrated_on(metrics: Metrics) -> dict[str, object]:
-    """Return the calibration's dataset if it is on the Hub; a text file has no page there."""
+    """Return the calibration dataset if it is on the Hub; a text file has no page there."""
     calibration = metrics.calibration
     if calibration is None or calibration.dataset.fixture or "/" not in calibration.dataset.name:
         return {}
@@ -50,7 +50,7 @@ def _calibrated_on(metrics: Metrics) -> dict[str, object]:
 
 
 def as_yaml(content: Mapping[str, object] | Sequence[Mapping[str, object]]) -> str:
-    """Return YAML, such as what is between a card's two lines of dashes."""
+    """Return a value as YAML, such as a card's front matter."""
     text: str = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     return text
 

@@ -1,4 +1,4 @@
-"""Escapes text from elsewhere so that it stays text in Markdown, HTML and Python.
+"""Escape untrusted text so that it remains text in Markdown, HTML, and Python.
 
 The template's output is escaped as inline text, unless one of these functions has turned it into Markdown.
 """
@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 # An underscore inside a word has no meaning in Markdown.
 SPECIAL = re.compile(r"[`*\[\]<>&|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-# What starts a bare URL or e-mail address, and the character that makes it one.
+# The start of a bare URL or email address, and the character that turns it into one.
 LINKED = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
 # Zero-width joiners, which Persian words and emoji need.
 JOINERS = "\u200c\u200d"
@@ -21,18 +21,18 @@ class Markdown(str):
 
 
 def inline(value: object) -> object:
-    """Return text as Markdown for a paragraph, a heading or a table cell; return other values unchanged."""
+    """Return text as Markdown for a paragraph, a heading, or a table cell; return other values unchanged."""
     if isinstance(value, Markdown) or not isinstance(value, str):
         return value
-    # A backslash becomes an entity: two of them and a parenthesis start a formula on the Hub.
+    # A backslash becomes an entity, because two of them and a parenthesis start a formula on the Hub.
     escaped = SPECIAL.sub(lambda match: f"\\{match[0]}", one_line(value).replace("\\", "\0"))
-    # The Hub makes links of addresses, too.
+    # The Hub also turns bare addresses into links.
     escaped = LINKED.sub(lambda match: f"&#{ord(match[0])};", escaped)
     return Markdown(escaped.replace("\0", "&#92;"))
 
 
 def line(value: str) -> Markdown:
-    """Return text as Markdown for a line of its own, or the start of one."""
+    """Return text as Markdown for a separate line, or the start of one."""
     text = str(inline(one_line(value).strip()))
     number = re.match(r"\d{1,9}(?=[.)])", text)
     if number:
@@ -72,7 +72,7 @@ def python_pattern(value: str) -> Markdown:
 
 
 def one_line(value: str) -> str:
-    """Return text without line breaks, control characters and invisible spaces."""
+    """Return text without line breaks, control characters, and invisible spaces."""
     return re.sub(r"\s+", " ", _printable(value))
 
 

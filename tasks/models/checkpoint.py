@@ -175,8 +175,8 @@ def read_index(path: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
             raise UserError(
-                f"{path} says that the tensor {tensor!r} is in {name!r}, which does not name a .safetensors file "
-                "beside it: download it again"
+                f"{path} says that the tensor {tensor!r} is in {name!r}, which is not the name of a .safetensors file "
+                "in the same directory: download it again"
             )
     return dict(weight_map)
 
