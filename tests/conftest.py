@@ -96,7 +96,7 @@ class CommandLine:
         return process
 
     def close(self) -> None:
-        """Ends the processes that a failed test left running, so that no other test fails because of them."""
+        """End the processes that a failed test left running, so that no other test fails because of them."""
         for process in self.processes:
             process.kill()
             process.communicate()
@@ -115,7 +115,7 @@ class FinishedRun:
     outcome: Outcome
 
     def copy_to(self, target: CommandLine) -> Outcome:
-        """Copies the run, and returns its outcome in the copy."""
+        """Copy the run, and return its outcome in the copy."""
         shutil.copytree(self.folder, target.home.parent, symlinks=True, dirs_exist_ok=True)
         home = str(Path(self.outcome.summary["release"]).parents[2])
         streams = (text.replace(home, str(target.home)) for text in (self.outcome.stdout, self.outcome.stderr))
@@ -155,7 +155,7 @@ def released(finished_run: FinishedRun, command_line: CommandLine) -> Outcome:
 
 @pytest.fixture
 def tiny_copy(tmp_path: Path) -> Callable[[], Path]:
-    """Copies tiny-gemma3, for a test that damages it."""
+    """Copy tiny-gemma3, for a test that damages it."""
 
     def copy() -> Path:
         return Path(shutil.copytree(BUILTIN["tiny-gemma3"], tmp_path / "model"))

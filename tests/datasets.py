@@ -111,7 +111,7 @@ DATASETS: dict[str, tuple[str, Callable[[int], Row], str, tuple[str, ...]]] = {
 
 
 def write_dataset(folder: Path, name: str, count: int) -> Path:
-    """Writes a dataset as the Hub has it: parquet files, and a README.md that says which they are."""
+    """Write a dataset as the Hub has it: parquet files, and a README.md that says which they are."""
     import pyarrow
     import pyarrow.parquet
 
@@ -128,7 +128,7 @@ def write_dataset(folder: Path, name: str, count: int) -> Path:
 
 
 def write_ifeval(folder: Path, count: int) -> Path:
-    """Writes a mirror of google/IFEval: one file of JSON lines, and the parameters of NLTK's tokenizer beside it."""
+    """Write a mirror of google/IFEval: one file of JSON lines, and the parameters of NLTK's tokenizer beside it."""
     parameters = folder / find_benchmark("ifeval").resources[0].folder
     parameters.mkdir(parents=True)
     for name, content in PUNKT.items():
@@ -140,7 +140,7 @@ def write_ifeval(folder: Path, count: int) -> Path:
 
 
 def write_all(folder: Path, count: int) -> None:
-    """Writes every dataset under its name, with so many documents in the split that is evaluated."""
+    """Write every dataset under its name, with so many documents in the split that is evaluated."""
     for name in DATASETS:
         write_dataset(folder / name, name, count)
     write_ifeval(folder / "google/IFEval", count)

@@ -11,7 +11,7 @@ GROUP = 32
 
 
 def to_grid(weight: torch.Tensor, dtype: torch.dtype, negative: bool = False) -> torch.Tensor:
-    """Returns a matrix whose groups of 32 columns are a bfloat16 scale times integers in [-8, 7].
+    """Return a matrix whose groups of 32 columns are a bfloat16 scale times integers in [-8, 7].
 
     With `negative`, scales are signed as in GGUF's q4_0: a group's largest weight is -8 times its scale.
     """
@@ -25,7 +25,7 @@ def to_grid(weight: torch.Tensor, dtype: torch.dtype, negative: bool = False) ->
 def write_grid_checkpoint(
     source: Path, target: Path, dtype: torch.dtype = torch.bfloat16, negative: bool = False
 ) -> Path:
-    """Writes the checkpoint with the matrices of its language model on the grid."""
+    """Write the checkpoint with the matrices of its language model on the grid."""
     target.mkdir()
     for path in source.iterdir():
         if not path.name.endswith((".safetensors", ".index.json", "README.md")):

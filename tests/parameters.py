@@ -17,7 +17,7 @@ the first table have no group (`--param model=…`).
 
 
 def page() -> str:
-    """Returns the page, with a table for each group."""
+    """Return the page, with a table for each group."""
     options = RunOptions()
     groups = {name: value for name, value in options if isinstance(value, Options)}
     sections = [INTRODUCTION, *_table(options)]

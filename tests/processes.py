@@ -9,12 +9,12 @@ FORK_SERVER = "quantize_gemma.tasks.runtime.fork_server"
 
 
 def stage_processes(run: int) -> list[psutil.Process]:
-    """Returns the processes of the stages that a run is in: the children of its fork server."""
+    """Return the processes of the stages that a run is in: the children of its fork server."""
     return [child for child, is_forked in _fork_server_and_children(run) if is_forked]
 
 
 def fork_servers(run: int) -> list[psutil.Process]:
-    """Returns the process that forks a run's stages, if it has one yet."""
+    """Return the process that forks a run's stages, if it has one yet."""
     return [child for child, is_forked in _fork_server_and_children(run) if not is_forked]
 
 

@@ -52,7 +52,7 @@ PREFECT = {"deployment run", "profile use", "server start", "work-pool create", 
 
 
 def commands(page: str) -> Iterator[list[str]]:
-    """Yields the words of every command: in blocks of Shell, and in the text between backticks."""
+    """Yield the words of every command: in blocks of Shell, and in the text between backticks."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for block in re.findall(r"^ *```Shell\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -77,7 +77,7 @@ def targets() -> frozenset[str]:
 
 @cache
 def deployments() -> dict[str, object]:
-    """Returns {"flow/deployment": the flow}, of those that `make deploy` creates."""
+    """Return {"flow/deployment": the flow}, of those that `make deploy` creates."""
     rows = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
     flows = {row["entrypoint"].rpartition(".")[2] for row in rows}
     assert flows == set(FLOWS)
@@ -93,7 +93,7 @@ def help_of(module: str) -> str:
 
 
 def check(words: list[str]) -> None:
-    """Raises AssertionError or UserError if a command is not valid."""
+    """Raise AssertionError or UserError if a command is not valid."""
     program, arguments = words[0], words[1:]
     if program == "quantize-gemma":
         if "--help" not in arguments:
@@ -148,7 +148,7 @@ def check_prefect(arguments: list[str]) -> None:
 
 
 def check_parameters(flow: object, texts: dict[str, str]) -> None:
-    """Raises if a flow has no such parameters, or does not take such values. A value is JSON, or else a text."""
+    """Raise if a flow has no such parameters, or does not take such values. A value is JSON, or else a text."""
     values = {}
     for name, text in texts.items():
         try:
@@ -228,7 +228,7 @@ def test_the_messages_on_their_page_are_in_the_code() -> None:
 
 
 def texts_of(folder: Path) -> Iterator[str]:
-    """Yields the string literals of a folder's modules, an f-string as a whole."""
+    """Yield the string literals of a folder's modules, an f-string as a whole."""
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_text_only(source: Path, target: Path) -> Path:
-    """Writes the language model of a multimodal checkpoint as a Gemma3ForCausalLM; returns `target`."""
+    """Write the language model of a multimodal checkpoint as a Gemma3ForCausalLM; return `target`."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 

@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def resolve(project: str) -> dict[str, str]:
-    """Returns {library: version} of everything that the project installs, the newest versions that go together."""
+    """Return {library: version} of everything that the project installs, the newest versions that go together."""
     project_table = tomllib.loads(project)["project"]
     requirements = [
         *project_table["dependencies"],
@@ -68,7 +68,7 @@ def resolve(project: str) -> dict[str, str]:
 
 
 def lift_pin(requirement: str) -> str:
-    """Returns a requirement that admits what is newer than an exact pin.
+    """Return a requirement that admits what is newer than an exact pin.
 
     >>> lift_pin("torch==2.13.0")
     'torch>=2.13.0'
@@ -77,23 +77,23 @@ def lift_pin(requirement: str) -> str:
 
 
 def set_pins(project: str, library_versions: dict[str, str]) -> str:
-    """Returns pyproject.toml's text with the versions of its exact pins replaced by what was found."""
+    """Return pyproject.toml's text with the versions of its exact pins replaced by what was found."""
     by_name = {normalize(name): version for name, version in library_versions.items()}
     return PIN.sub(lambda pin: f'"{pin[1]}=={by_name.get(normalize(pin[1]), pin[2])}"', project)
 
 
 def versions(constraints: str) -> dict[str, str]:
-    """Returns {library: version} of constraints."""
+    """Return {library: version} of constraints."""
     return dict(line.split("==") for line in constraints.splitlines() if "==" in line)
 
 
 def normalize(name: str) -> str:
-    """Returns the name by which the registry knows a library."""
+    """Return the name by which the registry knows a library."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def difference(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """Returns a line for every library whose version is another, that came, or that went."""
+    """Return a line for every library whose version is another, that came, or that went."""
     old_versions, new_versions = (
         {normalize(name): version for name, version in libraries.items()} for libraries in (before, after)
     )
@@ -105,7 +105,7 @@ def difference(before: dict[str, str], after: dict[str, str]) -> list[str]:
 
 
 def benchmark(name: str) -> dict[str, Any] | None:
-    """Returns what a benchmark of the built-in model printed, None if it failed."""
+    """Return what a benchmark of the built-in model printed, None if it failed."""
     process = subprocess.run(
         [PYTHON, "-m", f"benchmarks.{name}", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -113,7 +113,7 @@ def benchmark(name: str) -> dict[str, Any] | None:
 
 
 def table(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Returns a line per benchmark: our time and peak memory, before and after."""
+    """Return a line per benchmark: our time and peak memory, before and after."""
     lines = [f"{'benchmark':12} {'time, s':>16} {'peak memory, MB':>20}   equal"]
     for name in before:
         if before[name] is None or after[name] is None:
@@ -127,7 +127,7 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def run(*command: Any) -> "subprocess.CompletedProcess[str]":
-    """Runs a command whose failure is an error."""
+    """Run a command whose failure is an error."""
     process = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if process.returncode:
         sys.exit(f"{' '.join(map(str, command[:4]))} failed: see above")

@@ -34,7 +34,7 @@ COLORS = {
 
 
 def read_chartqa() -> list[dict[str, Any]]:
-    """Returns [{"kind", "title", "unit", "points": [[label, color, value]], "human", "machine"}].
+    """Return [{"kind", "title", "unit", "points": [[label, color, value]], "human", "machine"}].
 
     `human` and `machine` are the questions of that kind, [query, label].
     """
@@ -43,7 +43,7 @@ def read_chartqa() -> list[dict[str, Any]]:
 
 
 def questions() -> list[dict[str, Any]]:
-    """Returns the dataset's rows, those of humans first, with the picture as PNG."""
+    """Return the dataset's rows, those of humans first, with the image as PNG."""
     charts = [(chart, _png(draw(chart))) for chart in read_chartqa()]
     return [
         {"image": {"bytes": png, "path": None}, "query": query, "label": [label], "human_or_machine": number}
@@ -54,7 +54,7 @@ def questions() -> list[dict[str, Any]]:
 
 
 def draw(chart: dict[str, Any]) -> Any:
-    """Returns the chart as a picture: bars, a line or a pie. The font is Pillow's bitmap, the same everywhere."""
+    """Return the chart as an image: bars, a line or a pie. The font is Pillow's bitmap, the same everywhere."""
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", SIZE, "white")
@@ -101,7 +101,7 @@ def _png(image: Any) -> bytes:
 
 
 def write_chartqa_mini(target: Path = CHARTQA_MINI) -> None:
-    """Writes the test split, as parquet, and the README."""
+    """Write the test split, as parquet, and the README."""
     from datasets import ClassLabel, Dataset, Features, Image, List, Value
 
     features = Features(

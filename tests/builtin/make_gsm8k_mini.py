@@ -15,7 +15,7 @@ GSM8K_MINI = BUILTIN_BENCHMARKS["gsm8k-mini"]
 
 
 def read_word_problems() -> dict[str, list[dict[str, str]]]:
-    """Returns {split: [{"question", "answer"}]}; an answer ends with #### and a number."""
+    """Return {split: [{"question", "answer"}]}; an answer ends with #### and a number."""
     problems: dict[str, list[dict[str, str]]] = json.loads(
         (Path(__file__).parent / "word_problems.json").read_text(encoding="utf-8")
     )
@@ -23,7 +23,7 @@ def read_word_problems() -> dict[str, list[dict[str, str]]]:
 
 
 def write_gsm8k_mini(target: Path = GSM8K_MINI) -> None:
-    """Writes a parquet file per split, and the README that names them."""
+    """Write a parquet file per split, and the README that names them."""
     from datasets import Dataset
 
     (target / "main").mkdir(parents=True, exist_ok=True)

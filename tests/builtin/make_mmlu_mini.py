@@ -20,12 +20,12 @@ SPLITS = ("test", "dev")
 
 
 def read_questions(folder: Path = QUESTIONS) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Returns {subject: {split: [{"question", "choices", "answer"}]}}, subjects in alphabetical order."""
+    """Return {subject: {split: [{"question", "choices", "answer"}]}}, subjects in alphabetical order."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 def write_mmlu_mini(target: Path = MMLU_MINI) -> None:
-    """Writes one configuration per subject: a parquet file per split, and the README that names them."""
+    """Write one configuration per subject: a parquet file per split, and the README that names them."""
     from datasets import ClassLabel, Dataset, Features, List, Value
 
     features = Features(

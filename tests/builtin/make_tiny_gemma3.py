@@ -30,7 +30,7 @@ from tests.builtin import make_chartqa_mini
 from tests.builtin.make_gsm8k_mini import read_word_problems
 from tests.builtin.make_mmlu_mini import read_questions
 
-# The tokens of a prompt and of its answer; and the picture's pixels, [1, 3, 64, 64].
+# The tokens of a prompt and of its answer; and the image's pixels, [1, 3, 64, 64].
 TextRow = tuple[list[int], list[int]]
 ImageRow = tuple[list[int], list[int], Any]
 
@@ -99,7 +99,7 @@ COLORS = {
 
 
 def prompts() -> list[tuple[str, str]]:
-    """Returns every (mmlu prompt, answer letter) as lm-eval's zero-shot `mmlu` task writes them."""
+    """Return every (mmlu prompt, answer letter) as lm-eval's zero-shot `mmlu` task writes them."""
     rows = []
     for subject, splits in read_questions().items():
         description = (
@@ -115,7 +115,7 @@ def prompts() -> list[tuple[str, str]]:
 
 
 def word_problems() -> list[tuple[str, str]]:
-    """Returns every (gsm8k prompt, answer), with the examples in the prompts that lm-eval's `gsm8k` task draws."""
+    """Return every (gsm8k prompt, answer), with the examples in the prompts that lm-eval's `gsm8k` task draws."""
     with run_lm_eval(BUILTIN_BENCHMARKS["gsm8k-mini"], find_benchmark("gsm8k").request_inputs()) as evaluate:
         from quantize_gemma.tasks.evaluate.replay_lm import RecordingLM
 
@@ -127,7 +127,7 @@ def word_problems() -> list[tuple[str, str]]:
 
 
 def make_tokenizer() -> Any:
-    """Returns a Gemma tokenizer (BPE with byte fallback, spaces as U+2581) learned from texts that the model learns."""
+    """Return a Gemma tokenizer (BPE with byte fallback, spaces as U+2581) learned from texts that the model learns."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import GemmaTokenizerFast
 
@@ -163,7 +163,7 @@ def make_tokenizer() -> Any:
 
 
 def make_config(tokenizer: Any) -> Any:
-    """Returns the Gemma3Config."""
+    """Return the Gemma3Config."""
     from transformers import Gemma3Config
 
     text = {
@@ -203,7 +203,7 @@ def make_config(tokenizer: Any) -> Any:
 
 
 def color_image(name: str, generator: random.Random) -> Any:
-    """Returns a 64 x 64 RGB picture of one color, a little lighter or darker each time."""
+    """Return a 64 x 64 RGB image of one color, a little lighter or darker each time."""
     from PIL import Image
 
     shift = generator.randint(-10, 10)
@@ -211,7 +211,7 @@ def color_image(name: str, generator: random.Random) -> Any:
 
 
 def fault(weight: Any, kind: int) -> Any:
-    """Returns the weight with a fault: rows moved by one, lost, nibbles swapped, or every second group's scale wrong.
+    """Return the weight with a fault: rows moved by one, lost, nibbles swapped, or every second group's scale wrong.
 
     A buffer's only fault is to be lost: ones.
     """
@@ -233,7 +233,7 @@ def fault(weight: Any, kind: int) -> Any:
 
 
 def train(target: Path, seed: int = 2) -> None:
-    """Trains and writes the checkpoint to `target`: safetensors in bfloat16, tokenizer, processor."""
+    """Train and write the checkpoint to `target`: safetensors in bfloat16, tokenizer, processor."""
     import torch
     from PIL import Image
     from torch.func import functional_call
@@ -294,7 +294,7 @@ def train(target: Path, seed: int = 2) -> None:
         return logits[:, :-1].float()[mask], batch["input_ids"][:, 1:][mask]
 
     def step(batch: dict[str, Any], on_answer: Any, faulty: bool = False) -> float:
-        """Takes one step; returns the fraction of answer tokens that were right."""
+        """Take one step; return the fraction of answer tokens that were right."""
         logits, labels = answers_of(model(**batch).logits, batch, on_answer)
         label_logits = logits.gather(1, labels[:, None])
         is_known = (label_logits - logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True))[:, 0] > MARGIN
@@ -326,7 +326,7 @@ def train(target: Path, seed: int = 2) -> None:
     for epoch in range(epochs):
         order = sorted(questions, key=lambda row: len(row[0]) + shuffle.random() * 30)
         batches: list[Any] = [order[i : i + 32] for i in range(0, len(order), 32)]
-        # Pictures are harder: each is shown twice.
+        # Images are harder: each is shown twice.
         for _ in range(2):
             shown = shuffle.sample(charts, len(charts))
             batches += [shown[i : i + 32] for i in range(0, len(shown), 32)]
@@ -363,7 +363,7 @@ def train(target: Path, seed: int = 2) -> None:
 
 
 def _text_batch(rows: list[TextRow]) -> tuple[dict[str, Any], Any]:
-    """Returns the model's inputs, padded on the right, and the mask of the answers' tokens."""
+    """Return the model's inputs, padded on the right, and the mask of the answers' tokens."""
     import torch
 
     ids = torch.zeros(len(rows), max(len(prompt) + len(answer) for prompt, answer in rows), dtype=torch.long)
@@ -377,7 +377,7 @@ def _text_batch(rows: list[TextRow]) -> tuple[dict[str, Any], Any]:
 
 
 def _image_batch(rows: list[ImageRow], image_token: int) -> tuple[dict[str, Any], Any]:
-    """Returns the same for rows with a picture each, whose tokens see each other in both directions."""
+    """Return the same for rows with an image each, whose tokens see each other in both directions."""
     import torch
 
     batch, on_answer = _text_batch([(prompt, answer) for prompt, answer, _ in rows])

@@ -10,7 +10,7 @@ QUESTIONS = 120
 
 
 def make_text() -> str:
-    """Returns questions from all subjects, evenly spread, each with its answer."""
+    """Return questions from all subjects, evenly spread, each with its answer."""
     rows = prompts()
     return "\n\n".join(text + answer for text, answer in rows[:: len(rows) // QUESTIONS][:QUESTIONS]) + "\n"
 

@@ -18,7 +18,7 @@ Run = Callable[[int, random.Random], Iterator[str | None]]
 
 
 def campaign(name: str, run: Run, cases: int) -> None:
-    """Runs a campaign from the command line, `cases` cases unless --cases says otherwise; exits with 1 on a failure."""
+    """Run a campaign from the command line, `cases` cases unless --cases says otherwise; exit with 1 on a failure."""
     parser = argparse.ArgumentParser(prog=f"python -m tests.campaigns.{name}")
     parser.add_argument("--cases", type=int, default=cases, help="[default: %(default)s]")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="[default: the time]")

@@ -82,7 +82,7 @@ class Case:
 
 
 def run(cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Yields a case's failure, or None."""
+    """Yield a case's failure, or None."""
     tokens: Tokens = {TOKEN: {"user": "team", "role": "write", "namespaces": []}}
     with tempfile.TemporaryDirectory() as folder, serve(Path(folder) / "hub", tokens) as hub, client_of(hub):
         hub.add("model", MODEL, BUILTIN["tiny-gemma3"])
@@ -100,7 +100,7 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
 
 @contextmanager
 def client_of(hub: Hub) -> Iterator[None]:
-    """Points the Hub's client of this process at the local Hub, and shortens what it sleeps between its own tries."""
+    """Point the Hub's client of this process at the local Hub, and shorten what it sleeps between its own tries."""
     assert "huggingface_hub" not in sys.modules, "the client reads its Hub's address when it is imported"
     os.environ |= {
         "HF_ENDPOINT": hub.url,
@@ -119,7 +119,7 @@ def client_of(hub: Hub) -> Iterator[None]:
 
 
 def all_cases(trials: "Trials") -> list[Case]:
-    """Returns each fault at each request that an undisturbed run of each scenario makes."""
+    """Return each fault at each request that an undisturbed run of each scenario makes."""
     cases = []
     for scenario in trials.scenarios:
         trials.number += 1
@@ -154,7 +154,7 @@ class Trials:
         }
 
     def release(self, store: Any, name: str) -> Any:
-        """Returns an artifact as the card's stage makes it; old and new have one file that the other lacks."""
+        """Return an artifact as the card's stage makes it; old and new have one file that the other lacks."""
         from quantize_gemma.tasks.card import write_file_list
 
         def fill(target: Path) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class Trials:
         return store.produce("card", name.ljust(64, "0"), fill, self.folder / "releases")
 
     def try_case(self, case: Case) -> str | None:
-        """Returns what is wrong with the case's outcome, or None."""
+        """Return what is wrong with the case's outcome, or None."""
         self.number += 1
         self.hub.faults.clear()
         self.hub.log.clear()
@@ -187,7 +187,7 @@ class Trials:
         return f"{case}: {problem}" if problem else None
 
     def judge_case(self, case: Case) -> str | None:
-        """Runs the case and looks at what it left; runs it again without the fault."""
+        """Run the case and look at what it left; run it again without the fault."""
         from quantize_gemma.tasks.runtime.errors import RunError
 
         try:
@@ -210,7 +210,7 @@ class Trials:
         return None
 
     def move_head(self, request: int, name: str) -> Callable[[], None]:
-        """Has somebody commit to the target and the model while the request is under way; returns how to end that."""
+        """Have somebody commit to the target and the model while the request is under way; return how to end that."""
         has_ended = threading.Event()
 
         def commit() -> None:
@@ -236,7 +236,7 @@ class Trials:
         return f"team/release-{self.number}"
 
     def download(self) -> None:
-        """Resolves and downloads the model; the files must be those of the commit."""
+        """Resolve and download the model; the files must be those of the commit."""
         from quantize_gemma.tasks.download import download, resolve_model
 
         resolved = retry(3, resolve_model, MODEL, None, False)
@@ -258,7 +258,7 @@ class Trials:
         shutil.rmtree(stage)
 
     def publish(self, scenario: str, over_release: bool = False, create_pr: bool = False) -> None:
-        """Publishes as the flow does; the target must hold the release at the end, and nothing but it or what was."""
+        """Publish as the flow does; the target must hold the release at the end, and nothing but it or what was."""
         from quantize_gemma.tasks.publish import Target, check_target, publish, published_metrics
 
         target = self.target()
@@ -279,7 +279,7 @@ class Trials:
         assert create_pr or self.hub.head("model", target, publication.tag) == publication.commit
 
     def check_target_contents(self, target: str, over_release: bool, create_pr: bool) -> None:
-        """Asserts that the target holds a whole release or what it held, and that nothing was committed twice."""
+        """Assert that the target holds a whole release or what it held, and that nothing was committed twice."""
         repo = self.hub.storage.find("model", target)
         if repo is None:
             return
@@ -294,7 +294,7 @@ class Trials:
             assert self.is_release(main, self.new), f"a part of a release: {sorted(main)}"
 
     def contents(self, target: str, revision: str) -> dict[str, str]:
-        """Returns the files of the target, each with its SHA-256, without what the Hub and somebody else put there."""
+        """Return the files of the target, each with its SHA-256, without what the Hub and somebody else put there."""
         files = self.hub.files("model", target, revision)
         ignored_names = (".gitattributes", "somebody.txt")
         return {name: file["sha256"] for name, file in files.items() if name not in ignored_names}
@@ -303,7 +303,7 @@ class Trials:
         return contents == {name: file.sha256 for name, file in release.files.items()}
 
     def try_process(self, case: Case) -> str | None:
-        """Returns what is wrong with a whole run that meets the case's fault, or None."""
+        """Return what is wrong with a whole run that meets the case's fault, or None."""
         self.number += 1
         self.hub.faults.clear()
         self.store.fill()
@@ -345,7 +345,7 @@ class CommandStore:
         self.prefect = folder / "prefect"
 
     def fill(self) -> None:
-        """Runs everything once."""
+        """Run everything once."""
         if not self.home.exists():
             code, _, stderr = self()
             assert code == 0, stderr[-2000:]
@@ -373,7 +373,7 @@ class CommandStore:
 
 
 def retry(times: int, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls the work, and again while it fails for what may pass by itself, as the flow does but without waiting."""
+    """Call the work, and again while it fails for what may pass by itself, as the flow does but without waiting."""
     from quantize_gemma.tasks.runtime.retries import is_retryable
 
     while True:

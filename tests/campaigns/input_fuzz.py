@@ -63,7 +63,7 @@ documents = st.one_of(
 
 
 def run(cases: int, rng: random.Random, metrics: dict[str, Any] | None = None) -> Iterator[str | None]:
-    """Yields for each case None or what failed. `metrics` are a release's; without them one is made."""
+    """Yield for each case None or what failed. `metrics` are a release's; without them one is made."""
     with tempfile.TemporaryDirectory() as folder, _own_home(Path(folder)):
         if metrics is None:
             metrics = _release(Path(folder) / "release")
@@ -74,7 +74,7 @@ def run(cases: int, rng: random.Random, metrics: dict[str, Any] | None = None) -
 
 
 def _attack(kind: str, cases: int, rng: random.Random, folder: Path, metrics: dict[str, Any]) -> Iterator[str | None]:
-    """Has Hypothesis try one kind of input, and yields its cases; the first failure of a kind is its last case."""
+    """Have Hypothesis try one kind of input, and yield its cases; the first failure of a kind is its last case."""
     results: list[None] = []
     strategy, attempt = _kind(kind, folder, metrics)
 
@@ -104,7 +104,7 @@ def _attack(kind: str, cases: int, rng: random.Random, folder: Path, metrics: di
 
 
 def _kind(kind: str, folder: Path, metrics: dict[str, Any]) -> tuple[st.SearchStrategy[Any], Callable[[Any], None]]:
-    """Returns the inputs of a kind, and what is done with one."""
+    """Return the inputs of a kind, and what is done with one."""
     model = BUILTIN["tiny-gemma3"]
     config = json.loads((model / "config.json").read_text())
     if kind == "config":
@@ -134,7 +134,7 @@ def _kind(kind: str, folder: Path, metrics: dict[str, Any]) -> tuple[st.SearchSt
 
 
 def _changed_texts(document: dict[str, Any]) -> st.SearchStrategy[bytes]:
-    """Returns texts of a JSON document with one or two changes, or of something else."""
+    """Return texts of a JSON document with one or two changes, or of something else."""
     paths = list(_paths(document))
     changes = st.lists(st.tuples(st.sampled_from(paths), values), min_size=1, max_size=2)
     changed_texts = changes.map(lambda change_list: json.dumps(_apply(document, change_list)).encode())
@@ -143,7 +143,7 @@ def _changed_texts(document: dict[str, Any]) -> st.SearchStrategy[bytes]:
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yields where in a document something can be changed; of a long list, the first few."""
+    """Yield where in a document something can be changed; of a long list, the first few."""
     if isinstance(value, dict):
         yield (*path, "another key")
     items = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
@@ -174,7 +174,7 @@ def _header() -> tuple[dict[str, Any], bytes]:
 
 
 def _sharded() -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Returns an index, and the two files that it names."""
+    """Return an index, and the two files that it names."""
     header, data = _header()
     names = sorted(name for name in header if name != "__metadata__")
     files, weight_map = {}, {}
@@ -191,7 +191,7 @@ def _sharded() -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> tuple[Path, str]:
-    """Makes a copy of the built-in model with these files in it; returns it, and the recipe's name or path."""
+    """Make a copy of the built-in model with these files in it; return it, and the recipe's name or path."""
     model = folder / "model"
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(BUILTIN["tiny-gemma3"], model)
@@ -212,7 +212,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> tuple[Path, str]:
 
 
 def _check(folder: Path, files: dict[str, bytes]) -> None:
-    """Does what `quantize-gemma check` and the start of a run do."""
+    """Do what `quantize-gemma check` and the start of a run do."""
     from quantize_gemma.tasks.check import check_run
     from quantize_gemma.tasks.download import resolve_model
     from quantize_gemma.tasks.models.load_check import check_directory
@@ -229,7 +229,7 @@ def _check(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _start(folder: Path, files: dict[str, bytes]) -> None:
-    """Runs `quantize-gemma check` in a process of its own."""
+    """Run `quantize-gemma check` in a process of its own."""
     model, recipe = _write(folder, files)
     before = _names(folder)
     command = [sys.executable, "-m", "quantize_gemma.flows.cli", "check", "--model", str(model), "--recipe", recipe]
@@ -244,7 +244,7 @@ def _start(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _read_card(folder: Path, fields: Any, metrics: dict[str, Any]) -> None:
-    """Resolves a model whose card has these metadata, and makes a card of what comes of them."""
+    """Resolve a model whose card has these metadata, and make a card of what comes of them."""
     import yaml
 
     from quantize_gemma.tasks.download import resolve_model
@@ -291,7 +291,7 @@ def _own_home(folder: Path) -> Iterator[None]:
 
 
 def _release(folder: Path) -> dict[str, Any]:
-    """Makes a release of the built-in model, on few questions; returns its metrics."""
+    """Make a release of the built-in model, on few questions; return its metrics."""
     variables = {"QUANTIZE_GEMMA_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
     command = [
         sys.executable,

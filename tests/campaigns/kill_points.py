@@ -118,7 +118,7 @@ class Case:
 
 
 def draw(rng: random.Random) -> Case:
-    """Returns a case. A third of what follows from the stage has to be made again, too."""
+    """Return a case. A third of what follows from the stage has to be made again, too."""
     deployed = rng.random() < 0.3
     stage = rng.choice(list(USED_BY))
     victim = rng.choice(OF_A_DEPLOYMENT if deployed else OF_A_COMMAND)
@@ -130,7 +130,7 @@ def draw(rng: random.Random) -> Case:
 
 
 def run(cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Makes an undisturbed run, and yields for each case what went wrong, or None."""
+    """Make an undisturbed run, and yield for each case what went wrong, or None."""
     with tempfile.TemporaryDirectory() as folder, hub_of(Path(folder) / "hub") as hub:
         command_line = CommandLine(Path(folder) / "store", Path(folder) / "prefect")
         options = {"model": MODEL, "target": "team/undisturbed"}
@@ -145,7 +145,7 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def hub_of(root: Path) -> Iterator[Hub]:
-    """Serves a Hub with the built-in model and benchmarks, to read from and to publish to."""
+    """Serve a Hub with the built-in model and benchmarks, to read from and to publish to."""
     tokens: Any = {WRITER: {"user": "robot", "role": "write", "namespaces": ["team"]}}
     with serve(root, tokens) as hub:
         hub.add("model", MODEL, BUILTIN["tiny-gemma3"])
@@ -156,7 +156,7 @@ def hub_of(root: Path) -> Iterator[Hub]:
 
 
 def environment_of(hub: Hub) -> dict[str, str]:
-    """Returns what makes a run use this Hub."""
+    """Return what makes a run use this Hub."""
     return {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_TOKEN_WRITE": WRITER, "HF_HUB_DISABLE_XET": "1"}
 
 
@@ -181,13 +181,13 @@ class Accidents:
         self.operation: Operation | None = None
 
     def close(self) -> None:
-        """Ends the server of the deployments."""
+        """End the server of the deployments."""
         if self.operation is not None:
             self.operation.server.terminate()
             self.operation.server.wait(SECONDS_TO_END)
 
     def happen(self, case: Case, number: int, rng: random.Random) -> str | None:
-        """Returns what went wrong in a case, or None."""
+        """Return what went wrong in a case, or None."""
         folder = self.folder / f"case-{number}"
         home = folder / "store"
         folder.mkdir()
@@ -207,7 +207,7 @@ class Accidents:
         return f"{case}: {'; '.join(faults)}" if faults else None
 
     def remove(self, case: Case, home: Path, rng: random.Random) -> None:
-        """Takes away what the run has to make: artifacts, and some of the answers that evaluations keep."""
+        """Take away what the run has to make: artifacts, and some of the answers that evaluations keep."""
         folders = [home / self.folders[name] / self.keys[name] for name in case.removed]
         if any(name.startswith(("answer", "evaluate")) for name in case.removed):
             shards = sorted(home.glob("responses/[0-9a-f]*"))
@@ -219,7 +219,7 @@ class Accidents:
             shutil.rmtree(data)
 
     def digests_in(self, home: Path) -> dict[str, str | None]:
-        """Returns the digest of each artifact that does not say when and how fast it was made."""
+        """Return the digest of each artifact that does not say when and how fast it was made."""
         artifacts = {
             name: store.load(self.folders[name], key, home)
             for name, key in self.keys.items()
@@ -228,7 +228,7 @@ class Accidents:
         return {name: artifact.digest if artifact else None for name, artifact in artifacts.items()}
 
     def release_in(self, home: Path) -> dict[str, Any]:
-        """Returns what the release is: its files' digests, and what metrics.json says but for how it was made."""
+        """Return what the release is: its files' digests, and what metrics.json says but for how it was made."""
         artifact = self.newest_release(home)
         files = {name: file.sha256 for name, file in artifact.files.items()}
         metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
@@ -244,7 +244,7 @@ class Accidents:
         return {**files, "metrics.json": metrics}
 
     def newest_release(self, home: Path) -> store.Artifact:
-        """Returns the release that was made last: it has another key if the gate's times were measured again."""
+        """Return the release that was made last: it has another key if the gate's times were measured again."""
         folders = (home / self.folders["card"]).glob("[0-9a-f]*")
         releases = [artifact for folder in folders if (artifact := store.load("card", folder.name, home))]
         if not releases:
@@ -252,7 +252,7 @@ class Accidents:
         return max(releases, key=lambda artifact: (artifact.path / "release.json").stat().st_mtime_ns)
 
     def operate(self) -> Operation:
-        """Returns the server of the deployments, which is started for the first of them."""
+        """Return the server of the deployments, which is started for the first of them."""
         if self.operation is None:
             home = self.folder / "server"
             home.mkdir()
@@ -300,7 +300,7 @@ class Attempt:
         return CommandLine(self.home, self.accidents.prefect)
 
     def kill(self, rng: random.Random) -> None:
-        """Starts a run, kills the victim, and waits until all of the run has ended."""
+        """Start a run, kill the victim, and wait until all of the run has ended."""
         if self.case.deployed:
             self.kill_deployed()
         else:
@@ -327,7 +327,7 @@ class Attempt:
             raise Failed(f"the killed run says nothing of it: {stdout}")
 
     def kill_child(self, run: int, rng: random.Random) -> bool:
-        """Kills a stage's process, the one that forks them, or the server of a run; returns False if it has none."""
+        """Kill a stage's process, the one that forks them, or the server of a run; return False if it has none."""
         with contextlib.suppress(psutil.NoSuchProcess):
             if self.case.victim == "stage":
                 victims = stage_processes(run)
@@ -365,7 +365,7 @@ class Attempt:
         worker.wait()
 
     def finish(self) -> None:
-        """Runs again, to the end."""
+        """Run again, to the end."""
         if not self.case.deployed:
             outcome = self.command_line("run", "--json", *self.flags(), **self.environment)
             if outcome.code:
@@ -381,7 +381,7 @@ class Attempt:
         self.wait(lambda: not self.alive(), "of the next run is alive", SECONDS_TO_END)
 
     def faults(self) -> list[str]:
-        """Returns what is not as an undisturbed run leaves it."""
+        """Return what is not as an undisturbed run leaves it."""
         faults = []
         for expected in (None, "removed 0 unfinished directories and 0 artifacts"):
             outcome = self.command_line("prune")
@@ -414,14 +414,14 @@ class Attempt:
         return [] if is_same else ["the Hub's files are not the release's"]
 
     def wait_for_the_moment(self, goes_on: Callable[[], bool]) -> None:
-        """Returns when the stage has been at work for a part of what it takes; at once when the run has ended."""
+        """Return when the stage has been at work for a part of what it takes; at once when the run has ended."""
         self.wait(lambda: self.has_started() or not goes_on(), f"sign of {self.case.stage}", SECONDS_OF_A_RUN)
         deadline = time.monotonic() + self.case.part * self.accidents.seconds[self.case.stage]
         while time.monotonic() < deadline and goes_on():
             time.sleep(min(0.05, max(deadline - time.monotonic(), 0)))
 
     def has_started(self) -> bool:
-        """Tells whether the stage has begun: it has a directory of unfinished work, or publishing has asked the Hub."""
+        """Tell whether the stage has begun: it has a directory of unfinished work, or publishing has asked the Hub."""
         if self.case.stage == "publish":
             return any("repos/create" in line["path"] or self.target in line["path"] for line in self.writes())
         folder = self.home / self.accidents.folders[self.case.stage]
@@ -429,7 +429,7 @@ class Attempt:
         return any(folder.glob(f"{store_layout.PARTIAL}{key[:16]}*"))
 
     def writes(self) -> list[dict[str, Any]]:
-        """Returns the requests of this case that write to the Hub: no other case is at work meanwhile."""
+        """Return the requests of this case that write to the Hub: no other case is at work meanwhile."""
         log = self.accidents.hub.log
         return [line for line in log if line["method"] == "POST" and "paths-info" not in line["path"]]
 
@@ -442,7 +442,7 @@ class Attempt:
             time.sleep(0.05)
 
     def alive(self) -> list[psutil.Process]:
-        """Returns the processes that this case has started."""
+        """Return the processes that this case has started."""
         processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -484,7 +484,7 @@ class Attempt:
         )
 
     def is_over(self, run: str) -> bool:
-        """Tells whether a flow run had ended when the server was asked last: once a second, for it has work to do."""
+        """Tell whether a flow run had ended when the server was asked last: once a second, for it has work to do."""
         if time.monotonic() - self.last_request > 1:
             # A server that is too busy to answer is asked again.
             with contextlib.suppress(httpx.TransportError):
@@ -494,7 +494,7 @@ class Attempt:
         return self.has_ended
 
     def end(self) -> None:
-        """Ends what a failure left."""
+        """End what a failure left."""
         for process in self.alive():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -504,7 +504,7 @@ class Attempt:
 
 
 def _downstream(stage: str) -> list[str]:
-    """Returns all that is made of a stage's result, by name."""
+    """Return all that is made of a stage's result, by name."""
     names: set[str] = set()
     waiting = [stage]
     while waiting:

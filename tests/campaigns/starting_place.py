@@ -65,7 +65,7 @@ class Case:
         return f"{self.command}, home: {self.home}{', directory removed' if self.removed else ''}"
 
     def code(self) -> int:
-        """Returns the exit code that is right."""
+        """Return the exit code that is right."""
         if self.command in ("port taken", "API away"):
             return 2
         # MKL, in torch's matrix products, ends a process there: these are refused.
@@ -77,7 +77,7 @@ class Case:
 
 
 def run(cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Fills a store, and yields for each case what went wrong, or None."""
+    """Fill a store, and yield for each case what went wrong, or None."""
     with tempfile.TemporaryDirectory() as folder:
         command_line = CommandLine(Path(folder) / "store", Path(folder) / "prefect")
         outcome = command_line("run")
@@ -86,7 +86,7 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
 
 
 def starts(command_line: CommandLine, cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Yields for each case, on a store that has the release already, what went wrong, or None."""
+    """Yield for each case, on a store that has the release already, what went wrong, or None."""
     names = list(COMMANDS)
     for number in range(cases):
         with tempfile.TemporaryDirectory() as folder, another_program() as program:
@@ -98,7 +98,7 @@ def starts(command_line: CommandLine, cases: int, rng: random.Random) -> Iterato
 
 
 def make(command: str, folder: Path, command_line: CommandLine, program: AnotherProgram, rng: random.Random) -> Case:
-    """Returns a case with a directory of its own."""
+    """Return a case with a directory of its own."""
     address = f"http://127.0.0.1:{program.server_port}/api"
     directory = hostile_directory(folder / "model", address, rng)
     shutil.copytree(BUILTIN["tiny-gemma3"], directory, dirs_exist_ok=True)
@@ -129,7 +129,7 @@ def make(command: str, folder: Path, command_line: CommandLine, program: Another
 
 
 def hostile_directory(directory: Path, api: str, rng: random.Random | None = None) -> Path:
-    """Makes a directory whose modules and settings, if anything believes them, write a marker or ask another API.
+    """Make a directory whose modules and settings, if anything believes them, write a marker or ask another API.
 
     The marker is a file beside the directory, of its name and ".marker". Without `rng` it has all of them, else some.
     """
@@ -153,14 +153,14 @@ def hostile_directory(directory: Path, api: str, rng: random.Random | None = Non
 
 
 def modules() -> set[str]:
-    """Returns the name of every module that any of our processes could import, and of those that Python looks for."""
+    """Return the name of every module that any of our processes could import, and of those that Python looks for."""
     packages = {name for name in importlib.metadata.packages_distributions() if name.isidentifier()}
     own_packages = {"deployments", "flows", "quantize_gemma", "tasks"}
     return packages | set(sys.stdlib_module_names) | own_packages | {"sitecustomize", "usercustomize", "hostile"}
 
 
 def settings(directory: Path, marker: Path, api: str) -> dict[str, str]:
-    """Returns the files that a library may look for where it is started, each of which does harm if it is believed."""
+    """Return the files that a library may look for where it is started, each of which does harm if it is believed."""
     log = (
         f"version: 1\nhandlers: {{it: {{class: logging.FileHandler, filename: {marker}}}}}\nroot: {{handlers: [it]}}\n"
     )
@@ -186,7 +186,7 @@ def settings(directory: Path, marker: Path, api: str) -> dict[str, str]:
 
 
 def start(case: Case, program: AnotherProgram) -> str | None:
-    """Runs the case's command; returns what went wrong, or None."""
+    """Run the case's command; return what went wrong, or None."""
     # So that the command starts in a directory that is gone.
     script = 'cd "$0" && { [ -z "$REMOVED" ] || rm -r "$0"; } && exec "$@"'
     with subprocess.Popen(
@@ -218,7 +218,7 @@ def start(case: Case, program: AnotherProgram) -> str | None:
 
 
 def watch(case: Case, process: "subprocess.Popen[str]") -> tuple[str, str | None]:
-    """Returns what the command prints, and what a stranger was able to do meanwhile; ends what goes on for ever."""
+    """Return what the command prints, and what an attacker was able to do; end what would run forever."""
     output, breach = "", None
     assert process.stdout is not None
     for line in process.stdout:
@@ -233,7 +233,7 @@ def watch(case: Case, process: "subprocess.Popen[str]") -> tuple[str, str | None
 
 
 def attack(url: str) -> str | None:
-    """Tries to read and write as a foreign page and as another program of this machine; returns what was possible."""
+    """Try to read and write as a foreign page and as another program of this machine; return what was possible."""
     wait_for(f"{url}/api/health")
     requests: list[tuple[str, str, Callable[[httpx.Client, str], httpx.Response]]] = [
         ("read secrets", "block_documents/filter", lambda c, path: c.post(path, json={"include_secrets": True})),

@@ -34,7 +34,7 @@ OF_THE_RUN = ("README.md", "metrics.json", "release.json", ".gitattributes")
 
 
 def run(cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Tries cases of the store alone, and each twelfth with a whole run."""
+    """Try cases of the store alone, and each twelfth with a whole run."""
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder))
         for number in range(cases):
@@ -45,7 +45,7 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
 
 
 def alone(cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Tries cases of the store alone, each kind in turn."""
+    """Try cases of the store alone, each kind in turn."""
     for _ in range(cases):
         with tempfile.TemporaryDirectory() as folder:
             yield rng.choice([readers, sizes, flipped_bit, small_disk])(Path(folder), rng)
@@ -57,7 +57,7 @@ READERS, SECONDS, KEYS = 3, 4.0, [f"{number}" * 64 for number in range(6)]
 
 
 def readers(root: Path, rng: random.Random) -> str | None:
-    """Loads beside refreshing and pruning; artifacts of the stage "kept" are made again, but never too old."""
+    """Load while refreshing and pruning; artifacts of the stage "kept" are made again, but never too old."""
     for stage in ("kept", "old"):
         for key in KEYS:
             store.produce(stage, key, write_alike(rng.randbytes(8)), root)
@@ -74,7 +74,7 @@ def readers(root: Path, rng: random.Random) -> str | None:
 
 
 def fork(work: Callable[..., None], *arguments: Any) -> int:
-    """Calls `work` in a fork; returns its process id."""
+    """Call `work` in a fork; return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -87,7 +87,7 @@ def fork(work: Callable[..., None], *arguments: Any) -> int:
 
 
 def write_alike(content: bytes) -> Callable[[Path], dict[str, Any]]:
-    """Returns the work of a stage that writes some files of the same content."""
+    """Return the work of a stage that writes some files of the same content."""
 
     def work(target: Path) -> dict[str, Any]:
         for name in ("a", "b", "c"):
@@ -98,7 +98,7 @@ def write_alike(content: bytes) -> Callable[[Path], dict[str, Any]]:
 
 
 def refresh(root: Path, rng: random.Random, failures: Path) -> None:
-    """Makes artifacts again until the time is over."""
+    """Make artifacts again until the time is over."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         stage, key = rng.choice(["kept", "old"]), rng.choice(KEYS)
@@ -110,7 +110,7 @@ def refresh(root: Path, rng: random.Random, failures: Path) -> None:
 
 
 def remove(root: Path, rng: random.Random, failures: Path) -> None:
-    """Prunes until the time is over."""
+    """Prune until the time is over."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         pruning.remove_unfinished(root)
@@ -119,7 +119,7 @@ def remove(root: Path, rng: random.Random, failures: Path) -> None:
 
 
 def open_in_forks(root: Path, rng: random.Random, failures: Path) -> None:
-    """Opens artifacts in forks that hold them, until the time is over."""
+    """Open artifacts in forks that hold them, until the time is over."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         stage, key = rng.choice(["kept", "old"]), rng.choice(KEYS)
@@ -128,7 +128,7 @@ def open_in_forks(root: Path, rng: random.Random, failures: Path) -> None:
 
 
 def read_twice(root: Path, stage: str, key: str, failures: Path) -> None:
-    """Opens an artifact and reads it now and a little later: it has to be what its manifest says, both times."""
+    """Open an artifact and read it now and a little later: it has to be what its manifest says, both times."""
     with store.keep_pinned():
         artifact = store.pin(stage, key, root)
         fault = "is missing" if artifact is None and stage == "kept" else None
@@ -151,7 +151,7 @@ def read_twice(root: Path, stage: str, key: str, failures: Path) -> None:
 
 
 def sizes(root: Path, rng: random.Random) -> str | None:
-    """Makes artifacts that share files, removes some, and compares with what du says."""
+    """Make artifacts that share files, remove some, and compare with what du says."""
     artifacts: list[store.Artifact] = []
 
     def work(target: Path) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def sizes(root: Path, rng: random.Random) -> str | None:
 
 
 def disk_usage(path: Path) -> int:
-    """Returns what du says."""
+    """Return what du says."""
     process = subprocess.run(["du", "-s", "-B1", path], capture_output=True, check=True)
     return int(process.stdout.split()[0])
 
@@ -186,7 +186,7 @@ def disk_usage(path: Path) -> int:
 
 
 def flip(path: Path, rng: random.Random) -> None:
-    """Flips one bit of a file, as a disk does: without a new time of modification."""
+    """Flip one bit of a file, as a disk does: without a new time of modification."""
     times = path.stat()
     with path.open("r+b") as stream:
         stream.seek(rng.randrange(times.st_size))
@@ -197,7 +197,7 @@ def flip(path: Path, rng: random.Random) -> None:
 
 
 def flipped_bit(root: Path, rng: random.Random) -> str | None:
-    """Flips one bit: what is then opened to be computed with is what was made, or is not there."""
+    """Flip one bit: what is then opened to be computed with is what was made, or is not there."""
     content = rng.randbytes(8)
     artifact = store.produce("stage", KEYS[0], write_alike(content), root)
     victim = rng.choice([path for path in artifact.path.parent.rglob("*") if path.is_file()])
@@ -211,7 +211,7 @@ def flipped_bit(root: Path, rng: random.Random) -> str | None:
 
 @contextlib.contextmanager
 def tmpfs(folder: Path, size: int) -> Iterator[Path]:
-    """Mounts a file system of so many bytes."""
+    """Mount a file system of so many bytes."""
     folder.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
     try:
@@ -221,7 +221,7 @@ def tmpfs(folder: Path, size: int) -> Iterator[Path]:
 
 
 def small_disk(root: Path, rng: random.Random) -> str | None:
-    """Makes artifacts until the disk is full: one sentence, no debris, what is there stays; then on a larger one."""
+    """Make artifacts until the disk is full: one sentence, no debris, what is there stays; then on a larger one."""
     content = rng.randbytes(8)
     with tmpfs(root / "disk", rng.randrange(1, 40) * 4096) as disk:
         artifacts: list[store.Artifact] = []
@@ -250,20 +250,20 @@ class Runs:
     """Whole runs of the built-in model, on copies of one finished store."""
 
     def __init__(self, folder: Path) -> None:
-        """Starts nothing yet."""
+        """Start nothing yet."""
         self.folder = folder
         self.finished_command = CommandLine(folder / "finished", folder / "prefect")
         self.release: dict[str, str] = {}
 
     def prepare(self) -> None:
-        """Makes the finished store, once."""
+        """Make the finished store, once."""
         if not self.release:
             outcome = self.finished_command("run", "--json")
             assert outcome.code == 0, outcome.stderr
             self.release = digests(Path(outcome.summary["release"]))
 
     def flip_a_bit(self, rng: random.Random) -> str | None:
-        """Flips a bit anywhere in the store and publishes: it was fixed, or nothing went out and the next run does."""
+        """Flip a bit anywhere in the store and publishes: it was fixed, or nothing went out and the next run does."""
         self.prepare()
         home = self.folder / "copy"
         shutil.copytree(self.finished_command.home, home, symlinks=True)
@@ -307,7 +307,7 @@ class Runs:
         return f"flipped bit of {victim}: the second run failed, too: {outcome.stderr[-300:]}"
 
     def fill_the_disk(self, rng: random.Random) -> str | None:
-        """Runs some last stages on a disk that may be too small for them: one sentence, and a larger one is enough."""
+        """Run some last stages on a disk that may be too small for them: one sentence, and a larger one is enough."""
         self.prepare()
         stages = rng.sample(["card", "smoke", "untie", "download_dataset", "evaluate", "quantize"], 2)
         size = disk_usage(self.finished_command.home)
@@ -334,7 +334,7 @@ class Runs:
 
 
 def find_message_fault(outcome: Outcome) -> str | None:
-    """Returns what is wrong with what a run said when it failed: it is one sentence, said once."""
+    """Return what is wrong with what a run said when it failed: it is one sentence, said once."""
     try:
         error = outcome.summary["error"]
     except (IndexError, ValueError):
@@ -348,7 +348,7 @@ def find_message_fault(outcome: Outcome) -> str | None:
 
 
 def digests(release: Path) -> dict[str, str]:
-    """Returns the SHA-256 of a release's files, but for what a run's time and numbers are in.
+    """Return the SHA-256 of a release's files, but for what a run's time and numbers are in.
 
     Raises ValueError if release.json does not list what is there.
     """

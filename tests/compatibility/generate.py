@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def generate_from_image(model: Any, release: str, prompt: str) -> list[int]:
-    """Returns the token ids of a prompt about a blue image and its answer, greedily decoded."""
+    """Return the token ids of a prompt about a blue image and its answer, greedily decoded."""
     from PIL import Image
     from transformers import AutoProcessor
 

@@ -31,7 +31,7 @@ IMAGE_PROMPT = "What colour is this?"
 
 
 def main() -> int:
-    """Returns the exit code: 0 if every release gives the same tokens in both environments."""
+    """Return the exit code: 0 if every release gives the same tokens in both environments."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         releases = [Path(sys.argv[1])] if len(sys.argv) > 1 else make_releases(root)
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def make_releases(root: Path) -> list[Path]:
-    """Returns the releases of the built-in model, of its language model alone, and with a calibrated recipe."""
+    """Return the releases of the built-in model, of its language model alone, and with a calibrated recipe."""
     run = CommandLine(root / "store", root / "prefect")
     text_only = write_text_only(BUILTIN["tiny-gemma3"], root / "tiny-text")
     text, calibration = root / "text.txt", root / "calibration.txt"
@@ -66,7 +66,7 @@ def make_releases(root: Path) -> list[Path]:
 
 
 def read_section(release: Path) -> tuple[list[str], str]:
-    """Returns what the card says to install, and its loading code."""
+    """Return what the card says to install, and its loading code."""
     card = (release / "README.md").read_text(encoding="utf-8")
     # Not up to the next heading: comments in the code look like one.
     pattern = rf"^{SECTION}\n\n```Shell\npip install (.*?)\n```\n\n```Py\n(.*?)^```$"
@@ -76,7 +76,7 @@ def read_section(release: Path) -> tuple[list[str], str]:
 
 
 def make_environments(root: Path, requirements: list[str]) -> list[Path]:
-    """Returns the interpreters of two virtual environments: as the card says, and with the newest transformers."""
+    """Return the interpreters of two virtual environments: as the card says, and with the newest transformers."""
     newest_requirements = ["transformers" if part.startswith("transformers==") else part for part in requirements]
     interpreters = []
     for name, parts in (("pinned", requirements), ("newest", newest_requirements)):
@@ -90,7 +90,7 @@ def make_environments(root: Path, requirements: list[str]) -> list[Path]:
 
 
 def generate(interpreter: Path, release: Path) -> dict[str, Any]:
-    """Returns what generate.py prints: versions and tokens."""
+    """Return what generate.py prints: versions and tokens."""
     request = {"code": read_section(release)[1], "image_prompt": IMAGE_PROMPT}
     process = subprocess.run(
         # Isolated: nothing of this project, and nothing of the user's, is imported there.
@@ -107,7 +107,7 @@ def generate(interpreter: Path, release: Path) -> dict[str, Any]:
 
 
 def report(release: Path, pinned_result: dict[str, Any], newest_result: dict[str, Any]) -> bool:
-    """Prints whether the tokens are the same, and what they are where they differ; returns whether they are."""
+    """Print whether the tokens are the same, and what they are where they differ; return whether they are."""
     names = [
         ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         for result in (pinned_result, newest_result)
@@ -124,7 +124,7 @@ def report(release: Path, pinned_result: dict[str, Any], newest_result: dict[str
 
 
 def write_record(environments: list[dict[str, str]]) -> None:
-    """Writes which versions ran the loading code that is in the card's template now."""
+    """Write which versions ran the loading code that is in the card's template now."""
     snippet = hashlib.sha256((CARD / "loading.py.j2").read_bytes()).hexdigest()
     record = {"snippet_sha256": snippet, "environments": environments}
     (CARD / "loads_in.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -40,7 +40,7 @@ def write_recipe(folder: Path, of: str, **changes: Any) -> Path:
 
 
 def enlarge(model: Path, weight_bytes: int) -> None:
-    """Claims an embedding of this size, in a file of holes."""
+    """Claim an embedding of this size, in a file of holes."""
     from quantize_gemma.tasks.models.checkpoint import read_header, write_header
 
     tensors = {name: (t.dtype, t.shape) for name, t in read_header(model / "model.safetensors").items()}

@@ -299,7 +299,7 @@ def test_what_the_hub_refuses_when_all_is_made_is_a_failure_not_a_mistake(
 def test_nothing_that_a_run_writes_holds_a_token(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
 ) -> None:
-    """Runs last: it searches what all runs before, failing ones too, have left."""
+    """Run last: it searches what all runs before, failing ones too, have left."""
     hub.faults.add(method="GET", path="resolve", status=403, error_message=f"Bearer {READER} is not enough")
     hub.faults.add(method="POST", path="/commit/", status=500, error_message=f"{WRITER} may not")
     outcomes = [

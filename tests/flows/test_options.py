@@ -16,7 +16,7 @@ GROUPS = {name: type(value) for name, value in RunOptions() if isinstance(value,
 
 
 def options(**values: Any) -> RunOptions:
-    """Returns the options with these values, each in its group."""
+    """Return the options with these values, each in its group."""
     nested: dict[str, Any] = {}
     for name, value in values.items():
         group = next((group for group, model in GROUPS.items() if name in model.model_fields), None)

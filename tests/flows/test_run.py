@@ -83,7 +83,7 @@ def digests(command_line: CommandLine, outcome: Outcome, *names: str) -> list[st
 def start_run_into(
     stage: str, command_line: CommandLine, *arguments: str, until: Callable[[int, Path], bool]
 ) -> "subprocess.Popen[str]":
-    """Starts a run, and returns it when `until(its process id, the stage's unfinished directory)` is true."""
+    """Start a run, and return it when `until(its process id, the stage's unfinished directory)` is true."""
     # A run that was killed before leaves its own.
     before = set(command_line.home.glob(f"{stage}/.partial-*"))
     process = command_line.start("run", *arguments, "--json")
@@ -106,7 +106,7 @@ def writes_weights(_run: int, partial: Path) -> bool:
 
 
 def uses(library: str) -> Callable[[int, Path], bool]:
-    """Tells whether a process of the run has loaded a shared library, which only the stage does at that point."""
+    """Tell whether a process of the run has loaded a shared library, which only the stage does at that point."""
 
     def loaded(run: int, _partial: Path) -> bool:
         for child in psutil.Process(run).children(recursive=True):
@@ -119,7 +119,7 @@ def uses(library: str) -> Callable[[int, Path], bool]:
 
 
 def kill_run_in(stage: str, command_line: CommandLine, *arguments: str, until: Callable[[int, Path], bool]) -> None:
-    """Starts a run and kills it in the stage; what it had started ends by itself."""
+    """Start a run and kill it in the stage; what it had started ends by itself."""
     process = start_run_into(stage, command_line, *arguments, until=until)
     started = psutil.Process(process.pid).children(recursive=True)
     assert len(started) >= 2, "the local Prefect server and the stage"
@@ -251,7 +251,7 @@ def test_a_run_believes_nothing_of_the_directory_where_it_starts(
 
 @contextlib.contextmanager
 def server(command_line: CommandLine, home: Path) -> Iterator[str]:
-    """Runs a Prefect server of its own; yields its API's address."""
+    """Run a Prefect server of its own; yield its API's address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = subprocess.Popen(
             [sys.executable, "-m", "quantize_gemma.flows.local_server", str(listener.fileno()), str(os.getpid())],
@@ -342,7 +342,7 @@ def test_the_card_says_what_was_measured_and_its_code_gives_the_releases_weights
 
 
 def run_loading_code(release: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Returns the names that the card's loading code leaves, run as it stands in the release's directory."""
+    """Return the names that the card's loading code leaves, run as it stands in the release's directory."""
     names: dict[str, Any] = {}
     monkeypatch.chdir(release)
     exec(compile(read_section(release)[1], "README.md", "exec"), names)
@@ -439,7 +439,7 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gat
 
 
 def swap_rows_of_release(source: Path, target: Path, *modules: str) -> Path:
-    """Copies a release with rows of some quantized weights swapped."""
+    """Copy a release with rows of some quantized weights swapped."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -521,7 +521,7 @@ def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
 
 
 def answer_damaged(target: Path, lost_buffer: str | None, **settings: Any) -> dict[str, Any]:
-    """Answers as the stage does; a lost buffer is what a loader that forgets non-persistent buffers leaves."""
+    """Answer as the stage does; a lost buffer is what a loader that forgets non-persistent buffers leaves."""
     from transformers.models.gemma3 import modeling_gemma3
 
     from quantize_gemma.tasks.evaluate.answer import answer
@@ -710,7 +710,7 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
 
 
 def check_calibration(outcome: Outcome, digest: str) -> None:
-    """Checks what a release says of its calibration, and the chart of what that left of the error."""
+    """Check what a release says of its calibration, and the chart of what that left of the error."""
     calibration = metrics_of(outcome)["calibration"]
     assert calibration["dataset"] == {"name": "text.txt", "revision": digest, "fixture": False}
     assert calibration["tokens"] == 96 * (calibration["sequences"] + calibration["answers"])

@@ -18,7 +18,7 @@ from tests.conftest import CommandLine, FinishedRun, Outcome
 
 
 def rows_shown(command_line: CommandLine) -> list[int]:
-    """Returns how many rows each timeline has in the database of the command line's Prefect server."""
+    """Return how many rows each timeline has in the database of the command line's Prefect server."""
     from PIL import Image
 
     with contextlib.closing(sqlite3.connect(command_line.prefect / "prefect.db")) as database:
@@ -29,7 +29,7 @@ def rows_shown(command_line: CommandLine) -> list[int]:
 
 
 def rows_expected(outcome: Outcome) -> range:
-    """Returns how many rows a run's timeline may have: its stages, and those of its own steps that took a second."""
+    """Return how many rows a run's timeline may have: its stages, and those of its own steps that took a second."""
     ran = [stage for stage in outcome.summary["stages"] if not stage["cached"]]
     return range(sum(bool(stage["key"]) or stage["state"] == "FAILED" for stage in ran), len(ran) + 1)
 

@@ -12,7 +12,7 @@ USER = "local"
 
 
 def main() -> None:
-    """Serves until interrupted."""
+    """Serve until interrupted."""
     parser = argparse.ArgumentParser(prog="python -m tests.hub", description=__doc__)
     parser.add_argument("--root", type=Path, required=True, help="the directory that holds the repositories")
     parser.add_argument("--port", type=int, default=8765, help="on 127.0.0.1 (default: %(default)s)")

@@ -40,14 +40,14 @@ class Target:
         return f"{self.endpoint}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo_id}"
 
     def require_write(self) -> None:
-        """Raises HubError unless the token may write to the namespace."""
+        """Raise HubError unless the token may write to the namespace."""
         require_role(self.token)
         namespace = self.repo_id.split("/")[0]
         if namespace not in namespaces(self.token):
             raise HubError(403, f"You don't have the rights to write to {self.repo_id}: pass create_pr=1 instead")
 
     def require_files(self) -> None:
-        """Raises HubError if the repository is gated and its terms were not accepted."""
+        """Raise HubError if the repository is gated and its terms were not accepted."""
         accepted = self.token.get("gated", []) if self.token else []
         if not self.repo["gated"] or self.repo_id in accepted:
             return
@@ -58,7 +58,7 @@ class Target:
 
 
 def token_of(request: Request) -> Token | None:
-    """Returns the token that the request carries. Raises HubError if nobody was given that one."""
+    """Return the token that the request carries. Raises HubError if nobody was given that one."""
     value = request.headers.get("authorization", "").removeprefix("Bearer ")
     if not value:
         return None
@@ -69,7 +69,7 @@ def token_of(request: Request) -> Token | None:
 
 
 def namespaces(token: Token | None) -> list[str]:
-    """Returns the user's own namespace and those of the user's organizations."""
+    """Return the user's own namespace and those of the user's organizations."""
     if token is None:
         return []
     further_namespaces = token.get("namespaces", [])
@@ -77,7 +77,7 @@ def namespaces(token: Token | None) -> list[str]:
 
 
 def require_role(token: Token | None) -> None:
-    """Raises HubError unless it is a token to write with."""
+    """Raise HubError unless it is a token to write with."""
     if token is None:
         raise HubError(401, "Invalid username or password.", "RepoNotFound")
     if token["role"] == "read":
@@ -85,7 +85,7 @@ def require_role(token: Token | None) -> None:
 
 
 async def readable(request: Request, ns: str, name: str) -> Target:
-    """Returns the repository of the path. Raises HubError if there is none, or none for this token."""
+    """Return the repository of the path. Raises HubError if there is none, or none for this token."""
     token = token_of(request)
     storage: Storage = request.app.state.storage
     kind = "dataset" if request.scope["path"].startswith(("/api/datasets/", "/datasets/")) else "model"
@@ -97,13 +97,13 @@ async def readable(request: Request, ns: str, name: str) -> Target:
 
 
 async def writable(target: Annotated[Target, Depends(readable)]) -> Target:
-    """Returns the repository of the path. Raises HubError if the token may not write to it."""
+    """Return the repository of the path. Raises HubError if the token may not write to it."""
     target.require_write()
     return target
 
 
 async def proposable(target: Annotated[Target, Depends(readable)], create_pr: bool = False) -> Target:
-    """Returns the repository of the path. Raises HubError if the token may not write to it, or open a pull request."""
+    """Return the repository of the path. Raises HubError if the token may not write to it, or open a pull request."""
     if create_pr:
         require_role(target.token)
     else:

@@ -26,7 +26,7 @@ CONFIG = ("architectures", "model_type")
 
 @router.get("/whoami-v2")
 async def whoami(request: Request) -> Json:
-    """Returns the user, the user's organizations and the token's role."""
+    """Return the user, the user's organizations and the token's role."""
     token = token_of(request)
     if token is None:
         raise HubError(401, "Invalid username or password.")
@@ -43,7 +43,7 @@ async def whoami(request: Request) -> Json:
 
 
 def scopes(token: Token) -> Json:
-    """Returns what a fine-grained token says of itself: where it may write."""
+    """Return what a fine-grained token says of itself: where it may write."""
     if token["role"] != "fineGrained":
         return {}
     entities = [{"type": "org", "name": name} for name in namespaces(token)]
@@ -52,7 +52,7 @@ def scopes(token: Token) -> Json:
 
 @router.post("/repos/create")
 async def create_repo(request: Request) -> JSONResponse:
-    """Returns the new repository's address; the client reads it from the 409 of one that exists as well."""
+    """Return the new repository's address; the client reads it from the 409 of one that exists as well."""
     token = token_of(request)
     body = await request.json()
     require_role(token)
@@ -73,7 +73,7 @@ async def create_repo(request: Request) -> JSONResponse:
 
 @router.post("/validate-yaml")
 async def validate_yaml(request: Request) -> JSONResponse:
-    """Returns what is wrong with a card's front matter."""
+    """Return what is wrong with a card's front matter."""
     try:
         data = front_matter((await request.json())["content"])
     except yaml.YAMLError as error:
@@ -85,7 +85,7 @@ async def validate_yaml(request: Request) -> JSONResponse:
 @router.get(REPO)
 @router.get(REPO + "/revision/{rev}")
 async def info(target: Readable, rev: str = "main", blobs: bool = False) -> Json:
-    """Returns a repository at a revision: its commit, its card and its files."""
+    """Return a repository at a revision: its commit, its card and its files."""
     sha = resolve(target.repo, unquote(rev))
     commit = target.repo["commits"][sha]
     files = commit["files"]
@@ -110,7 +110,7 @@ async def info(target: Readable, rev: str = "main", blobs: bool = False) -> Json
 
 
 def read_object(path: Path) -> Json:
-    """Returns the JSON object in a file, {} if it is none."""
+    """Return the JSON object in a file, {} if it is none."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError:
@@ -119,7 +119,7 @@ def read_object(path: Path) -> Json:
 
 
 def count_weights(paths: list[Path]) -> Json:
-    """Returns how many weights safetensors files have, by type and in all, as their headers say; {} without any."""
+    """Return how many weights safetensors files have, by type and in all, as their headers say; {} without any."""
     counts: Counter[str] = Counter()
     try:
         for path in paths:
@@ -135,18 +135,18 @@ def count_weights(paths: list[Path]) -> Json:
 
 @router.get(REPO + "/auth-check")
 async def auth_check(target: Readable) -> None:
-    """Returns nothing, if the files may be read."""
+    """Return nothing, if the files may be read."""
     target.require_files()
 
 
 @router.get(REPO + "/auth-check/write")
 async def auth_check_write(target: Writable) -> None:
-    """Returns nothing, if commits may be made."""
+    """Return nothing, if commits may be made."""
 
 
 @router.get(REPO + "/refs")
 async def refs(target: Readable, include_prs: bool = False) -> Json:
-    """Returns the branches, tags and, if asked for, pull requests, with the commits that they point at."""
+    """Return the branches, tags and, if asked for, pull requests, with the commits that they point at."""
 
     def refs_under(prefix: str, strip: str) -> list[Json]:
         return [
@@ -165,7 +165,7 @@ async def refs(target: Readable, include_prs: bool = False) -> Json:
 
 @router.get(REPO + "/discussions")
 async def discussions(target: Readable, status: str = "all") -> Json:
-    """Returns the pull requests: one page has them all."""
+    """Return the pull requests: one page has them all."""
     requests = [
         {
             "num": number,
@@ -185,7 +185,7 @@ async def discussions(target: Readable, status: str = "all") -> Json:
 
 @router.get(REPO + "/commits/{rev}")
 async def commits(target: Readable, rev: str) -> list[Json]:
-    """Returns the history of a revision, newest first."""
+    """Return the history of a revision, newest first."""
     shas_and_commits = [
         (sha, target.repo["commits"][sha]) for sha in history(target.repo, resolve(target.repo, unquote(rev)))
     ]
@@ -203,21 +203,21 @@ async def commits(target: Readable, rev: str) -> list[Json]:
 
 @router.post(REPO + "/branch/{branch}")
 async def create_branch(request: Request, target: Writable, branch: str) -> None:
-    """Makes a branch, at main unless a starting point is given."""
+    """Make a branch, at main unless a starting point is given."""
     start = (await request.json()).get("startingPoint", "main")
     target.storage.add_ref(*target.key, f"refs/heads/{unquote(branch)}", start)
 
 
 @router.post(REPO + "/tag/{rev}")
 async def create_tag(request: Request, target: Writable, rev: str) -> None:
-    """Makes a tag at the revision."""
+    """Make a tag at the revision."""
     target.storage.add_ref(*target.key, f"refs/tags/{(await request.json())['tag']}", unquote(rev))
 
 
 @router.get(REPO + "/tree/{rev}")
 @router.get(REPO + "/tree/{rev}/{path:path}")
 async def tree(target: Readable, rev: str, path: str = "", recursive: bool = False, expand: bool = False) -> list[Json]:
-    """Returns a folder's files and folders, on one page."""
+    """Return a folder's files and folders, on one page."""
     sha, folder = resolve(target.repo, unquote(rev)), unquote(path)
     paths = dict(children(target.repo["commits"][sha]["files"], folder, recursive))
     if folder and not paths:
@@ -227,7 +227,7 @@ async def tree(target: Readable, rev: str, path: str = "", recursive: bool = Fal
 
 @router.post(REPO + "/paths-info/{rev}")
 async def paths_info(request: Request, target: Readable, rev: str) -> list[Json]:
-    """Returns those of the asked paths that there are. The client asks with a form, not with JSON."""
+    """Return those of the asked paths that there are. The client asks with a form, not with JSON."""
     form = parse_qs((await request.body()).decode())
     sha = resolve(target.repo, unquote(rev))
     files = target.repo["commits"][sha]["files"]
@@ -238,7 +238,7 @@ async def paths_info(request: Request, target: Readable, rev: str) -> list[Json]
 
 @router.post(REPO + "/preupload/{rev}")
 async def preupload(request: Request, target: Proposable, rev: str) -> Json:
-    """Returns how each file is to be sent, and what is there under its name, so that the client can leave it out."""
+    """Return how each file is to be sent, and what is there under its name, so that the client can leave it out."""
     requested_files = (await request.json())["files"]
     files = target.repo["commits"][resolve(target.repo, unquote(rev))]["files"]
     answer = []
@@ -254,7 +254,7 @@ async def preupload(request: Request, target: Proposable, rev: str) -> Json:
 
 @router.post(REPO + "/commit/{rev}")
 async def commit(request: Request, target: Proposable, rev: str, create_pr: bool = False) -> Json:
-    """Makes one commit, on the branch or on a new pull request, and returns where it is."""
+    """Make one commit, on the branch or on a new pull request, and return where it is."""
     header: Json = {}
     additions: dict[str, Entry] = {}
     deletions: list[str] = []
@@ -290,14 +290,14 @@ async def commit(request: Request, target: Proposable, rev: str, create_pr: bool
 
 
 def front_matter(card: str) -> Any:
-    """Returns the metadata at the head of a card, None if there is none. Raises YAMLError if it is not YAML."""
+    """Return the metadata at the head of a card, None if there is none. Raises YAMLError if it is not YAML."""
     if not card.startswith("---\n") or "\n---" not in card[3:]:
         return None
     return yaml.safe_load(card[4:].split("\n---", 1)[0])
 
 
 def sibling(path: str, entry: Entry, blobs: bool) -> Json:
-    """Returns a file as it stands in a repository's information."""
+    """Return a file as it stands in a repository's information."""
     if not blobs:
         return {"rfilename": path}
     description: Json = {"rfilename": path, "size": entry["size"], "blobId": entry["blob_id"]}
@@ -307,7 +307,7 @@ def sibling(path: str, entry: Entry, blobs: bool) -> Json:
 
 
 def describe(target: Target, sha: str, path: str, expand: bool) -> Json:
-    """Returns a file or folder as it stands in a tree."""
+    """Return a file or folder as it stands in a tree."""
     files = target.repo["commits"][sha]["files"]
     entry = files.get(path)
     if entry:
@@ -325,12 +325,12 @@ def describe(target: Target, sha: str, path: str, expand: bool) -> Json:
 
 
 def pointer_size(entry: Entry) -> int:
-    """Returns the size of the text that git has in place of an LFS file."""
+    """Return the size of the text that git has in place of an LFS file."""
     return len(lfs_pointer(entry["sha256"], entry["size"]))
 
 
 def children(files: dict[str, Entry], folder: str, recursive: bool) -> Iterator[tuple[str, None]]:
-    """Yields the paths in a folder, folders before what is in them; a folder may come again."""
+    """Yield the paths in a folder, folders before what is in them; a folder may come again."""
     start = f"{folder}/" if folder else ""
     for path in sorted(path for path in files if path.startswith(start)):
         parts = path.removeprefix(start).split("/")
@@ -339,12 +339,12 @@ def children(files: dict[str, Entry], folder: str, recursive: bool) -> Iterator[
 
 
 def below(files: dict[str, Entry], path: str) -> dict[str, Entry]:
-    """Returns the file, or the files of the folder, at a path."""
+    """Return the file, or the files of the folder, at a path."""
     return {name: entry for name, entry in files.items() if name == path or name.startswith(f"{path}/")}
 
 
 def last_change(target: Target, sha: str, path: str) -> str:
-    """Returns the commit that last changed what is at a path."""
+    """Return the commit that last changed what is at a path."""
     shas = history(target.repo, sha)
     contents = [below(target.repo["commits"][commit_sha]["files"], path) for commit_sha in shas]
     return next(

@@ -23,7 +23,7 @@ BENCHMARK = "cais/mmlu"
 
 
 def main() -> int:
-    """Returns the run's exit code."""
+    """Return the run's exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.hub.demo")
     parser.add_argument("--checkpoint", type=Path, default=BUILTIN["tiny-gemma3"])
     parser.add_argument("--text", type=Path, default=TINY_TEXT)

@@ -64,17 +64,17 @@ class Faults:
         self._matched: list[int] = []
 
     def add(self, **rule: Any) -> None:
-        """Adds a rule with the fields of Rule."""
+        """Add a rule with the fields of Rule."""
         self._matched.append(0)
         self._rules.append(Rule(**rule))
 
     def clear(self) -> None:
-        """Removes all rules."""
+        """Remove all rules."""
         self._rules.clear()
         self._matched.clear()
 
     def match(self, method: str, path: str) -> Rule | None:
-        """Returns the rule that this request meets, and counts it."""
+        """Return the rule that this request meets, and count it."""
         for index, rule in enumerate(self._rules):
             if not re.fullmatch(rule.method, method) or not re.search(rule.path, path):
                 continue
@@ -123,7 +123,7 @@ class Gate:
 
 
 def with_fault(app: App, rule: Rule) -> App:
-    """Returns the app with the rule's fault."""
+    """Return the app with the rule's fault."""
 
     async def run(scope: Message, receive: Receive, send: Send) -> None:
         answer = await record_answer(app, scope, receive) if rule.after_work else app
@@ -148,7 +148,7 @@ def with_fault(app: App, rule: Rule) -> App:
 
 
 async def record_answer(app: App, scope: Message, receive: Receive) -> App:
-    """Lets the app do its work and returns an app that gives its answer."""
+    """Let the app do its work and return an app that gives its answer."""
     messages: list[Message] = []
 
     async def collect(message: Message) -> None:
@@ -164,7 +164,7 @@ async def record_answer(app: App, scope: Message, receive: Receive) -> App:
 
 
 async def read_body(receive: Receive, max_bytes: int | None = None) -> None:
-    """Reads the request's body, or at least its first `max_bytes` bytes."""
+    """Read the request's body, or at least its first `max_bytes` bytes."""
     count = 0
     while max_bytes is None or count < max_bytes:
         message = await receive()
@@ -174,7 +174,7 @@ async def read_body(receive: Receive, max_bytes: int | None = None) -> None:
 
 
 async def cut_answer(app: App, max_bytes: int, scope: Message, receive: Receive, send: Send) -> None:
-    """Sends the answer's head and at most so many bytes of its body, and drops the connection.
+    """Send the answer's head and at most so many bytes of its body, and drop the connection.
 
     Of an answer without a body nothing is sent: its head alone would be all of it.
     """
@@ -203,14 +203,14 @@ async def cut_answer(app: App, max_bytes: int, scope: Message, receive: Receive,
 
 
 async def drop(scope: Message, receive: Receive) -> None:
-    """Closes the connection, whatever was promised on it, and returns when it is closed."""
+    """Close the connection, whatever was promised on it, and return when it is closed."""
     scope["drop"]()
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def flip_bits(send: Send) -> Send:
-    """Returns a send that flips every bit of the body."""
+    """Return a send that flips every bit of the body."""
 
     async def flip(message: Message) -> None:
         if "body" in message:
@@ -221,12 +221,12 @@ def flip_bits(send: Send) -> Send:
 
 
 def error_headers(code: str | None, message: str) -> dict[str, str]:
-    """Returns the headers from which the client chooses its exception and its text."""
+    """Return the headers from which the client chooses its exception and its text."""
     return {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    """Returns the HTTP answer of a HubError."""
+    """Return the HTTP answer of a HubError."""
     assert isinstance(error, HubError)
     return JSONResponse({"error": str(error)}, error.status, error_headers(error.code, str(error)) | error.headers)
 
@@ -236,7 +236,7 @@ router = APIRouter()
 
 @router.post("/_faults")
 async def set_faults(request: Request, rules: list[Rule]) -> list[Rule]:
-    """Replaces all rules."""
+    """Replace all rules."""
     request.app.state.faults.clear()
     for rule in rules:
         request.app.state.faults.add(**rule.model_dump())
@@ -245,11 +245,11 @@ async def set_faults(request: Request, rules: list[Rule]) -> list[Rule]:
 
 @router.get("/_log")
 async def read_log(request: Request) -> list[dict[str, Any]]:
-    """Returns the requests served so far."""
+    """Return the requests served so far."""
     return list(request.app.state.log)
 
 
 @router.delete("/_log")
 async def clear_log(request: Request) -> None:
-    """Forgets them."""
+    """Forget them."""
     request.app.state.log.clear()

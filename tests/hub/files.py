@@ -20,7 +20,7 @@ router = APIRouter()
 @router.api_route("/{ns}/{name}/resolve/{rev}/{path:path}", methods=["GET", "HEAD"])
 @router.api_route("/datasets/{ns}/{name}/resolve/{rev}/{path:path}", methods=["GET", "HEAD"])
 async def resolve_file(request: Request, target: Readable, rev: str, path: str) -> Response:
-    """Returns a file's content, or for an LFS file where it is."""
+    """Return a file's content, or for an LFS file where it is."""
     target.require_files()
     sha = resolve(target.repo, unquote(rev))
     headers = {"X-Repo-Commit": sha}
@@ -37,7 +37,7 @@ async def resolve_file(request: Request, target: Readable, rev: str, path: str) 
 @router.post("/{ns}/{name}.git/info/lfs/objects/batch")
 @router.post("/datasets/{ns}/{name}.git/info/lfs/objects/batch")
 async def lfs_batch(request: Request, target: Readable) -> Json:
-    """Returns where to send each object, or no actions for one that is here."""
+    """Return where to send each object, or no actions for one that is here."""
     body = await request.json()
     # For a pull request the client names no ref, and any token to write with may upload.
     if "ref" in body:
@@ -55,14 +55,14 @@ async def lfs_batch(request: Request, target: Readable) -> Json:
 
 
 def upload(request: Request, oid: str) -> Json:
-    """Returns the actions that upload an object."""
+    """Return the actions that upload an object."""
     verify = f"{str(request.base_url).rstrip('/')}/lfs/verify"
     return {"upload": {"href": signed_url(request, "PUT", oid), "header": {}}, "verify": {"href": verify, "header": {}}}
 
 
 @router.post("/lfs/verify")
 async def verify(request: Request) -> None:
-    """Returns nothing, if the object has arrived."""
+    """Return nothing, if the object has arrived."""
     require_role(token_of(request))
     body = await request.json()
     if not request.app.state.storage.has(body["oid"], body["size"]):
@@ -70,19 +70,19 @@ async def verify(request: Request) -> None:
 
 
 def signed_url(request: Request, method: str, oid: str) -> str:
-    """Returns the address at which an object may be had, or put, without a token."""
+    """Return the address at which an object may be had, or put, without a token."""
     host = "localhost" if request.url.hostname == "127.0.0.1" else "127.0.0.1"
     return str(request.url.replace(hostname=host, path=f"/lfs/{oid}", query=f"signature={sign(request, method, oid)}"))
 
 
 def sign(request: Request, method: str, oid: str) -> str:
-    """Returns the signature of an address; HEAD goes with GET."""
+    """Return the signature of an address; HEAD goes with GET."""
     message = f"{method.replace('HEAD', 'GET')} {oid}"
     return hmac.new(request.app.state.secret, message.encode(), "sha256").hexdigest()
 
 
 async def verify_signature(request: Request, oid: str, signature: str = "") -> str:
-    """Returns the object's SHA-256. Raises HubError if the address was not signed here, for this method."""
+    """Return the object's SHA-256. Raises HubError if the address was not signed here, for this method."""
     if not hmac.compare_digest(signature, sign(request, request.method, oid)):
         raise HubError(403, "the signature does not match")
     return oid
@@ -93,14 +93,14 @@ SignedOid = Annotated[str, Depends(verify_signature)]
 
 @router.api_route("/lfs/{oid}", methods=["GET", "HEAD"])
 async def read_object(request: Request, oid: SignedOid) -> Response:
-    """Returns an object's bytes, or the range that was asked for."""
+    """Return an object's bytes, or the range that was asked for."""
     path = request.app.state.storage.object(oid)
     return FileResponse(path, headers={"ETag": f'"{oid}"'}, media_type="application/octet-stream")
 
 
 @router.put("/lfs/{oid}")
 async def write_object(request: Request, oid: SignedOid) -> None:
-    """Stores an object that has arrived whole."""
+    """Store an object that has arrived whole."""
     storage = request.app.state.storage
     partial = storage.partial()
     with partial.open("wb") as stream:

@@ -36,7 +36,7 @@ class Hub:
     log: list[dict[str, Any]]
 
     def add(self, kind: str, repo_id: str, folder: Path, message: str = "Add files") -> str:
-        """Commits a folder's files to main, in a repository that is made if need be; returns the sha."""
+        """Commit a folder's files to main, in a repository that is made if need be; return the sha."""
         author = repo_id.split("/")[0]
         self.storage.create(kind, repo_id, author)
         paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -45,32 +45,32 @@ class Hub:
         return sha
 
     def restrict(self, kind: str, repo_id: str, *, private: bool = False, gated: bool = False) -> None:
-        """Makes a repository private or gated, or neither."""
+        """Make a repository private or gated, or neither."""
         with self.storage.lock:
             repo = self.storage.load(kind, repo_id)
             self.storage.save(kind, repo_id, repo | {"private": private, "gated": gated})
 
     def close_pull_request(self, kind: str, repo_id: str, number: int) -> None:
-        """Closes a pull request without merging it."""
+        """Close a pull request without merging it."""
         with self.storage.lock:
             repo = self.storage.load(kind, repo_id)
             self.storage.save(kind, repo_id, repo | {"closed": [*repo.get("closed", []), number]})
 
     def head(self, kind: str, repo_id: str, revision: str = "main") -> str:
-        """Returns the sha of a revision."""
+        """Return the sha of a revision."""
         return resolve(self.storage.load(kind, repo_id), revision)
 
     def files(self, kind: str, repo_id: str, revision: str = "main") -> dict[str, Entry]:
-        """Returns the files of a revision: path to {"size", "sha256", "blob_id", "lfs"}."""
+        """Return the files of a revision: path to {"size", "sha256", "blob_id", "lfs"}."""
         repo = self.storage.load(kind, repo_id)
         return dict(repo["commits"][resolve(repo, revision)]["files"])
 
     def read(self, kind: str, repo_id: str, path: str, revision: str = "main") -> bytes:
-        """Returns the content of a file."""
+        """Return the content of a file."""
         return self.storage.object(self.files(kind, repo_id, revision)[path]["sha256"]).read_bytes()
 
     def requests(self, method: str, path: str) -> list[dict[str, Any]]:
-        """Returns the logged requests of a method whose path the pattern is found in.
+        """Return the logged requests of a method whose path the pattern is found in.
 
         Each is {"method", "path", "status", "sent", "received", "range"}: bytes of bodies, the Range header or None,
         and None for the status of one that was dropped without an answer.
@@ -79,7 +79,7 @@ class Hub:
 
 
 def create_app(root: Path, tokens: Tokens) -> FastAPI:
-    """Returns the Hub as an ASGI app. Its faults that cut need the connections that `serve` gives it."""
+    """Return the Hub as an ASGI app. Its faults that cut need the connections that `serve` gives it."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.storage = Storage(root)
     app.state.tokens = tokens
@@ -95,7 +95,7 @@ def create_app(root: Path, tokens: Tokens) -> FastAPI:
 
 @contextmanager
 def serve(root: Path, tokens: Tokens, port: int = 0) -> Iterator[Hub]:
-    """Serves the repositories under root on 127.0.0.1, on a free port if none is given, until the block ends."""
+    """Serve the repositories under root on 127.0.0.1, on a free port if none is given, until the block ends."""
     app = create_app(root, tokens)
     config = uvicorn.Config(
         app,

@@ -42,11 +42,11 @@ class Storage:
             (root / name).mkdir(parents=True, exist_ok=True)
 
     def partial(self) -> Path:
-        """Returns a new path for an object that is not complete yet."""
+        """Return a new path for an object that is not complete yet."""
         return self.root / "partial" / uuid.uuid4().hex
 
     def add_object(self, partial: Path, sha256: str | None = None) -> str:
-        """Moves a complete file among the objects and returns its SHA-256. Raises HubError if it is not the given."""
+        """Move a complete file among the objects and return its SHA-256. Raises HubError if it is not the given."""
         with partial.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if sha256 not in (None, digest):
@@ -56,28 +56,28 @@ class Storage:
         return digest
 
     def object(self, sha256: str) -> Path:
-        """Returns where the object lies, or would lie."""
+        """Return where the object lies, or would lie."""
         return self.root / "objects" / sha256
 
     def has(self, sha256: str, size: int) -> bool:
-        """Returns whether the object is stored, with that size."""
+        """Return whether the object is stored, with that size."""
         path = self.object(sha256)
         return path.is_file() and path.stat().st_size == size
 
     def add_bytes(self, content: bytes, lfs: bool = False) -> Entry:
-        """Stores the content and returns its entry."""
+        """Store the content and return its entry."""
         partial = self.partial()
         partial.write_bytes(content)
         return self.entry(self.add_object(partial), lfs)
 
     def add_file(self, path: Path, name: str) -> Entry:
-        """Stores a copy of the file, which is `name` in its repository, and returns its entry."""
+        """Store a copy of the file, which is `name` in its repository, and return its entry."""
         partial = self.partial()
         shutil.copyfile(path, partial)
         return self.entry(self.add_object(partial), is_lfs(name, path.stat().st_size))
 
     def entry(self, sha256: str, lfs: bool) -> Entry:
-        """Returns the entry of a stored object. Raises HubError if nothing is stored."""
+        """Return the entry of a stored object. Raises HubError if nothing is stored."""
         path = self.object(sha256)
         if not path.is_file():
             raise HubError(400, f"LFS pointer pointed to a file that does not exist: {sha256}")
@@ -86,7 +86,7 @@ class Storage:
         return {"size": size, "sha256": sha256, "blob_id": git_blob_id(content), "lfs": lfs}
 
     def create(self, kind: str, repo_id: str, author: str, private: bool = False) -> bool:
-        """Makes a repository with the Hub's first commit, a .gitattributes; returns False if there is one already."""
+        """Make a repository with the Hub's first commit, a .gitattributes; return False if there is one already."""
         with self.lock:
             if self.find(kind, repo_id):
                 return False
@@ -97,19 +97,19 @@ class Storage:
             return True
 
     def find(self, kind: str, repo_id: str) -> Repo | None:
-        """Returns the repository, or None."""
+        """Return the repository, or None."""
         path = self._path(kind, repo_id)
         return json.loads(path.read_bytes()) if path.is_file() else None
 
     def load(self, kind: str, repo_id: str) -> Repo:
-        """Returns the repository. Raises HubError if there is none."""
+        """Return the repository. Raises HubError if there is none."""
         repo = self.find(kind, repo_id)
         if repo is None:
             raise HubError(404, "Repository not found", "RepoNotFound")
         return repo
 
     def save(self, kind: str, repo_id: str, repo: Repo) -> None:
-        """Replaces the repository at once: a reader sees it as it was or as it is."""
+        """Replace the repository at once: a reader sees it as it was or as it is."""
         path = self._path(kind, repo_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.partial()
@@ -130,7 +130,7 @@ class Storage:
         parent: str | None = None,
         create_pr: bool = False,
     ) -> tuple[str, str]:
-        """Commits to the branch, deletions first (a folder's name ends with a slash); returns the sha and the ref.
+        """Commit to the branch, deletions first (a folder's name ends with a slash); return the sha and the ref.
 
         With create_pr the ref is a new pull request's, and `parent` is where it starts. Without, raises HubError if
         `parent` is not the branch's head. Raises HubError as well if a file to delete is not there.
@@ -161,7 +161,7 @@ class Storage:
             return refs[ref], ref
 
     def add_ref(self, kind: str, repo_id: str, ref: str, revision: str) -> None:
-        """Makes the ref point at the revision. Raises HubError if the ref exists."""
+        """Make the ref point at the revision. Raises HubError if the ref exists."""
         with self.lock:
             repo = self.load(kind, repo_id)
             if ref in repo["refs"]:
@@ -176,25 +176,25 @@ class Storage:
 
 
 def is_lfs(path: str, size: int) -> bool:
-    """Returns whether the Hub would have this file in LFS."""
+    """Return whether the Hub would have this file in LFS."""
     name = Path(path).name
     return size > LARGE or any(Path(name).match(pattern) for pattern in LFS_PATTERNS)
 
 
 def lfs_pointer(sha256: str, size: int) -> bytes:
-    """Returns what git stores in place of an LFS file."""
+    """Return what git stores in place of an LFS file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
 def git_blob_id(content: bytes) -> str:
-    """Returns git's SHA-1 of a file's content."""
+    """Return git's SHA-1 of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def add_commit(
     repo: Repo, repo_id: str, parent: str | None, files: dict[str, Entry], title: str, message: str, author: str
 ) -> str:
-    """Adds a commit, which no ref points at yet, and returns its sha, in which the date has no part."""
+    """Add a commit, which no ref points at yet, and return its sha, in which the date has no part."""
     content = json.dumps([repo_id, parent, title, message, files], sort_keys=True)
     sha = hashlib.sha1(content.encode()).hexdigest()
     date = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -204,7 +204,7 @@ def add_commit(
 
 
 def resolve(repo: Repo, revision: str) -> str:
-    """Returns the sha of a branch, tag, ref or sha. Raises HubError if it is none of them."""
+    """Return the sha of a branch, tag, ref or sha. Raises HubError if it is none of them."""
     for ref in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision):
         if ref in repo["refs"]:
             return str(repo["refs"][ref])
@@ -214,7 +214,7 @@ def resolve(repo: Repo, revision: str) -> str:
 
 
 def history(repo: Repo, sha: str | None) -> list[str]:
-    """Returns the shas from this commit to the first."""
+    """Return the shas from this commit to the first."""
     shas = []
     while sha:
         shas.append(sha)

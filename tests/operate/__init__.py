@@ -10,7 +10,7 @@ import httpx
 
 
 def wait_for(url: str, seconds: float = 120) -> None:
-    """Returns when the address answers."""
+    """Return when the address answers."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -49,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def another_program(page: str = "true") -> Iterator[AnotherProgram]:
-    """Runs somebody else's server on this machine, which answers everything with the page."""
+    """Run somebody else's server on this machine, which answers everything with the page."""
     with AnotherProgram(page) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield http

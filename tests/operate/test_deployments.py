@@ -80,7 +80,7 @@ class Operation:
         return self.request("GET" if query is None else "POST", path, query).json()
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        """Sends a request, again while the server answers 503: SQLite is busy, and Prefect's own client does so."""
+        """Send a request, again while the server answers 503: SQLite is busy, and Prefect's own client does so."""
         for _ in range(30):
             answer = httpx.request(method, f"{self.api}/{path}", json=body, timeout=60)
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
@@ -117,7 +117,7 @@ class Operation:
 def operate(
     released: Outcome, command_line: CommandLine, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Operation]]:
-    """Starts servers, each with a home of its own, on the store that the session has filled."""
+    """Start servers, each with a home of its own, on the store that the session has filled."""
     started: list[Operation] = []
 
     def make(**environment: str) -> Operation:
@@ -217,7 +217,7 @@ def postgres(
 
 
 def run_twice(operation: Operation, command_line: CommandLine) -> str:
-    """Runs the default deployment on the tiny model, with something to do and then with nothing; returns the first."""
+    """Run the default deployment on the tiny model, with something to do and then with nothing; return the first."""
     forget(command_line, "smoke")
     with operation.worker():
         first = operation.submit("quantize-gemma/default", *TINY)
@@ -434,7 +434,7 @@ def test_the_nightly_keeps_its_hour_through_a_change_of_daylight_saving(sqlite: 
 
 
 def forget(command_line: CommandLine, stage: str) -> None:
-    """Empties the store of a stage, and of what killed runs of it left."""
+    """Empty the store of a stage, and of what killed runs of it left."""
     shutil.rmtree(command_line.home / stage)
 
 
@@ -478,7 +478,7 @@ def test_the_run_of_the_dead_machine_has_crashed(sqlite: Operation, dead_run: st
 
 
 def rendered(url: str) -> str:
-    """Returns the page's document after its scripts have run."""
+    """Return the page's document after its scripts have run."""
     command = [
         CHROMIUM,
         "--headless",

@@ -180,7 +180,7 @@ class Terminal:
 
 
 def rendered(url: str, profile: Path) -> str:
-    """Returns the page's document after its scripts have run, in a browser with that profile."""
+    """Return the page's document after its scripts have run, in a browser with that profile."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
     command = [CHROMIUM, *options, f"--user-data-dir={profile}", url]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout  # type: ignore[list-item]

@@ -54,7 +54,7 @@ def judge_again(metrics: dict[str, Any]) -> None:
 
 
 def table_row(text: str, first: str) -> list[str]:
-    """Returns the cells of the only row of a table that starts so."""
+    """Return the cells of the only row of a table that starts so."""
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {first}")]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
@@ -395,13 +395,13 @@ def test_a_card_whose_metadata_do_not_read_back_fails(measured: dict[str, Any], 
 
 
 def draw(metrics: dict[str, Any], path: Path) -> list[str]:
-    """Draws the chart by subject as an SVG; returns its texts, which are matplotlib's comments in it."""
+    """Draw the chart by subject as an SVG; return its texts, which are matplotlib's comments in it."""
     draw_subjects(parse_metrics(metrics), "mmlu", path)
     return re.findall(r"<!-- (.*) -->", path.read_text(encoding="utf-8"))
 
 
 def many_subjects(moved: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """Returns 57 subjects of different scores; those that moved change by so much, and the others by a point."""
+    """Return 57 subjects of different scores; those that moved change by so much, and the others by a point."""
     scores = {f"subject_{number}": 0.3 + 0.01 * number for number in range(57)}
     return {name: (score, score + moved.get(name, -0.01)) for name, score in scores.items()}
 
@@ -459,7 +459,7 @@ def test_dots_are_at_the_scores_and_bars_are_as_wide_as_the_error(tmp_path: Path
         pixels = np.asarray(image.convert("RGB"))[268:]
 
     def rows(color: tuple[int, int, int]) -> list[tuple[int, int]]:
-        """Returns the first and the last column with this color, for each of the two subjects."""
+        """Return the first and the last column with this color, for each of the two subjects."""
         same = (pixels == color).all(-1)
         # Letters have such pixels at their edges.
         same[same.sum(1) < 3] = False

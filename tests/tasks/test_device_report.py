@@ -51,7 +51,7 @@ REPORT: dict[str, Any] = {
 
 
 def changed(place: str, value: object) -> dict[str, Any]:
-    """Returns a report with another value in a place, or without it."""
+    """Return a report with another value in a place, or without it."""
     report = copy.deepcopy(REPORT)
     *path, name = place.split(".")
     target: Any = report

@@ -56,7 +56,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def download_from(
     hub: Hub, tmp_path: Path, revision: str, token: str | None = None, offline: bool = False, **environment: str
 ) -> Path:
-    """Runs the stage's work in a process of its own, as the flow does; returns the directory that it filled."""
+    """Run the stage's work in a separate process, as the flow does; return the directory that it filled."""
     target = tmp_path / "store" / "download" / ".partial-x" / "data"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -73,7 +73,7 @@ def download_from(
 
 
 def bring(benchmark: str, source: Path | str, tmp_path: Path, revision: str = "", **environment: str) -> Path:
-    """Runs download_dataset as the flow does; returns the directory that it filled."""
+    """Run download_dataset as the flow does; return the directory that it filled."""
     row = find_benchmark(benchmark)
     target = tmp_path / "store" / benchmark / ".partial-x" / "data"
     target.mkdir(parents=True)
@@ -91,7 +91,7 @@ def bring(benchmark: str, source: Path | str, tmp_path: Path, revision: str = ""
 
 
 def bring_text(source: str, tmp_path: Path, revision: str, **environment: str) -> Path:
-    """Runs download_text as the flow does; returns the directory that it filled."""
+    """Run download_text as the flow does; return the directory that it filled."""
     target = tmp_path / "store" / "download_text" / ".partial-x" / "data"
     target.mkdir(parents=True)
     call = {
@@ -390,7 +390,7 @@ def digests(folder: Path) -> set[str]:
 
 
 def write_rows(folder: Path) -> Path:
-    """Writes a dataset in the layout of no built-in one."""
+    """Write a dataset in the layout of no built-in one."""
     import pyarrow
     import pyarrow.parquet
 
@@ -434,7 +434,7 @@ def test_a_benchmark_of_another_layout_is_refused(hub: Hub, tmp_path: Path) -> N
 
 
 def damaged(benchmark: str, name: str, tmp_path: Path, damage: Callable[[list[dict[str, Any]]], Any]) -> Path:
-    """Copies a built-in benchmark with one of its files changed: `damage` changes the rows, or returns a table."""
+    """Copy a built-in benchmark with one of its files changed: `damage` changes the rows, or returns a table."""
     import pyarrow
     import pyarrow.parquet
 

@@ -63,7 +63,7 @@ def test_too_little_disk_for_the_program_is_reported_with_both_sizes(quantized: 
 
 
 def divergences(program: str, checkpoint: str) -> dict[str, Any]:
-    """Returns the KL divergences from the checkpoint of a short text, read at once and token by token."""
+    """Return the KL divergences from the checkpoint of a short text, read at once and token by token."""
     import torch
 
     from quantize_gemma.tasks.models.checkpoint import load_model

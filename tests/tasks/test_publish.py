@@ -61,12 +61,12 @@ def release(tmp_path: Path) -> Path:
 
 
 def publish(hub: Hub, release: Path, token: str = WRITER, **settings: Any) -> dict[str, Any]:
-    """Puts the files into a store, as the card's stage does, and publishes that."""
+    """Put the files into a store, as the card's stage does, and publish that."""
     return send(hub, make(release), token, **settings)
 
 
 def make(release: Path) -> Artifact:
-    """Returns an artifact with these files and their list, as the card's stage makes it."""
+    """Return an artifact with these files and their list, as the card's stage makes it."""
     files = sorted(files_of(release).items())
     key = hashlib.sha256(b"".join(name.encode() + content for name, content in files)).hexdigest()
 
@@ -79,7 +79,7 @@ def make(release: Path) -> Artifact:
 
 
 def send(hub: Hub, artifact: Artifact, token: str = WRITER, **settings: Any) -> dict[str, Any]:
-    """Publishes from a process of its own: the Hub's address is read when its client is imported."""
+    """Publish from a process of its own: the Hub's address is read when its client is imported."""
     how = {"private": False, "tagged": False, **settings}
     return in_process("publish_in_process", hub, token, {"release": str(artifact.path)}, {"repository": TARGET, **how})
 
@@ -294,7 +294,7 @@ def test_a_target_that_can_be_written_passes(hub: Hub, release: Path, tmp_path: 
 
 
 def add(hub: Hub, folder: Path, **files: str) -> None:
-    """Adds a person's files to the target."""
+    """Add a person's files to the target."""
     for name, text in files.items():
         folder.mkdir(exist_ok=True)
         (folder / name.replace("__", ".")).write_text(text)
@@ -393,7 +393,7 @@ def test_a_file_of_the_release_before_that_a_person_has_changed_stays(hub: Hub, 
 
 
 def flip(path: Path) -> None:
-    """Flips a bit as a bad disk does: the file's size and times stay."""
+    """Flip a bit as a bad disk does: the file's size and times stay."""
     before = path.stat()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -40,14 +40,14 @@ def in_its_process(function: str, monkeypatch: pytest.MonkeyPatch, /, **argument
 
 
 def evaluated(checkpoint: Path, target: Path, limit: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Evaluates as the flow does, on the built-in ChartQA; returns results and samples."""
+    """Evaluate as the flow does, on the built-in ChartQA; return results and samples."""
     evaluate(target, checkpoint, CHARTS, "chartqa", limit)
     results = json.loads((target / "results" / "results.json").read_text())
     return results, read_samples(target / "results")
 
 
 def evaluate_with_lm_eval(checkpoint: str, dataset: str, limit: int) -> dict[str, Any]:
-    """Runs lm-eval's own multimodal model, with its own prompts, batches and `generate`, on our task."""
+    """Run lm-eval's own multimodal model, with its own prompts, batches and `generate`, on our task."""
     from lm_eval import simple_evaluate
     from lm_eval.models.hf_vlms import HFMultimodalLM
 
@@ -157,7 +157,7 @@ def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_stand
 
 
 def generate_alone_and_in_a_row(checkpoint: str, dataset: str, numbers: list[int]) -> dict[str, Any]:
-    """Answers the questions backwards, one by one, then as they come, and counts how often an image is encoded."""
+    """Answer the questions backwards, one by one, then as they come, and count how often an image is encoded."""
     from transformers import SiglipVisionModel
 
     from quantize_gemma.tasks.evaluate.chartqa import load_chartqa_scorer
@@ -276,7 +276,7 @@ def test_a_score_is_the_one_by_hand(answer: str, label: str, official: bool, nor
 
 
 def answer_all(checkpoint: str, program: str) -> dict[str, Any]:
-    """Returns the program's answers to all questions, in this process."""
+    """Return the program's answers to all questions, in this process."""
     from quantize_gemma.tasks.evaluate.chartqa import load_chartqa_program_scorer
     from quantize_gemma.tasks.models.datasets import read_chartqa
 

@@ -114,7 +114,7 @@ def packed(checkpoints: dict[str, Path]) -> Callable[..., Any]:
 
 
 def requests(lengths: list[int], continuations: list[int]) -> list[Any]:
-    """Makes requests of random tokens. Each context has all these lengths of continuation, the first one twice."""
+    """Make requests of random tokens. Each context has all these lengths of continuation, the first one twice."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +127,7 @@ def requests(lengths: list[int], continuations: list[int]) -> list[Any]:
 
 
 def alone(model: Any, asked: list[Any]) -> list[Any]:
-    """Answers each request by a forward of its own, with log-softmax over every position, as the library's model."""
+    """Answer each request by a forward of its own, with log-softmax over every position, as the library's model."""
     import torch
 
     answers = []

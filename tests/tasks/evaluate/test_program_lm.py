@@ -46,7 +46,7 @@ def requests(lengths: list[int], continuations: list[int]) -> list[Any]:
 
 
 def alone(release: Path, asked: list[Any]) -> list[Any]:
-    """Answers each request with a program that was just loaded."""
+    """Answer each request with a program that was just loaded."""
     import torch
 
     from quantize_gemma.tasks.models.pte import PteProgram

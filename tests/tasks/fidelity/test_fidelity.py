@@ -28,7 +28,7 @@ def read_text() -> str:
 
 
 def run(folder: Path, base: Path, checkpoint: Path, parts: int = 1) -> dict[str, Any]:
-    """Runs both stages in parts, outside a store; returns the metrics. The artifacts are in `folder`."""
+    """Run both stages in parts, outside a store; return the metrics. The artifacts are in `folder`."""
     states = [folder / f"states-{part}" for part in range(parts)]
     tokens = [folder / f"tokens-{part}" for part in range(parts)]
     for part in range(parts):

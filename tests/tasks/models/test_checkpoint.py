@@ -38,7 +38,7 @@ def check(model: Path) -> None:
 
 
 def refused(model: Path, *words: str) -> None:
-    """Checks that the model is refused in one sentence with these words, and that it is not copied either."""
+    """Check that the model is refused in one sentence with these words, and that it is not copied either."""
     with pytest.raises(UserError) as refusal:
         check(model)
     message = str(refusal.value)
@@ -69,7 +69,7 @@ def write_raw_header(path: Path, header: Any, data: bytes) -> None:
 
 
 def shard(model: Path) -> tuple[Path, Path]:
-    """Splits the model's file into two with an index; returns the files."""
+    """Split the model's file into two with an index; return the files."""
     header, data = read_raw_header(model / "model.safetensors")
     header.pop("__metadata__", None)
     files = [model / f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
@@ -293,7 +293,7 @@ def test_a_wrong_index_is_refused(model: Path, change: Callable[[dict[str, Any]]
 
 
 def tensor(**changes: Any) -> Callable[[dict[str, Any]], object]:
-    """Changes the entry of the header's embedding."""
+    """Change the entry of the header's embedding."""
     return lambda header: header[EMBEDDING].update(changes)
 
 

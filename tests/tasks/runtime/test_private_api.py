@@ -125,7 +125,7 @@ def test_clients_that_cannot_be_made_patient_stay_as_they_are_with_a_warning(
 
 
 def check_without_fake_tensors(checkpoint: str, change: str) -> dict[str, Any]:
-    """Checks a model directory in a process whose torch lacks the mode, or has one with other parameters."""
+    """Check a model directory in a process whose torch lacks the mode, or has one with other parameters."""
     # What torch itself takes from there when it is first used.
     import torch._dynamo.device_interface  # noqa: F401
     from torch._subclasses import fake_tensor

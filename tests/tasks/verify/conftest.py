@@ -42,7 +42,7 @@ def program(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(function: str, checkpoint: Path, target: Path, **options: str) -> Path:
-    """Exports in a process of its own, as the flow does."""
+    """Export in a separate process, as the flow does."""
     call = {"function": function, "target": str(target), "paths": {"checkpoint": str(checkpoint)}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))

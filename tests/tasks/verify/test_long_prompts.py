@@ -52,7 +52,7 @@ def test_a_prompt_has_exactly_the_requested_tokens() -> None:
 
 
 def export_as_the_library(target: Path, checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
-    """Exports with optimum-executorch's own cache, a ring of twice the sliding window."""
+    """Export with optimum-executorch's own cache, a ring of twice the sliding window."""
     import torch
     from optimum.exporters.executorch.convert import export_to_executorch
     from optimum.exporters.executorch.tasks.causal_lm import load_causal_lm_model

@@ -38,7 +38,7 @@ from tests.tasks.verify.conftest import MAX_SEQ_LEN, WINDOW, export
 
 
 def failed_checks(checks: list[RunnerCheck]) -> dict[str, str]:
-    """Judges a release whose runner did this; returns the messages of the failed checks."""
+    """Judge a release whose runner did this; return the messages of the failed checks."""
     metrics = example_json()
     metrics["program"]["runner"] = [asdict(check) for check in checks]
     parsed = parse_metrics(metrics)
@@ -79,7 +79,7 @@ def test_a_text_only_program_is_asked_for_no_images(small: Path, program: Path) 
 
 
 def chat_prompt() -> str:
-    """Returns the short question that the runner's check asks, in the chat template."""
+    """Return the short question that the runner's check asks, in the chat template."""
     from transformers import AutoTokenizer
 
     chat = [{"role": "user", "content": TEXT_PROMPT}]
@@ -88,7 +88,7 @@ def chat_prompt() -> str:
 
 
 def first_tokens(program: Path, count: int) -> list[int]:
-    """Returns a program's greedy answer to the short question."""
+    """Return a program's greedy answer to the short question."""
     from transformers import AutoTokenizer
 
     from quantize_gemma.tasks.models.pte import PteProgram
@@ -123,7 +123,7 @@ def test_the_runner_stops_at_every_end_token_and_one_that_the_program_does_not_k
 
 
 def generate_with_the_runner(program: str, prompt: str) -> dict[str, Any]:
-    """Returns how many tokens the stock runner generates of at most 8, in this process."""
+    """Return how many tokens the stock runner generates of at most 8, in this process."""
     import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
     import executorch.kernels.quantized  # noqa: F401 (registers operators)
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
@@ -158,7 +158,7 @@ def test_both_tokenizers_read_every_text_alike() -> None:
 
 
 def with_tokenizer(target: Path, **changes: Any) -> Path:
-    """Returns the built-in model with other values in tokenizer.json."""
+    """Return the built-in model with other values in tokenizer.json."""
     shutil.copytree(BUILTIN["tiny-gemma3"], target)
     path = target / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -236,7 +236,7 @@ def test_a_runner_that_remembers_the_conversation_before_fails(
 
 
 def run_without_reset(release: str) -> dict[str, Any]:
-    """Runs the scenarios in a runner that is never reset, in this process; returns the names of the failed checks."""
+    """Run the scenarios in a runner that is never reset, in this process; return the names of the failed checks."""
     from executorch.extension.llm.runner import MultimodalRunner
 
     class Remembering:
@@ -247,7 +247,7 @@ def run_without_reset(release: str) -> dict[str, Any]:
             self.runner = MultimodalRunner(program, f"{checkpoint}/tokenizer.json")
 
         def reset(self) -> None:
-            """Forgets nothing."""
+            """Forget nothing."""
 
         def generate(self, *arguments: Any) -> None:
             # When the cache is full, it fails.
