@@ -16,7 +16,7 @@ def test_exact_pins_are_lifted_and_set_to_the_versions_that_were_resolved() -> N
     )
 
 
-def test_what_came_went_or_changed_is_named_whatever_the_spelling() -> None:
+def test_added_removed_and_changed_packages_are_listed_in_any_spelling() -> None:
     before = update.versions("a==1\nb_c==2\nd==3\n")
     assert update.difference(before, {"a": "1.1", "b-c": "2", "e": "4"}) == [
         "a: 1 -> 1.1",

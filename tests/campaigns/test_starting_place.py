@@ -6,5 +6,5 @@ from tests.campaigns.starting_place import starts
 from tests.conftest import CommandLine, Outcome
 
 
-def test_a_command_believes_nothing_of_where_it_is_started(released: Outcome, command_line: CommandLine) -> None:
+def test_a_command_trusts_nothing_in_its_working_directory(released: Outcome, command_line: CommandLine) -> None:
     assert [failure for failure in starts(command_line, 4, random.Random(1)) if failure] == []

@@ -83,7 +83,7 @@ def test_a_bad_checkpoint_is_named_and_nothing_is_left(
     refused(fresh, words, "--model", str(model), *data)
 
 
-def test_too_little_disk_is_said_with_both_sizes(tiny_copy: Callable[[], Path], tmp_path: Path) -> None:
+def test_too_little_disk_space_is_reported_with_both_sizes(tiny_copy: Callable[[], Path], tmp_path: Path) -> None:
     from quantize_gemma.tasks.check import disk_needed
 
     # /dev/shm is no larger than memory, and a run writes several times the model's size: this one only fits in memory.
@@ -170,7 +170,7 @@ def test_json_is_printed_whatever_is_wrong(arguments: list[str], error: str, fre
     }
 
 
-def test_an_error_that_nobody_thought_of_is_told_in_the_json_and_where_it_was_on_stderr(fresh: CommandLine) -> None:
+def test_an_unexpected_error_is_in_the_json_and_its_traceback_on_stderr(fresh: CommandLine) -> None:
     outcome = fresh("run", "--json", PREFECT_SERVER_LOGGING_LEVEL="LOUD")
     assert outcome.code == 1
     assert "LOUD" in outcome.summary["error"]
@@ -317,7 +317,7 @@ def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_ne
     refused(fresh, ["takes about", "GB of memory", "this machine has"], "--model", str(model))
 
 
-def test_a_cuda_device_that_is_not_there_is_said_before_anything_starts(
+def test_a_missing_cuda_device_is_an_error_before_anything_starts(
     fresh: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -341,7 +341,7 @@ def test_a_malformed_recipe_is_named(rules: str, words: list[str], fresh: Comman
     refused(fresh, words, "--recipe", str(tmp_path / "mine.json"))
 
 
-def test_prune_removes_what_died_and_keeps_what_works(fresh: CommandLine) -> None:
+def test_prune_removes_unfinished_work_and_keeps_work_in_progress(fresh: CommandLine) -> None:
     dead = fresh.home / "quantize" / ".partial-0123456789abcdef-0" / "data"
     dead.mkdir(parents=True)
     whole = fresh.home / "quantize" / ("a" * 64) / "data"

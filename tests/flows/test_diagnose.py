@@ -40,7 +40,7 @@ def test_a_diagnosis_uses_what_a_run_has_made_and_shows_tables_and_a_heat_map(
 @pytest.mark.parametrize(
     "arguments", [("--model", "/no/such/model"), ("--text-windows", "none"), ("--refresh", "export")]
 )
-def test_a_diagnosis_that_cannot_work_says_so_in_json(arguments: tuple[str, ...], command_line: CommandLine) -> None:
+def test_a_diagnosis_that_fails_says_so_in_json(arguments: tuple[str, ...], command_line: CommandLine) -> None:
     refused = command_line("diagnose", "--json", *arguments)
     assert refused.code == 2
     summary = json.loads(refused.stdout)

@@ -143,7 +143,7 @@ def test_an_unchanged_commit_is_not_transferred_and_an_unchanged_release_not_com
 
 
 @pytest.mark.long
-def test_a_misbehaving_hub_is_tried_again(
+def test_requests_to_a_failing_hub_are_retried(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
 ) -> None:
     hub.faults.add(method="GET", path=f"/api/models/{MODEL}", status=503, times=1)
@@ -161,7 +161,7 @@ def test_a_misbehaving_hub_is_tried_again(
 
 
 @pytest.mark.long
-def test_offline_a_run_goes_on_with_what_it_has_and_says_so(
+def test_offline_a_run_uses_the_store_and_says_so(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
 ) -> None:
     with socket.socket() as reserved:
@@ -199,7 +199,7 @@ def test_offline_a_run_goes_on_with_what_it_has_and_says_so(
         (("--target", TARGET, "--create-pr", "--tag"), {}, ["pull request", "tag"]),
     ],
 )
-def test_a_refusal_costs_seconds_and_says_what_to_do(
+def test_a_rejected_run_costs_seconds_and_says_what_to_do(
     published: Outcome,
     hub: Hub,
     command_line: CommandLine,
@@ -274,7 +274,7 @@ def test_a_recipe_is_calibrated_on_a_dataset_at_its_commit(
 
 
 @pytest.mark.long
-def test_what_the_hub_refuses_when_all_is_made_is_a_failure_not_a_mistake(
+def test_a_request_that_the_hub_rejects_after_the_release_is_complete_is_a_failure_not_a_mistake(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
 ) -> None:
     release = command_line(*RUN, **environment).summary["release"]

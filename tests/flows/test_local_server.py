@@ -41,7 +41,7 @@ def run(patience: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_a_client_that_is_made_while_the_server_is_away_waits_for_it() -> None:
+def test_a_client_that_is_created_while_the_server_is_down_waits_for_it() -> None:
     done = run("patient")
     assert done.returncode == 0, done.stderr
 

@@ -231,7 +231,7 @@ def test_a_device_report_makes_only_the_card_again_and_that_of_another_program_s
     assert f"SHA-256 {REPORT['program']['sha256']}, but this release's has {sha256}" in refused.summary["error"]
 
 
-def test_a_run_believes_nothing_of_the_directory_where_it_starts(
+def test_a_run_trusts_nothing_in_its_working_directory(
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:
     """`cd cloned-model && quantize-gemma run --model .`, where the model brings modules and settings of its own."""
@@ -393,7 +393,7 @@ def keep(_tensors: dict[str, Any], _name: str) -> None:
         (keep, "embed_scale"),
     ],
 )
-def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fall_through_the_gate(
+def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fail_the_gate(
     released: Outcome,
     command_line: CommandLine,
     tmp_path: Path,
@@ -599,7 +599,7 @@ def test_a_damaged_artifact_runs_its_stage_again_and_no_other(
 
 
 @pytest.mark.long
-def test_a_stage_that_dies_is_named_while_others_finish_and_the_next_run_goes_on_from_there(
+def test_a_stage_that_dies_is_named_while_others_finish_and_the_next_run_resumes_there(
     released: Outcome, command_line: CommandLine
 ) -> None:
     shutil.rmtree(artifact(command_line, released, "smoke"))
@@ -626,7 +626,7 @@ def test_a_stage_that_dies_is_named_while_others_finish_and_the_next_run_goes_on
     ("sent", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGTERM)],
 )
-def test_an_interrupted_run_ends_at_once_and_leaves_no_process(
+def test_an_interrupted_run_ends_immediately_and_leaves_no_process(
     released: Outcome, command_line: CommandLine, sent: signal.Signals, code: int
 ) -> None:
     shutil.rmtree(artifact(command_line, released, "export"))

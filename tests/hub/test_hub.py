@@ -121,7 +121,7 @@ def test_snapshot_download_brings_what_was_added(hub: Hub, model: Path, tmp_path
     assert hub.requests("GET", "/lfs/")[0]["sent"] == len(WEIGHTS)
 
 
-def test_a_cut_download_goes_on_where_it_stopped(hub: Hub, model: Path, tmp_path: Path) -> None:
+def test_an_interrupted_download_resumes_where_it_stopped(hub: Hub, model: Path, tmp_path: Path) -> None:
     weights = WEIGHTS * 50
     (model / "model.safetensors").write_bytes(weights)
     hub.add("model", "lab/m", model)
@@ -166,7 +166,7 @@ def test_upload_folder_makes_one_commit_with_every_file(hub: Hub, api: HfApi, mo
     assert again.oid == commit.oid, "nothing changed, so the client makes no commit"
 
 
-def test_an_object_that_is_there_is_not_sent_again(hub: Hub, api: HfApi) -> None:
+def test_an_existing_object_is_not_sent_again(hub: Hub, api: HfApi) -> None:
     api.create_repo("lab/m")
     api.preupload_lfs_files("lab/m", [addition("model.safetensors", WEIGHTS)])
     assert [entry["received"] for entry in hub.requests("PUT", "/lfs/")] == [len(WEIGHTS)]
@@ -195,7 +195,9 @@ def test_a_commit_on_a_head_that_has_moved_is_refused(hub: Hub, api: HfApi, mode
         ({"key": "moved", "value": {}}, "unknown operation 'moved'"),
     ],
 )
-def test_a_commit_of_what_never_arrived_is_refused(hub: Hub, api: HfApi, line: dict[str, object], message: str) -> None:
+def test_a_commit_of_an_object_that_was_never_uploaded_is_refused(
+    hub: Hub, api: HfApi, line: dict[str, object], message: str
+) -> None:
     api.create_repo("lab/m")
     header = {"key": "header", "value": {"summary": "Add", "description": ""}}
     answer = httpx.post(
@@ -293,7 +295,7 @@ def test_info_tells_the_card_and_the_files_sizes_and_hashes(hub: Hub, api: HfApi
     assert api.repo_info("lab/m", repo_type=kind).siblings[0].size is None
 
 
-def test_what_is_not_there_is_the_clients_own_exception(hub: Hub, api: HfApi, model: Path, tmp_path: Path) -> None:
+def test_missing_resources_raise_the_clients_own_exception(hub: Hub, api: HfApi, model: Path, tmp_path: Path) -> None:
     sha = hub.add("model", "lab/m", model)
     with pytest.raises(RepositoryNotFoundError):
         api.model_info("lab/missing")
@@ -332,7 +334,7 @@ def test_a_gated_repository_shows_its_files_names_only(hub: Hub, api: HfApi, mod
     assert (Path(api.snapshot_download("google/gated", cache_dir=tmp_path)) / "README.md").read_bytes() == CARD
 
 
-def test_writing_needs_a_token_that_may(hub: Hub, api: HfApi, model: Path) -> None:
+def test_writing_needs_a_token_with_write_access(hub: Hub, api: HfApi, model: Path) -> None:
     hub.add("model", "lab/m", model)
     refusals = {"hf_reader": "403 Forbidden", "hf_other": "403 Forbidden", "hf_unknown": "Invalid credentials"}
     for token, message in refusals.items():
@@ -410,7 +412,7 @@ def test_a_commit_is_made_though_its_answer_is_lost(hub: Hub, api: HfApi, fault:
     assert hub.read("model", "lab/m", "a.txt") == b"a"
 
 
-def test_a_delay_outlasts_an_impatient_client(hub: Hub, api: HfApi, model: Path) -> None:
+def test_a_delay_exceeds_the_clients_timeout(hub: Hub, api: HfApi, model: Path) -> None:
     hub.add("model", "lab/m", model)
     hub.faults.add(path="/api/models/", delay=0.3)
     with pytest.raises(httpx.ReadTimeout):

@@ -268,7 +268,7 @@ def dead_run(sqlite: Operation, command_line: CommandLine) -> str:
 
 
 @pytest.mark.long
-def test_after_a_machine_died_the_next_run_goes_on_from_the_finished_stages(
+def test_after_a_machine_died_the_next_run_resumes_from_the_finished_stages(
     sqlite: Operation, dead_run: str, command_line: CommandLine
 ) -> None:
     with sqlite.worker():
@@ -343,7 +343,7 @@ def test_a_bad_value_is_refused_before_a_run_exists(sqlite: Operation) -> None:
     assert len(sqlite.read("flow_runs/filter", {"flow_runs": {"deployment_id": {"is_null_": False}}})) == before
 
 
-def test_a_refused_release_is_told_to_the_webhook(
+def test_a_failed_release_is_reported_to_the_webhook(
     postgres: Operation, alerts: tuple[str, list[dict[str, str]]]
 ) -> None:
     """On PostgreSQL: on SQLite Prefect drops an event when two of its writers meet ("database is locked")."""
@@ -462,7 +462,7 @@ def test_the_dashboard_shows_the_stages_the_card_and_the_chart(sqlite: Operation
 
 
 @pytest.mark.long
-def test_a_night_without_a_nightly_is_told(
+def test_a_missed_nightly_run_is_reported(
     sqlite: Operation, last_night: str, alerts: tuple[str, list[dict[str, str]]]
 ) -> None:
     deadline = time.monotonic() + 150

@@ -74,7 +74,7 @@ def test_a_page_of_another_origin_is_not_allowed_to_send_the_password(server: Lo
     assert ours.headers["access-control-allow-origin"] == server.ui
 
 
-def test_a_name_that_was_made_to_stand_for_this_machine_gets_nothing(server: LocalServer) -> None:
+def test_a_host_name_that_resolves_to_this_machine_gets_nothing(server: LocalServer) -> None:
     """To a browser, a page of that name is of the server's own origin."""
     user, word = server.password.split(":")
     for path in ("/", "/sign-in", "/ui-settings", "/api/health"):
@@ -251,7 +251,7 @@ def test_serve_ends_when_its_server_does(command_line: CommandLine, tmp_path: Pa
     assert not psutil.wait_procs(started, timeout=30)[1]
 
 
-def test_serve_hands_nothing_to_another_program_that_has_its_port(command_line: CommandLine, tmp_path: Path) -> None:
+def test_serve_sends_nothing_to_another_program_on_its_port(command_line: CommandLine, tmp_path: Path) -> None:
     with another_program() as http:
         environment = {**command_line.environment(), "PREFECT_HOME": str(tmp_path), "HF_TOKEN": SECRET}
         environment |= {"PREFECT_API_URL": f"http://127.0.0.1:{http.server_port}/api"}

@@ -334,7 +334,7 @@ def test_a_calibration_dataset_on_the_hub_is_in_the_metadata_and_a_text_file_is_
         assert yaml.safe_load(text.split("---")[1]).get("datasets") == expected
 
 
-def test_the_card_starts_with_what_it_is_how_good_how_large_and_how_fast(measured: dict[str, Any]) -> None:
+def test_the_card_starts_with_a_summary_of_quality_size_and_speed(measured: dict[str, Any]) -> None:
     summary = card(measured).split("\n# Running with transformers\n")[0]
     measurements = ("KL divergence from the base model, nats", "same top token as the base model")
     for row in ("size", *measurements, "speed, tokens/s"):

@@ -91,7 +91,7 @@ def test_a_run_that_writes_nothing_is_not_refused_however_large_its_model_is(hom
         check_disk(weight_bytes)
 
 
-def test_a_store_full_of_other_models_counts_for_nothing(home: Path) -> None:
+def test_a_store_with_other_models_does_not_count(home: Path) -> None:
     other = home / "download" / ".incoming-0123456789abcdef"
     other.mkdir(parents=True)
     with (other / "model.safetensors").open("wb") as stream:
@@ -100,7 +100,7 @@ def test_a_store_full_of_other_models_counts_for_nothing(home: Path) -> None:
         check_disk(shutil.disk_usage(home).free * 2)
 
 
-def test_what_an_interrupted_download_of_this_revision_has_brought_is_written(home: Path) -> None:
+def test_bytes_of_an_interrupted_download_of_this_revision_count_as_written(home: Path) -> None:
     incoming = home / "download" / ".incoming-0123456789abcdef"
     incoming.mkdir(parents=True)
     (incoming / "model.safetensors").write_bytes(bytes(1 << 20))

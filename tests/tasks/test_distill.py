@@ -105,7 +105,7 @@ def test_a_student_is_the_checkpoint_as_transformers_loads_it(inputs: dict[str, 
     assert float((expected.exp() * (expected - loaded[0])).sum(-1).mean()) < 1e-4
 
 
-def test_a_killed_training_goes_on_at_its_last_measurement_and_ends_with_the_same_bytes(
+def test_a_killed_training_resumes_at_its_last_measurement_and_ends_with_the_same_bytes(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, said = run(tmp_path / "whole", inputs, refresh=True)
@@ -141,7 +141,7 @@ def test_the_base_models_states_are_computed_once(
     run(tmp_path / "second", {**inputs, "recipe": other})
 
 
-def test_one_sequence_is_too_little_to_learn_from_and_to_measure_on(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_a_single_sequence_is_too_little_to_train_and_to_measure_on(inputs: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("One sequence of a few words is all there is.")
     text = str(tmp_path / "text.txt")
     with pytest.raises(UserError, match="distillation needs another to measure on"):
@@ -180,7 +180,7 @@ def test_gradients_are_those_of_the_dequantized_product(groups: int) -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_every_sequence_is_learned_from_before_any_comes_again() -> None:
+def test_every_sequence_is_used_once_per_epoch() -> None:
     learned = list(range(3, 3 + 5 * STEP_SEQUENCES))
     steps = [training.choose_batch(learned, step, 600) for step in range(10)]
     for first in (0, 5):
@@ -194,7 +194,7 @@ def test_every_sequence_is_learned_from_before_any_comes_again() -> None:
     assert all(torch.equal(*pair) for pair in zip(steps[3], training.choose_batch(learned, 3, 600), strict=True))
 
 
-def test_a_training_that_gets_no_better_stops_with_its_best() -> None:
+def test_a_training_without_improvement_stops_with_its_best_parameters() -> None:
     history = [(0, 0.2), (10, 0.1), *((20, 0.1 + number / 100) for number in range(training.PATIENCE))]
     assert training.State(step=30, history=history).stops(100)
     assert not training.State(step=30, history=history[:-1]).stops(100)

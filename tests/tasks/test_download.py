@@ -130,7 +130,7 @@ def test_a_pinned_commit_is_fetched_though_the_branch_has_moved(hub: Hub, tmp_pa
     assert (target / "generation_config.json").read_text() != "{}"
 
 
-def test_the_librarys_offline_mode_asks_nobody(hub: Hub, tmp_path: Path) -> None:
+def test_the_librarys_offline_mode_sends_no_request(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.log.clear()
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
@@ -138,7 +138,7 @@ def test_the_librarys_offline_mode_asks_nobody(hub: Hub, tmp_path: Path) -> None
     assert not hub.log
 
 
-def test_a_cut_transfer_goes_on_from_its_last_byte(hub: Hub, tmp_path: Path) -> None:
+def test_an_interrupted_transfer_resumes_from_its_last_byte(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     size = (BUILTIN["tiny-gemma3"] / WEIGHTS).stat().st_size
     hub.faults.add(method="GET", path=r"/lfs/", cut=300_000, times=1)
@@ -180,7 +180,7 @@ def test_a_wrong_file_is_fetched_again_and_named_if_it_is_wrong_again(hub: Hub, 
         ({"cut": 10}, 0.0),
     ],
 )
-def test_what_may_pass_by_itself_is_marked_so(
+def test_transient_failures_are_marked_as_such(
     hub: Hub, tmp_path: Path, fault: dict[str, Any], retry_after: float
 ) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
@@ -200,7 +200,7 @@ def test_what_may_pass_by_itself_is_marked_so(
         ({"RateLimit": '"api";r=0;t=99999999999'}, "more than a year"),
     ],
 )
-def test_a_hub_that_wants_to_be_left_alone_for_hours_ends_the_stage_and_says_until_when(
+def test_a_retry_after_of_hours_ends_the_stage_and_says_when_to_retry(
     hub: Hub, tmp_path: Path, headers: dict[str, str], words: str
 ) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
@@ -211,7 +211,7 @@ def test_a_hub_that_wants_to_be_left_alone_for_hours_ends_the_stage_and_says_unt
     assert len(hub.requests("GET", "resolve")) == 1
 
 
-def test_an_answer_that_cannot_be_read_may_pass_by_itself(hub: Hub, tmp_path: Path) -> None:
+def test_an_unreadable_response_is_transient(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="/api/models", wrong_bytes=True)
     with pytest.raises(StageFailed, match="the Hub's response for team/tiny cannot be read") as failure:
@@ -231,7 +231,7 @@ def test_an_error_in_our_own_code_is_one_line_for_the_user_and_a_traceback_witho
     assert "MARKED" not in caplog.text + str(failure.value)
 
 
-def test_what_a_name_stood_for_last_is_remembered_for_that_name_and_that_revision_alone(
+def test_the_last_resolved_revision_is_remembered_for_that_name_and_revision_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
@@ -250,7 +250,7 @@ def resolve_in_process(_target: Path, /, name: str) -> dict[str, Any]:
     return {"metadata": asdict(resolve_model(name, None, offline=False))}
 
 
-def test_whether_a_model_on_the_hub_reads_images_is_known_before_its_files_are_there(
+def test_whether_a_model_on_the_hub_is_multimodal_is_known_before_the_download(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
@@ -280,7 +280,9 @@ def test_whether_a_model_on_the_hub_reads_images_is_known_before_its_files_are_t
         ({"status": 404, "error_code": "RevisionNotFound"}, ["no revision"]),
     ],
 )
-def test_a_refusal_says_what_to_do(hub: Hub, tmp_path: Path, fault: dict[str, Any], words: list[str]) -> None:
+def test_an_error_from_the_hub_says_what_to_do(
+    hub: Hub, tmp_path: Path, fault: dict[str, Any], words: list[str]
+) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="resolve", **fault)
     with pytest.raises(UserError) as refusal:
@@ -533,7 +535,7 @@ def test_a_damaged_benchmark_ends_the_download(benchmark: str, fixture: str, tmp
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("place", [0, 999])
-def test_an_infinity_is_found_wherever_it_is(
+def test_an_infinity_is_found_in_any_position(
     dtype: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -551,7 +553,7 @@ def test_an_infinity_is_found_wherever_it_is(
 
 
 @pytest.mark.parametrize("change", ["written", "added", "removed"])
-def test_a_directory_that_changes_after_the_run_has_started_is_no_base(
+def test_a_directory_that_changes_after_the_run_started_is_rejected(
     change: str, tmp_path: Path, tiny_copy: Callable[[], Path]
 ) -> None:
     model = tiny_copy()
@@ -569,7 +571,7 @@ def test_a_directory_that_changes_after_the_run_has_started_is_no_base(
         download(tmp_path / "target", str(model), resolved.revision, offline=False)
 
 
-def test_a_refusal_names_the_secret_block_that_goes_before_a_valid_token(hub: Hub, tmp_path: Path) -> None:
+def test_an_error_names_the_secret_block_that_takes_precedence_over_a_valid_token(hub: Hub, tmp_path: Path) -> None:
     """An old block wins over HF_TOKEN: whoever sets the variable again would look for long."""
     hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.restrict("model", NAME, gated=True)

@@ -176,7 +176,7 @@ def test_files_of_the_previous_release_are_deleted_and_a_persons_files_stay(
     assert not hub.requests("PUT", "")
 
 
-def test_a_head_that_moves_meanwhile_is_read_again(hub: Hub, release: Path) -> None:
+def test_a_head_that_moves_in_the_meantime_is_read_again(hub: Hub, release: Path) -> None:
     publish(hub, release)
     (release / "config.json").write_text('{"changed": true}')
     hub.faults.add(method="POST", path="/commit/", status=412, times=2)
@@ -338,7 +338,7 @@ def test_a_repository_with_content_that_no_release_wrote_is_refused_unless_it_is
         ("My notes", True),
     ],
 )
-def test_the_stub_that_the_hub_makes_is_not_content(hub: Hub, tmp_path: Path, readme: str, content: bool) -> None:
+def test_the_readme_that_the_hub_creates_is_not_content(hub: Hub, tmp_path: Path, readme: str, content: bool) -> None:
     add(hub, tmp_path / "person", README__md=readme)
     if content:
         with pytest.raises(UserError, match=r"quantize-gemma did not write \(README\.md\)"):
@@ -464,9 +464,7 @@ def test_a_file_that_changes_while_it_is_sent_is_not_published(hub: Hub, release
 
 
 @pytest.mark.parametrize("path", ["/preupload/", "/info/lfs/objects/batch", "/commit/"])
-def test_a_hub_that_wants_to_be_left_alone_for_years_ends_the_upload_at_once(
-    hub: Hub, release: Path, path: str
-) -> None:
+def test_a_retry_after_of_years_ends_the_upload_immediately(hub: Hub, release: Path, path: str) -> None:
     hub.faults.add(method="POST", path=path, status=429, headers={"Retry-After": "99999999999"})
     with pytest.raises(StageFailed, match="does not allow another request for more than a year") as failure:
         publish(hub, release)

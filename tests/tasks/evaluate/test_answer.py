@@ -101,7 +101,7 @@ def test_on_a_gpu_and_in_float32_the_batches_depend_on_no_other_shard(tmp_path: 
     assert choose_scorer(tmp_path, tmp_path, None, False, "cpu", "auto", "generate_until").min_questions == 1
 
 
-def test_a_cuda_device_that_is_not_there_is_said(echo: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cuda_device_is_an_error(echo: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -159,7 +159,7 @@ def test_the_scorer_of_a_checkpoint_returns_json_values(release: Path) -> None:
     assert isinstance(rolling[0], float)
 
 
-def test_texts_start_as_long_as_their_tokens_fit_and_one_in_any_case() -> None:
+def test_texts_start_as_long_as_their_tokens_fit_but_at_least_one() -> None:
     from quantize_gemma.tasks.evaluate.packed_generation import Text, take_next
 
     def texts(*lengths: int) -> list[Text]:

@@ -136,7 +136,7 @@ def test_a_text_only_checkpoint_gives_the_numbers_of_the_multimodal_one(
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_logits_exist_for_one_chunk_at_a_time(chunk: int) -> None:
+def test_logits_are_in_memory_for_one_chunk_at_a_time(chunk: int) -> None:
     import torch
 
     from quantize_gemma.tasks.fidelity.tokens import compare_states

@@ -453,7 +453,7 @@ def test_json_that_libraries_read_in_different_ways_is_refused(
         ("processor_config.json", '{"processor_class": "Qwen2VLProcessor"}', ["transformers cannot read"]),
     ],
 )
-def test_what_transformers_cannot_read_is_said_before_a_stage_needs_it(
+def test_what_transformers_cannot_read_is_reported_before_a_stage_needs_it(
     model: Path, name: str, text: str, words: list[str]
 ) -> None:
     (model / name).write_text(text)

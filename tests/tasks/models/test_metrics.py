@@ -23,7 +23,7 @@ from quantize_gemma.tasks.models.metrics import Score
         (0.2, None, 100, True),
     ],
 )
-def test_a_score_that_guesses_explain_is_at_chance(
+def test_a_score_that_guessing_explains_is_at_chance(
     value: float, stderr: float | None, samples: int, at_chance: bool
 ) -> None:
     assert Score(value=value, stderr=stderr, samples=samples).is_at_chance(0.25) is at_chance

@@ -26,9 +26,7 @@ def write(text: str) -> Callable[[Path], dict[str, Any]]:
     return work
 
 
-def test_an_opened_artifact_stays_when_another_run_makes_it_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_opened_artifact_stays_when_another_run_rebuilds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
     store.produce("stage", KEY, write("old"))
     with subprocess.Popen(
@@ -56,7 +54,7 @@ def test_an_opened_artifact_stays_when_another_run_makes_it_again(
     assert not old.path.exists()
 
 
-def test_a_replaced_artifact_that_nobody_reads_is_removed_and_its_reference_fails(
+def test_an_unused_replaced_artifact_is_removed_and_its_reference_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
@@ -73,7 +71,7 @@ def test_a_replaced_artifact_that_nobody_reads_is_removed_and_its_reference_fail
         open_artifact(ref_of(old))
 
 
-def test_an_artifact_that_the_disk_has_changed_fails_and_is_made_again(
+def test_a_corrupted_artifact_fails_and_is_rebuilt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))

@@ -276,7 +276,7 @@ def test_a_difference_of_fingerprints_is_named() -> None:
     assert fingerprint.difference({**here, "code": "0"}, here) == "a different version of this program"
 
 
-def test_every_imported_library_has_its_name_on_the_registry() -> None:
+def test_every_imported_library_has_its_name_on_pypi() -> None:
     installed = packages_distributions()
     names = {name for stage in STAGES.values() for name in fingerprint.reachable_definitions(stage)}
     tops = {top for name in names for top in fingerprint._facts(*name).libraries}

@@ -221,7 +221,7 @@ def test_a_patch_does_not_touch_another_source_than_its_own(patch: Any, monkeypa
 
 
 @pytest.mark.long
-def test_an_export_goes_on_with_the_stock_library_after_one_warning_per_patch_that_does_not_fit(
+def test_an_export_continues_with_the_stock_library_after_one_warning_per_patch_that_does_not_fit(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     done = subprocess.run(

@@ -78,7 +78,7 @@ def test_prefect_opens_no_settings_file_of_the_working_directory(tmp_path: Path)
     assert import_prefect(tmp_path, "ignored") == "None"
 
 
-def test_prefect_believes_the_settings_files_that_are_not_ignored(tmp_path: Path) -> None:
+def test_prefect_reads_the_settings_files_that_are_not_ignored(tmp_path: Path) -> None:
     """If it does not, ignore_settings_files can go."""
     assert import_prefect(tmp_path, "believed") == f"{STRANGERS} .env prefect.toml pyproject.toml"
 
@@ -108,7 +108,7 @@ def test_a_command_is_refused_where_settings_files_cannot_be_ignored(
 
 
 @pytest.mark.parametrize("name", ["PrefectHttpxAsyncClient", "PrefectHttpxSyncClient"])
-def test_clients_that_cannot_be_made_patient_stay_as_they_are_with_a_warning(
+def test_clients_that_cannot_be_patched_are_not_changed_with_a_warning(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from prefect.client import base

@@ -33,7 +33,7 @@ def disk_usage(path: Path) -> int:
     return int(subprocess.run(["du", "-s", "-B1", path], capture_output=True, check=True).stdout.split()[0])
 
 
-def test_pruning_removes_work_that_died_and_leaves_work_in_progress(tmp_path: Path) -> None:
+def test_pruning_removes_unfinished_work_and_keeps_work_in_progress(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from quantize_gemma.tasks.runtime import store\n"
         "def work(target):\n"

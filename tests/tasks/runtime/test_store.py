@@ -85,7 +85,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if not path.name.startswith(".lock")] == [tmp_path / "stage"]
 
 
-def test_of_two_processes_that_want_an_artifact_one_makes_it(tmp_path: Path) -> None:
+def test_if_two_processes_need_an_artifact_one_of_them_builds_it(tmp_path: Path) -> None:
     script = (
         "import time; from pathlib import Path; from quantize_gemma.tasks.runtime import store\n"
         "def work(target):\n"

@@ -184,7 +184,7 @@ def test_a_tokenizer_that_the_runner_cannot_read_ends_the_stage_with_the_reason(
         check_tokenizer(model, [])
 
 
-def test_what_was_not_tried_says_nothing_and_does_not_fail() -> None:
+def test_checks_that_were_not_tested_do_not_fail() -> None:
     assert failed_checks([RunnerCheck("two_images", 0, 0, [])]) == {}
 
 
