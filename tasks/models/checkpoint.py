@@ -228,7 +228,7 @@ def _parse_tensor(path: Path, name: str, tensor: object, first: int) -> TensorIn
             or len(numbers) > 16
             or not all(type(number) is int and 0 <= number < 2**63 for number in numbers)
         ):
-            raise ValueError(f"the {field} of {name} are not whole numbers")
+            raise ValueError(f"the {field} of {name} is not a list of integers")
     dtype = tensor["dtype"]
     if not isinstance(dtype, str):
         raise ValueError(f"the dtype of {name} is not text")

@@ -77,7 +77,7 @@ def retry_refused_connections() -> None:
         if not hasattr(client(verify=False), "_has_connected"):
             warn(
                 f"{_differs('prefect', '3.9.1', f'{client.__name__}._has_connected')}: "
-                "a run may fail if the Prefect server restarts during it"
+                "a run may fail if the Prefect server restarts"
             )
             return
     for client in clients:
