@@ -2,7 +2,7 @@
 
 The runners of phone apps pass a prompt to the program in one chunk: MultimodalRunner never splits it, and TextLLMRunner
 splits only by get_max_seq_len, but lets answers run past the end of the cache if that is less than get_max_context_len
-(v1.4.1, extension/llm/runner/). So a chunk may be as long as the whole sequence. optimum-executorch's ring buffer of
+(extension/llm/runner/). So a chunk may be as long as the whole sequence. optimum-executorch's ring buffer of
 twice the window accepts at most one window at a time: in a longer chunk, the first tokens' keys are overwritten before
 they are used.
 
