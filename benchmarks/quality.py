@@ -177,7 +177,7 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot the recipes' KL divergence over the size of the program, in the format of the file name's extension.
+    """Plot the recipes' KL divergence versus the size of the program, in the format of the file name's extension.
 
     If a program was not exported, the plot shows packed sizes instead.
     """
@@ -185,7 +185,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     drawn_rows = [row for row in rows if row["kl_mean"] > 0]
     exported = all(row.get("program_bytes") for row in drawn_rows)
     size = "program_bytes" if exported else "packed_bytes"
-    title = f"KL divergence over {'program' if exported else 'packed'} size"
+    title = f"KL divergence versus {'program' if exported else 'packed'} size"
     subtitle = "from the base model, weights only, in nats; lower is better"
     with new_figure(path, title, 3.6, WIDE, subtitle) as figure:
         axes = add_axes(figure, 0.55, MARGIN, 0.75, 0.45)
@@ -220,7 +220,7 @@ def main() -> None:
         help="export each recipe's program, for its size [default: export]",
     )
     parser.add_argument(
-        "--plot", type=Path, help="draw KL divergence over the program's size into this file, .png or .svg"
+        "--plot", type=Path, help="plot KL divergence versus the program's size into this file, .png or .svg"
     )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

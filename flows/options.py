@@ -199,7 +199,10 @@ class ExportOptions(Options):
     )
     kv_cache_dtype: Literal["float32", "int8"] = Field(
         default="float32",
-        description="Data type of the KV cache; int8 takes little more than a quarter of the memory and requires custom_kv_cache.",
+        description=(
+            "Data type of the KV cache; int8 takes little more than a quarter of the memory, and requires "
+            "custom_kv_cache."
+        ),
     )
     last_logits_only: bool = Field(
         default=True, description="Return only the logits of the last token, which is all that generation needs."

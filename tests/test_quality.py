@@ -52,6 +52,6 @@ def test_the_plot_is_over_the_programs_size_where_every_program_was_exported(tmp
         draw(rows, tmp_path / "plot.svg")
         return set(re.findall("<!-- (.*) -->", (tmp_path / "plot.svg").read_text("utf-8")))
 
-    assert {"KL divergence over program size", "A  0.440", "B  0.080", "500", "600"} <= texts()
+    assert {"KL divergence versus program size", "A  0.440", "B  0.080", "500", "600"} <= texts()
     rows[1]["program_bytes"] = None
-    assert {"KL divergence over packed size", "A  0.440", "B  0.080", "400"} <= texts()
+    assert {"KL divergence versus packed size", "A  0.440", "B  0.080", "400"} <= texts()
