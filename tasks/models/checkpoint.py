@@ -408,9 +408,11 @@ def drop_vision_encoder(model: "PreTrainedModel") -> None:
 
 
 def disable_activation_quantization(model: "torch.nn.Module") -> None:
-    """Turn off activation quantization in every linear of a loaded model, without changing its weights."""
-    import torch
+    """Turn off activation quantization in every linear of a loaded model, without changing its weights.
 
+    Linears that were dequantized once keep it.
+    """
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and hasattr(module.weight, "activation_quantization"):
-            module.weight.activation_quantization = None
+        weight = getattr(module, "weight", None)
+        if weight is not None and hasattr(weight, "activation_quantization"):
+            weight.activation_quantization = None

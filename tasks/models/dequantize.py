@@ -35,7 +35,8 @@ def dequantize_once(model: torch.nn.Module, head: bool = False, linears: bool = 
     """Replace every quantized linear and embedding of the model.
 
     With `head`, lm_head is dequantized once, too, because text generation needs it for every token. Without `linears`,
-    only embeddings are replaced: torchao's linears then dequantize in every forward pass, and take less memory.
+    no linear is: each dequantizes some rows at a time in every forward pass, in the memory of the stored weights, while
+    torchao's own linear takes several times the memory of the largest dequantized weight.
     """
     fake_quantize = FakeQuantize()
     for parent in list(model.modules()):
@@ -44,8 +45,9 @@ def dequantize_once(model: torch.nn.Module, head: bool = False, linears: bool = 
                 continue
             if isinstance(module, torch.nn.Embedding):
                 setattr(parent, name, _Embedding(module))
-            elif isinstance(module, torch.nn.Linear) and linears:
-                setattr(parent, name, (_Head if name == "lm_head" and not head else _Linear)(module, fake_quantize))
+            elif isinstance(module, torch.nn.Linear):
+                is_dequantized = head if name == "lm_head" else linears
+                setattr(parent, name, (_Linear if is_dequantized else _ChunkedLinear)(module, fake_quantize))
             else:
                 continue
             # torchao's modules have reference cycles and would keep their weights until they are garbage-collected.
@@ -138,19 +140,22 @@ class _Linear(torch.nn.Module):
         return torch.nn.functional.linear(inputs, self.weight, self.bias)
 
 
-class _Head(torch.nn.Module):
+class _ChunkedLinear(torch.nn.Module):
     weight: IntxUnpackedToInt8Tensor
 
     def __init__(self, linear: torch.nn.Linear, fake_quantize: FakeQuantize) -> None:
         super().__init__()
         self.weight = linear.weight
-        self.fake_quantize = fake_quantize if self.weight.activation_quantization is not None else None
-        assert linear.bias is None, "an lm_head of Gemma 3 has no bias"
+        self.fake_quantize = fake_quantize
+        self.bias = linear.bias
 
     def forward(self, activations: Tensor) -> Tensor:
-        inputs = activations if self.fake_quantize is None else self.fake_quantize(activations)
-        logits = [torch.nn.functional.linear(inputs, rows) for _, rows in _dequantized_rows(self.weight)]
-        return torch.cat(logits, dim=-1)
+        # disable_activation_quantization() may come later.
+        is_quantized = self.weight.activation_quantization is not None
+        inputs = self.fake_quantize(activations) if is_quantized else activations
+        chunks = [torch.nn.functional.linear(inputs, rows) for _, rows in _dequantized_rows(self.weight)]
+        outputs = torch.cat(chunks, dim=-1)
+        return outputs if self.bias is None else outputs + self.bias
 
 
 class _Embedding(torch.nn.Module):

@@ -218,7 +218,10 @@ def _run_checkpoint(
     """Run the checkpoint in float32 with and without quantized activations."""
     import torch
 
+    from quantize_gemma.tasks.models.dequantize import dequantize_once
+
     model = load_model(checkpoint, torch.float32)
+    dequantize_once(model, linears=False)
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(text.ids)
         act_quant = _checkpoint_outputs(model, text, shorter, image, is_bidirectional)
