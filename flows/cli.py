@@ -29,7 +29,7 @@ Turn a Gemma 3 checkpoint into a quantized, evaluated, on-device release.
 For example:
   quantize-gemma run                                 try it on the tiny model
   quantize-gemma run --model google/gemma-3-4b-it --tasks mmlu,gsm8k
-  quantize-gemma diagnose --model DIR                see which modules hurt quality
+  quantize-gemma diagnose --model DIR                find what hurts quality
   quantize-gemma check --model DIR --recipe NAME     find errors before a run
   quantize-gemma prune                               clean up the store
 
