@@ -43,7 +43,7 @@ def test_every_linear_of_the_decoder_is_replaced_and_nothing_else(checkpoint: Pa
     more = {"model.layers.7.mlp.up_proj.weight": theirs[name].clone()}
     more["model.layers.7.mlp.up_proj.scale"] = theirs[name.replace("weight", "scale")].clone()
     for other, message in (
-        ({name: torch.full_like(theirs[name], 4.5)}, "not of our format"),
+        ({name: torch.full_like(theirs[name], 4.5)}, "do not fit our format"),
         ({name: torch.full_like(theirs[name], 1.7)}, "not on the grid"),
         (more, "42 of 44 tensors"),
     ):

@@ -398,7 +398,7 @@ def setting(name: str, value: Any, *, of: str | None = None) -> Callable[[dict[s
         (setting("hidden_size", "64", of="text_config"), ["text_config.hidden_size", "'64'"]),
         (setting("hidden_size", 65, of="text_config"), ["shape", "65", "different models"]),
         (setting("hidden_size", 10**12, of="text_config"), ["text_config.hidden_size", "10000000"]),
-        (setting("num_hidden_layers", 9_999_999, of="text_config"), ["layers, but there are 80 weights"]),
+        (setting("num_hidden_layers", 9_999_999, of="text_config"), ["layers, but there are only 80 weights"]),
         (setting("num_key_value_heads", 0, of="text_config"), ["num_key_value_heads", "0"]),
         (setting("num_key_value_heads", 3, of="text_config"), ["num_key_value_heads must divide"]),
         (setting("sliding_window", None, of="text_config"), ["sliding_window", "None"]),
@@ -481,4 +481,4 @@ def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
     header[EMBEDDING] |= {"shape": [rows, 64], "data_offsets": [begin, end - cut]}
     write_raw_header(model / "model.safetensors", header, data[: end - cut] + data[end:])
     edit_json(model / "config.json", setting("vocab_size", rows, of="text_config"))
-    refused(model, "tokenizer", "that its model does not")
+    refused(model, "tokenizer", "that its model lacks")

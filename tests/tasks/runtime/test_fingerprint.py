@@ -68,7 +68,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.evaluate.packed_lm:share_rows": {"answer", "responses", "program responses"},
     "quantize_gemma.tasks.models.benchmarks:find_benchmark": set(),
     "quantize_gemma.tasks.models.plot_style:STYLE": {"card", "diagnose"},
-    "quantize_gemma.tasks.models.activation_quantization:_round": MODEL | FIDELITY | {"distill"},
+    "quantize_gemma.tasks.models.activation_quantization:_round": MODEL | FIDELITY | {"distill", "verify"},
     "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
     "quantize_gemma.tasks.gate.checks:require_pass": set(),
     "quantize_gemma.tasks.runtime.hub:download_files": set(),
