@@ -1,7 +1,7 @@
-"""Compare programs with int8 and float32 KV caches: `python -m benchmarks.kv_cache --checkpoint DIR --text FILE`.
+"""Compare programs with int8 and float32 KV caches: `python -m benchmarks.kv_cache --checkpoint DIR --base DIR …`.
 
-Both prefill the beginning of the text in one chunk, and decode the rest one token at a time. With `--shape`, weights
-and tokens are random, so the KL divergence is meaningless.
+Both prefill the beginning of the text in one chunk, and decode the rest one token at a time; their predictions are
+compared with the base model's. With `--shape`, weights and tokens are random, and nothing is compared.
 """
 
 import argparse
@@ -18,7 +18,7 @@ PREFILL = 768
 DECODED = 192
 
 
-def measure(checkpoint: Path, text: Path | None, folder: Path) -> dict[str, Any]:
+def measure(checkpoint: Path, base: Path | None, text: Path | None, folder: Path) -> dict[str, Any]:
     """Export and run both programs. Return the results, and the lines to print."""
     steps = {}
     with tempfile.TemporaryDirectory(dir=folder) as programs_folder:
@@ -29,7 +29,7 @@ def measure(checkpoint: Path, text: Path | None, folder: Path) -> dict[str, Any]
             inputs = {"program": target, "checkpoint": checkpoint, "text": text and str(text)}
             steps[dtype] = run("benchmarks.kv_cache:measure_reading", **inputs)
             steps[dtype] |= {"planned_bytes": run("benchmarks.kv_cache:planned_bytes", program=target)["planned_bytes"]}
-        kl = run("benchmarks.kv_cache:compare", folder=programs_folder)["kl"]
+        kl = run("benchmarks.kv_cache:compare", folder=programs_folder, base=base)["kl"] if base else None
     baseline, int8 = steps.values()
     names = ("planned_bytes", "peak_rss_bytes", "prefill_seconds", "decode_seconds")
     ratios = {name: baseline[name] / int8[name] for name in names}
@@ -37,8 +37,9 @@ def measure(checkpoint: Path, text: Path | None, folder: Path) -> dict[str, Any]
         f"{checkpoint.name}, {PREFILL} tokens of prefill, {DECODED} decoded, {version()}, {machine()}",
         *(format_line(dtype, {**step, "seconds": step["prefill_seconds"]}) for dtype, step in steps.items()),
         *(f"{name}: {baseline[name]:,.6g} and {int8[name]:,.6g}, ratio {ratios[name]:.2f}" for name in names),
-        f"KL divergence of the int8 program from the float32 program: {kl:.6f} nats",
     ]
+    if kl is not None:
+        lines.append(f"KL divergence from the base model: {kl[0]:.4f} and {kl[1]:.4f} nats")
     case = {"checkpoint": checkpoint.name, "max_seq_len": MAX_SEQ_LEN, "prefill": PREFILL, "decoded": DECODED}
     result = {"name": "kv_cache", "machine": machine(), "version": version(), "case": case, "equal": None}
     return {**result, **steps, "ratio": ratios, "kl": kl, "lines": lines}
@@ -73,7 +74,7 @@ def measure_reading(program: str, checkpoint: str, text: str | None) -> dict[str
     start = time.monotonic()
     logits = pte.decode(embeddings, set(range(PREFILL - 1, count)))
     decode_seconds = time.monotonic() - start - prefill_seconds
-    save_file({"logits": logits}, Path(program) / "logits.safetensors")
+    save_file({"ids": ids, "logits": logits}, Path(program) / "logits.safetensors")
     return {"prefill_seconds": prefill_seconds, "decode_seconds": decode_seconds}
 
 
@@ -85,14 +86,18 @@ def planned_bytes(program: str) -> dict[str, Any]:
     return {"planned_bytes": max(sum(plan.non_const_buffer_sizes) for plan in plans)}
 
 
-def compare(folder: str) -> dict[str, Any]:
-    """Return the mean KL divergence between the two programs' predictions."""
+def compare(folder: str, base: str) -> dict[str, Any]:
+    """Return the mean KL divergence of each program's predictions from the base model's."""
+    import torch
     from safetensors.torch import load_file
 
+    from quantize_gemma.tasks.models.checkpoint import load_model
     from quantize_gemma.tasks.verify.distances import mean_kl
 
-    logits = [load_file(Path(folder) / dtype / "logits.safetensors")["logits"] for dtype in ("float32", "int8")]
-    return {"kl": mean_kl(*logits)}
+    outputs = [load_file(Path(folder) / dtype / "logits.safetensors") for dtype in ("float32", "int8")]
+    with torch.no_grad():
+        logits = load_model(Path(base), torch.float32)(outputs[0]["ids"]).logits[0, PREFILL - 1 :]
+    return {"kl": [mean_kl(logits, output["logits"]) for output in outputs]}
 
 
 def main() -> None:
@@ -101,6 +106,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--shape", choices=("tiny", *SHAPES), help="random weights of this shape")
     source.add_argument("--checkpoint", type=Path, help="the directory of a quantized checkpoint")
+    parser.add_argument("--base", type=Path, help="the directory of its base model's checkpoint")
     parser.add_argument("--text", type=Path, help="the text to read")
     parser.add_argument("--folder", type=Path, help="directory for checkpoints and programs [default: temporary]")
     parser.add_argument("--json", action="store_true")
@@ -110,7 +116,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = make_quantized_checkpoint(options.shape, folder) if options.shape else options.checkpoint
         text = options.text and options.text.resolve()
-        print_result(measure(checkpoint.resolve(), text, folder.resolve()), options.json)
+        base = options.base and options.base.resolve()
+        print_result(measure(checkpoint.resolve(), base, text, folder.resolve()), options.json)
 
 
 if __name__ == "__main__":

@@ -55,30 +55,24 @@ class CachedTensor(torch.nn.Module):
         scales = torch.zeros(*shape, 1) if dtype == torch.int8 else None
         self.register_buffer("scales", scales, persistent=False)
 
-    def read(self) -> Tensor:
-        """Return all slots in float32, [1, slots, heads, head_dim]."""
+    @property
+    def parts(self) -> list[Tensor]:
+        """The cached tensors: values, and scales if there are any."""
+        return [self.data] if self.scales is None else [self.data, self.scales]
+
+    def encode(self, values: Tensor) -> list[Tensor]:
+        """Return the parts of float32 values, [1, tokens, heads, head_dim]."""
         if self.scales is None:
-            return self.data
-        integers: Tensor = torch.ops.quantized_decomposed.dequantize_per_tensor(self.data, *UNIT)
-        return integers * self.scales
+            return [values]
+        scales = values.abs().amax(-1, keepdim=True).clamp(min=1e-9) / INT8_MAX
+        return [torch.ops.quantized_decomposed.quantize_per_tensor(values / scales, *UNIT), scales]
 
-    def write(self, new: Tensor, start: float) -> None:
-        """Write [1, tokens, heads, head_dim] into the slots from `start`."""
-        for part, cache in self._parts(new):
-            torch.ops.llama.update_cache(part, cache, start)
-
-    def write_slots(self, new: Tensor, slots: Tensor) -> None:
-        """Write [1, tokens, heads, head_dim] into these slots, [1, tokens]; the last token of a slot wins."""
-        for part, cache in self._parts(new):
-            # With indices, the kernel ignores the start position.
-            torch.ops.llama.update_cache_with_indices(part, cache, 0, slots)
-
-    def _parts(self, new: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def decode(self, parts: list[Tensor]) -> Tensor:
+        """Return the float32 values of parts."""
         if self.scales is None:
-            return [(new, self.data)]
-        scales = new.abs().amax(-1, keepdim=True).clamp(min=1e-9) / INT8_MAX
-        integers = torch.ops.quantized_decomposed.quantize_per_tensor(new / scales, *UNIT)
-        return [(integers, self.data), (scales, self.scales)]
+            return parts[0]
+        integers: Tensor = torch.ops.quantized_decomposed.dequantize_per_tensor(parts[0], *UNIT)
+        return integers * parts[1]
 
 
 class FullCache(torch.nn.Module):
@@ -98,9 +92,12 @@ class FullCache(torch.nn.Module):
             v_val: Their values, likewise.
         """
         start = input_pos[0].item()
-        self.keys.write(k_val.transpose(1, 2), start)
-        self.values.write(v_val.transpose(1, 2), start)
-        return self.keys.read().transpose(1, 2), self.values.read().transpose(1, 2)
+        return self._write(self.keys, k_val, start), self._write(self.values, v_val, start)
+
+    def _write(self, cache: CachedTensor, new: Tensor, start: float) -> Tensor:
+        for buffer, part in zip(cache.parts, cache.encode(new.transpose(1, 2)), strict=True):
+            torch.ops.llama.update_cache(part, buffer, start)
+        return cache.decode(cache.parts).transpose(1, 2)
 
 
 class RingCache(torch.nn.Module):
@@ -127,10 +124,15 @@ class RingCache(torch.nn.Module):
         return self._append(self.keys, k_val, slots), self._append(self.values, v_val, slots)
 
     def _append(self, cache: CachedTensor, new: Tensor, slots: Tensor) -> Tensor:
-        combined = torch.cat([cache.read(), new.transpose(1, 2)], dim=1)
-        # The new values are read from `combined`, so that no pass can move the write before the read.
-        cache.write_slots(combined[:, self.window :], slots)
-        return combined.transpose(1, 2)
+        combined = []
+        for buffer, part in zip(cache.parts, cache.encode(new.transpose(1, 2)), strict=True):
+            combined.append(torch.cat([buffer, part], dim=1))
+            # The new values are read from `combined`, so that no pass can move the write before the read. If two tokens
+            # have the same slot, the kernel writes the last one last; with indices, it ignores the start position.
+            torch.ops.llama.update_cache_with_indices(combined[-1][:, self.window :], buffer, 0, slots)
+        # Decoding depends on the new tokens. If it did not, the program would decode all layers' caches at its start,
+        # and keep them all in memory until they are used.
+        return cache.decode(combined).transpose(1, 2)
 
 
 def sliding_mask(positions: Tensor, window: int, is_image: Tensor | None = None) -> Tensor:
