@@ -130,9 +130,12 @@ class RingCache(torch.nn.Module):
             # The new values are read from `combined`, so that no pass can move the write before the read. If two tokens
             # have the same slot, the kernel writes the last one last; with indices, it ignores the start position.
             torch.ops.llama.update_cache_with_indices(combined[-1][:, self.window :], buffer, 0, slots)
-        # Decoding depends on the new tokens. If it did not, the program would decode all layers' caches at its start,
-        # and keep them all in memory until they are used.
-        return cache.decode(combined).transpose(1, 2)
+        if cache.scales is None:
+            return combined[0].transpose(1, 2)
+        # What is decoded depends on the new tokens: if it did not, the program would decode all layers' caches at its
+        # start, and keep them all in memory until they are used. The new tokens themselves are not rounded.
+        before = cache.decode([part[:, : self.window] for part in combined])
+        return torch.cat([before, new.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
 def sliding_mask(positions: Tensor, window: int, is_image: Tensor | None = None) -> Tensor:
