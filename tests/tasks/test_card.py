@@ -219,7 +219,7 @@ def test_agreement_is_shown_beside_what_activation_quantization_alone_explains(m
     measured["program"]["mmlu"] |= {"agreement": 0.97, "agreement_act_quant": 0.96, "disagreements": [disagreement] * 3}
     text = " ".join(card(measured).split())
     assert "gives the same answer as the checkpoint to 97 of 100 questions" in text
-    assert "the checkpoint gives the same answer in float32 without it to 96 of 100" in text
+    assert "in float32 without it, the checkpoint gives the same answer to 96 of 100" in text
     assert "The questions that the program and the checkpoint answer differently are in `metrics.json`" in text
     rows = quality(measured)
     assert rows["MMLU, same answers as the checkpoint, %"]["program"] == "97.0"
