@@ -2,8 +2,8 @@
 
 For each way to quantize the tower's linears, print the bytes of the tower, the relative squared error of its output,
 and, for the built-in model, the KL divergence of the text after an image. With SigLIP's shape, weights are random, with
-outliers like those of trained vision transformers: single weights, and whole input channels. The images are synthetic:
-a fractal, noise, and one color. Calibration uses different noise and another part of the fractal.
+outliers among single weights and among whole input channels. The images are synthetic: a fractal, noise, and one color.
+Calibration uses different noise and another part of the fractal.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SCHEMES: dict[str, tuple[WeightDtype, int | None, Algorithm]] = {
     "int4, calibrated": ("int4", 32, "gptq"),
     "int8 per row": ("int8", None, "search"),
 }
-# Outliers: the share of weights, the share of input channels, and the factor by which they are larger.
-WEIGHTS, CHANNELS, TIMES = 1e-4, 0.01, 10.0
+# The share of single weights, and of input channels, that are outliers.
+WEIGHTS, CHANNELS = 1e-4, 0.01
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def builtin_tower() -> Tower:
     return Tower(linears, model.model.get_image_features, model.config.vision_config.image_size, read_text)
 
 
-def random_tower(shape: str) -> Tower:
-    """Return a SigLIP vision tower of this shape, with random weights and outliers."""
+def random_tower(shape: str, factor: float) -> Tower:
+    """Return a SigLIP vision tower of this shape with random weights, and with outliers `factor` times as large."""
     import torch
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -88,8 +88,8 @@ def random_tower(shape: str) -> Tower:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     for linear in linears.values():
         weight = linear.weight.data.normal_(std=0.02)
-        weight[torch.rand(weight.shape) < WEIGHTS] *= TIMES
-        weight[:, torch.rand(weight.shape[1]) < CHANNELS] *= TIMES
+        weight[torch.rand(weight.shape) < WEIGHTS] *= factor
+        weight[:, torch.rand(weight.shape[1]) < CHANNELS] *= factor
         weight.copy_(weight.bfloat16())
     return Tower(linears, lambda pixels: model(pixels).last_hidden_state, config.image_size, None)
 
@@ -196,11 +196,14 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vision", description=__doc__)
     parser.add_argument("--shape", choices=["tiny", "4b"], default="tiny", help="[default: tiny, the built-in model]")
+    parser.add_argument(
+        "--outliers", type=float, default=10.0, help="factor of the 4b shape's outliers; 1: none [default: 10]"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows = measure(builtin_tower() if options.shape == "tiny" else random_tower(options.shape))
+    rows = measure(builtin_tower() if options.shape == "tiny" else random_tower(options.shape, options.outliers))
     if options.json:
-        print(json.dumps({"machine": machine(), "shape": options.shape, "rows": [asdict(row) for row in rows]}))
+        print(json.dumps({"machine": machine(), **vars(options), "rows": [asdict(row) for row in rows]}))
         return
     print("| vision tower | bytes | relative squared error of the output | KL of the text after an image |")
     print("|---|---:|---:|---:|")
