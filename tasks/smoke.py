@@ -22,12 +22,12 @@ def smoke(target: Path, checkpoint: Path, max_new_tokens: int) -> Output:
     import torch
     from transformers import AutoTokenizer
 
-    from quantize_gemma.tasks.models.dequantize import dequantize_once
+    from quantize_gemma.tasks.models.dequantize import replace_quantized_modules
 
     model = load_model(checkpoint, torch.bfloat16)
     drop_vision_encoder(model)
     # This gives the same tokens, but does not dequantize every weight for each of them.
-    dequantize_once(model, head=True)
+    replace_quantized_modules(model, "all")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": TEXT_PROMPT}]
     uses_template = has_chat_template(tokenizer)

@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.hf_vlms import HFMultimodalLM
 
 from quantize_gemma.tasks.evaluate.chartqa import make_prompt
-from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.models.dequantize import replace_quantized_modules
 from quantize_gemma.tasks.runtime.patches import patched_loading
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class ChartQALM(HFMultimodalLM):  # type: ignore[misc]
             super().__init__(pretrained=str(checkpoint), device=device, dtype="bfloat16", batch_size=1)
         # Its own apply_chat_template would set this.
         self.chat_applied = True
-        dequantize_once(self.model, head=True)
+        replace_quantized_modules(self.model, "all")
         self.encode_image = self.model.model.get_image_features
         self.last_image: tuple[torch.Tensor, torch.Tensor] | None = None
         self.model.model.get_image_features = self._encode_image_once

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from quantize_gemma.tasks.evaluate.packed_generation import KeyValues, LastTokens, Text, take_next
 from quantize_gemma.tasks.evaluate.packed_row import Limits, PackedRow, PrefixGroup, Tokens, group_by_prefix
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_encoder
-from quantize_gemma.tasks.models.dequantize import dequantize_once, reorder_weights
+from quantize_gemma.tasks.models.dequantize import reorder_weights, replace_quantized_modules
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.requests import Request, Score
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -116,7 +116,7 @@ class PackedLM(HFLM):  # type: ignore[misc]
             disable_activation_quantization(self.model)
             self.model.to(torch.float32)
         else:
-            dequantize_once(self.model, head=generates)
+            replace_quantized_modules(self.model, "all" if generates else "backbone")
             if device == "cpu":
                 reorder_weights(self.model, head=generates)
         gc.collect()

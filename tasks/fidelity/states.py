@@ -25,7 +25,7 @@ from quantize_gemma.tasks.fidelity.sequences import (
 )
 from quantize_gemma.tasks.fidelity.shards import ShardStore
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, drop_vision_encoder, load_model
-from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.models.dequantize import replace_quantized_modules
 from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime.machine import trim_memory
@@ -52,7 +52,7 @@ def load_layers(checkpoint: Path, variant: Variant, device: str) -> PreTrainedMo
     if variant == "weights_only":
         _compute_in_float32(model)
     else:
-        dequantize_once(model)
+        replace_quantized_modules(model)
     gc.collect()  # torchao's modules have reference cycles.
     trim_memory()
     return model
@@ -188,7 +188,7 @@ def _compute_in_float32(model: PreTrainedModel) -> None:
     # Scales of quantized weights, and everything small.
     model.to(torch.float32)
     # torchao's embedding would dequantize its whole weight.
-    dequantize_once(model, linears=False)
+    replace_quantized_modules(model, "none")
 
 
 class _StoredLinear(torch.nn.Module):

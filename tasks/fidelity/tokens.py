@@ -15,7 +15,7 @@ import torch
 
 from quantize_gemma.tasks.fidelity.sequences import Variant
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
-from quantize_gemma.tasks.models.dequantize import dequantize_once
+from quantize_gemma.tasks.models.dequantize import replace_quantized_modules
 from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.runtime.machine import trim_memory
 
@@ -38,7 +38,7 @@ def load_head(checkpoint: Path, variant: Variant, device: str) -> Head:
     if variant == "weights_only":
         disable_activation_quantization(model)
         model.to(torch.float32)
-    dequantize_once(model, head=True)
+    replace_quantized_modules(model, "all")
     gc.collect()
     trim_memory()
 

@@ -1,15 +1,15 @@
-"""Dequantize a quantized checkpoint's weights once, with bit-identical outputs.
+"""Faster quantized modules, with bit-identical outputs.
 
 torchao's linear quantizes the activations to int8, per token, and multiplies them by the weight, which it dequantizes
-in every forward pass. lm_head and the embedding stay quantized, which halves their memory: few tokens reach lm_head,
-unless the model generates text, and only the rows of the embedding that are looked up are dequantized.
+in every forward pass. Here, weights are dequantized once. The embedding stays quantized: only the rows that are looked
+up are dequantized.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torchao.quantization import (
@@ -31,12 +31,15 @@ if TYPE_CHECKING:
 CHUNK = 2**24
 
 
-def dequantize_once(model: torch.nn.Module, head: bool = False, linears: bool = True) -> None:
+def replace_quantized_modules(
+    model: torch.nn.Module, dequantized: Literal["none", "backbone", "all"] = "backbone"
+) -> None:
     """Replace every quantized linear and embedding of the model.
 
-    With `head`, lm_head is dequantized once, too, because text generation needs it for every token. Without `linears`,
-    no linear is: each dequantizes some rows at a time in every forward pass, in the memory of the stored weights, while
-    torchao's own linear takes several times the memory of the largest dequantized weight.
+    `dequantized` says which linears have dequantized weights. "backbone": all but lm_head, which halves its memory; few
+    tokens reach lm_head, unless the model generates text. "none": each linear dequantizes some rows at a time in every
+    forward pass, in the memory of the stored weights, while torchao's own linear takes several times the memory of the
+    largest dequantized weight.
     """
     fake_quantize = FakeQuantize()
     for parent in list(model.modules()):
@@ -46,7 +49,7 @@ def dequantize_once(model: torch.nn.Module, head: bool = False, linears: bool = 
             if isinstance(module, torch.nn.Embedding):
                 setattr(parent, name, _Embedding(module))
             elif isinstance(module, torch.nn.Linear):
-                is_dequantized = head if name == "lm_head" else linears
+                is_dequantized = dequantized == "all" or (dequantized == "backbone" and name != "lm_head")
                 setattr(parent, name, (_Linear if is_dequantized else _ChunkedLinear)(module, fake_quantize))
             else:
                 continue

@@ -218,11 +218,12 @@ def _run_checkpoint(
     """Run the checkpoint in float32 with and without quantized activations."""
     import torch
 
-    from quantize_gemma.tasks.models.dequantize import dequantize_once
+    from quantize_gemma.tasks.models.dequantize import replace_quantized_modules
+    from quantize_gemma.tasks.models.float32 import fast_products
 
     model = load_model(checkpoint, torch.float32)
-    dequantize_once(model, linears=False)
-    with torch.no_grad():
+    replace_quantized_modules(model, "none")
+    with torch.no_grad(), fast_products():
         embeddings = model.get_input_embeddings()(text.ids)
         act_quant = _checkpoint_outputs(model, text, shorter, image, is_bidirectional)
         other = None if image is None else _image_logits(model, image, act_quant.features[0], not is_bidirectional)

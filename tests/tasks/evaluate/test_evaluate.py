@@ -269,7 +269,7 @@ def test_weights_dequantized_once_give_the_same_logits(dtype: str, checkpoints: 
     model = load_model(checkpoints["quantized"], torch.bfloat16).to(getattr(torch, dtype))
     with torch.no_grad():
         expected = model(tokens).logits
-        dequantize.dequantize_once(model)
+        dequantize.replace_quantized_modules(model)
         assert torch.equal(model(tokens).logits, expected)
     left = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     assert left == []
@@ -286,7 +286,7 @@ def test_chunks_of_a_weight_give_the_same_logits(checkpoints: dict[str, Path], m
     tokens = torch.arange(2, 90)[None]
     with torch.no_grad():
         expected = model(tokens).logits
-        dequantize.dequantize_once(model)
+        dequantize.replace_quantized_modules(model)
         assert torch.equal(model(tokens).logits, expected)
 
 
