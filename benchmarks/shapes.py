@@ -105,6 +105,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
     },
 }
+# The factor of the embeddings of the tokens that the tokenizer has.
+KNOWN_FACTOR = np.float32(4)
 
 
 def make_checkpoint(shape: str, folder: Path) -> Path:
@@ -135,7 +137,8 @@ def write_checkpoint(target: Path, config: dict[str, Any]) -> None:
         _write(target / "processor_config.json", {**processor, "image_processor": inner, "image_seq_length": length})
     _write(target / "config.json", config)
     partial = target / "model.partial"
-    write_random_weights(partial, weight_shapes(target))
+    vocabulary = _read(tiny / "config.json")["text_config"]["vocab_size"]
+    write_random_weights(partial, weight_shapes(target), vocabulary)
     partial.rename(target / "model.safetensors")
 
 
@@ -183,22 +186,29 @@ def weight_shapes(checkpoint: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def write_random_weights(path: Path, shapes: dict[str, list[int]]) -> None:
-    """Write a safetensors file of normally distributed bfloat16 numbers (standard deviation 0.02, fixed seed)."""
+def write_random_weights(path: Path, shapes: dict[str, list[int]], vocabulary: int) -> None:
+    """Write a safetensors file of normally distributed bfloat16 numbers (standard deviation 0.02, fixed seed).
+
+    The first `vocabulary` rows of the tied embedding are KNOWN_FACTOR times as large, so that the model generates these
+    tokens: the tokenizer has no others.
+    """
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     offsets = write_header(file, {name: ("BF16", shape) for name, shape in shapes.items()}, {"format": "pt"})
     step = 2**22
 
-    def write(seed: int, offset: int, count: int) -> None:
+    def write(seed: int, offset: int, count: int, known: int) -> None:
         values = np.random.default_rng(seed).standard_normal(count, np.float32) * np.float32(0.02)
+        values[:known] *= KNOWN_FACTOR
         os.pwrite(file, (values.view(np.uint32) >> 16).astype(np.uint16), offset)
 
     with ThreadPoolExecutor() as pool:
         jobs = []
         for name, shape in shapes.items():
             size = int(np.prod(shape))
+            known = vocabulary * shape[1] if name.endswith("embed_tokens.weight") else 0
             for first in range(0, size, step):
-                jobs.append(pool.submit(write, len(jobs), offsets[name] + 2 * first, min(step, size - first)))
+                count = min(step, size - first)
+                jobs.append(pool.submit(write, len(jobs), offsets[name] + 2 * first, count, max(0, known - first)))
         for job in jobs:
             job.result()
     os.close(file)
