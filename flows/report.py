@@ -37,7 +37,7 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
     text = (release / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]
     descriptions = {KL_CHART: "KL divergence from the base model"}
     if metrics.quantized.output_error:
-        descriptions[ERROR_CHART] = "Output error after calibration, by decoder block"
+        descriptions[ERROR_CHART] = "Output error of rounding after calibration, by decoder block"
     descriptions |= {
         name: f"{metrics.benchmarks[benchmark].title} by subject" for benchmark, name in charts(metrics).items()
     }

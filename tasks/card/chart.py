@@ -160,7 +160,7 @@ def draw_kl_histogram(metrics: Metrics, path: Path) -> None:
 
 
 def draw_output_error(metrics: Metrics, path: Path) -> None:
-    """Draw the output error after calibration, by role and decoder block, as a PNG for small screens.
+    """Draw the error that rounding adds to outputs, by role and decoder block, as a PNG for small screens.
 
     Args:
         metrics: The metrics of a release with a calibrated recipe.
@@ -175,7 +175,7 @@ def draw_output_error(metrics: Metrics, path: Path) -> None:
         block, _, role = module_name.partition(".")
         if block.isdecimal():
             roles.setdefault(role, {})[int(block)] = 100 * error
-    with new_figure(path, "Output error after calibration", 3.3) as figure:
+    with new_figure(path, "Output error of rounding, after calibration", 3.3) as figure:
         axes = add_axes(figure, 0.48, MARGIN, 1.03, 0.45)
         for (role, errors), color in zip(roles.items(), PALETTE, strict=False):
             part, _, name = role.rpartition(".")

@@ -30,7 +30,7 @@ Head = Callable[["Tensor"], "Tensor"]
 
 
 def load_head(checkpoint: Path, variant: Variant, device: str) -> Head:
-    """Load a checkpoint's lm_head, with the model's own postprocessing of its output (a final softcap)."""
+    """Load a checkpoint's lm_head."""
     model = load_model(checkpoint, torch.bfloat16)
     model.model = _Passthrough()
     gc.collect()

@@ -56,9 +56,11 @@ class TextConfig(_Section):
     sliding_window: Size = 4096
     rms_norm_eps: float = Field(1e-6, gt=0, le=1)
     query_pre_attn_scalar: float = Field(256, gt=0)
-    attn_logit_softcapping: float | None = Field(None, gt=0)
-    final_logit_softcapping: float | None = Field(None, gt=0)
     attention_dropout: float = Field(0.0, ge=0, le=1)
+    # No Gemma 3 has these. Calibration, distillation, or the program would ignore them.
+    attention_bias: Literal[False] = False
+    attn_logit_softcapping: None = None
+    final_logit_softcapping: None = None
     # True in an embedding model, which cannot generate text.
     use_bidirectional_attention: Literal[False] | None = False
     return_dict: Literal[True] = True

@@ -270,8 +270,8 @@ class Quantized(Base):
         reference: Its distance from a reference model, if one was named.
         weight_error: The relative squared error of the weights by role; like `output_error`, before distillation.
         packed_bytes: Its size with integers packed at their bit widths, including scales and unquantized weights.
-        output_error: For a calibrated recipe, the relative squared error of each module's outputs on the calibration
-            tokens.
+        output_error: For a calibrated recipe, the relative squared error that rounding adds to each module's outputs on
+            the calibration tokens.
     """
 
     fidelity: Fidelity

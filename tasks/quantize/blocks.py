@@ -45,7 +45,8 @@ class QuantizedMatrix:
     Attributes:
         integers: int8, [rows, columns].
         scales: bfloat16, [rows, groups].
-        error: The relative squared error of its outputs on the calibration tokens; 0 if it was not measured.
+        error: The relative squared error that rounding adds to its outputs on the calibration tokens, with damping; 0
+            if it was not measured.
     """
 
     integers: Tensor
@@ -318,7 +319,7 @@ def prepare_linears(
 def quantize_matrix(
     read_rows: Callable[[int, int], tuple[Tensor, Tensor]], rows: int, curvature: gptq.Curvature, settings: Calibration
 ) -> QuantizedMatrix:
-    """Quantize a linear's weight, and measure the error of its outputs.
+    """Quantize a linear's weight, and measure the error that rounding adds to its outputs.
 
     Before GPTQ rounds them, the weights are moved toward the least-squares solution that reproduces the full-precision
     model's outputs from the quantized model's inputs, so that a block corrects some of the error of earlier blocks.
@@ -342,11 +343,15 @@ def quantize_matrix(
         corrected = weight + settings.compensation * curvature.solve(shift)
         matrix = QuantizedMatrix(*gptq.quantize_matrix(corrected, curvature, settings.passes))
         integers[first:last], scales[first:last] = matrix.integers, matrix.scales
-        for values, is_error in ((matrix.dequantize() - weight, True), (weight, False)):
-            reordered = values[:, curvature.order]
-            total = float((reordered @ curvature.hessian).mul_(reordered).double().sum())
-            error, square = (error + total, square) if is_error else (error, square + total)
+        error += _square(matrix.dequantize() - corrected, curvature)
+        square += _square(corrected, curvature)
     return QuantizedMatrix(integers, scales, float(f"{error / square if square else 0.0:.{DIGITS}g}"))
+
+
+def _square(weights: Tensor, curvature: gptq.Curvature) -> float:
+    """Return the sum of squares of the outputs of `weights`, [rows, columns], over the calibration tokens."""
+    reordered = weights[:, curvature.order]
+    return float((reordered @ curvature.hessian).mul_(reordered).double().sum())
 
 
 def _pieces(block: Block, hidden: Tensor | HiddenStates) -> list[slice]:

@@ -1,6 +1,7 @@
 """GPTQ is what its definition says, in our format, and continues at the block where it was."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,25 @@ def test_coordinate_descent_lowers_the_output_error_pass_by_pass() -> None:
     errors = [output_error(weight, hessian, *gptq.quantize_matrix(weight, curvature, passes)) for passes in (0, 1, 4)]
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] < errors[1]
+
+
+def test_the_measured_error_is_that_of_rounding_and_not_what_compensation_changes() -> None:
+    weight, hessian = example()
+    settings = load_recipe("GPTQ-INT8-INT4").calibration
+    assert settings is not None
+    curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(96)
+    # As if the full-precision model's inputs were twice the quantized model's: compensation then doubles the weights.
+    shift = weight @ hessian
+    errors = []
+    for compensation in (0.0, 1.0):
+        changed = replace(settings, compensation=compensation)
+        matrix = blocks.quantize_matrix(lambda first, count: (weight, shift), len(weight), curvature, changed)
+        errors.append(matrix.error)
+        target = weight + compensation * curvature.solve(shift)
+        expected = output_error(target, damped, matrix.integers, matrix.scales)
+        assert matrix.error == pytest.approx(expected / float(((target @ damped) * target).sum()), rel=1e-3)
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
 
 
 def test_integers_and_scales_are_those_that_a_program_takes() -> None:

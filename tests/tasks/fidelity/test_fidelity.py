@@ -1,6 +1,5 @@
 """Fidelity's numbers are those of an independent computation, whatever was interrupted and however chunks are cut."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
 from quantize_gemma.tasks.fidelity import summarize_quantized
 from quantize_gemma.tasks.fidelity.fidelity_base import fidelity_base
 from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
-from quantize_gemma.tasks.fidelity.sequences import WINDOW, Sequence, make_windows, read_sequences, sample
+from quantize_gemma.tasks.fidelity.sequences import WINDOW, make_windows, read_sequences, sample
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store
@@ -155,26 +154,6 @@ def test_logits_are_in_memory_for_one_chunk_at_a_time(chunk: int) -> None:
     whole = compare_states((head, base), (head, other), targets, 50)
     for name, values in columns.items():
         torch.testing.assert_close(values, whole[name])
-
-
-def test_the_final_softcap_is_the_models_own(tmp_path: Path) -> None:
-    import torch
-
-    from quantize_gemma.tasks.fidelity.states import hidden_states, load_layers
-    from quantize_gemma.tasks.fidelity.tokens import load_head
-    from quantize_gemma.tasks.models.checkpoint import load_model
-
-    base = write_text_only(TINY, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": 2.0}))
-    ids = tuple(range(2, 40))
-    logits = load_head(base, "as_shipped", "cpu")(
-        hidden_states(load_layers(base, "as_shipped", "cpu"), [Sequence(ids)])
-    )
-    with torch.no_grad():
-        expected = load_model(base, torch.bfloat16)(torch.tensor([ids])).logits[0, :-1]
-    assert torch.equal(logits, expected)
-    assert float(logits.abs().max()) <= 2
 
 
 def test_what_is_in_the_store_is_not_computed_again(
