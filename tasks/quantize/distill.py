@@ -213,9 +213,10 @@ def _train_in_store(
     assert recipe.distillation is not None
     key = store.key(STATE, [], identity, fingerprint(f"{__name__}:distill"))
     state = State()
-    artifact = None if refresh else store.load(STATE, key, root)
-    if artifact is not None:
-        state = State(**artifact.metadata["state"], tensors=load_file(artifact.path / "state.safetensors"))
+    with store.keep_pinned():
+        artifact = None if refresh else store.pin(STATE, key, root)
+        if artifact is not None:
+            state = State(**artifact.metadata["state"], tensors=load_file(artifact.path / "state.safetensors"))
 
     def save(current: State) -> None:
         def write(target: Path) -> JsonObject:
