@@ -156,9 +156,11 @@ class _ChunkedLinear(torch.nn.Module):
         # disable_activation_quantization() may come later.
         is_quantized = self.weight.activation_quantization is not None
         inputs = self.fake_quantize(activations) if is_quantized else activations
-        chunks = [torch.nn.functional.linear(inputs, rows) for _, rows in _dequantized_rows(self.weight)]
-        outputs = torch.cat(chunks, dim=-1)
-        return outputs if self.bias is None else outputs + self.bias
+        chunks = []
+        for first, rows in _dequantized_rows(self.weight):
+            bias = None if self.bias is None else self.bias[first : first + len(rows)]
+            chunks.append(torch.nn.functional.linear(inputs, rows, bias))
+        return torch.cat(chunks, dim=-1)
 
 
 class _Embedding(torch.nn.Module):

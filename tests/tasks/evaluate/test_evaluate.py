@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -275,7 +275,10 @@ def test_weights_dequantized_once_give_the_same_logits(dtype: str, checkpoints: 
     assert left == []
 
 
-def test_chunks_of_a_weight_give_the_same_logits(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dequantized", ["backbone", "none"])
+def test_chunks_of_a_weight_give_the_same_logits(
+    dequantized: Literal["backbone", "none"], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from quantize_gemma.tasks.models import dequantize
@@ -286,7 +289,7 @@ def test_chunks_of_a_weight_give_the_same_logits(checkpoints: dict[str, Path], m
     tokens = torch.arange(2, 90)[None]
     with torch.no_grad():
         expected = model(tokens).logits
-        dequantize.replace_quantized_modules(model)
+        dequantize.replace_quantized_modules(model, dequantized)
         assert torch.equal(model(tokens).logits, expected)
 
 
