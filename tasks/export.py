@@ -75,7 +75,7 @@ def export(
     from optimum.exporters.executorch.convert import export_to_executorch
 
     from quantize_gemma.tasks.models.image_attention import bidirectional_attention
-    from quantize_gemma.tasks.models.kv_cache import make_masks, unlimited_chunks
+    from quantize_gemma.tasks.models.kv_cache import make_masks, own_kv_cache
     from quantize_gemma.tasks.models.rotary import shared_rotary_tables
 
     check_exportable(target, checkpoint)
@@ -96,7 +96,7 @@ def export(
             window = module.config.get_text_config().sliding_window
             stack.enter_context(bidirectional_attention(module, make_masks(max_seq_len, window)))
         stack.enter_context(example_image(_blank_image(module.config)))
-        stack.enter_context(unlimited_chunks(max_seq_len, kv_cache_dtype))
+        stack.enter_context(own_kv_cache(max_seq_len, kv_cache_dtype))
         stack.enter_context(shared_rotary_tables())
         stack.enter_context(patched_export())
         program = export_to_executorch(module, task, BACKEND, str(target))["model"]

@@ -167,7 +167,7 @@ def make_masks(max_seq_len: int, window: int) -> MakeMasks:
 
 
 @contextlib.contextmanager
-def unlimited_chunks(max_seq_len: int, cache_dtype: str) -> Iterator[None]:
+def own_kv_cache(max_seq_len: int, cache_dtype: str) -> Iterator[None]:
     """Export modules with this cache, and its attention and masks, within the context.
 
     Args:

@@ -182,13 +182,13 @@ class Agreement(Divergence):
     """How far the program is from the checkpoint that it was exported from, part by part.
 
     Attributes:
-        kl_program: The program's KL divergence from the checkpoint on text, in nats per token.
+        kl_program: The program's KL divergence from the checkpoint on a text, decoded one token at a time, in nats per
+            token.
         kl_act_quant: The KL divergence that activation quantization alone causes.
         tokens: The number of tokens that were compared.
         same_argmax: The share of tokens whose most likely token is the same.
         nll_checkpoint, nll_program: Mean negative log-likelihoods of the text, in nats per token.
         last: The KL divergences at the end of the longest sequence.
-        step_by_step: The KL divergences when decoding one token at a time.
         prompts: The KL divergences of the answers to prompts of several lengths.
         image: The KL divergences of the text after an image.
         late_image: The KL divergences of the text after an image that follows a long text.
@@ -200,7 +200,6 @@ class Agreement(Divergence):
     nll_checkpoint: float | None = None
     nll_program: float | None = None
     last: Divergence | None = None
-    step_by_step: Divergence | None = None
     prompts: PromptDivergence | None = None
     image: ImageDivergence | None = None
     late_image: Divergence | None = None

@@ -33,11 +33,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# The number of tokens that are compared at the start of a text, and at the end of the longest sequence.
+# The number of tokens that are compared at the start of a text, where the program decodes one at a time, and at the end
+# of the longest sequence.
 COMPARED_TOKENS = 128
 LAST_TOKENS = 8
-# The number of tokens that are decoded one at a time, after the same number at once.
-STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class Divergence:
     """Mean KL divergences from the checkpoint, in nats per token.
 
     Attributes:
-        tokens: The number of tokens that were compared.
+        tokens: The number of tokens that were compared; in `last`, `image`, and `late_image`, the number of tokens of
+            the sequence at whose end they are.
         kl_program: The program's divergence.
         kl_act_quant: The activation-quantization baseline: that of the checkpoint without quantized activations.
     """
@@ -116,7 +116,6 @@ class Agreement(Divergence):
     nll_program: float
     text_decoder: dict[str, float]
     last: Divergence
-    step_by_step: Divergence
     prompts: PromptDivergence
     token_embedding: dict[str, float] | None = None
     vision_encoder: VisionError | None = None
@@ -283,8 +282,7 @@ def _compare_outputs(
     first, length = min(COMPARED_TOKENS, ids.shape[1]), ids.shape[1]
     embedded = program.embed_tokens(ids)
     logits = program.decode(embedded, {int(position) for position in text.positions})
-    steps = program.decode(embedded[:, : 2 * STEPS], set(range(STEPS, 2 * STEPS)))
-    stepped, last = slice(STEPS, 2 * STEPS), slice(-LAST_TOKENS, None)
+    last = slice(-LAST_TOKENS, None)
     vision_encoder, after_image, after_late_image = (
         _compare_image(program, reference, image) if image else (None, None, None)
     )
@@ -297,7 +295,6 @@ def _compare_outputs(
         nll_program=mean_nll(logits[:first], ids[0, :first]),
         text_decoder=absolute_difference(eager.text, logits),
         last=_diverge(length, eager.text[last], logits[last], baseline.text[last]),
-        step_by_step=_diverge(STEPS, eager.text[stepped], steps, baseline.text[stepped]),
         prompts=_compare_prompts(reference, prompts),
         token_embedding=absolute_difference(reference.embeddings, program.without_channel(embedded)) if image else None,
         vision_encoder=vision_encoder,

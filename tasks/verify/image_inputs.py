@@ -22,20 +22,20 @@ class ImageInput:
         is_image: Which tokens are image tokens, bool, [tokens].
         pixel_values: Three images, [1, channels, height, width] each: the prompt's, a solid color, and random pixels.
             The prompt uses only the first.
-        first: The first position whose logits are compared.
         late: The same prompt after a long text, if the program's sequences are long enough.
     """
 
     ids: Tensor
     is_image: Tensor
     pixel_values: list[Tensor]
-    first: int = 0
     late: ImageInput | None = None
 
     @property
     def compared(self) -> Tensor:
-        """The positions whose logits are compared: those of the text."""
-        return (~self.is_image[self.first :]).nonzero()[:, 0] + self.first
+        """The positions whose logits are compared: those of the text after the image."""
+        import torch
+
+        return torch.arange(int(self.is_image.nonzero()[-1]) + 1, len(self.is_image))
 
     def with_late_prompt(self, text: list[int], max_seq_len: int) -> ImageInput:
         """Return the prompt after a text, which begins with the BOS token."""
@@ -46,7 +46,7 @@ class ImageInput:
         if ids.shape[1] > max_seq_len:
             return self
         is_image = torch.cat([torch.zeros(len(text), dtype=torch.bool), self.is_image[1:]])
-        return replace(self, late=ImageInput(ids, is_image, self.pixel_values, len(text)))
+        return replace(self, late=ImageInput(ids, is_image, self.pixel_values))
 
 
 def make_image_input(checkpoint: Path, image_token_id: int) -> ImageInput:

@@ -157,10 +157,10 @@ def test_the_cache_is_not_exported_where_the_library_lost_a_name(name: str, monk
     from optimum.executorch.attentions import custom_kv_cache
     from optimum.exporters.executorch import integrations
 
-    from quantize_gemma.tasks.models.kv_cache import unlimited_chunks
+    from quantize_gemma.tasks.models.kv_cache import own_kv_cache
 
     owner = custom_kv_cache if name.startswith("replace") else integrations
     monkeypatch.delattr(owner, name)
     match = rf"optimum-executorch \S+ has no \S+\.{name} like .*: install optimum-executorch=="
-    with pytest.raises(UserError, match=match), unlimited_chunks(128, "float32"):
+    with pytest.raises(UserError, match=match), own_kv_cache(128, "float32"):
         pass

@@ -41,7 +41,7 @@ def program(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export("quantize_gemma.tasks.export:export", small, tmp_path_factory.mktemp("program"))
 
 
-def export(function: str, checkpoint: Path, target: Path, **options: str) -> Path:
+def export(function: str, checkpoint: Path, target: Path, **options: int | str) -> Path:
     """Export in a separate process, as the flow does."""
     call = {"function": function, "target": str(target), "paths": {"checkpoint": str(checkpoint)}}
     with pytest.MonkeyPatch.context() as patch:

@@ -68,12 +68,12 @@ def export_as_the_library(target: Path, checkpoint: Path, max_seq_len: int) -> d
     return {"metadata": {}}
 
 
-def agreement(program: Path, checkpoint: Path) -> dict[str, Any]:
+def agreement(program: Path, checkpoint: Path, max_seq_len: int = MAX_SEQ_LEN) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from quantize_gemma.tasks.verify.compare import compare
 
-    return compare(program, checkpoint, AutoConfig.from_pretrained(checkpoint), MAX_SEQ_LEN)[0].to_json()
+    return compare(program, checkpoint, AutoConfig.from_pretrained(checkpoint), max_seq_len)[0].to_json()
 
 
 def failed_checks(released: Outcome, measured: dict[str, Any]) -> set[str]:
@@ -91,6 +91,30 @@ def test_a_text_only_program_answers_prompts_of_any_length_in_the_stock_runner(
     assert measured["prompts"]["lengths"] == LENGTHS
     assert measured["prompts"]["tokens"] > len(LENGTHS)
     assert failed_checks(released, measured) == set()
+
+
+def test_a_text_only_program_whose_sequences_fit_into_the_window_is_correct(
+    small: Path, released: Outcome, tmp_path: Path
+) -> None:
+    """Its sliding-window layers have no mask, as in gemma-3-4b with the default of 1,024 tokens."""
+    program = export("quantize_gemma.tasks.export:export", small, tmp_path, max_seq_len=WINDOW)
+    measured = agreement(program, small, WINDOW)
+    assert measured["prompts"]["lengths"] == [WINDOW - 8]
+    assert failed_checks(released, measured) == set()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_a_multimodal_program_whose_sequences_fit_into_the_window_is_correct(
+    cache_dtype: str, released: Outcome, tmp_path: Path
+) -> None:
+    release = Path(released.summary["release"])
+    options = {"max_seq_len": 64, "kv_cache_dtype": cache_dtype}
+    program = export("quantize_gemma.tasks.export:export", release, tmp_path, **options)
+    measured = agreement(program, release, 64)
+    assert failed_checks(released, measured) == set()
+    assert measured["image"]["kl_causal_image"] > 10 * measured["image"]["kl_program"]
+    assert "late_image" not in measured
 
 
 def int8_caches(program: Path) -> list[int]:
