@@ -67,7 +67,7 @@ def required_checks(multimodal: bool, benchmarks: Sequence[Benchmark]) -> list[s
         multimodal: Whether the model has a vision tower.
         benchmarks: The benchmarks with a limit on their drop.
     """
-    parts = ["", "_last", "_prompts", *["_image"] * multimodal]
+    parts = ["", "_prompts", *["_image"] * multimodal]
     return [
         *FIDELITY,
         *(f"{row.name}_drop" for row in benchmarks),
@@ -383,7 +383,6 @@ def _check_unpaired_program_drop(name: str, info: BenchmarkInfo, sample: SampleS
 def _check_distances(agreement: Agreement, max_ratio: float) -> list[Check]:
     parts: dict[str, tuple[str, Divergence | None]] = {
         "program_kl": ("", agreement),
-        "program_kl_last": (" at the end of the longest sequence", agreement.last),
         "program_kl_prompts": (" in the answers to long prompts", agreement.prompts),
         "program_kl_image": (" after an image", agreement.image),
         "program_kl_late_image": (" after an image that follows a long text", agreement.late_image),

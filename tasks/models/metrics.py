@@ -188,7 +188,6 @@ class Agreement(Divergence):
         tokens: The number of tokens that were compared.
         same_argmax: The share of tokens whose most likely token is the same.
         nll_checkpoint, nll_program: Mean negative log-likelihoods of the text, in nats per token.
-        last: The KL divergences at the end of the longest sequence.
         prompts: The KL divergences of the answers to prompts of several lengths.
         image: The KL divergences of the text after an image.
         late_image: The KL divergences of the text after an image that follows a long text.
@@ -199,7 +198,6 @@ class Agreement(Divergence):
     same_argmax: float | None = None
     nll_checkpoint: float | None = None
     nll_program: float | None = None
-    last: Divergence | None = None
     prompts: PromptDivergence | None = None
     image: ImageDivergence | None = None
     late_image: Divergence | None = None

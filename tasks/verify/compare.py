@@ -31,12 +31,10 @@ from quantize_gemma.tasks.verify.scenarios import AnsweredPrompt, RunnerCheck, r
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-# The number of tokens that are compared at the start of a text, where the program decodes one at a time, and at the end
-# of the longest sequence.
+# The number of tokens that are compared at the start of a text, where the program decodes one at a time.
 COMPARED_TOKENS = 128
-LAST_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class Divergence:
     """Mean KL divergences from the checkpoint, in nats per token.
 
     Attributes:
-        tokens: The number of tokens that were compared; in `last`, `image`, and `late_image`, the number of tokens of
-            the sequence at whose end they are.
+        tokens: The number of tokens that were compared; in `image` and `late_image`, the number of tokens of the prompt
+            at whose end they are.
         kl_program: The program's divergence.
         kl_act_quant: The activation-quantization baseline: that of the checkpoint without quantized activations.
     """
@@ -115,7 +113,6 @@ class Agreement(Divergence):
     nll_checkpoint: float
     nll_program: float
     text_decoder: dict[str, float]
-    last: Divergence
     prompts: PromptDivergence
     token_embedding: dict[str, float] | None = None
     vision_encoder: VisionError | None = None
@@ -128,23 +125,8 @@ class Agreement(Divergence):
 
 
 @dataclass(frozen=True)
-class _TextInput:
-    """A text of `max_seq_len` tokens, which begins with the longest prompt and its answer.
-
-    Attributes:
-        ids: Token ids, [1, tokens].
-        positions: The positions whose logits are compared.
-        in_answer: Which of `positions` predict the tokens of the longest prompt's answer, bool.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    in_answer: Tensor
-
-
-@dataclass(frozen=True)
 class _CheckpointOutputs:
-    """Logits, [positions, vocabulary], and the features of each image."""
+    """Logits, [positions, vocabulary], of the text, the answers to all prompts, and so on; features of each image."""
 
     text: Tensor
     prompts: Tensor
@@ -184,35 +166,23 @@ def compare(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     lengths = prompt_lengths(config.get_text_config().sliding_window, max_seq_len)
     prompts, checks = run_scenarios(program, checkpoint, lengths)
-    text = _make_text_input(tokenizer, prompts[-1], max_seq_len)
     image = make_image_input(checkpoint, config.image_token_id) if hasattr(config, "vision_config") else None
     if image is not None:
         image = image.with_late_prompt(
             tokenizer(TEXT * 99)["input_ids"][: config.text_config.sliding_window], max_seq_len
         )
     is_bidirectional = has_image_channel(program / "model.pte")
-    reference = _run_checkpoint(checkpoint, text, prompts[:-1], image, is_bidirectional)
+    reference = _run_checkpoint(checkpoint, prompts, image, is_bidirectional)
     gc.collect()  # The model's modules have reference cycles, and the program takes as much memory again.
-    agreement = _compare_outputs(PteProgram(program / "model.pte"), reference, text, prompts, image)
+    agreement = _compare_outputs(PteProgram(program / "model.pte"), reference, prompts, image)
     report = json.dumps(agreement.to_json())
     if "NaN" in report or "Infinity" in report:
         raise StageFailed(f"the logits of the checkpoint or of the program are not finite: {report}")
     return agreement, checks
 
 
-def _make_text_input(tokenizer: PreTrainedTokenizerBase, longest: AnsweredPrompt, max_seq_len: int) -> _TextInput:
-    import torch
-
-    words = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    # The longest prompt and its answer are part of the text, so one forward pass gives the logits of both.
-    ids = torch.tensor([[*longest.ids, *longest.answer, *words][:max_seq_len]])
-    first, last = range(min(COMPARED_TOKENS, max_seq_len)), range(max_seq_len - LAST_TOKENS, max_seq_len)
-    positions = torch.tensor(sorted({*first, *last, *longest.answer_positions}))
-    return _TextInput(ids, positions, torch.isin(positions, torch.tensor(longest.answer_positions)))
-
-
 def _run_checkpoint(
-    checkpoint: Path, text: _TextInput, shorter: list[AnsweredPrompt], image: ImageInput | None, is_bidirectional: bool
+    checkpoint: Path, prompts: list[AnsweredPrompt], image: ImageInput | None, is_bidirectional: bool
 ) -> _Reference:
     """Run the checkpoint in float32 with and without quantized activations."""
     import torch
@@ -223,39 +193,46 @@ def _run_checkpoint(
     model = load_model(checkpoint, torch.float32)
     replace_quantized_modules(model, "none")
     with torch.no_grad(), fast_products():
-        embeddings = model.get_input_embeddings()(text.ids)
-        act_quant = _checkpoint_outputs(model, text, shorter, image, is_bidirectional)
+        embeddings = model.get_input_embeddings()(_text_ids(prompts))
+        act_quant = _checkpoint_outputs(model, prompts, image, is_bidirectional)
         other = None if image is None else _image_logits(model, image, act_quant.features[0], not is_bidirectional)
         disable_activation_quantization(model)
-        no_act_quant = _checkpoint_outputs(model, text, shorter, image, is_bidirectional)
+        no_act_quant = _checkpoint_outputs(model, prompts, image, is_bidirectional)
     return _Reference(act_quant, no_act_quant, embeddings, other)
 
 
+def _text_ids(prompts: list[AnsweredPrompt]) -> Tensor:
+    """Return the compared text, the start of the longest prompt: token ids, [1, tokens]."""
+    import torch
+
+    return torch.tensor([prompts[-1].ids[:COMPARED_TOKENS]])
+
+
 def _checkpoint_outputs(
-    model: PreTrainedModel,
-    text: _TextInput,
-    shorter: list[AnsweredPrompt],
-    image: ImageInput | None,
-    is_bidirectional: bool,
+    model: PreTrainedModel, prompts: list[AnsweredPrompt], image: ImageInput | None, is_bidirectional: bool
 ) -> _CheckpointOutputs:
     import torch
 
-    logits = model(input_ids=text.ids, logits_to_keep=text.positions).logits[0].float()
-    prompts = torch.cat([*(_answer_logits(model, prompt) for prompt in shorter), logits[text.in_answer]])
+    *shorter, longest = prompts
+    # One forward pass gives the logits of the text and of the longest prompt's answer.
+    length = _text_ids(prompts).shape[1]
+    text, answer = _prompt_logits(model, longest, length).tensor_split([length])
+    answers = torch.cat([*(_prompt_logits(model, prompt) for prompt in shorter), answer])
     if image is None:
-        return _CheckpointOutputs(logits, prompts, [])
+        return _CheckpointOutputs(text, answers, [])
     features = [model.get_image_features(pixels) for pixels in image.pixel_values]
     after = _image_logits(model, image, features[0], is_bidirectional)
     late = None if image.late is None else _image_logits(model, image.late, features[0], is_bidirectional)
-    return _CheckpointOutputs(logits, prompts, features, after, late)
+    return _CheckpointOutputs(text, answers, features, after, late)
 
 
-def _answer_logits(model: PreTrainedModel, prompt: AnsweredPrompt) -> Tensor:
-    """Return the checkpoint's logits for each token of the answer, [tokens, vocabulary]."""
+def _prompt_logits(model: PreTrainedModel, prompt: AnsweredPrompt, start: int = 0) -> Tensor:
+    """Return the checkpoint's logits for a prompt's first `start` tokens and for its answer, [tokens, vocabulary]."""
     import torch
 
     ids = torch.tensor([prompt.ids + prompt.answer[:-1]])
-    logits: Tensor = model(input_ids=ids, logits_to_keep=torch.tensor(prompt.answer_positions)).logits[0].float()
+    positions = torch.tensor([*range(start), *prompt.answer_positions])
+    logits: Tensor = model(input_ids=ids, logits_to_keep=positions).logits[0].float()
     return logits
 
 
@@ -272,29 +249,25 @@ def _image_logits(model: PreTrainedModel, image: ImageInput, features: Tensor, i
 def _compare_outputs(
     program: PteProgram,
     reference: _Reference,
-    text: _TextInput,
     prompts: list[AnsweredPrompt],
     image: ImageInput | None,
 ) -> Agreement:
     """Run the program on the checkpoint's inputs, and compare the outputs."""
     eager, baseline = reference.act_quant, reference.no_act_quant
-    ids = text.ids
-    first, length = min(COMPARED_TOKENS, ids.shape[1]), ids.shape[1]
+    ids = _text_ids(prompts)
     embedded = program.embed_tokens(ids)
-    logits = program.decode(embedded, {int(position) for position in text.positions})
-    last = slice(-LAST_TOKENS, None)
+    logits = program.decode(embedded, set(range(len(ids[0]))))
     vision_encoder, after_image, after_late_image = (
         _compare_image(program, reference, image) if image else (None, None, None)
     )
     return Agreement(
-        tokens=first,
-        kl_program=mean_kl(eager.text[:first], logits[:first]),
-        kl_act_quant=mean_kl(eager.text[:first], baseline.text[:first]),
+        tokens=len(logits),
+        kl_program=mean_kl(eager.text, logits),
+        kl_act_quant=mean_kl(eager.text, baseline.text),
         same_argmax=same_argmax(eager.text, logits),
-        nll_checkpoint=mean_nll(eager.text[:first], ids[0, :first]),
-        nll_program=mean_nll(logits[:first], ids[0, :first]),
+        nll_checkpoint=mean_nll(eager.text, ids[0]),
+        nll_program=mean_nll(logits, ids[0]),
         text_decoder=absolute_difference(eager.text, logits),
-        last=_diverge(length, eager.text[last], logits[last], baseline.text[last]),
         prompts=_compare_prompts(reference, prompts),
         token_embedding=absolute_difference(reference.embeddings, program.without_channel(embedded)) if image else None,
         vision_encoder=vision_encoder,

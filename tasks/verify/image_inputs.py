@@ -20,8 +20,7 @@ class ImageInput:
     Attributes:
         ids: Token ids, [1, tokens].
         is_image: Which tokens are image tokens, bool, [tokens].
-        pixel_values: Three images, [1, channels, height, width] each: the prompt's, a solid color, and random pixels.
-            The prompt uses only the first.
+        pixel_values: Two images, [1, channels, height, width] each: the prompt's, and random pixels.
         late: The same prompt after a long text, if the program's sequences are long enough.
     """
 
@@ -64,7 +63,7 @@ def make_image_input(checkpoint: Path, image_token_id: int) -> ImageInput:
     pixels: Tensor = inputs["pixel_values"]
     random = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     ids: Tensor = inputs["input_ids"]
-    return ImageInput(ids, ids[0] == image_token_id, [pixels, torch.full_like(pixels, 0.25), random])
+    return ImageInput(ids, ids[0] == image_token_id, [pixels, random])
 
 
 def solid_image(processor: ProcessorMixin, color: tuple[int, int, int]) -> Tensor:

@@ -138,7 +138,7 @@ def test_one_command_leaves_a_release_that_passed_the_gate(released: Outcome) ->
         *(f"evaluate_gsm8k_{column}" for column in ("base", "quantized", "program")),
     }
     assert summary["gate"]["passed"]
-    kl = {f"program_kl{part}" for part in ("", "_last", "_prompts", "_image", "_late_image")}
+    kl = {f"program_kl{part}" for part in ("", "_prompts", "_image", "_late_image")}
     answered = {f"{name}_{check}" for name in FIXTURE_TASKS for check in ("drop", "recovery")}
     answered |= {"mmlu_disagreement", "chartqa_program_drop", "gsm8k_program_drop"}
     assert {check["name"] for check in summary["gate"]["checks"]} == {
@@ -475,11 +475,10 @@ def test_the_program_is_no_further_from_the_checkpoint_than_activation_quantizat
     assert agreement["token_embedding"] == {"max": 0.0, "mean": 0.0}
     # The text is none that the tiny model has learned: now and then two tokens are as likely as each other.
     assert agreement["same_argmax"] > 0.95
-    assert agreement["last"]["tokens"] == 1024
     # Around the sliding window, twice as long, and the longest that leaves room for an answer.
     assert agreement["prompts"]["lengths"] == [63, 64, 65, 128, 1016]
     assert agreement["prompts"]["same_argmax"] > 0.9
-    for part in (agreement, *(agreement[name] for name in ("last", "prompts", "image", "late_image"))):
+    for part in (agreement, *(agreement[name] for name in ("prompts", "image", "late_image"))):
         assert 0 < part["kl_program"] < part["kl_act_quant"]
     assert agreement["vision_encoder"]["error"] < 0.5 * agreement["vision_encoder"]["error_act_quant"]
     modules = ("vision_tower.vision_model.encoder.layers.1.mlp.fc2", "language_model.model.layers.1.mlp.up_proj")
@@ -488,7 +487,7 @@ def test_the_program_is_no_further_from_the_checkpoint_than_activation_quantizat
     parsed = parse_metrics(metrics)
     verdict = judge(parsed.benchmarks, parsed, parsed.pairs, {**parsed.gate.limits, "max_kl_ratio": 1.0})
     failed = {check.name for check in verdict.checks if check.status == "fail"}
-    parts = ("", "_last", "_prompts", "_image", "_late_image")
+    parts = ("", "_prompts", "_image", "_late_image")
     assert failed == {"vision_encoder", *(f"program_kl{part}" for part in parts)}
 
 
@@ -558,7 +557,6 @@ def test_a_release_that_fails_the_gate_stays_on_disk_and_the_run_says_which_chec
     failed = {check["name"] for check in verdict["checks"] if check["status"] == "fail"}
     assert failed - {"vision_encoder"} == {
         "program_kl",
-        "program_kl_last",
         "program_kl_prompts",
         "program_kl_image",
         "program_kl_late_image",

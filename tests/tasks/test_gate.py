@@ -351,7 +351,7 @@ def test_the_verdict_says_that_there_is_nothing_to_compare_with(published: dict[
 )
 def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[str], more: set[str]) -> None:
     required = required_checks(multimodal, [find_benchmark(name) for name in names])
-    kl = {"program_kl", "program_kl_last", "program_kl_prompts"}
+    kl = {"program_kl", "program_kl_prompts"}
     assert required[:2] == ["max_kl", "min_same_top"]
     runner = {f"runner_{name}" for name in ("tokenizer", "prompts", "past_window", "full_length", "stop")}
     runner |= {"runner_conversations", *(("runner_two_images", "runner_late_image") if multimodal else ())}
@@ -374,11 +374,11 @@ def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[
 @pytest.mark.parametrize("place", ["kl_program", "kl_act_quant"])
 def test_a_number_that_is_not_finite_fails_and_leaves_valid_json(value: float | None, place: str) -> None:
     measured = metrics(pairs(90, 0, 0, 10), 0.01)
-    measured["program"]["agreement"]["last"] = {"kl_program": 0.01, "kl_act_quant": 0.03, place: value}
+    measured["program"]["agreement"]["prompts"] = {"kl_program": 0.01, "kl_act_quant": 0.03, place: value}
     verdict = verdict_on(measured)
-    assert failed_checks(verdict) == ["program_kl_last"]
+    assert failed_checks(verdict) == ["program_kl_prompts"]
     json.dumps(to_json(verdict), allow_nan=False)
-    assert "not a finite number" in check_named(verdict, "program_kl_last").message
+    assert "not a finite number" in check_named(verdict, "program_kl_prompts").message
     with pytest.raises(GateRefused, match="not a finite number"):
         require_pass(judged(measured), [])
 
@@ -431,11 +431,11 @@ def test_a_failure_shows_all_checks_and_the_questions_that_the_program_answers_d
     assert len(questions.splitlines()) == 1 + 5 + 1
 
 
-@pytest.mark.parametrize("part", ["last", "prompts", "image"])
+@pytest.mark.parametrize("part", ["prompts", "image"])
 def test_a_program_that_is_far_from_the_checkpoint_anywhere_fails(part: str) -> None:
     measured = metrics(pairs(90, 0, 0, 10), 0.01)
     agreement = measured["program"]["agreement"]
-    for name in ("last", "prompts", "image"):
+    for name in ("prompts", "image"):
         agreement[name] = {"kl_program": 0.0301 if name == part else 0.0299, "kl_act_quant": 0.03}
     verdict = verdict_on(measured, {**LIMITS, "max_kl_ratio": 1.0})
     assert failed_checks(verdict) == [f"program_kl_{part}"]
