@@ -245,7 +245,7 @@ def test_chartqa_has_its_rows_where_it_was_measured(measured: dict[str, Any]) ->
 def test_the_gates_checks_are_on_the_card_and_low_confidence_is_explained(measured: dict[str, Any]) -> None:
     text = card(measured)
     assert table_row(text, "mmlu drop")[1:] == ["0.00 ± 0.43", "≤ 5", "5", "over 99.9%", "pass"]
-    assert table_row(text, "program kl step by step")[4:] == ["", "pass"]
+    assert table_row(text, "program kl image")[4:] == ["", "pass"]
     assert "low confidence" not in text
     measured["pairs"]["mmlu"] = {"both": 20, "first": 0, "second": 0, "neither": 0}
     judge_again(measured)
