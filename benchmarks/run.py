@@ -21,19 +21,15 @@ from quantize_gemma.tasks.runtime.units import human_size
 RECIPE = "HQQ-INT8-INT4"
 # The smallest evaluation that runs every stage. Random weights fail the gate, which does not matter here.
 OPTIONS = (
-    *(
-        "--text",
-        "tiny-text",
-        "--text-windows",
-        "2",
-        "--tasks",
-        "mmlu,chartqa",
-        "--limit",
-        "1",
-        "--program-samples",
-        "4",
-    ),
-    *("--dataset", "mmlu=mmlu-mini", "--dataset", "chartqa=chartqa-mini", "--max-kl", "none", "--min-same-top", "none"),
+    "--text=tiny-text",
+    "--text-windows=2",
+    "--tasks=mmlu,chartqa",
+    "--limit=1",
+    "--program-samples=4",
+    "--dataset=mmlu=mmlu-mini",
+    "--dataset=chartqa=chartqa-mini",
+    "--max-kl=none",
+    "--min-same-top=none",
 )
 
 
