@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import SHAPES, make_quantized_checkpoint
-from benchmarks.side_by_side import format_line, machine, print_result, run, version
+from benchmarks.side_by_side import describe, format_line, machine, print_result, run, version
 
 MAX_SEQ_LEN = 1024
 PREFILL = 768
@@ -41,8 +41,7 @@ def measure(checkpoint: Path, base: Path | None, text: Path | None, folder: Path
     if kl is not None:
         lines.append(f"KL divergence from the base model: {kl[0]:.4f} and {kl[1]:.4f} nats")
     case = {"checkpoint": checkpoint.name, "max_seq_len": MAX_SEQ_LEN, "prefill": PREFILL, "decoded": DECODED}
-    result = {"name": "kv_cache", "machine": machine(), "version": version(), "case": case, "equal": None}
-    return {**result, **steps, "ratio": ratios, "kl": kl, "lines": lines}
+    return {**describe("kv_cache", case), **steps, "ratio": ratios, "kl": kl, "equal": None, "lines": lines}
 
 
 def export(target: str, checkpoint: str, kv_cache_dtype: str) -> dict[str, Any]:

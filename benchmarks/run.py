@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint
-from benchmarks.side_by_side import ROOT, machine, print_result, run, version
+from benchmarks.side_by_side import ROOT, describe, machine, print_result, run, version
 from quantize_gemma.tasks.runtime.patches import DISABLE
 from quantize_gemma.tasks.runtime.units import human_size
 
@@ -60,8 +60,7 @@ def measure(shape: str, folder: Path, max_seq_len: int, reference: bool) -> dict
         f"| all | {sum(step['seconds'] for step in steps.values()):.1f} s | | | |",
     ]
     case = {"shape": shape, "max_seq_len": max_seq_len}
-    result = {"name": "run", "machine": machine(), "version": version(), "case": case, "equal": None}
-    return {**result, "ours": steps, "reference": stock, "lines": lines}
+    return {**describe("run", case), "ours": steps, "reference": stock, "equal": None, "lines": lines}
 
 
 def run_references(checkpoint: Path, folder: Path, max_seq_len: int) -> dict[str, Any]:

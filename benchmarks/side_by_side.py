@@ -64,18 +64,25 @@ def version() -> str:
     return process.stdout.strip() or "unknown"
 
 
-def make_result(
-    name: str, case: dict[str, Any], reference: dict[str, Any] | None, ours: dict[str, Any], equal: bool | None
-) -> dict[str, Any]:
-    """Return the JSON fields of every benchmark, from steps {"seconds", "peak_rss_bytes"}; ratio: reference / ours."""
-    costs = {"time": "seconds", "memory": "peak_rss_bytes"}
-    steps = {"reference": reference, "ours": ours}
+def describe(name: str, case: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON fields that say what was measured, and where."""
     return {
         "name": name,
         "machine": machine(),
         "version": version(),
         "versions": {library: installed(library).split("+")[0] for library in LIBRARIES},
         "case": case,
+    }
+
+
+def make_result(
+    name: str, case: dict[str, Any], reference: dict[str, Any] | None, ours: dict[str, Any], equal: bool | None
+) -> dict[str, Any]:
+    """Return the JSON fields of a comparison, from steps {"seconds", "peak_rss_bytes"}; ratio: reference / ours."""
+    costs = {"time": "seconds", "memory": "peak_rss_bytes"}
+    steps = {"reference": reference, "ours": ours}
+    return {
+        **describe(name, case),
         **{side: {key: step[key] for key in costs.values()} for side, step in steps.items() if step},
         "ratio": {cost: reference[key] / ours[key] for cost, key in costs.items()} if reference else None,
         "equal": equal,
