@@ -1,4 +1,4 @@
-"""Quality and size of each recipe on a model: `python -m benchmarks.quality --model DIR --text FILE`.
+"""Compare recipes by quality and size: `python -m benchmarks.quality --model DIR --text FILE`.
 
 Every recipe runs through the flow's own stages, each in its own process. Quality is the weights-only fidelity: both
 models compute in float32 without quantized activations, on the first windows of the text. On disk, an int4 weight takes
@@ -27,8 +27,6 @@ RECIPES = (
     "DISTILL-INT8-INT4",
     "DISTILL-INT8-INT4-HEAD8",
 )
-# The arguments of export() besides the checkpoint.
-EXPORT = {"max_seq_len": 1024, "custom_sdpa": True, "custom_kv_cache": True, "last_logits_only": True}
 COLUMNS = ("name", "program_bytes", "packed_bytes", "ppl", "kl_mean", "same_top", "seconds", "peak_rss_bytes")
 
 
@@ -93,11 +91,11 @@ def our_fidelity(target: str, base: str, states: str, checkpoint: str) -> dict[s
     return output
 
 
-def our_export(target: str, checkpoint: str, **options: Any) -> dict[str, Any]:
+def our_export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]:
     """Export as the flow does."""
     from quantize_gemma.tasks.export import export
 
-    return export(Path(target), Path(checkpoint), **options)
+    return export(Path(target), Path(checkpoint), max_seq_len)
 
 
 def count_packed_bytes(checkpoint: Path, recipe: Recipe | None) -> int:
@@ -146,7 +144,7 @@ def measure(
         row = {"name": recipe.name, "packed_bytes": count_packed_bytes(untied, recipe)}
         if export:
             program = empty_folder(folder / "program")
-            run("benchmarks.quality:our_export", target=program, checkpoint=quantized, **EXPORT)
+            run("benchmarks.quality:our_export", target=program, checkpoint=quantized, max_seq_len=1024)
             row["program_bytes"] = (program / "model.pte").stat().st_size
         row |= {key: metrics[key] for key in ("ppl", "kl_mean", "same_top")}
         if len(rows) == 1:  # Its perplexity is known by now.
