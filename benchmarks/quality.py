@@ -1,4 +1,4 @@
-"""Compare recipes by quality and size: `python -m benchmarks.quality --model DIR --text FILE`.
+"""Compare recipes by quality and size: `python -m benchmarks.quality --model DIR --text FILE --calibration FILE`.
 
 Every recipe runs through the flow's own stages, each in its own process. Quality is the weights-only fidelity: both
 models compute in float32 without quantized activations, on the first windows of the text. On disk, an int4 weight takes
@@ -9,6 +9,7 @@ bit widths, plus everything that is not quantized.
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """
     # A lossless recipe cannot be drawn on a logarithmic scale.
     drawn_rows = [row for row in rows if row["kl_mean"] > 0]
+    if not drawn_rows:
+        print(f"there is nothing to plot into {path}: every recipe is lossless", file=sys.stderr)
+        return
     exported = all(row.get("program_bytes") for row in drawn_rows)
     size = "program_bytes" if exported else "packed_bytes"
     title = f"KL divergence versus {'program' if exported else 'packed'} size"
@@ -208,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the directory of the base checkpoint")
     parser.add_argument("--text", type=Path, required=True, help="the text to measure on")
-    parser.add_argument("--calibration", type=Path, help="the text to calibrate on")
+    parser.add_argument("--calibration", type=Path, help="the text to calibrate on, for calibrated recipes")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="names, or paths that end in .json")
     parser.add_argument("--windows", type=int, default=10, help="windows of 512 tokens of the text [default: 10]")
     parser.add_argument(
@@ -222,6 +226,10 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    recipes = [str(Path(name).resolve()) if name.endswith(".json") else name for name in options.recipes]
+    calibrated = [name for name in recipes if load_recipe(name).calibration is not None]
+    if calibrated and options.calibration is None:
+        parser.error(f"{', '.join(calibrated)} cannot be quantized without a text: add --calibration FILE")
     print("| recipe | program, bytes | packed, bytes | PPL | KL | same top token, % | seconds | peak memory, GB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +238,7 @@ def main() -> None:
             options.model.resolve(),
             options.text.resolve(),
             options.calibration and options.calibration.resolve(),
-            [str(Path(name).resolve()) if name.endswith(".json") else name for name in options.recipes],
+            recipes,
             options.windows,
             options.export,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import COLUMNS, draw
+from benchmarks.quality import COLUMNS, draw, main
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
 
 ROOT = Path(__file__).parents[1]
@@ -55,3 +55,23 @@ def test_the_plot_is_over_the_programs_size_where_every_program_was_exported(tmp
     assert {"KL divergence versus program size", "A  0.440", "B  0.080", "500", "600"} <= texts()
     rows[1]["program_bytes"] = None
     assert {"KL divergence versus packed size", "A  0.440", "B  0.080", "400"} <= texts()
+
+
+def test_there_is_no_plot_without_a_recipe_that_loses_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw([{"name": name, "packed_bytes": 9e8, "kl_mean": 0.0} for name in ("base", "A")], tmp_path / "plot.svg")
+    assert "nothing to plot" in capsys.readouterr().err
+    assert not (tmp_path / "plot.svg").exists()
+
+
+def test_a_missing_calibration_text_is_reported_before_the_first_recipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quality", "--model", "model", "--text", "text.txt", "--recipes", "SEARCH-INT8-INT4", "GPTQ-INT8-INT4"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        main()
+    output = capsys.readouterr()
+    assert "error: GPTQ-INT8-INT4 cannot be quantized without a text: add --calibration FILE" in output.err
+    assert not output.out
