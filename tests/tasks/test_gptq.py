@@ -346,7 +346,8 @@ def test_what_is_finished_is_not_run_again(
     def fail(*_: Any) -> None:
         raise AssertionError("all blocks are in the store")
 
-    monkeypatch.setattr(blocks, "replay_block", fail)
+    for function in ("quantize_block", "replay_block"):
+        monkeypatch.setattr(blocks, function, fail)
     assert run(tmp_path / "second", untied, calibration) == expected
 
 
