@@ -16,7 +16,7 @@ from quantize_gemma.tasks.models.calibration import DISTILLATION, read_calibrati
 from quantize_gemma.tasks.models.checkpoint import load_model
 from quantize_gemma.tasks.models.recipe import HELD_OUT, STEP_SEQUENCES, Distillation, load_recipe
 from quantize_gemma.tasks.quantize import distill as stages
-from quantize_gemma.tasks.quantize import quantize, student, training
+from quantize_gemma.tasks.quantize import gptq, quantize, student, training
 from quantize_gemma.tasks.quantize.distill import distill
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -159,7 +159,11 @@ def test_a_training_that_diverges_says_so_and_keeps_nothing(
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_gradients_are_those_of_the_dequantized_product(groups: int) -> None:
+@pytest.mark.parametrize("chunk", [gptq.CHUNK, 64 * 64])
+def test_gradients_are_those_of_the_dequantized_product(
+    groups: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     integers = torch.randint(-8, 8, (70, 64), dtype=torch.int8, generator=generator)
     activations = torch.randn(2, 5, 64, generator=generator)

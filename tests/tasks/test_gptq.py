@@ -22,7 +22,7 @@ from quantize_gemma.tasks.calibrate import (
 )
 from quantize_gemma.tasks.models.calibration import CalibrationSource, parse_source, read_calibration
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
-from quantize_gemma.tasks.models.recipe import load_recipe
+from quantize_gemma.tasks.models.recipe import Calibration, load_recipe
 from quantize_gemma.tasks.quantize import blocks, gptq, quantize
 from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 from quantize_gemma.tasks.quantize.search import search_scales
@@ -147,6 +147,27 @@ def test_work_in_panels_and_chunks_gives_the_same_bytes(monkeypatch: pytest.Monk
         assert torch.equal(part, whole)
     inverse = torch.linalg.inv(curvature.hessian.double())
     torch.testing.assert_close(pieces.factor.T.double() @ pieces.factor.double(), inverse, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [130, 200])
+def test_linears_are_quantized_and_multiplied_a_few_rows_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix with fewer rows than columns is multiplied with the cross products before it is quantized."""
+    weight, hessian = example(rows=rows, columns=160)
+    activations = torch.randn(2, 3, 160, generator=torch.Generator().manual_seed(4))
+    matrices = []
+    for chunk in (gptq.CHUNK, 64 * 160):
+        monkeypatch.setattr(gptq, "CHUNK", chunk)
+        linear = blocks.StoredLinear(weight)
+        torch.testing.assert_close(linear(activations), activations @ weight.T)
+        moments = blocks.Moments(hessian.clone(), 0.05 * hessian.roll(1, 0))
+        linear.matrix = blocks.prepare_linears({"up": linear}, moments, GROUP, Calibration())["up"]()
+        torch.testing.assert_close(linear(activations), activations @ linear.matrix.dequantize().T)
+        matrices.append(linear.matrix)
+    whole, pieces = matrices
+    # The last bits of a product can depend on the number of rows.
+    assert (pieces.integers == whole.integers).double().mean() > 0.999
+    assert (pieces.scales == whole.scales).double().mean() > 0.999
+    assert pieces.error == pytest.approx(whole.error, rel=1e-3)
 
 
 def test_columns_are_rounded_in_their_own_order_if_the_recipe_says_so() -> None:
