@@ -42,11 +42,19 @@ def test_every_linear_of_the_decoder_is_replaced_and_nothing_else(checkpoint: Pa
     name = next(name for name in theirs if name.endswith("weight"))
     more = {"model.layers.7.mlp.up_proj.weight": theirs[name].clone()}
     more["model.layers.7.mlp.up_proj.scale"] = theirs[name.replace("weight", "scale")].clone()
+    module = name.removesuffix(".weight")
+    without = {other: tensor for other, tensor in theirs.items() if not other.startswith(f"{module}.")}
+    unweighted = {other: tensor for other, tensor in theirs.items() if other != name}
+    bytes_before = (checkpoint / "model.safetensors").read_bytes()
     for other, message in (
-        ({name: torch.full_like(theirs[name], 4.5)}, "do not fit our format"),
-        ({name: torch.full_like(theirs[name], 1.7)}, "not on the grid"),
-        (more, "42 of 44 tensors"),
+        ({**theirs, name: torch.full_like(theirs[name], 4.5)}, "do not fit our format"),
+        ({**theirs, f"{module}.scale": -theirs[f"{module}.scale"]}, "do not fit our format"),
+        ({**theirs, name: torch.full_like(theirs[name], 1.7)}, r"not on the grid of its scales: .* is 0\.4. steps off"),
+        ({**theirs, **more}, r"2 tensors are only in one .*, such as model\.layers\.7\.mlp\.up_proj\.qdata"),
+        (without, f"2 tensors are only in one .*, such as {module}.qdata"),
+        (unweighted, f"{module} has a scale, but no weight"),
     ):
-        save_file({**theirs, **other}, tmp_path / "other.safetensors")
+        save_file(other, tmp_path / "other.safetensors")
         with pytest.raises(AssertionError, match=message):
             replace_linears(checkpoint, tmp_path / "other.safetensors")
+        assert (checkpoint / "model.safetensors").read_bytes() == bytes_before

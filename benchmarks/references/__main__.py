@@ -62,7 +62,7 @@ def read_integers(tensors: dict[str, Any]) -> dict[str, Any]:
     """Return {"<module>.qdata", "<module>.scale"} of {"<module>.weight", "<module>.scale"}.
 
     Raises:
-        AssertionError: A weight is not an integer times its scale, within the precision of bfloat16.
+        AssertionError: A weight is missing, or is not an integer times its scale, within the precision of bfloat16.
     """
     import torch
 
@@ -70,10 +70,12 @@ def read_integers(tensors: dict[str, Any]) -> dict[str, Any]:
     for name, scale in tensors.items():
         module, _, part = name.rpartition(".")
         if part == "scale":
+            assert f"{module}.weight" in tensors, f"{module} has a scale, but no weight"
             weight = tensors[f"{module}.weight"].float()
             quotients = weight.unflatten(1, (scale.shape[1], -1)) / scale.float()[:, :, None]
             integers = quotients.round()
-            assert (quotients - integers).abs().max() < 0.1, f"{module} is not on the grid of its scales"
+            distance = float((quotients - integers).abs().max())
+            assert distance < 0.1, f"{module} is not on the grid of its scales: a weight is {distance:.2f} steps off"
             parts |= {f"{module}.qdata": integers.flatten(1).to(torch.int8), name: scale}
     return parts
 
@@ -82,28 +84,30 @@ def replace_linears(checkpoint: Path, weights: Path) -> int:
     """Overwrite the decoder's linears in one of our checkpoints; return their number.
 
     Raises:
-        AssertionError: A linear is missing from the file, or does not fit our format: integers are outside [-8, 7], or
-            scales are not positive.
+        AssertionError: The file has other linears than the decoder, or one does not fit our format: integers are
+            outside [-8, 7], or scales are not positive. Nothing is overwritten then.
     """
     import torch
     from safetensors.torch import load_file
 
     tensors = read_integers(load_file(weights))
-    count = 0
+    targets = {}
+    for name, tensor in read_header(checkpoint / "model.safetensors").items():
+        module, _, part = name.rpartition("._weight_")
+        if part in ("qdata", "scale") and ".layers." in module:
+            targets[f"{module}.{part}"] = tensor
+    different = sorted(targets.keys() ^ tensors.keys())
+    assert not different, f"{len(different)} tensors are only in one of the two checkpoints, such as {different[0]}"
+    for name, tensor in targets.items():
+        values = tensors[name]
+        assert tuple(values.shape) == tuple(tensor.shape), f"{name}: {values.shape}, not {tensor.shape}"
+        is_valid = (values >= -8) & (values <= 7) if name.endswith("qdata") else values > 0
+        assert is_valid.all(), f"{name}: {int((~is_valid).sum())} values do not fit our format"
     with (checkpoint / "model.safetensors").open("r+b") as file:
-        for name, tensor in read_header(checkpoint / "model.safetensors").items():
-            module, _, part = name.rpartition("._weight_")
-            if part not in ("qdata", "scale") or ".layers." not in module:
-                continue
-            values = tensors[f"{module}.{part}"]
-            assert tuple(values.shape) == tuple(tensor.shape), f"{name}: {values.shape}, not {tensor.shape}"
-            is_valid = (values >= -8) & (values <= 7) if part == "qdata" else values > 0
-            assert is_valid.all(), f"{name}: {int((~is_valid).sum())} values do not fit our format"
+        for name, tensor in targets.items():
             file.seek(tensor.start)
-            file.write(values.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            count += 1
-    assert count == len(tensors) > 0, f"{count} of {len(tensors)} tensors belong to the decoder's linears"
-    return count // 2
+            file.write(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return len(targets) // 2
 
 
 def measure(folder: Path, model: Path, text: Path, calibration: Path, references: list[str]) -> list[dict[str, Any]]:
