@@ -86,8 +86,8 @@ def prepare(
     Args:
         hessian: The sum of products of inputs, X^T X, on any scale, [columns, columns]; overwritten.
         group_size: The number of columns that share a scale.
-        damping: The value added to the diagonal, as a fraction of its mean. It is increased tenfold until the Cholesky
-            factorization succeeds.
+        damping: The value added to the diagonal, as a fraction of its mean. As long as the Cholesky factorization
+            fails, ten times the last value is added as well: 0.01, then 0.11 and 1.11 altogether.
         scratch: A scratch matrix of the same size; overwritten, too.
         sort_columns: Columns with the largest inputs come first; otherwise the columns keep their order.
 
