@@ -9,7 +9,6 @@ installed and newer versions of transformers, so that both load the file. (Card 
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +28,7 @@ from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide, packed_byte
 from quantize_gemma.tasks.quantize.source import SourceTensor, open_tensors
 from quantize_gemma.tasks.quantize.writer import CheckpointWriter
 from quantize_gemma.tasks.runtime import store
-from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
+from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.store import link
 
@@ -141,7 +140,9 @@ def _quantize_decoder(
     block_rules = [
         asdict(rule) for rule in recipe.rules if rule.match != "lm_head" and not GEMMA3.is_vision_role(rule.match)
     ]
+    root, digests = stack.enter_context(store.open_store({"checkpoint": checkpoint}))
     identity: dict[str, object] = {
+        **digests,
         "rules": block_rules,
         "calibration": asdict(recipe.calibration) if recipe.calibration else None,
         "tokens": digest_tokens(tokens),
@@ -149,11 +150,6 @@ def _quantize_decoder(
         # The last bits of a matrix product can depend on the number of threads.
         "threads": torch.get_num_threads(),
     }
-    try:
-        identity["checkpoint"], root = store.read_artifact(checkpoint).digest, store.root_of(checkpoint)
-    except StageFailed:  # In benchmarks and tests, the checkpoint is not in a store.
-        identity["checkpoint"] = str(checkpoint)
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     blocks = Blocks(root, identity, refresh)
     with fast_products():
         quantize_decoder(config, sources, rules, recipe, tokens, blocks, device)

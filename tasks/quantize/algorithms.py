@@ -96,12 +96,9 @@ def quantize_with_torchao(rows: "torch.Tensor", rule: Rule) -> "tuple[dict[str, 
 
 def _affine(rows: "torch.Tensor", rule: Rule, device: str) -> QuantizedRows:
     """Round to the nearest integer, with scales from the largest weight of each group, as torchao does."""
-    group_size = rule.group_size or rows.shape[1]
+    # The mapping is symmetric: all zero points are 0.
     tensors = {part: tensor.cpu() for part, tensor in quantize_with_torchao(rows.to(device), rule)[0].items()}
-    integers = tensors["qdata"].float() - tensors["zero_point"].float().repeat_interleave(group_size, 1)
-    scales = tensors["scale"].float().repeat_interleave(group_size, 1)
-    error = float((integers * scales - rows.float()).double().square().sum())
-    return QuantizedRows(tensors, error, float(rows.double().square().sum()))
+    return measure_rows(tensors, rows)
 
 
 def _search(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
