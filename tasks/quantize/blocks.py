@@ -262,10 +262,11 @@ def quantize_block(
         chosen_names = [name for name in names if name in rules]
         if not chosen_names:
             continue
-        sizes = {rules[name].group_size or len(moments.hessian) for name in chosen_names}
-        assert len(sizes) == 1, f"{chosen_names} share one order of columns, but have the group sizes {sizes}"
+        # A recipe calibrates all linears with the same rule, or not at all.
+        rule = rules[chosen_names[0]]
+        assert rule.group_size is not None, f"{rule} has no group size"
         linears = {name: block.linears[name] for name in chosen_names}
-        for name, quantize in prepare_linears(linears, moments, sizes.pop(), settings).items():
+        for name, quantize in prepare_linears(linears, moments, rule.group_size, settings).items():
             matrices[name] = quantize()
             device = linears[name].weight.device
             tensors = matrices[name].integers.to(device), matrices[name].scales.to(device)

@@ -195,8 +195,9 @@ def _quantize_head(
         pieces = [slice(first, first + blocks.SEQUENCES) for first in range(0, len(hidden[0]), blocks.SEQUENCES)]
         moments = blocks.Moments.from_pieces(*(map(module, map(states.__getitem__, pieces)) for states in hidden))
     cross = moments.cross.cpu()
-    size = rule.group_size or source.shape[1]
-    curvature = gptq.prepare(moments.hessian, size, settings.damping, None, settings.order == "activations").cpu()
+    assert rule.group_size is not None, f"{rule} has no group size"
+    is_sorted = settings.order == "activations"
+    curvature = gptq.prepare(moments.hessian, rule.group_size, settings.damping, None, is_sorted).cpu()
 
     def read_head_rows(first: int, count: int) -> tuple[Tensor, Tensor]:
         rows = read_rows(source, first, count).float()
