@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 import numba
 import numpy as np
 
+from quantize_gemma.tasks.models.rounding import ROUNDER, TINIEST, round_to_bfloat16
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-# Adding and subtracting 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
-ROUNDER = np.float32(12582912.0)
-# The smallest normal number in bfloat16 and float32.
-SMALLEST = np.float32(2.0**-126)
 LOW, HIGH, STEPS = np.float32(-128), np.float32(127), np.float32(255)
 ZERO, ONE = np.float32(0), np.float32(1)
 
@@ -45,14 +43,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-@numba.njit(nogil=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
-def _to_bfloat16(bits: NDArray[np.uint32]) -> None:
-    """Round float32 numbers, passed as their bits, to the nearest bfloat16, ties to even."""
-    for k in range(bits.size):
-        value = bits[k]
-        bits[k] = (value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-
-
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _round(source: NDArray[np.uint16], target: NDArray[np.uint16]) -> None:
     """Quantize and dequantize tokens, [tokens, width], passed as the bits of bfloat16 numbers."""
@@ -74,28 +64,28 @@ def _round(source: NDArray[np.uint16], target: NDArray[np.uint16]) -> None:
             low = value[k] if value[k] < low else low
             high = value[k] if value[k] > high else high
         scalar[0] = high - low
-        _to_bfloat16(scalar_bits)
+        round_to_bfloat16(scalar_bits)
         scalar[0] = scalar[0] / STEPS
-        _to_bfloat16(scalar_bits)
-        scale = scalar[0] if scalar[0] > SMALLEST else SMALLEST
+        round_to_bfloat16(scalar_bits)
+        scale = scalar[0] if scalar[0] > TINIEST else TINIEST
         scalar[0] = low / scale
-        _to_bfloat16(scalar_bits)
+        round_to_bfloat16(scalar_bits)
         zero = LOW - ((scalar[0] + ROUNDER) - ROUNDER)
         zero = min(max(zero, LOW), HIGH)
         scalar[0] = ONE / scale
-        _to_bfloat16(scalar_bits)
+        round_to_bfloat16(scalar_bits)
         inverse = scalar[0]
         for k in range(width):
             value[k] = value[k] * inverse
-        _to_bfloat16(bits)
+        round_to_bfloat16(bits)
         for k in range(width):
             value[k] = ((value[k] + ROUNDER) - ROUNDER) + zero
-        _to_bfloat16(bits)
+        round_to_bfloat16(bits)
         for k in range(width):
             level = value[k] if value[k] < HIGH else HIGH
             level = level if level > LOW else LOW
             value[k] = (level - zero) * scale
-        _to_bfloat16(bits)
+        round_to_bfloat16(bits)
         for k in range(width):
             target[token, k] = np.uint16(bits[k] >> np.uint32(16))
 
@@ -116,7 +106,7 @@ def _round_float32(source: NDArray[np.float32], target: NDArray[np.float32]) -> 
             target[token] = np.float32(np.nan)
             continue
         scale = (high - low) / STEPS
-        scale = scale if scale > SMALLEST else SMALLEST
+        scale = scale if scale > TINIEST else TINIEST
         zero = LOW - ((low / scale + ROUNDER) - ROUNDER)
         zero = min(max(zero, LOW), HIGH)
         inverse = ONE / scale

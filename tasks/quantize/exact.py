@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# bfloat16's smallest normal number: XNNPACK rejects smaller scales.
-TINIEST = 2.0**-126
-
 
 @dataclass(frozen=True)
 class OffGrid:
@@ -71,12 +68,13 @@ def _fit(groups: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
 
     # Imported here because the run's own process imports this module, and numba reads settings from the working
     # directory.
+    from quantize_gemma.tasks.models.rounding import TINIEST
     from quantize_gemma.tasks.quantize.hqq import BOUNDS
 
     low, high = BOUNDS[dtype]
     largest = groups.abs().amax(1).float()
     integers = torch.zeros(groups.shape, dtype=torch.int8)
-    scales = torch.full((len(groups),), TINIEST, dtype=torch.float32)
+    scales = torch.full((len(groups),), float(TINIEST), dtype=torch.float32)
     errors = largest.clone()  # The errors if all integers are zero.
     # Try the largest integers first: most grids use them, and groups that fit are not tried again.
     for integer in range(-low, 0, -1):
@@ -86,7 +84,7 @@ def _fit(groups: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
         weights, candidates = groups[unfit], (largest[unfit] / integer).to(torch.bfloat16)
         # The largest weight may have been rounded: the scale can be a neighboring bfloat16 number.
         for step in (0, -1, 1):
-            scale = (candidates.view(torch.int16) + step).view(torch.bfloat16).float().clamp_min(TINIEST)
+            scale = (candidates.view(torch.int16) + step).view(torch.bfloat16).float().clamp_min(float(TINIEST))
             quotients = (weights.float() / scale[:, None]).round_().clamp_(low, high)
             # Compare in the checkpoint's own dtype.
             error = ((quotients * scale[:, None]).to(groups.dtype) - weights).abs().amax(1).float()

@@ -26,6 +26,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from quantize_gemma.tasks.models.rounding import ROUNDER, TINIEST, round_scales
 from quantize_gemma.tasks.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,10 +44,6 @@ CHUNK = 2**23
 # Columns of a Hessian that are processed at once.
 PANEL = 512
 LOW, HIGH = -8, 7
-# Adding and subtracting 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
-ROUNDER = np.float32(12582912.0)
-# bfloat16's smallest normal number: XNNPACK rejects smaller scales.
-TINIEST = np.float32(2.0**-126)
 
 
 @dataclass(frozen=True)
@@ -250,17 +247,6 @@ def _tiles(pool: ThreadPoolExecutor, rows: int, work: Callable[[int, int], None]
     list(pool.map(lambda start: work(start, min(start + step, rows)), range(0, rows, step)))
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")  # type: ignore[untyped-decorator]
-def _to_bfloat16(values: Floats) -> None:
-    """Round float32 numbers to the nearest bfloat16, ties to even, in place; at least TINIEST."""
-    bits = values.view(np.uint32)
-    for k in range(bits.size):
-        value = bits[k]
-        bits[k] = (value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    for k in range(values.size):
-        values[k] = max(values[k], TINIEST)
-
-
 @numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _round_group(
     weights: Floats,
@@ -313,7 +299,7 @@ def _round_group(
             else:
                 for lane in range(WIDTH):
                     scale[lane] = largest[lane] * factors[candidate] / np.float32(7.5)
-                _to_bfloat16(scale)
+                round_scales(scale)
             for lane in range(WIDTH):
                 inverse[lane] = np.float32(1) / scale[lane]
             loss[:] = np.float32(0)
@@ -399,7 +385,7 @@ def _improve_group(
                 square[lane] += integer[k, lane] * product[k, lane]
         for lane in range(WIDTH):
             new_scale[lane] = max(scale[lane] + linear[lane] / square[lane], TINIEST)
-        _to_bfloat16(new_scale)
+        round_scales(new_scale)
         for lane in range(WIDTH):
             move = new_scale[lane] - scale[lane]
             is_better = move * (move * square[lane] - np.float32(2) * linear[lane]) < np.float32(0)

@@ -19,6 +19,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from quantize_gemma.tasks.models.rounding import ROUNDER, round_to_bfloat16
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,8 +33,6 @@ ITERATIONS = 20
 TOLERANCE = np.float32(1e-5)
 EPSILON = np.finfo(np.float32).eps
 BOUNDS = {"int4": (-8, 7), "int8": (-128, 127)}
-# Adding and subtracting 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
-ROUNDER = np.float32(12582912.0)
 # Groups up to this length are processed WIDTH at a time, side by side; longer ones one by one.
 SIDE_BY_SIDE = 256
 WIDTH = 64
@@ -355,10 +355,7 @@ def _store_scales(scale: Floats, target: Floats, halves: bool) -> None:
     """Set `target` to the stored scales: rounded to bfloat16, ties to even, if `halves`."""
     target[:] = scale
     if halves:
-        bits = target.view(np.uint32)
-        for g in range(len(bits)):
-            last_bit = (bits[g] >> np.uint32(16)) & np.uint32(1)
-            bits[g] = (bits[g] + np.uint32(0x7FFF) + last_bit) & np.uint32(0xFFFF0000)
+        round_to_bfloat16(target.view(np.uint32))
 
 
 @_compiled(cache=True)

@@ -14,6 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from quantize_gemma.tasks.models.rounding import ROUNDER, round_scales
 from quantize_gemma.tasks.quantize.hqq import BOUNDS
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ CANDIDATES = 48
 SMALLEST, LARGEST = 0.6, 1.15
 # The number of groups that the kernel processes side by side.
 WIDTH = 64
-# Adding and subtracting 1.5 * 2**23 rounds a float32 of at most 2**22 to the nearest integer, ties to even.
-ROUNDER = np.float32(12582912.0)
-# bfloat16's smallest normal number: XNNPACK rejects smaller scales.
-TINIEST = np.float32(2.0**-126)
 
 
 def search_scales(rows: Tensor, group_size: int, dtype: str) -> tuple[Tensor, Tensor]:
@@ -67,7 +64,6 @@ def _search(
     largest = np.empty(WIDTH, np.float32)
     mean = np.empty(WIDTH, np.float32)
     scale = np.empty(WIDTH, np.float32)
-    bits = scale.view(np.uint32)
     inverse = np.empty(WIDTH, np.float32)
     loss = np.empty(WIDTH, np.float32)
     best_loss = np.empty(WIDTH, np.float32)
@@ -91,11 +87,8 @@ def _search(
         for candidate in range(len(factors)):
             for lane in range(WIDTH):
                 scale[lane] = largest[lane] * factors[candidate]
+            round_scales(scale)
             for lane in range(WIDTH):
-                last_bit = (bits[lane] >> np.uint32(16)) & np.uint32(1)
-                bits[lane] = (bits[lane] + np.uint32(0x7FFF) + last_bit) & np.uint32(0xFFFF0000)
-            for lane in range(WIDTH):
-                scale[lane] = max(scale[lane], TINIEST)
                 inverse[lane] = np.float32(1) / scale[lane]
             loss[:] = np.float32(0)
             for k in range(size):

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quantize_gemma.tasks.models.dequantize import FakeQuantize
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.rounding import TINIEST
 from quantize_gemma.tasks.quantize import gptq
 from quantize_gemma.tasks.quantize.blocks import Block
 
@@ -43,7 +44,7 @@ class TrainedLinear(torch.nn.Module):
 
     def value(self) -> Tensor:
         """Return the scales, positive bfloat16 numbers in float32, [rows, groups]."""
-        return _round_to_bfloat16((self.initial * self.change.exp()).clamp_min(float(gptq.TINIEST)))
+        return _round_to_bfloat16((self.initial * self.change.exp()).clamp_min(float(TINIEST)))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the outputs, [..., rows]."""
