@@ -89,12 +89,13 @@ def measure_reading(program: str) -> dict[str, Any]:
         first = pte.decode(embeddings[:, :TOKENS], {TOKENS - 1})
         seconds["prefill_seconds"].append(time.monotonic() - start)
         start = time.monotonic()
-        logits = pte.decode(embeddings, set(range(TOKENS - 1, TOKENS + DECODED)))
-        seconds["decode_seconds"].append(time.monotonic() - start - seconds["prefill_seconds"][-1])
+        # The same sequence continues, so that the time does not include another prefill.
+        rest = pte.decode(embeddings[:, TOKENS:], set(range(TOKENS, TOKENS + DECODED)), TOKENS)
+        seconds["decode_seconds"].append(time.monotonic() - start)
         start = time.monotonic()
         pte.decode(image, {255})
         seconds["image_seconds"].append(time.monotonic() - start)
-    digest = hashlib.sha256(torch.cat([first, logits]).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(torch.cat([first, rest]).numpy().tobytes()).hexdigest()
     return {**{name: min(values) for name, values in seconds.items()}, "logits": digest}
 
 

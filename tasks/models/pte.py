@@ -78,62 +78,18 @@ class PteProgram:
         """Return embeddings without the image channel."""
         return embeddings[..., :-1] if self.has_image_channel else embeddings
 
-    def decode(self, inputs: Tensor, positions: set[int]) -> Tensor:
-        """Return the logits at `positions`, [positions, vocabulary], of a new sequence.
+    def decode(self, inputs: Tensor, positions: set[int], start: int = 0) -> Tensor:
+        """Return the logits at `positions`, float32, [positions, vocabulary].
 
         The sequence is read in chunks that end at these positions, because a program may return only the logits of the
-        last token, and so that an image is a separate chunk. Position 0 empties the cache. All methods share their
-        memory: run nothing else between two chunks.
+        last token, and so that an image is a separate chunk. All methods share their memory: run nothing else between
+        two chunks.
 
         Args:
             inputs: The output of embed_tokens().
             positions: Positions in the sequence, from 0.
+            start: The position of the first input; 0 begins a new sequence.
         """
-        import torch
-
-        return torch.stack(self._decode(inputs, positions, 0)).float()
-
-    def generate(self, prompt: Tensor, max_new_tokens: int) -> tuple[list[int], Tensor]:
-        """Return the greedy answer to a prompt, and the logits that chose it, [tokens, vocabulary].
-
-        A text is read in one chunk, as the C++ runners do. The answer ends with the turn or after `max_new_tokens`.
-
-        Args:
-            prompt: What embed_tokens() returns, maybe with an image's features.
-            max_new_tokens: The maximum number of tokens to generate.
-        """
-        import torch
-
-        length = prompt.shape[1]
-        logits = self._decode(prompt, {length - 1}, 0)
-        tokens = [int(logits[0].argmax())]
-        while len(tokens) < max_new_tokens and tokens[-1] not in self.eos_ids:
-            position = length + len(tokens) - 1
-            logits += self._decode(self.embed_tokens(torch.tensor([tokens[-1:]])), {position}, position)
-            tokens.append(int(logits[-1].argmax()))
-        return tokens, torch.stack(logits).float()
-
-    def generate_until(self, prompt: Tensor, is_finished: Callable[[list[int]], bool]) -> tuple[list[int], bool]:
-        """Return the greedy answer to a prompt, and whether it ended before the end of the longest sequence.
-
-        Args:
-            prompt: What embed_tokens() returns, maybe with an image's features.
-            is_finished: Called with the tokens so far; the answer also ends with the turn.
-        """
-        import torch
-
-        length = prompt.shape[1]
-        logits = self._decode(prompt, {length - 1}, 0)
-        tokens = [int(logits[0].argmax())]
-        while tokens[-1] not in self.eos_ids and not is_finished(tokens):
-            position = length + len(tokens) - 1
-            if position >= self.max_seq_len:
-                return tokens, False
-            logits = self._decode(self.embed_tokens(torch.tensor([tokens[-1:]])), {position}, position)
-            tokens.append(int(logits[0].argmax()))
-        return tokens, True
-
-    def _decode(self, inputs: Tensor, positions: set[int], start: int) -> list[Tensor]:
         import torch
 
         first, stop = start, start + inputs.shape[1]
@@ -149,7 +105,47 @@ class PteProgram:
             if end - 1 in positions:
                 logits.append(output[0, -1].clone())
             start = end
-        return logits
+        return torch.stack(logits).float()
+
+    def generate(self, prompt: Tensor, max_new_tokens: int) -> tuple[list[int], Tensor]:
+        """Return the greedy answer to a prompt, and the logits that chose it, [tokens, vocabulary].
+
+        A text is read in one chunk, as the C++ runners do. The answer ends with the turn or after `max_new_tokens`.
+
+        Args:
+            prompt: What embed_tokens() returns, maybe with an image's features.
+            max_new_tokens: The maximum number of tokens to generate.
+        """
+        import torch
+
+        length = prompt.shape[1]
+        logits = [self.decode(prompt, {length - 1})[0]]
+        tokens = [int(logits[0].argmax())]
+        while len(tokens) < max_new_tokens and tokens[-1] not in self.eos_ids:
+            position = length + len(tokens) - 1
+            logits.append(self.decode(self.embed_tokens(torch.tensor([tokens[-1:]])), {position}, position)[0])
+            tokens.append(int(logits[-1].argmax()))
+        return tokens, torch.stack(logits)
+
+    def generate_until(self, prompt: Tensor, is_finished: Callable[[list[int]], bool]) -> tuple[list[int], bool]:
+        """Return the greedy answer to a prompt, and whether it ended before the end of the longest sequence.
+
+        Args:
+            prompt: What embed_tokens() returns, maybe with an image's features.
+            is_finished: Called with the tokens so far; the answer also ends with the turn.
+        """
+        import torch
+
+        length = prompt.shape[1]
+        logits = self.decode(prompt, {length - 1})
+        tokens = [int(logits[0].argmax())]
+        while tokens[-1] not in self.eos_ids and not is_finished(tokens):
+            position = length + len(tokens) - 1
+            if position >= self.max_seq_len:
+                return tokens, False
+            logits = self.decode(self.embed_tokens(torch.tensor([tokens[-1:]])), {position}, position)
+            tokens.append(int(logits[0].argmax()))
+        return tokens, True
 
     def _image_edges(self, inputs: Tensor, start: int) -> set[int]:
         """Return the positions at which an image begins, or the text after it."""
