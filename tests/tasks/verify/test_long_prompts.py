@@ -104,7 +104,7 @@ def test_a_text_only_program_whose_sequences_fit_into_the_window_is_correct(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("cache_dtype", ["float32", pytest.param("int8", marks=pytest.mark.longest)])
 def test_a_multimodal_program_whose_sequences_fit_into_the_window_is_correct(
     cache_dtype: str, released: Outcome, tmp_path: Path
 ) -> None:
