@@ -149,7 +149,7 @@ def quantize(weight: Tensor, rule: Rule, hessian: Tensor | None) -> Tensor:
         assert hessian is not None, "GPTQ needs inputs"
         assert rule.group_size is not None, "GPTQ is for groups"
         curvature = gptq.prepare(hessian.clone(), rule.group_size, 0.01)
-        return QuantizedMatrix(*gptq.quantize_matrix(weight, curvature, 2)).dequantize()
+        return QuantizedMatrix(*gptq.quantize_matrix(weight, curvature)).dequantize()
     tensors = quantize_rows(weight.bfloat16(), rule, "cpu").tensors
     return QuantizedMatrix(tensors["qdata"], tensors["scale"]).dequantize()
 

@@ -183,10 +183,10 @@ def estimate_calibration(text: TextConfig, recipe: Recipe, operations_per_second
     # on and above the diagonal) and with the other model's input.
     forward = tokens * (4 * weights + 4 * hidden * mlp + 8 * settings.length * queries)
     moments = tokens * sum(int(3.2 * columns**2) for columns in inputs)
-    # GPTQ, the passes, compensation, and measuring the error each multiply every matrix with a Hessian.
-    rounding = (9 + 2 * settings.passes) * hidden * (hidden * (queries + 2 * keys + 2 * mlp) + queries**2 + mlp**2)
+    # GPTQ, compensation, and measuring the error each multiply every matrix with a Hessian.
+    rounding = 9 * hidden * (hidden * (queries + 2 * keys + 2 * mlp) + queries**2 + mlp**2)
     has_head = any(rule.match == "lm_head" and rule.algorithm == "gptq" for rule in recipe.rules)
-    head = text.vocab_size * hidden * ((9 + 2 * settings.passes) * hidden) * has_head
+    head = text.vocab_size * hidden * (9 * hidden) * has_head
     operations = text.num_hidden_layers * (forward + moments + rounding) + head
     seconds = operations / (operations_per_second * SHARE_OF_SPEED)
     # Generating a token for a batch of answers reads all weights, which are in bfloat16.

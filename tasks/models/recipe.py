@@ -34,7 +34,7 @@ REASONS = {
 CALIBRATION_REASONS = {
     "int_type": "must be an integer",
     "unexpected_keyword_argument": (
-        "is not a setting of a calibration: use sequences, answers, length, damping, order, passes, compensation"
+        "is not a setting of a calibration: use sequences, answers, length, damping, order, compensation"
     ),
 }
 DISTILLATION_REASONS = {
@@ -92,7 +92,6 @@ class Calibration:
         damping: The value added to the diagonal of each Hessian, as a fraction of the diagonal's mean.
         order: The order in which columns are rounded: "activations" (largest inputs first) or "columns" (first to
             last).
-        passes: The number of passes of coordinate descent after GPTQ.
         compensation: How much of the error of earlier blocks a linear layer corrects, from 0 to 1.
     """
 
@@ -101,9 +100,8 @@ class Calibration:
     sequences: int = 64
     answers: int = 16
     length: int = 512
-    damping: float = 0.01
+    damping: float = 0.03
     order: Literal["activations", "columns"] = "activations"
-    passes: int = 2
     compensation: float = 0.5
 
 
@@ -205,11 +203,9 @@ def load_recipe(name: str) -> Recipe:
     if (settings := recipe.calibration) is not None:
         if not any(rule.algorithm == "gptq" for rule in recipe.rules):
             _refuse(path, content, ("calibration",), "is set, but no rule's algorithm is gptq: remove it")
-        counts_valid = min(settings.sequences, settings.answers + 1, settings.length - 1, settings.passes + 1) >= 1
+        counts_valid = min(settings.sequences, settings.answers + 1, settings.length - 1) >= 1
         if not (counts_valid and 0 < settings.damping < 1 and 0 <= settings.compensation <= 1):
-            ranges = (
-                "sequences >= 1, answers >= 0, length >= 2, passes >= 0, 0 < damping < 1, and 0 <= compensation <= 1"
-            )
+            ranges = "sequences >= 1, answers >= 0, length >= 2, 0 < damping < 1, and 0 <= compensation <= 1"
             _refuse(path, content, ("calibration",), f"needs {ranges}")
     if (training := recipe.distillation) is not None:
         if recipe.calibration is None:

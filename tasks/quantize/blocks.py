@@ -342,7 +342,7 @@ def quantize_matrix(
         last = min(first + step, rows)
         weight, shift = read_rows(first, last - first)
         corrected = weight + settings.compensation * curvature.solve(shift)
-        matrix = QuantizedMatrix(*gptq.quantize_matrix(corrected, curvature, settings.passes))
+        matrix = QuantizedMatrix(*gptq.quantize_matrix(corrected, curvature))
         integers[first:last], scales[first:last] = matrix.integers, matrix.scales
         error += _square(matrix.dequantize() - corrected, curvature)
         square += _square(corrected, curvature)

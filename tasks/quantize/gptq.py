@@ -7,7 +7,6 @@ the following columns, using the inverse of the Hessian of the layer's squared o
   is rounded to bfloat16, and the group's columns are rounded with it one by one.
 - Columns are rounded in the order of the size of their inputs: groups are sorted first, then the columns within each
   group, so that groups remain those of the format.
-- Afterwards, coordinate descent over scales and integers uses the whole Hessian, because GPTQ never revisits a column.
 
 Rows are independent: they are processed in tiles, transposed, with one row per vector lane. The kernels here never
 split a sum by the number of threads; the matrix products around them may.
@@ -26,7 +25,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from quantize_gemma.tasks.models.rounding import ROUNDER, TINIEST, round_scales
+from quantize_gemma.tasks.models.rounding import ROUNDER, round_scales
 from quantize_gemma.tasks.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -160,13 +159,12 @@ def _reverse(values: Tensor) -> None:
         values[count - last : count - first] = front
 
 
-def quantize_matrix(weight: Tensor, curvature: Curvature, passes: int) -> tuple[Tensor, Tensor]:
+def quantize_matrix(weight: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
     """Quantize a matrix to int4.
 
     Args:
         weight: float32, [rows, columns], finite.
         curvature: The curvature of the matrix's inputs.
-        passes: Passes of coordinate descent after GPTQ.
 
     Returns:
         The integers, int8, [rows, columns], and the scales, bfloat16, [rows, groups].
@@ -180,11 +178,8 @@ def quantize_matrix(weight: Tensor, curvature: Curvature, passes: int) -> tuple[
     groups = curvature.order[:: curvature.group_size] // curvature.group_size
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for first in range(0, rows, step):
-            part = weight[first : first + step]
-            transposed = part[:, curvature.order].T.contiguous()
+            transposed = weight[first : first + step, curvature.order].T.contiguous()
             chunk_integers, chunk_scales = _gptq(transposed, curvature, pool)
-            if passes:
-                _descend(part, curvature, chunk_integers, chunk_scales, passes, pool)
             integers[first : first + step, curvature.order] = chunk_integers.T
             scales[first : first + step, groups] = chunk_scales.T.to(torch.bfloat16)
     return integers, scales
@@ -214,29 +209,6 @@ def _gptq(weights: Tensor, curvature: Curvature, pool: ThreadPoolExecutor) -> tu
         _tiles(pool, rows, functools.partial(_round_group, *arrays))
         weights[last:].addmm_(curvature.factor[first:last, last:].T, errors, alpha=-1)
     return integers, scales
-
-
-def _descend(
-    weight: Tensor, curvature: Curvature, integers: Tensor, scales: Tensor, passes: int, pool: ThreadPoolExecutor
-) -> None:
-    """Improve integers, [columns, rows], and scales, [groups, rows], in place by coordinate descent."""
-    import torch
-
-    columns, rows = integers.shape
-    size = curvature.group_size
-    error = weight[:, curvature.order].T - integers * scales.repeat_interleave(size, 0)
-    gradient = curvature.hessian @ error
-    del error
-    changes = torch.empty(size, rows, dtype=torch.float32)
-    for _ in range(passes):
-        for first in range(0, columns, size):
-            last = first + size
-            block = curvature.hessian[first:last, first:last].contiguous().numpy()
-            group, group_integers = gradient[first:last].numpy(), integers[first:last].numpy()
-            scale = scales[first // size].numpy()
-            arrays = group, block, group_integers, scale, changes.numpy()
-            _tiles(pool, rows, functools.partial(_improve_group, *arrays))
-            gradient.addmm_(curvature.hessian[:, first:last], changes)
 
 
 def _tiles(pool: ThreadPoolExecutor, rows: int, work: Callable[[int, int], None]) -> None:
@@ -328,90 +300,3 @@ def _round_group(
                 best_scale[lane] = scale[lane] if is_better else best_scale[lane]
         for lane in range(count):
             scales[tile + lane] = best_scale[lane]
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _improve_group(
-    gradient: Floats,
-    hessian: Floats,
-    integers: Integers,
-    scales: Floats,
-    changes: Floats,
-    start: int,
-    end: int,
-) -> None:
-    """Fit the scale of one group to its integers, then each integer to all others, for rows `start` to `end`.
-
-    This function is long because a numba kernel is a single function.
-
-    Args:
-        gradient: The Hessian times the error (weights less quantized weights), [columns, rows].
-        hessian: The group's block of the Hessian, [columns, columns].
-        integers, scales: Changed in place, [columns, rows] and [rows].
-        changes: Output: the change of the error, [columns, rows].
-        start: The first row.
-        end: The row after the last.
-    """
-    size = gradient.shape[0]
-    slope = np.zeros((size, WIDTH), np.float32)
-    integer = np.zeros((size, WIDTH), np.float32)
-    product = np.empty((size, WIDTH), np.float32)
-    change = np.empty((size, WIDTH), np.float32)
-    scale = np.ones(WIDTH, np.float32)
-    new_scale = np.empty(WIDTH, np.float32)
-    linear = np.empty(WIDTH, np.float32)
-    square = np.empty(WIDTH, np.float32)
-    step = np.empty(WIDTH, np.float32)
-    low, high = np.float32(LOW), np.float32(HIGH)
-    for tile in range(start, end, WIDTH):
-        count = min(WIDTH, end - tile)
-        for lane in range(count):
-            scale[lane] = scales[tile + lane]
-        for k in range(size):
-            for lane in range(count):
-                slope[k, lane] = gradient[k, tile + lane]
-                integer[k, lane] = np.float32(integers[k, tile + lane])
-        product[:] = np.float32(0)
-        for k in range(size):
-            for j in range(size):
-                share = hessian[j, k]
-                for lane in range(WIDTH):
-                    product[j, lane] += share * integer[k, lane]
-        linear[:] = np.float32(0)
-        square[:] = np.float32(1e-30)
-        for k in range(size):
-            for lane in range(WIDTH):
-                linear[lane] += integer[k, lane] * slope[k, lane]
-                square[lane] += integer[k, lane] * product[k, lane]
-        for lane in range(WIDTH):
-            new_scale[lane] = max(scale[lane] + linear[lane] / square[lane], TINIEST)
-        round_scales(new_scale)
-        for lane in range(WIDTH):
-            move = new_scale[lane] - scale[lane]
-            is_better = move * (move * square[lane] - np.float32(2) * linear[lane]) < np.float32(0)
-            step[lane] = move if is_better else np.float32(0)
-            scale[lane] = new_scale[lane] if is_better else scale[lane]
-        for k in range(size):
-            for lane in range(WIDTH):
-                change[k, lane] = -step[lane] * integer[k, lane]
-                slope[k, lane] -= step[lane] * product[k, lane]
-        for k in range(size):
-            reciprocal = np.float32(1) / hessian[k, k]
-            for lane in range(WIDTH):
-                value = integer[k, lane] + slope[k, lane] * reciprocal / scale[lane]
-                value = value if value < high else high
-                value = value if value > low else low
-                value = (value + ROUNDER) - ROUNDER
-                step[lane] = (integer[k, lane] - value) * scale[lane]
-                integer[k, lane] = value
-                change[k, lane] += step[lane]
-            for j in range(size):
-                share = hessian[j, k]
-                for lane in range(WIDTH):
-                    slope[j, lane] += share * step[lane]
-        for lane in range(count):
-            scales[tile + lane] = scale[lane]
-        for k in range(size):
-            for lane in range(count):
-                integers[k, tile + lane] = np.int8(integer[k, lane])
-                changes[k, tile + lane] = change[k, lane]

@@ -64,7 +64,7 @@ def naive_gptq(weight: torch.Tensor, scales: torch.Tensor, curvature: gptq.Curva
 def test_gptq_rounds_as_column_by_column_in_float64() -> None:
     weight, hessian = example()
     curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
-    integers, scales = gptq.quantize_matrix(weight, curvature, 0)
+    integers, scales = gptq.quantize_matrix(weight, curvature)
     assert (integers == naive_gptq(weight, scales, curvature)).double().mean() > 0.999
     assert sorted(curvature.order.tolist()) == list(range(96))
 
@@ -72,7 +72,7 @@ def test_gptq_rounds_as_column_by_column_in_float64() -> None:
 def test_no_scale_that_is_tried_for_the_first_group_loses_less_there() -> None:
     weight, hessian = example(rows=5, columns=32)
     curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
-    integers, scales = gptq.quantize_matrix(weight, curvature, 0)
+    integers, scales = gptq.quantize_matrix(weight, curvature)
     best = output_error(weight[:1, curvature.order], curvature.hessian, integers[:1, curvature.order], scales[:1])
     for share in torch.linspace(gptq.SMALLEST, gptq.LARGEST, gptq.CANDIDATES):
         scale = (weight[:1].abs().amax(1, keepdim=True) * share / 7.5).bfloat16()
@@ -81,14 +81,6 @@ def test_no_scale_that_is_tried_for_the_first_group_loses_less_there() -> None:
             best
             <= output_error(weight[:1, curvature.order], curvature.hessian, other[:, curvature.order], scale) * 1.0001
         )
-
-
-def test_coordinate_descent_lowers_the_output_error_pass_by_pass() -> None:
-    weight, hessian = example()
-    curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
-    errors = [output_error(weight, hessian, *gptq.quantize_matrix(weight, curvature, passes)) for passes in (0, 1, 4)]
-    assert errors[1] < 0.95 * errors[0]
-    assert errors[2] < errors[1]
 
 
 def test_the_measured_error_is_that_of_rounding_and_not_what_compensation_changes() -> None:
@@ -116,14 +108,13 @@ def test_integers_and_scales_are_those_that_a_program_takes() -> None:
     weight[5, 32:64] = 0
     weight[7] *= 1e-38
     hessian[:, 11] = hessian[11] = 0  # A channel without activations.
-    for passes in (0, 3):
-        integers, scales = gptq.quantize_matrix(weight, gptq.prepare(hessian.clone(), GROUP, 0.01), passes)
-        assert integers.min() == -8
-        assert integers.max() == 7
-        assert scales.dtype == torch.bfloat16
-        assert scales.float().isfinite().all()
-        assert (scales.float() >= 2.0**-126).all()
-        assert not integers[3].any()
+    integers, scales = gptq.quantize_matrix(weight, gptq.prepare(hessian.clone(), GROUP, 0.01))
+    assert integers.min() == -8
+    assert integers.max() == 7
+    assert scales.dtype == torch.bfloat16
+    assert scales.float().isfinite().all()
+    assert (scales.float() >= 2.0**-126).all()
+    assert not integers[3].any()
 
 
 def test_the_damped_hessian_is_inverted_in_the_columns_own_order() -> None:
@@ -136,14 +127,14 @@ def test_the_damped_hessian_is_inverted_in_the_columns_own_order() -> None:
 def test_work_in_panels_and_chunks_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = example(rows=200, columns=160)
     curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
-    expected = gptq.quantize_matrix(weight, curvature, 1)
+    expected = gptq.quantize_matrix(weight, curvature)
     monkeypatch.setattr(gptq, "PANEL", 48)
     monkeypatch.setattr(gptq, "CHUNK", 64 * 160)
     spare = torch.full_like(hessian, torch.nan)
     pieces = gptq.prepare(hessian.clone(), GROUP, 0.01, spare)
     assert torch.equal(pieces.order, curvature.order)
     torch.testing.assert_close(pieces.factor, curvature.factor, rtol=1e-4, atol=1e-6)
-    for part, whole in zip(gptq.quantize_matrix(weight, curvature, 1), expected, strict=True):
+    for part, whole in zip(gptq.quantize_matrix(weight, curvature), expected, strict=True):
         assert torch.equal(part, whole)
     inverse = torch.linalg.inv(curvature.hessian.double())
     torch.testing.assert_close(pieces.factor.T.double() @ pieces.factor.double(), inverse, rtol=1e-3, atol=1e-5)
@@ -174,7 +165,7 @@ def test_columns_are_rounded_in_their_own_order_if_the_recipe_says_so() -> None:
     weight, hessian = example()
     curvature = gptq.prepare(hessian.clone(), GROUP, 0.01, sort_columns=False)
     assert curvature.order.tolist() == list(range(96))
-    integers, scales = gptq.quantize_matrix(weight, curvature, 0)
+    integers, scales = gptq.quantize_matrix(weight, curvature)
     assert (integers == naive_gptq(weight, scales, curvature)).double().mean() > 0.999
 
 

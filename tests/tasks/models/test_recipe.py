@@ -51,7 +51,7 @@ def write(folder: Path, recipe: Any) -> str:
         ({"name": "a", "rules": [{"match": "linear"}]}, ["linear", "weight is missing"]),
         ({"name": "a", "rules": [RULE | {"algorithm": "gptq"}]}, ["algorithm", "gptq", "calibration"]),
         ({"name": "a", "rules": [RULE], "calibration": {}}, ["calibration", "remove"]),
-        ({"name": "a", "rules": [GPTQ], "calibration": {"passes": -1}}, ["calibration", "passes >= 0"]),
+        ({"name": "a", "rules": [GPTQ], "calibration": {"answers": -1}}, ["calibration", "answers >= 0"]),
         ({"name": "a", "rules": [GPTQ], "calibration": {"damping": 0.0}}, ["calibration", "0 < damping"]),
         ({"name": "a", "rules": [GPTQ], "calibration": {"size": 1}}, ["calibration.size"]),
         ({"name": "a", "rules": [GPTQ | {"group_size": None}], "calibration": {}}, ["linear", "group_size"]),
