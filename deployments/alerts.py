@@ -21,7 +21,7 @@ WEBHOOK = "{{url}}"
 MESSAGE = {"subject": "{{subject}}", "text": "{{body}}"}
 OUR_FLOWS: dict[str, str | list[str]] = {
     "prefect.resource.role": "flow",
-    "prefect.resource.name": ["quantize-gemma", "prune-store"],
+    "prefect.resource.name": ["quantize-gemma", "diagnose", "prune-store"],
 }
 END_EVENTS = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut")}
 # Workers send a heartbeat every 30 s (PREFECT_FLOWS_HEARTBEAT_FREQUENCY). A server that is restarting receives none,

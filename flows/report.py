@@ -11,6 +11,7 @@ from quantize_gemma.tasks.card.chart import ERROR_CHART, KL_CHART, charts
 from quantize_gemma.tasks.models.metrics import Metrics, parse_columns, parse_verdict
 from quantize_gemma.tasks.models.tables import distance_rows, quality_rows, verdict_rows
 from quantize_gemma.tasks.models.text_fidelity import KINDS, damage_rows, parse_damages
+from quantize_gemma.tasks.runtime.redact import redact
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 from quantize_gemma.tasks.runtime.units import human_size
 
@@ -128,7 +129,7 @@ class Terminal(logging.Handler):
         """Write one line to stderr."""
         from tqdm import tqdm
 
-        message = record.getMessage()
+        message = redact(record.getMessage())
         if record.levelno >= logging.ERROR:
             if self.has_shown(message):
                 return

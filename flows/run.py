@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-from prefect import Task, runtime, task, unmapped
+from prefect import Task, allow_failure, runtime, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.futures import PrefectFuture
@@ -159,10 +159,12 @@ class Run:
             result_storage=store.home(),
         )
 
-    def _wait_for(self, exclusive: bool) -> list[Future]:
+    def _wait_for(self, exclusive: bool) -> list[Any]:
+        """Return what a stage has to wait for besides its inputs: stages that only share the machine, so may fail."""
+        earlier = self._exclusive if exclusive else []
         if self._one_at_a_time:
-            return [future for name in self.futures for future in self.all_futures(name)]
-        return self._exclusive if exclusive else []
+            earlier = [future for name in self.futures for future in self.all_futures(name)]
+        return [allow_failure(future) for future in earlier]
 
     def all_futures(self, name: str) -> list[Future]:
         """Return the futures of a stage: one, or one for each part."""

@@ -406,10 +406,14 @@ def _check_unchanged(target: Path, source: str, revision: str) -> Iterator[None]
 def _fetch(
     target: Path, kind: str, repository: str, revision: str, offline: bool, is_needed: Callable[[str], bool]
 ) -> Path:
-    """Fetch files into a directory that survives a failure, so that the next attempt resumes; return the directory."""
+    """Fetch files into a directory that survives a failure, so that the next attempt resumes; return the directory.
+
+    It belongs to one artifact: two benchmarks can need different files of the same commit at the same time.
+    """
     if offline:
         raise UserError(f"offline: {repository} at {revision} is not in the store: run once without --offline")
-    incoming = target.parent.parent / f"{store_layout.INCOMING}{revision[:16]}"
+    key = target.parent.name.removeprefix(store_layout.PARTIAL)[:16]
+    incoming = target.parent.parent / f"{store_layout.INCOMING}{revision[:16]}-{key}"
     incoming.mkdir(parents=True, exist_ok=True)
     hub.download_files(
         incoming, kind, repository, revision, is_needed, lambda count, total: report_progress(count, total, "bytes")

@@ -62,7 +62,7 @@ class CalibrationSource:
 
 def parse_source(text: str) -> CalibrationSource:
     """Parse `text`: the path of a file, or ORG/NAME[@REVISION][:FILES] on the Hub."""
-    is_file = text.startswith((".", "/", "~")) or text.endswith(".txt") or "/" not in text
+    is_file = text.startswith((".", "/", "~")) or text.partition(":")[0].endswith(".txt") or "/" not in text
     if is_file or Path(text).is_file():
         return CalibrationSource(str(Path(text).expanduser()), on_hub=False)
     source, _, files = text.partition(":")

@@ -51,7 +51,8 @@ def threads(processes: int = 1, root: Path = ROOT) -> dict[str, str]:
     """
     if processes == 1 and (not _core_limits(root) or "OMP_NUM_THREADS" in os.environ):
         return {}
-    available = int(os.environ.get("OMP_NUM_THREADS") or cores(root))
+    # A list has a number for each level of nested parallelism.
+    available = int((os.environ.get("OMP_NUM_THREADS") or str(cores(root))).partition(",")[0])
     return {"OMP_NUM_THREADS": str(max(1, available // processes))}
 
 

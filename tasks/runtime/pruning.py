@@ -124,8 +124,8 @@ def store_size(root: Path | None = None) -> int:
 
 
 def incoming_size(stage: str, revision: str) -> int:
-    """Return the size in bytes of an interrupted download that will be resumed."""
-    return disk_usage(home() / stage / f"{INCOMING}{revision[:16]}")
+    """Return the size in bytes of interrupted downloads of a commit, which will be resumed."""
+    return sum(disk_usage(path) for path in (home() / stage).glob(f"{INCOMING}{revision[:16]}*"))
 
 
 def _last_change(folder: Path) -> float:

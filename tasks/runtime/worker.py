@@ -18,7 +18,7 @@ from quantize_gemma.tasks.runtime import machine
 from quantize_gemma.tasks.runtime.errors import StageFailed, UserError
 from quantize_gemma.tasks.runtime.fork_server import ForkedProcess, ForkServer, ServerEnded, describe_exit, keep_tail
 from quantize_gemma.tasks.runtime.lifetime import run_workers
-from quantize_gemma.tasks.runtime.redact import redact
+from quantize_gemma.tasks.runtime.redact import AUTH_STRINGS, TOKENS, WEBHOOKS, redact
 from quantize_gemma.tasks.runtime.store import home
 
 Logger = logging.Logger | logging.LoggerAdapter[logging.Logger]
@@ -29,13 +29,7 @@ Progress = Callable[[int, int, str], None]
 Event = dict[str, Any]
 
 # Environment variables that no worker inherits.
-SECRETS = (
-    "HF_TOKEN",
-    "HF_TOKEN_WRITE",
-    "HUGGING_FACE_HUB_TOKEN",
-    "PREFECT_API_AUTH_STRING",
-    "PREFECT_API_KEY",
-)
+SECRETS = (*TOKENS, *AUTH_STRINGS, *WEBHOOKS)
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",

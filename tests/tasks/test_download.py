@@ -157,6 +157,30 @@ def test_an_interrupted_transfer_resumes_from_its_last_byte(hub: Hub, tmp_path: 
     assert not hub.requests("GET", r"resolve/.*/config\.json")
 
 
+def test_a_download_of_other_files_of_the_same_commit_leaves_an_interrupted_one_alone(hub: Hub, tmp_path: Path) -> None:
+    sha = hub.add("dataset", "cais/mmlu", BUILTIN_BENCHMARKS["mmlu-mini"])
+
+    def fetch(key: str, files: str) -> Path:
+        target = tmp_path / "store" / "download_dataset" / f".partial-{key * 16}-0" / "data"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        values = {"source": "cais/mmlu", "revision": sha, "offline": False, "files": [files], "skipped_files": []}
+        values |= {"resources": [], "check": "quantize_gemma.tasks.models.datasets:check_files"}
+        call = {"function": "quantize_gemma.tasks.download:download_dataset", "paths": {}, "values": values}
+        call["target"] = str(target)
+        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+        worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
+        return target
+
+    hub.faults.add(method="GET", path=r"/lfs/", cut=1000, times=1)
+    with pytest.raises(StageFailed):
+        fetch("a", "anatomy/*")
+    assert names_of(fetch("b", "astronomy/*")) == names_of(BUILTIN_BENCHMARKS["mmlu-mini"] / "astronomy")
+    hub.log.clear()
+    assert names_of(fetch("a", "anatomy/*")) == names_of(BUILTIN_BENCHMARKS["mmlu-mini"] / "anatomy")
+    assert [entry["range"] for entry in hub.requests("GET", "/lfs/") if entry["range"]]
+
+
 def test_a_wrong_file_is_fetched_again_and_named_if_it_is_wrong_again(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="/lfs/", wrong_bytes=True, times=1)

@@ -434,5 +434,6 @@ def test_a_calibration_is_a_file_or_files_of_a_dataset_on_the_hub(tmp_path: Path
     (tmp_path / "text").write_text("words", encoding="utf-8")
     assert not parse_source(str(tmp_path / "text")).on_hub
     assert not parse_source("text.txt").on_hub
+    assert parse_source("org/name@main:a.txt") == CalibrationSource("org/name", True, "main", "a.txt")
     assert parse_source("org/name") == CalibrationSource("org/name", True)
     assert parse_source("org/name@v1:raw/train-*") == CalibrationSource("org/name", True, "v1", "raw/train-*")

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from quantize_gemma.flows.run import Run
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
+from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.prefect_stage import as_task, key_of
 from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
@@ -41,6 +43,12 @@ def count_up(target: Path) -> Output:
     return {}
 
 
+@stage()
+def fail(target: Path) -> Output:
+    """Fail."""
+    raise StageFailed(f"nothing is written to {target.name}")
+
+
 @pytest.mark.slow
 def test_a_stage_is_cached_as_long_as_its_cached_result_is_the_reference_of_its_artifact(tmp_path: Path) -> None:
     environment = {**os.environ, "QUANTIZE_GEMMA_HOME": str(tmp_path), "QUANTIZE_GEMMA_LOCAL_SERVER": "1"}
@@ -51,6 +59,8 @@ def test_a_stage_is_cached_as_long_as_its_cached_result_is_the_reference_of_its_
     assert result.returncode == 0, result.stderr[-3000:]
     outcomes = json.loads(result.stdout.splitlines()[-1])
     assert outcomes.pop("progress") == [100.0]
+    # The second stage only had to wait for the first one, and the third one needed its result.
+    assert outcomes.pop("after a failure") == ["Failed", "Completed", "NotReady"]
     assert outcomes.pop("first") == ["Completed", "Completed", "texttext"]
     assert outcomes.pop("second") == ["Cached", "Cached", "texttext"]
     # The artifact is still there, so what is made of it is cached.
@@ -109,8 +119,20 @@ def main() -> None:
             )
         return [artifact.data for artifact in artifacts]
 
+    @flow
+    def continue_after_failure() -> list[str]:
+        run = Run("test", ())
+        run.fit_into_memory(2**60)  # Run one stage at a time.
+        with store.keep_pinned():
+            failed = run.submit(fail)
+            futures = [failed, run.submit(write, text="another text"), run.submit(double, source=failed)]
+            for future in futures:
+                future.wait()
+        return [future.state.name for future in futures]
+
     with prefect_test_harness(server_startup_timeout=120):
         outcomes = {
+            "after a failure": continue_after_failure(),
             "progress": show_progress(),
             "first": run_stages(),
             "second": run_stages(),
