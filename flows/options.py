@@ -436,7 +436,8 @@ class DiagnoseOptions(Options):
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
-        stages = [*QUANTIZING, "diagnose"]
+        # A diagnosis is of the recipe before distillation.
+        stages = [*(name for name in QUANTIZING if name != "distill"), "diagnose"]
         if unknown := [name for name in self.refresh if name not in stages]:
             raise ValueError(f"refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
         return self
