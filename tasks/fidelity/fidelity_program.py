@@ -75,8 +75,13 @@ def fidelity_program(
             ) -> dict[str, Tensor]:
                 return compare_window(*models.get(), row, file, row_index)
 
-            key = {**digests, "sequences": digest_sequences([rows[number]]), "step": PROGRAM_STEP}
-            store.link(shards.file(COMPARE, key, compare), target / group_file("program", number))
+            identity = {
+                **digests,
+                "states": store.digest_file(file),
+                "sequences": digest_sequences([rows[number]]),
+                "step": PROGRAM_STEP,
+            }
+            store.link(shards.file(COMPARE, identity, compare), target / group_file("program", number))
             report_progress(index + 1, len(numbers), "windows")
     return {"metadata": {"windows": len(numbers)}}
 

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
     from quantize_gemma.tasks.fidelity.tokens import Head
 
-TOKENS = "quantize_gemma.tasks.fidelity.tokens"
-COMPARE = (f"{TOKENS}:load_head", f"{TOKENS}:compare_states")
+COMPARE = (
+    "quantize_gemma.tasks.fidelity.fidelity_quantized:compare_group",
+    "quantize_gemma.tasks.fidelity.tokens:load_head",
+)
 
 
 @stage(resumes=True, memory=2.5, accelerated=True)
@@ -75,7 +77,9 @@ def fidelity_quantized(
             for index, (number, group) in enumerate(groups.items()):
                 pair = find_group(states, name, number), files[number]
                 compare = functools.partial(compare_group, heads, group, *pair)
-                shard = shards.file(COMPARE, {**key, "sequences": digest_sequences(group)}, compare)
+                states_digests = [store.digest_file(file) for file in pair]
+                identity = {**key, "states": states_digests, "sequences": digest_sequences(group)}
+                shard = shards.file(COMPARE, identity, compare)
                 store.link(shard, target / group_file(name, number))
                 tokens += sum(len(row.targets) for row in group)
                 report_progress(index + 1, len(groups), "groups")

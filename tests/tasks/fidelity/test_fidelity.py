@@ -10,7 +10,15 @@ from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
 from quantize_gemma.tasks.fidelity import summarize_quantized
 from quantize_gemma.tasks.fidelity.fidelity_base import fidelity_base
 from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
-from quantize_gemma.tasks.fidelity.sequences import WINDOW, make_windows, read_sequences, sample
+from quantize_gemma.tasks.fidelity.sequences import (
+    WINDOW,
+    Sequence,
+    group_file,
+    make_windows,
+    read_sequences,
+    sample,
+    write_group,
+)
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store
@@ -37,6 +45,16 @@ def run(folder: Path, base: Path, checkpoint: Path, parts: int = 1) -> dict[str,
         tokens[part].mkdir()
         fidelity_quantized(tokens[part], base, states, checkpoint, "cpu", part, parts)
     return summarize_quantized(tokens)
+
+
+def in_a_store(stage: str, folder: Path, root: Path) -> Path:
+    """Return the path of a copy in a store."""
+
+    def copy(target: Path) -> dict[str, Any]:
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+        return {}
+
+    return store.produce(stage, "0" * 64, copy, root).path
 
 
 @pytest.fixture(scope="module")
@@ -162,16 +180,8 @@ def test_what_is_in_the_store_is_not_computed_again(
     """Killed in the second group of the weights-only variant, the stage computes that group and what follows."""
     from quantize_gemma.tasks.fidelity import states
 
-    def copy(target: Path) -> dict[str, Any]:
-        shutil.copytree(quantized, target, dirs_exist_ok=True)
-        return {}
-
-    def copy_base(target: Path) -> dict[str, Any]:
-        shutil.copytree(TINY, target, dirs_exist_ok=True)
-        return {}
-
-    checkpoint = store.produce("quantize", "0" * 64, copy, tmp_path / "store").path
-    base = store.produce("download", "0" * 64, copy_base, tmp_path / "store").path
+    checkpoint = in_a_store("quantize", quantized, tmp_path / "store")
+    base = in_a_store("download", TINY, tmp_path / "store")
     groups: list[str] = []
     real, load = states.hidden_states, states.load_layers
 
@@ -199,6 +209,66 @@ def test_what_is_in_the_store_is_not_computed_again(
     fidelity_quantized(tmp_path / "second", base, [measured[0] / "states-0"], checkpoint, "cpu")
     assert groups == ["weights_only", *["as_shipped"] * 4]
     assert summarize_quantized([tmp_path / "second"]) == measured[1]
+
+
+def write_states(folder: Path, value: float) -> Path:
+    """Write one window of a text, and hidden states of it."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    write_group([Sequence(tuple(range(WINDOW)))], "text", 0, folder)
+    for name in ("text", "weights_only"):
+        save_file({"hidden": torch.full((WINDOW - 1, 4), value)}, folder / group_file(name, 0))
+    return folder
+
+
+@pytest.mark.parametrize("changed", ["base", "checkpoint"])
+def test_hidden_states_that_have_changed_are_compared_again(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device or other code gives other hidden states of the same sequences. Stand-ins make them and compare."""
+    from safetensors.torch import load_file
+
+    from quantize_gemma.tasks.fidelity import fidelity_quantized as stage
+    from quantize_gemma.tasks.fidelity import states
+
+    def subtract(_heads: Any, _group: Any, base: Path, checkpoint: Path) -> dict[str, Any]:
+        return {"kl": load_file(base)["hidden"] - load_file(checkpoint)["hidden"]}
+
+    base, checkpoint = (in_a_store(name, TINY, tmp_path / "store") for name in ("download", "quantize"))
+    monkeypatch.setattr(stage, "compare_group", subtract)
+    differences = []
+    for number in range(2):
+        values = {"base": 3, "checkpoint": 1}
+        values[changed] += number
+        of_base, of_checkpoint = (write_states(tmp_path / f"{name} {number}", value) for name, value in values.items())
+        files = {0: of_checkpoint / group_file("text", 0)}
+        monkeypatch.setattr(states, "group_states", lambda *_, files=files: files)
+        target = tmp_path / f"target {number}"
+        target.mkdir()
+        fidelity_quantized(target, base, [of_base], checkpoint, "cpu")
+        differences.append(float(load_file(target / group_file("text", 0))["kl"][0, 0]))
+    assert differences == [2, 3 if changed == "base" else 1]
+
+
+def test_hidden_states_that_have_changed_are_compared_with_the_program_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    from quantize_gemma.tasks.fidelity import fidelity_program as stage
+
+    base, program = (in_a_store(name, TINY, tmp_path / "store") for name in ("download", "export"))
+    monkeypatch.setattr(stage._Models, "get", lambda _: (None, None))
+    monkeypatch.setattr(stage, "compare_window", lambda _head, _program, _row, file, _index: load_file(file))
+    values = []
+    for number in range(2):
+        target = tmp_path / f"target {number}"
+        target.mkdir()
+        stage.fidelity_program(target, base, [write_states(tmp_path / f"states {number}", number)], program, 1)
+        values.append(float(load_file(target / group_file("program", 0))["hidden"][0, 0]))
+    assert values == [0, 1]
 
 
 def test_a_text_shorter_than_a_window_is_refused() -> None:
