@@ -407,8 +407,11 @@ def _leaf_tasks(manager: "TaskManager", name: str) -> list[dict[str, object]]:
 
 
 def _first_metric(config: dict[str, Any]) -> tuple[str, bool]:
-    """Return the name of a task's first metric, with its filter, and whether a larger value is better."""
+    """Return the name of a task's headline metric, with its filter, and whether a larger value is better."""
     metric_list = config.get("metric_list") or [{"metric": "acc", "higher_is_better": True}]
+    if config.get("output_type") == "loglikelihood":
+        # LAMBADA's perplexity comes first, but it is not a mean of document scores, so a sample could not be compared.
+        metric_list = sorted(metric_list, key=lambda metric: metric["metric"] != "acc")
     filters = config.get("filter_list") or [{"name": "none"}]
     suffix = "" if filters[0]["name"] == "none" else f",{filters[0]['name']}"
     name = str(metric_list[0]["metric"])

@@ -11,6 +11,11 @@ def test_a_group_is_described_by_its_tasks() -> None:
     assert (row.dataset, row.metric, row.kind, row.higher_is_better) == ("facebook/xnli", "acc", "loglikelihood", True)
 
 
+def test_the_score_of_lambada_is_a_mean_over_documents() -> None:
+    row = find_benchmark("lambada_openai")
+    assert (row.metric, row.kind, row.higher_is_better) == ("acc", "loglikelihood", True)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
