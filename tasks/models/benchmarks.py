@@ -389,13 +389,12 @@ def _unsupported(config: dict[str, Any]) -> str | None:
 def _leaf_tasks(manager: "TaskManager", name: str) -> list[dict[str, object]]:
     """Return the configurations of the tasks that a task, a group, or a tag stands for."""
     entry = manager.task_index[name]
-    members = (entry.cfg or {}).get("task") if entry.cfg and "group" in entry.cfg else None
-    if entry.cfg is None:
-        members = sorted(entry.tags)
-    if members is None:
+    members = sorted(entry.tags) if entry.cfg is None else entry.cfg["task"]
+    # SCROLLS's tasks have a "group", too, but only a group has a list.
+    if not isinstance(members, list):
         return [dict(entry.cfg or {})]
     leaves: list[dict[str, object]] = []
-    for member in [members] if isinstance(members, str) else members:
+    for member in members:
         if isinstance(member, str) and member in manager.task_index:
             leaves += _leaf_tasks(manager, member)
         elif isinstance(member, dict):
@@ -414,7 +413,8 @@ def _first_metric(config: dict[str, Any]) -> tuple[str, bool]:
         metric_list = sorted(metric_list, key=lambda metric: metric["metric"] != "acc")
     filters = config.get("filter_list") or [{"name": "none"}]
     suffix = "" if filters[0]["name"] == "none" else f",{filters[0]['name']}"
-    name = str(metric_list[0]["metric"])
+    # A function of the task's own is given by its path, but its name is that of the metric.
+    name = str(metric_list[0]["metric"]).rpartition(".")[2]
     return f"{name}{suffix}", bool(metric_list[0].get("higher_is_better", "perplexity" not in name))
 
 

@@ -16,6 +16,10 @@ def test_the_score_of_lambada_is_a_mean_over_documents() -> None:
     assert (row.metric, row.kind, row.higher_is_better) == ("acc", "loglikelihood", True)
 
 
+def test_a_metric_of_a_tasks_own_has_the_name_of_its_function() -> None:
+    assert find_benchmark("xlsum_amharic_prompt_1").metric == "rougeL"
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -23,6 +27,7 @@ def test_the_score_of_lambada_is_a_mean_over_documents() -> None:
         ("humaneval", "runs code that the model writes"),
         ("gsm8k_cot_self_consistency", "samples its responses"),
         ("leaderboard", "does not have exactly one dataset"),
+        ("scrolls_quality", "does not have exactly one dataset"),
         ("glue", "do not have the same first metric"),
         ("truthfulqa", "requests of an unsupported kind"),
     ],
