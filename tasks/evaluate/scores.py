@@ -23,9 +23,11 @@ def summarize(output: Json, name: str, task: str, metric: str, metrics: list[str
     """
     results, samples = output["results"], output["samples"]
     counts = {leaf: len(documents(rows)) for leaf, rows in samples.items()}
-    top = results[task] if task in results else _average([(results[leaf], counts[leaf]) for leaf in counts], metric)
+    # A group may aggregate no metric, or another one.
+    measured = [name for name in results if _key(metric) in results[name]]
+    top = results[task] if task in measured else _average([(results[leaf], counts[leaf]) for leaf in counts], metric)
     leaves = sorted(samples) if list(samples) != [task] else []
-    groups = [group for group in results if group not in samples and group != task]
+    groups = [group for group in measured if group not in samples and group != task]
     versions = output["versions"]
     version = versions.get(task, versions.get(next(iter(samples))))
     return {
@@ -100,7 +102,7 @@ def _count(samples: Json, metric: str) -> int:
 
 
 def _average(parts: list[tuple[Json, int]], metric: str) -> Json:
-    """Return the mean of a metric over tasks that have no group, weighted by their number of documents."""
+    """Return the mean of a metric over tasks whose group does not have it, weighted by their number of documents."""
     total = sum(count for _, count in parts)
     return {_key(metric): sum(results[_key(metric)] * count for results, count in parts) / total}
 

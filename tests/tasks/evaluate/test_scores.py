@@ -1,4 +1,6 @@
-"""What the scores of an evaluation are."""
+"""What the scores of an evaluation are, and the answers behind them."""
+
+from typing import Any
 
 import pytest
 
@@ -16,3 +18,37 @@ def test_a_score_is_a_share_even_if_lm_eval_gives_a_percentage(metric: str, valu
     results = summarize(output, "some_task", "some_task", metric, [])
     assert results["value"] == pytest.approx(share)
     assert results["stderr"] == pytest.approx(share / 10)
+
+
+def group_output(group: dict[str, Any]) -> dict[str, Any]:
+    """Return what lm-eval returns for a group of two tasks, with three documents and one, and a group of the first."""
+    scores = {"some_first": [1.0, 0.0, 0.0], "some_second": [1.0]}
+    return {
+        "results": {
+            "some": {"alias": "some", "name": "some", **group},
+            "some_part": {"alias": "part", "name": "some_part", **group},
+            "some_first": {"acc,none": 1 / 3, "acc_stderr,none": 1 / 3},
+            "some_second": {"acc,none": 1.0, "acc_stderr,none": "N/A"},
+        },
+        "samples": {
+            leaf: [{"doc_id": number, "filter": "none", "acc": value} for number, value in enumerate(values)]
+            for leaf, values in scores.items()
+        },
+        "versions": {"some_first": 1, "some_second": 1},
+        "n-shot": {"some_first": 0, "some_second": 0},
+    }
+
+
+@pytest.mark.parametrize("group", [{}, {"acc_norm,none": 0.5, "acc_norm_stderr,none": 0.1}])
+def test_a_group_without_the_metric_has_the_mean_over_its_documents(group: dict[str, Any]) -> None:
+    results = summarize(group_output(group), "some", "some", "acc", [])
+    assert (results["value"], results["samples"]) == (0.5, 4)
+    assert results["groups"] == {}
+    assert {name: score["value"] for name, score in results["tasks"].items()} == {"first": 1 / 3, "second": 1.0}
+
+
+def test_a_group_with_the_metric_has_its_own_aggregate() -> None:
+    """Here, each task counts the same."""
+    results = summarize(group_output({"acc,none": 2 / 3, "acc_stderr,none": 0.2}), "some", "some", "acc", [])
+    assert (results["value"], results["stderr"]) == (2 / 3, 0.2)
+    assert results["groups"] == {"part": {"value": 2 / 3, "stderr": 0.2, "samples": None}}
