@@ -46,8 +46,9 @@ def make_samples(output: Json, name: str, metric: str, requests: dict[tuple[str,
     """Return the rows of samples.jsonl, sorted by task and document.
 
     A row has "task", "doc_id", "target", "prompt", "choices" for a multiple-choice task, "responses" (the choices'
-    log-likelihoods in nats, or the text), "prediction" (the number of a choice, or the filtered text), and "score", the
-    headline metric, which is None if it is not defined for a single document.
+    log-likelihoods in nats, or the text), "prediction" (the number of a choice; if there is only one, whether greedy
+    decoding gives it; or the filtered text), and "score", the headline metric, which is None if it is not defined for a
+    single document.
     """
     rows = []
     column, _, filter_name = metric.partition(",")
@@ -118,8 +119,10 @@ def _answers(sample: Json, requests: list[Request]) -> Json:
     if requests[0].kind != "loglikelihood":
         return {"responses": [response[0] for response in sample["resps"]], "prediction": str(responses[0])}
     scores = [response[0] for response in responses]
+    # For a single continuation, lm-eval scores whether greedy decoding gives it.
+    prediction = responses[0][1] if len(scores) == 1 else max(range(len(scores)), key=lambda choice: scores[choice])
     return {
         "choices": [request.arguments[1] for request in requests],
         "responses": scores,
-        "prediction": max(range(len(scores)), key=lambda choice: scores[choice]),
+        "prediction": prediction,
     }

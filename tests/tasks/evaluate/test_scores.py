@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks.evaluate.scores import summarize
+from quantize_gemma.tasks.evaluate.scores import make_samples, summarize
+from quantize_gemma.tasks.models.requests import Request
 
 
 @pytest.mark.parametrize(("metric", "value", "share"), [("bleu", 27.5, 0.275), ("acc", 0.275, 0.275)])
@@ -52,3 +53,19 @@ def test_a_group_with_the_metric_has_its_own_aggregate() -> None:
     results = summarize(group_output({"acc,none": 2 / 3, "acc_stderr,none": 0.2}), "some", "some", "acc", [])
     assert (results["value"], results["stderr"]) == (2 / 3, 0.2)
     assert results["groups"] == {"part": {"value": 2 / 3, "stderr": 0.2, "samples": None}}
+
+
+def answer_to(arguments: list[tuple[str, str]], responses: list[tuple[float, bool]], metric: str) -> dict[str, Any]:
+    """Return the row of samples.jsonl of one document: its requests, and their log-likelihoods and greediness."""
+    sample = {"doc_id": 0, "filter": "none", "target": "0", "filtered_resps": responses, metric: 1.0}
+    output = {"samples": {"some": [sample]}, "configs": {"some": {"target_delimiter": " "}}}
+    requests = [Request("some", 0, index, "loglikelihood", list(pair)) for index, pair in enumerate(arguments)]
+    (row,) = make_samples(output, "some", metric, {("some", 0): requests})
+    return row
+
+
+@pytest.mark.parametrize("is_greedy", [True, False])
+def test_the_prediction_of_a_single_continuation_is_whether_it_is_greedy(is_greedy: bool) -> None:
+    row = answer_to([("The word", " is")], [(-1.5, is_greedy)], "acc")
+    assert row["prediction"] is is_greedy
+    assert row["choices"] == [" is"]
