@@ -64,7 +64,8 @@ def make_samples(output: Json, name: str, metric: str, requests: dict[tuple[str,
                 "prompt": document_requests[0].arguments[0],
                 "score": _as_share(column, float(score)) if isinstance(score, int | float) else None,
             }
-            rows.append({**row, **_answers(sample, document_requests)})
+            delimiter = output["configs"][leaf]["target_delimiter"]
+            rows.append({**row, **_answers(sample, document_requests, column, delimiter)})
     return rows
 
 
@@ -113,16 +114,20 @@ def _short_name(task: str, name: str) -> str:
     return task.removeprefix(f"{name}_")
 
 
-def _answers(sample: Json, requests: list[Request]) -> Json:
-    """Return the answers to a document."""
+def _answers(sample: Json, requests: list[Request], metric: str, delimiter: str) -> Json:
+    """Return the answers to a document; the task's delimiter is at the start of each choice."""
+    import numpy as np
+
     responses = sample["filtered_resps"]
     if requests[0].kind != "loglikelihood":
         return {"responses": [response[0] for response in sample["resps"]], "prediction": str(responses[0])}
     scores = [response[0] for response in responses]
-    # For a single continuation, lm-eval scores whether greedy decoding gives it.
-    prediction = responses[0][1] if len(scores) == 1 else max(range(len(scores)), key=lambda choice: scores[choice])
+    choices = [str(request.arguments[1]) for request in requests]
+    # As in lm-eval, lengths are in characters.
+    lengths = [len(choice.removeprefix(delimiter)) if metric == "acc_norm" else 1 for choice in choices]
     return {
-        "choices": [request.arguments[1] for request in requests],
+        "choices": choices,
         "responses": scores,
-        "prediction": prediction,
+        # For a single continuation, lm-eval scores whether greedy decoding gives it.
+        "prediction": responses[0][1] if len(choices) == 1 else int(np.argmax(np.array(scores) / lengths)),
     }

@@ -94,6 +94,7 @@ def _letter(row: Row, choice: Any) -> str:
 def _answer(row: Row) -> dict[str, Any]:
     if "choices" not in row:
         return {"answer": row["prediction"], "margin": None}
-    best, second, *_ = [*sorted(row["responses"], reverse=True), -math.inf]
-    margin = round(best - second, 4) if math.isfinite(best - second) else None
-    return {"answer": _letter(row, row["prediction"]), "margin": margin}
+    responses = row["responses"]
+    best, second, *_ = [*sorted(responses, reverse=True), -math.inf]
+    has_margin = math.isfinite(best - second) and responses.index(best) == row["prediction"]
+    return {"answer": _letter(row, row["prediction"]), "margin": round(best - second, 4) if has_margin else None}

@@ -83,7 +83,10 @@ class BenchmarkScore(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A choice or a text, and the margin of the choice's log-likelihood over the next best choice's, in nats."""
+    """A choice or a text, and the margin of the choice's log-likelihood over the next best choice's, in nats.
+
+    There is no margin for a text, and for a choice that is the best one only relative to its length.
+    """
 
     answer: str
     margin: float | None

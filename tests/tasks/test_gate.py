@@ -519,3 +519,12 @@ def test_texts_disagree_where_only_one_of_them_is_correct() -> None:
     assert found["agreement"] == pytest.approx(2 / 3)
     assert found["no_act_quant"] is found["differing"] is found["agreement_act_quant"] is None
     assert [one["program"] for one in found["disagreements"]] == [{"answer": "8", "margin": None}]
+
+
+def test_a_choice_that_is_the_best_only_by_length_has_no_margin() -> None:
+    def rows(prediction: int) -> list[dict[str, Any]]:
+        shared = {"task": "t", "doc_id": 0, "target": "0", "prompt": "It", "score": float(prediction == 0)}
+        return [{**shared, "choices": [" runs", " a"], "responses": [-4.4, -1.2], "prediction": prediction}]
+
+    (found,) = compare_answers(rows(0), rows(1), None)["disagreements"]
+    assert (found["program"], found["checkpoint"]) == ({"answer": "A", "margin": None}, {"answer": "B", "margin": 3.2})

@@ -69,3 +69,11 @@ def test_the_prediction_of_a_single_continuation_is_whether_it_is_greedy(is_gree
     row = answer_to([("The word", " is")], [(-1.5, is_greedy)], "acc")
     assert row["prediction"] is is_greedy
     assert row["choices"] == [" is"]
+
+
+@pytest.mark.parametrize(("metric", "prediction"), [("acc", 1), ("acc_norm", 0)])
+def test_the_prediction_is_the_choice_that_the_metric_scores(metric: str, prediction: int) -> None:
+    """Per character, the longer choice is the more likely one, as long as the space before it does not count."""
+    row = answer_to([("It", " runs"), ("It", " a")], [(-4.4, False), (-1.2, True)], metric)
+    assert row["prediction"] == prediction
+    assert row["responses"] == [-4.4, -1.2]
