@@ -122,11 +122,12 @@ def _answers(sample: Json, requests: list[Request], metric: str, delimiter: str)
     if requests[0].kind != "loglikelihood":
         return {"responses": [response[0] for response in sample["resps"]], "prediction": str(responses[0])}
     scores = [response[0] for response in responses]
-    choices = [str(request.arguments[1]) for request in requests]
+    contexts, choices = ([str(request.arguments[place]) for request in requests] for place in range(2))
     # As in lm-eval, lengths are in characters.
     lengths = [len(choice.removeprefix(delimiter)) if metric == "acc_norm" else 1 for choice in choices]
     return {
-        "choices": choices,
+        # WinoGrande's choices are contexts, with the same continuation.
+        "choices": choices if len(choices) == 1 or len(set(choices)) > 1 else contexts,
         "responses": scores,
         # For a single continuation, lm-eval scores whether greedy decoding gives it.
         "prediction": responses[0][1] if len(choices) == 1 else int(np.argmax(np.array(scores) / lengths)),

@@ -77,3 +77,9 @@ def test_the_prediction_is_the_choice_that_the_metric_scores(metric: str, predic
     row = answer_to([("It", " runs"), ("It", " a")], [(-4.4, False), (-1.2, True)], metric)
     assert row["prediction"] == prediction
     assert row["responses"] == [-4.4, -1.2]
+
+
+def test_choices_are_the_contexts_if_they_have_the_same_continuation() -> None:
+    row = answer_to([("The cat", " sleeps"), ("The dog", " sleeps")], [(-2.0, False), (-1.0, True)], "acc")
+    assert row["choices"] == ["The cat", "The dog"]
+    assert row["prediction"] == 1
