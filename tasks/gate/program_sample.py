@@ -80,7 +80,7 @@ def _differ(first: Row, second: Row) -> bool:
 
 
 def _agreement(rows: Sequence[Row], other_rows: Sequence[Row]) -> float | None:
-    if not rows or any(row["score"] is None for row in rows):
+    if not rows or any("choices" not in row and row["score"] is None for row in rows):
         return None
     return sum(not _differ(first, second) for first, second in zip(rows, other_rows, strict=True)) / len(rows)
 

@@ -528,3 +528,13 @@ def test_a_choice_that_is_the_best_only_by_length_has_no_margin() -> None:
 
     (found,) = compare_answers(rows(0), rows(1), None)["disagreements"]
     assert (found["program"], found["checkpoint"]) == ({"answer": "A", "margin": None}, {"answer": "B", "margin": 3.2})
+
+
+def test_choices_agree_even_if_a_single_document_has_no_score() -> None:
+    """CoLA's score is a correlation over all documents."""
+    row = {"task": "t", "doc_id": 0, "target": "0", "prompt": "It", "choices": [" a", " b"], "score": None}
+    rows = [{**row, "responses": [-1.0, -2.0], "prediction": 0}]
+    found = compare_answers(rows, rows, rows)
+    assert (found["agreement"], found["agreement_act_quant"]) == (1.0, 1.0)
+    assert found["differing"] == pairs(0, 0, 0, 1)
+    assert found["checkpoint"] is found["pairs"] is None
