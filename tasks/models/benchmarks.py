@@ -318,11 +318,6 @@ DEFAULT_TASKS = ("mmlu", "chartqa")
 FIXTURE_TASKS = tuple(row.name for row in BENCHMARKS.values() if row.fixture)
 
 
-def title_of(name: str) -> str:
-    """Return a benchmark's name on cards and in tables."""
-    return BENCHMARKS[name].title if name in BENCHMARKS else name
-
-
 def find_benchmark(name: str) -> Benchmark:
     """Return a benchmark: its row, or one created from lm-eval's YAML file for a task or group.
 

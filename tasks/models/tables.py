@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from quantize_gemma.tasks.models.benchmarks import BENCHMARKS, title_of
-from quantize_gemma.tasks.models.metrics import BenchmarkScore, Check, Columns, Score
+from quantize_gemma.tasks.models.benchmarks import Benchmark, find_benchmark
+from quantize_gemma.tasks.models.metrics import BenchmarkInfo, BenchmarkScore, Check, Columns, Metrics, Score
 from quantize_gemma.tasks.models.text_fidelity import fidelity_rows
 from quantize_gemma.tasks.runtime.units import human_size
 
@@ -24,8 +24,8 @@ def format_score(score: Score | None, percent: bool = True) -> str:
 
 def benchmark_rows(columns: Columns, name: str) -> dict[str, Row]:
     """Return {title: {column: score}} of a benchmark; empty if it was not measured."""
-    row = BENCHMARKS.get(name)
-    title, percent = title_of(name), row is None or row.higher_is_better
+    info = _describe(columns, name)
+    title, percent = info.title, info.higher_is_better
     measured = {"base": columns.base.scores.get(name), "quantized": columns.quantized.scores.get(name)}
     measured_scores = [score for score in measured.values() if score is not None]
     sample = columns.program.scores.get(name)
@@ -38,14 +38,13 @@ def benchmark_rows(columns: Columns, name: str) -> dict[str, Row]:
     if measured_scores:
         samples = max(score.samples or 0 for score in measured_scores)
         base = measured["base"]
-        chance = percent and base is not None and base.is_at_chance(row.chance if row else None)
+        chance = percent and base is not None and base.is_at_chance(info.chance)
         note = " (base at chance: uninformative)" if chance else ""
         rows[f"{title}, {samples:,} samples{note}"] = cells(lambda score: score)
     for group in dict.fromkeys(group for score in measured_scores for group in score.groups):
         rows[f"{title}, {group.replace('_', ' ')}"] = cells(lambda score, group=group: score.groups.get(group))  # type: ignore[misc]
     for metric in dict.fromkeys(metric for score in measured_scores for metric in score.metrics):
-        words = row.metrics.get(metric, metric) if row else metric
-        rows[f"{title}, {words}"] = cells(lambda score, metric=metric: score.metrics.get(metric))  # type: ignore[misc]
+        rows[f"{title}, {info.metrics.get(metric, metric)}"] = cells(lambda score, metric=metric: score.metrics.get(metric))  # type: ignore[misc]
     if sample is not None:
         left_out = f" ({sample.left_out:,} more are too long for it)" if sample.left_out else ""
         rows[f"{title}, the program's {sample.samples:,} samples{left_out}"] = {
@@ -82,7 +81,7 @@ def summary_rows(columns: Columns) -> list[Row]:
         cells = dict(benchmark[0][1])
         if sample is not None:
             cells["program"] = f"{benchmark[-1][1]['program']} ({sample.samples:,} samples)"
-        rows.append({"metric": title_of(name), **cells})
+        rows.append({"metric": _describe(columns, name).title, **cells})
     rows.append({"metric": "speed, tokens/s", "program": f"{speed.decode_tokens_per_second:,.0f}"})
     return [{"metric": "", **dict.fromkeys(COLUMNS, NOT_MEASURED), **row} for row in rows]
 
@@ -97,7 +96,7 @@ def quality_rows(columns: Columns) -> list[Row]:
         rows += [{"metric": title, **cells} for title, cells in benchmark_rows(columns, name).items()]
         sample = columns.program.scores.get(name)
         if sample is not None and sample.agreement is not None:
-            prefix = f"{title_of(name)}, same answers as"
+            prefix = f"{_describe(columns, name).title}, same answers as"
             rows.append({"metric": f"{prefix} the checkpoint, %", "program": f"{100 * sample.agreement:.1f}"})
             if sample.agreement_act_quant is not None:
                 share = f"{100 * sample.agreement_act_quant:.1f}"
@@ -151,6 +150,11 @@ def format_percent(share: float) -> str:
     if share > 0.999:
         return "over 99.9%"
     return "under 0.1%" if share < 0.001 else f"{100 * share:.1f}%"
+
+
+def _describe(columns: Columns, name: str) -> BenchmarkInfo | Benchmark:
+    """Return a benchmark's entry in metrics.json; a run's summary has only the columns."""
+    return columns.benchmarks[name] if isinstance(columns, Metrics) else find_benchmark(name)
 
 
 def _four_digits(value: float, stderr: float | None) -> str:

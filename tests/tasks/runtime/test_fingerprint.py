@@ -66,7 +66,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"answer", "responses"},
     "quantize_gemma.tasks.evaluate.packed_row:BLOCK": {"answer", "responses"},
     "quantize_gemma.tasks.evaluate.packed_lm:share_rows": {"answer", "responses", "program responses"},
-    "quantize_gemma.tasks.models.benchmarks:find_benchmark": set(),
+    "quantize_gemma.tasks.models.benchmarks:find_benchmark": {"card"},
     "quantize_gemma.tasks.models.plot_style:STYLE": {"card", "diagnose"},
     "quantize_gemma.tasks.models.activation_quantization:_round": MODEL | FIDELITY | {"distill", "verify"},
     "quantize_gemma.tasks.gate.checks:CONFIDENT": {"gate"},
