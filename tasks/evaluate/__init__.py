@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.evaluate.lm_eval_run import run_lm_eval
 from quantize_gemma.tasks.evaluate.scores import make_samples, summarize
-from quantize_gemma.tasks.models.requests import Request, Shards, read_requests
+from quantize_gemma.tasks.models.requests import CHAT_TEMPLATE, Request, Shards, read_requests
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.strict_json import JsonObject as JsonObject
@@ -58,7 +58,8 @@ def evaluate(
 
         output = evaluate_with_lm_eval(ReplayLM(responses, doc_ids), limit, doc_ids)
     results = summarize(output, name, benchmark["task"], metric, benchmark["metrics"])
-    results |= {"chat_template": benchmark["chat_template"], "left_out": left_out, "device": device, "limit": limit}
+    has_template = json.loads((requests / CHAT_TEMPLATE).read_text(encoding="utf-8"))
+    results |= {"chat_template": has_template, "left_out": left_out, "device": device, "limit": limit}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     with (target / "samples.jsonl").open("w", encoding="utf-8") as stream:
         for row in make_samples(output, name, metric, by_document):

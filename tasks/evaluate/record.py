@@ -4,11 +4,12 @@ The requests depend on the dataset, the chat template, and the task's settings, 
 once for all columns. They are divided into shards, which are answered and stored one by one; see answer.py.
 """
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.evaluate.lm_eval_run import run_lm_eval
-from quantize_gemma.tasks.models.requests import count_documents, shard_requests, write_requests
+from quantize_gemma.tasks.models.requests import CHAT_TEMPLATE, count_documents, shard_requests, write_requests
 from quantize_gemma.tasks.runtime.stage import Output, stage
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @stage()
 def record(target: Path, checkpoint: Path, dataset: Path, benchmark: "RequestInputs", limit: int | None) -> Output:
-    """Write the requests of a benchmark, one file for each shard.
+    """Write the requests of a benchmark, one file for each shard, and whether they are in the chat template.
 
     Args:
         target: The directory to write to.
@@ -33,4 +34,7 @@ def record(target: Path, checkpoint: Path, dataset: Path, benchmark: "RequestInp
         evaluate(model, limit)
     shards = shard_requests(model.requests)
     write_requests(shards, target)
+    # A base model has no chat template, even if the benchmark would use it.
+    has_template = model.uses_chat_template(benchmark["chat_template"])
+    (target / CHAT_TEMPLATE).write_text(json.dumps(has_template), encoding="utf-8")
     return {"metadata": {"shards": len(shards), "questions": count_documents(model.requests)}}

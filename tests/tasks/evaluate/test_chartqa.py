@@ -135,16 +135,7 @@ def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_stand
     # "red." and "blue." are wrong, "No" and "Wed" right, and "4." is the number 4.
     answers = [labels[number] if number % 2 else f"{labels[number]}." for number in range(5)]
 
-    def score(limit: int | None, texts: list[str], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        requests = record(folder / "requests", checkpoints["base"], dataset, "chartqa", limit)
-        (folder / "answers").mkdir()
-        (folder / "answers" / "chartqa.json").write_text(json.dumps({"answers": texts, "left_out": []}))
-        paths = {"requests": requests, "answers": [folder / "answers"], "dataset": dataset}
-        inputs = {"benchmark": find_benchmark("chartqa").score_inputs(), "limit": limit, "device": "cpu"}
-        run_stage(f"{PACKAGE}:evaluate", folder / "results", paths, **inputs)
-        return json.loads((folder / "results" / "results.json").read_text()), read_samples(folder / "results")
-
-    results, samples = score(None, answers, tmp_path / "all")
+    results, samples = score(checkpoints["base"], dataset, None, answers, tmp_path / "all")
     correct = {"value": 0.6, "stderr": pytest.approx(math.sqrt(0.6 * 0.4 / 4)), "samples": 5}
     assert {name: results[name] for name in correct} == correct
     assert results["metrics"] == {
@@ -152,8 +143,31 @@ def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_stand
         "normalized_overall": {"value": 1.0, "stderr": 0.0, "samples": 5},
     }
     assert [sample["prediction"] for sample in samples] == answers
-    results, _ = score(1, answers[:1], tmp_path / "one")
+    results, _ = score(checkpoints["base"], dataset, 1, answers[:1], tmp_path / "one")
     assert (results["value"], results["stderr"], results["samples"]) == (0.0, None, 1)
+
+
+def score(
+    checkpoint: Path, dataset: Path, limit: int | None, texts: list[str], folder: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return results and samples of these answers."""
+    requests = record(folder / "requests", checkpoint, dataset, "chartqa", limit)
+    (folder / "answers").mkdir()
+    (folder / "answers" / "chartqa.json").write_text(json.dumps({"answers": texts, "left_out": []}))
+    paths = {"requests": requests, "answers": [folder / "answers"], "dataset": dataset}
+    inputs = {"benchmark": find_benchmark("chartqa").score_inputs(), "limit": limit, "device": "cpu"}
+    run_stage(f"{PACKAGE}:evaluate", folder / "results", paths, **inputs)
+    return json.loads((folder / "results" / "results.json").read_text()), read_samples(folder / "results")
+
+
+def test_the_results_of_a_base_model_have_no_chat_template(
+    tiny_copy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    checkpoint = tiny_copy()
+    (checkpoint / "chat_template.jinja").unlink()
+    results, _ = score(checkpoint, CHARTS, 1, ["4", "4"], tmp_path)
+    assert results["chat_template"] is False
 
 
 def generate_alone_and_in_a_row(checkpoint: str, dataset: str, numbers: list[int]) -> dict[str, Any]:
