@@ -28,6 +28,9 @@ def summarize(output: Json, name: str, task: str, metric: str, metrics: list[str
     top = results[task] if task in measured else _average([(results[leaf], counts[leaf]) for leaf in counts], metric)
     leaves = sorted(samples) if list(samples) != [task] else []
     groups = [group for group in measured if group not in samples and group != task]
+    headline = _score(top, metric, _count(samples, metric))
+    if headline["stderr"] is None:
+        headline["stderr"] = _stderr_of_share(samples, metric, headline["value"])
     versions = output["versions"]
     version = versions.get(task, versions.get(next(iter(samples))))
     return {
@@ -35,7 +38,7 @@ def summarize(output: Json, name: str, task: str, metric: str, metrics: list[str
         "task_version": None if version is None else str(version),
         "num_fewshot": max(output["n-shot"].get(leaf, 0) for leaf in samples),
         "metric": metric,
-        **_score(top, metric, _count(samples, metric)),
+        **headline,
         "metrics": {extra: _score(top, extra, _count(samples, extra)) for extra in metrics if _key(extra) in top},
         "groups": {_short_name(group, name): _score(results[group], metric, None) for group in groups},
         "tasks": {_short_name(leaf, name): _score(results[leaf], metric, counts[leaf]) for leaf in leaves},
@@ -107,6 +110,20 @@ def _average(parts: list[tuple[Json, int]], metric: str) -> Json:
     """Return the mean of a metric over tasks whose group does not have it, weighted by their number of documents."""
     total = sum(count for _, count in parts)
     return {_key(metric): sum(results[_key(metric)] * count for results, count in parts) / total}
+
+
+def _stderr_of_share(samples: Json, metric: str, share: float) -> float | None:
+    """Return the standard error of a share of correct documents; None for any other score, and for a single document.
+
+    lm-eval has none for a group if one of its tasks has a single document.
+    """
+    column, _, filter_name = metric.partition(",")
+    scores = [row.get(column) for rows in samples.values() for row in documents(rows, filter_name or "none").values()]
+    if len(scores) < 2 or any(score not in (0, 1) for score in scores):
+        return None
+    if not math.isclose(sum(scores), share * len(scores), abs_tol=1e-6):
+        return None
+    return math.sqrt(share * (1 - share) / (len(scores) - 1))
 
 
 def _short_name(task: str, name: str) -> str:

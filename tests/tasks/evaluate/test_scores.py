@@ -1,5 +1,6 @@
 """What the scores of an evaluation are, and the answers behind them."""
 
+import math
 from typing import Any
 
 import pytest
@@ -44,6 +45,8 @@ def group_output(group: dict[str, Any]) -> dict[str, Any]:
 def test_a_group_without_the_metric_has_the_mean_over_its_documents(group: dict[str, Any]) -> None:
     results = summarize(group_output(group), "some", "some", "acc", [])
     assert (results["value"], results["samples"]) == (0.5, 4)
+    # That of the documents, because the second task has none.
+    assert results["stderr"] == pytest.approx(math.sqrt(0.5 * 0.5 / 3))
     assert results["groups"] == {}
     assert {name: score["value"] for name, score in results["tasks"].items()} == {"first": 1 / 3, "second": 1.0}
 
@@ -53,6 +56,19 @@ def test_a_group_with_the_metric_has_its_own_aggregate() -> None:
     results = summarize(group_output({"acc,none": 2 / 3, "acc_stderr,none": 0.2}), "some", "some", "acc", [])
     assert (results["value"], results["stderr"]) == (2 / 3, 0.2)
     assert results["groups"] == {"part": {"value": 2 / 3, "stderr": 0.2, "samples": None}}
+
+
+def test_tasks_of_one_document_each_have_a_standard_error_together() -> None:
+    output = group_output({"acc,none": 0.5, "acc_stderr,none": "N/A"})
+    output["results"]["some_first"] = {"acc,none": 0.0, "acc_stderr,none": "N/A"}
+    output["samples"]["some_first"] = [{"doc_id": 0, "filter": "none", "acc": 0.0}]
+    results = summarize(output, "some", "some", "acc", [])
+    assert (results["value"], results["stderr"], results["samples"]) == (0.5, 0.5, 2)
+
+
+def test_a_score_that_is_not_the_share_of_correct_documents_has_no_other_standard_error() -> None:
+    output = group_output({"acc,none": 2 / 3, "acc_stderr,none": "N/A"})
+    assert summarize(output, "some", "some", "acc", [])["stderr"] is None
 
 
 def answer_to(arguments: list[tuple[str, str]], responses: list[tuple[float, bool]], metric: str) -> dict[str, Any]:
