@@ -76,7 +76,9 @@ def collect_metrics(
     """
     model, datasets = resolved["model"], resolved["datasets"]
     infos = {
-        name: TypeAdapter(BenchmarkInfo).validate_python({**info, "dataset": datasets[name]})
+        name: TypeAdapter(BenchmarkInfo).validate_python(
+            {**info, "dataset": datasets[name], "chance": find_chance(info["chance"], artifacts, name)}
+        )
         for name, info in benchmarks.items()
     }
     fidelity = json.loads((artifacts["fidelity"].path / "results.json").read_text(encoding="utf-8"))
@@ -196,6 +198,21 @@ def collect_program(artifacts: Artifacts, benchmarks: Iterable[str], fidelity: J
             "scores": {name: collect_sample(artifacts, name) for name in benchmarks},
         }
     )
+
+
+def find_chance(chance: float | None, artifacts: Artifacts, benchmark: str) -> float | None:
+    """Return the accuracy of random guessing: the benchmark's, or that of choosing among each document's choices.
+
+    It is None if it is not known, and if guesses never score.
+    """
+    evaluation = artifacts.get(f"evaluate_{benchmark}_base")
+    if chance is not None or evaluation is None:
+        return chance
+    rows = read_samples(evaluation.path)
+    counts = [len(row.get("choices", ())) for row in rows]
+    if min(counts) < 2 or any(row["score"] not in (0, 1) for row in rows):
+        return None
+    return sum(1 / count for count in counts) / len(counts)
 
 
 def collect_scores(artifacts: Artifacts, benchmarks: Iterable[str], column: str) -> dict[str, BenchmarkScore | None]:

@@ -103,7 +103,7 @@ class Benchmark:
         metrics: Further metrics that the card shows, with their titles.
         kind: The kind of its requests: "loglikelihood", "loglikelihood_rolling", or "generate_until".
         higher_is_better: Whether a larger value of the headline metric is better.
-        chance: The headline metric of random guessing; None if guesses never score.
+        chance: The headline metric of random guessing; None to derive it from the number of choices, if there are any.
         num_fewshot: The number of examples in a prompt; None for the task's own.
         chat_template: Whether prompts are in the model's chat template, if it has one.
         max_drop: The default limit on the drop of the headline metric, in points; None for no limit.

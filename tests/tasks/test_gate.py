@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from quantize_gemma.tasks.gate.checks import (
     require_pass,
     required_checks,
 )
+from quantize_gemma.tasks.gate.metrics import find_chance
 from quantize_gemma.tasks.gate.program_sample import compare_answers
 from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.models.metrics import Check, Metrics, Verdict, parse_metrics, to_json
 from quantize_gemma.tasks.models.tables import verdict_rows
 from quantize_gemma.tasks.runtime.paired_stats import confidence, count_pairs, share_difference, share_ratio
+from quantize_gemma.tasks.runtime.store import Artifact
 from tests.metrics import CHARTQA_INFO, INFO, MMLU, example_json
 
 LIMITS: dict[str, float | None] = {
@@ -538,3 +541,23 @@ def test_choices_agree_even_if_a_single_document_has_no_score() -> None:
     assert (found["agreement"], found["agreement_act_quant"]) == (1.0, 1.0)
     assert found["differing"] == pairs(0, 0, 0, 1)
     assert found["checkpoint"] is found["pairs"] is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "chance"),
+    [
+        ([{"choices": [" a", " b"], "score": 1.0}, {"choices": [" a", " b", " c", " d"], "score": 0.0}], 0.375),
+        # A correlation over all documents, a word that greedy decoding gives or does not, and a text.
+        ([{"choices": [" a", " b"], "score": None}], None),
+        ([{"choices": [" word"], "score": 1.0}], None),
+        ([{"score": 1.0}], None),
+    ],
+)
+def test_chance_follows_from_the_number_of_choices(
+    rows: list[dict[str, Any]], chance: float | None, tmp_path: Path
+) -> None:
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    artifacts = {"evaluate_boolq_base": Artifact("evaluate", "0" * 64, tmp_path, "0" * 64, {})}
+    assert find_chance(None, artifacts, "boolq") == chance
+    assert find_chance(0.25, artifacts, "boolq") == 0.25
+    assert find_chance(None, {}, "boolq") is None
