@@ -96,11 +96,14 @@ def quality_rows(columns: Columns) -> list[Row]:
         rows += [{"metric": title, **cells} for title, cells in benchmark_rows(columns, name).items()]
         sample = columns.program.scores.get(name)
         if sample is not None and sample.agreement is not None:
-            prefix = f"{_describe(columns, name).title}, same answers as"
-            rows.append({"metric": f"{prefix} the checkpoint, %", "program": f"{100 * sample.agreement:.1f}"})
-            if sample.agreement_act_quant is not None:
-                share = f"{100 * sample.agreement_act_quant:.1f}"
-                rows.append({"metric": f"{prefix} without activation quantization, %", "quantized": share})
+            title, share = _describe(columns, name).title, f"{100 * sample.agreement:.1f}"
+            if sample.agreement_act_quant is None:
+                # Texts are rarely equal, so their scores are compared.
+                rows.append({"metric": f"{title}, questions with the checkpoint's score, %", "program": share})
+            else:
+                prefix, baseline = f"{title}, same answers as", f"{100 * sample.agreement_act_quant:.1f}"
+                rows.append({"metric": f"{prefix} the checkpoint, %", "program": share})
+                rows.append({"metric": f"{prefix} without activation quantization, %", "quantized": baseline})
     rows += [
         {"metric": "KL from the checkpoint, nats", "program": _two_digits(agreement.kl_program)},
         {"metric": "KL due to activation quantization, nats", "quantized": _two_digits(agreement.kl_act_quant)},

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
+from quantize_gemma.tasks.card import render
 from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.models.metrics import parse_columns, parse_metrics
+from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.models.tables import quality_rows
 from tests.metrics import INFO, MMLU, example_json
 
@@ -28,3 +30,18 @@ def test_a_perplexity_is_not_shown_in_percent(name: str, has_benchmarks: bool) -
     rows = quality_rows(parse_metrics(content) if has_benchmarks else parse_columns(columns))
     (row,) = [row for row in rows if "62 samples" in row["metric"]]
     assert row["base"] == "20.50"
+
+
+def test_texts_are_compared_by_their_scores_and_choices_by_themselves() -> None:
+    content = with_benchmark("gsm8k", value=0.5)
+    texts = {**content["program"]["mmlu"], "agreement_act_quant": None, "differing": None, "agreement": 0.9}
+    answers = dict.fromkeys(("checkpoint", "program"), {"answer": "4", "margin": None}) | {"no_act_quant": None}
+    disagreement = {"task": "gsm8k", "doc_id": 0, "prompt": "2 + 2?", "target": "4", **answers}
+    content["program"]["gsm8k"] = {**texts, "disagreements": [disagreement]}
+    metrics = parse_metrics(content)
+    cells = {row["metric"]: row["program"] for row in quality_rows(metrics)}
+    assert cells["GSM8K, questions with the checkpoint's score, %"] == "90.0"
+    assert cells["MMLU, same answers as the checkpoint, %"] == "100.0"
+    assert "GSM8K, same answers as the checkpoint, %" not in cells
+    card = render(metrics, load_recipe("HQQ-INT8-INT4"), {})
+    assert "questions on which the program and the checkpoint have different scores are in `metrics.json`" in card
