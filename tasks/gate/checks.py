@@ -321,12 +321,16 @@ def _check_unpaired_drop(name: str, info: BenchmarkInfo, base: Score, quantized:
 
     Its standard error is not known.
     """
-    if info.higher_is_better:
-        value, unit = 100 * (base.value - quantized.value), "points"
-    else:
-        value, unit = 100 * (quantized.value / base.value - 1) if base.value else math.nan, "%"
+    value, unit = _drop(info, base, quantized)
     verb = "drops" if (value >= 0) == info.higher_is_better else "rises"
-    return _check_at_most(f"{name}_drop", f"{info.title} {verb} by {abs(value):.2f} {unit}", round(value, 4), limit)
+    return _check_at_most(f"{name}_drop", f"{info.title} {verb} by {abs(value):.2f} {unit}", value, limit)
+
+
+def _drop(info: BenchmarkInfo, before: Score, after: Score) -> tuple[float, str]:
+    """Return by how much a score is worse than before, and the unit: points, or % of a perplexity."""
+    if info.higher_is_better:
+        return round(100 * (before.value - after.value), 4), "points"
+    return round(100 * (after.value / before.value - 1), 4) if before.value else math.nan, "%"
 
 
 def _check_unpaired_recovery(name: str, info: BenchmarkInfo, base: Score, quantized: Score, limit: float) -> Check:
@@ -369,15 +373,15 @@ def _check_unpaired_program_drop(name: str, info: BenchmarkInfo, sample: SampleS
             f"{info.title} is not measured on the program: it is not a mean over documents, so a sample of them "
             "has no score",
         )
-    drop = checkpoint.value - sample.value if info.higher_is_better else sample.value - checkpoint.value
-    value = round(100 * drop, 4)
-    stderr = round(100 * math.hypot(checkpoint.stderr or 0.0, sample.stderr or 0.0), 4)
-    change = f"{'worsens' if value >= 0 else 'improves'} by {abs(value):.2f} ± {stderr:.2f} points"
-    text = f"{info.title} {change} from the checkpoint to the program on {sample.samples} samples"
+    value, unit = _drop(info, checkpoint, sample)
+    scale = 100 if info.higher_is_better or not checkpoint.value else 100 / checkpoint.value
+    stderr = round(scale * math.hypot(checkpoint.stderr or 0.0, sample.stderr or 0.0), 4) or None
+    error = "" if stderr is None else f" ± {stderr:.2f}"
+    change = f"{'worsens' if value >= 0 else 'improves'} by {abs(value):.2f}{error} {unit}"
+    text = f"{info.title} {change} from the checkpoint to the program on {sample.samples} samples (limit ≤ {limit:.4g})"
     margin = round(limit - value, 4)
-    passed = margin >= 0 or (stderr > 0 and confidence(margin, stderr) >= 1 - CONFIDENT)
-    text = f"{text} (limit ≤ {limit:.4g})"
-    return _make_check(f"{name}_program_drop", text, value, limit, passed, margin, stderr or None)
+    passed = margin >= 0 or (stderr is not None and confidence(margin, stderr) >= 1 - CONFIDENT)
+    return _make_check(f"{name}_program_drop", text, value, limit, passed, margin, stderr)
 
 
 def _check_distances(agreement: Agreement, max_ratio: float) -> list[Check]:

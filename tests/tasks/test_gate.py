@@ -152,6 +152,30 @@ def test_scores_between_0_and_1_are_judged_too(after: float, program: float, fai
     assert {name for name in required if name.startswith("truthfulqa")} <= names
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "stderr", "change"),
+    [
+        # Of an error rate, 3 points are 15%.
+        (0.2, 0.23, 0.001, "worsens by 15.00 ± 0.71 % "),
+        (0.2, 0.18, None, "improves by 10.00 % "),
+        (0.0, 0.1, None, "fail, not a finite number"),
+    ],
+)
+def test_an_error_rate_of_the_program_is_judged_by_how_much_it_rises(
+    before: float, after: float, stderr: float | None, change: str
+) -> None:
+    measured = metrics(pairs(90, 0, 0, 10))
+    info = {**find_benchmark("wikitext").card_inputs(), "title": "WMT", "dataset": INFO["dataset"]}
+    measured["benchmarks"]["wmt"] = info
+    checkpoint = {"value": before, "stderr": stderr, "samples": 50}
+    sample = {**measured["program"]["mmlu"], "value": after, "stderr": stderr, "checkpoint": checkpoint}
+    measured["program"]["wmt"] = {**sample, "differing": None, "pairs": None}
+    check = check_named(verdict_on(measured, {**LIMITS, "max_wmt_drop": 10.0}), "wmt_program_drop")
+    assert (check.status == "pass") == ("improves" in change)
+    assert change in check.message
+    json.dumps(to_json(check), allow_nan=False)
+
+
 # By hand, with half a question added to each count: sqrt(first + second - (first - second)^2 / total) / total.
 @pytest.mark.parametrize(
     ("counts", "difference", "stderr"),
