@@ -112,8 +112,10 @@ def compare_subjects(metrics: Metrics, benchmark: str) -> list[Subject]:
     subjects = []
     for name, after in quantized.tasks.items():
         before = base.tasks[name]
-        has_stderrs = before.stderr is not None and after.stderr is not None
-        error = 100 * CONFIDENT * math.hypot(before.stderr or 0, after.stderr or 0) if has_stderrs else None
+        error = None
+        if before.stderr is not None and after.stderr is not None:
+            # Zero only shows that each model answers all questions correctly, or none.
+            error = 100 * CONFIDENT * math.hypot(before.stderr, after.stderr) or None
         subjects.append(Subject(name, 100 * before.value, 100 * after.value, error))
     return sorted(subjects, key=lambda subject: (subject.change, subject.name))
 

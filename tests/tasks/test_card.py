@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from quantize_gemma.tasks.card import check_front_matter, read_loading_environments, render
-from quantize_gemma.tasks.card.chart import charts, draw_kl_histogram, draw_output_error, draw_subjects
+from quantize_gemma.tasks.card.chart import charts, compare_subjects, draw_kl_histogram, draw_output_error, draw_subjects
 from quantize_gemma.tasks.card.eval_results import eval_results
 from quantize_gemma.tasks.card.front_matter import as_yaml
 from quantize_gemma.tasks.gate.checks import judge
@@ -125,6 +125,13 @@ def test_the_histogram_is_as_high_as_the_share_of_the_tokens(tmp_path: Path) -> 
 
     half, whole = height([0, 50, 50, 0]), height([0, 100, 0, 0])
     assert half == pytest.approx(whole / 2, abs=4)
+
+
+def test_a_change_without_a_standard_error_is_not_significant() -> None:
+    metrics = parse_metrics(with_subjects({"anatomy": (1.0, 0.0), "virology": (1.0, 0.5)}, samples=2))
+    anatomy, virology = compare_subjects(metrics, "mmlu")
+    assert (anatomy.change, anatomy.error, anatomy.is_significant) == (-100.0, None, False)
+    assert virology.error == pytest.approx(100 * 1.96 * (0.5 * 0.5 / 2) ** 0.5)
 
 
 def test_scores_of_different_devices_are_not_compared() -> None:
