@@ -65,9 +65,12 @@ def _result(info: BenchmarkInfo, score: BenchmarkScore) -> dict[str, object]:
     title = f"{info.dataset.name} (fixture)" if info.dataset.fixture else info.title
     value = 100 * score.value if info.higher_is_better else score.value
     metric, _, filtered = info.metric.partition(",")
-    name = f"{metric} ({filtered})" if filtered else metric
+    name = (f"{metric} ({filtered})" if filtered else metric).replace("_", " ").replace("-", " ")
+    if score.limit is not None and score.samples is not None:
+        # Otherwise, it would be taken for the score on the whole dataset.
+        name = f"{name}, {score.samples:,} samples"
     return {
         "task": {"type": info.task_type, "name": info.task_type.replace("-", " ").capitalize()},
         "dataset": {"type": info.dataset.name, "name": title, "revision": info.dataset.revision},
-        "metrics": [{"type": metric, "name": name.replace("_", " ").replace("-", " "), "value": round(value, 2)}],
+        "metrics": [{"type": metric, "name": name, "value": round(value, 2)}],
     }

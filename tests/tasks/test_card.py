@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 from quantize_gemma.tasks.card import check_front_matter, read_loading_environments, render
 from quantize_gemma.tasks.card.chart import charts, compare_subjects, draw_kl_histogram, draw_output_error, draw_subjects
 from quantize_gemma.tasks.card.eval_results import eval_results
-from quantize_gemma.tasks.card.front_matter import as_yaml
+from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
 from quantize_gemma.tasks.gate.checks import judge
 from quantize_gemma.tasks.gate.metrics import check_devices, collect_pairs, pair_outcomes, read_outcomes
 from quantize_gemma.tasks.models.license import clean_license
@@ -204,6 +204,18 @@ def test_a_fixture_a_part_of_a_dataset_and_what_was_not_measured_are_no_evaluati
     else:
         measured["quantized"]["mmlu"] = None
     assert eval_results(parse_metrics(measured)) == {}
+
+
+def test_the_metadata_say_how_many_samples_a_score_on_a_part_of_a_dataset_has() -> None:
+    measured = example_json()
+
+    def metric() -> str:
+        (result,) = front_matter(parse_metrics(measured))["model-index"][0]["results"]
+        return result["metrics"][0]["name"]
+
+    assert metric() == "acc"
+    measured["quantized"]["mmlu"] |= {"limit": 50, "samples": 2850}
+    assert metric() == "acc, 2,850 samples"
 
 
 def test_a_card_without_chartqa_does_not_mention_it(measured: dict[str, Any]) -> None:
