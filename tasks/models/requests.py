@@ -8,7 +8,7 @@ from pathlib import Path
 from quantize_gemma.tasks.runtime.strict_json import JsonValue
 
 # Documents per shard, by the kind of request: a run that is killed loses only the shards in progress. MMLU's subjects
-# are not split, and questions about the same image, which are neighbors, stay together.
+# are not split, and questions about the same image, which are neighbors, mostly stay together.
 DOCUMENTS = {"loglikelihood": 2000, "loglikelihood_rolling": 50, "generate_until": 50}
 # The file, next to the requests, that says whether their prompts are in the model's chat template.
 CHAT_TEMPLATE = "chat_template.json"

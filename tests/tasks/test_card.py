@@ -218,6 +218,16 @@ def test_the_metadata_say_how_many_samples_a_score_on_a_part_of_a_dataset_has() 
     assert metric() == "acc, 2,850 samples"
 
 
+def test_a_card_names_the_samples_of_the_column_that_its_table_does_not_have() -> None:
+    measured, recipe = example_json(), load_recipe("HQQ-INT8-INT4")
+    sizes = {"samples/mmlu_base.jsonl": 1}
+    assert "column of the table, and one for the checkpoint in float32 without activation quantization" in render(
+        parse_metrics(measured), recipe, sizes
+    )
+    measured["program"]["mmlu"] |= {"differing": None, "agreement_act_quant": None}
+    assert "one file for each benchmark and column of the table." in render(parse_metrics(measured), recipe, sizes)
+
+
 def test_a_card_without_chartqa_does_not_mention_it(measured: dict[str, Any]) -> None:
     del measured["benchmarks"]["chartqa"]
     for column in ("base", "quantized", "program"):
