@@ -118,7 +118,8 @@ def _stderr_of_share(samples: Json, metric: str, share: float) -> float | None:
     lm-eval has none for a group if one of its tasks has a single document.
     """
     column, _, filter_name = metric.partition(",")
-    scores = [row.get(column) for rows in samples.values() for row in documents(rows, filter_name or "none").values()]
+    rows = [row for leaf_rows in samples.values() for row in documents(leaf_rows, filter_name or "none").values()]
+    scores = [row[column] for row in rows if column in row]
     if len(scores) < 2 or any(score not in (0, 1) for score in scores):
         return None
     if not math.isclose(sum(scores), share * len(scores), abs_tol=1e-6):

@@ -44,7 +44,8 @@ def benchmark_rows(columns: Columns, name: str) -> dict[str, Row]:
     for group in dict.fromkeys(group for score in measured_scores for group in score.groups):
         rows[f"{title}, {group.replace('_', ' ')}"] = cells(lambda score, group=group: score.groups.get(group))  # type: ignore[misc]
     for metric in dict.fromkeys(metric for score in measured_scores for metric in score.metrics):
-        rows[f"{title}, {info.metrics.get(metric, metric)}"] = cells(lambda score, metric=metric: score.metrics.get(metric))  # type: ignore[misc]
+        words = info.metrics.get(metric, metric)
+        rows[f"{title}, {words}"] = cells(lambda score, metric=metric: score.metrics.get(metric))  # type: ignore[misc]
     if sample is not None:
         left_out = f" ({sample.left_out:,} more are too long for it)" if sample.left_out else ""
         rows[f"{title}, the program's {sample.samples:,} samples{left_out}"] = {

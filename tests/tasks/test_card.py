@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from quantize_gemma.tasks.card import check_front_matter, read_loading_environments, render
-from quantize_gemma.tasks.card.chart import charts, compare_subjects, draw_kl_histogram, draw_output_error, draw_subjects
+from quantize_gemma.tasks.card.chart import (
+    charts,
+    compare_subjects,
+    draw_kl_histogram,
+    draw_output_error,
+    draw_subjects,
+)
 from quantize_gemma.tasks.card.eval_results import eval_results
 from quantize_gemma.tasks.card.front_matter import as_yaml, front_matter
 from quantize_gemma.tasks.gate.checks import judge

@@ -35,7 +35,8 @@ def test_a_perplexity_is_not_shown_in_percent(name: str, has_benchmarks: bool) -
 def test_texts_are_compared_by_their_scores_and_choices_by_themselves() -> None:
     content = with_benchmark("gsm8k", value=0.5)
     texts = {**content["program"]["mmlu"], "agreement_act_quant": None, "differing": None, "agreement": 0.9}
-    answers = dict.fromkeys(("checkpoint", "program"), {"answer": "4", "margin": None}) | {"no_act_quant": None}
+    answer = {"answer": "4", "margin": None}
+    answers = {"checkpoint": answer, "no_act_quant": None, "program": answer}
     disagreement = {"task": "gsm8k", "doc_id": 0, "prompt": "2 + 2?", "target": "4", **answers}
     content["program"]["gsm8k"] = {**texts, "disagreements": [disagreement]}
     metrics = parse_metrics(content)
