@@ -5,6 +5,7 @@ reporting.py sends their reports. Reports and results are lines of JSON in a pip
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -41,6 +42,8 @@ QUIET = {
 # Libraries that most stages import, which takes seconds; without `datasets`, which reads environment variables that a
 # stage sets.
 LIBRARIES = ("torch", "torchao.quantization", "transformers.models.gemma3.modeling_gemma3")
+# Follows the output of a process that has ended: the pipe stays open if the process has left another one running.
+END_OF_OUTPUT = "\0\n"
 
 
 def run(
@@ -96,22 +99,23 @@ class Worker:
         self.workers = run_workers()
         events_reader, events_writer = os.pipe()
         stdin, stdin_writer = os.pipe()
-        output_reader, output = os.pipe()
+        output_reader, self.output_writer = os.pipe()
         self.events = os.fdopen(events_reader, encoding="utf-8")
         # Keep it open: when it closes, the worker knows that this process has ended.
         self.stdin = os.fdopen(stdin_writer, "w", encoding="utf-8")
         self.output = os.fdopen(output_reader, encoding="utf-8", errors="replace")
         self.output_tail: list[str] = []
         try:
-            self.process = self._fork(function, events_writer, stdin, output)
+            self.process = self._fork(function, events_writer, stdin, self.output_writer)
         except StageFailed as error:
             stopped = self.workers.stopping.is_set()
             self._free()
             raise StageFailed("stopped") if stopped else error from None
         finally:
-            for descriptor in (events_writer, stdin, output):
+            for descriptor in (events_writer, stdin):
                 os.close(descriptor)
-        self.reader = threading.Thread(target=keep_tail, args=(self.output, self.output_tail), daemon=True)
+        lines = itertools.takewhile(lambda line: line != END_OF_OUTPUT, self.output)
+        self.reader = threading.Thread(target=keep_tail, args=(lines, self.output_tail), daemon=True)
         self.reader.start()
         # If the process is dead, wait() reports why.
         with contextlib.suppress(BrokenPipeError):
@@ -153,7 +157,7 @@ class Worker:
         if event["event"] == "user_error":
             raise UserError(redact(event["message"]))
         code = self.process.wait()
-        self.reader.join(timeout=5)
+        self._end_output()
         if self.killed or self.workers.stopping.is_set():
             raise StageFailed("stopped")
         tail = redact("".join(self.output_tail[-30:]))
@@ -187,12 +191,20 @@ class Worker:
         """End the process and free its resources."""
         self.process.kill()
         self.process.wait()
-        self.reader.join(timeout=5)
+        self._end_output()
         self._free()
+
+    def _end_output(self) -> None:
+        """Wait until everything that the process has printed is read."""
+        # After the end nobody reads, so another write could block.
+        if self.reader.is_alive():
+            os.write(self.output_writer, f"\n{END_OF_OUTPUT}".encode())
+            self.reader.join()
 
     def _free(self) -> None:
         self.events.close()
         self.output.close()
+        os.close(self.output_writer)
         with contextlib.suppress(BrokenPipeError):
             self.stdin.close()
         if not self.workers.for_run:

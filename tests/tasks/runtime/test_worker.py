@@ -1,10 +1,12 @@
 """A worker process reports its result or its failure, and ends with its parent."""
 
+import contextlib
 import ctypes
 import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -128,6 +130,29 @@ def test_a_worker_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     assert process.wait(lambda *_: None, None)["value"] == {"answer": 42}
     process.close()
+
+
+def leave_a_process(killed: bool, folder: str) -> dict[str, Any]:
+    """Start a process that has this one's output and outlives it, and return or be killed."""
+    child = subprocess.Popen(["sleep", "20"])
+    Path(folder, "child").write_text(str(child.pid))
+    print("the last line", end="", flush=True)
+    if killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_process_that_outlives_its_stage_delays_neither_the_result_nor_the_failure(
+    killed: bool, tmp_path: Path
+) -> None:
+    function = "tests.tasks.runtime.test_worker:leave_a_process"
+    arguments = {"killed": killed, "folder": str(tmp_path)}
+    with pytest.raises(StageFailed, match=r"SIGKILL .*\nthe last line$") if killed else contextlib.nullcontext():
+        worker.run(function, arguments, lambda *_: None, None)
+    child = psutil.Process(int((tmp_path / "child").read_text()))
+    assert child.status() != psutil.STATUS_ZOMBIE
+    child.kill()
 
 
 def write_too_much(library: str, folder: str) -> dict[str, Any]:
