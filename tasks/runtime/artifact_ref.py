@@ -58,7 +58,8 @@ def digest_of_files(refs: Sequence[ArtifactRef]) -> str:
     Raises:
         StageFailed: The store does not have one of them.
     """
-    files = {name: file.sha256 for ref in refs for name, file in load_artifact(ref).files.items()}
+    # Several artifacts may have a file of the same name.
+    files = sorted([name, file.sha256] for ref in refs for name, file in load_artifact(ref).files.items())
     return hashlib.sha256(store.canonical_json(files)).hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.runtime import pruning, store
-from quantize_gemma.tasks.runtime.artifact_ref import open_artifact, ref_of
+from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, digest_of_files, open_artifact, ref_of
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from tests.tasks.runtime.test_pruning import PIN
 from tests.tasks.runtime.test_store import KEY
@@ -83,3 +83,22 @@ def test_a_corrupted_artifact_fails_and_is_rebuilt(
         open_artifact(ref_of(made), rehash=True)
     assert "a was changed" in caplog.text
     assert (store.produce("stage", KEY, write("good")).path / "a").read_text() == "good"
+
+
+def test_the_digest_of_several_artifacts_has_every_file_and_not_how_they_are_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
+
+    def made(**contents: str) -> ArtifactRef:
+        def work(target: Path) -> dict[str, Any]:
+            for name, text in contents.items():
+                (target / name).write_text(text)
+            return {}
+
+        return ref_of(store.produce("stage", store.key("stage", [], {**contents}, {}), work))
+
+    whole = digest_of_files([made(a="1", b="2")])
+    assert digest_of_files([made(a="1"), made(b="2")]) == digest_of_files([made(b="2"), made(a="1")]) == whole
+    digests = [digest_of_files([made(order=text), made(order="last")]) for text in ("one", "another", "last")]
+    assert len(set(digests)) == 3
