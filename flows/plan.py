@@ -46,6 +46,7 @@ from quantize_gemma.tasks.quantize.distill import distill
 from quantize_gemma.tasks.runtime.artifact_ref import load_artifact, open_artifact
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.fingerprint import versions
+from quantize_gemma.tasks.runtime.prefect_slots import check_limits
 from quantize_gemma.tasks.runtime.prefect_stage import PlannedStage, missing_stages, stored_artifacts
 from quantize_gemma.tasks.untie import untie
 
@@ -198,6 +199,7 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     path = options.evaluation.device_report
     report = read_device_report(Path(path)) if path is not None else None
     device: str = run.call("check", check_run, **options.check_inputs())["device"]
+    check_limits()
     if (target := publishing_target(options)) is not None:
         run.call("check_target", check_target, target)
     model = run.call("resolve_model", resolve_model, options.model, options.revision, options.offline)

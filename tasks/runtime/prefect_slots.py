@@ -17,6 +17,13 @@ SECONDS_BETWEEN_REQUESTS = 10.0
 SECONDS_OF_LEASE = 1800.0
 
 
+def check_limits() -> None:
+    """Raise UserError if the server has no limits: the first stage that takes slots may start hours later."""
+    if "QUANTIZE_GEMMA_LOCAL_SERVER" not in os.environ:
+        for limit in (ACCELERATOR, MEMORY):
+            _count_slots(limit)
+
+
 @contextlib.contextmanager
 def take_slots(limit: str, count: int) -> Iterator[None]:
     """Wait for slots of a concurrency limit, and hold them during the block.
@@ -32,18 +39,12 @@ def take_slots(limit: str, count: int) -> Iterator[None]:
         UserError: The server has no such limit.
         StageFailed: The run was interrupted while it waited.
     """
-    from prefect.client.orchestration import get_client
     from prefect.concurrency.sync import concurrency
-    from prefect.exceptions import ObjectNotFound
 
     if not count or "QUANTIZE_GEMMA_LOCAL_SERVER" in os.environ:
         yield
         return
-    with get_client(sync_client=True) as client:
-        try:
-            slots = client.read_global_concurrency_limit_by_name(limit).limit
-        except ObjectNotFound:
-            raise UserError(f"the Prefect server has no limit {limit}: set it up with `make deploy`") from None
+    slots = _count_slots(limit)
     with contextlib.ExitStack() as stack:
         while True:
             request = concurrency(
@@ -61,3 +62,15 @@ def take_slots(limit: str, count: int) -> Iterator[None]:
                 if run_workers().stopping.is_set():
                     raise StageFailed(f"the run was stopped while it waited for {limit}") from None
         yield
+
+
+def _count_slots(limit: str) -> int:
+    """Return how many slots a limit has. Raises UserError if the server has no such limit."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_global_concurrency_limit_by_name(limit).limit
+        except ObjectNotFound:
+            raise UserError(f"the Prefect server has no limit {limit}: set it up with `make deploy`") from None

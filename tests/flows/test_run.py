@@ -28,6 +28,7 @@ from quantize_gemma.tasks.models.benchmarks import FIXTURE_TASKS, find_benchmark
 from quantize_gemma.tasks.models.recipe import RECIPES, load_recipe
 from quantize_gemma.tasks.models.resolved import ResolvedDataset
 from quantize_gemma.tasks.models.runner_checks import RUNNER_CHECKS
+from quantize_gemma.tasks.runtime.prefect_slots import ACCELERATOR, MEMORY
 from quantize_gemma.tasks.runtime.prefect_stage import missing_stages
 from tests.campaigns.starting_place import hostile_directory
 from tests.compatibility.loading import read_section
@@ -251,7 +252,7 @@ def test_a_run_trusts_nothing_in_its_working_directory(
 
 @contextlib.contextmanager
 def server(command_line: CommandLine, home: Path) -> Iterator[str]:
-    """Run a Prefect server of its own; yield its API's address."""
+    """Run a Prefect server of its own with the limits that a run needs; yield its API's address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = subprocess.Popen(
             [sys.executable, "-m", "quantize_gemma.flows.local_server", str(listener.fileno()), str(os.getpid())],
@@ -261,6 +262,9 @@ def server(command_line: CommandLine, home: Path) -> Iterator[str]:
         )
         api = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
     try:
+        for limit in (ACCELERATOR, MEMORY):
+            fields = {"name": limit, "limit": 1}
+            httpx.post(f"{api}/v2/concurrency_limits/", json=fields, timeout=60).raise_for_status()
         yield api
     finally:
         assert process.stdin is not None

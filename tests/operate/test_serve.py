@@ -276,6 +276,15 @@ def test_a_run_with_the_wrong_password_is_one_sentence(server: LocalServer, tmp_
     assert "not:this" not in sentence
 
 
+def test_a_run_on_a_server_without_the_limits_is_refused_before_any_stage(server: LocalServer, tmp_path: Path) -> None:
+    command_line = CommandLine(tmp_path / "store", tmp_path / "prefect")
+    outcome = command_line("run", **server.client_settings())
+    assert outcome.code == 2
+    (sentence,) = outcome.stderr.splitlines()
+    assert "has no limit quantize-gemma-accelerator: set it up with `make deploy`" in sentence
+    assert not (command_line.home / "download").exists()
+
+
 @pytest.mark.parametrize("url", ["https://api.prefect.cloud/api", "http://192.0.2.1:4200/api", "nonsense"])
 def test_serve_starts_no_server_elsewhere(command_line: CommandLine, tmp_path: Path, url: str) -> None:
     process = serve({**command_line.environment(), "PREFECT_API_URL": url}, tmp_path / "log")
