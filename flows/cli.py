@@ -149,7 +149,7 @@ def run(
     """
     from quantize_gemma.flows.report import print_summary
 
-    summary, code = _run_flow(options, _load_run, dict(options), Summary().to_json())
+    summary, code = _run_flow(options.check_inputs(), _load_run, dict(options), Summary().to_json())
     if summary["release"]:
         print_summary(summary)
     if json_:
@@ -170,7 +170,8 @@ def diagnose(
     """
     from quantize_gemma.flows.report import print_damage
 
-    results, code = _run_flow(options.run_options(), _load_diagnose, dict(options), no_diagnosis())
+    check_inputs = {**options.run_options().check_inputs(), "diagnosis": True}
+    results, code = _run_flow(check_inputs, _load_diagnose, dict(options), no_diagnosis())
     if results["rows"]:
         print_damage(results)
     if json_:
@@ -290,7 +291,7 @@ def no_diagnosis() -> dict[str, Any]:
 
 
 def _run_flow(
-    options: RunOptions,
+    check_inputs: dict[str, Any],
     load_flow: Callable[[], Callable[..., dict[str, Any]]],
     arguments: dict[str, Any],
     empty_summary: dict[str, Any],
@@ -298,7 +299,7 @@ def _run_flow(
     """Run a flow; return its summary and the exit code, even if it fails or is interrupted.
 
     Args:
-        options: The options to check before anything starts.
+        check_inputs: The arguments of check_run(), which is called before anything starts.
         load_flow: Imports and returns the flow; the import takes seconds.
         arguments: The flow's parameters.
         empty_summary: The summary of a run that did nothing.
@@ -308,7 +309,7 @@ def _run_flow(
     summary, code = empty_summary, 0
     terminal = Terminal()
     try:
-        summary = _run_on_server(options, load_flow, arguments, terminal)
+        summary = _run_on_server(check_inputs, load_flow, arguments, terminal)
     except UserError as error:
         summary, code = {**summary, **error.summary, "error": str(error)}, 2
     except RunError as error:
@@ -338,7 +339,7 @@ def _load_diagnose() -> Callable[..., dict[str, Any]]:
 
 
 def _run_on_server(
-    options: RunOptions,
+    check_inputs: dict[str, Any],
     load_flow: Callable[[], Callable[..., dict[str, Any]]],
     arguments: dict[str, Any],
     terminal: "Terminal",
@@ -346,7 +347,7 @@ def _run_on_server(
     """Run a flow on the configured Prefect API or on a local server; return its summary."""
     from quantize_gemma.tasks.check import check_run
 
-    check_run(**options.check_inputs())
+    check_run(**check_inputs)
     # Prefect reads these once, when it is imported.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -1,6 +1,5 @@
 """The flow that measures where a recipe does damage: it quantizes one module at a time, its weights or its input."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from prefect.logging import get_run_logger
 
 from quantize_gemma.flows.options import Count, DiagnoseOptions, Flag, ModelName, OptionalText, Text, Texts
 from quantize_gemma.flows.plan import Plan, check_download, download_inputs, make_plan
-from quantize_gemma.flows.quantization import submit_quantization, without_distillation
+from quantize_gemma.flows.quantization import submit_quantization
 from quantize_gemma.flows.report import show_image
 from quantize_gemma.flows.run import start_run
 from quantize_gemma.tasks.download import download, download_text
@@ -66,9 +65,7 @@ def diagnose(
         offline=offline,
     ).run_options()
     with start_run(f"{model} · {recipe}", refresh) as run:
-        plan = make_plan(run, options, benchmarks=False)
-        # Modules are quantized one at a time, but distillation trains scales and norms together.
-        plan = dataclasses.replace(plan, recipe=without_distillation(plan.recipe))
+        plan = make_plan(run, options, diagnosis=True)
         base = run.submit(download, **download_inputs(plan.model, offline))
         plan = check_download(plan, base)
         untied = run.submit(untie, checkpoint=base)

@@ -184,21 +184,25 @@ class Plan:
         return f"{self.options.model} {self.options.recipe} {self.model.revision[:12]}"
 
 
-def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
+def make_plan(run: "Run", options: RunOptions, diagnosis: bool = False) -> Plan:
     """Resolve every name to a pinned revision, and check what can be checked before the download.
 
     Args:
         run: The run.
         options: Its options.
-        benchmarks: Whether benchmarks are measured, too.
+        diagnosis: Whether the run ends with the diagnosis of the quantized checkpoint: no benchmark is measured, and
+            the recipe is not distilled.
 
     Raises:
         UserError: The run cannot succeed; the message says why, and what to do.
     """
     recipe = load_recipe(options.recipe)
+    if diagnosis:
+        # Modules are quantized one at a time, but distillation trains scales and norms together.
+        recipe = without_distillation(recipe)
     path = options.evaluation.device_report
     report = read_device_report(Path(path)) if path is not None else None
-    device: str = run.call("check", check_run, **options.check_inputs())["device"]
+    device: str = run.call("check", check_run, **options.check_inputs(), diagnosis=diagnosis)["device"]
     check_limits()
     if (target := publishing_target(options)) is not None:
         run.call("check_target", check_target, target)
@@ -207,13 +211,13 @@ def make_plan(run: "Run", options: RunOptions, benchmarks: bool = True) -> Plan:
     text = run.call("resolve_text", resolve_text, source, revision, options.offline)
     calibration = resolve_calibration(run, options)
     reference = resolve_reference(run, options)
-    planned_benchmarks = plan_benchmarks(run, options, model) if benchmarks else ()
+    planned_benchmarks = () if diagnosis else plan_benchmarks(run, options, model)
     plan = Plan(options, model, text, planned_benchmarks, recipe, device, calibration, reference, device_report=report)
     run.rename(plan.run_name())
     memory = check_memory(
         max(checkpoint.weights for checkpoint in (model, reference) if checkpoint), options.local_workers()
     )
-    stages = writing_stages(options, model, recipe, text, calibration)
+    stages = writing_stages(options, model, recipe, text, calibration, diagnosis)
     check_disk(model.weight_bytes, missing_stages(stages, options.refresh), model.revision, recipe)
     if report is not None and (program := stored_artifacts(stages).get("export")) is not None:
         require_program(report, load_artifact(program).files["model.pte"].sha256)
@@ -334,10 +338,12 @@ def writing_stages(
     recipe: Recipe,
     text: ResolvedDataset | None = None,
     calibration: ResolvedDataset | None = None,
+    diagnosis: bool = False,
 ) -> list[PlannedStage]:
     """Return the stages that write the most, and the stages that they depend on.
 
-    Without the calibration text of a calibrated recipe, return only the stages before calibration.
+    Without the calibration text of a calibrated recipe, return only the stages before calibration; for a diagnosis,
+    only those up to the quantized checkpoint.
     """
     stages = [
         PlannedStage(download, download_inputs(model, options.offline)),
@@ -351,6 +357,8 @@ def writing_stages(
         stages += plan_tokens(options, recipe, calibration)
         artifacts["calibration"] = "calibrate"
     stages.append(PlannedStage(quantize, quantize_inputs(options, without_distillation(recipe)), artifacts))
+    if diagnosis:
+        return stages
     if recipe.distillation is not None:
         artifacts = {"checkpoint": "quantize", "base": "untie", "calibration": "calibrate"}
         stages.append(PlannedStage(distill, quantize_inputs(options, recipe), artifacts))

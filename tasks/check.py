@@ -51,6 +51,7 @@ OUTPUT_FACTORS_OF_LARGE_MODELS = {"download": 1.0, "untie": 0.16, "quantize": 0.
 LARGE_BYTES = 5_000_000_000
 # The stages that write a lot.
 WRITING_STAGES = (*OUTPUT_FACTORS, "distill")
+WRITING_STAGES_OF_DIAGNOSIS = ("download", "untie", "quantize")
 # The peak memory of evaluating a quantized checkpoint on ChartQA, which takes more than any other stage, in multiples
 # of the base weights in bfloat16 (17.2 GB, measured with gemma-3-4b's shape); and that of Python and the libraries.
 MEMORY_FACTOR = 2.0
@@ -87,10 +88,12 @@ def check_run(
     calibration: str | None = None,
     device_report: str | None = None,
     bidirectional_images: bool = True,
+    diagnosis: bool = False,
 ) -> dict[str, Any]:
     """Return the plan of a run: {"recipe", "model", "device", "memory_bytes_needed", "disk_bytes_needed"}.
 
-    For a model on the Hub, only the name is checked, and the last two are missing.
+    For a model on the Hub, only the name is checked, and the last two are missing. A diagnosis neither distills nor
+    exports.
 
     Raises:
         UserError: The run cannot succeed.
@@ -109,7 +112,8 @@ def check_run(
     if path is not None:
         source_files(path)
         weight_bytes = sum(file.stat().st_size for file in weight_files(path))
-        plan["disk_bytes_needed"] = disk_needed(weight_bytes, recipe=parsed_recipe)
+        stages = WRITING_STAGES_OF_DIAGNOSIS if diagnosis else WRITING_STAGES
+        plan["disk_bytes_needed"] = disk_needed(weight_bytes, stages, parsed_recipe)
         # Memory first: a person can free disk space, but not add memory.
         local_workers = workers if cluster is None else 1
         plan["memory_bytes_needed"] = check_checkpoint(
@@ -117,7 +121,7 @@ def check_run(
         )
         # The files must be hashed to know whether the store already has them.
         if not may_be_stored(weight_bytes):
-            check_disk(weight_bytes, recipe=parsed_recipe)
+            check_disk(weight_bytes, stages, recipe=parsed_recipe)
     return plan
 
 

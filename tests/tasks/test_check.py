@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import SHAPES
+from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.check import (
     MEMORY_FACTOR,
     MEMORY_OF_LIBRARIES,
@@ -167,6 +168,18 @@ def test_the_plan_of_a_calibrated_recipe_says_what_calibration_costs_and_needs_a
     costs = plan_calibration(text, distilled)
     assert costs["distillation_seconds_on_gpu"] >= 50
     assert costs["distillation_memory_bytes"] > costs["calibration_memory_bytes"] / 2
+
+
+def test_a_diagnosis_needs_no_disk_for_a_distillation_or_a_program(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("words")
+    whole, diagnosis = (
+        check_run("tiny-gemma3", "DISTILL-INT8-INT4", 1024, "cpu", None, calibration=str(text), diagnosis=diagnosis)
+        for diagnosis in (False, True)
+    )
+    weight_bytes = (BUILTIN["tiny-gemma3"] / "model.safetensors").stat().st_size
+    written, recipe = ["download", "untie", "quantize"], load_recipe("GPTQ-INT8-INT4")
+    assert diagnosis["disk_bytes_needed"] == disk_needed(weight_bytes, written, recipe) < whole["disk_bytes_needed"]
 
 
 def test_the_estimate_of_a_distillation_at_4b_is_hours_here_and_minutes_on_a_gpu() -> None:
