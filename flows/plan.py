@@ -17,6 +17,7 @@ from quantize_gemma.flows.quantization import (
     without_distillation,
 )
 from quantize_gemma.tasks.check import (
+    bytes_to_download,
     check_checkpoint,
     check_disk,
     check_memory,
@@ -218,11 +219,22 @@ def make_plan(run: "Run", options: RunOptions, diagnosis: bool = False) -> Plan:
         max(checkpoint.weights for checkpoint in (model, reference) if checkpoint), options.local_workers()
     )
     stages = writing_stages(options, model, recipe, text, calibration, diagnosis)
-    check_disk(model.weight_bytes, missing_stages(stages, options.refresh), model.revision, recipe)
+    check_space(plan, stages)
     if report is not None and (program := stored_artifacts(stages).get("export")) is not None:
         require_program(report, load_artifact(program).files["model.pte"].sha256)
     run.fit_into_memory(memory)
     return plan
+
+
+def check_space(plan: Plan, stages: list[PlannedStage]) -> None:
+    """Raise UserError if the store's disk does not have enough space for these stages and the reference model."""
+    model, reference, refresh = plan.model, plan.reference, plan.options.refresh
+    reference_bytes = 0
+    if reference is not None:
+        planned = PlannedStage(download, download_inputs(reference, plan.options.offline))
+        if "download_reference" in refresh or not stored_artifacts([planned]):
+            reference_bytes = bytes_to_download(reference.weight_bytes, reference.revision)
+    check_disk(model.weight_bytes, missing_stages(stages, refresh), model.revision, plan.recipe, reference_bytes)
 
 
 def resolve_reference(run: "Run", options: RunOptions) -> ResolvedModel | None:

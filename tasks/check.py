@@ -295,20 +295,27 @@ def check_disk(
     stages: Collection[str] = WRITING_STAGES,
     revision: str | None = None,
     recipe: Recipe | None = None,
+    reference_bytes: int = 0,
 ) -> None:
     """Raise UserError if the store's disk does not have enough space for the output of these stages.
 
-    Bytes that an interrupted download of this revision left in the store are not counted again.
+    Bytes that an interrupted download of this revision left in the store are not counted again. `reference_bytes` are
+    those that are still to be downloaded of a reference model.
     """
-    bytes_needed = disk_needed(weight_bytes, stages, recipe)
+    bytes_needed = disk_needed(weight_bytes, stages, recipe) + reference_bytes
     if revision is not None and "download" in stages:
-        bytes_needed -= min(weight_bytes, pruning.incoming_size("download", revision))
+        bytes_needed += bytes_to_download(weight_bytes, revision) - weight_bytes
     free = shutil.disk_usage(_nearest_existing(store.home())).free
     if free < bytes_needed:
         raise UserError(
             f"the run needs about {bytes_needed / 1e9:,.1f} GB in {store.home()}, but {free / 1e9:,.1f} GB are free: "
             "free some space, or set QUANTIZE_GEMMA_HOME to a larger disk"
         )
+
+
+def bytes_to_download(weight_bytes: int, revision: str) -> int:
+    """Return the bytes of a download without those that an interrupted one of this revision left in the store."""
+    return weight_bytes - min(weight_bytes, pruning.incoming_size("download", revision))
 
 
 def may_be_stored(weight_bytes: int) -> bool:

@@ -1,13 +1,19 @@
 """What a run will write is known before it starts."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quantize_gemma.flows.options import RunOptions
-from quantize_gemma.flows.plan import writing_stages
+from quantize_gemma.flows.plan import Plan, check_space, download_inputs, writing_stages
+from quantize_gemma.tasks.download import download
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
+from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.prefect_stage import key_of
 
 MODEL = ResolvedModel("a/b", "0" * 40, "a/b", False, True, license={}, weight_bytes=8, weights=4, multimodal=True)
 TEXT = ResolvedDataset("a/text", "1" * 40, "a/text", False, True)
@@ -24,3 +30,16 @@ def test_a_diagnosis_ends_with_the_quantized_checkpoint(diagnosis: bool) -> None
     stages = writing_stages(RunOptions(), MODEL, load_recipe("DISTILL-INT8-INT4"), TEXT, TEXT, diagnosis)
     names = [planned.stage.name for planned in stages if not planned.stage.name.startswith("download")]
     assert names == ["untie", "calibrate", "quantize"] + ([] if diagnosis else ["distill", "export"])
+
+
+def test_a_reference_model_that_is_not_in_the_store_needs_disk(home: Path) -> None:
+    reference = replace(
+        MODEL, name="a/c", revision="2" * 40, source="a/c", weight_bytes=2 * shutil.disk_usage(home).free
+    )
+    plan = Plan(RunOptions(), MODEL, TEXT, (), load_recipe("HQQ-INT8-INT4"), "cpu", reference=reference)
+    with pytest.raises(UserError, match="GB are free"):
+        check_space(plan, [])
+    store.produce("download", key_of(download, download_inputs(reference, offline=False)), lambda _: {})
+    check_space(plan, [])
+    with pytest.raises(UserError, match="GB are free"):
+        check_space(replace(plan, options=RunOptions(refresh=["download_reference"])), [])
