@@ -282,7 +282,10 @@ def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:
     from quantize_gemma.flows.plan import writing_stages
     from quantize_gemma.tasks.runtime.prefect_stage import missing_stages
 
-    return missing_stages(writing_stages(options, model, load_recipe(options.recipe)), [])
+    recipe = load_recipe(options.recipe)
+    missing = missing_stages(writing_stages(options, model, recipe), [])
+    # Whether the store has the others depends on the calibration text, which is resolved when a run starts.
+    return missing if recipe.calibration is None else [*missing, "quantize", "distill", "export"]
 
 
 def no_diagnosis() -> dict[str, Any]:

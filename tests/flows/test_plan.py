@@ -3,17 +3,22 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from quantize_gemma.flows import cli
 from quantize_gemma.flows.options import RunOptions
 from quantize_gemma.flows.plan import Plan, check_space, download_inputs, writing_stages
+from quantize_gemma.tasks.check import disk_needed
 from quantize_gemma.tasks.download import download
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime.artifact_ref import ref_of
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.prefect_stage import key_of
+from quantize_gemma.tasks.untie import untie
 
 MODEL = ResolvedModel("a/b", "0" * 40, "a/b", False, True, license={}, weight_bytes=8, weights=4, multimodal=True)
 TEXT = ResolvedDataset("a/text", "1" * 40, "a/text", False, True)
@@ -43,3 +48,15 @@ def test_a_reference_model_that_is_not_in_the_store_needs_disk(home: Path) -> No
     check_space(plan, [])
     with pytest.raises(UserError, match="GB are free"):
         check_space(replace(plan, options=RunOptions(refresh=["download_reference"])), [])
+
+
+@pytest.mark.parametrize("recipe", ["HQQ-INT8-INT4", "DISTILL-INT8-INT4"])
+def test_the_check_of_a_downloaded_model_counts_what_quantizing_it_writes(recipe: str, home: Path) -> None:
+    def write(_: Path) -> dict[str, Any]:
+        return {"metadata": {"weight_bytes": MODEL.weight_bytes}}
+
+    base = store.produce("download", key_of(download, download_inputs(MODEL, offline=False)), write)
+    store.produce("untie", key_of(untie, {"checkpoint": ref_of(base)}), lambda _: {})
+    missing = cli._missing_stages(RunOptions(recipe=recipe), MODEL)
+    needed = disk_needed(10**10, ["quantize", "distill", "export"], load_recipe(recipe))
+    assert disk_needed(10**10, missing, load_recipe(recipe)) == needed
