@@ -215,14 +215,13 @@ def make_plan(run: "Run", options: RunOptions, diagnosis: bool = False) -> Plan:
     planned_benchmarks = () if diagnosis else plan_benchmarks(run, options, model)
     plan = Plan(options, model, text, planned_benchmarks, recipe, device, calibration, reference, device_report=report)
     run.rename(plan.run_name())
-    memory = check_memory(
-        max(checkpoint.weights for checkpoint in (model, reference) if checkpoint), options.local_workers()
-    )
+    workers = options.local_workers()
+    memory = check_memory(max(checkpoint.weights for checkpoint in (model, reference) if checkpoint), workers)
     stages = writing_stages(options, model, recipe, text, calibration, diagnosis)
     check_space(plan, stages)
     if report is not None and (program := stored_artifacts(stages).get("export")) is not None:
         require_program(report, load_artifact(program).files["model.pte"].sha256)
-    run.fit_into_memory(memory)
+    run.fit_into_memory(memory // workers, workers)
     return plan
 
 

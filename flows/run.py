@@ -33,8 +33,8 @@ Futures = dict[str, Future | list[Future]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Stages that have a model in memory and may run at the same time: an evaluation, a smoke test, and the export.
-CONCURRENT_STAGES = 3
+# Stages that have a model in memory and may run at the same time as an evaluation: a smoke test, and the export.
+OTHER_STAGES = 2
 RETRIES = 3
 
 
@@ -204,9 +204,14 @@ class Run:
 
         return decorate
 
-    def fit_into_memory(self, bytes_per_stage: int) -> None:
-        """Run one stage at a time if the available memory is not enough for CONCURRENT_STAGES."""
-        self._one_at_a_time = bytes_per_stage * CONCURRENT_STAGES > machine.available_memory()
+    def fit_into_memory(self, bytes_per_model: int, workers: int) -> None:
+        """Run one stage at a time if the available memory is not enough for an evaluation and OTHER_STAGES.
+
+        Args:
+            bytes_per_model: The memory that a process with a model takes.
+            workers: The number of processes of an evaluation.
+        """
+        self._one_at_a_time = bytes_per_model * (workers + OTHER_STAGES) > machine.available_memory()
 
     def rename(self, name: str) -> None:
         """Rename the flow run in Prefect."""

@@ -1,4 +1,4 @@
-"""What a run will write is known before it starts."""
+"""What a run will write, and the memory that it takes, are known before it starts."""
 
 import shutil
 from dataclasses import replace
@@ -10,11 +10,12 @@ import pytest
 from quantize_gemma.flows import cli
 from quantize_gemma.flows.options import RunOptions
 from quantize_gemma.flows.plan import Plan, check_space, download_inputs, writing_stages
+from quantize_gemma.flows.run import Run
 from quantize_gemma.tasks.check import disk_needed
 from quantize_gemma.tasks.download import download
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
-from quantize_gemma.tasks.runtime import store
+from quantize_gemma.tasks.runtime import machine, store
 from quantize_gemma.tasks.runtime.artifact_ref import ref_of
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.prefect_stage import key_of
@@ -60,3 +61,10 @@ def test_the_check_of_a_downloaded_model_counts_what_quantizing_it_writes(recipe
     missing = cli._missing_stages(RunOptions(recipe=recipe), MODEL)
     needed = disk_needed(10**10, ["quantize", "distill", "export"], load_recipe(recipe))
     assert disk_needed(10**10, missing, load_recipe(recipe)) == needed
+
+
+def test_an_evaluation_counts_with_its_workers_and_every_other_stage_once() -> None:
+    run = Run("test", ())
+    for workers, one_at_a_time in ((4, False), (8, True)):
+        run.fit_into_memory(machine.available_memory() // 8, workers)
+        assert run._one_at_a_time == one_at_a_time
