@@ -268,7 +268,7 @@ def _check_data(options: RunOptions) -> None:
     if is_path(source):
         resolve_text(source, revision, offline=True)
     if (reference := options.evaluation.reference_source()) is not None:
-        local_checkpoint(reference[0])
+        local_checkpoint(*reference)
 
 
 def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:

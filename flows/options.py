@@ -354,6 +354,7 @@ class RunOptions(Options):
         """Return the arguments of check_run()."""
         return {
             "model": self.model,
+            "revision": self.revision,
             "recipe": self.recipe,
             "max_seq_len": self.export.max_seq_len,
             "device": self.evaluation.device,

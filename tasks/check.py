@@ -89,6 +89,7 @@ def check_run(
     device_report: str | None = None,
     bidirectional_images: bool = True,
     diagnosis: bool = False,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Return the plan of a run: {"recipe", "model", "device", "memory_bytes_needed", "disk_bytes_needed"}.
 
@@ -108,7 +109,7 @@ def check_run(
     else:
         _check_cluster(cluster)
     plan: dict[str, Any] = {"recipe": parsed_recipe.name, "model": model, "device": resolve_device(device)}
-    path = local_checkpoint(model)
+    path = local_checkpoint(model, revision)
     if path is not None:
         source_files(path)
         weight_bytes = sum(file.stat().st_size for file in weight_files(path))

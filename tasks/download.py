@@ -52,9 +52,9 @@ def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedMo
     """Resolve the name of a built-in model, a directory, or a repository on the Hub to a pinned revision.
 
     Raises:
-        UserError: There is no such model.
+        UserError: There is no such model, or a directory has a revision.
     """
-    path = local_checkpoint(model)
+    path = local_checkpoint(model, revision)
     if path is None:
         return _remembered_model(model, revision) if offline else _model_on_hub(model, revision)
     names = source_files(path)

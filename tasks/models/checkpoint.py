@@ -62,18 +62,24 @@ class TensorInfo:
     file: str
 
 
-def local_checkpoint(model: str) -> Path | None:
+def local_checkpoint(model: str, revision: str | None = None) -> Path | None:
     """Return the directory of a built-in or a local model, or None for the name of a Hub repository.
 
     Raises:
-        UserError: `model` is none of these.
+        UserError: `model` is none of these, or it is a directory, but has a revision.
     """
     try:
         path = BUILTIN.get(model) or Path(model).expanduser()
-        if path.is_dir():
-            return path
+        is_local = path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"the model {model!r} cannot be read ({error}): check its path") from None
+    if is_local and revision is not None:
+        raise UserError(
+            f"the model {model!r} is the directory {path.resolve()}, which has no revisions: leave out the revision "
+            f"{revision!r}, or rename the directory to use the Hub repository of that name"
+        )
+    if is_local:
+        return path
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return None
     raise UserError(

@@ -119,6 +119,7 @@ def test_too_little_disk_space_is_reported_with_both_sizes(tiny_copy: Callable[[
         (["--dataset", "boolq=org/mirror"], ["boolq=org/mirror", "one of the tasks mmlu, chartqa, gsm8k"]),
         (["--model", "me/gemma", "--target", "Me/gemma"], ["target is the model itself"]),
         (["--device-report", "./phone.json"], ["phone.json is missing", "python -m benchmarks.device_report"]),
+        (["--revision", "v2"], ["'tiny-gemma3' is the directory", "leave out the revision 'v2'"]),
         (["--limit"], ["--limit", "requires an argument"]),
         (["tiny-gemma3"], ["unexpected argument: tiny-gemma3"]),
         (["--lmit", "5"], ["--lmit", "Did you mean --limit?"]),

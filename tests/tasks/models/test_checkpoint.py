@@ -127,6 +127,18 @@ def test_a_link_within_the_model_directory_is_followed(model: Path) -> None:
     assert resolve_model(str(elsewhere), None, False).revision == resolve_model(str(model), None, False).revision
 
 
+def test_a_revision_of_a_directory_is_refused_even_if_it_has_the_name_of_a_repository(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parents[1])
+    name = f"{model.parent.name}/{model.name}"
+    message = f"is the directory {model}, .* leave out the revision 'main', or rename"
+    with pytest.raises(UserError, match=message):
+        resolve_model(name, "main", False)
+    with pytest.raises(UserError, match=message):
+        check_run(name, "HQQ-INT8-INT4", 1024, "cpu", None, revision="main")
+
+
 def test_the_hubs_cache_and_its_blobs_are_a_model_directory(model: Path) -> None:
     repository = model.parent / "models--team--tiny"
     snapshot = repository / "snapshots" / ("a" * 40)
