@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import tempfile
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -204,10 +203,11 @@ def remember(resolved: ResolvedDataset, revision: str | None) -> None:
     kind = "model" if isinstance(resolved, ResolvedModel) else "dataset"
     for name in (revision, resolved.revision):
         path = _memory_path(kind, resolved.name, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{store_layout.PARTIAL}{uuid.uuid4().hex}")
-        partial.write_text(json.dumps({"kind": kind, **asdict(resolved)}), encoding="utf-8")
-        partial.replace(path)
+        # The lock keeps pruning from removing the unfinished file.
+        with store_layout.hold_lock(path):
+            partial = store_layout.partial_path(path)
+            partial.write_text(json.dumps({"kind": kind, **asdict(resolved)}), encoding="utf-8")
+            partial.replace(path)
 
 
 def _memory_path(kind: str, name: str, revision: str | None) -> Path:

@@ -41,12 +41,12 @@ from quantize_gemma.tasks.runtime.store_layout import (
     CURRENT,
     MANIFEST,
     MARK,
-    PARTIAL,
     artifact_folders,
     current_generation,
     generations,
     hold_lock,
     lock_for_reading,
+    partial_path,
     remove,
 )
 from quantize_gemma.tasks.runtime.strict_json import JsonObject, JsonValue
@@ -198,7 +198,7 @@ def produce(
         artifact = None if refresh else take(stage, artifact_key, root)
         if artifact is not None:
             return artifact
-        partial = root / stage / f"{PARTIAL}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
+        partial = partial_path(artifact_folder)
         try:
             (partial / "data").mkdir(parents=True)
             result = work(partial / "data")
@@ -450,7 +450,7 @@ def _read_generation(folder: Path, root: Path, rehash: bool = False) -> Artifact
     for name, file in artifact.files.items():
         path = artifact.path / name
         fault = _find_fault(path, file, rehash)
-        if fault and file.shared and path.exists() and _link_again(path, file, root):
+        if fault and file.shared and path.exists() and _link_again(path, file, folder.parent, root):
             fault = None
         if fault:
             logger.warning("%s/%s: %s %s; the stage runs again", stage, artifact_key[:12], name, fault)
@@ -473,14 +473,15 @@ def _find_fault(path: Path, expected: File, rehash: bool) -> str | None:
     return None
 
 
-def _link_again(path: Path, expected: File, root: Path) -> bool:
-    """Replace a damaged shared file with a link to an intact file with the same content, if there is one."""
+def _link_again(path: Path, expected: File, artifact_folder: Path, root: Path) -> bool:
+    """Replace an artifact's damaged shared file with a link to an intact one with the same content, if there is any."""
     for manifest in [path / MANIFEST for path in artifact_folders(root)]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             for name, fields in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
                 file, source = File(**fields), manifest.parent / "data" / name
                 if file.sha256 == expected.sha256 and not file.shared and digest_file(source) == expected.sha256:
-                    new_link = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}")
+                    # Not beside the file: if this process is killed, the artifact must not have another file.
+                    new_link = partial_path(artifact_folder)
                     os.link(source, new_link)
                     new_link.replace(path)
                     return True

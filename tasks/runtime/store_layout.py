@@ -63,6 +63,11 @@ def lock_path(artifact_folder: Path) -> Path:
     return artifact_folder.parent / f"{LOCK}{artifact_folder.name[:16]}"
 
 
+def partial_path(artifact_folder: Path) -> Path:
+    """Return a new path for unfinished work on an artifact. It can be removed as long as nobody holds the lock."""
+    return artifact_folder.parent / f"{PARTIAL}{artifact_folder.name[:16]}-{uuid.uuid4().hex[:8]}"
+
+
 @contextlib.contextmanager
 def hold_lock(artifact_folder: Path) -> Iterator[None]:
     """Hold the lock of an artifact. The kernel releases the lock when the process ends, however it ends.
@@ -122,7 +127,7 @@ def remove(folder: Path, artifact_key: str) -> int | None:
         The bytes that this frees on disk; None if a process is reading it, or another process has removed it.
     """
     stage = folder.parent if folder.name == artifact_key else folder.parent.parent
-    trash = stage / f"{PARTIAL}{artifact_key[:16]}-{uuid.uuid4().hex[:8]}"
+    trash = partial_path(stage / artifact_key)
     with contextlib.ExitStack() as locks:
         for manifest in {
             (path / MANIFEST).resolve() for path in (folder, current_generation(folder), *generations(folder))
@@ -141,13 +146,14 @@ def remove(folder: Path, artifact_key: str) -> int | None:
     return delete(trash)
 
 
-def delete(folder: Path) -> int:
-    """Delete a directory; return the bytes that this frees: those of files without links elsewhere."""
-    before = disk_usage(folder, exclusive=True)
-    if folder.is_symlink():
-        folder.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-    return before - disk_usage(folder, exclusive=True)
+def delete(path: Path) -> int:
+    """Delete a directory or a file; return the bytes that this frees: those of files without links elsewhere."""
+    before = disk_usage(path, exclusive=True)
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+    return before - disk_usage(path, exclusive=True)
 
 
 def disk_usage(folder: Path, exclusive: bool = False) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +49,39 @@ def test_pruning_removes_unfinished_work_and_keeps_work_in_progress(tmp_path: Pa
     assert store.load("stage", KEY, tmp_path) is None
     assert len(pruning.remove_unfinished(tmp_path).paths) == 1
     assert not list(tmp_path.glob("*/.partial-*"))
+
+
+REMEMBER = """
+from quantize_gemma.tasks import download
+from quantize_gemma.tasks.models.resolved import ResolvedDataset
+download.remember(ResolvedDataset("a/b", "0" * 40, "a/b", False, True), "main")
+"""
+LINK_AGAIN = f"""
+from quantize_gemma.tasks.runtime import store
+store.load("borrower", {KEY!r})
+"""
+
+
+@pytest.mark.parametrize("script", [REMEMBER, LINK_AGAIN])
+def test_pruning_removes_the_file_of_a_process_that_was_killed_before_it_renamed_it(
+    script: str, tmp_path: Path
+) -> None:
+    owner = store.produce("owner", KEY, write_file, tmp_path)
+
+    def borrow(target: Path) -> dict[str, Any]:
+        store.link(owner.path / "weights.bin", target / "weights.bin")
+        return {}
+
+    borrower = store.produce("borrower", KEY, borrow, tmp_path)
+    (borrower.path / "weights.bin").unlink()
+    (borrower.path / "weights.bin").write_bytes(b"damaged")
+    killed = "import os, sys\nsys.addaudithook(lambda event, _: event == 'os.rename' and os.kill(os.getpid(), 9))\n"
+    environment = {**os.environ, "QUANTIZE_GEMMA_HOME": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", killed + script], env=environment).returncode == -signal.SIGKILL
+    # Whatever takes over the files of an artifact must not take over this one.
+    assert [path.name for path in borrower.path.iterdir()] == ["weights.bin"]
+    assert len(pruning.remove_unfinished(tmp_path).paths) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(store_layout.PARTIAL)]
 
 
 def test_eviction_starts_with_the_longest_unused_and_leaves_what_a_process_reads(tmp_path: Path) -> None:
