@@ -368,11 +368,20 @@ def file_changed(artifact: Artifact, name: str) -> StageFailed:
 
 
 def _make_current(partial: Path, artifact_folder: Path) -> None:
-    """Atomically make a complete directory the artifact's current generation: readers see the old one or this one."""
+    """Atomically make a complete directory the artifact's current generation: readers see the old one or this one.
+
+    Raises:
+        StageFailed: A process reads the artifact in a copy of a store without links, where it cannot be replaced.
+    """
     stage, name = artifact_folder.parent, uuid.uuid4().hex[:8]
     if artifact_folder.exists() and not (artifact_folder / CURRENT).is_symlink():
         # An earlier version wrote the artifact, or it was copied without links.
-        remove(artifact_folder, artifact_folder.name)
+        bytes_freed = remove(artifact_folder, artifact_folder.name)
+        if bytes_freed is None and artifact_folder.exists():
+            raise StageFailed(
+                f"{artifact_folder} cannot be replaced, because another run reads it, and the store was copied without "
+                "its links: start the run again when the other one has ended"
+            )
     artifact_folder.mkdir(exist_ok=True)
     link = artifact_folder / f".{name}"
     try:

@@ -32,7 +32,7 @@ LOCK = ".lock-"
 
 
 def current_generation(artifact_folder: Path) -> Path:
-    """Return the current generation of an artifact; in a copy without links, the artifact's own directory."""
+    """Return the current generation of an artifact; in a copy without links, the directory `current`."""
     try:
         return artifact_folder / os.readlink(artifact_folder / CURRENT)
     except OSError:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -122,6 +123,22 @@ def test_a_refresh_replaces_the_artifact_and_a_failing_one_leaves_it(tmp_path: P
     assert after.digest == before.digest
     assert after.measured == {"seconds": 2.0}
     assert [path.name for path in (tmp_path / "stage").iterdir() if path.name.startswith(store_layout.PARTIAL)] == []
+
+
+def test_an_artifact_in_a_copy_without_links_is_replaced_unless_a_process_reads_it(tmp_path: Path) -> None:
+    store.produce("stage", KEY, write_file, tmp_path / "store")
+    copy = shutil.copytree(tmp_path / "store", tmp_path / "copy")
+    before = store.load("stage", KEY, copy)
+    assert before is not None
+    assert before.path.parent.name == store_layout.CURRENT
+    lock = store_layout.lock_for_reading(before.path.parent / store_layout.MANIFEST)
+    assert lock is not None
+    with pytest.raises(StageFailed, match=f"{copy}/stage/{KEY} cannot be replaced, because another run reads it"):
+        store.produce("stage", KEY, write_file, copy, refresh=True)
+    assert store.load("stage", KEY, copy) == before
+    assert not list(copy.glob("*/.partial-*"))
+    os.close(lock)
+    assert store.produce("stage", KEY, write_file, copy, refresh=True).path.parent.name != store_layout.CURRENT
 
 
 def test_a_damaged_shared_file_is_linked_again_from_its_owner_and_no_other(tmp_path: Path) -> None:
