@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,13 +93,17 @@ def test_a_run_that_writes_nothing_is_not_refused_however_large_its_model_is(hom
         check_disk(weight_bytes)
 
 
-def test_a_store_with_other_models_does_not_count(home: Path) -> None:
-    other = home / "download" / ".incoming-0123456789abcdef"
-    other.mkdir(parents=True)
-    with (other / "model.safetensors").open("wb") as stream:
-        stream.truncate(1 << 42)  # A file of holes.
+def test_only_the_interrupted_download_of_this_revision_counts_as_written(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    incoming = home / "download" / ".incoming-0123456789abcdef"
+    incoming.mkdir(parents=True)
+    (incoming / "model.safetensors").write_bytes(bytes(1 << 20))
+    # No test can have a disk of exactly this size.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    check_disk(2 << 20, ["download"], "0123456789abcdef0123")
     with pytest.raises(UserError, match="GB are free"):
-        check_disk(shutil.disk_usage(home).free * 2)
+        check_disk(2 << 20, ["download"], "f" * 40)
 
 
 def test_bytes_of_an_interrupted_download_of_this_revision_count_as_written(home: Path) -> None:
