@@ -86,7 +86,7 @@ def test_a_known_secret_is_redacted_in_every_form(which: str, form: str, monkeyp
         assert said.startswith("before ")
         assert said.endswith(" after")
         # Of base64 the ends may stay, which also depend on what stands beside the secret.
-        inner = written[8:-8]
+        inner = written[8:-8] if form.startswith("base64") else written.removeprefix("x").removesuffix("x")
         assert len(inner) < 6 or inner not in said
         assert "…" in said
 
