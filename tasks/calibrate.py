@@ -105,7 +105,7 @@ def read_dataset(folder: Path) -> str:
     """Return the contents of a dataset's files as one text, in the order of the file names.
 
     Raises:
-        UserError: There are no files, or a parquet file has no `text` column.
+        UserError: There are no files, or a parquet file has no `text` column of strings.
     """
     import pyarrow
     import pyarrow.parquet
@@ -116,8 +116,11 @@ def read_dataset(folder: Path) -> str:
             texts.append(_read_text(path))
             continue
         try:
-            rows = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
-        except (pyarrow.ArrowException, OSError, KeyError) as error:
+            column = pyarrow.parquet.read_table(path, columns=["text"])["text"]
+            rows = column.to_pylist()
+            if not all(isinstance(row, str | None) for row in rows):
+                raise TypeError(f"its type is {column.type}")
+        except (pyarrow.ArrowException, OSError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path.relative_to(folder)} of the calibration dataset has no readable column 'text' ({error}): "
                 "use a dataset of texts, or name its files, as in ORG/NAME:FILES"

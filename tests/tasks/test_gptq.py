@@ -425,9 +425,11 @@ def test_a_dataset_is_read_from_text_and_parquet_files_in_order(tmp_path: Path) 
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one\n", "", None, "two"]}), tmp_path / "a.parquet")
     (tmp_path / "b.txt").write_text("three", encoding="utf-8")
     assert read_dataset(tmp_path) == "one\ntwo\nthree"
-    pyarrow.parquet.write_table(pyarrow.table({"words": ["one"]}), tmp_path / "c.parquet")
-    with pytest.raises(UserError, match=r"c\.parquet of the calibration dataset has no readable column 'text'"):
-        read_dataset(tmp_path)
+    for table, reason in (({"words": ["one"]}, ""), ({"text": [["one"], None]}, "its type is list<")):
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "c.parquet")
+        message = rf"c\.parquet of the calibration dataset has no readable column 'text' \(.*{reason}"
+        with pytest.raises(UserError, match=message):
+            read_dataset(tmp_path)
 
 
 def test_a_calibration_is_a_file_or_files_of_a_dataset_on_the_hub(tmp_path: Path) -> None:
