@@ -258,7 +258,11 @@ def server(command_line: CommandLine, home: Path) -> Iterator[str]:
             [sys.executable, "-m", "quantize_gemma.flows.local_server", str(listener.fileno()), str(os.getpid())],
             stdin=subprocess.PIPE,
             pass_fds=[listener.fileno()],
-            env={**command_line.environment(), "PREFECT_HOME": str(home)},
+            env={
+                **command_line.environment(),
+                "PREFECT_HOME": str(home),
+                "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            },
         )
         api = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
     try:
