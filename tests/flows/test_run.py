@@ -309,7 +309,7 @@ def test_a_configured_api_is_used_and_shows_the_runs_tasks_tables_chart_card_and
     assert all(all(row) for table in ("fidelity", "quality", "gate") for row in json.loads(data[table]))
     assert data["card"].startswith("\n# HQQ-INT8-INT4 tiny-gemma3 model")
     assert data["card"].endswith((release / "README.md").read_text()[-2000:])
-    assert [row["result"] for row in json.loads(data["gate"])] == ["pass"] * 26
+    assert [row["result"] for row in json.loads(data["gate"])] == ["pass"] * 24
     assert json.loads(data["fidelity"])[0]["measurement"] == "as shipped"
     assert data["kl-histogram"].startswith("data:image/png;base64,")
     assert data["mmlu-by-subject"].startswith("data:image/png;base64,")

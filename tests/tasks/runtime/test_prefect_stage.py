@@ -122,7 +122,7 @@ def main() -> None:
     @flow
     def continue_after_failure() -> list[str]:
         run = Run("test", ())
-        run.fit_into_memory(2**60)  # Run one stage at a time.
+        run.fit_into_memory(2**60, 1)  # Run one stage at a time.
         with store.keep_pinned():
             failed = run.submit(fail)
             futures = [failed, run.submit(write, text="another text"), run.submit(double, source=failed)]
