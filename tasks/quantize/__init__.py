@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from quantize_gemma.tasks.quantize.calibrated import Blocks
 
 
-@stage(accelerated=True, resumes=True, memory=0.5)
+@stage(accelerated=True, resumes=True)
 def quantize(
     target: Path,
     checkpoint: Path,
