@@ -1,6 +1,9 @@
 """Stages are called here as functions; in a run, a worker process keeps what they pin."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,3 +14,29 @@ from quantize_gemma.tasks.runtime import store
 def pinned() -> Iterator[None]:
     with store.keep_pinned():
         yield
+
+
+def in_a_store(stage: str, folder: Path, root: Path) -> Path:
+    """Return the path of a copy in a store."""
+
+    def copy(target: Path) -> dict[str, Any]:
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+        return {}
+
+    return store.produce(stage, "0" * 64, copy, root).path
+
+
+def halve(file: Path, target: Path) -> Path:
+    """Write the halves of the hidden states of a file."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({"hidden": load_file(file)["hidden"] / 2}, target)
+    return target
+
+
+def halve_states(folder: Path, target: Path) -> Path:
+    """Copy an output of fidelity_base(), with halved hidden states."""
+    shutil.copytree(folder, target)
+    for file in target.glob("*.safetensors"):
+        halve(folder / file.name, file)
+    return target

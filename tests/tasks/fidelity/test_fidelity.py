@@ -1,6 +1,5 @@
 """Fidelity's numbers are those of an independent computation, whatever was interrupted and however chunks are cut."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,15 @@ from quantize_gemma.tasks.fidelity.fidelity_base import fidelity_base
 from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
 from quantize_gemma.tasks.fidelity.sequences import (
     WINDOW,
-    Sequence,
-    group_file,
     make_windows,
     read_sequences,
     sample,
-    write_group,
 )
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import quantize
-from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.untie import untie
+from tests.tasks.fidelity.conftest import halve, halve_states, in_a_store
 from tests.text_only import write_text_only
 
 TINY, TEXT = BUILTIN["tiny-gemma3"], BUILTIN_TEXTS["tiny-text"]
@@ -45,16 +41,6 @@ def run(folder: Path, base: Path, checkpoint: Path, parts: int = 1) -> dict[str,
         tokens[part].mkdir()
         fidelity_quantized(tokens[part], base, states, checkpoint, "cpu", part, parts)
     return summarize_quantized(tokens)
-
-
-def in_a_store(stage: str, folder: Path, root: Path) -> Path:
-    """Return the path of a copy in a store."""
-
-    def copy(target: Path) -> dict[str, Any]:
-        shutil.copytree(folder, target, dirs_exist_ok=True)
-        return {}
-
-    return store.produce(stage, "0" * 64, copy, root).path
 
 
 @pytest.fixture(scope="module")
@@ -211,64 +197,39 @@ def test_what_is_in_the_store_is_not_computed_again(
     assert summarize_quantized([tmp_path / "second"]) == measured[1]
 
 
-def write_states(folder: Path, value: float) -> Path:
-    """Write one window of a text, and hidden states of it."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    write_group([Sequence(tuple(range(WINDOW)))], "text", 0, folder)
-    for name in ("text", "weights_only"):
-        save_file({"hidden": torch.full((WINDOW - 1, 4), value)}, folder / group_file(name, 0))
-    return folder
-
-
 @pytest.mark.parametrize("changed", ["base", "checkpoint"])
 def test_hidden_states_that_have_changed_are_compared_again(
-    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changed: str, quantized: Path, measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another device or other code gives other hidden states of the same sequences. Stand-ins make them and compare."""
-    from safetensors.torch import load_file
-
-    from quantize_gemma.tasks.fidelity import fidelity_quantized as stage
+    """Another device or other code gives other hidden states of the same sequences; here, they are halved."""
     from quantize_gemma.tasks.fidelity import states
 
-    def subtract(_heads: Any, _group: Any, base: Path, checkpoint: Path) -> dict[str, Any]:
-        return {"kl": load_file(base)["hidden"] - load_file(checkpoint)["hidden"]}
+    base, checkpoint = (
+        in_a_store(stage, folder, tmp_path / "store") for stage, folder in (("download", TINY), ("quantize", quantized))
+    )
+    of_base = measured[0] / "states-0"
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    fidelity_quantized(first, base, [of_base], checkpoint, "cpu")
+    assert summarize_quantized([first]) == measured[1]
+    if changed == "base":
+        of_base = halve_states(of_base, tmp_path / "base")
+    else:
+        real = states.group_states
 
-    base, checkpoint = (in_a_store(name, TINY, tmp_path / "store") for name in ("download", "quantize"))
-    monkeypatch.setattr(stage, "compare_group", subtract)
-    differences = []
-    for number in range(2):
-        values = {"base": 3, "checkpoint": 1}
-        values[changed] += number
-        of_base, of_checkpoint = (write_states(tmp_path / f"{name} {number}", value) for name, value in values.items())
-        files = {0: of_checkpoint / group_file("text", 0)}
-        monkeypatch.setattr(states, "group_states", lambda *_, files=files: files)
-        target = tmp_path / f"target {number}"
-        target.mkdir()
-        fidelity_quantized(target, base, [of_base], checkpoint, "cpu")
-        differences.append(float(load_file(target / group_file("text", 0))["kl"][0, 0]))
-    assert differences == [2, 3 if changed == "base" else 1]
+        def group_states(reader: Any, variant: Any, *arguments: Any) -> dict[int, Path]:
+            files = real(reader, variant, *arguments)
+            folder = tmp_path / variant / str(len(files))
+            folder.mkdir(parents=True)
+            return {number: halve(file, folder / f"{number}.safetensors") for number, file in files.items()}
 
-
-def test_hidden_states_that_have_changed_are_compared_with_the_program_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from safetensors.torch import load_file
-
-    from quantize_gemma.tasks.fidelity import fidelity_program as stage
-
-    base, program = (in_a_store(name, TINY, tmp_path / "store") for name in ("download", "export"))
-    monkeypatch.setattr(stage._Models, "get", lambda _: (None, None))
-    monkeypatch.setattr(stage, "compare_window", lambda _head, _program, _row, file, _index: load_file(file))
-    values = []
-    for number in range(2):
-        target = tmp_path / f"target {number}"
-        target.mkdir()
-        stage.fidelity_program(target, base, [write_states(tmp_path / f"states {number}", number)], program, 1)
-        values.append(float(load_file(target / group_file("program", 0))["hidden"][0, 0]))
-    assert values == [0, 1]
+        monkeypatch.setattr(states, "group_states", group_states)
+    fidelity_quantized(second, base, [of_base], checkpoint, "cpu")
+    results = summarize_quantized([second])
+    for part, previous in ((results, measured[1]), (results["weights_only"], measured[1]["weights_only"])):
+        assert part["kl_mean"] > 2 * previous["kl_mean"]
+        assert (part["ppl_base"] == previous["ppl_base"]) == (changed == "checkpoint")
 
 
 def test_a_text_shorter_than_a_window_is_refused() -> None:

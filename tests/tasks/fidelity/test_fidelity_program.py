@@ -11,9 +11,10 @@ from quantize_gemma.tasks.fidelity import fidelity
 from quantize_gemma.tasks.fidelity.fidelity_base import fidelity_base
 from quantize_gemma.tasks.fidelity.fidelity_program import PROGRAM_STEP, fidelity_program
 from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
-from quantize_gemma.tasks.fidelity.sequences import read_sequences
+from quantize_gemma.tasks.fidelity.sequences import group_file, read_sequences
 from quantize_gemma.tasks.models.text_fidelity import Fidelity, ProgramFidelity, fidelity_rows
 from tests.conftest import Outcome
+from tests.tasks.fidelity.conftest import halve_states, in_a_store
 
 TINY = BUILTIN["tiny-gemma3"]
 
@@ -59,3 +60,20 @@ def test_the_program_is_as_far_from_the_base_as_its_logits_say(released: Outcome
     rows = fidelity_rows(TypeAdapter(Fidelity).validate_python(content["quantized"]), results, ["KL ≤ 1: pass"])
     assert [row["measurement"] for row in rows] == ["as shipped", "program", "weights only", "chat"]
     assert [row["gate"] for row in rows] == ["KL ≤ 1: pass", "", "", ""]
+
+
+def test_hidden_states_that_have_changed_are_compared_with_the_program_again(released: Outcome, tmp_path: Path) -> None:
+    """Another device or other code gives other hidden states of the same window; here, they are halved."""
+    from safetensors.torch import load_file
+
+    base, states = in_a_store("download", TINY, tmp_path / "store"), tmp_path / "states"
+    program = in_a_store("export", Path(released.summary["release"]), tmp_path / "store")
+    states.mkdir()
+    fidelity_base(states, TINY, BUILTIN_TEXTS["tiny-text"], 1, "cpu")
+    divergences = []
+    for folder in (states, halve_states(states, tmp_path / "halves")):
+        target = tmp_path / f"target {len(divergences)}"
+        target.mkdir()
+        fidelity_program(target, base, [folder], program, 1)
+        divergences.append(float(load_file(target / group_file("program", 0))["kl"].mean()))
+    assert divergences[1] > 2 * divergences[0]
