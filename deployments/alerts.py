@@ -55,7 +55,7 @@ def save_alerts(client: SyncPrefectClient, webhook: str | None) -> None:
         print(f"alerts: off, there is no notification block {BLOCK}")
     else:
         automations += [notify_of_failures(block_id), notify_of_missing_nightly(block_id)]
-        print(f"alerts: through {BLOCK}")
+        print(f"alerts: sent through {BLOCK}")
     for automation in automations:
         existing_automations = client.read_automations_by_name(automation.name)
         if not existing_automations:
@@ -77,7 +77,7 @@ def crash_silent_runs() -> AutomationCore:
     """Return the automation that marks a run as Crashed if its process, machine, or network died."""
     silence = timedelta(seconds=float(os.environ.get("QUANTIZE_GEMMA_SILENCE_SECONDS", SILENCE_SECONDS)))
     return AutomationCore(
-        name="quantize-gemma: silent runs have crashed",
+        name="quantize-gemma: mark runs without heartbeats as crashed",
         trigger=EventTrigger(
             posture=Posture.Proactive,
             after={"prefect.flow-run.heartbeat"},
@@ -116,7 +116,7 @@ def notify_of_missing_nightly(block_id: UUID) -> AutomationCore:
     """Return the automation that reports a night in which no nightly run started."""
     night = timedelta(seconds=float(os.environ.get("QUANTIZE_GEMMA_NIGHT_SECONDS", NIGHT_SECONDS)))
     return AutomationCore(
-        name="quantize-gemma: the nightly did not start",
+        name="quantize-gemma: the nightly run did not start",
         trigger=EventTrigger(
             posture=Posture.Proactive,
             after={"prefect.flow-run.Running"},
@@ -127,7 +127,11 @@ def notify_of_missing_nightly(block_id: UUID) -> AutomationCore:
             within=night,
         ),
         actions=[
-            _notify(block_id, "quantize-gemma: the nightly did not start", f"No nightly run has started for {night}.")
+            _notify(
+                block_id,
+                "quantize-gemma: the nightly run did not start",
+                f"No nightly run has started in the last {night.total_seconds() / 3600:g} hours.",
+            )
         ],
     )
 

@@ -94,7 +94,7 @@ def work(server: LocalServer) -> int:
     worker = subprocess.Popen(command, cwd=folder, env=environment)
     try:
         with profile(server) as prefect:
-            print(f"\nThe dashboard: {server.sign_in(sys.stdout)}")
+            print(f"\nDashboard: {server.sign_in(sys.stdout)}")
             print(f"Try: {prefect} deployment run quantize-gemma/tiny --watch\n", flush=True)
             while worker.poll() is None and server.process.poll() is None:
                 time.sleep(0.5)

@@ -141,7 +141,7 @@ class EvaluationOptions(Options):
         default=1,
         ge=1,
         le=1000,
-        description="Number of processes that answer the requests; each loads its own copy of the model.",
+        description="Number of processes for evaluation and fidelity; each loads its own copy of the model.",
     )
     cluster: OptionalText = Field(
         default=None,
@@ -267,7 +267,12 @@ class GateOptions(Options):
         ),
     )
     max_regression: float = Field(
-        default=1.0, ge=0, description="Maximum drop of a score from the published release's, in points."
+        default=1.0,
+        ge=0,
+        description=(
+            "Maximum drop of a score from the published release's, in points; for a perplexity, maximum increase in "
+            "percent."
+        ),
     )
 
     def drops(self) -> dict[str, float]:
@@ -283,7 +288,8 @@ class GateOptions(Options):
             valid = False
         if not valid:
             raise ValueError(
-                f"limit_drop {self.limit_drop!r}: must be comma-separated BENCHMARK=POINTS, with points of at least 0"
+                f"limit_drop {self.limit_drop!r}: must be a comma-separated list of BENCHMARK=POINTS, with POINTS at "
+                "least 0"
             )
         return self
 
@@ -306,7 +312,11 @@ class PublishingOptions(Options):
         ),
     )
     adopt: Flag = Field(
-        default=False, description="Publish even if the target contains files that quantize-gemma did not write."
+        default=False,
+        description=(
+            "Publish even if the target contains files that quantize-gemma did not write: files with the same names "
+            "are overwritten, and none are deleted."
+        ),
     )
 
     @model_validator(mode="after")

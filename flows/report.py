@@ -32,7 +32,11 @@ def create_artifacts(release: Path, metrics: Metrics) -> None:
 
     distances = distance_rows(metrics, metrics.gate.checks)
     create_table_artifact(key="fidelity", table=distances, description="Distance from the base model on text")
-    create_table_artifact(key="quality", table=quality_rows(metrics), description="Scores by column")
+    create_table_artifact(
+        key="quality",
+        table=quality_rows(metrics),
+        description="Scores of the base model, the checkpoint, and the program",
+    )
     create_table_artifact(key="gate", table=verdict_rows(metrics.gate.checks), description="Checks of the gate")
     # Without its YAML front matter, and with the charts embedded.
     text = (release / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[1]

@@ -309,8 +309,8 @@ def check_disk(
     free = shutil.disk_usage(_nearest_existing(store.home())).free
     if free < bytes_needed:
         raise UserError(
-            f"the run needs about {bytes_needed / 1e9:,.1f} GB in {store.home()}, but {free / 1e9:,.1f} GB are free: "
-            "free some space, or set QUANTIZE_GEMMA_HOME to a larger disk"
+            f"the run needs about {bytes_needed / 1e9:,.1f} GB in {store.home()}, but only {free / 1e9:,.1f} GB is "
+            "free: free some space, or set QUANTIZE_GEMMA_HOME to a directory on a larger disk"
         )
 
 

@@ -59,7 +59,10 @@ def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedMo
     names = source_files(path)
     size = sum(file.stat().st_size for file in weight_files(path))
     if not path.resolve().name.isprintable():
-        raise UserError(f"the model directory's name, {path.resolve().name!r}, is not one line of text: rename it")
+        raise UserError(
+            f"the model directory's name, {path.resolve().name!r}, contains line breaks or control characters: rename "
+            "it"
+        )
     return ResolvedModel(
         name=model if model in BUILTIN else path.resolve().name,
         revision=_digest_of(path, names),
@@ -118,7 +121,7 @@ def resolve_text(source: str, revision: str | None, offline: bool) -> ResolvedDa
         raise UserError(f"there is no text file {source}: check the path, or use {WIKITEXT}")
     name = source if fixture else path.name
     if not name.isprintable():
-        raise UserError(f"the text file's name, {name!r}, is not one line of text: rename it")
+        raise UserError(f"the text file's name, {name!r}, contains line breaks or control characters: rename it")
     return ResolvedDataset(name, _digest_of_text(path), str(path), fixture=fixture is not None, on_hub=False)
 
 

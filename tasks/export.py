@@ -3,7 +3,7 @@
 optimum-executorch does the work: its exportable modules and its xnnpack recipe. Mistakes of its command line are
 corrected here: the example image is created from the configuration instead of downloaded from a website, max_seq_len is
 honored, scales have the dtype that XNNPACK needs, and the program's metadata is correct.
-(Card section: Exporting to ExecuTorch.)
+(Section "Exporting to ExecuTorch" of PyTorch's card.)
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def check_exportable(target: Path, checkpoint: Path) -> None:
     free = shutil.disk_usage(target).free
     if free < needed:
         raise UserError(
-            f"the program takes about {human_size(needed)}, but {human_size(free)} are free where {target} is: "
-            "free some space, or set QUANTIZE_GEMMA_HOME to a larger disk"
+            f"the program takes about {human_size(needed)}, but only {human_size(free)} is free where {target} is: "
+            "free some space, or set QUANTIZE_GEMMA_HOME to a directory on a larger disk"
         )
 
 

@@ -1,6 +1,6 @@
 """Smoke: generate text from the quantized checkpoint, with the card's prompt, the chat template, and `generate`.
 
-(Card section: Inference. The program's generation is part of `verify`.)
+(Section "Inference" of PyTorch's card. The program's generation is part of `verify`.)
 """
 
 import json

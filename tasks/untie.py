@@ -21,7 +21,7 @@ def untie(target: Path, checkpoint: Path) -> Output:
     """Fill `target` with a checkpoint in which lm_head.weight is a separate tensor with the embedding's bytes.
 
     Files that do not change are hard links. A checkpoint that is already untied is not changed.
-    (Card section: Untie weights.)
+    (Section "Untie weights" of PyTorch's card.)
 
     Raises:
         UserError: The checkpoint has no embedding.

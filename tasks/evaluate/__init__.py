@@ -1,4 +1,6 @@
-"""Evaluate: lm-eval's scores for one column on one benchmark, from stored answers. (Card section: Model Quality.)
+"""Evaluate: lm-eval's scores for one column on one benchmark, from stored answers.
+
+Section "Model Quality" of PyTorch's card.
 
 A benchmark's requests are recorded once (record.py) and answered in parts (answer.py); here, lm-eval's own code replays
 the answers and computes the scores.

@@ -1,4 +1,6 @@
-"""ChartQA: its test split as our own lm-eval task, and its scorers. (Card section: Model Quality.)
+"""ChartQA: its test split as our own lm-eval task, and its scorers.
+
+Section "Model Quality" of PyTorch's card.
 
 Prompt, generation, and score are those of lmms-eval's `chartqa` task and its gemma3 model, which produced the published
 card's row: the system prompt "You are a helpful assistant.", image, question, and "Answer the question with a single

@@ -297,15 +297,15 @@ def _fail_unmeasured_loss() -> Check:
     """Return the failed check of a release whose quality loss no check measures."""
     check = _make_check("informative", "", math.nan, math.nan, False, math.nan, None)
     message = (
-        "no check measures how much quality the release lost: its distance from the base model has no limit, and the "
-        "base model scores at chance level on the benchmarks: set max_kl"
+        "no check measures how much quality the release lost, because its distance from the base model has no limit, "
+        "and the base model scores at chance level on the benchmarks: set max_kl"
     )
     return replace(check, message=message)
 
 
 def _check_drop(name: str, title: str, pairs: Pairs, limit: float) -> Check:
     value, stderr = (round(100 * number, 4) for number in share_difference(pairs))
-    noise = ", within sampling error," if abs(value) < ABOVE_CHANCE * stderr else ""
+    noise = ", within sampling error" if abs(value) < ABOVE_CHANCE * stderr else ""
     text = f"{title} {'drops' if value >= 0 else 'rises'} by {abs(value):.2f} ± {stderr:.2f} points{noise}"
     return _check_at_most(f"{name}_drop", text, value, limit, stderr)
 
@@ -343,9 +343,9 @@ def _check_disagreement(name: str, title: str, differing: Pairs, limit: float) -
     value, stderr = (round(100 * number, 4) for number in share_difference(differing))
     both = differing["both"]
     text = (
-        f"of {sum(differing.values())} answers to {title} without activation quantization, the program changes "
-        f"{both + differing['first']} and activation quantization alone changes {both + differing['second']}: "
-        f"{value:.2f} ± {stderr:.2f} points more (limit ≤ {limit:.4g})"
+        f"compared with the checkpoint's {sum(differing.values())} answers to {title} without activation "
+        f"quantization, the program changes {both + differing['first']}, and activation quantization alone changes "
+        f"{both + differing['second']}: a difference of {value:.2f} ± {stderr:.2f} points (limit ≤ {limit:.4g})"
     )
     margin = round(limit - value, 4)
     passed = confidence(margin, stderr) >= 1 - CONFIDENT
@@ -370,8 +370,8 @@ def _check_unpaired_program_drop(name: str, info: BenchmarkInfo, sample: SampleS
         check = _make_check(f"{name}_program_drop", "", math.nan, limit, True, math.nan, None)
         return _make_uninformative(
             check,
-            f"{info.title} is not measured on the program: it is not a mean over documents, so a sample of them "
-            "has no score",
+            f"{info.title} is not measured on the program: its metric is not a mean over documents, so it cannot "
+            "be computed for a sample",
         )
     value, unit = _drop(info, checkpoint, sample)
     scale = 100 if info.higher_is_better or not checkpoint.value else 100 / checkpoint.value
@@ -412,7 +412,11 @@ def _check_runner(check: RunnerCheck) -> Check:
     """Return the check that the C++ runner behaves like the program in the Python runtime."""
     name, text = f"runner_{check.name}", f"the C++ runner, {RUNNER_CHECKS[check.name]}"
     if not check.cases:
-        reason = "the model did not end its turn" if check.name == "stop" else "the program's sequences are too short"
+        reason = (
+            "the model did not end its turn"
+            if check.name == "stop"
+            else "the program's maximum sequence length is too short"
+        )
         return _make_uninformative(_make_check(name, "", 0, 0, True, 0, None), f"{text}: not tested, {reason}")
     first = f": {check.examples[0]}" if check.failed else ""
     return _check_at_most(name, f"{text}: {check.failed} of {check.cases} cases differ{first}", check.failed, 0)

@@ -117,7 +117,7 @@ def parse_config(config: dict[str, Any], path: Path) -> ModelConfig:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise UserError(f"{path.parent} is quantized already ({_shorten(method)}): use the unquantized checkpoint")
     if config.get("transformers_weights") is not None:
-        raise UserError(f"{path} names a weight file of its own (transformers_weights): remove that field")
+        raise UserError(f"{path} has the field transformers_weights, which is not supported: remove it")
     multimodal = architecture == GEMMA3.multimodal
     fields = {name: config[name] for name in ModelConfig.model_fields if name in config}
     fields |= {"architecture": architecture.class_name}
@@ -142,7 +142,7 @@ def parse_config(config: dict[str, Any], path: Path) -> ModelConfig:
         reason = first["msg"].removeprefix("Value error, ")
         # A whole object is too long to show.
         value = "" if isinstance(first["input"], dict) else f" {_shorten(first['input'])}"
-        raise UserError(f"{path} has {field or 'fields'}{value}, which no Gemma 3 has: {reason}") from None
+        raise UserError(f"{path} is not valid for Gemma 3: {field or 'fields'}{value}: {reason}") from None
     if multimodal and model_config.vision is None:
         raise UserError(f"{path} has no vision_config, though its architecture is {architecture.class_name}: add it")
     return model_config

@@ -87,7 +87,8 @@ class MeasuredProgram:
 class DeviceSpeed:
     """Medians over several runs of the program with one prompt, each in a new process.
 
-    `load_seconds` is None if the runner does not say it; `first_token_seconds` is counted from the start of inference.
+    `load_seconds` is None if the runner does not report it; `first_token_seconds` is counted from the start of
+    inference.
     """
 
     prompt: Literal["text", "image"]

@@ -56,7 +56,8 @@ def check_loads(checkpoint: Path) -> None:
         tokens = _tokenize(tokenizer)
     if not tokens or max(tokens) >= config.text.vocab_size:
         raise UserError(
-            f"the tokenizer of {checkpoint} has token ids that its model lacks: they belong to different models"
+            f"the tokenizer of {checkpoint} has token ids outside the model's vocabulary: the tokenizer and the "
+            "weights belong to different models"
         )
 
 
@@ -154,7 +155,10 @@ def check_shapes(checkpoint: Path, config: "PreTrainedConfig", shapes: Mapping[s
             )
     extra_names = sorted(set(shapes) - set(expected_shapes))
     if extra_names:
-        raise UserError(f"{checkpoint} has the weight {extra_names[0]}, which its model does not: download it again")
+        raise UserError(
+            f"{checkpoint} has the weight {extra_names[0]}, which is not part of the model that config.json "
+            "describes: download it again"
+        )
 
 
 def _empty_model(checkpoint: Path, config: "PreTrainedConfig") -> "PreTrainedModel":

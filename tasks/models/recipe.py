@@ -250,7 +250,7 @@ def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Ru
             if name in rules:
                 raise UserError(
                     f"two rules of recipe {recipe.name}, {rules[name].match!r} and {rule.match!r}, "
-                    f"match the module {name}: exactly one must"
+                    f"match the module {name}: change one of them, so that each module matches exactly one rule"
                 )
             columns = modules[name][1]
             if rule.group_size and columns % rule.group_size:

@@ -2,9 +2,9 @@
 
 RUNNER_CHECKS = {
     "tokenizer": "tokenizing texts",
-    "prompts": "prompts up to the longest that the program takes",
+    "prompts": "prompts up to the maximum length that the program accepts",
     "past_window": "generating past the end of the sliding window",
-    "full_length": "generating up to the longest sequence",
+    "full_length": "generating up to the maximum sequence length",
     "stop": "stopping at the end of a turn",
     "conversations": "a new conversation after longer ones",
     "two_images": "two images in one prompt",

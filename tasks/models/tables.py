@@ -47,7 +47,7 @@ def benchmark_rows(columns: Columns, name: str) -> dict[str, Row]:
         words = info.metrics.get(metric, metric)
         rows[f"{title}, {words}"] = cells(lambda score, metric=metric: score.metrics.get(metric))  # type: ignore[misc]
     if sample is not None:
-        left_out = f" ({sample.left_out:,} more are too long for it)" if sample.left_out else ""
+        left_out = f" ({sample.left_out:,} more do not fit into its sequence length)" if sample.left_out else ""
         rows[f"{title}, the program's {sample.samples:,} samples{left_out}"] = {
             "base": NOT_MEASURED,
             "quantized": format_score(sample.checkpoint, percent),
@@ -100,7 +100,7 @@ def quality_rows(columns: Columns) -> list[Row]:
             title, share = _describe(columns, name).title, f"{100 * sample.agreement:.1f}"
             if sample.agreement_act_quant is None:
                 # Texts are rarely equal, so their scores are compared.
-                rows.append({"metric": f"{title}, questions with the checkpoint's score, %", "program": share})
+                rows.append({"metric": f"{title}, same score as the checkpoint, % of questions", "program": share})
             else:
                 prefix, baseline = f"{title}, same answers as", f"{100 * sample.agreement_act_quant:.1f}"
                 rows.append({"metric": f"{prefix} the checkpoint, %", "program": share})

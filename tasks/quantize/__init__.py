@@ -4,7 +4,8 @@ Weights are streamed from the base checkpoint's files to the quantized file a fe
 function per algorithm (algorithms.py), so that memory does not depend on the size of the model or of its largest
 matrix. The output is byte-identical to that of `quantize_`, `flatten_tensor_state_dict`, and safetensors' `save_file`.
 The tensors' keys follow the Hub's layout of the base checkpoint, and the metadata contains the module names of both the
-installed and newer versions of transformers, so that both load the file. (Card section: Quantization.)
+installed and newer versions of transformers, so that both load the file.
+(Section "Quantization" of PyTorch's card.)
 """
 
 import contextlib

@@ -46,19 +46,22 @@ def find_token(write: bool = False) -> str | None:
 def read_environment() -> dict[str, str]:
     """Return the environment variables for a worker process that reads from the Hub: the token, if there is one."""
     token = find_token()
-    return {**({"HF_TOKEN": token} if token else {}), BLOCKS: " and ".join(_token_blocks())}
+    return {**({"HF_TOKEN": token} if token else {}), BLOCKS: ",".join(_token_blocks())}
 
 
 def token_setting(variable: str = "HF_TOKEN") -> str:
     """Return where to set the token, as part of a sentence: a block takes precedence over an environment variable."""
-    blocks = " and ".join(_token_blocks())
-    return f"Prefect's Secret block {blocks}, which takes precedence over {variable}," if blocks else variable
+    blocks = _token_blocks()
+    if not blocks:
+        return variable
+    noun, verb = ("block", "takes") if len(blocks) == 1 else ("blocks", "take")
+    return f"Prefect's Secret {noun} {' and '.join(blocks)}, which {verb} precedence over {variable},"
 
 
 def _token_blocks() -> list[str]:
     """Return the Secret blocks that contain tokens, which may be outdated."""
     if BLOCKS in os.environ:
-        return [os.environ[BLOCKS]] if os.environ[BLOCKS] else []
+        return [block for block in os.environ[BLOCKS].split(",") if block]
     # Prefect's API may be down, but the Hub's error must still be reported.
     with contextlib.suppress(Exception):
         return [block for block, _ in WRITE_TOKENS if _load_secret(block)]

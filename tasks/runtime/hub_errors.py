@@ -71,7 +71,7 @@ def _translate(error: Exception, kind: str, repository: str, revision: str | Non
             return UserError(f"a file is missing from {repository} ({_shorten(error)})")
         case RepositoryNotFoundError():
             return UserError(
-                f"the Hub has no {kind} {repository!r}, or none that your token may see: check the name, and "
+                f"the Hub has no {kind} {repository!r}, or your token has no access to it: check the name, and "
                 f"{token_setting().rstrip(',')}"
             )
         case HFValidationError():
@@ -96,10 +96,10 @@ def _translate_status(error: "HfHubHTTPError", repository: str) -> RunError:
     status = error.response.status_code
     message = _shorten(error.server_message or error)
     if status == 401:
-        return UserError(f"the Hub rejects the token for {repository}: set {token_setting()} to one that is valid")
+        return UserError(f"the Hub rejects the token for {repository}: set {token_setting()} to a valid token")
     if status == 403:
         return UserError(
-            f"the Hub forbids this on {repository} ({message}): set {token_setting('HF_TOKEN and HF_TOKEN_WRITE')} "
+            f"the Hub denied access to {repository} ({message}): set {token_setting('HF_TOKEN and HF_TOKEN_WRITE')} "
             "to a token that has this permission"
         )
     if status in (402, 413, 507):

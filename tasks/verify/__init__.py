@@ -2,7 +2,7 @@
 
 runner.py generates text, scenarios.py tests the runner on prompts, conversations, and images, and compare.py compares
 the methods one by one. tokenizer.py is a separate stage, which depends on the benchmarks.
-(Card sections: Mobile Inference, Exporting to ExecuTorch.)
+(Sections "Mobile Inference" and "Exporting to ExecuTorch" of PyTorch's card.)
 """
 
 import json

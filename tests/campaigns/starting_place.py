@@ -223,7 +223,7 @@ def watch(case: Case, process: "subprocess.Popen[str]") -> tuple[str, str | None
     assert process.stdout is not None
     for line in process.stdout:
         output += line
-        if "watch the run at" in line or line.startswith("The dashboard:"):
+        if "watch the run at" in line or line.startswith("Dashboard:"):
             url = line.split(" (")[0].split()[-1]
             breach = attack(url)
             if case.command == "serve":

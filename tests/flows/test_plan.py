@@ -43,11 +43,11 @@ def test_a_reference_model_that_is_not_in_the_store_needs_disk(home: Path) -> No
         MODEL, name="a/c", revision="2" * 40, source="a/c", weight_bytes=2 * shutil.disk_usage(home).free
     )
     plan = Plan(RunOptions(), MODEL, TEXT, (), load_recipe("HQQ-INT8-INT4"), "cpu", reference=reference)
-    with pytest.raises(UserError, match="GB are free"):
+    with pytest.raises(UserError, match="GB is free"):
         check_space(plan, [])
     store.produce("download", key_of(download, download_inputs(reference, offline=False)), lambda _: {})
     check_space(plan, [])
-    with pytest.raises(UserError, match="GB are free"):
+    with pytest.raises(UserError, match="GB is free"):
         check_space(replace(plan, options=RunOptions(refresh=["download_reference"])), [])
 
 

@@ -333,12 +333,12 @@ def test_the_card_says_what_was_measured_and_its_code_gives_the_releases_weights
     assert header["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(100 * measured, abs=0.005)
     assert "test fixture" in card
     assert released.summary["metrics"]["quantized"]["smoke"]["response"] in card
-    for section in ("Running in a mobile app", "Untie weights", "Quantization", "Manual testing", "Model Quality"):
+    for section in ("Running in a mobile app", "Untie weights", "Quantization", "Manual testing", "Model quality"):
         assert f"# {section}" in card
     for section in ("Exporting to ExecuTorch", "Paper", "Resources", "Disclaimer"):
         assert f"# {section}" in card
 
-    code = "\n".join(re.findall(r"```Py\n(.*?)```", card.split("\n# Quantization Recipe\n")[1], re.DOTALL))
+    code = "\n".join(re.findall(r"```Py\n(.*?)```", card.split("\n# Quantization recipe\n")[1], re.DOTALL))
     code = code.replace('model_id = "tiny-gemma3"', f"model_id = {str(BUILTIN['tiny-gemma3'])!r}")
     names: dict[str, object] = {}
     exec(compile(code, "card", "exec"), names)

@@ -455,7 +455,7 @@ def test_the_dashboard_shows_the_stages_the_card_and_the_chart(sqlite: Operation
     run_page = rendered(f"{ui}/runs/flow-run/{runs[0]['id']}?tab=Task+Runs")
     assert runs[0]["name"] in run_page
     card_page = rendered(f"{ui}/artifacts/artifact/{ids['card']}")
-    for heading in ("Model Quality", "Quantization Recipe", "Running in a mobile app"):
+    for heading in ("Model quality", "Quantization recipe", "Running in a mobile app"):
         assert heading in card_page
     assert "data:image/png;base64" in rendered(f"{ui}/artifacts/artifact/{ids['mmlu-by-subject']}")
     assert sqlite.tasks(runs[0]["id"])["card"] in ("Cached", "Completed")
@@ -466,7 +466,7 @@ def test_a_missed_nightly_run_is_reported(
     sqlite: Operation, last_night: str, alerts: tuple[str, list[dict[str, str]]]
 ) -> None:
     deadline = time.monotonic() + 150
-    while not any(said["subject"] == "quantize-gemma: the nightly did not start" for said in alerts[1]):
+    while not any(said["subject"] == "quantize-gemma: the nightly run did not start" for said in alerts[1]):
         assert time.monotonic() < deadline, alerts[1]
         time.sleep(0.5)
 

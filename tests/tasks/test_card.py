@@ -93,7 +93,7 @@ def test_the_distance_from_the_base_model_has_a_table_and_the_card_says_why_a_re
     measured: dict[str, Any],
 ) -> None:
     text = card(measured)
-    section = text[text.index("\n# Distance from the Base Model\n") :]
+    section = text[text.index("\n# Distance from the base model\n") :]
     first = section[section.index("\n| ") :].split("\n\n")[0].strip().splitlines()
     assert (
         first[0] == "| measurement | KL, nats | KL p99 | same top, % | perplexity | base perplexity | tokens | gate |"

@@ -89,7 +89,7 @@ def test_a_run_that_writes_nothing_is_not_refused_however_large_its_model_is(hom
     weight_bytes = shutil.disk_usage(home).free
     check_disk(weight_bytes, [])
     check_disk(weight_bytes // 2, ["export"])
-    with pytest.raises(UserError, match=r"the run needs about .* GB in .*, but .* GB are free"):
+    with pytest.raises(UserError, match=r"the run needs about .* GB in .*, but only .* GB is free"):
         check_disk(weight_bytes)
 
 
@@ -102,7 +102,7 @@ def test_only_the_interrupted_download_of_this_revision_counts_as_written(
     # No test can have a disk of exactly this size.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     check_disk(2 << 20, ["download"], "0123456789abcdef0123")
-    with pytest.raises(UserError, match="GB are free"):
+    with pytest.raises(UserError, match="GB is free"):
         check_disk(2 << 20, ["download"], "f" * 40)
 
 

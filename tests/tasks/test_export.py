@@ -58,7 +58,7 @@ def test_too_little_disk_for_the_program_is_reported_with_both_sizes(quantized: 
     """The checkpoint's weights claim 4 TB, in a file that takes no room."""
     huge = Path(shutil.copytree(quantized, tmp_path / "huge"))
     os.truncate(huge / "model.safetensors", 2**42)
-    with pytest.raises(UserError, match=r"the program takes about 3298\.53 GB, but .* GB are free"):
+    with pytest.raises(UserError, match=r"the program takes about 3298\.53 GB, but only .* GB is free"):
         check_exportable(tmp_path, huge)
 
 

@@ -270,9 +270,9 @@ def test_a_disagreement_within_sampling_error_passes_with_low_confidence() -> No
     assert check.value == 4.0
     assert check.margin == -2.0
     assert check.message.startswith(
-        "of 100 answers to MMLU without activation quantization, the program changes 16 and activation "
-        "quantization alone changes 12: "
-        "4.00 ± 4.89 points more (limit ≤ 2): pass, 2 over the limit but within sampling error, "
+        "compared with the checkpoint's 100 answers to MMLU without activation quantization, the program changes 16, "
+        "and activation quantization alone changes 12: "
+        "a difference of 4.00 ± 4.89 points (limit ≤ 2): pass, 2 over the limit but within sampling error, "
         "confidence 34.1%"
     )
 

@@ -495,4 +495,4 @@ def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
     header[EMBEDDING] |= {"shape": [rows, 64], "data_offsets": [begin, end - cut]}
     write_raw_header(model / "model.safetensors", header, data[: end - cut] + data[end:])
     edit_json(model / "config.json", setting("vocab_size", rows, of="text_config"))
-    refused(model, "tokenizer", "that its model lacks")
+    refused(model, "tokenizer", "outside the model's vocabulary")
