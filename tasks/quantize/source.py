@@ -76,11 +76,9 @@ def look_up(source: SourceTensor, tokens: torch.Tensor) -> tuple[torch.Tensor, t
     return torch.cat([read_rows(source, int(token), 1) for token in ids]), row_numbers
 
 
-def embedding_factor(width: int) -> torch.Tensor:
-    """Return the factor by which the model scales embeddings: rounded to the checkpoint's dtype, in float32."""
-    import torch
-
-    return torch.tensor(width**0.5, dtype=torch.bfloat16).float()
+def embedding_factor(width: int) -> float:
+    """Return the factor by which the program scales embeddings; a model in bfloat16 rounds it."""
+    return float(width**0.5)
 
 
 def _fill_buffer(file: int, buffer: bytearray, offset: int) -> None:
