@@ -28,7 +28,7 @@ QUANTIZING = ("download", "untie", "download_text", "download_calibration", "cal
 ALWAYS_SHOWN = {"model", "recipe", "tasks", "max_seq_len", "program_samples", "max_new_tokens"}
 # Options that do not affect what is in a release.
 NOT_IN_RELEASE = {
-    *("target", "offline", "refresh", "batch_size", "workers", "cluster", "max_regression"),
+    *("target", "offline", "refresh", "workers", "cluster", "max_regression"),
     *("branch", "create_pr", "private", "tag", "adopt"),
 }
 MODEL_PLACEHOLDER, RECIPE_PLACEHOLDER, DATASET_PLACEHOLDER = "MODEL", "RECIPE.json", "DATASET"
@@ -519,6 +519,8 @@ def command_line(
         if not reference.on_hub and not reference.fixture:
             pinned_values["reference_model"] = REFERENCE_PLACEHOLDER
             comment += f"  # {REFERENCE_PLACEHOLDER}: the directory whose files have the digest {reference.revision}"
+    if options.evaluation.cluster is not None and options.evaluation.device == "cuda":
+        comment += "  # with --cluster, so that only the evaluation runs on a GPU"
     if options.evaluation.device_report is not None:
         pinned_values["device_report"] = DEVICE_REPORT_PLACEHOLDER
         comment += f"  # {DEVICE_REPORT_PLACEHOLDER}: the object device_report in metrics.json"

@@ -142,7 +142,8 @@ class Plan:
                 recipe_hash(self.recipe),
                 self.calibration,
                 self.reference,
-            ),
+            )
+            + ("  # on a machine with a GPU" if options.evaluation.device == "auto" and self.device == "cuda" else ""),
             "limits": {**self.drop_limits(), **{name: getattr(options.gate, name) for name in LIMITS}},
             "versions": versions(LIBRARIES),
         }
@@ -277,10 +278,13 @@ def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tu
 
 
 def _without_images(rows: list[Benchmark]) -> list[Benchmark]:
+    kept = [row for row in rows if not row.needs_images]
+    if rows and not kept:
+        raise UserError(f"the model is text-only, but {rows[0].title} has images: choose other --tasks")
     for row in rows:
         if row.needs_images:
             logger.info("%s is skipped: the model is text-only", row.title)
-    return [row for row in rows if not row.needs_images]
+    return kept
 
 
 def publishing_target(options: RunOptions) -> Target | None:

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,9 +58,13 @@ def show_image(path: Path, description: str) -> str:
     from prefect.artifacts import create_image_artifact
 
     url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-    # Prefect does not allow underscores in keys.
-    create_image_artifact(url, key=path.stem.replace("_", "-"), description=description)
+    create_image_artifact(url, key=artifact_key(path.stem), description=description)
     return url
+
+
+def artifact_key(name: str) -> str:
+    """Return a name as an artifact's key, in which Prefect allows fewer characters than lm-eval in names of tasks."""
+    return re.sub("[^a-z0-9]", "-", name.lower())
 
 
 def print_summary(summary: dict[str, Any]) -> None:

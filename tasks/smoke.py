@@ -29,7 +29,7 @@ def smoke(target: Path, checkpoint: Path, max_new_tokens: int) -> Output:
     # This gives the same tokens, but does not dequantize every weight for each of them.
     replace_quantized_modules(model, "all")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": TEXT_PROMPT}]
+    messages = [{"role": "user", "content": TEXT_PROMPT}]
     uses_template = has_chat_template(tokenizer)
     if uses_template:
         inputs = tokenizer.apply_chat_template(

@@ -61,7 +61,7 @@ def card(
     Args:
         target: The artifact's directory.
         recipe: The recipe, as JSON.
-        checkpoint: The artifact of `quantize`.
+        checkpoint: The artifact of the quantized checkpoint.
         program: The artifact of `export`.
         gate: The artifact of `gate`, with metrics.json.
         device_report: The program's speed on a phone, as JSON; None if it was not measured.
@@ -150,14 +150,17 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
     environment.filters["rounded"] = lambda value, digits: NOT_MEASURED if value is None else f"{value:.{digits}f}"
     environment.filters["percent"] = lambda value: NOT_MEASURED if value is None else f"{100 * value:.2f}%"
     environment.filters["small"] = lambda value: NOT_MEASURED if value is None else f"{value:.2g}"
+    multimodal = metrics.program.task == "multimodal-text-to-text"
+    vision = [rule for rule in recipe.rules if multimodal and GEMMA3.is_vision_role(rule.match)]
+    language = [rule for rule in recipe.rules if not GEMMA3.is_vision_role(rule.match)]
+    rules = [rule for rule in recipe.rules if rule in vision or rule in language]
     loading, running = (
-        environment.get_template(template).render(
-            multimodal=metrics.program.task == "multimodal-text-to-text", smoke=metrics.quantized.smoke
-        )
+        environment.get_template(template).render(multimodal=multimodal, smoke=metrics.quantized.smoke)
         for template in ("loading.py.j2", "running.py.j2")
     )
     return environment.get_template("README.md.j2").render(
         m=metrics,
+        multimodal=multimodal,
         loading=loading,
         running=running,
         front_matter=markdown.Markdown(as_yaml(front_matter(metrics))),
@@ -171,11 +174,13 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
         checks=verdict_rows(metrics.gate.checks),
         failed=[check.message for check in metrics.gate.checks if check.status == "fail"],
         recipe=recipe,
-        lossless=all(rule.algorithm == "exact" for rule in recipe.rules if not GEMMA3.is_vision_role(rule.match)),
+        lossless=all(rule.algorithm == "exact" for rule in language),
+        vision_lossless=all(rule.algorithm == "exact" for rule in vision),
+        int8_vision={rule.weight for rule in vision} == {"int8"} != {rule.weight for rule in language},
         sizes=sizes,
         has_samples=any(name.startswith(f"{SAMPLES}/") for name in sizes),
-        rules=[_rule_code(rule) for rule in recipe.rules],
-        own_algorithms=sorted({rule.algorithm for rule in recipe.rules if rule.algorithm != rule.torchao_algorithm}),
+        rules=[_rule_code(rule) for rule in rules],
+        own_algorithms=sorted({rule.algorithm for rule in rules if rule.algorithm != rule.torchao_algorithm}),
     )
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize_gemma.tasks.models.chat import chat_template
 from quantize_gemma.tasks.models.checkpoint import is_multimodal
 from quantize_gemma.tasks.models.datasets import CHARTQA_SPLITS, read_chartqa
 from quantize_gemma.tasks.models.pte import PteProgram, insert_image_features
@@ -127,7 +128,7 @@ def make_messages(query: str) -> list[dict[str, object]]:
 
 def make_prompt(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> str:
     """Return the text of a chat; a base model, which has no chat template, gets the image and the user's text."""
-    template = processor.chat_template or processor.tokenizer.chat_template
+    template = chat_template(processor)
     if template is None:
         _system, user = messages
         return f"{processor.boi_token}{user['content'][1]['text']}"

@@ -34,6 +34,7 @@ PROGRAM_WINDOWS = 4
 COMPARE = (
     "quantize_gemma.tasks.fidelity.fidelity_program:compare_window",
     "quantize_gemma.tasks.fidelity.tokens:load_head",
+    "quantize_gemma.tasks.models.pte:PteProgram",
 )
 
 

@@ -415,9 +415,10 @@ def _check_runner(check: RunnerCheck) -> Check:
         reason = (
             "the model did not end its turn"
             if check.name == "stop"
-            else "the program's maximum sequence length is too short"
+            else "the program's maximum sequence length is too short, or the answers are"
         )
-        return _make_uninformative(_make_check(name, "", 0, 0, True, 0, None), f"{text}: not tested, {reason}")
+        unmeasured = _make_check(name, "", math.nan, 0, True, math.nan, None)
+        return _make_uninformative(unmeasured, f"{text}: not tested, because {reason}")
     first = f": {check.examples[0]}" if check.failed else ""
     return _check_at_most(name, f"{text}: {check.failed} of {check.cases} cases differ{first}", check.failed, 0)
 

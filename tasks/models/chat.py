@@ -1,11 +1,11 @@
-"""The prompt of the card's manual test, and whether a checkpoint has a chat template."""
+"""The prompt of the card's manual test, and the chat template of a checkpoint."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 # The card's manual test.
 TEXT_PROMPT = "Hey, are you conscious? Can you talk to me?"
@@ -14,3 +14,9 @@ TEXT_PROMPT = "Hey, are you conscious? Can you talk to me?"
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether the checkpoint has a chat template: only instruction-tuned models do."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def chat_template(processor: ProcessorMixin) -> str | None:
+    """Return the chat template of a processor, which may be its tokenizer's; None if there is none."""
+    template: str | None = processor.chat_template or processor.tokenizer.chat_template
+    return template

@@ -53,7 +53,7 @@ def check_loads(checkpoint: Path) -> None:
                 _check_token_ids(path, value)
     tokenizer = _load_tokenizer(checkpoint, config)
     with _transformers_errors(checkpoint / "tokenizer.json"):
-        tokens = _tokenize(tokenizer)
+        tokens = _tokenize(tokenizer, config.multimodal)
     if not tokens or max(tokens) >= config.text.vocab_size:
         raise UserError(
             f"the tokenizer of {checkpoint} has token ids outside the model's vocabulary: the tokenizer and the "
@@ -118,11 +118,13 @@ def _load_tokenizer(checkpoint: Path, config: ModelConfig) -> "PreTrainedTokeniz
     return processor.tokenizer
 
 
-def _tokenize(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", multimodal: bool) -> list[int]:
     """Return the tokens of a text, and of a chat if there is a chat template."""
     tokens = list(tokenizer(TEXT)["input_ids"])
     if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "system", "content": ""}, {"role": "user", "content": TEXT}]
+        # Only ChartQA has a system message.
+        system = [{"role": "system", "content": TEXT}] if multimodal else []
+        messages = [*system, {"role": "user", "content": TEXT}]
         tokens += tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     tokenizer.decode(tokens)
     return tokens

@@ -1,5 +1,6 @@
 """Scores and gate checks as rows of text for the card, Prefect's UI, and the terminal. A dash means not measured."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from quantize_gemma.tasks.models.benchmarks import Benchmark, find_benchmark
@@ -83,7 +84,7 @@ def summary_rows(columns: Columns) -> list[Row]:
         if sample is not None:
             cells["program"] = f"{benchmark[-1][1]['program']} ({sample.samples:,} samples)"
         rows.append({"metric": _describe(columns, name).title, **cells})
-    rows.append({"metric": "speed, tokens/s", "program": f"{speed.decode_tokens_per_second:,.0f}"})
+    rows.append({"metric": "speed, tokens/s", "program": _format_speed(speed.decode_tokens_per_second)})
     return [{"metric": "", **dict.fromkeys(COLUMNS, NOT_MEASURED), **row} for row in rows]
 
 
@@ -133,7 +134,7 @@ def verdict_rows(checks: Sequence[Check]) -> list[dict[str, str]]:
             "check": check.name.replace("_", " "),
             "value": _with_stderr(check.value, check.stderr),
             "limit": _format_limit(check),
-            "margin": _with_stderr(check.margin, None),
+            "margin": NOT_MEASURED if check.margin is None else f"{check.margin:.3g}",
             "confidence": "" if check.confidence is None else format_percent(check.confidence),
             "result": _format_result(check),
         }
@@ -165,6 +166,10 @@ def _four_digits(value: float, stderr: float | None) -> str:
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
+def _format_speed(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
+
+
 def _two_digits(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:.2g}"
 
@@ -178,7 +183,9 @@ def _format_limit(check: Check) -> str:
 
 def _format_result(check: Check) -> str:
     if check.status == "uninformative":
-        return "not compared" if check.value is None else "recorded" if check.limit is None else check.status
+        if check.value is None:
+            return "not compared" if check.name.endswith("_regression") else "not measured"
+        return "recorded" if check.limit is None else check.status
     return "pass (low confidence)" if check.low_confidence else check.status
 
 
@@ -186,5 +193,7 @@ def _with_stderr(value: float | None, stderr: float | None) -> str:
     if value is None:
         return NOT_MEASURED
     if stderr is None:
-        return f"{value:.3g}"
-    return f"{value:.2f} ± {stderr:.2f}" if stderr >= 0.005 else f"{value:.2g} ± {stderr:.2g}"
+        return f"{value:.4g}"
+    # Two digits of a small error, so that a value that is just over its limit does not look equal to it.
+    digits = 2 if stderr >= 0.005 else 1 - math.floor(math.log10(stderr))
+    return f"{value:.{digits}f} ± {stderr:.{digits}f}"

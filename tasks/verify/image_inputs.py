@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantize_gemma.tasks.models.chat import chat_template
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import ProcessorMixin
@@ -87,7 +89,9 @@ def image_segments(processor: ProcessorMixin, images: list[Tensor]) -> list[str 
 
 def format_image_prompt(processor: ProcessorMixin, images: int = 1) -> str:
     """Return IMAGE_PROMPT after some images, in the chat template if there is one."""
-    if not (processor.chat_template or processor.tokenizer.chat_template):
+    template = chat_template(processor)
+    if template is None:
         return f"{processor.boi_token * images}{IMAGE_PROMPT}"
     content = [*[{"type": "image"}] * images, {"type": "text", "text": IMAGE_PROMPT}]
-    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    messages = [{"role": "user", "content": content}]
+    return str(processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True))

@@ -159,7 +159,7 @@ REVISION = {"revision": "a" * 40, "dataset": PINNED, "text": f"Salesforce/wikite
             {},
         ),
         ({"limit_drop": "mmlu=2.5,chartqa=0", "min_recovery": 99.5}, FIXTURES, {}),
-        ({"max_disagreement": 1e-7, "max_kl_ratio": 3.0, "max_new_tokens": 8, "program_samples": 7}, FIXTURES, {}),
+        ({"max_disagreement": 1e-7, "max_kl_ratio": 3.0, "max_new_tokens": 8, "batch_size": 1}, FIXTURES, {}),
         ({"recipe": "AFFINE-INT8-INT4"}, FIXTURES, {}),
         ({"recipe": "/home/me/it's mine; rm -rf $HOME.json"}, FIXTURES, {"recipe": "RECIPE.json"}),
         ({"model": "./my finetune", "revision": None}, LOCAL, {"model": "MODEL", "text": "./TEXT"}),
@@ -170,7 +170,7 @@ REVISION = {"revision": "a" * 40, "dataset": PINNED, "text": f"Salesforce/wikite
 def test_the_command_on_the_card_gives_the_runs_parameters(
     given: dict[str, Any], sources: Any, expected: dict[str, Any]
 ) -> None:
-    elsewhere = {"workers": 3, "batch_size": 7, "target": "me/release", "tag": True, "refresh": ["card"]}
+    elsewhere = {"workers": 3, "target": "me/release", "tag": True, "refresh": ["card"]}
     command = command_line(options(**given, **elsewhere), *sources, recipe_hash="b" * 64)
     words = shlex.split(command, comments=True)
     assert words[0] == "quantize-gemma"

@@ -9,10 +9,11 @@ import pytest
 
 from quantize_gemma.flows import cli
 from quantize_gemma.flows.options import RunOptions
-from quantize_gemma.flows.plan import Plan, check_space, download_inputs, writing_stages
+from quantize_gemma.flows.plan import Plan, _without_images, check_space, download_inputs, writing_stages
 from quantize_gemma.flows.run import Run
 from quantize_gemma.tasks.check import disk_needed
 from quantize_gemma.tasks.download import download
+from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.runtime import machine, store
@@ -68,3 +69,11 @@ def test_an_evaluation_counts_with_its_workers_and_every_other_stage_once() -> N
     for workers, one_at_a_time in ((4, False), (8, True)):
         run.fit_into_memory(machine.available_memory() // 8, workers)
         assert run._one_at_a_time == one_at_a_time
+
+
+def test_a_text_only_model_needs_a_benchmark_without_images() -> None:
+    mmlu, chartqa = find_benchmark("mmlu"), find_benchmark("chartqa")
+    assert _without_images([chartqa, mmlu]) == [mmlu]
+    assert _without_images([]) == []
+    with pytest.raises(UserError, match="the model is text-only, but ChartQA has images: choose other --tasks"):
+        _without_images([chartqa])

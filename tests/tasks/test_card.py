@@ -110,6 +110,27 @@ def test_the_distance_from_the_base_model_has_a_table_and_the_card_says_why_a_re
     assert text.index("**This release fails the gate and is not published:**") < text.index(reason)
 
 
+def render_example(task: str, recipe: str) -> str:
+    """Return the card of a release with this recipe, of a text-only or a multimodal model."""
+    measured = example_json()
+    measured["program"]["task"] = task
+    return render(parse_metrics(measured), load_recipe(recipe), {})
+
+
+def test_a_text_only_models_card_says_nothing_about_a_vision_tower() -> None:
+    assert "; 8-bit vision tower. This repository" in render_example("multimodal-text-to-text", "GPTQ-INT8-INT4")
+    assert "vision tower" not in render_example("multimodal-text-to-text", "HQQ-INT8-INT4")
+    for recipe in ("GPTQ-INT8-INT4", "DISTILL-INT8-INT4-HEAD8", "EXACT", "HQQ-INT8-INT4"):
+        assert not re.search(r"\bvision", render_example("text-generation", recipe))
+
+
+def test_only_what_is_on_its_grid_is_called_lossless() -> None:
+    lossless = "- **Lossless:** every quantized weight of the language model equals"
+    assert lossless in render_example("text-generation", "EXACT")
+    assert "The vision tower is not lossless." in render_example("multimodal-text-to-text", "EXACT")
+    assert "ossless" not in render_example("multimodal-text-to-text", "GPTQ-INT8-INT4")
+
+
 def test_the_histogram_is_as_high_as_the_share_of_the_tokens(tmp_path: Path) -> None:
     import numpy as np
     from PIL import Image

@@ -397,6 +397,16 @@ def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[
     assert require_pass(replace(measured, gate=replace(verdict, checks=every)), required).passed
 
 
+@pytest.mark.parametrize(("name", "reason"), [("stop", "did not end its turn"), ("past_window", "is too short")])
+def test_what_the_runner_was_not_tested_on_has_no_value(name: str, reason: str) -> None:
+    measured = example_json()
+    measured["program"]["runner"] = [{"name": name, "cases": 0, "failed": 0, "examples": []}]
+    check = check_named(verdict_on(measured), f"runner_{name}")
+    assert reason in check.message
+    (row,) = verdict_rows([check])
+    assert (row["value"], row["result"]) == ("—", "not measured")
+
+
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["kl_program", "kl_act_quant"])
 def test_a_number_that_is_not_finite_fails_and_leaves_valid_json(value: float | None, place: str) -> None:

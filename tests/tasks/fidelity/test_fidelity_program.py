@@ -9,10 +9,11 @@ from pydantic import TypeAdapter
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
 from quantize_gemma.tasks.fidelity import fidelity
 from quantize_gemma.tasks.fidelity.fidelity_base import fidelity_base
-from quantize_gemma.tasks.fidelity.fidelity_program import PROGRAM_STEP, fidelity_program
+from quantize_gemma.tasks.fidelity.fidelity_program import COMPARE, PROGRAM_STEP, fidelity_program
 from quantize_gemma.tasks.fidelity.fidelity_quantized import fidelity_quantized
 from quantize_gemma.tasks.fidelity.sequences import group_file, read_sequences
 from quantize_gemma.tasks.models.text_fidelity import Fidelity, ProgramFidelity, fidelity_rows
+from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from tests.conftest import Outcome
 from tests.tasks.fidelity.conftest import halve_states, in_a_store
 
@@ -77,3 +78,7 @@ def test_hidden_states_that_have_changed_are_compared_with_the_program_again(rel
         fidelity_program(target, base, [folder], program, 1)
         divergences.append(float(load_file(target / group_file("program", 0))["kl"].mean()))
     assert divergences[1] > 2 * divergences[0]
+
+
+def test_what_is_stored_of_a_comparison_depends_on_the_runtime() -> None:
+    assert "executorch" in fingerprint(*COMPARE)["libraries"]

@@ -21,6 +21,7 @@ from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.untie import untie
 from tests.hub.server import serve
+from tests.text_only import write_text_only
 
 SECRET = "hf_not_for_the_release"
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -496,3 +497,15 @@ def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
     write_raw_header(model / "model.safetensors", header, data[: end - cut] + data[end:])
     edit_json(model / "config.json", setting("vocab_size", rows, of="text_config"))
     refused(model, "tokenizer", "outside the model's vocabulary")
+
+
+WITHOUT_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}<bos>"
+
+
+def test_a_chat_template_without_a_system_role_is_enough_for_a_text_only_model(model: Path, tmp_path: Path) -> None:
+    """Only ChartQA, which has images, needs the role."""
+    text_only = write_text_only(model, tmp_path / "text-only")
+    for checkpoint in (text_only, model):
+        (checkpoint / "chat_template.jinja").write_text(WITHOUT_SYSTEM)
+    check(text_only)
+    refused(model, "no system role")

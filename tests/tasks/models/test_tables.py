@@ -6,9 +6,9 @@ import pytest
 
 from quantize_gemma.tasks.card import render
 from quantize_gemma.tasks.models.benchmarks import find_benchmark
-from quantize_gemma.tasks.models.metrics import parse_columns, parse_metrics
+from quantize_gemma.tasks.models.metrics import Check, parse_columns, parse_metrics
 from quantize_gemma.tasks.models.recipe import load_recipe
-from quantize_gemma.tasks.models.tables import quality_rows
+from quantize_gemma.tasks.models.tables import quality_rows, verdict_rows
 from tests.metrics import INFO, MMLU, example_json
 
 
@@ -30,6 +30,22 @@ def test_a_perplexity_is_not_shown_in_percent(name: str, has_benchmarks: bool) -
     rows = quality_rows(parse_metrics(content) if has_benchmarks else parse_columns(columns))
     (row,) = [row for row in rows if "62 samples" in row["metric"]]
     assert row["base"] == "20.50"
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "text"),
+    [
+        (0.2549, 0.004, "0.2549 ± 0.0040"),
+        (0.063, 0.0034, "0.0630 ± 0.0034"),
+        (2.03, 0.29, "2.03 ± 0.29"),
+        (0.2504, None, "0.2504"),
+        (3, None, "3"),
+    ],
+)
+def test_a_value_just_over_its_limit_does_not_look_equal_to_it(value: float, stderr: float | None, text: str) -> None:
+    numbers = {"value": value, "limit": 0.25, "margin": 0.25 - value, "stderr": stderr, "confidence": None}
+    check = Check(name="max_kl", status="fail", low_confidence=False, message="", **numbers)
+    assert verdict_rows([check])[0]["value"] == text
 
 
 def test_texts_are_compared_by_their_scores_and_choices_by_themselves() -> None:

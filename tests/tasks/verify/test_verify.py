@@ -1,5 +1,6 @@
 """What the program is compared with is what transformers itself makes of the checkpoint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.export import expected_metadata
 from quantize_gemma.tasks.models.pte import insert_image_features
 from quantize_gemma.tasks.runtime import worker
-from quantize_gemma.tasks.verify.image_inputs import make_image_input
+from quantize_gemma.tasks.verify.image_inputs import format_image_prompt, make_image_input
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
 
@@ -39,6 +40,20 @@ def test_inserted_image_features_give_the_logits_of_transformers(both_ways: bool
         merged = insert_image_features(model.get_image_features(pixels), empty, image.is_image)
         logits = model(inputs_embeds=merged, **types).logits
     assert torch.equal(logits, expected)
+
+
+def test_a_chat_template_that_only_the_tokenizer_has_is_used_for_images(tiny_copy: Any) -> None:
+    from transformers import AutoProcessor
+
+    prompt = format_image_prompt(AutoProcessor.from_pretrained(TINY))
+    checkpoint = tiny_copy()
+    template = checkpoint / "chat_template.jinja"
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template.read_text()}))
+    template.unlink()
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    assert processor.chat_template is None
+    assert format_image_prompt(processor) == prompt
 
 
 def test_an_images_tokens_attend_to_each_other_in_the_program_as_in_the_model(released: Outcome) -> None:
