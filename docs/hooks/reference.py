@@ -57,7 +57,9 @@ def metrics() -> str:
 
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     objects = {"Metrics": schema, **schema["$defs"]}
-    return "\n\n".join(_section(name, definition) for name, definition in objects.items())
+    sections = (_section(name, definition) for name, definition in objects.items())
+    # The text is that of Python's docstrings, but the reader sees JSON.
+    return re.sub(r"\bNone\b", "null", "\n\n".join(sections))
 
 
 def _section(name: str, definition: dict[str, Any]) -> str:
