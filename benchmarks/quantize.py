@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, make_checkpoint
 from benchmarks.side_by_side import empty_folder, format_line, machine, make_result, print_result, run, version
+from quantize_gemma.tasks.models.checkpoint import is_multimodal
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import decide, load_recipe, torchao_config
 from quantize_gemma.tasks.runtime.units import human_size
@@ -157,7 +158,7 @@ def _load(checkpoint: str) -> Any:
     import torch
     from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
-    multimodal = hasattr(AutoConfig.from_pretrained(checkpoint), "vision_config")
+    multimodal = is_multimodal(AutoConfig.from_pretrained(checkpoint).to_dict())
     kind = Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM
     return kind.from_pretrained(checkpoint, dtype=torch.bfloat16)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from quantize_gemma.tasks.builtin import BUILTIN
-from quantize_gemma.tasks.models.checkpoint import write_header
+from quantize_gemma.tasks.models.checkpoint import is_multimodal, write_header
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import quantize
@@ -126,7 +126,7 @@ def write_checkpoint(target: Path, config: dict[str, Any]) -> None:
     for path in tiny.iterdir():
         if path.name not in ("config.json", "README.md") and path.suffix != ".safetensors":
             copy(path, target / path.name)
-    if "vision_config" in config:
+    if is_multimodal(config):
         tokens = {name: value for name, value in _read(tiny / "config.json").items() if "token_i" in name}
         config = {**config, **tokens}
         size, length = config["vision_config"]["image_size"], config["mm_tokens_per_image"]
@@ -175,7 +175,7 @@ def weight_shapes(checkpoint: Path) -> dict[str, list[int]]:
     from transformers import AutoConfig, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
     config = AutoConfig.from_pretrained(checkpoint)
-    multimodal = hasattr(config, "text_config")
+    multimodal = is_multimodal(config.to_dict())
     with torch.device("meta"):
         model = (Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM)(config)
     shapes = {}

@@ -37,7 +37,7 @@ from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
 from quantize_gemma.tasks.gate.metrics import LIBRARIES
 from quantize_gemma.tasks.models.benchmarks import Benchmark, find_benchmark
 from quantize_gemma.tasks.models.calibration import parse_source
-from quantize_gemma.tasks.models.checkpoint import read_config, read_model_config
+from quantize_gemma.tasks.models.checkpoint import is_multimodal, read_config, read_model_config
 from quantize_gemma.tasks.models.device_report import DeviceReport, read_device_report, require_program
 from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
@@ -311,7 +311,7 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
         export_options.bidirectional_images,
     )
     _log_costs(plan, plan_calibration(read_model_config(path).text, plan.recipe))
-    if "vision_config" in read_config(path):
+    if is_multimodal(read_config(path)):
         return plan
     rows = _without_images([benchmark.row for benchmark in plan.benchmarks])
     benchmarks = tuple(benchmark for benchmark in plan.benchmarks if benchmark.row in rows)

@@ -18,6 +18,7 @@ from quantize_gemma.tasks.models.benchmarks import Benchmark, Resource, is_data_
 from quantize_gemma.tasks.models.checkpoint import (
     check_finite,
     check_weights,
+    is_multimodal,
     local_checkpoint,
     read_config,
     read_headers,
@@ -72,7 +73,7 @@ def resolve_model(model: str, revision: str | None, offline: bool) -> ResolvedMo
         license=clean_license(_read_card_metadata(path)),
         weight_bytes=size,
         weights=_fewest_weights(size),
-        multimodal="vision_config" in read_config(path),
+        multimodal=is_multimodal(read_config(path)),
     )
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.models.checkpoint import end_token_ids, task_of, weight_files
+from quantize_gemma.tasks.models.checkpoint import end_token_ids, is_multimodal, task_of, weight_files
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.pte import IMAGE_CHANNEL
 from quantize_gemma.tasks.runtime import worker
@@ -83,8 +83,9 @@ def export(
     module = _load_exportable(checkpoint, max_seq_len, custom_sdpa, custom_kv_cache)
     if last_logits_only:
         module.model.lm_head = _last_position(module.model.lm_head)
-    task = task_of(module.config.to_dict())
-    bidirectional_images = bidirectional_images and task == GEMMA3.multimodal.task
+    config = module.config.to_dict()
+    task = task_of(config)
+    bidirectional_images = bidirectional_images and is_multimodal(config)
     assert custom_kv_cache or not bidirectional_images, "the library's cache has no mask for images"
     expected = expected_metadata(checkpoint, max_seq_len)
     if bidirectional_images:
@@ -139,8 +140,7 @@ def _load_exportable(checkpoint: Path, max_seq_len: int, custom_sdpa: bool, cust
     from optimum.exporters.executorch.tasks.multimodal_text_to_text import load_multimodal_text_to_text_model
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(checkpoint)
-    multimodal = hasattr(config, "vision_config")
+    multimodal = is_multimodal(AutoConfig.from_pretrained(checkpoint).to_dict())
     load = load_multimodal_text_to_text_model if multimodal else load_causal_lm_model
     with patched_loading():
         module = load(
@@ -161,9 +161,9 @@ def _blank_image(config: PreTrainedConfig) -> Tensor | None:
     """Return an example image, [1, channels, height, width]; None for a text-only model."""
     import torch
 
-    vision = getattr(config, "vision_config", None)
-    if vision is None:
+    if not is_multimodal(config.to_dict()):
         return None
+    vision = config.vision_config
     return torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, dtype=getattr(torch, DTYPE))
 
 
@@ -224,7 +224,7 @@ def expected_metadata(checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(checkpoint)
     text = config.get_text_config()
     vision = {}
-    if hasattr(config, "vision_config"):
+    if is_multimodal(config.to_dict()):
         vision = {"modality": "vision", "vision_token_id": config.image_token_id}
     return {
         "get_max_seq_len": max_seq_len,
