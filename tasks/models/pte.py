@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,7 @@ class PteProgram:
     def generate(self, prompt: Tensor, max_new_tokens: int) -> tuple[list[int], Tensor]:
         """Return the greedy answer to a prompt, and the logits that chose it, [tokens, vocabulary].
 
-        A text is read in one chunk, as the C++ runners do. The answer ends with the turn or after `max_new_tokens`.
+        The answer ends with the turn, with the longest sequence, or after `max_new_tokens`.
 
         Args:
             prompt: What embed_tokens() returns, maybe with an image's features.
@@ -118,14 +119,8 @@ class PteProgram:
         """
         import torch
 
-        length = prompt.shape[1]
-        logits = [self.decode(prompt, {length - 1})[0]]
-        tokens = [int(logits[0].argmax())]
-        while len(tokens) < max_new_tokens and tokens[-1] not in self.eos_ids:
-            position = length + len(tokens) - 1
-            logits.append(self.decode(self.embed_tokens(torch.tensor([tokens[-1:]])), {position}, position)[0])
-            tokens.append(int(logits[-1].argmax()))
-        return tokens, torch.stack(logits)
+        tokens, logits = zip(*itertools.islice(self._steps(prompt), max_new_tokens), strict=True)
+        return list(tokens), torch.stack(logits)
 
     def generate_until(self, prompt: Tensor, is_finished: Callable[[list[int]], bool]) -> tuple[list[int], bool]:
         """Return the greedy answer to a prompt, and whether it ended before the end of the longest sequence.
@@ -134,18 +129,29 @@ class PteProgram:
             prompt: What embed_tokens() returns, maybe with an image's features.
             is_finished: Called with the tokens so far; the answer also ends with the turn.
         """
+        tokens: list[int] = []
+        for token, _ in self._steps(prompt):
+            tokens.append(token)
+            if is_finished(tokens):
+                return tokens, True
+        return tokens, tokens[-1] in self.eos_ids
+
+    def _steps(self, prompt: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield each token of the greedy answer, and the logits that chose it, until the turn or the sequence ends.
+
+        A text is read in one chunk, as the C++ runners do.
+        """
         import torch
 
-        length = prompt.shape[1]
-        logits = self.decode(prompt, {length - 1})
-        tokens = [int(logits[0].argmax())]
-        while tokens[-1] not in self.eos_ids and not is_finished(tokens):
-            position = length + len(tokens) - 1
-            if position >= self.max_seq_len:
-                return tokens, False
-            logits = self.decode(self.embed_tokens(torch.tensor([tokens[-1:]])), {position}, position)
-            tokens.append(int(logits[0].argmax()))
-        return tokens, True
+        position, inputs = 0, prompt
+        while position < self.max_seq_len:
+            end = position + inputs.shape[1]
+            logits = self.decode(inputs, {end - 1}, position)[0]
+            token = int(logits.argmax())
+            yield token, logits
+            if token in self.eos_ids:
+                return
+            position, inputs = end, self.embed_tokens(torch.tensor([[token]]))
 
     def _image_edges(self, inputs: Tensor, start: int) -> set[int]:
         """Return the positions at which an image begins, or the text after it."""
