@@ -15,13 +15,6 @@ if TYPE_CHECKING:
 IMAGE_CHANNEL = "has_image_channel"
 
 
-def has_image_channel(path: Path) -> bool:
-    """Tell whether a program lets the tokens of an image attend to each other in both directions."""
-    from executorch.runtime import Runtime
-
-    return IMAGE_CHANNEL in Runtime.get().load_program(path).method_names
-
-
 def insert_image_features(features: Tensor, embeddings: Tensor, is_image: Tensor) -> Tensor:
     """Return a copy of `embeddings`, [1, tokens, width], with the image's features where `is_image` is true."""
     result = embeddings.clone()

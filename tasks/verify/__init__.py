@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from quantize_gemma.tasks.models.checkpoint import is_multimodal
-from quantize_gemma.tasks.runtime import machine
+from quantize_gemma.tasks.runtime import machine, store
 from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.verify.compare import compare
@@ -24,7 +24,7 @@ def verify(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_
     Args:
         target: The directory to write to.
         checkpoint: The quantized checkpoint.
-        program: The directory of its model.pte.
+        program: The artifact of `export`.
         max_seq_len: The longest sequence of the program, in tokens.
         max_new_tokens: The maximum number of tokens generated from a prompt.
 
@@ -40,7 +40,8 @@ def verify(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_
     if multimodal:
         generations["image"] = generate_from_image(program, checkpoint, max_new_tokens)
     report_progress(1, 3, "comparing with the checkpoint")
-    agreement, checks = compare(program, checkpoint, config, max_seq_len)
+    bidirectional_images = store.read_artifact(program).metadata["bidirectional_images"]
+    agreement, checks = compare(program, checkpoint, config, max_seq_len, bidirectional_images)
     result = {
         **{name: {"prompt": each.prompt, "response": each.response} for name, each in generations.items()},
         "agreement": agreement.to_json(),

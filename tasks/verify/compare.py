@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
-from quantize_gemma.tasks.models.pte import PteProgram, has_image_channel, insert_image_features
+from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, is_multimodal, load_model
+from quantize_gemma.tasks.models.pte import PteProgram, insert_image_features
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.verify.distances import (
     absolute_difference,
@@ -154,9 +154,20 @@ class _Reference:
 
 
 def compare(
-    program: Path, checkpoint: Path, config: PreTrainedConfig, max_seq_len: int
+    program: Path,
+    checkpoint: Path,
+    config: PreTrainedConfig,
+    max_seq_len: int,
+    bidirectional_images: bool = True,
 ) -> tuple[Agreement, list[RunnerCheck]]:
     """Return the distance of `program`/model.pte from the checkpoint, and the checks of the C++ runner.
+
+    Args:
+        program: The directory of model.pte.
+        checkpoint: The checkpoint that it was exported from.
+        config: The checkpoint's configuration.
+        max_seq_len: The longest sequence of the program, in tokens.
+        bidirectional_images: Whether the tokens of an image attend to each other in both directions in the program.
 
     Raises:
         StageFailed: The C++ runner fails on a prompt, or logits are not finite.
@@ -166,13 +177,12 @@ def compare(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     lengths = prompt_lengths(config.get_text_config().sliding_window, max_seq_len)
     prompts, checks = run_scenarios(program, checkpoint, lengths)
-    image = make_image_input(checkpoint, config.image_token_id) if hasattr(config, "vision_config") else None
+    image = make_image_input(checkpoint, config.image_token_id) if is_multimodal(config.to_dict()) else None
     if image is not None:
         image = image.with_late_prompt(
             tokenizer(TEXT * 99)["input_ids"][: config.text_config.sliding_window], max_seq_len
         )
-    is_bidirectional = has_image_channel(program / "model.pte")
-    reference = _run_checkpoint(checkpoint, prompts, image, is_bidirectional)
+    reference = _run_checkpoint(checkpoint, prompts, image, bidirectional_images)
     gc.collect()  # The model's modules have reference cycles, and the program takes as much memory again.
     agreement = _compare_outputs(PteProgram(program / "model.pte"), reference, prompts, image)
     report = json.dumps(agreement.to_json())

@@ -10,9 +10,11 @@ from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.export import expected_metadata
 from quantize_gemma.tasks.models.pte import insert_image_features
 from quantize_gemma.tasks.runtime import worker
+from quantize_gemma.tasks.verify.compare import compare
 from quantize_gemma.tasks.verify.image_inputs import format_image_prompt, make_image_input
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
+from tests.tasks.verify.conftest import export
 
 TINY = BUILTIN["tiny-gemma3"]
 
@@ -61,6 +63,22 @@ def test_an_images_tokens_attend_to_each_other_in_the_program_as_in_the_model(re
     assert program["bidirectional_images"]
     image = program["agreement"]["image"]
     assert image["kl_causal_image"] > 10 * image["kl_program"]
+
+
+@pytest.mark.long
+def test_a_causal_program_is_compared_with_the_model_with_causal_attention(released: Outcome, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    release = Path(released.summary["release"])
+    options = {"max_seq_len": 64, "bidirectional_images": False}
+    program = export("quantize_gemma.tasks.export:export", release, tmp_path, **options)
+    config = AutoConfig.from_pretrained(release)
+    image = compare(program, release, config, 64, bidirectional_images=False)[0].image
+    assert image is not None
+    assert 0 < image.kl_program < image.kl_act_quant
+    # The effect of causal attention is measured in the checkpoint, whichever attention the program has.
+    bidirectional = metrics_of(released)["program"]["agreement"]["image"]
+    assert image.kl_causal_image == pytest.approx(bidirectional["kl_causal_image"], rel=1e-3)
 
 
 def test_the_programs_metadata_is_the_models(released: Outcome) -> None:
