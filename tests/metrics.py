@@ -72,6 +72,21 @@ for name, value, stderr in (
 ):
     DISTANCES |= {name: value, f"{name}_stderr": stderr}
 FIDELITY = {**DISTANCES, "weights_only": DISTANCES, "second_half": DISTANCES, "chat": None}
+DIVERGENCE = {"tokens": 8, "kl_program": 0.0, "kl_act_quant": 0.03}
+AGREEMENT = {
+    **DIVERGENCE,
+    "tokens": 128,
+    "same_argmax": 1.0,
+    "nll_checkpoint": 3.2,
+    "nll_program": 3.2,
+    "text_decoder": {"max": 0.02, "mean": 0.001},
+    "prompts": {
+        **DIVERGENCE,
+        "lengths": [1016],
+        "positions": {"kl_program": [0.0] * 8, "kl_act_quant": [0.03] * 8},
+        "same_argmax": 1.0,
+    },
+}
 METRICS: dict[str, Any] = {
     "schema_version": 2,
     "base_model": "team/tiny",
@@ -119,7 +134,7 @@ METRICS: dict[str, Any] = {
         "delegation": {"forward": {"xnnpack": {"linear": 22}, "custom": {}, "portable": {}}},
         "text": RESPONSE,
         "image": None,
-        "agreement": {"kl_program": 0.0, "kl_act_quant": 0.03, "tokens": 128},
+        "agreement": AGREEMENT,
         "runner": [{"name": "stop", "cases": 1, "failed": 0, "examples": []}],
         "processor": "A processor",
         "threads": 2,

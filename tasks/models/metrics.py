@@ -127,14 +127,17 @@ class SampleScore(BenchmarkScore):
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """KL divergences from the checkpoint, in nats per token.
+    """Mean KL divergences from the checkpoint, in nats per token.
 
-    `kl_program` is the program's; `kl_act_quant` is the baseline, which activation quantization alone causes.
+    Attributes:
+        tokens: The number of tokens that were compared; after an image, the length of the prompt in tokens.
+        kl_program: The program's divergence.
+        kl_act_quant: The baseline: the divergence that activation quantization alone causes in the checkpoint.
     """
 
-    kl_program: float | None
-    kl_act_quant: float | None
-    tokens: int | None = None
+    tokens: int
+    kl_program: float
+    kl_act_quant: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,18 +150,24 @@ class Positions:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptDivergence(Divergence):
-    """KL divergences of the answers to prompts of several lengths."""
+    """KL divergences of the answers to prompts around the sliding window and to the longest one, each in one chunk.
 
-    lengths: list[int] | None = None
-    positions: Positions | None = None
-    same_argmax: float | None = None
+    Attributes:
+        lengths: The prompts' lengths in tokens.
+        positions: The KL divergences at each position: there are few, so the gate needs the standard error of the mean.
+        same_argmax: The share of positions with the same most likely token.
+    """
+
+    lengths: list[int]
+    positions: Positions
+    same_argmax: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDivergence(Divergence):
     """KL divergences of the text after an image; `kl_causal_image` is the one that causal attention would cause."""
 
-    kl_causal_image: float | None = None
+    kl_causal_image: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,42 +180,49 @@ class Distance:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionError:
-    """The vision encoder's relative squared error: the program's, and the one that activation quantization causes."""
+    """The distance of the vision encoder's output from the checkpoint's.
 
-    error: float | None
-    error_act_quant: float | None
-    images: int | None = None
-    max: float | None = None
-    mean: float | None = None
+    Attributes:
+        images: The number of images that were encoded.
+        max, mean: Largest and mean absolute difference.
+        error: Mean squared error over the mean square.
+        error_act_quant: The error that activation quantization alone causes in the checkpoint.
+    """
+
+    images: int
+    max: float
+    mean: float
+    error: float
+    error_act_quant: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement(Divergence):
     """How far the program is from the checkpoint that it was exported from, part by part.
 
+    The inherited fields are for the start of a text, decoded one token at a time.
+
     Attributes:
-        kl_program: The program's KL divergence from the checkpoint on a text, decoded one token at a time, in nats per
-            token.
-        kl_act_quant: The KL divergence that activation quantization alone causes.
-        tokens: The number of tokens that were compared.
-        same_argmax: The share of tokens whose most likely token is the same.
+        same_argmax: The share of these tokens whose most likely token is the same.
         nll_checkpoint, nll_program: Mean negative log-likelihoods of the text, in nats per token.
+        text_decoder: The difference of the text's logits.
         prompts: The KL divergences of the answers to prompts of several lengths.
-        image: The KL divergences of the text after an image.
-        late_image: The KL divergences of the text after an image that follows a long text.
+        token_embedding: The difference of the text's embeddings; this and the following are None for a text-only model.
         vision_encoder: The error of the vision encoder's output.
-        text_decoder, token_embedding: Differences of these methods' outputs.
+        image: The KL divergences of the text after an image.
+        late_image: The KL divergences of the text after an image that follows a text as long as the sliding window;
+            None if this does not fit into the program's sequences.
     """
 
-    same_argmax: float | None = None
-    nll_checkpoint: float | None = None
-    nll_program: float | None = None
-    prompts: PromptDivergence | None = None
+    same_argmax: float
+    nll_checkpoint: float
+    nll_program: float
+    text_decoder: Distance
+    prompts: PromptDivergence
+    token_embedding: Distance | None = None
+    vision_encoder: VisionError | None = None
     image: ImageDivergence | None = None
     late_image: Divergence | None = None
-    vision_encoder: VisionError | None = None
-    text_decoder: Distance | None = None
-    token_embedding: Distance | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +261,14 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerCheck:
-    """The number of cases of a kind in which the C++ runner differs from the program, and examples of failures."""
+    """In how many cases the C++ runner differs from the program; see RUNNER_CHECKS.
+
+    Attributes:
+        name: The name of the check.
+        cases: The number of cases; 0 if the check was not exercised.
+        failed: The number of cases in which they differ.
+        examples: Descriptions of the first failed cases.
+    """
 
     name: str
     cases: int

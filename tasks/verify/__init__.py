@@ -44,7 +44,7 @@ def verify(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_
     agreement, checks = compare(program, checkpoint, config, max_seq_len, bidirectional_images)
     result = {
         **{name: {"prompt": each.prompt, "response": each.response} for name, each in generations.items()},
-        "agreement": agreement.to_json(),
+        "agreement": asdict(agreement),
         "runner": [asdict(check) for check in checks],
     }
     speed = {

@@ -15,6 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, is_multimodal, load_model
+from quantize_gemma.tasks.models.metrics import (
+    Agreement,
+    Divergence,
+    ImageDivergence,
+    Positions,
+    PromptDivergence,
+    RunnerCheck,
+    VisionError,
+)
 from quantize_gemma.tasks.models.pte import PteProgram, insert_image_features
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.verify.distances import (
@@ -27,7 +36,7 @@ from quantize_gemma.tasks.verify.distances import (
 )
 from quantize_gemma.tasks.verify.image_inputs import ImageInput, make_image_input
 from quantize_gemma.tasks.verify.long_prompts import TEXT, prompt_lengths
-from quantize_gemma.tasks.verify.scenarios import AnsweredPrompt, RunnerCheck, run_scenarios
+from quantize_gemma.tasks.verify.scenarios import AnsweredPrompt, run_scenarios
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,93 +44,6 @@ if TYPE_CHECKING:
 
 # The number of tokens that are compared at the start of a text, where the program decodes one at a time.
 COMPARED_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Mean KL divergences from the checkpoint, in nats per token.
-
-    Attributes:
-        tokens: The number of tokens that were compared; in `image` and `late_image`, the number of tokens of the prompt
-            at whose end they are.
-        kl_program: The program's divergence.
-        kl_act_quant: The activation-quantization baseline: that of the checkpoint without quantized activations.
-    """
-
-    tokens: int
-    kl_program: float
-    kl_act_quant: float
-
-
-@dataclass(frozen=True)
-class ImageDivergence(Divergence):
-    """The divergence for the text after an image.
-
-    Attributes:
-        kl_causal_image: The divergence that causal attention would cause in the checkpoint, in which an image's tokens
-            attend to each other in both directions.
-    """
-
-    kl_causal_image: float
-
-
-@dataclass(frozen=True)
-class PromptDivergence(Divergence):
-    """The divergence for answers to prompts around the sliding window and to the longest prompt, each in one chunk.
-
-    Attributes:
-        lengths: The prompts' lengths in tokens.
-        positions: The KL divergences at each position, by name. There are few positions, so the gate needs the standard
-            error of their mean.
-        same_argmax: Share of positions with the same most likely token.
-    """
-
-    lengths: list[int]
-    positions: dict[str, list[float]]
-    same_argmax: float
-
-
-@dataclass(frozen=True)
-class VisionError:
-    """The vision encoder's distance from the checkpoint's.
-
-    Attributes:
-        images: How many images were encoded.
-        max: Largest absolute difference.
-        mean: Mean absolute difference.
-        error: Mean squared error over the mean square.
-        error_act_quant: The error of the activation-quantization baseline.
-    """
-
-    images: int
-    max: float
-    mean: float
-    error: float
-    error_act_quant: float
-
-
-@dataclass(frozen=True)
-class Agreement(Divergence):
-    """How far model.pte is from its checkpoint. Fields that do not apply to a text-only program are None.
-
-    `late_image` is an image after a text as long as the sliding window, if the program's sequences are long enough.
-    The inherited fields are for the first COMPARED_TOKENS tokens of a text; `text_decoder` and `token_embedding` are
-    absolute differences, {"max", "mean"}, of logits and of embeddings; `nll_…` are nats per token.
-    """
-
-    same_argmax: float
-    nll_checkpoint: float
-    nll_program: float
-    text_decoder: dict[str, float]
-    prompts: PromptDivergence
-    token_embedding: dict[str, float] | None = None
-    vision_encoder: VisionError | None = None
-    image: ImageDivergence | None = None
-    late_image: Divergence | None = None
-
-    def to_json(self) -> dict[str, object]:
-        """Return the object that metrics.json contains."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -185,7 +107,7 @@ def compare(
     reference = _run_checkpoint(checkpoint, prompts, image, bidirectional_images)
     gc.collect()  # The model's modules have reference cycles, and the program takes as much memory again.
     agreement = _compare_outputs(PteProgram(program / "model.pte"), reference, prompts, image)
-    report = json.dumps(agreement.to_json())
+    report = json.dumps(asdict(agreement))
     if "NaN" in report or "Infinity" in report:
         raise StageFailed(f"the logits of the checkpoint or of the program are not finite: {report}")
     return agreement, checks
@@ -286,10 +208,6 @@ def _compare_outputs(
     )
 
 
-def _diverge(tokens: int, eager: Tensor, logits: Tensor, baseline: Tensor) -> Divergence:
-    return Divergence(tokens, mean_kl(eager, logits), mean_kl(eager, baseline))
-
-
 def _compare_prompts(reference: _Reference, prompts: list[AnsweredPrompt]) -> PromptDivergence:
     import torch
 
@@ -300,7 +218,7 @@ def _compare_prompts(reference: _Reference, prompts: list[AnsweredPrompt]) -> Pr
         kl_program=mean_kl(eager, logits),
         kl_act_quant=mean_kl(eager, baseline),
         lengths=[len(prompt.ids) for prompt in prompts],
-        positions={"kl_program": kl_by_position(eager, logits), "kl_act_quant": kl_by_position(eager, baseline)},
+        positions=Positions(kl_program=kl_by_position(eager, logits), kl_act_quant=kl_by_position(eager, baseline)),
         same_argmax=same_argmax(eager, logits),
     )
 
@@ -321,7 +239,7 @@ def _compare_image(
     flat = [_flatten(each) for each in (eager.features, encoded, baseline.features)]
     vision_encoder = VisionError(
         images=len(features),
-        **absolute_difference(flat[0], flat[1]),
+        **asdict(absolute_difference(flat[0], flat[1])),
         error=squared_error(flat[0], flat[1]),
         error_act_quant=squared_error(flat[0], flat[2]),
     )
@@ -336,7 +254,11 @@ def _compare_image(
         assert eager.late_image is not None
         assert baseline.late_image is not None
         logits = _decode_image(program, image.late, features[0])
-        late = _diverge(len(image.late.is_image), eager.late_image, logits, baseline.late_image)
+        late = Divergence(
+            tokens=len(image.late.is_image),
+            kl_program=mean_kl(eager.late_image, logits),
+            kl_act_quant=mean_kl(eager.late_image, baseline.late_image),
+        )
     return vision_encoder, after_image, late
 
 

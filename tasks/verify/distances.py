@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantize_gemma.tasks.models.metrics import Distance
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,10 +32,10 @@ def mean_nll(logits: Tensor, ids: Tensor) -> float:
     return round(float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:])), 4)
 
 
-def absolute_difference(reference: Tensor, other: Tensor) -> dict[str, float]:
-    """Return {"max", "mean"} of the absolute difference."""
+def absolute_difference(reference: Tensor, other: Tensor) -> Distance:
+    """Return the largest and the mean absolute difference."""
     difference = (reference.float() - other.float()).abs()
-    return {"max": round(float(difference.max()), 6), "mean": round(float(difference.mean()), 8)}
+    return Distance(max=round(float(difference.max()), 6), mean=round(float(difference.mean()), 8))
 
 
 def squared_error(reference: Tensor, other: Tensor) -> float:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from quantize_gemma.tasks.models.chat import TEXT_PROMPT, has_chat_template
 from quantize_gemma.tasks.models.checkpoint import end_token_ids
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.metrics import RunnerCheck
 from quantize_gemma.tasks.models.runner_checks import runner_checks
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
@@ -62,23 +63,6 @@ class AnsweredPrompt:
         """The positions of prompt and answer whose logits choose the answer's tokens."""
         start = len(self.ids) - 1
         return list(range(start, start + len(self.answer)))
-
-
-@dataclass(frozen=True)
-class RunnerCheck:
-    """The number of cases in which the runner differs from the program; see RUNNER_CHECKS.
-
-    Attributes:
-        name: The name of the check.
-        cases: The number of cases; 0 if the check was not exercised.
-        failed: The number of cases in which they differ.
-        examples: Descriptions of the first failed cases.
-    """
-
-    name: str
-    cases: int
-    failed: int
-    examples: list[str]
 
 
 @dataclass(frozen=True)
@@ -212,7 +196,11 @@ def run_in_process(program: str, checkpoint: str, lengths: list[int], logits: st
     runner = _load_runner(program, checkpoint, multimodal)
     order = sorted(range(len(scenarios)), key=lambda number: "conversations" in scenarios[number].checks)
     answers = {number: _ask(runner, scenarios[number], multimodal) for number in order}
-    checks = {name: RunnerCheck(name, 0, 0, []) for name in runner_checks(multimodal) if name != "tokenizer"}
+    checks = {
+        name: RunnerCheck(name=name, cases=0, failed=0, examples=[])
+        for name in runner_checks(multimodal)
+        if name != "tokenizer"
+    }
     for number, (scenario, wanted) in enumerate(zip(scenarios, expected, strict=True)):
         answer = answers[number]
         failure = wanted.mistake or compare_answers(tokenizer, scenario, wanted, answer, _runner_name(multimodal))
@@ -231,7 +219,7 @@ def _add_case(check: RunnerCheck, failure: str | None) -> RunnerCheck:
     if failure is None:
         return replace(check, cases=check.cases + 1)
     examples = [*check.examples, failure][:MAX_EXAMPLES]
-    return RunnerCheck(check.name, check.cases + 1, check.failed + 1, examples)
+    return replace(check, cases=check.cases + 1, failed=check.failed + 1, examples=examples)
 
 
 def _shows(check: str, expected: Expected, answer: Answer, limits: _Limits) -> bool:

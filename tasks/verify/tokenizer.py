@@ -6,10 +6,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from quantize_gemma.tasks.models.metrics import RunnerCheck
 from quantize_gemma.tasks.models.requests import read_requests
 from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
-from quantize_gemma.tasks.verify.scenarios import MAX_EXAMPLES, RunnerCheck, load_runner_tokenizer
+from quantize_gemma.tasks.verify.scenarios import MAX_EXAMPLES, load_runner_tokenizer
 
 # Many scripts, emoji, whitespace, code, and chat markers.
 TEXTS = Path(__file__).with_name("tokenizer_texts.json")
@@ -55,7 +56,7 @@ def check_tokenizer(checkpoint: Path, requests: list[Path]) -> RunnerCheck:
                 f"the runner tokenizes {text[start : start + SHOWN]!r} as {_around(ids, place)}, but transformers "
                 f"tokenizes it as {_around(expected, place)}"
             )
-    return RunnerCheck("tokenizer", len(texts), len(differences), differences[:MAX_EXAMPLES])
+    return RunnerCheck(name="tokenizer", cases=len(texts), failed=len(differences), examples=differences[:MAX_EXAMPLES])
 
 
 def read_prompts(folder: Path) -> list[str]:

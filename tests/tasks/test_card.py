@@ -36,7 +36,7 @@ from tests.cards import PLACES, faults, markdown_texts
 from tests.compatibility.loading import CARD
 from tests.conftest import Outcome
 from tests.flows.test_run import metrics_of
-from tests.metrics import MMLU, example_json, example_metrics, with_subjects
+from tests.metrics import DIVERGENCE, MMLU, example_json, example_metrics, with_subjects
 
 CHART = "mmlu-by-subject.png"
 
@@ -562,3 +562,16 @@ def test_a_users_settings_of_matplotlib_change_no_chart(tmp_path: Path) -> None:
     before = charts_of(tmp_path / "before")
     with rc_context({"axes.facecolor": "red", "font.size": 20, "savefig.facecolor": "black", "lines.linewidth": 9}):
         assert charts_of(tmp_path / "after") == before
+
+
+@pytest.mark.parametrize("is_bidirectional", [True, False])
+def test_a_card_says_how_an_images_tokens_attend_and_what_causal_attention_changes(is_bidirectional: bool) -> None:
+    metrics = example_json()
+    metrics["program"]["bidirectional_images"] = is_bidirectional
+    metrics["program"]["agreement"]["image"] = {**DIVERGENCE, "kl_causal_image": 1.5}
+    text = card(metrics)
+    assert ("With causal attention, the text after the image would have a KL divergence of 1.5" in text) == (
+        is_bidirectional
+    )
+    assert ("in the program, attention is causal throughout" in text) == (not is_bidirectional)
+    assert ("this causes a KL divergence of 1.5 nats" in text) == (not is_bidirectional)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.gate.checks import judge
-from quantize_gemma.tasks.models.metrics import parse_metrics
+from quantize_gemma.tasks.models.metrics import Agreement, RunnerCheck, parse_metrics
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.patches import patched_export
+from quantize_gemma.tasks.verify.compare import compare
 from quantize_gemma.tasks.verify.long_prompts import make_prompt, prompt_lengths
 from quantize_gemma.tasks.verify.scenarios import run_scenarios
 from tests.conftest import Outcome
@@ -68,29 +70,31 @@ def export_as_the_library(target: Path, checkpoint: Path, max_seq_len: int) -> d
     return {"metadata": {}}
 
 
-def agreement(program: Path, checkpoint: Path, max_seq_len: int = MAX_SEQ_LEN) -> dict[str, Any]:
+def measure(
+    program: Path, checkpoint: Path, max_seq_len: int = MAX_SEQ_LEN
+) -> tuple[Agreement, dict[str, RunnerCheck]]:
     from transformers import AutoConfig
 
-    from quantize_gemma.tasks.verify.compare import compare
+    agreement, checks = compare(program, checkpoint, AutoConfig.from_pretrained(checkpoint), max_seq_len)
+    return agreement, {check.name: check for check in checks}
 
-    return compare(program, checkpoint, AutoConfig.from_pretrained(checkpoint), max_seq_len)[0].to_json()
 
-
-def failed_checks(released: Outcome, measured: dict[str, Any]) -> set[str]:
-    metrics = metrics_of(released)
-    metrics["program"]["agreement"] = measured
-    parsed = parse_metrics(metrics)
-    verdict = judge(parsed.benchmarks, parsed, parsed.pairs, parsed.gate.limits)
+def failed_checks(released: Outcome, agreement: Agreement, runner: dict[str, RunnerCheck]) -> set[str]:
+    """Return the failed checks of a release with this program, those of the stock runner included."""
+    metrics = parse_metrics(metrics_of(released))
+    program = replace(metrics.program, agreement=agreement, runner=list(runner.values()))
+    verdict = judge(metrics.benchmarks, replace(metrics, program=program), metrics.pairs, metrics.gate.limits)
     return {check.name for check in verdict.checks if check.status == "fail"}
 
 
 def test_a_text_only_program_answers_prompts_of_any_length_in_the_stock_runner(
     program: Path, small: Path, released: Outcome
 ) -> None:
-    measured = agreement(program, small)
-    assert measured["prompts"]["lengths"] == LENGTHS
-    assert measured["prompts"]["tokens"] > len(LENGTHS)
-    assert failed_checks(released, measured) == set()
+    agreement, runner = measure(program, small)
+    assert agreement.prompts.lengths == LENGTHS
+    assert agreement.prompts.tokens > len(LENGTHS)
+    assert runner["prompts"].cases == len(LENGTHS)
+    assert failed_checks(released, agreement, runner) == set()
 
 
 def test_a_text_only_program_whose_sequences_fit_into_the_window_is_correct(
@@ -98,9 +102,10 @@ def test_a_text_only_program_whose_sequences_fit_into_the_window_is_correct(
 ) -> None:
     """Its sliding-window layers have no mask, as in gemma-3-4b with the default of 1,024 tokens."""
     program = export("quantize_gemma.tasks.export:export", small, tmp_path, max_seq_len=WINDOW)
-    measured = agreement(program, small, WINDOW)
-    assert measured["prompts"]["lengths"] == [WINDOW - 8]
-    assert failed_checks(released, measured) == set()
+    agreement, runner = measure(program, small, WINDOW)
+    assert agreement.prompts.lengths == [WINDOW - 8]
+    assert runner["prompts"].cases == 1
+    assert failed_checks(released, agreement, runner) == set()
 
 
 @pytest.mark.long
@@ -111,10 +116,12 @@ def test_a_multimodal_program_whose_sequences_fit_into_the_window_is_correct(
     release = Path(released.summary["release"])
     options = {"max_seq_len": 64, "kv_cache_dtype": cache_dtype}
     program = export("quantize_gemma.tasks.export:export", release, tmp_path, **options)
-    measured = agreement(program, release, 64)
-    assert failed_checks(released, measured) == set()
-    assert measured["image"]["kl_causal_image"] > 10 * measured["image"]["kl_program"]
-    assert "late_image" not in measured
+    agreement, runner = measure(program, release, 64)
+    assert runner["prompts"].cases == 1
+    assert failed_checks(released, agreement, runner) == set()
+    assert agreement.image is not None
+    assert agreement.image.kl_causal_image > 10 * agreement.image.kl_program
+    assert agreement.late_image is None
 
 
 def int8_caches(program: Path) -> list[int]:
@@ -132,11 +139,12 @@ def test_a_program_with_an_int8_cache_answers_prompts_of_any_length(
     program: Path, small: Path, released: Outcome, tmp_path: Path
 ) -> None:
     int8 = export("quantize_gemma.tasks.export:export", small, tmp_path, kv_cache_dtype="int8")
-    measured = agreement(int8, small)
-    assert measured["prompts"]["lengths"] == LENGTHS
-    assert failed_checks(released, measured) == set()
+    agreement, runner = measure(int8, small)
+    assert agreement.prompts.lengths == LENGTHS
+    assert runner["prompts"].cases == len(LENGTHS)
+    assert failed_checks(released, agreement, runner) == set()
     # It is another program: its keys and values are rounded.
-    assert measured["text_decoder"] != agreement(program, small)["text_decoder"]
+    assert agreement.text_decoder != measure(program, small)[0].text_decoder
     # Keys and values of the sliding-window layer and of the full-attention layer.
     assert int8_caches(int8) == [WINDOW, MAX_SEQ_LEN]
     assert int8_caches(program) == []
@@ -146,7 +154,8 @@ def test_a_multimodal_program_answers_prompts_of_any_length_in_the_stock_runner(
     release = Path(released.summary["release"])
     # After a long one a short one again: nothing of the long one is left.
     lengths = [40, 63, 64, 65, 128, 300, 1016, 40]
-    answers, _ = run_scenarios(release, release, lengths)
+    answers, checks = run_scenarios(release, release, lengths)
+    assert not any(check.failed for check in checks), checks
     assert [len(answer.ids) for answer in answers] == lengths
     assert answers[0].answer == answers[-1].answer
     assert answers[0].logits.equal(answers[-1].logits)
@@ -156,7 +165,7 @@ def test_a_multimodal_program_answers_prompts_of_any_length_in_the_stock_runner(
 def test_a_program_with_the_librarys_cache_fails_at_the_window_and_is_not_released(small: Path, tmp_path: Path) -> None:
     program = export("tests.tasks.verify.test_long_prompts:export_as_the_library", small, tmp_path)
     with pytest.raises(StageFailed, match="the program fails on a prompt of 32 tokens: "):
-        agreement(program, small)
+        measure(program, small)
 
 
 def test_a_program_with_half_the_window_fails_the_gate(small: Path, released: Outcome, tmp_path: Path) -> None:
@@ -166,7 +175,7 @@ def test_a_program_with_half_the_window_fails_the_gate(small: Path, released: Ou
     (forgetful / "config.json").write_text(json.dumps({**config, "sliding_window": WINDOW // 2}))
     (tmp_path / "program").mkdir()
     program = export("quantize_gemma.tasks.export:export", forgetful, tmp_path / "program")
-    assert "program_kl_prompts" in failed_checks(released, agreement(program, small))
+    assert "program_kl_prompts" in failed_checks(released, *measure(program, small))
 
 
 @pytest.mark.parametrize(

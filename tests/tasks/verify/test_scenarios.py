@@ -14,7 +14,7 @@ import torch
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.gate.checks import judge
 from quantize_gemma.tasks.models.chat import TEXT_PROMPT
-from quantize_gemma.tasks.models.metrics import parse_metrics
+from quantize_gemma.tasks.models.metrics import RunnerCheck, parse_metrics
 from quantize_gemma.tasks.models.runner_checks import RUNNER_CHECKS
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
@@ -23,7 +23,6 @@ from quantize_gemma.tasks.verify.long_prompts import prompt_lengths
 from quantize_gemma.tasks.verify.scenarios import (
     Answer,
     Expected,
-    RunnerCheck,
     Scenario,
     compare_answers,
     load_runner_tokenizer,
@@ -185,7 +184,7 @@ def test_a_tokenizer_that_the_runner_cannot_read_ends_the_stage_with_the_reason(
 
 
 def test_checks_that_were_not_tested_do_not_fail() -> None:
-    assert failed_checks([RunnerCheck("two_images", 0, 0, [])]) == {}
+    assert failed_checks([RunnerCheck(name="two_images", cases=0, failed=0, examples=[])]) == {}
 
 
 SHORT = Scenario(("prompts",), "a prompt of 40 tokens", ["text"])
