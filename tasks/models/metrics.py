@@ -246,7 +246,8 @@ class Smoke(Response):
 class Speed:
     """The C++ runner's speed and peak memory for one prompt, which it answers `rounds` times.
 
-    `first_token_seconds` and `prefill_tokens_per_second` include the encoding of an image.
+    `first_token_seconds` is counted from the start of inference. Like `prefill_tokens_per_second`, it includes the
+    encoding of an image.
     """
 
     rounds: int

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 IMAGE_PROMPT = "What colour is this?"
+# RGB; IMAGE_PROMPT asks for it.
+COLORS = (30, 50, 220), (220, 30, 30)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.models.chat import TEXT_PROMPT, has_chat_template
+from quantize_gemma.tasks.models.chat import TEXT_PROMPT
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
-from quantize_gemma.tasks.verify.image_inputs import IMAGE_PROMPT, image_segments, solid_image
+from quantize_gemma.tasks.verify.cpp_runner import format_user_turn, load_runner, runner_inputs
+from quantize_gemma.tasks.verify.image_inputs import COLORS, IMAGE_PROMPT, image_segments, solid_image
 
 if TYPE_CHECKING:
     from executorch.extension.llm.runner import Stats
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 DECODED_TOKENS = 32
 DECODE_SECONDS = 0.5
 MOST_SECONDS = 10
-# RGB; IMAGE_PROMPT asks for it.
-IMAGE_COLOR = (30, 50, 220)
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,8 @@ def generate_from_text(program: Path, checkpoint: Path, multimodal: bool, max_ne
     """Generate from the card's prompt, in the chat template if the checkpoint has one."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    text = TEXT_PROMPT
-    if has_chat_template(tokenizer):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": TEXT_PROMPT}], add_generation_prompt=True, tokenize=False
-        )
-    return _generate(program, checkpoint, TEXT_PROMPT, [text], multimodal, max_new_tokens)
+    turn = format_user_turn(AutoTokenizer.from_pretrained(checkpoint), TEXT_PROMPT)
+    return _generate(program, checkpoint, TEXT_PROMPT, [turn], multimodal, max_new_tokens)
 
 
 def generate_from_image(program: Path, checkpoint: Path, max_new_tokens: int) -> Generation:
@@ -56,7 +49,7 @@ def generate_from_image(program: Path, checkpoint: Path, max_new_tokens: int) ->
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint)
-    segments = image_segments(processor, [solid_image(processor, IMAGE_COLOR)])
+    segments = image_segments(processor, [solid_image(processor, COLORS[0])])
     return _generate(program, checkpoint, IMAGE_PROMPT, segments, True, max_new_tokens)
 
 
@@ -80,7 +73,7 @@ def _generate(
                 serialized.append({"pixels": path})
         arguments = {
             "program": str(program / "model.pte"),
-            "tokenizer": str(checkpoint / "tokenizer.json"),
+            "checkpoint": str(checkpoint),
             "segments": serialized,
             "multimodal": multimodal,
             "max_new_tokens": max_new_tokens,
@@ -93,64 +86,39 @@ def _generate(
 
 
 def run_program(
-    program: str, tokenizer: str, segments: list[dict[str, str]], multimodal: bool, max_new_tokens: int
+    program: str, checkpoint: str, segments: list[dict[str, str]], multimodal: bool, max_new_tokens: int
 ) -> dict[str, Any]:
     """Generate with the C++ runner, in this process.
 
     Args:
         program: Path of the .pte file.
-        tokenizer: Path of tokenizer.json.
-        segments: The parts of the prompt, each {"text": …} or {"pixels": path of a safetensors file}. No BOS token is
-            added to a text that starts with one.
+        checkpoint: The checkpoint's directory, for its tokenizer.
+        segments: The parts of the prompt, each {"text": …} or {"pixels": path of a safetensors file}.
         multimodal: Whether the program takes images.
         max_new_tokens: The maximum number of tokens to generate.
 
     Returns:
         {"response": text without stop tokens, "speed": see _speed(), "threads": the size of ExecuTorch's thread pool}.
+        The Python binding fails on a token that is only part of a character: there, the response ends with "�".
     """
-    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
-    import executorch.kernels.quantized  # noqa: F401 (registers operators)
-    from executorch.extension.llm.runner import (
-        GenerationConfig,
-        MultimodalRunner,
-        TextLLMRunner,
-        make_image_input,
-        make_text_input,
-    )
     from safetensors.torch import load_file
 
     from quantize_gemma.tasks.runtime.patches.private_api import thread_count
 
-    num_bos = 0 if segments[0]["text"].startswith(GEMMA3.bos_token) else 1
-    runner = (MultimodalRunner if multimodal else TextLLMRunner)(program, tokenizer)
-    prompt: Any = segments[0]["text"]
-    if multimodal:
-        prompt = [
-            make_text_input(segment["text"])
-            if "text" in segment
-            else make_image_input(load_file(segment["pixels"])["pixels"])
-            for segment in segments
-        ]
-
-    def generate(most: int) -> tuple[list[str], list[Stats]]:
-        tokens: list[str] = []
-        stats: list[Stats] = []
-        runner.reset()
-        settings = GenerationConfig(max_new_tokens=most, temperature=0.0, echo=False, num_bos=num_bos)
-        # The Python binding fails on a token that is only part of a character; the response ends before that token.
-        with contextlib.suppress(UnicodeDecodeError):
-            runner.generate(prompt, settings, tokens.append, stats.append)
-        return tokens, stats
-
-    tokens, rounds = generate(max_new_tokens)
-    if not tokens:
-        raise StageFailed(
-            "the first token that the program generates is only part of a character, so its speed cannot be measured"
-        )
-    most = max_new_tokens if rounds else len(tokens)
+    runner = load_runner(program, checkpoint, multimodal)
+    parts = [one["text"] if "text" in one else load_file(one["pixels"])["pixels"] for one in segments]
+    inputs = runner_inputs(parts, multimodal, max_new_tokens)
+    tokens: list[str] = []
+    rounds: list[Stats] = []
+    try:
+        runner.generate(*inputs, tokens.append, rounds.append)
+    except UnicodeDecodeError as error:
+        tokens.append(error.object.decode(errors="replace"))
     started = time.monotonic()
     while _decoded(rounds) < DECODED_TOKENS or _decode_seconds(rounds) < DECODE_SECONDS:
-        rounds += generate(most)[1]
+        runner.reset()
+        # Without a callback for the tokens, the binding does not fail.
+        runner.generate(*inputs, None, rounds.append)
         if time.monotonic() - started > MOST_SECONDS:
             break
     response = "".join(tokens)
@@ -158,7 +126,7 @@ def run_program(
         response = response.replace(token, "")
     return {
         "response": response.strip(),
-        "speed": {**_speed(rounds), "generated_tokens": len(tokens)},
+        "speed": _speed(rounds),
         "threads": thread_count(),
     }
 
@@ -166,12 +134,15 @@ def run_program(
 def _speed(rounds: list[Stats]) -> dict[str, float]:
     """Return the mean speed over several generations from the same prompt."""
     prompt_tokens = rounds[0].num_prompt_tokens
+    first_token = sum(stats.first_token_ms - stats.inference_start_ms for stats in rounds) / 1000
     prefill = sum(stats.prompt_eval_end_ms - stats.inference_start_ms for stats in rounds) / 1000
     return {
         "rounds": len(rounds),
         "prompt_tokens": prompt_tokens,
+        # The runner does not count the first token.
+        "generated_tokens": rounds[0].num_generated_tokens + 1,
         "load_seconds": (rounds[0].model_load_end_ms - rounds[0].model_load_start_ms) / 1000,
-        "first_token_seconds": round(prefill / len(rounds), 4),
+        "first_token_seconds": round(first_token / len(rounds), 4),
         "prefill_tokens_per_second": round(prompt_tokens * len(rounds) / max(prefill, 1e-3), 1),
         "decode_tokens_per_second": round(_decoded(rounds) / max(_decode_seconds(rounds), 1e-3), 1),
     }

@@ -14,14 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.models.chat import TEXT_PROMPT, has_chat_template
+from quantize_gemma.tasks.models.chat import TEXT_PROMPT
 from quantize_gemma.tasks.models.checkpoint import end_token_ids
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.metrics import RunnerCheck
 from quantize_gemma.tasks.models.runner_checks import runner_checks
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
-from quantize_gemma.tasks.verify.image_inputs import IMAGE_PROMPT, image_segments, solid_image
+from quantize_gemma.tasks.verify.cpp_runner import format_user_turn, load_runner, num_bos, runner_inputs
+from quantize_gemma.tasks.verify.image_inputs import COLORS, IMAGE_PROMPT, image_segments, solid_image
 from quantize_gemma.tasks.verify.long_prompts import ANSWER_TOKENS, make_prompt
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ FULL_LENGTH = ("full_length",)
 # Enough for any model that ends its turn after answering a short question.
 TURN_TOKENS = 64
 SHORT_QUESTION = "What is the capital of France? Answer with one word."
-COLORS = (30, 50, 220), (220, 30, 30)
 # The maximum number of failures whose messages are kept.
 MAX_EXAMPLES = 5
 # Characters of an answer in a message.
@@ -193,7 +193,7 @@ def run_in_process(program: str, checkpoint: str, lengths: list[int], logits: st
     multimodal = pte.multimodal
     del pte
     gc.collect()  # The program is loaded a second time, and takes as much memory again.
-    runner = _load_runner(program, checkpoint, multimodal)
+    runner = load_runner(program, checkpoint, multimodal)
     order = sorted(range(len(scenarios)), key=lambda number: "conversations" in scenarios[number].checks)
     answers = {number: _ask(runner, scenarios[number], multimodal) for number in order}
     checks = {
@@ -254,10 +254,7 @@ def _make_scenarios(
 
     library = AutoTokenizer.from_pretrained(checkpoint)
     for question, shown in ((TEXT_PROMPT, ("stop", "conversations")), (SHORT_QUESTION, ("stop",))):
-        turn = question
-        if has_chat_template(library):
-            chat = [{"role": "user", "content": question}]
-            turn = str(library.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        turn = format_user_turn(library, question)
         yield Scenario(shown, f"the question {question!r}", [turn], TURN_TOKENS)
     for length in lengths:
         checks: tuple[str, ...] = ("prompts", "past_window") if length < limits.window else ("prompts",)
@@ -284,7 +281,7 @@ def _count(tokenizer: CppHFTokenizer, scenario: Scenario, limits: _Limits) -> in
     """Return the tokens of a prompt."""
     return sum(
         len(tokenizer.encode(one, 0, 0)) if isinstance(one, str) else limits.image for one in scenario.segments
-    ) + _num_bos(scenario.segments[0])
+    ) + num_bos(scenario.segments[0])
 
 
 def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario) -> Expected:
@@ -295,7 +292,7 @@ def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario) -> E
     texts: list[list[int]] = []
     for segment in scenario.segments:
         if isinstance(segment, str):
-            texts.append(tokenizer.encode(segment, 0 if parts else _num_bos(segment), 0))
+            texts.append(tokenizer.encode(segment, 0 if parts else num_bos(segment), 0))
             parts.append(pte.embed_tokens(torch.tensor([texts[-1]])))
         else:
             parts.append(pte.encode_image(segment))
@@ -316,35 +313,15 @@ def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario) -> E
     return Expected(length, ids, tokens, logits, tokens[-1] in pte.eos_ids, mistake)
 
 
-def _num_bos(first: str | Tensor) -> int:
-    """Return the runner's `num_bos` for a prompt: 0 if it starts with a BOS token, as with the chat template."""
-    assert isinstance(first, str), "a prompt begins with a text"
-    return 0 if first.startswith(GEMMA3.bos_token) else 1
-
-
-def _load_runner(program: str, checkpoint: str, multimodal: bool) -> MultimodalRunner | TextLLMRunner:
-    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
-    import executorch.kernels.quantized  # noqa: F401 (registers operators)
-    from executorch.extension.llm.runner import MultimodalRunner, TextLLMRunner
-
-    return (MultimodalRunner if multimodal else TextLLMRunner)(program, f"{checkpoint}/tokenizer.json")
-
-
 def _ask(runner: MultimodalRunner | TextLLMRunner, scenario: Scenario, multimodal: bool) -> Answer:
     """Return the runner's greedy answer in a new conversation. Raises StageFailed if it fails."""
-    from executorch.extension.llm.runner import GenerationConfig, make_image_input, make_text_input
-
-    first = scenario.segments[0]
-    config = GenerationConfig(
-        max_new_tokens=scenario.max_new_tokens, temperature=0.0, echo=False, num_bos=_num_bos(first)
-    )
     tokens: list[bytes] = []
     stats: list[Stats] = []
     is_cut_off = False
     runner.reset()
     try:
-        prompt = [make_text_input(one) if isinstance(one, str) else make_image_input(one) for one in scenario.segments]
-        runner.generate(prompt if multimodal else first, config, lambda one: tokens.append(one.encode()), stats.append)
+        inputs = runner_inputs(scenario.segments, multimodal, scenario.max_new_tokens)
+        runner.generate(*inputs, lambda one: tokens.append(one.encode()), stats.append)
     except RuntimeError as error:
         name = _runner_name(multimodal)
         raise StageFailed(f"the program fails in {name} on {scenario.title}: {error}") from None

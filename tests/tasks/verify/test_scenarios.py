@@ -254,6 +254,6 @@ def run_without_reset(release: str) -> dict[str, Any]:
                 self.runner.generate(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(stage, "_load_runner", Remembering)
+        patch.setattr(stage, "load_runner", Remembering)
         result = stage.run_in_process(f"{release}/model.pte", release, [64], f"{folder}/logits.safetensors")
     return {"failed": [check["name"] for check in result["checks"] if check["failed"]]}

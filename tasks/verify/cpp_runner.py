@@ -1,0 +1,55 @@
+"""ExecuTorch's C++ runner, which phone apps use: load it, and what it takes for a greedy answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from quantize_gemma.tasks.models.chat import has_chat_template
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+
+if TYPE_CHECKING:
+    from executorch.extension.llm.runner import GenerationConfig, MultimodalInput, MultimodalRunner, TextLLMRunner
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_runner(program: str, checkpoint: str, multimodal: bool) -> MultimodalRunner | TextLLMRunner:
+    """Return a runner of the file `program`, with the checkpoint's tokenizer."""
+    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
+    import executorch.kernels.quantized  # noqa: F401 (registers operators)
+    from executorch.extension.llm.runner import MultimodalRunner, TextLLMRunner
+
+    return (MultimodalRunner if multimodal else TextLLMRunner)(program, f"{checkpoint}/tokenizer.json")
+
+
+def runner_inputs(
+    segments: Sequence[str | Tensor], multimodal: bool, max_new_tokens: int
+) -> tuple[str | Tensor | list[MultimodalInput], GenerationConfig]:
+    """Return a runner's prompt, and its configuration for a greedy answer.
+
+    Args:
+        segments: The parts of the prompt: texts, and the pixels of images, [1, channels, height, width].
+        multimodal: Whether the program takes images; if not, there is one segment.
+        max_new_tokens: The maximum number of tokens to generate.
+    """
+    from executorch.extension.llm.runner import GenerationConfig, make_image_input, make_text_input
+
+    config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0, echo=False, num_bos=num_bos(segments[0]))
+    if not multimodal:
+        return segments[0], config
+    return [make_text_input(one) if isinstance(one, str) else make_image_input(one) for one in segments], config
+
+
+def num_bos(first: str | Tensor) -> int:
+    """Return the runner's `num_bos` for a prompt: 0 if it starts with a BOS token, as with the chat template."""
+    assert isinstance(first, str), "a prompt begins with a text"
+    return 0 if first.startswith(GEMMA3.bos_token) else 1
+
+
+def format_user_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return a text as the user's turn in the chat template; the text itself if there is no template."""
+    if not has_chat_template(tokenizer):
+        return text
+    chat = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
