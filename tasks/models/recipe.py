@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
@@ -29,17 +29,6 @@ REASONS = {
     "int_type": "must be a positive integer or null",
     "dataclass_type": "must be an object",
     "missing": "is missing",
-    "unexpected_keyword_argument": "is not a field of a rule: use match, weight, group_size, activation, algorithm",
-}
-CALIBRATION_REASONS = {
-    "int_type": "must be an integer",
-    "unexpected_keyword_argument": (
-        "is not a setting of a calibration: use sequences, answers, length, damping, order, compensation"
-    ),
-}
-DISTILLATION_REASONS = {
-    "int_type": "must be an integer",
-    "unexpected_keyword_argument": "is not a setting of a distillation: use sequences, steps, learning_rate",
 }
 RECIPES = Path(__file__).parent / "recipes"
 # `affine` and `hqq_scale_only` are torchao's `intx_choose_qparams_algorithm`; `search` needs no data either; `gptq`
@@ -142,6 +131,8 @@ class Distillation:
 class Recipe:
     """A name, rules that match every quantizable module exactly once, and calibration and distillation settings."""
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
     name: str
     rules: tuple[Rule, ...]
     description: str | None = None
@@ -166,6 +157,14 @@ class Recipe:
         return value if self.description is None else {**value, "description": self.description}
 
 
+# The fields of a recipe that have fields themselves.
+PARTS: dict[str, type[Rule | Calibration | Distillation | Recipe]] = {
+    "rules": Rule,
+    "calibration": Calibration,
+    "distillation": Distillation,
+}
+
+
 def load_recipe(name: str) -> Recipe:
     """Load the built-in recipe with this name, or the recipe in the JSON file at this path.
 
@@ -187,9 +186,11 @@ def load_recipe(name: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         reason = REASONS.get(first["type"]) or f"is not valid ({first['msg']})"
-        if first["loc"][0] in ("calibration", "distillation"):
-            reasons = CALIBRATION_REASONS if first["loc"][0] == "calibration" else DISTILLATION_REASONS
-            reason = reasons.get(first["type"], reason)
+        if first["type"] == "unexpected_keyword_argument":
+            part = PARTS.get(str(first["loc"][0]), Recipe)
+            reason = f"is not a field of a {part.__name__.lower()}: use {', '.join(each.name for each in fields(part))}"
+        if first["type"] == "int_type" and first["loc"][0] != "rules":
+            reason = "must be an integer"
         if first["type"] == "literal_error":
             reason = f"must be {first['ctx']['expected']}"
         _refuse(path, content, first["loc"], reason)

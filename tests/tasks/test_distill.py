@@ -216,7 +216,7 @@ def file(tmp_path: Path) -> Path:
     [
         ({"distillation": {"steps": 0}}, "distillation needs sequences >= 2, steps >= 1"),
         ({"distillation": {"learning_rate": 1.5}}, "0 < learning_rate < 1"),
-        ({"distillation": {"epochs": 3}}, "distillation.epochs is not a setting of a distillation"),
+        ({"distillation": {"epochs": 3}}, "distillation.epochs is not a field of a distillation: use sequences, steps"),
         ({"distillation": {"steps": "many"}}, "distillation.steps must be an integer"),
     ],
 )

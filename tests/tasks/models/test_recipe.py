@@ -53,10 +53,11 @@ def write(folder: Path, recipe: Any) -> str:
         ({"name": "a", "rules": [RULE], "calibration": {}}, ["calibration", "remove"]),
         ({"name": "a", "rules": [GPTQ], "calibration": {"answers": -1}}, ["calibration", "answers >= 0"]),
         ({"name": "a", "rules": [GPTQ], "calibration": {"damping": 0.0}}, ["calibration", "0 < damping"]),
-        ({"name": "a", "rules": [GPTQ], "calibration": {"size": 1}}, ["calibration.size"]),
+        ({"name": "a", "rules": [GPTQ], "calibration": {"size": 1}}, ["calibration.size is not a field"]),
         ({"name": "a", "rules": [GPTQ | {"group_size": None}], "calibration": {}}, ["linear", "group_size"]),
         ({"name": "a", "rules": [GPTQ | {"match": "embedding"}], "calibration": {}}, ["match", "linear or lm_head"]),
         ({"name": "a", "rules": ["linear"]}, ["linear", "object"]),
+        ({"name": "a", "rules": [RULE], "distilation": {}}, ["distilation is not a field of a recipe", "distillation"]),
     ],
 )
 def test_an_invalid_recipe_is_rejected_in_one_sentence(recipe: Any, words: list[str], tmp_path: Path) -> None:
