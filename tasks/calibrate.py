@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize_gemma.tasks.models.calibration import DISTILLATION, PROMPTS, write_calibration
+from quantize_gemma.tasks.models.calibration import DISTILLATION, PROMPTS, check_size, write_calibration
 from quantize_gemma.tasks.models.chat import has_chat_template
 from quantize_gemma.tasks.models.recipe import ANSWER_BATCH
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -58,8 +58,8 @@ def calibrate(
         distilled: The number of sequences of the text to distill on; 0 for a recipe without distillation.
 
     Raises:
-        UserError: The text is too short, is not UTF-8, has changed, or shares OVERLAP tokens in a row with the
-            fidelity text.
+        UserError: The text is too short or too long, is not UTF-8, has changed, or shares OVERLAP tokens in a row with
+            the fidelity text.
     """
     from transformers import AutoTokenizer
 
@@ -83,15 +83,14 @@ def calibrate(
         conversations = answer_prompts(checkpoint, tokenizer, answers * (length - 1))
         answer_windows = spread_windows(conversations, tokenizer.bos_token_id, answers, length)
     write_calibration(target, windows + answer_windows)
-    if distilled and len(answer_windows) + len(windows) < 2:
-        raise UserError(
-            "the calibration text is only one sequence long, and distillation needs another to measure on: "
-            "use a longer text"
-        )
     if distilled:
-        write_calibration(
-            target, spread_windows(tokens, tokenizer.bos_token_id, distilled, length) + answer_windows, DISTILLATION
-        )
+        distillation_windows = spread_windows(tokens, tokenizer.bos_token_id, distilled, length) + answer_windows
+        if len(distillation_windows) < 2:
+            raise UserError(
+                "the calibration text is only one sequence long, and distillation needs another to measure on: "
+                "use a longer text"
+            )
+        write_calibration(target, distillation_windows, DISTILLATION)
     counts = {"sequences": len(windows), "answers": len(answer_windows), "length": length}
     return {"metadata": {**counts, "tokens": (len(windows) + len(answer_windows)) * length}}
 
@@ -105,13 +104,15 @@ def read_dataset(folder: Path) -> str:
     """Return the contents of a dataset's files as one text, in the order of the file names.
 
     Raises:
-        UserError: There are no files, or a parquet file has no `text` column of strings.
+        UserError: There are no files, they are too large, or a parquet file has no `text` column of strings.
     """
     import pyarrow
     import pyarrow.parquet
 
     texts = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    check_size(files)
+    for path in files:
         if path.suffix != ".parquet":
             texts.append(_read_text(path))
             continue
@@ -167,10 +168,11 @@ def answer_prompts(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, count: 
     """
     import torch
 
-    from quantize_gemma.tasks.models.checkpoint import drop_vision_encoder, load_model
+    from quantize_gemma.tasks.models.checkpoint import drop_vision_encoder, end_token_ids, load_model
 
     model = load_model(checkpoint, torch.bfloat16)
     drop_vision_encoder(model)
+    stop_tokens = end_token_ids(checkpoint)
     tokens: list[int] = []
     for first in range(0, len(PROMPTS), ANSWER_BATCH):
         if len(tokens) >= count:
@@ -186,9 +188,13 @@ def answer_prompts(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, count: 
         inputs.pop("token_type_ids", None)
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)
-        # Padding is on the left of a prompt and on the right of a finished answer.
-        special = {tokenizer.pad_token_id, tokenizer.bos_token_id}
-        tokens += [token for row in output.tolist() for token in row if token not in special]
+        # Padding is on the left of a prompt. After an answer, it can be a stop token.
+        width = inputs["input_ids"].shape[1]
+        for mask, row in zip(inputs["attention_mask"].bool(), output, strict=True):
+            answer = row[width:].tolist()
+            end = next((count for count, token in enumerate(answer, 1) if token in stop_tokens), None)
+            conversation = row[:width][mask].tolist() + answer[:end]
+            tokens += [token for token in conversation if token != tokenizer.bos_token_id]
         report_progress(min(first + ANSWER_BATCH, len(PROMPTS)), len(PROMPTS), "prompts")
     return tokens
 

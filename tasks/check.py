@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from quantize_gemma.tasks.models.calibration import parse_source
+from quantize_gemma.tasks.models.calibration import check_size, parse_source
 from quantize_gemma.tasks.models.checkpoint import (
     check_weights,
     local_checkpoint,
@@ -127,7 +127,10 @@ def check_run(
 
 
 def check_calibration(recipe: Recipe, text: str | None) -> None:
-    """Raise UserError unless a calibrated recipe has a calibration text or dataset, and any other recipe has none."""
+    """Raise UserError unless a calibrated recipe has a calibration text or dataset, and any other recipe has none.
+
+    A text file that does not exist or is too large is an error, too.
+    """
     if recipe.calibration is not None and text is None:
         raise UserError(
             f"the recipe {recipe.name} needs calibration data: set --calibration to a text file or a Hub dataset"
@@ -135,10 +138,14 @@ def check_calibration(recipe: Recipe, text: str | None) -> None:
     if recipe.calibration is None and text is not None:
         raise UserError(f"the recipe {recipe.name} needs no calibration: leave out --calibration")
     source = parse_source(text) if text is not None else None
-    if source is not None and not source.on_hub and not Path(source.name).is_file():
-        raise UserError(
-            f"there is no calibration text at {text}: use the path of a text file, or ORG/NAME of a dataset on the Hub"
-        )
+    if source is not None and not source.on_hub:
+        path = Path(source.name)
+        if not path.is_file():
+            raise UserError(
+                f"there is no calibration text at {text}: use the path of a text file, or ORG/NAME of a dataset on the "
+                "Hub"
+            )
+        check_size([path])
 
 
 def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:

@@ -1,12 +1,17 @@
 """Calibration data: the source, and the token file that `calibrate` writes and other stages read."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from quantize_gemma.tasks.runtime.errors import UserError
 
 FILE = "calibration.json"
 # The file of the sequences that a distilled recipe trains on.
 DISTILLATION = "distillation.json"
+# The text is tokenized at once, which takes up to a hundred times its size in memory; a distillation uses 0.6 MB of it.
+MAX_BYTES = 16_000_000
 # The default patterns of a dataset's files.
 DATASET_FILES = ("*.parquet", "*.txt")
 # Prompts for a base model with a chat template. None of them is also a fidelity prompt.
@@ -68,6 +73,16 @@ def parse_source(text: str) -> CalibrationSource:
     source, _, files = text.partition(":")
     name, _, revision = source.partition("@")
     return CalibrationSource(name, True, revision or None, files or None)
+
+
+def check_size(files: Iterable[Path]) -> None:
+    """Raise UserError if the files of a calibration text are too large."""
+    size = sum(path.stat().st_size for path in files)
+    if size > MAX_BYTES:
+        raise UserError(
+            f"the calibration text has {size / 1e6:,.0f} MB, and at most {MAX_BYTES / 1e6:.0f} MB can be tokenized: "
+            "use a shorter one, or fewer files of the dataset, as in ORG/NAME:FILES"
+        )
 
 
 def write_calibration(target: Path, sequences: list[list[int]], file: str = FILE) -> None:

@@ -146,6 +146,10 @@ def test_a_single_sequence_is_too_little_to_train_and_to_measure_on(inputs: dict
     text = str(tmp_path / "text.txt")
     with pytest.raises(UserError, match="distillation needs another to measure on"):
         calibrate(tmp_path, inputs["base"], 8, 10, text=text, digest=digest_text(text), distilled=8)
+    # A recipe may calibrate on a single sequence of a text that is long enough to distill on.
+    (tmp_path / "text.txt").write_text("Several sequences of a few words are here. " * 4)
+    calibrate(tmp_path, inputs["base"], 1, 10, text=text, digest=digest_text(text), distilled=2)
+    assert len(read_calibration(tmp_path, DISTILLATION)) == 2
 
 
 def test_a_training_that_diverges_says_so_and_keeps_nothing(

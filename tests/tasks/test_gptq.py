@@ -1,6 +1,8 @@
 """GPTQ is what its definition says, in our format, and continues at the block where it was."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,15 @@ from transformers import AutoTokenizer
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.calibrate import (
     OVERLAP,
+    answer_prompts,
     calibrate,
     digest_text,
     find_overlap,
     read_dataset,
     spread_windows,
 )
-from quantize_gemma.tasks.models.calibration import CalibrationSource, parse_source, read_calibration
+from quantize_gemma.tasks.check import check_calibration
+from quantize_gemma.tasks.models.calibration import MAX_BYTES, CalibrationSource, parse_source, read_calibration
 from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
 from quantize_gemma.tasks.models.recipe import Calibration, load_recipe
 from quantize_gemma.tasks.quantize import blocks, gptq, quantize
@@ -419,6 +423,28 @@ def test_the_base_models_own_answers_are_added_in_the_chat_template(untied: Path
     assert output["metadata"] == {"sequences": 2, "answers": 2, "length": 16, "tokens": 64}
     assert {len(row) for row in rows} == {16}
     assert tokenizer.decode(rows[2]).startswith("<bos><start_of_turn>user")
+
+
+def test_answers_end_with_their_stop_token_whatever_fills_the_batch(untied: Path, tmp_path: Path) -> None:
+    """As in a fine-tune without a pad_token_id, where transformers fills the batch with <eos>."""
+    model = shutil.copytree(untied, tmp_path / "model")
+    config = json.loads((model / "generation_config.json").read_text())
+    del config["pad_token_id"]
+    (model / "generation_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    assert answer_prompts(model, tokenizer, 1) == answer_prompts(untied, tokenizer, 1)
+
+
+def test_a_text_that_is_too_large_to_be_tokenized_is_refused(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        with (tmp_path / name).open("wb") as stream:
+            os.truncate(stream.fileno(), MAX_BYTES)
+    check_calibration(load_recipe("GPTQ-INT8-INT4"), str(tmp_path / "a.txt"))
+    with pytest.raises(UserError, match="has 32 MB, and at most 16 MB can be tokenized"):
+        read_dataset(tmp_path)
+    os.truncate(tmp_path / "a.txt", MAX_BYTES + 1)
+    with pytest.raises(UserError, match="use a shorter one"):
+        check_calibration(load_recipe("GPTQ-INT8-INT4"), str(tmp_path / "a.txt"))
 
 
 def test_a_dataset_is_read_from_text_and_parquet_files_in_order(tmp_path: Path) -> None:
