@@ -40,7 +40,7 @@ ZERO = np.float32(0)
 
 
 @dataclass(frozen=True)
-class Quantized(Generic[Array]):
+class QuantizedChunk(Generic[Array]):
     """Some rows of a matrix, quantized, as numpy arrays or torch tensors.
 
     Attributes:
@@ -48,7 +48,7 @@ class Quantized(Generic[Array]):
         scales: float32, [rows, groups].
         changes: float32, [ITERATIONS]: the largest relative change of a scale in every iteration, 0 after the last one
             that changed anything.
-        error: The sum of the squared weight errors, in float64.
+        error: The sum of the squared weight errors with the scales in bfloat16, in float64.
         square: The sum of the squared weights, in float64; NaN or infinite if a weight is.
     """
 
@@ -60,13 +60,12 @@ class Quantized(Generic[Array]):
 
 
 def quantize_chunk(
-    weight: "Floats | npt.NDArray[np.uint16]", group_size: int, dtype: str, lanes: int, iterations: int = ITERATIONS
-) -> "Quantized[npt.NDArray[Any]]":
+    weight: npt.NDArray[np.uint16], group_size: int, dtype: str, lanes: int, iterations: int
+) -> "QuantizedChunk[npt.NDArray[Any]]":
     """Quantize some rows of a matrix on the CPU.
 
     Args:
-        weight: [rows, columns], contiguous: float32, or uint16 for the bits of bfloat16; then the error is that of
-            scales stored in bfloat16.
+        weight: The bits of bfloat16 numbers, [rows, columns], contiguous.
         group_size: The number of columns that share a scale.
         dtype: int4 or int8.
         lanes: `sum_lanes()`; no group may be shorter.
@@ -80,15 +79,17 @@ def quantize_chunk(
     sums = np.zeros(2, np.float64)
     low, high = (np.float32(bound) for bound in BOUNDS[dtype])
     kernel = _quantize_side_by_side if group_size <= SIDE_BY_SIDE else _quantize_one_by_one
-    kernel(groups, weight.dtype == np.uint16, low, high, iterations, lanes, integers, scales, changes, sums)
+    kernel(groups, low, high, iterations, lanes, integers, scales, changes, sums)
     shape = rows, columns // group_size
-    return Quantized(integers.reshape(rows, columns), scales.reshape(shape), changes, float(sums[0]), float(sums[1]))
+    return QuantizedChunk(
+        integers.reshape(rows, columns), scales.reshape(shape), changes, float(sums[0]), float(sums[1])
+    )
 
 
 def quantize_chunk_with_torch(
-    weight: "torch.Tensor", group_size: int, dtype: str, iterations: int = ITERATIONS
-) -> "Quantized[torch.Tensor]":
-    """Do what quantize_chunk does, with torch's operations in the same order, on the device of `weight`."""
+    weight: "torch.Tensor", group_size: int, dtype: str, iterations: int
+) -> "QuantizedChunk[torch.Tensor]":
+    """Do what quantize_chunk does, with torch's operations in the same order, on the device of `weight`, bfloat16."""
     import torch
 
     low, high = BOUNDS[dtype]
@@ -105,7 +106,7 @@ def quantize_chunk_with_torch(
     integers = (groups / scales.unsqueeze(-1)).round().clamp(low, high)
     error = (integers * scales.to(weight.dtype).float().unsqueeze(-1) - groups).double().square().sum()
     square = groups.double().square().sum()
-    return Quantized(integers.flatten(1).to(torch.int8), scales, changes, float(error), float(square))
+    return QuantizedChunk(integers.flatten(1).to(torch.int8), scales, changes, float(error), float(square))
 
 
 def iterations_needed(changes: Sequence[Floats]) -> int:
@@ -162,8 +163,7 @@ def _round_to_nearest(weight: np.float32, scale: np.float32, low: np.float32, hi
 
 @_compiled(cache=True, error_model="numpy")
 def _quantize_side_by_side(
-    groups: "Floats | npt.NDArray[np.uint16]",
-    halves: bool,
+    groups: npt.NDArray[np.uint16],
     low: np.float32,
     high: np.float32,
     iterations: int,
@@ -196,12 +196,8 @@ def _quantize_side_by_side(
         # The last group fills up the last block.
         for g in range(WIDTH):
             group = min(first + g, count - 1)
-            if halves:
-                for k in range(length):
-                    bits[k, g] = np.uint32(groups[group, k]) << np.uint32(16)
-            else:
-                for k in range(length):
-                    weight[k, g] = groups[group, k]
+            for k in range(length):
+                bits[k, g] = np.uint32(groups[group, k]) << np.uint32(16)
         scale[:] = ZERO
         for k in range(length):
             for g in range(WIDTH):
@@ -262,7 +258,8 @@ def _quantize_side_by_side(
                 if not is_settled:
                     quantized[k, g] = _round_to_nearest(weight[k, g], scale[g], low, high)
         group_count = min(WIDTH, count - first)
-        _store_scales(scale, stored_scale, halves)
+        stored_scale[:] = scale
+        round_to_bfloat16(stored_scale.view(np.uint32))
         for g in range(group_count, WIDTH):
             stored_scale[g] = ZERO
             for k in range(length):
@@ -283,8 +280,7 @@ def _quantize_side_by_side(
 
 @_compiled(cache=True, error_model="numpy")
 def _quantize_one_by_one(
-    groups: "Floats | npt.NDArray[np.uint16]",
-    halves: bool,
+    groups: npt.NDArray[np.uint16],
     low: np.float32,
     high: np.float32,
     iterations: int,
@@ -302,19 +298,14 @@ def _quantize_one_by_one(
     weight = np.empty(length, np.float32)
     bits = weight.view(np.uint32)
     quantized = np.empty(length, np.float32)
-    scale_array = np.empty(1, np.float32)
     stored_scale = np.empty(1, np.float32)
     errors = np.zeros(WIDTH, np.float64)
     squares = np.zeros(WIDTH, np.float64)
     accumulators = np.empty((4, 4 * lanes), np.float32)
     largest = max(-low, high)
     for group in range(count):
-        if halves:
-            for k in range(length):
-                bits[k] = np.uint32(groups[group, k]) << np.uint32(16)
-        else:
-            for k in range(length):
-                weight[k] = groups[group, k]
+        for k in range(length):
+            bits[k] = np.uint32(groups[group, k]) << np.uint32(16)
         scale = ZERO
         for k in range(length):
             scale = max(scale, abs(weight[k]))
@@ -334,8 +325,8 @@ def _quantize_one_by_one(
                 is_settled = True
                 break
         scales[group] = scale
-        scale_array[0] = scale
-        _store_scales(scale_array, stored_scale, halves)
+        stored_scale[0] = scale
+        round_to_bfloat16(stored_scale.view(np.uint32))
         for k in range(length):
             if not is_settled:
                 quantized[k] = _round_to_nearest(weight[k], scale, low, high)
@@ -348,14 +339,6 @@ def _quantize_one_by_one(
     for k in range(WIDTH):
         sums[0] += errors[k]
         sums[1] += squares[k]
-
-
-@_compiled(cache=True)
-def _store_scales(scale: Floats, target: Floats, halves: bool) -> None:
-    """Set `target` to the stored scales: rounded to bfloat16, ties to even, if `halves`."""
-    target[:] = scale
-    if halves:
-        round_to_bfloat16(target.view(np.uint32))
 
 
 @_compiled(cache=True)
