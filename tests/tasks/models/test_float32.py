@@ -1,5 +1,7 @@
 """Float32 products are fast where that costs no digit."""
 
+import math
+
 import pytest
 import torch
 
@@ -17,8 +19,12 @@ def test_products_are_as_exact_as_float32_and_the_setting_is_restored() -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
-def test_a_processor_that_would_compute_in_bfloat16_keeps_the_exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("largest_error", "changes"), [(math.inf, True), (0.0, False)])
+def test_onednn_multiplies_unless_the_processor_would_compute_in_bfloat16(
+    largest_error: float, changes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
-    monkeypatch.setattr(float32, "EXACT", 0.0)
+    assert before != "bf16"
+    monkeypatch.setattr(float32, "EXACT", largest_error)
     with fast_products():
-        assert torch.backends.mkldnn.matmul.fp32_precision == before
+        assert torch.backends.mkldnn.matmul.fp32_precision == ("bf16" if changes else before)
