@@ -30,8 +30,8 @@ RECIPE = "GPTQ-INT8-INT4"
 
 def random_block(
     shape: str, settings: Calibration, device: str
-) -> tuple[tuple[Block, Block], tuple[HiddenStates, HiddenStates], dict[str, Rule]]:
-    """Return random inputs of quantize_block(): a block with full attention, hidden states, and rules."""
+) -> tuple[tuple[Block, Block], tuple[HiddenStates, HiddenStates], Rule]:
+    """Return random inputs of quantize_block(): a block with full attention, hidden states, and a rule."""
     import torch
     from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
@@ -51,7 +51,7 @@ def random_block(
     states = HiddenStates(hidden, folder, device), HiddenStates(hidden + 0.01, folder, device)
     pair = Block(config, number, weights), Block(config, number, weights)
     rule = next(rule for rule in load_recipe(RECIPE).rules if rule.algorithm == "gptq")
-    return pair, states, dict.fromkeys(pair[0].linears, rule)
+    return pair, states, rule
 
 
 def text_config(shape: str) -> Gemma3TextConfig:
@@ -72,11 +72,11 @@ def quantize_one_block(shape: str, sequences: int, device: str) -> dict[str, Any
     from quantize_gemma.tasks.quantize.blocks import quantize_block
 
     settings = Calibration(sequences=sequences, answers=0)
-    pair, states, rules = random_block(shape, settings, device)
+    pair, states, rule = random_block(shape, settings, device)
     # A previous call has compiled the kernels.
     start = time.monotonic()
     with torch.no_grad(), fast_products():
-        quantize_block(pair, states, rules, settings)
+        quantize_block(pair, states, rule, settings)
     seconds = time.monotonic() - start
     config, recipe = text_config(shape), replace(load_recipe(RECIPE), calibration=settings)
     speed = measure_speed()

@@ -2,9 +2,10 @@
 
 Weights are streamed from the base checkpoint's files to the quantized file a few rows at a time (writer.py), with one
 function per algorithm (algorithms.py), so that memory does not depend on the size of the model or of its largest
-matrix. The output is byte-identical to that of `quantize_`, `flatten_tensor_state_dict`, and safetensors' `save_file`.
-The tensors' keys follow the Hub's layout of the base checkpoint, and the metadata contains the module names of both the
-installed and newer versions of transformers, so that both load the file.
+matrix; `gptq` calibrates one decoder block at a time before (calibrated.py). With torchao's algorithms, `affine` and
+`hqq_scale_only`, the tensors are byte-identical to those of `quantize_`, `flatten_tensor_state_dict`, and safetensors'
+`save_file`. Their keys follow the Hub's layout of the base checkpoint, and the metadata contains the module names of
+both the installed and newer versions of transformers, so that both load the file.
 (Section "Quantization" of PyTorch's card.)
 """
 
@@ -22,7 +23,6 @@ from quantize_gemma.tasks.models.checkpoint import (
     read_config,
     read_header,
 )
-from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.load_check import check_shapes
 from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide, packed_bytes, recipe_hash, torchao_config
@@ -133,9 +133,8 @@ def _quantize_decoder(
 
     from quantize_gemma.tasks.quantize.calibrated import Blocks, digest_tokens, quantize_decoder
 
-    config = AutoConfig.from_pretrained(checkpoint, attn_implementation="sdpa")
-    check_shapes(checkpoint, config, {name: source.shape for name, source in sources.items()})
-    config = config.get_text_config()
+    shapes = {name: source.shape for name, source in sources.items()}
+    check_shapes(checkpoint, AutoConfig.from_pretrained(checkpoint), shapes)
     tokens = torch.tensor(read_calibration(calibration))
     # A block depends neither on the head's rule nor on the vision tower's: recipes that differ only there share it.
     block_rules = [
@@ -152,8 +151,7 @@ def _quantize_decoder(
         "threads": torch.get_num_threads(),
     }
     blocks = Blocks(root, identity, refresh)
-    with fast_products():
-        quantize_decoder(config, sources, rules, recipe, tokens, blocks, device)
+    quantize_decoder(checkpoint, sources, rules, recipe, tokens, blocks, device)
     return blocks
 
 

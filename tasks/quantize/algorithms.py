@@ -23,8 +23,8 @@ class QuantizedRows:
     """Some rows of a matrix, quantized.
 
     Attributes:
-        tensors: The tensors to store: "qdata", int8, [rows, columns], and "scale", [rows, groups], in the weight's
-            dtype. "zero_point" may be missing if it is zero, because the file is initialized with zeros.
+        tensors: The tensors to store: "qdata", int8, [rows, columns], and "scale", bfloat16, [rows, groups].
+            "zero_point" may be missing if it is zero, because the file is initialized with zeros.
         error: The sum of the squared weight errors.
         square: The sum of the squared weights; NaN or infinite if a weight is.
         changes: For hqq_scale_only, the largest change of a scale in every iteration; see hqq.py.
@@ -42,11 +42,16 @@ def quantize_rows(rows: "torch.Tensor", rule: Rule, device: str, iterations: int
     """Quantize some rows of a matrix with the rule's algorithm.
 
     Args:
-        rows: The weights, [rows, columns], on the CPU: in bfloat16, or for exact in the checkpoint's dtype.
+        rows: The weights, [rows, columns], on the CPU, in the checkpoint's dtype. All algorithms but exact round them
+            to bfloat16 first.
         rule: How the matrix is quantized.
         device: Where to compute: cpu or cuda.
         iterations: The result of `iterations_to_repeat` when the rows are quantized a second time.
     """
+    import torch
+
+    if rule.algorithm != "exact":
+        rows = rows.to(torch.bfloat16)
     match rule.algorithm:
         case "affine":
             return _affine(rows, rule, device)
@@ -122,10 +127,14 @@ def _exact(rows: "torch.Tensor", rule: Rule) -> QuantizedRows:
 
 def measure_rows(tensors: "dict[str, torch.Tensor]", rows: "torch.Tensor") -> QuantizedRows:
     """Return quantized rows with the sums of the squared errors and weights."""
-    group_size = rows.shape[1] // tensors["scale"].shape[1]
-    quantized = tensors["qdata"] * tensors["scale"].float().repeat_interleave(group_size, 1)
+    quantized = dequantize(tensors["qdata"], tensors["scale"])
     error = float((quantized - rows.float()).double().square().sum())
     return QuantizedRows(tensors, error, float(rows.double().square().sum()))
+
+
+def dequantize(integers: "torch.Tensor", scales: "torch.Tensor") -> "torch.Tensor":
+    """Return integers, [rows, columns], times scales, [rows, groups], in float32."""
+    return integers * scales.float().repeat_interleave(integers.shape[1] // scales.shape[1], 1)
 
 
 def _hqq_scale_only(rows: "torch.Tensor", rule: Rule, device: str, iterations: int | None) -> QuantizedRows:
@@ -146,4 +155,4 @@ def _hqq_scale_only(rows: "torch.Tensor", rule: Rule, device: str, iterations: i
         integers, scales = chunk_on_device.integers.cpu(), chunk_on_device.scales
         changes = chunk_on_device.changes.cpu().numpy()
         error, square = chunk_on_device.error, chunk_on_device.square
-    return QuantizedRows({"qdata": integers, "scale": scales.to(rows.dtype).cpu()}, error, square, changes)
+    return QuantizedRows({"qdata": integers, "scale": scales.bfloat16().cpu()}, error, square, changes)

@@ -8,20 +8,22 @@ Peak memory is a block's weights as they are stored, and two matrices of the siz
 and the cross products, later its factor. To achieve this, hidden states are on disk, down_proj's inputs are computed
 twice instead of stored, and weights are converted to float32 a few rows at a time.
 
-The blocks run, and Hessians are summed and inverted, on the device of the weights and the hidden states; gptq.py rounds
-on the CPU.
+The blocks run, and Hessians are summed and inverted, on the device of the weights and the hidden states. Compensation,
+rounding, and measuring the error run on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from quantize_gemma.tasks.models.recipe import CHUNK_ELEMENTS, Calibration, Rule
 from quantize_gemma.tasks.quantize import gptq
+from quantize_gemma.tasks.quantize.algorithms import dequantize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +58,7 @@ class QuantizedMatrix:
     def dequantize(self, first: int = 0, count: int | None = None) -> Tensor:
         """Return `count` rows of the weights, starting at `first` (default: all), in float32, [rows, columns]."""
         rows = slice(first, None if count is None else first + count)
-        size = self.integers.shape[1] // self.scales.shape[1]
-        return self.integers[rows] * self.scales[rows].float().repeat_interleave(size, 1)
+        return dequantize(self.integers[rows], self.scales[rows])
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,14 @@ class StoredLinear(torch.nn.Module):
         for first in range(0, rows, step):
             outputs[..., first : first + step] = inputs @ self.rows(first, step).T
         return outputs
+
+
+def load_text_config(checkpoint: Path) -> Gemma3TextConfig:
+    """Return the configuration of a checkpoint's decoder, with the attention that a Block computes with."""
+    from transformers import AutoConfig
+
+    config: Gemma3TextConfig = AutoConfig.from_pretrained(checkpoint, attn_implementation="sdpa").get_text_config()
+    return config
 
 
 class Block:
@@ -242,7 +251,7 @@ def run_full_block(block: Block, hidden: Tensor | HiddenStates) -> Iterator[Step
 def quantize_block(
     blocks: tuple[Block, Block],
     hidden: tuple[HiddenStates, HiddenStates],
-    rules: dict[str, Rule],
+    rule: Rule,
     settings: Calibration,
 ) -> dict[str, QuantizedMatrix]:
     """Quantize a block's linears, and replace its inputs, [sequences, length, width], with its outputs.
@@ -251,21 +260,19 @@ def quantize_block(
         blocks: The block twice: the linears of the first one are quantized, those of the second one are not.
         hidden: The hidden states of the calibration tokens after the preceding quantized blocks, and after the
             preceding full-precision blocks.
-        rules: The rule of each linear that GPTQ quantizes, by its name in the block; other linears do not change.
+        rule: The rule of the block's linears.
         settings: The recipe's calibration settings.
+
+    Returns:
+        The quantized linears, by their names in the block.
     """
+    assert rule.group_size is not None, f"{rule} has no group size"
     matrices: dict[str, QuantizedMatrix] = {}
     block, full_block = blocks
     steps = zip(run_block(block, hidden[0]), run_full_block(full_block, hidden[1]), strict=True)
     for (names, inputs), (_, targets) in steps:
         moments = Moments.from_pieces(inputs, targets)
-        chosen_names = [name for name in names if name in rules]
-        if not chosen_names:
-            continue
-        # A recipe calibrates all linears with the same rule, or not at all.
-        rule = rules[chosen_names[0]]
-        assert rule.group_size is not None, f"{rule} has no group size"
-        linears = {name: block.linears[name] for name in chosen_names}
+        linears = {name: block.linears[name] for name in names}
         for name, quantize in prepare_linears(linears, moments, rule.group_size, settings).items():
             matrices[name] = quantize()
             device = linears[name].weight.device
@@ -312,12 +319,12 @@ def prepare_linears(
                 return weight, shifts[name][first : first + count]
             return weight, weight @ cross_on_cpu
 
-        return quantize_matrix(read_rows, linear.weight.shape[0], curvature, settings)
+        return compensate_and_quantize(read_rows, linear.weight.shape[0], curvature, settings)
 
     return {name: lambda name=name: quantize(name) for name in linears}  # type: ignore[misc]
 
 
-def quantize_matrix(
+def compensate_and_quantize(
     read_rows: Callable[[int, int], tuple[Tensor, Tensor]], rows: int, curvature: gptq.Curvature, settings: Calibration
 ) -> QuantizedMatrix:
     """Quantize a linear's weight, and measure the error that rounding adds to its outputs.

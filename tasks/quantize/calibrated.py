@@ -14,10 +14,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import Calibration, Recipe, Rule
-from quantize_gemma.tasks.quantize.algorithms import quantize_rows
-from quantize_gemma.tasks.quantize.source import SourceTensor, embedding_factor, look_up, read_block, read_rows
+from quantize_gemma.tasks.quantize.algorithms import dequantize, quantize_rows
+from quantize_gemma.tasks.quantize.source import (
+    SourceTensor,
+    decoder_prefix,
+    embedding_factor,
+    look_up,
+    read_block,
+    read_rows,
+)
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.fingerprint import fingerprint
 from quantize_gemma.tasks.runtime.reporting import log, report_progress
@@ -50,7 +58,7 @@ class Blocks:
 
     root: Path
     identity: JsonObject
-    refresh: bool = False
+    refresh: bool
     files: list[Path] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
 
@@ -83,19 +91,20 @@ class Blocks:
         return bool(computed_blocks)
 
 
+@fast_products()
 def quantize_decoder(
-    config: Gemma3TextConfig,
+    checkpoint: Path,
     sources: Mapping[str, SourceTensor],
     rules: Mapping[str, Rule],
     recipe: Recipe,
     tokens: Tensor,
     blocks: Blocks,
-    device: str = "cpu",
+    device: str,
 ) -> None:
     """Quantize all decoder blocks, and the head if the recipe calibrates it.
 
     Args:
-        config: The decoder's configuration.
+        checkpoint: The checkpoint, whose configuration is read.
         sources: The checkpoint's tensors, by their names in the loaded model.
         rules: The rule of each quantized module.
         recipe: The recipe, which has a calibration.
@@ -105,46 +114,58 @@ def quantize_decoder(
     """
     from safetensors.torch import load_file
 
-    from quantize_gemma.tasks.quantize.blocks import Block, QuantizedMatrix, quantize_block, replay_block
+    from quantize_gemma.tasks.quantize.blocks import (
+        Block,
+        QuantizedMatrix,
+        load_text_config,
+        quantize_block,
+        replay_block,
+    )
     from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 
     assert recipe.calibration is not None, f"{recipe.name} has no calibration"
     settings = recipe.calibration
-    embedding = next(name for name in sources if name.endswith(f"{GEMMA3.embedding_module}.weight"))
-    prefix = embedding.removesuffix(f"{GEMMA3.embedding_module}.weight")
-    embeddings = _embed(sources[embedding], rules[embedding.removesuffix(".weight")], tokens)
+    config = load_text_config(checkpoint)
+    prefix = decoder_prefix(sources)
+    embedding = f"{prefix}{GEMMA3.embedding_module}"
+    embeddings = _embed(sources[f"{embedding}.weight"], rules[embedding], tokens)
     hidden = HiddenStates(embeddings[0], blocks.root, device), HiddenStates(embeddings[1], blocks.root, device)
     del embeddings
+    # The rule of all linears if they are calibrated; else only the head is.
+    block_rule = next((rule for rule in recipe.rules if (rule.match, rule.algorithm) == ("linear", "gptq")), None)
     # Blocks from the store through which the tokens must still run before another block can be computed.
     pending: list[int] = []
 
-    def load(number: int) -> tuple[tuple[Block, Block], dict[str, Rule]]:
-        """Return two copies of a block, and the rules of the linears that are calibrated."""
+    def load(number: int) -> tuple[Block, Block]:
+        """Return two copies of a block; the first one's linears are quantized if they are not calibrated."""
         start = f"{prefix}layers.{number}."
         weights = read_block(sources, start, device)
         pair = Block(config, number, weights), Block(config, number, weights)
-        block_rules = {name: rules[start + name] for name in pair[0].linears}
-        for name, rule in block_rules.items():
-            if rule.algorithm != "gptq":
-                pair[0].linears[name].matrix = _quantize_without_data(pair[0].linears[name].weight, rule)
-        return pair, {name: rule for name, rule in block_rules.items() if rule.algorithm == "gptq"}
+        if block_rule is None:
+            for name, linear in pair[0].linears.items():
+                linear.matrix = _quantize_without_data(linear.weight, rules[start + name])
+        return pair
 
     def catch_up() -> None:
         while pending:
             number = pending.pop(0)
             log(f"block {number} is in the store: running the calibration tokens through it")
-            pair, block_rules = load(number)
+            pair = load(number)
             tensors = load_file(blocks.files[number])
-            for name in block_rules:
+            for name, linear in pair[0].linears.items():
                 start = f"{prefix}layers.{number}.{name}"
-                parts = (tensors[f"{start}.{part}"].to(device) for part in ("qdata", "scale"))
-                pair[0].linears[name].matrix = QuantizedMatrix(*parts)
+                if block_rule is not None:
+                    parts = (tensors[f"{start}.{part}"].to(device) for part in ("qdata", "scale"))
+                    linear.matrix = QuantizedMatrix(*parts)
             replay_block(pair, hidden)
 
     def compute(number: int) -> dict[str, QuantizedMatrix]:
         catch_up()
-        pair, block_rules = load(number)
-        matrices = quantize_block(pair, hidden, block_rules, settings)
+        pair = load(number)
+        if block_rule is None:
+            replay_block(pair, hidden)
+            return {}
+        matrices = quantize_block(pair, hidden, block_rule, settings)
         return {f"{prefix}layers.{number}.{name}": matrix for name, matrix in matrices.items()}
 
     def compute_head() -> dict[str, QuantizedMatrix]:
@@ -170,14 +191,11 @@ def digest_tokens(tokens: Tensor) -> str:
 
 def _embed(source: SourceTensor, rule: Rule, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return the quantized and the full-precision embeddings of tokens, scaled, [sequences, length, width]."""
-    import torch
-
     rows, row_numbers = look_up(source, tokens)
-    tensors = quantize_rows(rows.to(torch.bfloat16), rule, "cpu").tensors
-    size = rows.shape[1] // tensors["scale"].shape[1]
-    quantized = tensors["qdata"] * tensors["scale"].float().repeat_interleave(size, 1)
+    tensors = quantize_rows(rows, rule, "cpu").tensors
+    quantized = dequantize(tensors["qdata"], tensors["scale"])
     factor = embedding_factor(rows.shape[1])
-    return (quantized * factor)[row_numbers], (rows.to(torch.bfloat16).float() * factor)[row_numbers]
+    return (quantized * factor)[row_numbers], (rows.float() * factor)[row_numbers]
 
 
 def _quantize_head(
@@ -203,14 +221,12 @@ def _quantize_head(
         rows = read_rows(source, first, count).float()
         return rows, rows @ cross
 
-    return {GEMMA3.head_module: blocks.quantize_matrix(read_head_rows, source.shape[0], curvature, settings)}
+    return {GEMMA3.head_module: blocks.compensate_and_quantize(read_head_rows, source.shape[0], curvature, settings)}
 
 
 def _quantize_without_data(weight: Tensor, rule: Rule) -> QuantizedMatrix:
     """Return a linear's weight, quantized with a rule that needs no calibration."""
-    import torch
-
     from quantize_gemma.tasks.quantize.blocks import QuantizedMatrix
 
-    tensors = quantize_rows(weight.to(torch.bfloat16).cpu(), rule, "cpu").tensors
+    tensors = quantize_rows(weight.cpu(), rule, "cpu").tensors
     return QuantizedMatrix(tensors["qdata"].to(weight.device), tensors["scale"].to(weight.device))

@@ -21,10 +21,12 @@ from quantize_gemma.tasks.models.checkpoint import linear_shapes, read_header
 from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide
+from quantize_gemma.tasks.quantize.algorithms import dequantize
 from quantize_gemma.tasks.quantize.calibrated import digest_tokens
 from quantize_gemma.tasks.quantize.source import (
     QUANTIZED,
     SourceTensor,
+    decoder_prefix,
     embedding_factor,
     look_up,
     open_tensors,
@@ -80,14 +82,14 @@ def distill(
         UserError: The training diverges.
     """
     import torch
-    from transformers import AutoConfig
 
+    from quantize_gemma.tasks.quantize.blocks import load_text_config
     from quantize_gemma.tasks.quantize.training import Lesson, split
 
     parsed_recipe = Recipe.from_json(recipe)
     assert parsed_recipe.distillation is not None, f"{parsed_recipe.name} has no distillation"
     tokens = torch.tensor(read_calibration(calibration, DISTILLATION))
-    config: Gemma3TextConfig = AutoConfig.from_pretrained(base, attn_implementation="sdpa").get_text_config()
+    config = load_text_config(base)
     with contextlib.ExitStack() as stack:
         sources = stack.enter_context(open_tensors(base))
         quantized = stack.enter_context(open_tensors(checkpoint, QUANTIZED))
@@ -96,7 +98,7 @@ def distill(
         rules = decide(parsed_recipe, linear_shapes({name: source.shape for name, source in sources.items()}))
         run_identity = {"tokens": digest_tokens(tokens), "device": device, "threads": torch.get_num_threads()}
         base_identity = {"base": digests["base"], **run_identity} if digests else run_identity
-        targets = _base_states(config, sources, tokens, device, root, base_identity)
+        targets = _base_states(base, sources, tokens, device, root, base_identity)
         student = _load_student(config, quantized, rules, device)
         head = _base_head(sources, device)
         embed = _Embedding(quantized, config, device)
@@ -119,7 +121,7 @@ class _Embedding:
     """Embed token ids with a quantized checkpoint's rows, as its decoder does."""
 
     def __init__(self, quantized: Sources, config: Gemma3TextConfig, device: str) -> None:
-        module = f"{_prefix(quantized)}{GEMMA3.embedding_module}"
+        module = f"{decoder_prefix(quantized)}{GEMMA3.embedding_module}"
         self.integers, self.scales = quantized[f"{module}._weight_qdata"], quantized[f"{module}._weight_scale"]
         self.factor = embedding_factor(config.hidden_size)
         self.device = device
@@ -127,41 +129,35 @@ class _Embedding:
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the embeddings, float32, [..., width]."""
         integers, row_numbers = look_up(self.integers, tokens)
-        scales = look_up(self.scales, tokens)[0].float()
-        rows = integers.float() * scales.repeat_interleave(integers.shape[1] // scales.shape[1], 1)
+        rows = dequantize(integers, look_up(self.scales, tokens)[0])
         embeddings: Tensor = (rows * self.factor)[row_numbers].to(self.device)
         return embeddings
 
 
-def _prefix(sources: Sources) -> str:
-    """Return the prefix of the decoder's module names."""
-    return next(name for name in sources if ".layers.0." in name and not GEMMA3.is_vision(name)).split("layers.0.")[0]
-
-
-def _base_states(
-    config: Gemma3TextConfig, sources: Sources, tokens: Tensor, device: str, root: Path, identity: JsonObject
-) -> Tensor:
+def _base_states(base: Path, sources: Sources, tokens: Tensor, device: str, root: Path, identity: JsonObject) -> Tensor:
     """Return the base model's last hidden states, normalized, float32, [sequences, length, width], from the store."""
     from safetensors.torch import load_file, save_file
 
     def write(target: Path) -> JsonObject:
-        save_file({"states": _run_base(config, sources, tokens, device).cpu()}, target / "states.safetensors")
+        save_file({"states": _run_base(base, sources, tokens, device).cpu()}, target / "states.safetensors")
         return {"metadata": {}}
 
-    key = store.key(TARGETS, [], identity, fingerprint(f"{__name__}:distill"))
+    key = store.key(TARGETS, [], identity, fingerprint(f"{__name__}:_run_base"))
     with store.keep_pinned():
         artifact = store.produce(TARGETS, key, write, root, pinned=True)
         states: Tensor = load_file(artifact.path / "states.safetensors")["states"]
         return states
 
 
-def _run_base(config: Gemma3TextConfig, sources: Sources, tokens: Tensor, device: str) -> Tensor:
+@fast_products()
+def _run_base(base: Path, sources: Sources, tokens: Tensor, device: str) -> Tensor:
     import torch
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-    from quantize_gemma.tasks.quantize.blocks import Block, run_full_block, run_to_end
+    from quantize_gemma.tasks.quantize.blocks import Block, load_text_config, run_full_block, run_to_end
 
-    prefix = _prefix(sources)
+    config = load_text_config(base)
+    prefix = decoder_prefix(sources)
     rows, row_numbers = look_up(sources[f"{prefix}{GEMMA3.embedding_module}.weight"], tokens)
     hidden = (rows.float() * embedding_factor(config.hidden_size))[row_numbers].to(device)
     norm = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -180,7 +176,7 @@ def _load_student(config: Gemma3TextConfig, quantized: Sources, rules: Mapping[s
     from quantize_gemma.tasks.models.dequantize import FakeQuantize
     from quantize_gemma.tasks.quantize.student import Student, TrainedLinear
 
-    prefix = _prefix(quantized)
+    prefix = decoder_prefix(quantized)
     linears, weights = {}, {}
     fake_quantize = FakeQuantize()
     for name, source in quantized.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -60,6 +60,11 @@ def open_tensors(checkpoint: Path, dtypes: Mapping[str, str] = FLOATS) -> Iterat
                 dtype: torch.dtype = getattr(torch, dtypes[tensor.dtype])
                 sources[GEMMA3.runtime_name(name)] = SourceTensor(file, tensor.start, dtype, tensor.shape)
         yield dict(sorted(sources.items()))
+
+
+def decoder_prefix(names: Iterable[str]) -> str:
+    """Return the prefix of the decoder's tensors and modules, among a model's tensors."""
+    return next(name for name in names if f".{GEMMA3.embedding_module}." in name).partition(GEMMA3.embedding_module)[0]
 
 
 def read_block(sources: Mapping[str, SourceTensor], start: str, device: str) -> dict[str, torch.Tensor]:

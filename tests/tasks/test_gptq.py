@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from quantize_gemma.tasks.builtin import BUILTIN
@@ -98,7 +99,7 @@ def test_the_measured_error_is_that_of_rounding_and_not_what_compensation_change
     errors = []
     for compensation in (0.0, 1.0):
         changed = replace(settings, compensation=compensation)
-        matrix = blocks.quantize_matrix(lambda first, count: (weight, shift), len(weight), curvature, changed)
+        matrix = blocks.compensate_and_quantize(lambda first, count: (weight, shift), len(weight), curvature, changed)
         errors.append(matrix.error)
         target = weight + compensation * curvature.solve(shift)
         expected = output_error(target, damped, matrix.integers, matrix.scales)
@@ -274,6 +275,20 @@ def test_the_same_tokens_give_the_same_bytes_again(untied: Path, calibration: Pa
     assert run(tmp_path / "two", untied, calibration, refresh=True) == expected
 
 
+def test_equal_weights_in_another_dtype_give_the_same_bytes(untied: Path, calibration: Path, tmp_path: Path) -> None:
+    outputs = []
+    # Every value of a float16 number's 8 leading bits is one in bfloat16 and in float32, too.
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        (tmp_path / str(dtype)).mkdir()
+        model = tmp_path / str(dtype) / "model"
+        shutil.copytree(untied, model, ignore=shutil.ignore_patterns("*.safetensors"))
+        for path in untied.glob("*.safetensors"):
+            tensors = {name: tensor.bfloat16().half().to(dtype) for name, tensor in load_file(path).items()}
+            save_file(tensors, model / path.name, {"format": "pt"})
+        outputs.append(run(tmp_path / str(dtype) / "gptq", model, calibration))
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
 def test_blocks_of_another_number_of_threads_are_not_taken(
     untied: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,7 +365,8 @@ def test_a_head_is_calibrated_on_blocks_that_are_quantized_without_data(
     disable_activation_quantization(model)
     hidden = model(tokens, output_hidden_states=True).hidden_states[-1].detach()
     plain = load_model(untied, torch.float32)(tokens, output_hidden_states=True).hidden_states[-1].detach()
-    # The head's inputs are those of the quantized decoder, not of the plain one.
+    # Nothing else is calibrated. The head's inputs are those of the quantized decoder, not of the plain one.
+    assert len(seen) == 1
     assert (seen[-1] - hidden).norm() < 0.1 * (seen[-1] - plain).norm()
 
 

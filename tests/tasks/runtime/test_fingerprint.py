@@ -46,8 +46,9 @@ STAGES = {
     "verify_tokenizer": "quantize_gemma.tasks.verify.tokenizer:verify_tokenizer",
     "gate": "quantize_gemma.tasks.gate:gate",
     "card": "quantize_gemma.tasks.card:card",
-    # Whose blocks are kept on their own.
-    "blocks": "quantize_gemma.tasks.quantize.blocks:quantize_block",
+    # Whose blocks are kept on their own, and the base model's states.
+    "blocks": "quantize_gemma.tasks.quantize.calibrated:quantize_decoder",
+    "targets": "quantize_gemma.tasks.quantize.distill:_run_base",
     # Whose answers are kept on their own.
     "responses": "quantize_gemma.tasks.evaluate.packed_lm:load_checkpoint_scorer",
     "ChartQA responses": "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_scorer",
@@ -66,6 +67,10 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.evaluate.packed_lm:POSITIONS": {"answer", "responses"},
     "quantize_gemma.tasks.evaluate.packed_row:BLOCK": {"answer", "responses"},
     "quantize_gemma.tasks.evaluate.packed_lm:share_rows": {"answer", "responses", "program responses"},
+    "quantize_gemma.tasks.models.float32:EXACT": {
+        *("quantize", "blocks", "targets", "distill"),
+        *("fidelity_base", "fidelity_quantized", "diagnose", "verify"),
+    },
     "quantize_gemma.tasks.models.benchmarks:find_benchmark": {"card"},
     "quantize_gemma.tasks.models.plot_style:STYLE": {"card", "diagnose"},
     "quantize_gemma.tasks.models.activation_quantization:_round": MODEL | FIDELITY | {"distill", "verify"},
@@ -82,7 +87,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.calibrate:OVERLAP": {"calibrate"},
     "quantize_gemma.tasks.quantize.gptq:CANDIDATES": {"quantize", "blocks"},
     "quantize_gemma.tasks.quantize.training:PATIENCE": {"distill"},
-    "quantize_gemma.tasks.quantize.hqq:BOUNDS": {"quantize"},
+    "quantize_gemma.tasks.quantize.hqq:BOUNDS": {"quantize", "blocks"},
     "quantize_gemma.tasks.models.recipe:decide": {"quantize", "distill", "diagnose"},
     "quantize_gemma.tasks.fidelity.states:generate": {"fidelity_base"},
     "quantize_gemma.tasks.fidelity.tokens:CHUNK": {"fidelity_quantized"},
