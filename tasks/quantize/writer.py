@@ -20,7 +20,7 @@ from quantize_gemma.tasks.quantize.algorithms import (
     quantize_with_torchao,
 )
 from quantize_gemma.tasks.quantize.exact import OffGrid
-from quantize_gemma.tasks.quantize.source import SourceTensor, read_rows
+from quantize_gemma.tasks.quantize.source import SourceTensor, decoder_prefix, read_rows
 from quantize_gemma.tasks.runtime import machine
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.reporting import report_progress
@@ -63,13 +63,17 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class ChunkSums:
-    """The statistics of a chunk after it is written: its number of weights, and QuantizedRows without the tensors."""
+    """The statistics of a chunk after it is written: its number of weights, and QuantizedRows without the tensors.
+
+    `rounded` is the number of values that bfloat16 changes, if the tensor is not quantized.
+    """
 
     weights: int
     error: float
     square: float
-    changes: "npt.NDArray[np.float32] | None"
+    changes: "npt.NDArray[np.float32] | None" = None
     off_grid: OffGrid | None = None
+    rounded: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,10 @@ class CheckpointWriter:
         rules: Mapping[str, Rule],
         multimodal: bool,
         device: str,
-        quantized: Mapping[str, Mapping[str, SourceTensor]] | None = None,
+        quantized: Mapping[str, Mapping[str, SourceTensor]],
     ) -> None:
         self.sources = sources
-        self.quantized = quantized or {}
+        self.quantized = quantized
         self.rules = {name: rules.get(name.removesuffix(".weight")) for name in sources}
         self.device = device
         # One more thread than cores, because some wait for the disk; a GPU has memory for only a few chunks.
@@ -134,13 +138,15 @@ class CheckpointWriter:
         """Wait for all threads, and return the sums for every role. Raises what a thread raised.
 
         Raises:
-            UserError: The recipe is lossless, but weights are off its grid; the message says where, and by how much.
+            UserError: The recipe is lossless, but weights are off its grid, or bfloat16 changes norms; the message says
+                where, and by how much.
         """
         # In bfloat16, a weight takes two bytes.
         total = 2 * sum(prod(source.shape) for source in self.sources.values())
         bytes_done = 0
         sums: dict[str, ErrorSums] = {}
         off_grid: dict[str, OffGrid] = {}
+        rounded: dict[str, int] = {}
         for name, futures in self.futures.items():
             chunks = []
             for future in futures:
@@ -148,6 +154,8 @@ class CheckpointWriter:
                 bytes_done += 2 * chunks[-1].weights
                 report_progress(bytes_done, total, "bytes")
             rule = self.rules[name]
+            if rule is None:
+                rounded[name] = sum(chunk.rounded for chunk in chunks)
             if rule is None or not chunks:
                 continue
             iterations = iterations_to_repeat([chunk.changes for chunk in chunks])
@@ -161,6 +169,11 @@ class CheckpointWriter:
                 sums[rule.match] = ErrorSums(before.error + chunk.error, before.square + chunk.square)
         if off_grid:
             raise UserError(_off_grid_message(off_grid))
+        if all(rule.algorithm == "exact" for name, rule in self.rules.items() if rule and not GEMMA3.is_vision(name)):
+            prefix = decoder_prefix(self.sources)
+            counts = {name: count for name, count in rounded.items() if count and name.startswith(prefix)}
+            if counts:
+                raise UserError(_rounded_message(counts))
         return sums
 
 
@@ -176,6 +189,16 @@ def _off_grid_message(modules: Mapping[str, OffGrid]) -> str:
     return (
         "the weights are not on the recipe's grid, so they cannot be written without loss: "
         f"{'; '.join(lines)}{suffix}: use GPTQ-INT8-INT4, which is calibrated, or SEARCH-INT8-INT4, which needs no data"
+    )
+
+
+def _rounded_message(counts: Mapping[str, int]) -> str:
+    """Return the message about norms that bfloat16 changes, with advice, from the number of changed values of each."""
+    worst = max(counts, key=lambda name: counts[name])
+    return (
+        f"bfloat16, in which norms are stored, changes {sum(counts.values()):,} of their values, {counts[worst]:,} of "
+        f"them in {worst}, so they cannot be written without loss: round them to bfloat16 in the checkpoint, or use "
+        "GPTQ-INT8-INT4, which is calibrated, or SEARCH-INT8-INT4, which needs no data"
     )
 
 
@@ -199,15 +222,15 @@ def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str,
     import torch
 
     weight = read_rows(chunk.source, chunk.first_row, chunk.rows)
-    if rule is None or rule.algorithm != "exact":
-        weight = weight.to(torch.bfloat16)
     if rule is None:
-        tensors, sums = {"": weight}, ChunkSums(weight.numel(), 0.0, float(weight.double().square().sum()), None)
+        stored = weight.to(torch.bfloat16)
+        square, rounded = float(stored.double().square().sum()), int((stored != weight).sum())
+        tensors, sums = {"": stored}, ChunkSums(weight.numel(), 0.0, square, rounded=rounded)
     else:
         if chunk.quantized:
             rows = measure_rows(
                 {part: read_rows(source, chunk.first_row, chunk.rows) for part, source in chunk.quantized.items()},
-                weight,
+                weight.to(torch.bfloat16),
             )
         else:
             rows = quantize_rows(weight, rule, device, iterations)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.models.checkpoint import load_model
@@ -63,27 +64,51 @@ def test_scales_of_either_sign_are_told_from_weights_on_no_grid() -> None:
     assert off.negative == off.misfits
 
 
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("grid")
-    (folder / "untied").mkdir()
-    untie(folder / "untied", write_grid_checkpoint(BUILTIN["tiny-gemma3"], folder / "plain"))
+def untied_grid(
+    folder: Path, dtype: torch.dtype, grid_dtype: torch.dtype | None = None, norm_change: float = 0.0
+) -> Path:
+    """Write an untied checkpoint on the grid, rounded to `grid_dtype` first; `norm_change` is added to the norms."""
+    plain = write_grid_checkpoint(BUILTIN["tiny-gemma3"], folder / "plain", grid_dtype or dtype)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(plain / "model.safetensors").items()}
+    for name in tensors:
+        if "language_model" in name and name.endswith("norm.weight"):
+            tensors[name] += norm_change
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    for name in ("untied", "target"):
+        (folder / name).mkdir()
+    untie(folder / "untied", plain)
     return folder / "untied"
 
 
-def test_a_checkpoint_on_the_grid_is_written_without_loss(grid: Path, tmp_path: Path) -> None:
-    output = quantize(tmp_path, grid, load_recipe("EXACT").to_json(), "cpu")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_checkpoint_on_the_grid_is_written_without_loss(dtype: torch.dtype, tmp_path: Path) -> None:
+    grid = untied_grid(tmp_path, dtype)
+    output = quantize(tmp_path / "target", grid, load_recipe("EXACT").to_json(), "cpu")
     errors = output["metadata"]["weight_error"]
     assert [errors[role] for role in ("embedding", "linear", "lm_head")] == [0, 0, 0]
-    base, exact = (dict(load_model(path, torch.bfloat16).named_parameters()) for path in (grid, tmp_path))
+    base, exact = (dict(load_model(path, torch.float32).named_parameters()) for path in (grid, tmp_path / "target"))
     compared = 0
     for name, weight in base.items():
         if "vision" not in name:
             quantized = exact[name]
             dense = quantized.dequantize() if hasattr(quantized, "dequantize") and quantized.ndim == 2 else quantized
-            assert torch.equal(dense.bfloat16(), weight), name
+            assert torch.equal(dense.to(dtype), weight.to(dtype)), name
             compared += 1
     assert compared > 20
+
+
+def test_weights_on_the_grid_of_another_dtype_are_refused(tmp_path: Path) -> None:
+    grid = untied_grid(tmp_path, torch.float32, grid_dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="not on the recipe's grid"):
+        quantize(tmp_path / "target", grid, load_recipe("EXACT").to_json(), "cpu")
+
+
+def test_norms_that_bfloat16_would_change_are_refused_with_their_number(tmp_path: Path) -> None:
+    grid = untied_grid(tmp_path, torch.float32, norm_change=1e-4)
+    with pytest.raises(
+        UserError, match=r"changes [\d,]+ of their values, 64 of them in model\.language_model\.\S+norm"
+    ):
+        quantize(tmp_path / "target", grid, load_recipe("EXACT").to_json(), "cpu")
 
 
 @pytest.mark.parametrize("negative", [False, True])
