@@ -49,7 +49,7 @@ def replace_quantized_modules(
             if isinstance(module, torch.nn.Embedding):
                 setattr(parent, name, _Embedding(module))
             elif isinstance(module, torch.nn.Linear):
-                is_dequantized = dequantized == "all" or (dequantized == "backbone" and name != "lm_head")
+                is_dequantized = dequantized == "all" or (dequantized == "backbone" and name != GEMMA3.head_module)
                 setattr(parent, name, (_Linear if is_dequantized else _ChunkedLinear)(module, fake_quantize))
             else:
                 continue
@@ -66,7 +66,7 @@ def reorder_weights(model: torch.nn.Module, head: bool) -> None:
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             weight = getattr(module, "weight", None)
-            if not isinstance(module, (torch.nn.Linear, _Linear)) or (name == "lm_head" and not head):
+            if not isinstance(module, (torch.nn.Linear, _Linear)) or (name == GEMMA3.head_module and not head):
                 continue
             if weight is None or type(weight.data) is not torch.Tensor or weight.dtype != torch.bfloat16:
                 continue

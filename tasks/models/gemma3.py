@@ -28,8 +28,6 @@ class Gemma3:
     """The facts about the family.
 
     Attributes:
-        text_model_type: `model_type` of the language model's configuration.
-        vision_model_type: `model_type` of the vision tower's configuration.
         processor_class: The processor in transformers that prepares images for the model.
         runtime_prefixes: Prefix of tensor names in the Hub's files -> prefix in the pinned transformers.
         vision_prefixes: The vision tower's module prefix in transformers up to 5.0, and from 5.1 on, one level shorter.
@@ -53,8 +51,6 @@ class Gemma3:
         "Gemma3ForConditionalGeneration", model_type="gemma3", task="multimodal-text-to-text"
     )
     text_only: Architecture = Architecture("Gemma3ForCausalLM", model_type="gemma3_text", task="text-generation")
-    text_model_type: str = "gemma3_text"
-    vision_model_type: str = "siglip_vision_model"
     processor_class: str = "Gemma3Processor"
     runtime_prefixes: Mapping[str, str] = field(
         default_factory=lambda: {
