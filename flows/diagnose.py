@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 
 from quantize_gemma.flows.options import Count, DiagnoseOptions, Flag, ModelName, OptionalText, Text, Texts
 from quantize_gemma.flows.plan import Plan, check_download, download_inputs, make_plan
-from quantize_gemma.flows.quantization import submit_quantization
+from quantize_gemma.flows.quantization import stage_recipe, submit_quantization
 from quantize_gemma.flows.report import show_image
 from quantize_gemma.flows.run import start_run
 from quantize_gemma.tasks.download import download, download_text
@@ -76,7 +76,7 @@ def diagnose(
             base=base,
             checkpoint=quantized,
             text=passages,
-            recipe=plan.recipe.to_json(),
+            recipe=stage_recipe(plan.recipe),
             windows=text_windows,
             device=plan.device,
         )

@@ -37,7 +37,12 @@ def quantize_inputs(options: "RunOptions", recipe: Recipe) -> dict[str, Any]:
     evaluation = options.evaluation
     # Results are byte-identical on every machine unless a GPU is requested, which sums in a different order.
     device = "cuda" if evaluation.device == "cuda" and evaluation.cluster is None else "cpu"
-    return {"recipe": recipe.to_json(), "device": device}
+    return {"recipe": stage_recipe(recipe), "device": device}
+
+
+def stage_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as the input of a stage: without its description, which affects no byte of what it writes."""
+    return dataclasses.replace(recipe, description=None).to_json()
 
 
 def submit_quantization(run: "Run", plan: "Plan", base: "Future", untied: "Future", text: "Future") -> "Future":
@@ -53,7 +58,10 @@ def submit_quantization(run: "Run", plan: "Plan", base: "Future", untied: "Futur
 
 
 def without_distillation(recipe: Recipe) -> Recipe:
-    """Return the recipe without its distillation settings, so that changing them does not rerun `quantize`."""
+    """Return the recipe without its distillation settings, so that changing the training does not rerun `quantize`.
+
+    Another number of sequences does: calibrate() writes the tokens of both stages.
+    """
     return dataclasses.replace(recipe, distillation=None)
 
 

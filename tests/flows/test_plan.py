@@ -10,6 +10,7 @@ import pytest
 from quantize_gemma.flows import cli
 from quantize_gemma.flows.options import RunOptions
 from quantize_gemma.flows.plan import Plan, _without_images, check_space, download_inputs, writing_stages
+from quantize_gemma.flows.quantization import quantize_inputs
 from quantize_gemma.flows.run import Run
 from quantize_gemma.tasks.check import disk_needed
 from quantize_gemma.tasks.download import download
@@ -62,6 +63,12 @@ def test_the_check_of_a_downloaded_model_counts_what_quantizing_it_writes(recipe
     missing = cli._missing_stages(RunOptions(recipe=recipe), MODEL)
     needed = disk_needed(10**10, ["quantize", "distill", "export"], load_recipe(recipe))
     assert disk_needed(10**10, missing, load_recipe(recipe)) == needed
+
+
+def test_a_recipes_description_reruns_nothing() -> None:
+    recipe = load_recipe("GPTQ-INT8-INT4")
+    renewed = replace(recipe, description="another sentence")
+    assert quantize_inputs(RunOptions(), renewed) == quantize_inputs(RunOptions(), recipe)
 
 
 def test_an_evaluation_counts_with_its_workers_and_every_other_stage_once() -> None:
