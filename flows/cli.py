@@ -184,7 +184,15 @@ def check(*, options: AllOptions = RunOptions()) -> int:
     """Check the model, recipe, options, and machine without starting a run."""
     from quantize_gemma.flows.local_server import check_api
     from quantize_gemma.flows.report import Terminal
-    from quantize_gemma.tasks.check import check_disk, check_memory, check_run, disk_needed, plan_calibration
+    from quantize_gemma.tasks.check import (
+        check_disk,
+        check_memory,
+        check_run,
+        disk_needed,
+        mask_bytes,
+        plan_calibration,
+        warn_about_time,
+    )
     from quantize_gemma.tasks.download import read_config_on_hub, resolve_model
     from quantize_gemma.tasks.models.checkpoint import local_checkpoint, read_model_config
     from quantize_gemma.tasks.models.recipe import load_recipe
@@ -195,6 +203,7 @@ def check(*, options: AllOptions = RunOptions()) -> int:
         _check_data(options)
         recipe = load_recipe(options.recipe)
         local = local_checkpoint(options.model)
+        config = read_model_config(local) if local is not None else None
         if local is not None:
             function = "quantize_gemma.tasks.models.load_check:check_directory"
             worker.run(function, {"checkpoint": str(local.absolute())}, lambda *_: None, Terminal().attach())
@@ -202,11 +211,13 @@ def check(*, options: AllOptions = RunOptions()) -> int:
             # The Hub token may be in a Secret block on the Prefect server.
             check_api()
             model = resolve_model(options.model, options.revision, options.offline)
+            config = None if options.offline else read_config_on_hub(model)
+            export = options.export
+            masks = 0 if config is None else mask_bytes(config, export.max_seq_len, export.bidirectional_images)
             plan["disk_bytes_needed"] = disk_needed(model.weight_bytes, recipe=recipe)
-            plan["memory_bytes_needed"] = check_memory(model.weights, options.local_workers())
+            plan["memory_bytes_needed"] = check_memory(model.weights, options.local_workers(), masks)
             check_disk(model.weight_bytes, _missing_stages(options, model), model.revision, recipe)
-        if recipe.calibration is not None and not (local is None and options.offline):
-            config = read_model_config(local) if local is not None else read_config_on_hub(model)
+        if config is not None:
             plan |= plan_calibration(config.text, recipe)
     except UserError as error:
         return _print_error(error)
@@ -214,6 +225,8 @@ def check(*, options: AllOptions = RunOptions()) -> int:
         _print_error(error)
         return 1
     print(", ".join(f"{name}: {value}" for name, value in plan.items()))
+    if options.evaluation.device != "cuda" and (warning := warn_about_time(plan)) is not None:
+        print(f"quantize-gemma: {warning}", file=sys.stderr)
     return 0
 
 

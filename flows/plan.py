@@ -23,6 +23,7 @@ from quantize_gemma.tasks.check import (
     check_memory,
     check_run,
     plan_calibration,
+    warn_about_time,
 )
 from quantize_gemma.tasks.download import (
     download,
@@ -332,6 +333,8 @@ def _log_costs(plan: Plan, costs: dict[str, int]) -> None:
             continue
         minutes, memory = costs[f"{step}_seconds"] / 60, costs[f"{step}_memory_bytes"] / 1e9
         get_run_logger().info("%s takes about %.0f minutes and %.1f GB of memory", step, max(minutes, 1), memory)
+    if not uses_gpu and (warning := warn_about_time(costs)) is not None:
+        get_run_logger().warning(warning)
     if "distillation_seconds" in costs:
         minutes = max(costs["distillation_seconds_on_gpu"] / 60, 1)
         get_run_logger().info("with --device cuda, it takes about %.0f minutes on an NVIDIA H200", minutes)

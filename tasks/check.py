@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     source_files,
     weight_files,
 )
-from quantize_gemma.tasks.models.config import TextConfig
+from quantize_gemma.tasks.models.config import ModelConfig, TextConfig
 from quantize_gemma.tasks.models.device_report import read_device_report
 from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.recipe import (
@@ -41,6 +41,7 @@ from quantize_gemma.tasks.models.recipe import (
 )
 from quantize_gemma.tasks.runtime import machine, pruning, store, store_layout
 from quantize_gemma.tasks.runtime.errors import UserError
+from quantize_gemma.tasks.runtime.stage import SECONDS_ALLOWED
 
 # The output of each stage, in multiples of the base weights in bfloat16: the weights themselves, the untied head, one
 # byte per weight, half a byte per weight in the program. Large models need less, because the embedding is a smaller
@@ -61,6 +62,8 @@ MEMORY_OF_LIBRARIES = 1_000_000_000
 # hidden states.
 CALIBRATION_FACTOR = 0.53
 DISTILLATION_FACTOR = 1.9
+# A model's width, as a multiple of the square root of its bytes: 0.023 (27b) to 0.028 (4b).
+WIDTH_FACTOR = 0.028
 # The share of a matrix product's speed that calibration reaches overall, and the memory of the libraries and kernels,
 # measured on gemma-3-270m and on a block of gemma-3-4b's shape.
 SHARE_OF_SPEED = 0.6
@@ -176,6 +179,18 @@ def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:
     return plan
 
 
+def warn_about_time(costs: Mapping[str, int]) -> str | None:
+    """Return a warning if one of the stages in the output of plan_calibration() takes longer than a stage may."""
+    for step in ("calibration", "distillation"):
+        seconds = costs.get(f"{step}_seconds", 0)
+        if seconds > SECONDS_ALLOWED:
+            return (
+                f"{step} takes about {seconds / 3600:.0f} hours on this machine's CPU, and a stage is stopped after "
+                f"{SECONDS_ALLOWED / 3600:.0f}: start the run again to continue it"
+            )
+    return None
+
+
 def estimate_calibration(text: TextConfig, recipe: Recipe, operations_per_second: float) -> tuple[float, int]:
     """Estimate the seconds that a decoder's calibration takes, and its peak memory in bytes.
 
@@ -266,18 +281,37 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_memory(weights: int, workers: int = 1) -> int:
-    """Estimate the memory that the workers' models take, in bytes, for models with this number of weights.
+def mask_bytes(config: ModelConfig, max_seq_len: int, bidirectional_images: bool) -> int:
+    """Estimate the bytes of a program's attention masks, which are planned for a prompt as long as the sequence.
+
+    Where they are large, they are most of what depends on the length: key-value caches take up to 15% as much.
+    """
+    window = config.text.sliding_window
+    # All layers of a kind share their masks: one in float32 and one of booleans, and two in float32 for images.
+    sliding = 5 * max_seq_len * (max_seq_len + window) if max_seq_len > window else 0
+    images = 8 * max_seq_len**2 if config.multimodal and bidirectional_images else 0
+    return sliding + images
+
+
+def check_memory(weights: int, workers: int = 1, masks: int = 0) -> int:
+    """Estimate the memory that the workers' models take, in bytes.
+
+    Args:
+        weights: The number of weights of a model.
+        workers: The number of workers.
+        masks: The bytes of the program's masks; see mask_bytes().
 
     Raises:
         UserError: The machine does not have enough memory.
     """
-    per_worker = int(MEMORY_OF_LIBRARIES + 2 * weights * MEMORY_FACTOR)
+    model, program = MEMORY_FACTOR * 2 * weights, OUTPUT_FACTORS["export"] * 2 * weights + masks
+    per_worker = int(MEMORY_OF_LIBRARIES + max(model, program))
     total = machine.total_memory()
     if total < per_worker:
         raise UserError(
             f"running this model takes about {per_worker / 1e9:,.1f} GB of memory, but this machine has "
-            f"{total / 1e9:,.1f} GB: use a larger machine, or a smaller model"
+            f"{total / 1e9:,.1f} GB: use a larger machine, or a smaller "
+            + ("model" if model > program else "max_seq_len, with whose square the memory of a program grows")
         )
     if total < per_worker * workers:
         raise UserError(
@@ -291,11 +325,16 @@ def disk_needed(weight_bytes: int, stages: Collection[str] = WRITING_STAGES, rec
     """Estimate the bytes that these stages write, for base weights of this size and a recipe."""
     factors = OUTPUT_FACTORS_OF_LARGE_MODELS if weight_bytes > LARGE_BYTES else OUTPUT_FACTORS
     parts = [factors[stage] for stage in stages if stage in factors]
+    temporary = 0.0
     if recipe is not None and recipe.calibration is not None and "quantize" in stages:
         parts.append(CALIBRATION_FACTOR)
+        # The hidden states of two models, float32.
+        settings = recipe.calibration
+        tokens = (settings.sequences + settings.answers) * settings.length
+        temporary = 2 * 4 * tokens * WIDTH_FACTOR * math.sqrt(weight_bytes)
     if recipe is not None and recipe.distillation is not None and "distill" in stages:
         parts.append(DISTILLATION_FACTOR)
-    return int(weight_bytes * sum(parts))
+    return int(weight_bytes * sum(parts) + temporary)
 
 
 def check_disk(
@@ -371,7 +410,8 @@ def check_checkpoint(
     tensors = read_headers(path)
     check_weights(tensors, path)
     decide(recipe, quantizable_modules(tensors))
-    return check_memory(sum(math.prod(tensor.shape) for tensor in tensors.values()), workers)
+    weights = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    return check_memory(weights, workers, mask_bytes(config, max_seq_len, bidirectional_images))
 
 
 def _check_store(home: Path) -> None:

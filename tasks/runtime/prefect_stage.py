@@ -32,15 +32,12 @@ from quantize_gemma.tasks.runtime.lifetime import run_workers
 from quantize_gemma.tasks.runtime.prefect_progress import StageProgress
 from quantize_gemma.tasks.runtime.prefect_slots import ACCELERATOR, MEMORY, take_slots
 from quantize_gemma.tasks.runtime.retries import is_retryable
-from quantize_gemma.tasks.runtime.stage import Stage
+from quantize_gemma.tasks.runtime.stage import SECONDS_ALLOWED, Stage
 from quantize_gemma.tasks.runtime.store import Artifact
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 from quantize_gemma.tasks.runtime.units import human_size
 
 terminal = logging.getLogger(__name__)
-
-# A stage that takes longer hangs: the longest stage that we know of is gemma-3-27b's evaluation on a CPU.
-SECONDS_ALLOWED = 24 * 3600.0
 
 # A stage's inputs by name: references to artifacts, lists of references, and plain JSON values.
 Inputs = JsonObject

@@ -12,6 +12,10 @@ from typing import Any, Concatenate, Generic, ParamSpec
 
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
+# A stage that takes longer hangs, or is the distillation of a large model on a CPU, which the next run continues. The
+# longest other stage that we know of is gemma-3-27b's evaluation on a CPU.
+SECONDS_ALLOWED = 24 * 3600.0
+
 P = ParamSpec("P")
 # {"metadata": the artifact's metadata, for its manifest, "extra": further measurements}.
 Output = JsonObject

@@ -20,9 +20,11 @@ from quantize_gemma.tasks.check import (
     disk_needed,
     estimate_calibration,
     estimate_distillation,
+    mask_bytes,
     plan_calibration,
+    warn_about_time,
 )
-from quantize_gemma.tasks.models.config import TextConfig
+from quantize_gemma.tasks.models.config import TextConfig, parse_config
 from quantize_gemma.tasks.models.recipe import Calibration, load_recipe
 from quantize_gemma.tasks.runtime import machine, pruning, store
 from quantize_gemma.tasks.runtime.artifact_ref import ref_of
@@ -122,6 +124,25 @@ def test_each_worker_needs_memory_for_a_model_of_its_own() -> None:
         check_memory(weights, workers=5)
 
 
+def test_the_memory_of_a_program_grows_with_the_square_of_its_longest_sequence() -> None:
+    config = parse_config(SHAPES["4b"], Path("config.json"))
+    # In sequences as long as the sliding window, attention needs no mask.
+    assert mask_bytes(config, 1024, False) == 0
+    assert mask_bytes(config, 131_072, False) > 3.9 * mask_bytes(config, 65_536, False)
+    assert mask_bytes(config, 32_768, True) == mask_bytes(config, 32_768, False) + 8 * 32_768**2
+    assert check_memory(1000, masks=10**9) > check_memory(1000) + 0.9e9
+    with pytest.raises(UserError, match="or a smaller max_seq_len"):
+        check_memory(1000, masks=machine.total_memory())
+
+
+def test_a_distillation_that_takes_longer_than_a_stage_may_is_announced() -> None:
+    assert warn_about_time({"calibration_seconds": 3600, "distillation_seconds": 7200}) is None
+    warning = warn_about_time({"calibration_seconds": 3600, "distillation_seconds": 33 * 3600})
+    assert warning is not None
+    assert "distillation takes about 33 hours" in warning
+    assert "stopped after 24: start the run again to continue it" in warning
+
+
 def test_a_calibrated_recipe_and_its_text_are_checked_before_the_start(tmp_path: Path) -> None:
     calibrated, plain = load_recipe("GPTQ-INT8-INT4"), load_recipe("HQQ-INT8-INT4")
     (tmp_path / "text").write_text("words")
@@ -166,9 +187,10 @@ def test_the_plan_of_a_calibrated_recipe_says_what_calibration_costs_and_needs_a
     assert plan["calibration_memory_bytes"] > 1e9
     with pytest.raises(UserError, match="set --calibration"):
         check_run("google/gemma-3-4b-it", "GPTQ-INT8-INT4", 1024, "cpu", None)
-    assert disk_needed(10**10, recipe=load_recipe("GPTQ-INT8-INT4")) == disk_needed(10**10) + 5.3e9
-    distilled = load_recipe("DISTILL-INT8-INT4")
-    assert disk_needed(10**10, recipe=distilled) == disk_needed(10**10) + 24.3e9
+    calibrated, distilled = load_recipe("GPTQ-INT8-INT4"), load_recipe("DISTILL-INT8-INT4")
+    # The blocks, and hidden states of 80 sequences of 512 tokens.
+    assert disk_needed(10**10, recipe=calibrated) == pytest.approx(disk_needed(10**10) + 5.3e9 + 0.92e9, rel=1e-3)
+    assert disk_needed(10**10, recipe=distilled) == disk_needed(10**10, recipe=calibrated) + 19e9
     assert disk_needed(10**10, ["download_text", "distill"], distilled) == 19e9
     costs = plan_calibration(text, distilled)
     assert costs["distillation_seconds_on_gpu"] >= 50
