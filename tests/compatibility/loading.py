@@ -55,7 +55,7 @@ def make_releases(root: Path) -> list[Path]:
     releases = []
     for arguments in (
         [],
-        ["--model", str(text_only), "--text", "tiny-text", "--limit", "2"],
+        ["--model", str(text_only), "--text", "tiny-text", "--dataset", "mmlu=mmlu-mini", "--limit", "2"],
         [*calibrated, "--limit", "2"],
     ):
         outcome = run("run", *arguments, "--max-seq-len", "256", "--json")
