@@ -211,12 +211,13 @@ def check(*, options: AllOptions = RunOptions()) -> int:
             # The Hub token may be in a Secret block on the Prefect server.
             check_api()
             model = resolve_model(options.model, options.revision, options.offline)
-            config = None if options.offline else read_config_on_hub(model)
-            export = options.export
-            masks = 0 if config is None else mask_bytes(config, export.max_seq_len, export.bidirectional_images)
             plan["disk_bytes_needed"] = disk_needed(model.weight_bytes, recipe=recipe)
-            plan["memory_bytes_needed"] = check_memory(model.weights, options.local_workers(), masks)
+            plan["memory_bytes_needed"] = check_memory(model.weights, options.local_workers())
             check_disk(model.weight_bytes, _missing_stages(options, model), model.revision, recipe)
+            if not options.offline:
+                config = read_config_on_hub(model)
+                masks = mask_bytes(config, options.export.max_seq_len, options.export.bidirectional_images)
+                plan["memory_bytes_needed"] = check_memory(model.weights, options.local_workers(), masks)
         if config is not None:
             plan |= plan_calibration(config.text, recipe)
     except UserError as error:
