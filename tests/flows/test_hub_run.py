@@ -228,7 +228,7 @@ def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_it
             rule |= {"weight": "int4", "group_size": None, "algorithm": "affine"}
     (tmp_path / "bad.json").write_text(json.dumps(recipe))
     target = f"{TARGET}-bad"
-    few = ("--tasks", "mmlu", "--limit", "4", "--program-samples", "5", "--target", target)
+    few = ("--tasks", "mmlu", "--limit", "4", "--program-samples", "5", "--max-kl", "0.1", "--target", target)
     refused = command_line(*RUN, "--recipe", str(tmp_path / "bad.json"), *few, **environment)
     assert refused.code == 1
     summary = refused.summary
@@ -236,7 +236,7 @@ def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_it
     assert hub.storage.find("model", target) is None
     checks = {check["name"]: check for check in summary["gate"]["checks"]}
     assert [name for name, check in checks.items() if check["status"] == "fail"] == ["max_kl"]
-    assert checks["max_kl"]["limit"] == 0.25 < checks["max_kl"]["value"]
+    assert checks["max_kl"]["limit"] == 0.1 < checks["max_kl"]["value"]
     assert summary["metrics"]["quantized"]["fidelity"]["kl_mean"] == checks["max_kl"]["value"]
     reason = "on 2,044 tokens of text, the KL divergence from the base model is 0."
     assert summary["error"].startswith(f"the release fails the gate: {reason}")
@@ -244,7 +244,7 @@ def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_it
     first = card[card.index("\n|") :].split("\n\n")[0].strip().splitlines()
     assert first[0].startswith("| measurement | KL, nats |")
     assert first[2].startswith(f"| as shipped | {checks['max_kl']['value']:.4f} ± ")
-    assert "KL ≤ 0.25: fail" in first[2]
+    assert "KL ≤ 0.1: fail" in first[2]
     assert f"- {reason}" in card
 
 
