@@ -191,7 +191,10 @@ class ExportOptions(Options):
         default=1024,
         ge=64,
         le=LARGEST,
-        description="Maximum sequence length of the program in tokens, prompt and response together; memory grows with its square.",
+        description=(
+            "Maximum sequence length of the program in tokens, prompt and response together; memory grows with its "
+            "square."
+        ),
     )
     custom_sdpa: bool = Field(default=True, description="Use ExecuTorch's custom SDPA kernel for attention.")
     custom_kv_cache: bool = Field(
