@@ -1,4 +1,4 @@
-"""ExecuTorch's C++ runner, which phone apps use: load it, and what it takes for a greedy answer."""
+"""ExecuTorch's C++ runner, which phone apps use: loading it, and its inputs for a greedy answer."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ def test_a_response_that_begins_with_a_part_of_a_character_is_shown_and_its_spee
     assert (generation.speed["prompt_tokens"], generation.speed["generated_tokens"]) == (length, 8)
     assert generation.speed["rounds"] > 0
     assert generation.speed["load_seconds"] > 0
+    assert generation.speed["first_token_seconds"] >= 0
     assert generation.speed["decode_tokens_per_second"] > 0
 
 
