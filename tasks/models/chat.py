@@ -20,3 +20,11 @@ def chat_template(processor: ProcessorMixin) -> str | None:
     """Return the chat template of a processor, which may be its tokenizer's; None if there is none."""
     template: str | None = processor.chat_template or processor.tokenizer.chat_template
     return template
+
+
+def format_user_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Return a text as the user's turn in the chat template; the text itself if there is no template."""
+    if not has_chat_template(tokenizer):
+        return text
+    chat = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))

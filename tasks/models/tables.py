@@ -107,11 +107,10 @@ def quality_rows(columns: Columns) -> list[Row]:
                 rows.append({"metric": f"{prefix} the checkpoint, %", "program": share})
                 rows.append({"metric": f"{prefix} without activation quantization, %", "quantized": baseline})
     rows += [
-        {"metric": "KL from the checkpoint, nats", "program": _two_digits(agreement.kl_program)},
-        {"metric": "KL due to activation quantization, nats", "quantized": _two_digits(agreement.kl_act_quant)},
+        {"metric": "KL from the checkpoint, nats", "program": f"{agreement.kl_program:.2g}"},
+        {"metric": "KL due to activation quantization, nats", "quantized": f"{agreement.kl_act_quant:.2g}"},
+        {"metric": "same top token, %", "program": f"{100 * agreement.same_argmax:.1f}"},
     ]
-    if agreement.same_argmax is not None:
-        rows.append({"metric": "same top token, %", "program": f"{100 * agreement.same_argmax:.1f}"})
     return [{"metric": "", **dict.fromkeys(COLUMNS, NOT_MEASURED), **row} for row in rows]
 
 
@@ -168,10 +167,6 @@ def _four_digits(value: float, stderr: float | None) -> str:
 
 def _format_speed(speed: float) -> str:
     return f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
-
-
-def _two_digits(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.2g}"
 
 
 def _format_limit(check: Check) -> str:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from quantize_gemma.tasks.models.chat import has_chat_template
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 
 if TYPE_CHECKING:
     from executorch.extension.llm.runner import GenerationConfig, MultimodalInput, MultimodalRunner, TextLLMRunner
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
 
 def load_runner(program: str, checkpoint: str, multimodal: bool) -> MultimodalRunner | TextLLMRunner:
@@ -45,11 +43,3 @@ def num_bos(first: str | Tensor) -> int:
     """Return the runner's `num_bos` for a prompt: 0 if it starts with a BOS token, as with the chat template."""
     assert isinstance(first, str), "a prompt begins with a text"
     return 0 if first.startswith(GEMMA3.bos_token) else 1
-
-
-def format_user_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Return a text as the user's turn in the chat template; the text itself if there is no template."""
-    if not has_chat_template(tokenizer):
-        return text
-    chat = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.models.chat import TEXT_PROMPT
+from quantize_gemma.tasks.models.chat import TEXT_PROMPT, format_user_turn
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
-from quantize_gemma.tasks.verify.cpp_runner import format_user_turn, load_runner, runner_inputs
+from quantize_gemma.tasks.verify.cpp_runner import load_runner, runner_inputs
 from quantize_gemma.tasks.verify.image_inputs import COLORS, IMAGE_PROMPT, image_segments, solid_image
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.models.chat import TEXT_PROMPT
+from quantize_gemma.tasks.models.chat import TEXT_PROMPT, format_user_turn
 from quantize_gemma.tasks.models.checkpoint import end_token_ids
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.metrics import RunnerCheck
 from quantize_gemma.tasks.models.runner_checks import runner_checks
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
-from quantize_gemma.tasks.verify.cpp_runner import format_user_turn, load_runner, num_bos, runner_inputs
+from quantize_gemma.tasks.verify.cpp_runner import load_runner, num_bos, runner_inputs
 from quantize_gemma.tasks.verify.image_inputs import COLORS, IMAGE_PROMPT, image_segments, solid_image
 from quantize_gemma.tasks.verify.long_prompts import ANSWER_TOKENS, make_prompt
 

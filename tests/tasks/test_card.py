@@ -278,7 +278,7 @@ def test_agreement_is_shown_beside_what_activation_quantization_alone_explains(m
     measured["program"]["mmlu"] |= {"agreement": 0.97, "agreement_act_quant": 0.96, "disagreements": [disagreement] * 3}
     text = " ".join(card(measured).split())
     assert "gives the same answer as the checkpoint to 97 of 100 questions" in text
-    assert "in float32 without it, the checkpoint gives the same answer to 96 of 100" in text
+    assert "with and without it, the checkpoint gives the same answer to 96 of 100 questions" in text
     assert "The questions that the program and the checkpoint answer differently are in `metrics.json`" in text
     rows = quality(measured)
     assert rows["MMLU, same answers as the checkpoint, %"]["program"] == "97.0"
@@ -326,7 +326,7 @@ def test_the_loading_code_ran_as_it_is_now_with_the_installed_libraries_and_with
 def test_card_and_metrics_name_the_versions_that_the_loading_code_ran_with(measured: dict[str, Any]) -> None:
     assert measured["loads_in"] == read_loading_environments()
     measured["loads_in"] = [{"python": "3.11.1", "torch": "1.0", "torchao": "2.0", "transformers": "3.0"}]
-    assert "with each of these versions" in card(measured)
+    assert "with each of these sets of versions" in card(measured)
     assert [line for line in card(measured).splitlines() if line.startswith("- transformers ")] == [
         "- transformers 3.0, torch 1.0, torchao 2.0"
     ]

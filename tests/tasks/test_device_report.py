@@ -141,9 +141,9 @@ def rendered(report: dict[str, Any] | None) -> str:
 def test_the_card_shows_the_speed_on_the_phone_and_says_which_one() -> None:
     text = rendered(REPORT)
     assert "| text | 100 | 156 | — | 0.25 | 400.0 | 30.5 | 1.23 GB | 5 |" in text
-    assert "These are medians from a report of 2026-11-26, not from the run that produced this release." in text
+    assert "These are medians from a report dated 2026-11-26, not from the run that produced this release." in text
     assert "Device: Acme One (Acme A1, 8.00 GB of memory, Android 16), 4 threads." in text
-    assert "Runner: llama_main of ExecuTorch 1.5.1." in text
+    assert "Runner: llama_main from ExecuTorch 1.5.1." in text
     image = {**REPORT["measurements"][0], "prompt": "image", "load_seconds": 1.5}
     text = rendered({**REPORT, "threads": 1, "measurements": [*REPORT["measurements"], image]})
     assert "| image | 100 | 156 | 1.50 | 0.25 | 400.0 | 30.5 | 1.23 GB | 5 |" in text

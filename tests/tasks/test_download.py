@@ -299,7 +299,7 @@ def test_whether_a_model_on_the_hub_is_multimodal_is_known_before_the_download(
     ("fault", "words"),
     [
         ({"status": 401}, ["token", "valid"]),
-        ({"status": 403}, ["forbids", "HF_TOKEN"]),
+        ({"status": 403}, ["denied access", "HF_TOKEN"]),
         ({"status": 404, "error_code": "EntryNotFound"}, ["a file is missing from"]),
         ({"status": 404, "error_code": "RevisionNotFound"}, ["no revision"]),
     ],
