@@ -3,11 +3,12 @@
 import json
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.models.checkpoint import is_multimodal, write_header
@@ -16,6 +17,8 @@ from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime.store import copy
 from quantize_gemma.tasks.untie import untie
+
+Tokens = npt.NDArray[np.bool_]
 
 TEXT = {
     "model_type": "gemma3_text",
@@ -105,8 +108,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
     },
 }
-# The factor of the embeddings of the tokens that the tokenizer has.
-KNOWN_FACTOR = np.float32(4)
+# The factor of the embeddings of the tokens that the tokenizer decodes to visible text.
+VISIBLE_FACTOR = np.float32(4)
 
 
 def make_checkpoint(shape: str, folder: Path) -> Path:
@@ -137,8 +140,7 @@ def write_checkpoint(target: Path, config: dict[str, Any]) -> None:
         _write(target / "processor_config.json", {**processor, "image_processor": inner, "image_seq_length": length})
     _write(target / "config.json", config)
     partial = target / "model.partial"
-    vocabulary = _read(tiny / "config.json")["text_config"]["vocab_size"]
-    write_random_weights(partial, weight_shapes(target), vocabulary)
+    write_random_weights(partial, weight_shapes(target), visible_tokens(target / "tokenizer.json"))
     partial.rename(target / "model.safetensors")
 
 
@@ -186,29 +188,40 @@ def weight_shapes(checkpoint: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def write_random_weights(path: Path, shapes: dict[str, list[int]], vocabulary: int) -> None:
+def visible_tokens(tokenizer: Path) -> Tokens:
+    """Return for each token id of a tokenizer.json whether it decodes to something other than whitespace, [ids]."""
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(tokenizer))
+    return np.array([bool(loaded.decode([token]).strip()) for token in range(loaded.get_vocab_size())])
+
+
+def write_random_weights(path: Path, shapes: dict[str, list[int]], visible: Tokens) -> None:
     """Write a safetensors file of normally distributed bfloat16 numbers (standard deviation 0.02, fixed seed).
 
-    The first `vocabulary` rows of the tied embedding are KNOWN_FACTOR times as large, so that the model generates these
-    tokens: the tokenizer has no others.
+    The rows of the visible tokens in the tied embedding are VISIBLE_FACTOR times as large, so that the model generates
+    these tokens: the tokenizer has no others, and a model that generates only whitespace fails the smoke test.
     """
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     offsets = write_header(file, {name: ("BF16", shape) for name, shape in shapes.items()}, {"format": "pt"})
     step = 2**22
 
-    def write(seed: int, offset: int, count: int, known: int) -> None:
+    factors = np.where(visible, VISIBLE_FACTOR, np.float32(1))
+
+    def write(seed: int, offset: int, count: int, factors: npt.NDArray[np.float32]) -> None:
         values = np.random.default_rng(seed).standard_normal(count, np.float32) * np.float32(0.02)
-        values[:known] *= KNOWN_FACTOR
+        values[: len(factors)] *= factors
         os.pwrite(file, (values.view(np.uint32) >> 16).astype(np.uint16), offset)
 
     with ThreadPoolExecutor() as pool:
-        jobs = []
+        jobs: list[Future[None]] = []
         for name, shape in shapes.items():
             size = int(np.prod(shape))
-            known = vocabulary * shape[1] if name.endswith("embed_tokens.weight") else 0
+            scaled = np.repeat(factors if name.endswith("embed_tokens.weight") else factors[:0], shape[-1])
             for first in range(0, size, step):
                 count = min(step, size - first)
-                jobs.append(pool.submit(write, len(jobs), offsets[name] + 2 * first, count, max(0, known - first)))
+                chunk = scaled[first : first + count]
+                jobs.append(pool.submit(write, len(jobs), offsets[name] + 2 * first, count, chunk))
         for job in jobs:
             job.result()
     os.close(file)
