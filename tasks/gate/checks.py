@@ -453,15 +453,15 @@ def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: floa
         min_same_top: The minimum share of tokens with the same most likely token, in percent; None to record it without
             a limit.
     """
-    kl, kl_stderr = _or_nan(fidelity.kl_mean), fidelity.kl_mean_stderr
-    top, top_stderr = 100 * _or_nan(fidelity.same_top), fidelity.same_top_stderr
-    top_stderr = None if top_stderr is None else 100 * top_stderr
+    # A standard error of 0, of windows with equal values, gives no confidence.
+    kl, kl_stderr = _or_nan(fidelity.kl_mean), fidelity.kl_mean_stderr or None
+    top, top_stderr = 100 * _or_nan(fidelity.same_top), 100 * (fidelity.same_top_stderr or 0) or None
     text = f"on {fidelity.tokens:,} tokens of text, the KL divergence from the base model is {kl:.4f}"
     tops = f"the most likely token is the base model's at {top:.1f}% of the positions"
     return [
         _record_check("max_kl", f"{text} nats", kl, kl_stderr)
         if max_kl is None
-        else _check_at_most("max_kl", f"{text} nats", kl, max_kl, kl_stderr or None),
+        else _check_at_most("max_kl", f"{text} nats", kl, max_kl, kl_stderr),
         _record_check("min_same_top", tops, top, top_stderr)
         if min_same_top is None
         else _make_check(
@@ -471,7 +471,7 @@ def judge_fidelity(fidelity: Distances, max_kl: float | None, min_same_top: floa
             min_same_top,
             top >= min_same_top,
             round(top - min_same_top, 12),
-            top_stderr or None,
+            top_stderr,
         ),
     ]
 

@@ -187,7 +187,7 @@ def _format_result(check: Check) -> str:
 def _with_stderr(value: float | None, stderr: float | None) -> str:
     if value is None:
         return NOT_MEASURED
-    if stderr is None:
+    if not stderr:
         return f"{value:.4g}"
     # Two digits of a small error, so that a value that is just over its limit does not look equal to it.
     digits = 2 if stderr >= 0.005 else 1 - math.floor(math.log10(stderr))

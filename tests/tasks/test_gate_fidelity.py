@@ -80,6 +80,14 @@ def test_without_a_limit_the_value_is_recorded_and_not_judged() -> None:
     assert parse_metrics({**measured(CARD), "gate": to_json(verdict)}).gate == verdict
 
 
+@pytest.mark.parametrize("limits", [{}, {"max_kl": None, "min_same_top": None}])
+def test_windows_with_equal_values_have_no_standard_error(limits: dict[str, None]) -> None:
+    equal = {**GOOD, "kl_mean_stderr": 0.0, "same_top": 1.0, "same_top_stderr": 0.0}
+    kl, top, *_ = verdict_on(measured(equal), **limits).checks
+    assert kl.stderr is top.stderr is kl.confidence is top.confidence is None
+    assert [row["value"] for row in verdict_rows([kl, top])] == ["0.131", "100"]
+
+
 @pytest.mark.parametrize("limit", [0.25, None])
 def test_a_divergence_that_is_not_finite_fails_whatever_the_limit(limit: float | None) -> None:
     parsed = parse_metrics(measured({**GOOD, "kl_mean": math.nan}))

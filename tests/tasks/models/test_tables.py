@@ -39,6 +39,7 @@ def test_a_perplexity_is_not_shown_in_percent(name: str, has_benchmarks: bool) -
         (0.063, 0.0034, "0.0630 ± 0.0034"),
         (2.03, 0.29, "2.03 ± 0.29"),
         (0.2504, None, "0.2504"),
+        (100.0, 0.0, "100"),
         (3, None, "3"),
     ],
 )
