@@ -166,9 +166,12 @@ def parse_output(output: str) -> Measurement:
             "examples/models/llama, or, with --image, from examples/models/gemma3; its last lines are: "
             f"{_last_lines(output)}"
         ) from None
-    if stats["generated_tokens"] < 1:
+    # The runner does not count the first token.
+    decoded = stats["generated_tokens"]
+    if decoded < 1:
         raise UserError(
-            f"the runner generated no tokens: check that the tokenizer matches the program; its statistics: {stats}"
+            "the runner generated only one token, so its decoding speed cannot be measured: check that the tokenizer "
+            f"matches the program; its statistics: {stats}"
         )
     peaks = [int(kilobytes) for kilobytes in re.findall(r"^VmHWM:\s+(\d+) kB", output, re.MULTILINE)]
     if not peaks:
@@ -179,12 +182,12 @@ def parse_output(output: str) -> Measurement:
 
     return Measurement(
         prompt_tokens=stats["prompt_tokens"],
-        generated_tokens=stats["generated_tokens"],
+        generated_tokens=decoded + 1,
         # Runners that load the program before they generate leave these at 0.
         load_seconds=seconds("model_load_start", "model_load_end") if stats["model_load_end_ms"] else None,
         first_token_seconds=seconds("inference_start", "first_token"),
         prefill_tokens_per_second=stats["prompt_tokens"] / seconds("inference_start", "prompt_eval_end"),
-        decode_tokens_per_second=stats["generated_tokens"] / seconds("prompt_eval_end", "inference_end"),
+        decode_tokens_per_second=decoded / seconds("prompt_eval_end", "inference_end"),
         peak_rss_bytes=1024 * max(peaks),
     )
 

@@ -303,7 +303,7 @@ def test_the_script_writes_a_valid_report_of_the_medians_and_leaves_nothing_on_t
     assert (report.runner.name, report.runner.executorch, report.threads) == ("llama_main", "1.5.0", 2)
     assert (report.program.sha256, report.program.bytes) == (SHA256, len(PROGRAM))
     (speed,) = report.measurements
-    assert (speed.prompt, speed.runs, speed.prompt_tokens, speed.generated_tokens) == ("text", 3, 100, 50)
+    assert (speed.prompt, speed.runs, speed.prompt_tokens, speed.generated_tokens) == ("text", 3, 100, 51)
     assert (speed.load_seconds, speed.first_token_seconds) == (1.5, 0.41)
     assert (speed.prefill_tokens_per_second, speed.decode_tokens_per_second) == (250.0, 25.0)
     assert speed.peak_rss_bytes > 100_000_000
@@ -345,6 +345,9 @@ MISTAKES = {
     "the runner printed no line `PyTorchObserver": lambda phone: fail_with(phone, "sys.exit()"),
     "use the runner from examples/models/llama": lambda phone: fail_with(
         phone, "print('PyTorchObserver {}'); sys.exit()"
+    ),
+    "the runner generated only one token": lambda phone: fail_with(
+        phone, f"print('PyTorchObserver', json.dumps(dict.fromkeys({script.STATISTICS}, 0))); sys.exit()"
     ),
     "there is no file": lambda phone: (phone / "tokenizer.json").unlink(),
 }

@@ -49,6 +49,6 @@ def test_the_speed_on_this_machine_is_defined_as_that_on_a_phone() -> None:
     phone = asdict(parse_output(f"VmHWM: 1 kB\nPyTorchObserver {statistics}\n"))
     stats = SimpleNamespace(**times, num_prompt_tokens=100, num_generated_tokens=50)
     here = runner._speed([stats])
-    names = ("prompt_tokens", "load_seconds", "first_token_seconds", "prefill_tokens_per_second")
+    names = ("prompt_tokens", "generated_tokens", "load_seconds", "first_token_seconds", "prefill_tokens_per_second")
     for name in (*names, "decode_tokens_per_second"):
         assert here[name] == pytest.approx(phone[name]), name
