@@ -801,6 +801,9 @@ def test_a_text_only_checkpoint_and_a_calibrated_recipe_go_through_the_same_flow
     assert [distillation[name] for name in ("sequences", "held_out", "steps")] == [16, 1, 6]
     card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
     assert "were trained for 6 steps on 16 such sequences" in card
+    assert (
+        "trains all scales and norms of the language model except the embedding's scales; the code below does" in card
+    )
     # The plan of another run knows what is in the store.
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(command_line.home))
     options = RunOptions(model=str(target), calibration=str(text), export=ExportOptions(max_seq_len=256))
