@@ -34,7 +34,8 @@ def gate(
     Args:
         target: The artifact's directory.
         resolved: {"model": {"name", "revision", "fixture", "license"}, "datasets": {benchmark: {"name", "revision",
-            "fixture"}}, "text": the same for the text}.
+            "fixture"}}, "text": the same for the text, "calibration": the same for the calibration text, or None,
+            "reference": {"name", "revision"} of the reference model, if there is one}.
         benchmarks: {benchmark: its entry in metrics.json}; see Benchmark.card_inputs().
         recipe: The recipe, as JSON.
         limits: The flow's parameters with these names; see `checks.LIMITS`.

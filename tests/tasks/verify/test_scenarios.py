@@ -13,7 +13,7 @@ import torch
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.gate.checks import judge
-from quantize_gemma.tasks.models.chat import TEXT_PROMPT
+from quantize_gemma.tasks.models.chat import TEXT_PROMPT, format_user_turn
 from quantize_gemma.tasks.models.metrics import RunnerCheck, parse_metrics
 from quantize_gemma.tasks.models.runner_checks import RUNNER_CHECKS
 from quantize_gemma.tasks.runtime import worker
@@ -78,16 +78,14 @@ def test_a_text_only_program_is_asked_for_no_images(small: Path, program: Path) 
 
 
 def chat_prompt() -> str:
-    """Return the short question that the runner's check asks, in the chat template."""
+    """Return the card's prompt in the chat template."""
     from transformers import AutoTokenizer
 
-    chat = [{"role": "user", "content": TEXT_PROMPT}]
-    tokenizer = AutoTokenizer.from_pretrained(BUILTIN["tiny-gemma3"])
-    return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+    return format_user_turn(AutoTokenizer.from_pretrained(BUILTIN["tiny-gemma3"]), TEXT_PROMPT)
 
 
 def first_tokens(program: Path, count: int) -> list[int]:
-    """Return a program's greedy answer to the short question."""
+    """Return a program's greedy answer to the card's prompt."""
     from transformers import AutoTokenizer
 
     from quantize_gemma.tasks.models.pte import PteProgram
