@@ -150,10 +150,10 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
     environment.filters["rounded"] = lambda value, digits: NOT_MEASURED if value is None else f"{value:.{digits}f}"
     environment.filters["percent"] = lambda value: NOT_MEASURED if value is None else f"{100 * value:.2f}%"
     environment.filters["small"] = lambda value: NOT_MEASURED if value is None else f"{value:.2g}"
-    multimodal = metrics.program.task == "multimodal-text-to-text"
-    vision = [rule for rule in recipe.rules if multimodal and GEMMA3.is_vision_role(rule.match)]
-    language = [rule for rule in recipe.rules if not GEMMA3.is_vision_role(rule.match)]
-    rules = [rule for rule in recipe.rules if rule in vision or rule in language]
+    multimodal = metrics.program.multimodal
+    rules = [rule for rule in recipe.rules if multimodal or not GEMMA3.is_vision_role(rule.match)]
+    vision = [rule for rule in rules if GEMMA3.is_vision_role(rule.match)]
+    language = [rule for rule in rules if rule not in vision]
     loading, running = (
         environment.get_template(template).render(multimodal=multimodal, smoke=metrics.quantized.smoke)
         for template in ("loading.py.j2", "running.py.j2")

@@ -23,7 +23,6 @@ _Dumper.add_representer(str, _represent_text)
 
 def front_matter(metrics: Metrics) -> dict[str, object]:
     """Return the card's metadata: license, base model, and the results that were measured."""
-    multimodal = metrics.program.task == "multimodal-text-to-text"
     base: dict[str, str] = {}
     if not metrics.fixture_model and "/" in metrics.base_model:
         base = {"base_model": metrics.base_model, "base_model_relation": "quantized"}
@@ -31,7 +30,7 @@ def front_matter(metrics: Metrics) -> dict[str, object]:
         **base,
         "library_name": "transformers",
         **(clean_license(metrics.license) or GEMMA_TERMS),
-        "pipeline_tag": "image-text-to-text" if multimodal else "text-generation",
+        "pipeline_tag": "image-text-to-text" if metrics.program.multimodal else "text-generation",
         "language": ["en"],
         "tags": ["transformers", "torchao", "executorch", "gemma3"],
         **_calibrated_on(metrics),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from quantize_gemma.tasks.models.device_report import DeviceReport
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.text_fidelity import Fidelity, ProgramFidelity, ReferenceFidelity
 from quantize_gemma.tasks.runtime.paired_stats import Pairs
 
@@ -343,6 +344,11 @@ class Program:
     threads: int
     speed: dict[str, Speed]
     scores: dict[str, SampleScore | None]
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether it reads images."""
+        return self.task == GEMMA3.multimodal.task
 
 
 @dataclass(frozen=True, kw_only=True)

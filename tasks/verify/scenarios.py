@@ -125,7 +125,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Limits:
-    """The program's limits in tokens: the sliding window, the longest sequence, and an image."""
+    """The program's limits in tokens: the sliding window, the longest sequence, and an image; 0 if it reads none."""
 
     window: int
     sequence: int
@@ -177,9 +177,9 @@ def run_in_process(program: str, checkpoint: str, lengths: list[int], logits: st
     pte = PteProgram(Path(program))
     # The model's own end tokens: a runner that does not know all of them keeps generating.
     pte.eos_ids = set(end_token_ids(Path(checkpoint)))
-    limits = _Limits(
-        config.get_text_config().sliding_window, pte.max_seq_len, getattr(config, "mm_tokens_per_image", 0)
-    )
+    # A text-only model's configuration may have this field, too.
+    image_tokens = config.mm_tokens_per_image if pte.multimodal else 0
+    limits = _Limits(config.get_text_config().sliding_window, pte.max_seq_len, image_tokens)
     scenarios: list[Scenario] = []
     expected: list[Expected] = []
     # The first conversation runs first here, but last in the runner, after longer ones.

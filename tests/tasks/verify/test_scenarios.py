@@ -68,8 +68,12 @@ def test_the_released_program_passes_every_check_of_the_runner(released: Outcome
     assert all(gate[f"runner_{name}"] == "pass" for name in RUNNER_CHECKS)
 
 
-def test_a_text_only_program_is_asked_for_no_images(small: Path, program: Path) -> None:
-    found = ask(program, small)
+def test_a_text_only_program_is_asked_for_no_images(small: Path, program: Path, tmp_path: Path) -> None:
+    """Nor if it was extracted from a multimodal model, with more of its configuration than a text-only model has."""
+    shutil.copytree(small, tmp_path / "extracted")
+    config = json.loads((small / "config.json").read_text())
+    (tmp_path / "extracted" / "config.json").write_text(json.dumps({**config, "mm_tokens_per_image": 4}))
+    found = ask(program, tmp_path / "extracted")
     assert list(found) == ["prompts", "past_window", "full_length", "stop", "conversations"]
     # Random weights end no turn.
     assert found["stop"].cases == 0
