@@ -10,23 +10,17 @@ both the installed and newer versions of transformers, so that both load the fil
 """
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize_gemma.tasks.models.calibration import read_calibration
-from quantize_gemma.tasks.models.checkpoint import (
-    is_multimodal,
-    linear_shapes,
-    read_config,
-    read_header,
-)
+from quantize_gemma.tasks.models.checkpoint import is_multimodal, linear_shapes, read_config
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.load_check import check_shapes
 from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide, packed_bytes, recipe_hash, torchao_config
-from quantize_gemma.tasks.quantize.source import SourceTensor, open_tensors
+from quantize_gemma.tasks.quantize.source import QUANTIZED, SourceTensor, open_files, open_tensors
 from quantize_gemma.tasks.quantize.writer import CheckpointWriter
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -73,10 +67,14 @@ def quantize(
     with open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
         shapes = {name: source.shape for name, source in sources.items()}
         rules = decide(parsed_recipe, linear_shapes(shapes))
-        quantized, calibration_metadata = {}, {}
+        # {weight: {part: location of its rows}} of calibrated blocks.
+        quantized: dict[str, dict[str, SourceTensor]] = {}
+        calibration_metadata = {}
         if calibration is not None:
             blocks = _quantize_decoder(checkpoint, sources, rules, parsed_recipe, calibration, device, refresh, stack)
-            quantized = stack.enter_context(_open_blocks(blocks.files))
+            for name, source in stack.enter_context(open_files(blocks.files, QUANTIZED)).items():
+                module, _, part = name.rpartition(".")
+                quantized.setdefault(f"{module}.weight", {})[part] = source
             calibration_metadata = {"output_error": blocks.errors}
         weights = target / "model.safetensors"
         with _one_thread(), CheckpointWriter(weights, sources, rules, multimodal, device, quantized) as writer:
@@ -153,24 +151,6 @@ def _quantize_decoder(
     blocks = Blocks(root, identity, refresh)
     quantize_decoder(checkpoint, sources, rules, recipe, tokens, blocks, device)
     return blocks
-
-
-@contextlib.contextmanager
-def _open_blocks(files: Sequence[Path]) -> Iterator[dict[str, dict[str, SourceTensor]]]:
-    """Yield {weight: {part: location of its rows}} of calibrated blocks; their files are open within the context."""
-    import torch
-
-    dtypes = {"I8": torch.int8, "BF16": torch.bfloat16}
-    quantized: dict[str, dict[str, SourceTensor]] = {}
-    with contextlib.ExitStack() as stack:
-        for path in files:
-            file = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, file)
-            for name, tensor in read_header(path).items():
-                module, part = name.rsplit(".", 1)
-                source = SourceTensor(file, tensor.start, dtypes[tensor.dtype], tensor.shape)
-                quantized.setdefault(f"{module}.weight", {})[part] = source
-        yield quantized
 
 
 def _write_config(

@@ -47,19 +47,26 @@ def read_rows(source: SourceTensor, first: int = 0, count: int | None = None) ->
 @contextlib.contextmanager
 def open_tensors(checkpoint: Path, dtypes: Mapping[str, str] = FLOATS) -> Iterator[dict[str, SourceTensor]]:
     """Yield the checkpoint's tensors by name in the loaded model, sorted; their files are open within the context."""
+    with open_files(weight_files(checkpoint), dtypes) as sources:
+        yield dict(sorted((GEMMA3.runtime_name(name), source) for name, source in sources.items()))
+
+
+@contextlib.contextmanager
+def open_files(paths: Iterable[Path], dtypes: Mapping[str, str]) -> Iterator[dict[str, SourceTensor]]:
+    """Yield the tensors of safetensors files by name; the files are open within the context."""
     import torch
 
     sources = {}
     with contextlib.ExitStack() as stack:
-        for path in weight_files(checkpoint):
+        for path in paths:
             file = os.open(path, os.O_RDONLY)
             stack.callback(os.close, file)
             for name, tensor in read_header(path).items():
                 if tensor.dtype not in dtypes:
                     raise UserError(f"the weight {name} in {path} is {tensor.dtype}: use the unquantized checkpoint")
                 dtype: torch.dtype = getattr(torch, dtypes[tensor.dtype])
-                sources[GEMMA3.runtime_name(name)] = SourceTensor(file, tensor.start, dtype, tensor.shape)
-        yield dict(sorted(sources.items()))
+                sources[name] = SourceTensor(file, tensor.start, dtype, tensor.shape)
+        yield sources
 
 
 def decoder_prefix(names: Iterable[str]) -> str:
