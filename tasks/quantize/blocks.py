@@ -28,7 +28,7 @@ from quantize_gemma.tasks.quantize.algorithms import dequantize
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Gemma3TextConfig
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3RMSNorm
 
     from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 SEQUENCES = 8
 # Columns of a Hessian that are computed at once; only the blocks on and above the diagonal are computed.
 PANEL = 512
-# Significant digits of an error; more would depend on the number of threads, which determines the order of sums.
-DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -131,6 +129,15 @@ def load_text_config(checkpoint: Path) -> Gemma3TextConfig:
 
     config: Gemma3TextConfig = AutoConfig.from_pretrained(checkpoint, attn_implementation="sdpa").get_text_config()
     return config
+
+
+def load_norm(config: Gemma3TextConfig, weight: Tensor) -> Gemma3RMSNorm:
+    """Return the norm after the last block, in float32 on the device of its stored weight."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    norm = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    norm.weight.data = weight.flatten().float()
+    return norm
 
 
 class Block:
@@ -353,7 +360,15 @@ def compensate_and_quantize(
         integers[first:last], scales[first:last] = matrix.integers, matrix.scales
         error += _square(matrix.dequantize() - corrected, curvature)
         square += _square(corrected, curvature)
-    return QuantizedMatrix(integers, scales, float(f"{error / square if square else 0.0:.{DIGITS}g}"))
+    return QuantizedMatrix(integers, scales, round_sum(error / square if square else 0.0))
+
+
+def round_sum(value: float) -> float:
+    """Round a value that was computed from sums to five significant digits.
+
+    More digits would depend on the number of threads, which determines the order of the sums.
+    """
+    return float(f"{value:.5g}")
 
 
 def _square(weights: Tensor, curvature: gptq.Curvature) -> float:

@@ -21,7 +21,7 @@ from quantize_gemma.tasks.quantize.algorithms import dequantize, quantize_rows
 from quantize_gemma.tasks.quantize.source import (
     SourceTensor,
     decoder_prefix,
-    embedding_factor,
+    embed,
     look_up,
     read_block,
     read_rows,
@@ -33,7 +33,7 @@ from quantize_gemma.tasks.runtime.strict_json import JsonObject
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Gemma3TextConfig
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
     from quantize_gemma.tasks.quantize.blocks import QuantizedMatrix
     from quantize_gemma.tasks.quantize.hidden_states import HiddenStates
@@ -117,6 +117,7 @@ def quantize_decoder(
     from quantize_gemma.tasks.quantize.blocks import (
         Block,
         QuantizedMatrix,
+        load_norm,
         load_text_config,
         quantize_block,
         replay_block,
@@ -170,8 +171,8 @@ def quantize_decoder(
 
     def compute_head() -> dict[str, QuantizedMatrix]:
         catch_up()
-        norm = read_rows(sources[f"{prefix}norm.weight"]).flatten().to(device)
-        return _quantize_head(config, sources[f"{head}.weight"], rules[head], settings, norm, hidden)
+        norm = load_norm(config, read_rows(sources[f"{prefix}norm.weight"]).to(device))
+        return _quantize_head(sources[f"{head}.weight"], rules[head], settings, norm, hidden)
 
     total = config.num_hidden_layers + 1
     for number in range(config.num_hidden_layers):
@@ -193,25 +194,20 @@ def _embed(source: SourceTensor, rule: Rule, tokens: Tensor) -> tuple[Tensor, Te
     """Return the quantized and the full-precision embeddings of tokens, scaled, [sequences, length, width]."""
     rows, row_numbers = look_up(source, tokens)
     tensors = quantize_rows(rows, rule, "cpu").tensors
-    quantized = dequantize(tensors["qdata"], tensors["scale"])
-    factor = embedding_factor(rows.shape[1])
-    return (quantized * factor)[row_numbers], (rows.float() * factor)[row_numbers]
+    return embed(dequantize(tensors["qdata"], tensors["scale"]), row_numbers), embed(rows, row_numbers)
 
 
 def _quantize_head(
-    config: Gemma3TextConfig, source: SourceTensor, rule: Rule, settings: Calibration, norm: Tensor, hidden: Pair
+    source: SourceTensor, rule: Rule, settings: Calibration, norm: Gemma3RMSNorm, hidden: Pair
 ) -> dict[str, QuantizedMatrix]:
     """Quantize the head, some rows at a time, calibrated on the output of the last norm."""
     import torch
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
     from quantize_gemma.tasks.quantize import blocks, gptq
 
-    module = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    module.weight.data = norm.float()
     with torch.no_grad():
         pieces = [slice(first, first + blocks.SEQUENCES) for first in range(0, len(hidden[0]), blocks.SEQUENCES)]
-        moments = blocks.Moments.from_pieces(*(map(module, map(states.__getitem__, pieces)) for states in hidden))
+        moments = blocks.Moments.from_pieces(*(map(norm, map(states.__getitem__, pieces)) for states in hidden))
     cross = moments.cross.cpu()
     assert rule.group_size is not None, f"{rule} has no group size"
     is_sorted = settings.order == "activations"

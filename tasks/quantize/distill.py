@@ -27,7 +27,7 @@ from quantize_gemma.tasks.quantize.source import (
     QUANTIZED,
     SourceTensor,
     decoder_prefix,
-    embedding_factor,
+    embed,
     look_up,
     open_tensors,
     read_block,
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 TARGETS, STATE = "distill-targets", "distill-state"
 WEIGHTS = "model.safetensors"
-# Significant digits of a KL divergence; more would depend on the number of threads, which determines the order of sums.
-DIGITS = 5
 Sources = Mapping[str, SourceTensor]
 
 
@@ -83,7 +81,7 @@ def distill(
     """
     import torch
 
-    from quantize_gemma.tasks.quantize.blocks import load_text_config
+    from quantize_gemma.tasks.quantize.blocks import load_text_config, round_sum
     from quantize_gemma.tasks.quantize.training import Lesson, split
 
     parsed_recipe = Recipe.from_json(recipe)
@@ -101,8 +99,7 @@ def distill(
         targets = _base_states(base, sources, tokens, device, root, base_identity)
         student = _load_student(config, quantized, rules, device)
         head = _base_head(sources, device)
-        embed = _Embedding(quantized, config, device)
-        lesson = Lesson(embed, tokens, targets.to(device), head)
+        lesson = Lesson(_Embedding(quantized, device), tokens, targets.to(device), head)
         identity = {**digests, "settings": asdict(parsed_recipe.distillation), **run_identity}
         state = _train_in_store(student, lesson, parsed_recipe, root, identity, refresh)
     tensors = _trained_tensors(student)
@@ -112,7 +109,7 @@ def distill(
             "sequences": len(tokens) - len(split(len(tokens))[0]),
             "held_out": len(split(len(tokens))[0]),
             "steps": state.step,
-            "held_out_kl": [{"step": step, "kl": float(f"{kl:.{DIGITS}g}")} for step, kl in state.history],
+            "held_out_kl": [{"step": step, "kl": round_sum(kl)} for step, kl in state.history],
         }
     }
 
@@ -120,18 +117,16 @@ def distill(
 class _Embedding:
     """Embed token ids with a quantized checkpoint's rows, as its decoder does."""
 
-    def __init__(self, quantized: Sources, config: Gemma3TextConfig, device: str) -> None:
+    def __init__(self, quantized: Sources, device: str) -> None:
         module = f"{decoder_prefix(quantized)}{GEMMA3.embedding_module}"
         self.integers, self.scales = quantized[f"{module}._weight_qdata"], quantized[f"{module}._weight_scale"]
-        self.factor = embedding_factor(config.hidden_size)
         self.device = device
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the embeddings, float32, [..., width]."""
         integers, row_numbers = look_up(self.integers, tokens)
         rows = dequantize(integers, look_up(self.scales, tokens)[0])
-        embeddings: Tensor = (rows * self.factor)[row_numbers].to(self.device)
-        return embeddings
+        return embed(rows, row_numbers).to(self.device)
 
 
 def _base_states(base: Path, sources: Sources, tokens: Tensor, device: str, root: Path, identity: JsonObject) -> Tensor:
@@ -152,16 +147,13 @@ def _base_states(base: Path, sources: Sources, tokens: Tensor, device: str, root
 @fast_products()
 def _run_base(base: Path, sources: Sources, tokens: Tensor, device: str) -> Tensor:
     import torch
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-    from quantize_gemma.tasks.quantize.blocks import Block, load_text_config, run_full_block, run_to_end
+    from quantize_gemma.tasks.quantize.blocks import Block, load_norm, load_text_config, run_full_block, run_to_end
 
     config = load_text_config(base)
     prefix = decoder_prefix(sources)
-    rows, row_numbers = look_up(sources[f"{prefix}{GEMMA3.embedding_module}.weight"], tokens)
-    hidden = (rows.float() * embedding_factor(config.hidden_size))[row_numbers].to(device)
-    norm = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    norm.weight.data = read_rows(sources[f"{prefix}norm.weight"]).flatten().float().to(device)
+    hidden = embed(*look_up(sources[f"{prefix}{GEMMA3.embedding_module}.weight"], tokens)).to(device)
+    norm = load_norm(config, read_rows(sources[f"{prefix}norm.weight"]).to(device))
     with torch.no_grad():
         for number in range(config.num_hidden_layers):
             block = Block(config, number, read_block(sources, f"{prefix}layers.{number}.", device))

@@ -88,9 +88,12 @@ def look_up(source: SourceTensor, tokens: torch.Tensor) -> tuple[torch.Tensor, t
     return torch.cat([read_rows(source, int(token), 1) for token in ids]), row_numbers
 
 
-def embedding_factor(width: int) -> float:
-    """Return the factor by which the program scales embeddings; a model in bfloat16 rounds it."""
-    return float(width**0.5)
+def embed(rows: torch.Tensor, row_numbers: torch.Tensor) -> torch.Tensor:
+    """Return the embeddings of tokens, scaled as in the program, float32, from what look_up() returns for them.
+
+    A model in bfloat16 rounds the factor.
+    """
+    return (rows.float() * float(rows.shape[1] ** 0.5))[row_numbers]
 
 
 def _fill_buffer(file: int, buffer: bytearray, offset: int) -> None:

@@ -19,7 +19,7 @@ from quantize_gemma.tasks.models.dequantize import FakeQuantize
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.rounding import TINIEST
 from quantize_gemma.tasks.quantize import gptq
-from quantize_gemma.tasks.quantize.blocks import Block
+from quantize_gemma.tasks.quantize.blocks import Block, load_norm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,9 +118,8 @@ class Student:
                     self.trained_modules[start + name] = TrainedNorm(module)
                     block.layer.set_submodule(name, self.trained_modules[start + name])
             self.blocks.append(block)
-        last = Gemma3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        last.weight.data = weights[f"{prefix}norm.weight"].float()
-        self.norm = self.trained_modules[f"{prefix}norm"] = TrainedNorm(last)
+        self.norm = TrainedNorm(load_norm(config, weights[f"{prefix}norm.weight"]))
+        self.trained_modules[f"{prefix}norm"] = self.norm
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Return the head's inputs, [sequences, length, width], from embeddings of the same shape."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.shapes import write_checkpoint
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
 from quantize_gemma.tasks.calibrate import calibrate, digest_text
 from quantize_gemma.tasks.models.calibration import DISTILLATION, read_calibration
@@ -18,9 +19,11 @@ from quantize_gemma.tasks.models.recipe import HELD_OUT, STEP_SEQUENCES, Distill
 from quantize_gemma.tasks.quantize import distill as stages
 from quantize_gemma.tasks.quantize import gptq, quantize, student, training
 from quantize_gemma.tasks.quantize.distill import distill
+from quantize_gemma.tasks.quantize.source import embed, look_up, open_tensors
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.untie import untie
+from tests.tasks.verify.conftest import SMALL
 
 STEPS = 24
 
@@ -86,6 +89,15 @@ def test_scales_and_norms_are_trained_and_nothing_else_changes(inputs: dict[str,
     assert all((tensor > 0).all() for name, tensor in after.items() if name.endswith("_weight_scale"))
     # The checkpoint as torchao and transformers load it says the same.
     assert divergence(inputs, tmp_path / "distilled") < 0.97 * divergence(inputs, inputs["checkpoint"])
+
+
+def test_embeddings_are_scaled_as_by_transformers_in_float32(tmp_path: Path) -> None:
+    """In bfloat16, the square root of this width would be rounded; that of the built-in model's would not."""
+    write_checkpoint(tmp_path, SMALL)
+    tokens = torch.arange(40).view(2, 20)
+    with open_tensors(tmp_path) as sources:
+        embeddings = embed(*look_up(sources["model.embed_tokens.weight"], tokens))
+    assert torch.equal(embeddings, load_model(tmp_path, torch.float32).get_input_embeddings()(tokens))
 
 
 def test_a_student_is_the_checkpoint_as_transformers_loads_it(inputs: dict[str, Any]) -> None:
