@@ -65,14 +65,13 @@ class _Reference:
         act_quant: Outputs with quantized activations, which the program is compared with.
         no_act_quant: Outputs without quantized activations.
         embeddings: The text's token embeddings, [1, tokens, width].
-        other_image: Logits of the text after an image with the attention that the program does not use: causal if the
-            program's is bidirectional, and vice versa.
+        kl_causal_image: The KL divergence of the text after an image that causal attention causes.
     """
 
     act_quant: _CheckpointOutputs
     no_act_quant: _CheckpointOutputs
     embeddings: Tensor
-    other_image: Tensor | None
+    kl_causal_image: float | None
 
 
 def compare(
@@ -80,7 +79,7 @@ def compare(
     checkpoint: Path,
     config: PreTrainedConfig,
     max_seq_len: int,
-    bidirectional_images: bool = True,
+    bidirectional_images: bool,
 ) -> tuple[Agreement, list[RunnerCheck]]:
     """Return the distance of `program`/model.pte from the checkpoint, and the checks of the C++ runner.
 
@@ -88,8 +87,9 @@ def compare(
         program: The directory of model.pte.
         checkpoint: The checkpoint that it was exported from.
         config: The checkpoint's configuration.
-        max_seq_len: The longest sequence of the program, in tokens.
-        bidirectional_images: Whether the tokens of an image attend to each other in both directions in the program.
+        max_seq_len: The program's maximum sequence length, in tokens.
+        bidirectional_images: Whether the tokens of an image attend to each other in both directions in the program;
+            False for a text-only one.
 
     Raises:
         StageFailed: The C++ runner fails on a prompt, or logits are not finite.
@@ -106,7 +106,9 @@ def compare(
         )
     reference = _run_checkpoint(checkpoint, prompts, image, bidirectional_images)
     gc.collect()  # The model's modules have reference cycles, and the program takes as much memory again.
-    agreement = _compare_outputs(PteProgram(program / "model.pte"), reference, prompts, image)
+    pte = PteProgram(program / "model.pte")
+    assert pte.has_image_channel == bidirectional_images, f"bidirectional_images must be {pte.has_image_channel}"
+    agreement = _compare_outputs(pte, reference, prompts, image)
     report = json.dumps(asdict(agreement))
     if "NaN" in report or "Infinity" in report:
         raise StageFailed(f"the logits of the checkpoint or of the program are not finite: {report}")
@@ -127,10 +129,15 @@ def _run_checkpoint(
     with torch.no_grad(), fast_products():
         embeddings = model.get_input_embeddings()(_text_ids(prompts))
         act_quant = _checkpoint_outputs(model, prompts, image, is_bidirectional)
-        other = None if image is None else _image_logits(model, image, act_quant.features[0], not is_bidirectional)
+        kl_causal_image = None
+        if image is not None:
+            assert act_quant.image is not None
+            other = _image_logits(model, image, act_quant.features[0], not is_bidirectional)
+            causal, bidirectional = (other, act_quant.image) if is_bidirectional else (act_quant.image, other)
+            kl_causal_image = mean_kl(bidirectional, causal)
         disable_activation_quantization(model)
         no_act_quant = _checkpoint_outputs(model, prompts, image, is_bidirectional)
-    return _Reference(act_quant, no_act_quant, embeddings, other)
+    return _Reference(act_quant, no_act_quant, embeddings, kl_causal_image)
 
 
 def _text_ids(prompts: list[AnsweredPrompt]) -> Tensor:
@@ -229,12 +236,9 @@ def _compare_image(
     eager, baseline = reference.act_quant, reference.no_act_quant
     assert eager.image is not None
     assert baseline.image is not None
-    assert reference.other_image is not None
+    assert reference.kl_causal_image is not None
     features = [program.encode_image(pixels) for pixels in image.pixel_values]
     logits = _decode_image(program, image, features[0])
-    causal, bidirectional = (
-        (reference.other_image, eager.image) if program.has_image_channel else (eager.image, reference.other_image)
-    )
     encoded = [program.without_channel(each) for each in features]
     flat = [_flatten(each) for each in (eager.features, encoded, baseline.features)]
     vision_encoder = VisionError(
@@ -247,7 +251,7 @@ def _compare_image(
         tokens=len(image.is_image),
         kl_program=mean_kl(eager.image, logits),
         kl_act_quant=mean_kl(eager.image, baseline.image),
-        kl_causal_image=mean_kl(bidirectional, causal),
+        kl_causal_image=reference.kl_causal_image,
     )
     late = None
     if image.late is not None:

@@ -492,7 +492,7 @@ def test_the_program_is_no_further_from_the_checkpoint_than_activation_quantizat
     assert agreement["vision_encoder"]["error"] < 0.5 * agreement["vision_encoder"]["error_act_quant"]
     modules = ("vision_tower.vision_model.encoder.layers.1.mlp.fc2", "language_model.model.layers.1.mlp.up_proj")
     other = swap_rows_of_release(release, tmp_path / "other", *modules)
-    metrics["program"]["agreement"] = asdict(compare(release, other, AutoConfig.from_pretrained(other), 1024)[0])
+    metrics["program"]["agreement"] = asdict(compare(release, other, AutoConfig.from_pretrained(other), 1024, True)[0])
     parsed = parse_metrics(metrics)
     verdict = judge(parsed.benchmarks, parsed, parsed.pairs, {**parsed.gate.limits, "max_kl_ratio": 1.0})
     failed = {check.name for check in verdict.checks if check.status == "fail"}

@@ -10,6 +10,7 @@ import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.gate.checks import judge
+from quantize_gemma.tasks.models.checkpoint import is_multimodal
 from quantize_gemma.tasks.models.metrics import Agreement, RunnerCheck, parse_metrics
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.runtime.patches import patched_export
@@ -75,7 +76,8 @@ def measure(
 ) -> tuple[Agreement, dict[str, RunnerCheck]]:
     from transformers import AutoConfig
 
-    agreement, checks = compare(program, checkpoint, AutoConfig.from_pretrained(checkpoint), max_seq_len)
+    config = AutoConfig.from_pretrained(checkpoint)
+    agreement, checks = compare(program, checkpoint, config, max_seq_len, is_multimodal(config.to_dict()))
     return agreement, {check.name: check for check in checks}
 
 

@@ -73,7 +73,7 @@ def test_a_causal_program_is_compared_with_the_model_with_causal_attention(relea
     options = {"max_seq_len": 64, "bidirectional_images": False}
     program = export("quantize_gemma.tasks.export:export", release, tmp_path, **options)
     config = AutoConfig.from_pretrained(release)
-    image = compare(program, release, config, 64, bidirectional_images=False)[0].image
+    image = compare(program, release, config, 64, False)[0].image
     assert image is not None
     assert 0 < image.kl_program < image.kl_act_quant
     # The effect of causal attention is measured in the checkpoint, whichever attention the program has.
