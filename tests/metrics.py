@@ -115,6 +115,7 @@ METRICS: dict[str, Any] = {
         "bytes": 500,
         "fidelity": FIDELITY,
         "weight_error": {"linear": 0.01},
+        "lossless": False,
         "packed_bytes": 300_000,
         "output_error": None,
         "smoke": {**RESPONSE, "chat_template": True, "new_tokens": 2, "max_new_tokens": 64},

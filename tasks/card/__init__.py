@@ -152,8 +152,8 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
     environment.filters["small"] = lambda value: NOT_MEASURED if value is None else f"{value:.2g}"
     multimodal = metrics.program.multimodal
     rules = [rule for rule in recipe.rules if multimodal or not GEMMA3.is_vision_role(rule.match)]
-    vision = [rule for rule in rules if GEMMA3.is_vision_role(rule.match)]
-    language = [rule for rule in rules if rule not in vision]
+    vision_weights = {rule.weight for rule in rules if GEMMA3.is_vision_role(rule.match)}
+    language_weights = {rule.weight for rule in rules if not GEMMA3.is_vision_role(rule.match)}
     loading, running = (
         environment.get_template(template).render(multimodal=multimodal, smoke=metrics.quantized.smoke)
         for template in ("loading.py.j2", "running.py.j2")
@@ -174,9 +174,7 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
         checks=verdict_rows(metrics.gate.checks),
         failed=[check.message for check in metrics.gate.checks if check.status == "fail"],
         recipe=recipe,
-        lossless=all(rule.algorithm == "exact" for rule in language),
-        vision_lossless=all(rule.algorithm == "exact" for rule in vision),
-        int8_vision={rule.weight for rule in vision} == {"int8"} != {rule.weight for rule in language},
+        int8_vision=vision_weights == {"int8"} != language_weights,
         sizes=sizes,
         has_samples=any(name.startswith(f"{SAMPLES}/") for name in sizes),
         rules=[_rule_code(rule) for rule in rules],

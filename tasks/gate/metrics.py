@@ -175,7 +175,7 @@ def collect_quantized(
             "reference": reference,
             **{
                 name: artifacts["quantize"].metadata.get(name)
-                for name in ("weight_error", "packed_bytes", "output_error")
+                for name in ("weight_error", "lossless", "packed_bytes", "output_error")
             },
             "smoke": artifacts["smoke"].metadata,
             "scores": collect_scores(artifacts, benchmarks, "quantized"),

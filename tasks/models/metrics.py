@@ -294,6 +294,8 @@ class Quantized(Base):
         fidelity: Its distance from the base model on text.
         reference: Its distance from a reference model, if one was named.
         weight_error: The relative squared error of the weights by role; like `output_error`, before distillation.
+        lossless: Whether every quantized weight of the language model equals its integer times its scale, rounded to
+            the checkpoint's dtype.
         packed_bytes: Its size with integers packed at their bit widths, including scales and unquantized weights.
         output_error: For a calibrated recipe, the relative squared error that rounding adds to each module's outputs on
             the calibration tokens.
@@ -302,6 +304,7 @@ class Quantized(Base):
     fidelity: Fidelity
     weight_error: dict[str, float]
     smoke: Smoke
+    lossless: bool
     packed_bytes: int | None = None
     output_error: dict[str, float] | None = None
     reference: ReferenceFidelity | None = None

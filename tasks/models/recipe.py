@@ -270,6 +270,11 @@ def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Ru
     return rules
 
 
+def is_lossless(rules: Mapping[str, Rule]) -> bool:
+    """Tell whether the language model's weights are kept exactly, from the rule of each module."""
+    return all(rule.algorithm == "exact" for name, rule in rules.items() if not GEMMA3.is_vision(name))
+
+
 def packed_bytes(shapes: Mapping[str, Sequence[int]], rules: Mapping[str, Rule]) -> int:
     """Return the size of packed weights: integers at their bit width, scales and all other weights in bfloat16.
 

@@ -19,7 +19,15 @@ from quantize_gemma.tasks.models.calibration import read_calibration
 from quantize_gemma.tasks.models.checkpoint import is_multimodal, linear_shapes, read_config
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.load_check import check_shapes
-from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide, packed_bytes, recipe_hash, torchao_config
+from quantize_gemma.tasks.models.recipe import (
+    Recipe,
+    Rule,
+    decide,
+    is_lossless,
+    packed_bytes,
+    recipe_hash,
+    torchao_config,
+)
 from quantize_gemma.tasks.quantize.source import QUANTIZED, SourceTensor, open_files, open_tensors
 from quantize_gemma.tasks.quantize.writer import CheckpointWriter
 from quantize_gemma.tasks.runtime import store
@@ -51,8 +59,8 @@ def quantize(
         refresh: Quantize decoder blocks again even if they are in the store.
 
     Returns:
-        The recipe's name and hash, and the weight error per role: mean squared error over mean square. For a calibrated
-        recipe, also the output error per module on the calibration tokens.
+        The recipe's name and hash, whether it is lossless, and the weight error per role: mean squared error over mean
+        square. For a calibrated recipe, also the output error per module on the calibration tokens.
 
     Raises:
         UserError: The checkpoint does not fit its configuration, the recipe does not fit the model or has no
@@ -89,6 +97,7 @@ def quantize(
             "recipe": parsed_recipe.name,
             "recipe_hash": recipe_hash(parsed_recipe),
             "quantized_modules": len(rules),
+            "lossless": is_lossless(rules),
             "packed_bytes": packed_bytes(shapes, rules),
             "weight_error": {
                 role: round(sums.error / sums.square, 8) if sums.square else 0.0

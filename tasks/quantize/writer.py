@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from quantize_gemma.tasks.models.checkpoint import write_header
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
-from quantize_gemma.tasks.models.recipe import Rule
+from quantize_gemma.tasks.models.recipe import Rule, is_lossless
 from quantize_gemma.tasks.quantize.algorithms import (
     iterations_to_repeat,
     measure_rows,
@@ -99,6 +99,7 @@ class CheckpointWriter:
         self.sources = sources
         self.quantized = quantized
         self.rules = {name: rules.get(name.removesuffix(".weight")) for name in sources}
+        self.is_lossless = is_lossless(rules)
         self.device = device
         # One more thread than cores, because some wait for the disk; a GPU has memory for only a few chunks.
         self.pool = ThreadPoolExecutor(min(machine.logical_cores(), 16) + 1 if device == "cpu" else 3)
@@ -169,7 +170,7 @@ class CheckpointWriter:
                 sums[rule.match] = ErrorSums(before.error + chunk.error, before.square + chunk.square)
         if off_grid:
             raise UserError(_off_grid_message(off_grid))
-        if all(rule.algorithm == "exact" for name, rule in self.rules.items() if rule and not GEMMA3.is_vision(name)):
+        if self.is_lossless:
             prefix = decoder_prefix(self.sources)
             counts = {name: count for name, count in rounded.items() if count and name.startswith(prefix)}
             if counts:

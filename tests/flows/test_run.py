@@ -773,7 +773,7 @@ def test_a_checkpoint_on_the_grid_becomes_a_program_that_differs_by_its_activati
     agreement = metrics["program"]["agreement"]
     assert agreement["kl_program"] < agreement["kl_act_quant"]
     card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
-    assert "**Lossless:** every weight of the language model" in card
+    assert "**Lossless:** every quantized weight of the language model" in card
     # The model before its weights were put on the grid is further away, and named.
     reference = metrics["quantized"]["reference"]
     assert reference["name"] == "tiny-gemma3"

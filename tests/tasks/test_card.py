@@ -127,11 +127,14 @@ def test_a_text_only_models_card_says_nothing_about_a_vision_tower() -> None:
         assert "position_embedding" not in text
 
 
-def test_only_what_is_on_its_grid_is_called_lossless() -> None:
-    lossless = "- **Lossless:** every quantized weight of the language model equals"
-    assert lossless in render_example("text-generation", "EXACT")
-    assert "The vision tower is not lossless." in render_example("multimodal-text-to-text", "EXACT")
-    assert "ossless" not in render_example("multimodal-text-to-text", "GPTQ-INT8-INT4")
+def test_only_a_language_model_on_its_grid_is_called_lossless() -> None:
+    measured = example_json()
+    assert "ossless" not in card(measured)
+    measured["quantized"]["lossless"] = True
+    assert "- **Lossless:** every quantized weight of the language model equals" in card(measured)
+    assert "vision tower" not in card(measured)
+    measured["program"]["task"] = "multimodal-text-to-text"
+    assert "the checkpoint's dtype. This does not apply to the vision tower." in card(measured)
 
 
 def test_the_histogram_is_as_high_as_the_share_of_the_tokens(tmp_path: Path) -> None:

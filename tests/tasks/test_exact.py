@@ -1,6 +1,7 @@
 """Weights that are on a grid are written without loss; what is not is counted and refused."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.models.checkpoint import load_model
-from quantize_gemma.tasks.models.recipe import load_recipe
+from quantize_gemma.tasks.models.gemma3 import GEMMA3
+from quantize_gemma.tasks.models.recipe import Algorithm, Rule, load_recipe
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.quantize.exact import find_scales
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -95,6 +97,17 @@ def test_a_checkpoint_on_the_grid_is_written_without_loss(dtype: torch.dtype, tm
             assert torch.equal(dense.to(dtype), weight.to(dtype)), name
             compared += 1
     assert compared > 20
+
+
+@pytest.mark.parametrize("algorithm", ["exact", "affine"])
+def test_a_recipe_is_lossless_whatever_it_does_to_the_vision_tower(algorithm: Algorithm, tmp_path: Path) -> None:
+    exact = load_recipe("EXACT")
+    language = [rule for rule in exact.rules if not GEMMA3.is_vision_role(rule.match)]
+    vision = Rule("re:vision_tower", weight="int8", group_size=None, activation=None, algorithm="affine")
+    language[0] = replace(language[0], algorithm=algorithm)
+    recipe = replace(exact, rules=(*language, vision))
+    output = quantize(tmp_path / "target", untied_grid(tmp_path, torch.bfloat16), recipe.to_json(), "cpu")
+    assert output["metadata"]["lossless"] == (algorithm == "exact")
 
 
 def test_weights_on_the_grid_of_another_dtype_are_refused(tmp_path: Path) -> None:
