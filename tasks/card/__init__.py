@@ -148,8 +148,8 @@ def render(metrics: Metrics, recipe: Recipe, sizes: dict[str, int]) -> str:
         environment.filters[name] = getattr(markdown, name)
     environment.filters["size"] = human_size
     environment.filters["rounded"] = lambda value, digits: NOT_MEASURED if value is None else f"{value:.{digits}f}"
-    environment.filters["percent"] = lambda value: NOT_MEASURED if value is None else f"{100 * value:.2f}%"
-    environment.filters["small"] = lambda value: NOT_MEASURED if value is None else f"{value:.2g}"
+    environment.filters["percent"] = "{:.2%}".format
+    environment.filters["small"] = "{:.2g}".format
     multimodal = metrics.program.multimodal
     rules = [rule for rule in recipe.rules if multimodal or not GEMMA3.is_vision_role(rule.match)]
     vision_weights = {rule.weight for rule in rules if GEMMA3.is_vision_role(rule.match)}

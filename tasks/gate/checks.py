@@ -548,9 +548,9 @@ def _show(answer: Answer) -> str:
     return text if answer.margin is None else f"{text} by {answer.margin:.2f} nats"
 
 
-def _or_nan(value: float | None) -> float:
-    """Return a measured value, or NaN if it is missing or infinite."""
-    return value if value is not None and math.isfinite(value) else math.nan
+def _or_nan(value: float) -> float:
+    """Return a measured value, or NaN if it is infinite."""
+    return value if math.isfinite(value) else math.nan
 
 
 def _finite(value: float) -> float | None:

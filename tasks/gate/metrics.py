@@ -173,10 +173,8 @@ def collect_quantized(
             "bytes": quantized.files["model.safetensors"].size,
             "fidelity": fidelity["quantized"],
             "reference": reference,
-            **{
-                name: artifacts["quantize"].metadata.get(name)
-                for name in ("weight_error", "lossless", "packed_bytes", "output_error")
-            },
+            **{name: quantized.metadata[name] for name in ("weight_error", "lossless", "packed_bytes")},
+            "output_error": quantized.metadata.get("output_error"),
             "smoke": artifacts["smoke"].metadata,
             "scores": collect_scores(artifacts, benchmarks, "quantized"),
         }

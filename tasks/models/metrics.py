@@ -305,7 +305,7 @@ class Quantized(Base):
     weight_error: dict[str, float]
     smoke: Smoke
     lossless: bool
-    packed_bytes: int | None = None
+    packed_bytes: int
     output_error: dict[str, float] | None = None
     reference: ReferenceFidelity | None = None
 
@@ -335,7 +335,7 @@ class Program:
     dtype: str
     custom_sdpa: bool
     custom_kv_cache: bool
-    kv_cache_dtype: str = "float32"
+    kv_cache_dtype: str
     last_logits_only: bool
     bidirectional_images: bool
     delegation: dict[str, dict[str, dict[str, int]]]
