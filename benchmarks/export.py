@@ -1,7 +1,7 @@
-"""Export with unmodified libraries, and as the flow does: `python -m benchmarks.export --shape 270m`.
+"""Export with optimum-executorch, and as the flow does: `python -m benchmarks.export --shape 270m`.
 
-Both use optimum-executorch's own code path with the fixes that it needs to run at all: an example image created from
-the configuration, float32 scales, max_seq_len honored, and corrected metadata.
+Both use optimum-executorch's own code path, the first one with only the fixes that it needs to run: an example image
+created from the configuration, float32 scales, max_seq_len honored, and corrected metadata.
 """
 
 import argparse

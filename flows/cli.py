@@ -253,7 +253,7 @@ def prune(
         return _print_error(error)
     print(
         f"removed {len(unfinished.paths)} unfinished directories and {len(evicted.paths)} artifacts: freed "
-        f"{human_size(unfinished.bytes + evicted.bytes)}, {human_size(store_size())} left"
+        f"{human_size(unfinished.bytes + evicted.bytes)}; the store now takes {human_size(store_size())}"
     )
     return 0
 

@@ -37,7 +37,7 @@ def diagnose(
 ) -> dict[str, Any]:
     """Measure the KL divergence from the base model that quantizing each module alone causes.
 
-    Its parameters are the form in Prefect's UI and the parameters of the deployment.
+    Its parameters are the fields of the form in Prefect's UI, and the parameters of the deployment.
 
     Args:
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.

@@ -28,7 +28,7 @@ def prune_store(
     evicted = pruning.evict(max_gigabytes * 1e9, max_age_days * 86_400)
     bytes_left, bytes_freed = pruning.store_size(), unfinished.bytes + evicted.bytes
     get_run_logger().info(
-        "removed %d unfinished directories and %d artifacts: freed %s, %s left",
+        "removed %d unfinished directories and %d artifacts: freed %s; the store now takes %s",
         len(unfinished.paths),
         len(evicted.paths),
         human_size(bytes_freed),

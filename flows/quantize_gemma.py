@@ -73,7 +73,7 @@ def quantize_gemma(
 ) -> dict[str, Any]:
     """Quantize, measure, export, and publish one checkpoint.
 
-    Its parameters are the form in Prefect's UI and the parameters of the deployments.
+    Its parameters are the fields of the form in Prefect's UI, and the parameters of the deployments.
 
     Args:
         model: Hub repository such as google/gemma-3-4b-it, local directory, or the built-in tiny-gemma3.

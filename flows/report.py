@@ -106,7 +106,9 @@ def print_damage(results: JsonObject) -> None:
     console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
     damages = parse_damages(results["rows"])
     for kind in KINDS:
-        console.print(_table(f"KL divergence from quantizing {kind} alone, nats", damage_rows(damages, kind)))
+        console.print(
+            _table(f"KL divergence from quantizing the {kind} of one module alone, nats", damage_rows(damages, kind))
+        )
     console.print(f"heat map: {results['heat_map']}", soft_wrap=True)
 
 

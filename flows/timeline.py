@@ -81,7 +81,7 @@ def show_timeline(label: str, stages: Collection[StageSummary], times: Times) ->
             path = Path(folder) / "timeline.png"
             arguments = {
                 "bars": [asdict(bar) for bar in bars],
-                "subtitle": f"{label}; {cached} stages were cached" if cached else label,
+                "subtitle": f"{label}; stages cached: {cached}" if cached else label,
                 "path": str(path),
             }
             worker.run("quantize_gemma.flows.timeline:draw", arguments, lambda *_: None, None)

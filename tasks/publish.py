@@ -375,7 +375,7 @@ def _previous_files(repository: str, head: "ModelInfo", adopt: bool) -> dict[str
         examples = ", ".join(foreign_files[:3]) + (" and more" if len(foreign_files) > 3 else "")
         raise UserError(
             f"{repository} contains files that quantize-gemma did not write ({examples}): choose another target, or "
-            "pass --adopt to publish there anyway, which overwrites files of the same names and deletes none"
+            "pass --adopt to publish there anyway, which overwrites files with the same names and deletes none"
         )
     return {}
 

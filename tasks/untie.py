@@ -71,7 +71,9 @@ def _write_shard(shard: Path, head: str, checkpoint: Path, embedding: TensorInfo
             # Use sendfile because copy_file_range fails between file systems, and the store may be on another one.
             count = os.sendfile(target, source, start, end - start)
             if not count:
-                raise StageFailed(f"{checkpoint / embedding.file} was truncated while it was read: start the run again")
+                raise StageFailed(
+                    f"{checkpoint / embedding.file} was truncated while it was being read: start the run again"
+                )
             start += count
     finally:
         os.close(source)

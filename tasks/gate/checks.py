@@ -298,7 +298,7 @@ def _fail_unmeasured_loss() -> Check:
     check = _make_check("informative", "", math.nan, math.nan, False, math.nan, None)
     message = (
         "no check measures how much quality the release lost, because its distance from the base model has no limit, "
-        "and the base model scores at chance level on the benchmarks: set max_kl"
+        "and the base model scores at chance level on the benchmarks: set --max-kl"
     )
     return replace(check, message=message)
 
@@ -528,7 +528,7 @@ def _make_verdict(checks: list[Check], limits: Limits) -> Verdict:
 
 
 def _list_disagreements(disagreements: Sequence[Disagreement]) -> str:
-    lines = [f"{len(disagreements)} questions that the program and the checkpoint answer differently:"]
+    lines = [f"Questions that the program and the checkpoint answer differently ({len(disagreements)}):"]
     for disagreement in disagreements[:MAX_SHOWN]:
         answers: dict[str, Answer | None] = {
             "checkpoint": disagreement.checkpoint,

@@ -263,7 +263,7 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerCheck:
-    """In how many cases the C++ runner differs from the program; see RUNNER_CHECKS.
+    """In how many cases the C++ runner differs from the program; tasks/models/runner_checks.py describes the checks.
 
     Attributes:
         name: The name of the check.
@@ -493,7 +493,7 @@ class Metrics(Columns):
         text: The text on which the distance from the base model was measured.
         benchmarks: The benchmarks, by name.
         recipe, recipe_hash: The recipe's name, and the hash of its rules.
-        max_seq_len: The longest sequence of the program, in tokens.
+        max_seq_len: The program's maximum sequence length, in tokens.
         run_id: The id of the flow run in Prefect.
         commands: The command of this run, and lm_eval's command for each benchmark of the base model.
         versions: The versions of the libraries.

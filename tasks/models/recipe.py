@@ -81,7 +81,7 @@ class Calibration:
         damping: The value added to the diagonal of each Hessian, as a fraction of the diagonal's mean.
         order: The order in which columns are rounded: "activations" (largest inputs first) or "columns" (first to
             last).
-        compensation: How much of the error of earlier blocks a linear layer corrects, from 0 to 1.
+        compensation: How much of the error of earlier layers a linear layer corrects, from 0 to 1.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -114,8 +114,8 @@ class Distillation:
     """How the scales and the norms are trained after quantization.
 
     Attributes:
-        sequences: The number of sequences from the calibration text to train on, evenly spaced; fewer if the text is
-            shorter.
+        sequences: The number of sequences from the calibration text, evenly spaced; fewer if the text is shorter. One
+            in 16 is held out.
         steps: The maximum number of Adam steps.
         learning_rate: The peak learning rate; scales and norms change by about this fraction per step.
     """

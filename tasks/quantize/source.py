@@ -101,5 +101,5 @@ def _fill_buffer(file: int, buffer: bytearray, offset: int) -> None:
     while view:
         count = os.preadv(file, [view], offset)
         if not count:
-            raise StageFailed("a weight file was truncated while it was read: start the run again")
+            raise StageFailed("a weight file was truncated while it was being read: start the run again")
         view, offset = view[count:], offset + count

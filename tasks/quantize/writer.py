@@ -182,8 +182,8 @@ def _off_grid_message(modules: Mapping[str, OffGrid]) -> str:
     """Return the message about modules off the grid, the worst first, with advice."""
     worst_names = sorted(modules, key=lambda name: -modules[name].misfits / modules[name].groups)[:MAX_SHOWN]
     lines = [
-        f"{name}: {grid.misfits:,} of {grid.groups:,} groups, {grid.negative:,} of them because their scale "
-        f"is negative, by up to {grid.worst_error:.2g} of the group's largest weight"
+        f"{name}: {grid.misfits:,} of {grid.groups:,} groups are off the grid ({grid.negative:,} with a negative "
+        f"scale), by up to {grid.worst_error:.2g} times the group's largest weight"
         for name, grid in ((name, modules[name]) for name in worst_names)
     ]
     suffix = f"; and {len(modules) - len(worst_names)} more modules" if len(modules) > len(worst_names) else ""
@@ -197,9 +197,9 @@ def _rounded_message(counts: Mapping[str, int]) -> str:
     """Return the message about norms that bfloat16 changes, with advice, from the number of changed values of each."""
     worst = max(counts, key=lambda name: counts[name])
     return (
-        f"bfloat16, in which norms are stored, changes {sum(counts.values()):,} of their values, {counts[worst]:,} of "
-        f"them in {worst}, so they cannot be written without loss: round them to bfloat16 in the checkpoint, or use "
-        "GPTQ-INT8-INT4, which is calibrated, or SEARCH-INT8-INT4, which needs no data"
+        f"norms are stored in bfloat16, which would change {sum(counts.values()):,} of their values "
+        f"({counts[worst]:,} in {worst}), so the norms cannot be written without loss: round the norms in the "
+        "checkpoint to bfloat16, or use GPTQ-INT8-INT4, which is calibrated, or SEARCH-INT8-INT4, which needs no data"
     )
 
 

@@ -177,7 +177,7 @@ def describe_exit(code: int) -> str:
     if code == -signal.SIGKILL:
         return "SIGKILL (killed from outside, or the machine ran out of memory)"
     if code == -signal.SIGBUS:
-        return "SIGBUS (a disk was full, or a file became shorter while it was read)"
+        return "SIGBUS (a disk was full, or a file was truncated while it was being read)"
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 

@@ -379,8 +379,8 @@ def _make_current(partial: Path, artifact_folder: Path) -> None:
         bytes_freed = remove(artifact_folder, artifact_folder.name)
         if bytes_freed is None and artifact_folder.exists():
             raise StageFailed(
-                f"{artifact_folder} cannot be replaced, because another run reads it, and the store was copied without "
-                "its links: start the run again when the other one has ended"
+                f"{artifact_folder} cannot be replaced, because another run is reading it, and the store was copied "
+                "without its links: start the run again when the other run has ended"
             )
     artifact_folder.mkdir(exist_ok=True)
     link = artifact_folder / f".{name}"

@@ -25,7 +25,7 @@ def verify(target: Path, checkpoint: Path, program: Path, max_seq_len: int, max_
         target: The directory to write to.
         checkpoint: The quantized checkpoint.
         program: The artifact of `export`.
-        max_seq_len: The longest sequence of the program, in tokens.
+        max_seq_len: The program's maximum sequence length, in tokens.
         max_new_tokens: The maximum number of tokens generated from a prompt.
 
     Raises:

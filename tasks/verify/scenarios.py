@@ -336,7 +336,7 @@ def compare_answers(
 ) -> str | None:
     """Describe what is wrong with the runner's answer; None if it is correct."""
     if answer.prompt_tokens != expected.length and not (answer.is_cut_off and answer.prompt_tokens is None):
-        return f"{runner} reads {answer.prompt_tokens} tokens of {scenario.title}, which has {expected.length}"
+        return f"{runner} reads {answer.prompt_tokens} tokens instead of {expected.length} from {scenario.title}"
     tokens = [_decode(tokenizer, token) for token in expected.tokens]
     generated = answer.tokens
     if expected.ends and len(tokens) == 1:

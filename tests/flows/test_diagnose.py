@@ -27,8 +27,8 @@ def test_a_diagnosis_uses_what_a_run_has_made_and_shows_tables_and_a_heat_map(
     assert len(results["rows"]) == 2 + 3 * 7
     assert Path(results["heat_map"]).read_bytes().startswith(b"\x89PNG")
     for title in (
-        "KL divergence from quantizing weights alone",
-        "KL divergence from quantizing activations alone",
+        "KL divergence from quantizing the weights of one module alone",
+        "KL divergence from quantizing the activations of one module alone",
         "block 2",
     ):
         assert title in first.stderr

@@ -281,7 +281,9 @@ def test_agreement_is_shown_beside_what_activation_quantization_alone_explains(m
     measured["program"]["mmlu"] |= {"agreement": 0.97, "agreement_act_quant": 0.96, "disagreements": [disagreement] * 3}
     text = " ".join(card(measured).split())
     assert "gives the same answer as the checkpoint to 97 of 100 questions" in text
-    assert "with and without it, the checkpoint gives the same answer to 96 of 100 questions" in text
+    assert (
+        "the checkpoint gives the same answer with and without activation quantization to 96 of 100 questions" in text
+    )
     assert "The questions that the program and the checkpoint answer differently are in `metrics.json`" in text
     rows = quality(measured)
     assert rows["MMLU, same answers as the checkpoint, %"]["program"] == "97.0"
@@ -403,6 +405,8 @@ def test_the_card_starts_with_a_summary_of_quality_size_and_speed(measured: dict
         assert f"| {row} |" in summary, row
     for benchmark in measured["benchmarks"].values():
         assert f"| {benchmark['title']} |" in summary
+    measured["program"]["threads"] = 1
+    assert ", with 1 thread.\n" in card(measured)
 
 
 def test_a_number_to_yaml_1_2_stays_a_text(measured: dict[str, Any]) -> None:

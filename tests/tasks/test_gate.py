@@ -462,7 +462,7 @@ def test_a_failure_shows_all_checks_and_the_questions_that_the_program_answers_d
         "pass",
         "pass",
     ]
-    assert questions.splitlines()[0] == "8 questions that the program and the checkpoint answer differently:"
+    assert questions.splitlines()[0] == "Questions that the program and the checkpoint answer differently (8):"
     assert questions.splitlines()[1] == (
         "- world religions 0: About religions. Question 0? A. w B. x C. y D. z Answer: "
         "(correct B; checkpoint B by 0.25 nats, without activation quantization B by 0.25 nats, program D by 1.50 nats)"

@@ -80,7 +80,10 @@ def applied(patches: tuple[Patch, ...]) -> Iterator[None]:
                 stack.enter_context(patch())
             # inspect raises OSError if there is no source to compare.
             except (AttributeError, ImportError, OSError, SourceDiffers) as error:
-                warn(f"patch {patch.__name__} is not applied, which costs time or memory only: {error}")
+                warn(
+                    f"the patch {patch.__name__} is not applied, so the stage needs more time or memory, but gives the "
+                    f"same result: {error}"
+                )
         yield
 
 

@@ -54,8 +54,8 @@ def ignore_settings_files() -> None:
     for name, owner in owners.items():
         if name not in called_names:
             raise UserError(
-                f"{_differs('pydantic-settings', '2.16.3', f'{owner.__name__}.{name}')}, without which the settings "
-                "files of the working directory would be trusted: install pydantic-settings==2.16.3"
+                f"{_differs('pydantic-settings', '2.16.3', f'{owner.__name__}.{name}')}, so settings files in the "
+                "working directory could not be ignored: install pydantic-settings==2.16.3"
             )
 
 
@@ -156,7 +156,8 @@ def require(package: str, version: str, owner: Any, *names: str) -> None:
 
 
 def _differs(package: str, version: str, name: str) -> str:
-    return f"{package} {importlib.metadata.version(package)} has no {name} like that of {package} {version}"
+    installed_version = importlib.metadata.version(package)
+    return f"{name} of {package} {installed_version} is missing, or differs from that of {package} {version}"
 
 
 def warn(message: str) -> None:

@@ -200,7 +200,7 @@ SHORT = Scenario(("prompts",), "a prompt of 40 tokens", ["text"])
         ({"tokens": [b" A"]}, "answers a prompt"),
         ({"tokens": [b" A", b" B", b" C"]}, "answers a prompt"),
         ({"tokens": []}, "answers a prompt"),
-        ({"prompt_tokens": 39}, "reads 39 tokens of a prompt of 40 tokens, which has 40"),
+        ({"prompt_tokens": 39}, "reads 39 tokens instead of 40 from a prompt of 40 tokens"),
         ({"prompt_tokens": None}, "reads None tokens"),
         # At a part of a character the binding stops, and says nothing of the prompt.
         ({"tokens": [b" A"], "is_cut_off": True, "prompt_tokens": None}, None),
