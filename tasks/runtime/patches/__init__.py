@@ -36,7 +36,7 @@ def loading_patches() -> tuple[Patch, ...]:
     """Return the patches that apply while a quantized checkpoint is loaded."""
     from quantize_gemma.tasks.runtime.patches import transformers
 
-    return (transformers.own_metadata,)
+    return transformers.own_metadata, transformers.shared_quantizer
 
 
 def export_patches() -> tuple[Patch, ...]:

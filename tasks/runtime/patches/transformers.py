@@ -35,3 +35,25 @@ def own_metadata() -> Iterator[None]:
 
     with replaced(torchao, "unflatten_tensor_state_dict", unflatten):
         yield
+
+
+@contextlib.contextmanager
+def shared_quantizer() -> Iterator[None]:
+    """Let the converters of a checkpoint's weights share their quantizer.
+
+    transformers makes a deep copy of a converter for each weight, and with it of the quantizer, which has the metadata
+    of all weights: this is quadratic in the number of weights. A conversion only reads the quantizer.
+
+    Unnecessary once transformers' `convert_and_load_state_dict_in_model` does not copy the quantizer.
+    """
+    from transformers import core_model_loading
+    from transformers.integrations.torchao import TorchAoDeserialize
+
+    written_for(core_model_loading.convert_and_load_state_dict_in_model, "9c66a82c4c3b5503")
+    written_for(TorchAoDeserialize, "539a3d244cc09a99")
+
+    def copy(self: TorchAoDeserialize, _memo: object) -> TorchAoDeserialize:
+        return TorchAoDeserialize(self.hf_quantizer)
+
+    with replaced(TorchAoDeserialize, "__deepcopy__", copy):
+        yield

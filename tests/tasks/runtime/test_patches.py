@@ -162,6 +162,7 @@ def snapshot() -> dict[str, Any]:
         "module": ExportedProgram.module,
         "sort": lowered_backend_module.legalize_graph,
         "unflatten": torchao.unflatten_tensor_state_dict,
+        "converter": vars(torchao.TorchAoDeserialize).get("__deepcopy__"),
     }
 
 
@@ -192,7 +193,7 @@ def test_one_patch_can_be_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     with patched_export():
         inside = snapshot()
     same = {name for name in before if inside[name] is before[name]}
-    assert same == {"copy", "sort", "unflatten"}
+    assert same == {"copy", "sort", "unflatten", "converter"}
 
 
 def test_the_example_image_is_still_needed_and_the_class_is_restored() -> None:
