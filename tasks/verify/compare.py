@@ -98,7 +98,7 @@ def compare(
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     lengths = prompt_lengths(config.get_text_config().sliding_window, max_seq_len)
-    prompts, checks = run_scenarios(program, checkpoint, lengths)
+    prompts, features, checks = run_scenarios(program, checkpoint, lengths)
     image = make_image_input(checkpoint, config.image_token_id) if is_multimodal(config.to_dict()) else None
     if image is not None:
         image = image.with_late_prompt(
@@ -108,7 +108,7 @@ def compare(
     gc.collect()  # The model's modules have reference cycles, and the program takes as much memory again.
     pte = PteProgram(program / "model.pte")
     assert pte.has_image_channel == bidirectional_images, f"bidirectional_images must be {pte.has_image_channel}"
-    agreement = _compare_outputs(pte, reference, prompts, image)
+    agreement = _compare_outputs(pte, reference, prompts, image, features)
     report = json.dumps(asdict(agreement))
     if "NaN" in report or "Infinity" in report:
         raise StageFailed(f"the logits of the checkpoint or of the program are not finite: {report}")
@@ -190,14 +190,15 @@ def _compare_outputs(
     reference: _Reference,
     prompts: list[AnsweredPrompt],
     image: ImageInput | None,
+    features: list[Tensor],
 ) -> Agreement:
-    """Run the program on the checkpoint's inputs, and compare the outputs."""
+    """Run the program on the checkpoint's inputs, except for the images, and compare the outputs."""
     eager, baseline = reference.act_quant, reference.no_act_quant
     ids = _text_ids(prompts)
     embedded = program.embed_tokens(ids)
     logits = program.decode(embedded, set(range(len(ids[0]))))
     vision_encoder, after_image, after_late_image = (
-        _compare_image(program, reference, image) if image else (None, None, None)
+        _compare_image(program, reference, image, features) if image else (None, None, None)
     )
     return Agreement(
         tokens=len(logits),
@@ -231,13 +232,12 @@ def _compare_prompts(reference: _Reference, prompts: list[AnsweredPrompt]) -> Pr
 
 
 def _compare_image(
-    program: PteProgram, reference: _Reference, image: ImageInput
+    program: PteProgram, reference: _Reference, image: ImageInput, features: list[Tensor]
 ) -> tuple[VisionError, ImageDivergence, Divergence | None]:
     eager, baseline = reference.act_quant, reference.no_act_quant
     assert eager.image is not None
     assert baseline.image is not None
     assert reference.kl_causal_image is not None
-    features = [program.encode_image(pixels) for pixels in image.pixel_values]
     logits = _decode_image(program, image, features[0])
     encoded = [program.without_channel(each) for each in features]
     flat = [_flatten(each) for each in (eager.features, encoded, baseline.features)]

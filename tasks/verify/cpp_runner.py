@@ -39,7 +39,7 @@ def runner_inputs(
     return [make_text_input(one) if isinstance(one, str) else make_image_input(one) for one in segments], config
 
 
-def num_bos(first: str | Tensor) -> int:
+def num_bos(first: object) -> int:
     """Return the runner's `num_bos` for a prompt: 0 if it starts with a BOS token, as with the chat template."""
     assert isinstance(first, str), "a prompt begins with a text"
     return 0 if first.startswith(GEMMA3.bos_token) else 1

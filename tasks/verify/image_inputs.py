@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from quantize_gemma.tasks.models.chat import chat_template
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
     from transformers import ProcessorMixin
 
-IMAGE_PROMPT = "What colour is this?"
+AnyImage = TypeVar("AnyImage")
+
+IMAGE_PROMPT = "What color is this?"
 # RGB; IMAGE_PROMPT asks for it.
-COLORS = (30, 50, 220), (220, 30, 30)
+COLOR = 30, 50, 220
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class ImageInput:
     Attributes:
         ids: Token ids, [1, tokens].
         is_image: Which tokens are image tokens, bool, [tokens].
-        pixel_values: Two images, [1, channels, height, width] each: the prompt's, and random pixels.
+        pixel_values: The images of example_images(); the first one is the prompt's.
         late: The same prompt after a long text, if the program's sequences are long enough.
     """
 
@@ -53,36 +57,46 @@ class ImageInput:
 
 
 def make_image_input(checkpoint: Path, image_token_id: int) -> ImageInput:
-    """Return the checkpoint's inputs for IMAGE_PROMPT and an image of the Mandelbrot set."""
-    import torch
-    from PIL import Image
+    """Return the checkpoint's inputs for IMAGE_PROMPT and the first example image."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint)
     prompt = format_image_prompt(processor)
-    image = Image.effect_mandelbrot((256, 192), (-2, -1.2, 1, 1.2), 40).convert("RGB")
     # The template may already have written the BOS token.
     has_bos = prompt.startswith(processor.tokenizer.bos_token)
-    inputs = processor(text=prompt, images=image, add_special_tokens=not has_bos, return_tensors="pt")
-    pixels: Tensor = inputs["pixel_values"]
-    random = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    inputs = processor(text=prompt, images=_fractal(), add_special_tokens=not has_bos, return_tensors="pt")
     ids: Tensor = inputs["input_ids"]
-    return ImageInput(ids, ids[0] == image_token_id, [pixels, random])
+    return ImageInput(ids, ids[0] == image_token_id, example_images(processor))
 
 
-def solid_image(processor: ProcessorMixin, color: tuple[int, int, int]) -> Tensor:
-    """Return a solid-color image in the model's input format, [1, channels, height, width]."""
+def example_images(processor: ProcessorMixin) -> list[Tensor]:
+    """Return an image of the Mandelbrot set and a solid-color one, [1, channels, height, width] each.
+
+    There are no others because a large model takes most of a minute to encode one.
+    """
+    pixels: Tensor = processor.image_processor(_fractal(), return_tensors="pt")["pixel_values"]
+    return [pixels, solid_image(processor)]
+
+
+def _fractal() -> Image.Image:
     from PIL import Image
 
-    image = Image.new("RGB", (256, 192), color)
+    return Image.effect_mandelbrot((256, 192), (-2, -1.2, 1, 1.2), 40).convert("RGB")
+
+
+def solid_image(processor: ProcessorMixin) -> Tensor:
+    """Return an image in COLOR in the model's input format, [1, channels, height, width]."""
+    from PIL import Image
+
+    image = Image.new("RGB", (256, 192), COLOR)
     pixels: Tensor = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     return pixels
 
 
-def image_segments(processor: ProcessorMixin, images: list[Tensor]) -> list[str | Tensor]:
+def image_segments(processor: ProcessorMixin, images: Sequence[AnyImage]) -> list[str | AnyImage]:
     """Return IMAGE_PROMPT after some images in the C++ runner's input format: texts with images between them."""
     first, *texts = format_image_prompt(processor, len(images)).split(processor.boi_token)
-    segments: list[str | Tensor] = [f"{first}\n\n{processor.boi_token}"]
+    segments: list[str | AnyImage] = [f"{first}\n\n{processor.boi_token}"]
     for number, (image, text) in enumerate(zip(images, texts, strict=True), 1):
         start = f"\n\n{processor.boi_token}" if number < len(images) else ""
         segments += [image, f"{processor.tokenizer.eoi_token}\n\n{text}{start}"]

@@ -13,7 +13,7 @@ from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.verify.cpp_runner import load_runner, runner_inputs
-from quantize_gemma.tasks.verify.image_inputs import COLORS, IMAGE_PROMPT, image_segments, solid_image
+from quantize_gemma.tasks.verify.image_inputs import IMAGE_PROMPT, image_segments, solid_image
 
 if TYPE_CHECKING:
     from executorch.extension.llm.runner import Stats
@@ -49,7 +49,7 @@ def generate_from_image(program: Path, checkpoint: Path, max_new_tokens: int) ->
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint)
-    segments = image_segments(processor, [solid_image(processor, COLORS[0])])
+    segments = image_segments(processor, [solid_image(processor)])
     return _generate(program, checkpoint, IMAGE_PROMPT, segments, True, max_new_tokens)
 
 
@@ -110,17 +110,17 @@ def run_program(
     inputs = runner_inputs(parts, multimodal, max_new_tokens)
     tokens: list[str] = []
     rounds: list[Stats] = []
+    started = time.monotonic()
     try:
         runner.generate(*inputs, tokens.append, rounds.append)
     except UnicodeDecodeError as error:
         tokens.append(error.object.decode(errors="replace"))
-    started = time.monotonic()
     while _decoded(rounds) < DECODED_TOKENS or _decode_seconds(rounds) < DECODE_SECONDS:
+        if time.monotonic() - started > MOST_SECONDS:
+            break
         runner.reset()
         # Without a callback for the tokens, the binding does not fail.
         runner.generate(*inputs, None, rounds.append)
-        if time.monotonic() - started > MOST_SECONDS:
-            break
     response = "".join(tokens)
     for token in GEMMA3.stop_tokens:
         response = response.replace(token, "")

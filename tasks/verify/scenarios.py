@@ -22,7 +22,7 @@ from quantize_gemma.tasks.models.runner_checks import runner_checks
 from quantize_gemma.tasks.runtime import worker
 from quantize_gemma.tasks.runtime.errors import StageFailed
 from quantize_gemma.tasks.verify.cpp_runner import load_runner, num_bos, runner_inputs
-from quantize_gemma.tasks.verify.image_inputs import COLORS, IMAGE_PROMPT, image_segments, solid_image
+from quantize_gemma.tasks.verify.image_inputs import IMAGE_PROMPT, example_images, image_segments
 from quantize_gemma.tasks.verify.long_prompts import ANSWER_TOKENS, make_prompt
 
 if TYPE_CHECKING:
@@ -66,20 +66,33 @@ class AnsweredPrompt:
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """An image, encoded once for all prompts.
+
+    Attributes:
+        pixels: The runner's input, [1, channels, height, width].
+        features: The program's output for it, [1, tokens, width].
+    """
+
+    pixels: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True)
 class Scenario:
     """A prompt for the runner.
 
     Attributes:
         checks: The checks that it belongs to.
         title: Its name in messages.
-        segments: Texts, and the pixels of images, [1, channels, height, width].
+        segments: Texts and images.
         max_new_tokens: The maximum number of tokens to generate.
         room: The number of tokens that must remain for the answer.
     """
 
     checks: tuple[str, ...]
     title: str
-    segments: Sequence[str | Tensor]
+    segments: Sequence[str | EncodedImage]
     max_new_tokens: int = ANSWER_TOKENS
     room: int = ANSWER_TOKENS
 
@@ -125,19 +138,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Limits:
-    """The program's limits in tokens: the sliding window, the longest sequence, and an image; 0 if it reads none."""
+    """The program's limits in tokens: the sliding window, and the longest sequence."""
 
     window: int
     sequence: int
-    image: int
 
 
 def run_scenarios(
     program: Path, checkpoint: Path, lengths: list[int]
-) -> tuple[list[AnsweredPrompt], list[RunnerCheck]]:
-    """Return the program's answers to prompts of each length, in tokens, and the checks of the runner.
+) -> tuple[list[AnsweredPrompt], list[Tensor], list[RunnerCheck]]:
+    """Return the program's answers to prompts of each length, features of the example images, and the runner's checks.
 
-    The program runs in its own process, whose memory is released afterwards.
+    Lengths are in tokens. The features are the program's, [1, tokens, width] each; there are none for a text-only
+    program. The program runs in its own process, whose memory is released afterwards.
 
     Raises:
         StageFailed: The C++ runner fails on a prompt.
@@ -149,26 +162,29 @@ def run_scenarios(
             "program": str(program / "model.pte"),
             "checkpoint": str(checkpoint),
             "lengths": lengths,
-            "logits": f"{folder}/logits.safetensors",
+            "outputs": f"{folder}/outputs.safetensors",
         }
         result = worker.run("quantize_gemma.tasks.verify.scenarios:run_in_process", arguments, lambda *_: None, None)
-        logits = load_file(f"{folder}/logits.safetensors")
+        outputs = load_file(f"{folder}/outputs.safetensors")
     prompts = [
-        AnsweredPrompt(prompt["ids"], prompt["answer"], logits[str(number)])
+        AnsweredPrompt(prompt["ids"], prompt["answer"], outputs[f"logits.{number}"])
         for number, prompt in enumerate(result["prompts"])
     ]
-    return prompts, [RunnerCheck(**check) for check in result["checks"]]
+    features = [outputs[f"features.{number}"] for number in range(result["images"])]
+    return prompts, features, [RunnerCheck(**check) for check in result["checks"]]
 
 
-def run_in_process(program: str, checkpoint: str, lengths: list[int], logits: str) -> dict[str, Any]:
-    """Run all scenarios in this process, and write the logits of the answers to the safetensors file `logits`.
+def run_in_process(program: str, checkpoint: str, lengths: list[int], outputs: str) -> dict[str, Any]:
+    """Run all scenarios in this process, and write the program's outputs to the safetensors file `outputs`.
+
+    They are the logits of the answers to the prompts, and the features of the example images: "logits.0", "features.0",
+    and so on.
 
     Returns:
-        {"prompts": [{"ids", "answer"}], "checks": [RunnerCheck as a dictionary]}; the logits' names are the prompts'
-        numbers.
+        {"prompts": [{"ids", "answer"}], "images": the number of images, "checks": [RunnerCheck as a dictionary]}.
     """
     from safetensors.torch import save_file
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoProcessor
 
     from quantize_gemma.tasks.models.pte import PteProgram
 
@@ -177,14 +193,16 @@ def run_in_process(program: str, checkpoint: str, lengths: list[int], logits: st
     pte = PteProgram(Path(program))
     # The model's own end tokens: a runner that does not know all of them keeps generating.
     pte.eos_ids = set(end_token_ids(Path(checkpoint)))
-    # A text-only model's configuration may have this field, too.
-    image_tokens = config.mm_tokens_per_image if pte.multimodal else 0
-    limits = _Limits(config.get_text_config().sliding_window, pte.max_seq_len, image_tokens)
+    limits = _Limits(config.get_text_config().sliding_window, pte.max_seq_len)
+    images: list[EncodedImage] = []
+    if pte.multimodal:
+        processor = AutoProcessor.from_pretrained(checkpoint)
+        images = [EncodedImage(pixels, pte.encode_image(pixels)) for pixels in example_images(processor)]
     scenarios: list[Scenario] = []
     expected: list[Expected] = []
     # The first conversation runs first here, but last in the runner, after longer ones.
-    for scenario in _make_scenarios(Path(checkpoint), tokenizer, lengths, limits):
-        fits = _count(tokenizer, scenario, limits) + scenario.room <= limits.sequence
+    for scenario in _make_scenarios(Path(checkpoint), tokenizer, lengths, limits, images):
+        fits = _count(tokenizer, scenario) + scenario.room <= limits.sequence
         # Reading a prompt as long as the sequence takes a minute on a large model: one is enough.
         is_needed = scenario.checks != FULL_LENGTH or not any(one.end == limits.sequence for one in expected)
         if fits and is_needed:
@@ -208,9 +226,12 @@ def run_in_process(program: str, checkpoint: str, lengths: list[int], logits: st
             if failure or _shows(name, wanted, answer, limits):
                 checks[name] = _add_case(checks[name], failure)
     prompts = [one for scenario, one in zip(scenarios, expected, strict=True) if "prompts" in scenario.checks]
-    save_file({str(number): one.logits for number, one in enumerate(prompts)}, logits)
+    tensors = {f"logits.{number}": one.logits for number, one in enumerate(prompts)}
+    tensors |= {f"features.{number}": one.features for number, one in enumerate(images)}
+    save_file(tensors, outputs)
     return {
         "prompts": [{"ids": one.ids, "answer": one.tokens} for one in prompts],
+        "images": len(images),
         "checks": [asdict(check) for check in checks.values()],
     }
 
@@ -248,7 +269,7 @@ def load_runner_tokenizer(checkpoint: Path) -> CppHFTokenizer:
 
 
 def _make_scenarios(
-    checkpoint: Path, tokenizer: CppHFTokenizer, lengths: list[int], limits: _Limits
+    checkpoint: Path, tokenizer: CppHFTokenizer, lengths: list[int], limits: _Limits, images: list[EncodedImage]
 ) -> Iterator[Scenario]:
     from transformers import AutoProcessor, AutoTokenizer
 
@@ -267,20 +288,19 @@ def _make_scenarios(
     length = limits.sequence - FULL_TOKENS
     title = f"a prompt of {length:,} tokens"
     yield Scenario(FULL_LENGTH, title, [make_prompt(tokenizer, length)], ANSWER_TOKENS, FULL_TOKENS)
-    if limits.image:
+    if images:
         processor = AutoProcessor.from_pretrained(checkpoint)
-        images = [solid_image(processor, color) for color in COLORS]
         yield Scenario(("two_images",), "a prompt with two images", image_segments(processor, images))
-        if limits.window + limits.image + ANSWER_TOKENS < limits.sequence:
+        if limits.window + images[0].features.shape[1] + ANSWER_TOKENS < limits.sequence:
             before = f"{make_prompt(tokenizer, limits.window)}\n\n{processor.boi_token}"
-            late: list[str | Tensor] = [before, images[0], f"{processor.tokenizer.eoi_token}\n\n{IMAGE_PROMPT}"]
+            late: list[str | EncodedImage] = [before, images[0], f"{processor.tokenizer.eoi_token}\n\n{IMAGE_PROMPT}"]
             yield Scenario(("late_image",), f"an image after {limits.window:,} tokens", late)
 
 
-def _count(tokenizer: CppHFTokenizer, scenario: Scenario, limits: _Limits) -> int:
+def _count(tokenizer: CppHFTokenizer, scenario: Scenario) -> int:
     """Return the tokens of a prompt."""
     return sum(
-        len(tokenizer.encode(one, 0, 0)) if isinstance(one, str) else limits.image for one in scenario.segments
+        len(tokenizer.encode(one, 0, 0)) if isinstance(one, str) else one.features.shape[1] for one in scenario.segments
     ) + num_bos(scenario.segments[0])
 
 
@@ -295,7 +315,7 @@ def _expect(pte: PteProgram, tokenizer: CppHFTokenizer, scenario: Scenario) -> E
             texts.append(tokenizer.encode(segment, 0 if parts else num_bos(segment), 0))
             parts.append(pte.embed_tokens(torch.tensor([texts[-1]])))
         else:
-            parts.append(pte.encode_image(segment))
+            parts.append(segment.features)
     prompt = torch.cat(parts, dim=1)
     length = prompt.shape[1]
     try:
@@ -320,7 +340,8 @@ def _ask(runner: MultimodalRunner | TextLLMRunner, scenario: Scenario, multimoda
     is_cut_off = False
     runner.reset()
     try:
-        inputs = runner_inputs(scenario.segments, multimodal, scenario.max_new_tokens)
+        segments = [one if isinstance(one, str) else one.pixels for one in scenario.segments]
+        inputs = runner_inputs(segments, multimodal, scenario.max_new_tokens)
         runner.generate(*inputs, lambda one: tokens.append(one.encode()), stats.append)
     except RuntimeError as error:
         name = _runner_name(multimodal)

@@ -156,7 +156,7 @@ def test_a_multimodal_program_answers_prompts_of_any_length_in_the_stock_runner(
     release = Path(released.summary["release"])
     # After a long one a short one again: nothing of the long one is left.
     lengths = [40, 63, 64, 65, 128, 300, 1016, 40]
-    answers, checks = run_scenarios(release, release, lengths)
+    answers, _, checks = run_scenarios(release, release, lengths)
     assert not any(check.failed for check in checks), checks
     assert [len(answer.ids) for answer in answers] == lengths
     assert answers[0].answer == answers[-1].answer

@@ -46,7 +46,7 @@ def failed_checks(checks: list[RunnerCheck]) -> dict[str, str]:
 
 
 def ask(program: Path, checkpoint: Path) -> dict[str, RunnerCheck]:
-    _, checks = run_scenarios(program, checkpoint, prompt_lengths(WINDOW, MAX_SEQ_LEN))
+    *_, checks = run_scenarios(program, checkpoint, prompt_lengths(WINDOW, MAX_SEQ_LEN))
     return {check.name: check for check in checks}
 
 
@@ -220,7 +220,7 @@ def test_an_end_of_turn_that_is_no_end_token_fails_with_what_to_correct(released
     """As of a fine-tune whose generation_config.json has <eos> alone."""
     release = Path(released.summary["release"])
     checkpoint = with_end_tokens(release, tmp_path / "release", [1])
-    _, checks = run_scenarios(release, checkpoint, [1016])
+    *_, checks = run_scenarios(release, checkpoint, [1016])
     (check,) = [one for one in checks if one.name == "stop"]
     assert check.failed > 0
     assert "ends its turn with <end_of_turn>, which is not an eos_token_id of generation" in check.examples[0]
@@ -257,5 +257,5 @@ def run_without_reset(release: str) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(stage, "load_runner", Remembering)
-        result = stage.run_in_process(f"{release}/model.pte", release, [64], f"{folder}/logits.safetensors")
+        result = stage.run_in_process(f"{release}/model.pte", release, [64], f"{folder}/outputs.safetensors")
     return {"failed": [check["name"] for check in result["checks"] if check["failed"]]}
