@@ -219,9 +219,9 @@ class ExportOptions(Options):
     @model_validator(mode="after")
     def _check_kernels(self) -> Self:
         if self.custom_kv_cache and not self.custom_sdpa:
-            raise ValueError("custom_kv_cache requires custom_sdpa: turn off custom_kv_cache, too")
+            raise ValueError("custom_kv_cache requires custom_sdpa: pass --no-custom-kv-cache, too")
         if self.kv_cache_dtype != "float32" and not self.custom_kv_cache:
-            raise ValueError(f"a KV cache in {self.kv_cache_dtype} requires custom_kv_cache: turn on custom_kv_cache")
+            raise ValueError(f"a KV cache in {self.kv_cache_dtype} requires custom_kv_cache: turn on --custom-kv-cache")
         return self
 
 
@@ -291,7 +291,7 @@ class GateOptions(Options):
             valid = False
         if not valid:
             raise ValueError(
-                f"limit_drop {self.limit_drop!r}: must be a comma-separated list of BENCHMARK=POINTS, with POINTS at "
+                f"--limit-drop {self.limit_drop!r}: must be a comma-separated list of BENCHMARK=POINTS, with POINTS at "
                 "least 0"
             )
         return self
@@ -325,7 +325,7 @@ class PublishingOptions(Options):
     @model_validator(mode="after")
     def _check_pull_request(self) -> Self:
         if self.create_pr and (self.branch or self.tag):
-            raise ValueError("a pull request targets the default branch and has no tag: leave out branch and tag")
+            raise ValueError("a pull request targets the default branch and has no tag: leave out --branch and --tag")
         return self
 
 
@@ -387,25 +387,27 @@ class RunOptions(Options):
     def _check_names(self) -> Self:
         names = self.evaluation.benchmark_names(self.model in BUILTIN)
         if not names:
-            raise ValueError(f"tasks is empty: use {', '.join(BENCHMARKS)}, or an lm-eval task")
+            raise ValueError(f"--tasks is empty: use {', '.join(BENCHMARKS)}, or an lm-eval task")
         for text in self.evaluation.dataset:
             name, sign, source = text.partition("=")
             if not sign or not source or name not in names:
-                raise ValueError(f"dataset {text!r}: must be BENCHMARK=SOURCE, for one of the tasks {', '.join(names)}")
+                raise ValueError(
+                    f"--dataset {text!r}: must be BENCHMARK=SOURCE, for one of the tasks {', '.join(names)}"
+                )
         if unknown := sorted(set(self.gate.drops()) - set(names)):
-            raise ValueError(f"limit_drop names {unknown[0]!r}, which is not one of the tasks {', '.join(names)}")
+            raise ValueError(f"--limit-drop names {unknown[0]!r}, which is not one of the tasks {', '.join(names)}")
         stages = stage_names(names)
         if unknown := [name for name in self.refresh if name not in stages]:
-            raise ValueError(f"refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
+            raise ValueError(f"--refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
         return self
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:
         if self.target and self.offline:
-            raise ValueError("a release cannot be published offline: leave out target or offline")
+            raise ValueError("a release cannot be published offline: leave out --target or --offline")
         if self.target and self.target.strip("/").lower() == self.model.strip("/").lower():
             raise ValueError(
-                "target is the model itself, whose weights would be overwritten: choose another repository"
+                "--target is the model itself, whose weights would be overwritten: choose another repository"
             )
         return self
 
@@ -453,7 +455,7 @@ class DiagnoseOptions(Options):
         # A diagnosis is of the recipe before distillation.
         stages = [*(name for name in QUANTIZING if name != "distill"), "diagnose"]
         if unknown := [name for name in self.refresh if name not in stages]:
-            raise ValueError(f"refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
+            raise ValueError(f"--refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
         return self
 
 

@@ -337,7 +337,7 @@ def _log_costs(plan: Plan, costs: dict[str, int]) -> None:
         get_run_logger().warning(warning)
     if "distillation_seconds" in costs:
         minutes = max(costs["distillation_seconds_on_gpu"] / 60, 1)
-        get_run_logger().info("with --device cuda, it takes about %.0f minutes on an NVIDIA H200", minutes)
+        get_run_logger().info("with --device cuda, distillation takes about %.0f minutes on an NVIDIA H200", minutes)
 
 
 def download_inputs(source: ResolvedDataset, offline: bool) -> Inputs:

@@ -311,12 +311,12 @@ def check_memory(weights: int, workers: int = 1, masks: int = 0) -> int:
         raise UserError(
             f"running this model takes about {per_worker / 1e9:,.1f} GB of memory, but this machine has "
             f"{total / 1e9:,.1f} GB: use a larger machine, or a smaller "
-            + ("model" if model > program else "max_seq_len, with whose square the memory of a program grows")
+            + ("model" if model > program else "--max-seq-len (a program's memory grows with its square)")
         )
     if total < per_worker * workers:
         raise UserError(
-            f"{workers} workers take about {per_worker * workers / 1e9:,.1f} GB of memory, as each loads its own "
-            f"model, but this machine has {total / 1e9:,.1f} GB: use at most --workers {total // per_worker}"
+            f"{workers} workers take about {per_worker * workers / 1e9:,.1f} GB of memory, as each loads its own copy "
+            f"of the model, but this machine has {total / 1e9:,.1f} GB: use at most --workers {total // per_worker}"
         )
     return per_worker * workers
 
@@ -392,20 +392,23 @@ def check_checkpoint(
     longest = config.text.max_position_embeddings
     shortest = SHORTEST_SEQ_LEN + (config.mm_tokens_per_image if config.multimodal else 0)
     if max_seq_len > longest:
-        raise UserError(f"max_seq_len is {max_seq_len:,}, but the model supports {longest:,} tokens: use at most that")
+        raise UserError(
+            f"--max-seq-len is {max_seq_len:,}, but the model supports {longest:,} tokens: use at most that"
+        )
     if max_seq_len < shortest:
         raise UserError(
-            f"max_seq_len is {max_seq_len:,}, but this model's smoke tests need {shortest:,} tokens: use at least that"
+            f"--max-seq-len is {max_seq_len:,}, but this model's smoke tests need {shortest:,} tokens: use at least "
+            "that"
         )
     window = config.text.sliding_window
     if not custom_kv_cache and not config.multimodal:
-        raise UserError("a text-only program cannot prefill without custom_kv_cache: turn on custom_kv_cache")
+        raise UserError("a text-only program cannot prefill without custom_kv_cache: turn on --custom-kv-cache")
     if not custom_kv_cache and bidirectional_images:
-        raise UserError("bidirectional_images requires custom_kv_cache: turn off bidirectional_images, too")
+        raise UserError("bidirectional_images requires custom_kv_cache: pass --no-bidirectional-images, too")
     if not custom_kv_cache and max_seq_len > window:
         raise UserError(
-            f"without custom_kv_cache, max_seq_len can be at most the sliding window, {window:,} tokens: "
-            "lower max_seq_len, or turn on custom_kv_cache"
+            f"without custom_kv_cache, --max-seq-len can be at most the sliding window, {window:,} tokens: "
+            "lower --max-seq-len, or turn on --custom-kv-cache"
         )
     tensors = read_headers(path)
     check_weights(tensors, path)
@@ -431,18 +434,18 @@ def _check_device(device: str) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError("there is no CUDA device on this machine: use device auto or cpu")
+        raise UserError("there is no CUDA device on this machine: pass --device auto or --device cpu")
 
 
 def _check_cluster(address: str) -> None:
     parts = re.fullmatch(r"(tcp|ray)://(.+):(\d+)", address)
     if parts is None:
         raise UserError(
-            f"cluster {address!r} is not a cluster address: use tcp://host:8786 (Dask) or ray://host:10001 (Ray)"
+            f"--cluster {address!r} is not a cluster address: use tcp://host:8786 (Dask) or ray://host:10001 (Ray)"
         )
     extra = {"tcp": "dask", "ray": "ray"}[parts[1]]
     if importlib.util.find_spec(f"prefect_{extra}") is None:
-        raise UserError(f"cluster {address!r} needs the package prefect-{extra}: install it, here and on the cluster")
+        raise UserError(f"--cluster {address!r} needs the package prefect-{extra}: install it, here and on the cluster")
     try:
         socket.create_connection((parts[2].strip("[]"), int(parts[3])), SECONDS_TO_CONNECT).close()
     except (OSError, OverflowError) as error:

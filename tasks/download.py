@@ -187,8 +187,8 @@ def _read_memory(kind: str, name: str, revision: str | None) -> dict[str, Any]:
     path = _memory_path(kind, name, revision)
     if not path.is_file():
         raise UserError(
-            f"offline: the {kind} {name} at {revision or 'its default branch'} was never resolved for this store: "
-            "run once without --offline"
+            f"offline: this store does not know the commit of the {kind} {name} at "
+            f"{revision or 'its default branch'}: run once without --offline"
         )
     fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     logger.warning("offline: using %s at %s, as it was last resolved", name, fields["revision"])

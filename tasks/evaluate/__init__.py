@@ -53,7 +53,7 @@ def evaluate(
         by_document.setdefault((request.task, request.doc_id), []).append(request)
     responses, left_out = _read_answers(shards, answers)
     if not responses:
-        raise UserError(f"no document of {name} fits into the program's sequence length: raise max_seq_len")
+        raise UserError(f"no document of {name} fits into the program's sequence length: raise --max-seq-len")
     doc_ids = _documents_of_a_sample(responses, len(by_document))
     with run_lm_eval(dataset, benchmark) as evaluate_with_lm_eval:
         from quantize_gemma.tasks.evaluate.replay_lm import ReplayLM

@@ -60,7 +60,7 @@ def load_chartqa_scorer(checkpoint: str, dataset: str, device: str) -> Score:
     from quantize_gemma.tasks.evaluate.chartqa_model import ChartQALM
 
     if not is_multimodal(AutoConfig.from_pretrained(checkpoint).to_dict()):
-        raise UserError(f"{checkpoint} is text-only and cannot be evaluated on ChartQA: leave chartqa out of tasks")
+        raise UserError(f"{checkpoint} is text-only and cannot be evaluated on ChartQA: leave chartqa out of --tasks")
     model = ChartQALM(Path(checkpoint), device)
     return _answer_rows(
         Path(dataset),

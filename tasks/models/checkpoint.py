@@ -75,7 +75,7 @@ def local_checkpoint(model: str, revision: str | None = None) -> Path | None:
         raise UserError(f"the model {model!r} cannot be read ({error}): check its path") from None
     if is_local and revision is not None:
         raise UserError(
-            f"the model {model!r} is the directory {path.resolve()}, which has no revisions: leave out the revision "
+            f"the model {model!r} is the directory {path.resolve()}, which has no revisions: leave out --revision "
             f"{revision!r}, or rename the directory to use the Hub repository of that name"
         )
     if is_local:

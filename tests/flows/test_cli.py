@@ -99,27 +99,27 @@ def test_too_little_disk_space_is_reported_with_both_sizes(tiny_copy: Callable[[
     [
         (["--recipe", "INT2"], ["INT2", "HQQ-INT8-INT4"]),
         (["--model", "/no/such/model"], ["/no/such/model", "tiny-gemma3"]),
-        (["--max-seq-len", "4096"], ["4,096", "2,048"]),
+        (["--max-seq-len", "4096"], ["--max-seq-len is 4,096", "2,048"]),
         (["--max-seq-len", "0"], ["max-seq-len", "0"]),
         (["--max-seq-len", "-5"], ["max-seq-len", "-5"]),
         (["--limit", "none"], ["limit", "none"]),
         (["--limit", "1" + "0" * 30], ["limit", "1000000"]),
         (["--batch-size", "much"], ["batch-size", "much"]),
-        (["--limit-drop", "mmlu=inf"], ["limit_drop", "mmlu=inf", "BENCHMARK=POINTS"]),
+        (["--limit-drop", "mmlu=inf"], ["--limit-drop", "mmlu=inf", "BENCHMARK=POINTS"]),
         (["--model", "a\nb"], ["model", "line breaks"]),
         (["--limit", "0"], ["limit", "0", "greater than or equal to 1"]),
-        (["--no-custom-sdpa"], ["custom_kv_cache"]),
-        (["--no-custom-kv-cache"], ["bidirectional_images requires custom_kv_cache"]),
+        (["--no-custom-sdpa"], ["pass --no-custom-kv-cache, too"]),
+        (["--no-custom-kv-cache"], ["bidirectional_images requires custom_kv_cache: pass --no-bidirectional-images"]),
         (
             ["--no-custom-kv-cache", "--no-bidirectional-images"],
-            ["custom_kv_cache", "sliding window", "64 tokens"],
+            ["sliding window", "64 tokens: lower --max-seq-len, or turn on --custom-kv-cache"],
         ),
         (["--tasks", "mmul"], ["no benchmark or lm-eval task 'mmul'", "mmlu, chartqa, hellaswag"]),
         (["--dataset", "mmlu=./nowhere"], ["no directory ./nowhere", "the dataset of MMLU"]),
         (["--dataset", "boolq=org/mirror"], ["boolq=org/mirror", "one of the tasks mmlu, chartqa, gsm8k"]),
-        (["--model", "me/gemma", "--target", "Me/gemma"], ["target is the model itself"]),
+        (["--model", "me/gemma", "--target", "Me/gemma"], ["--target is the model itself"]),
         (["--device-report", "./phone.json"], ["phone.json is missing", "python -m benchmarks.device_report"]),
-        (["--revision", "v2"], ["'tiny-gemma3' is the directory", "leave out the revision 'v2'"]),
+        (["--revision", "v2"], ["'tiny-gemma3' is the directory", "leave out --revision 'v2'"]),
         (["--limit"], ["--limit", "requires an argument"]),
         (["tiny-gemma3"], ["unexpected argument: tiny-gemma3"]),
         (["--lmit", "5"], ["--lmit", "Did you mean --limit?"]),
@@ -322,7 +322,7 @@ def test_a_missing_cuda_device_is_an_error_before_anything_starts(
     fresh: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    refused(fresh, ["no CUDA device"], "--device", "cuda")
+    refused(fresh, ["no CUDA device", "pass --device auto or --device cpu"], "--device", "cuda")
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_offline_a_run_uses_the_store_and_says_so(
         assert pinned.code == 0, pinned.stderr
         unknown = command_line("run", "--model", "team/other", "--offline", **away)
         assert unknown.code == 2
-        assert "never resolved" in unknown.stderr
+        assert "this store does not know the commit of the model team/other" in unknown.stderr
         online = command_line(*RUN, **away)
         assert online.code == 1
         assert "the Hub cannot be reached" in online.stderr

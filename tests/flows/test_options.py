@@ -50,7 +50,7 @@ def test_a_value_that_cannot_work_is_refused_with_the_name_of_its_option(name: s
     with pytest.raises(ValidationError) as refusal:
         options(**{name: value})
     error = refusal.value.errors()[0]
-    assert name in error["loc"] or name in error["msg"]
+    assert name in error["loc"] or f"--{name.replace('_', '-')}" in error["msg"]
 
 
 def test_names_with_spaces_and_accents_are_valid() -> None:
@@ -73,16 +73,19 @@ def test_a_target_that_is_the_model_is_refused(target: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"custom_sdpa": False}, "custom_kv_cache requires custom_sdpa"),
+        ({"custom_sdpa": False}, "custom_kv_cache requires custom_sdpa: pass --no-custom-kv-cache, too"),
         ({"target": "me/release", "offline": True}, "a release cannot be published offline"),
-        ({"create_pr": True, "tag": True}, "a pull request targets the default branch and has no tag"),
-        ({"limit_drop": "boolq=2"}, "limit_drop names 'boolq', which is not one of the tasks mmlu, chartqa, gsm8k"),
+        (
+            {"create_pr": True, "tag": True},
+            "a pull request targets the default branch and has no tag: leave out --branch and --tag",
+        ),
+        ({"limit_drop": "boolq=2"}, "--limit-drop names 'boolq', which is not one of the tasks mmlu, chartqa, gsm8k"),
         (
             {"model": "me/gemma", "limit_drop": "gsm8k=2"},
-            "limit_drop names 'gsm8k', which is not one of the tasks mmlu, chartqa",
+            "--limit-drop names 'gsm8k', which is not one of the tasks mmlu, chartqa",
         ),
-        ({"refresh": ["quantise"]}, "refresh: there is no stage 'quantise', only 'download', "),
-        ({"refresh": ["evaluate_mmlu_base"], "tasks": "gsm8k"}, "refresh: there is no stage 'evaluate_mmlu_base', "),
+        ({"refresh": ["quantise"]}, "--refresh: there is no stage 'quantise', only 'download', "),
+        ({"refresh": ["evaluate_mmlu_base"], "tasks": "gsm8k"}, "--refresh: there is no stage 'evaluate_mmlu_base', "),
         ({"create_pr": True, "branch": "dev"}, "a pull request targets the default branch and has no tag"),
     ],
 )

@@ -120,7 +120,7 @@ def test_bytes_of_an_interrupted_download_of_this_revision_count_as_written(home
 def test_each_worker_needs_memory_for_a_model_of_its_own() -> None:
     weights = int((machine.total_memory() // 3 - MEMORY_OF_LIBRARIES) / 2 / MEMORY_FACTOR)
     assert check_memory(weights, workers=2) == 2 * check_memory(weights)
-    with pytest.raises(UserError, match=r"5 workers take about .* use at most --workers 3"):
+    with pytest.raises(UserError, match=r"5 workers take about .* its own copy of the model, .* at most --workers 3"):
         check_memory(weights, workers=5)
 
 
@@ -131,7 +131,7 @@ def test_the_memory_of_a_program_grows_with_the_square_of_its_longest_sequence()
     assert mask_bytes(config, 131_072, False) > 3.9 * mask_bytes(config, 65_536, False)
     assert mask_bytes(config, 32_768, True) == mask_bytes(config, 32_768, False) + 8 * 32_768**2
     assert check_memory(1000, masks=10**9) > check_memory(1000) + 0.9e9
-    with pytest.raises(UserError, match="or a smaller max_seq_len"):
+    with pytest.raises(UserError, match="or a smaller --max-seq-len"):
         check_memory(1000, masks=machine.total_memory())
 
 

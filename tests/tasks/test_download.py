@@ -266,7 +266,7 @@ def test_the_last_resolved_revision_is_remembered_for_that_name_and_revision_onl
     remember(replace(model, revision="1" * 40), "x--y")
     assert resolve_model("a/b--c", "default", offline=True) == model
     for name, revision in (("a/b--c", None), ("a--b/c", "default"), ("a/b--c", "x/y")):
-        with pytest.raises(UserError, match="never resolved"):
+        with pytest.raises(UserError, match="this store does not know the commit of the model"):
             resolve_model(name, revision, offline=True)
 
 
@@ -447,7 +447,7 @@ def test_a_name_is_one_on_the_hub_whatever_the_working_directory_has(
 ) -> None:
     write_rows(tmp_path / "openai" / "gsm8k")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="was never resolved for this store"):
+    with pytest.raises(UserError, match="this store does not know the commit of the dataset openai/gsm8k"):
         resolve_dataset(find_benchmark("gsm8k"), "openai/gsm8k", None, True)
 
 

@@ -133,7 +133,7 @@ def test_a_revision_of_a_directory_is_refused_even_if_it_has_the_name_of_a_repos
 ) -> None:
     monkeypatch.chdir(model.parents[1])
     name = f"{model.parent.name}/{model.name}"
-    message = f"is the directory {model}, .* leave out the revision 'main', or rename"
+    message = f"is the directory {model}, .* leave out --revision 'main', or rename"
     with pytest.raises(UserError, match=message):
         resolve_model(name, "main", False)
     with pytest.raises(UserError, match=message):
