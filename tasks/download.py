@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from quantize_gemma.tasks.models.checkpoint import (
     source_files,
     weight_files,
 )
-from quantize_gemma.tasks.models.config import ModelConfig
+from quantize_gemma.tasks.models.config import ModelConfig, parse_config
 from quantize_gemma.tasks.models.datasets import TEXT_FILE, WIKITEXT, WIKITEXT_FILES, read_wikitext
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.license import clean_license
@@ -42,6 +41,7 @@ from quantize_gemma.tasks.runtime.reporting import report_progress
 from quantize_gemma.tasks.runtime.retries import is_retryable
 from quantize_gemma.tasks.runtime.stage import Output, import_function, stage
 from quantize_gemma.tasks.runtime.store import canonical_json
+from quantize_gemma.tasks.runtime.strict_json import parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -258,11 +258,19 @@ def download(target: Path, source: str, revision: str, offline: bool) -> Output:
 
 def read_config_on_hub(model: ResolvedModel) -> ModelConfig:
     """Return a model's checked configuration from the Hub. Raises UserError if it is not a Gemma 3 model's."""
-    with tempfile.TemporaryDirectory() as folder:
-        hub.download_files(
-            Path(folder), "model", model.source, model.revision, lambda name: name == "config.json", lambda *_: None
-        )
-        return read_model_config(Path(folder))
+    token = find_token()
+    info = hub.repo_info("model", model.source, model.revision, token)
+    file = next((file for file in info.siblings or [] if file.rfilename == "config.json"), None)
+    if file is None:
+        raise UserError(f"{model.name} has no config.json: it is not a transformers checkpoint")
+    # Messages name the repository.
+    path = Path(model.name) / file.rfilename
+    content = hub.read_file("model", model.source, model.revision, file, token)
+    try:
+        config = parse_object(content)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): use another model or revision") from None
+    return parse_config(config, path)
 
 
 def _fetch_checkpoint(target: Path, repository: str, revision: str, offline: bool) -> None:

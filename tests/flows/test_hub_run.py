@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from quantize_gemma.flows.local_server import LocalServer
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_BENCHMARKS
 from quantize_gemma.tasks.models.recipe import load_recipe
 from tests.conftest import CommandLine, Outcome
@@ -80,14 +81,27 @@ def test_a_model_that_is_too_large_is_refused_before_it_is_downloaded(
     header = json.dumps({"w": {"dtype": "BF16", "shape": [10**12], "data_offsets": [0, 0]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     hub.add("model", "team/huge", tmp_path)
-    good = command_line("check", "--model", MODEL, HF_TOKEN=READER, **environment)
-    assert good.code == 0, good.stderr
-    assert "memory_bytes_needed: " in good.stdout
     for verb in ("check", "run"):
         refused = command_line(verb, "--model", "team/huge", **environment)
         assert refused.code == 2, refused.stderr
         assert "running this model takes about 4,001.0 GB of memory, but this machine has" in refused.stderr
     assert not any("resolve/" in line["path"] for line in hub.log if "huge" in line["path"])
+
+
+def test_check_reads_a_gated_models_configuration_with_the_token_of_a_secret_block(
+    hub: Hub, command_line: CommandLine, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(command_line.prefect))
+    server = LocalServer(socket.create_server(("127.0.0.1", 0)))
+    try:
+        server.wait()
+        client = {**environment, **server.client_settings(), "HF_TOKEN": "hf_MARKEDold00"}
+        good = command_line("check", "--model", MODEL, **client)
+    finally:
+        server.stop()
+    assert good.code == 0, good.stderr
+    assert "memory_bytes_needed: " in good.stdout
+    assert {line["path"].rpartition("/")[2] for line in hub.requests("GET", "resolve/")} == {"config.json"}
 
 
 def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome, hub: Hub) -> None:

@@ -23,6 +23,7 @@ from quantize_gemma.tasks.download import (
     download,
     download_dataset,
     download_text,
+    read_config_on_hub,
     remember,
     resolve_dataset,
     resolve_model,
@@ -293,6 +294,34 @@ def test_whether_a_model_on_the_hub_is_multimodal_is_known_before_the_download(
         output = worker.run("quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, environment)
         assert output["metadata"]["multimodal"] == reads_images, name
     assert not hub.requests("GET", "resolve/")
+
+
+def read_config_in_process(_target: Path, /, name: str) -> dict[str, Any]:
+    read_config_on_hub(resolve_model(name, None, offline=False))
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"architectures": ["LlamaForCausalLM"]}', "^team/tiny is a LlamaForCausalLM model, not Gemma 3"),
+        ("{", r"^team/tiny/config\.json cannot be read"),
+        (None, r"^team/tiny has no config\.json"),
+    ],
+)
+def test_a_configuration_on_the_hub_that_is_not_gemma_3s_is_named_by_its_repository(
+    text: str | None, message: str, hub: Hub, tiny_copy: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    model = tiny_copy()
+    (model / "config.json").unlink()
+    if text is not None:
+        (model / "config.json").write_text(text)
+    hub.add("model", NAME, model)
+    call = {"function": f"{__name__}:read_config_in_process", "target": "/", "paths": {}, "values": {"name": NAME}}
+    function, environment = "quantize_gemma.tasks.runtime.worker_main:call", {"HF_ENDPOINT": hub.url}
+    with pytest.raises(UserError, match=message):
+        worker.run(function, call, lambda *_: None, None, environment)
 
 
 @pytest.mark.parametrize(
