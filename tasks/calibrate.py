@@ -104,14 +104,15 @@ def read_dataset(folder: Path) -> str:
     """Return the contents of a dataset's files as one text, in the order of the file names.
 
     Raises:
-        UserError: There are no files, they are too large, or a parquet file has no `text` column of strings.
+        UserError: There are no files, they or their text are too large, or a parquet file has no `text` column of
+            strings.
     """
     import pyarrow
     import pyarrow.parquet
 
     texts = []
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    check_size(files)
+    check_size(sum(path.stat().st_size for path in files))
     for path in files:
         if path.suffix != ".parquet":
             texts.append(_read_text(path))
@@ -129,7 +130,10 @@ def read_dataset(folder: Path) -> str:
         texts += [row.rstrip("\n") for row in rows if row]
     if not texts:
         raise UserError("the calibration dataset has no text or parquet file: name its files, as in ORG/NAME:FILES")
-    return "\n".join(texts)
+    text = "\n".join(texts)
+    # Parquet files are compressed.
+    check_size(len(text.encode()))
+    return text
 
 
 def spread_windows(tokens: list[int], bos: int, count: int, length: int) -> list[list[int]]:

@@ -148,7 +148,7 @@ def check_calibration(recipe: Recipe, text: str | None) -> None:
                 f"there is no calibration text at {text}: use the path of a text file, or ORG/NAME of a dataset on the "
                 "Hub"
             )
-        check_size([path])
+        check_size(path.stat().st_size)
 
 
 def plan_calibration(text: TextConfig, recipe: Recipe) -> dict[str, int]:

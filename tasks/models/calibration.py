@@ -1,7 +1,6 @@
 """Calibration data: the source, and the token file that `calibrate` writes and other stages read."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +74,11 @@ def parse_source(text: str) -> CalibrationSource:
     return CalibrationSource(name, True, revision or None, files or None)
 
 
-def check_size(files: Iterable[Path]) -> None:
-    """Raise UserError if the files of a calibration text are too large."""
-    size = sum(path.stat().st_size for path in files)
+def check_size(size: int) -> None:
+    """Raise UserError if a calibration text of this size in bytes is too large."""
     if size > MAX_BYTES:
         raise UserError(
-            f"the calibration text has {size / 1e6:,.0f} MB, and at most {MAX_BYTES / 1e6:.0f} MB can be tokenized: "
+            f"the calibration text is {size / 1e6:,.0f} MB, but at most {MAX_BYTES / 1e6:.0f} MB can be tokenized: "
             "use a shorter one, or fewer files of the dataset, as in ORG/NAME:FILES"
         )
 

@@ -456,11 +456,18 @@ def test_a_text_that_is_too_large_to_be_tokenized_is_refused(tmp_path: Path) -> 
         with (tmp_path / name).open("wb") as stream:
             os.truncate(stream.fileno(), MAX_BYTES)
     check_calibration(load_recipe("GPTQ-INT8-INT4"), str(tmp_path / "a.txt"))
-    with pytest.raises(UserError, match="has 32 MB, and at most 16 MB can be tokenized"):
+    with pytest.raises(UserError, match="is 32 MB, but at most 16 MB can be tokenized"):
         read_dataset(tmp_path)
     os.truncate(tmp_path / "a.txt", MAX_BYTES + 1)
     with pytest.raises(UserError, match="use a shorter one"):
         check_calibration(load_recipe("GPTQ-INT8-INT4"), str(tmp_path / "a.txt"))
+
+
+def test_a_text_that_is_too_large_is_refused_even_if_its_compressed_file_is_small(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["word " * 4_000_000]}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < MAX_BYTES / 2
+    with pytest.raises(UserError, match="is 20 MB, but at most 16 MB can be tokenized"):
+        read_dataset(tmp_path)
 
 
 def test_a_dataset_is_read_from_text_and_parquet_files_in_order(tmp_path: Path) -> None:
