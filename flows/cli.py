@@ -226,7 +226,7 @@ def check(*, options: AllOptions = RunOptions()) -> int:
         _print_error(error)
         return 1
     print(", ".join(f"{name}: {value}" for name, value in plan.items()))
-    if options.evaluation.device != "cuda" and (warning := warn_about_time(plan)) is not None:
+    if options.quantization_device() == "cpu" and (warning := warn_about_time(plan)) is not None:
         print(f"quantize-gemma: {warning}", file=sys.stderr)
     return 0
 

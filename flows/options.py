@@ -383,6 +383,13 @@ class RunOptions(Options):
         """Return how many models the evaluation loads on this machine at a time."""
         return self.evaluation.workers if self.evaluation.cluster is None else 1
 
+    def quantization_device(self) -> Literal["cpu", "cuda"]:
+        """Return the device on which the checkpoint is quantized, always on this machine.
+
+        Results are byte-identical on every machine unless a GPU is requested, which sums in a different order.
+        """
+        return "cuda" if self.evaluation.device == "cuda" and self.evaluation.cluster is None else "cpu"
+
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         names = self.evaluation.benchmark_names(self.model in BUILTIN)
@@ -524,7 +531,7 @@ def command_line(
         if not reference.on_hub and not reference.fixture:
             pinned_values["reference_model"] = REFERENCE_PLACEHOLDER
             comment += f"  # {REFERENCE_PLACEHOLDER}: the directory whose files have the digest {reference.revision}"
-    if options.evaluation.cluster is not None and options.evaluation.device == "cuda":
+    if options.evaluation.device == "cuda" and options.quantization_device() == "cpu":
         comment += "  # with --cluster, so that only the evaluation runs on a GPU"
     if options.evaluation.device_report is not None:
         pinned_values["device_report"] = DEVICE_REPORT_PLACEHOLDER

@@ -327,7 +327,7 @@ def check_device_report(plan: Plan, program: "PrefectFuture[ArtifactRef]") -> No
 
 def _log_costs(plan: Plan, costs: dict[str, int]) -> None:
     """Log the estimated time and memory of calibration and distillation on the CPU."""
-    uses_gpu = quantize_inputs(plan.options, plan.recipe)["device"] == "cuda"
+    uses_gpu = plan.options.quantization_device() == "cuda"
     for step in ("calibration", "distillation"):
         if f"{step}_seconds" not in costs or uses_gpu:
             continue

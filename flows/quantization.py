@@ -34,10 +34,7 @@ def resolve_calibration(run: "Run", options: "RunOptions") -> ResolvedDataset | 
 
 def quantize_inputs(options: "RunOptions", recipe: Recipe) -> dict[str, Any]:
     """Return the inputs of `quantize`, except for its artifacts."""
-    evaluation = options.evaluation
-    # Results are byte-identical on every machine unless a GPU is requested, which sums in a different order.
-    device = "cuda" if evaluation.device == "cuda" and evaluation.cluster is None else "cpu"
-    return {"recipe": stage_recipe(recipe), "device": device}
+    return {"recipe": stage_recipe(recipe), "device": options.quantization_device()}
 
 
 def stage_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -305,6 +306,23 @@ def test_check_names_what_an_evaluation_needs_and_is_not_there(
     outcome = fresh("check", *arguments)
     assert outcome.code == 2
     assert words in outcome.stderr
+
+
+def test_check_announces_a_long_distillation_on_this_machine_although_a_clusters_gpus_evaluate(
+    fresh: CommandLine, tmp_path: Path
+) -> None:
+    from quantize_gemma.tasks.models.recipe import load_recipe
+
+    recipe = load_recipe("DISTILL-INT8-INT4").to_json()
+    recipe["distillation"]["steps"] = 10**9
+    (tmp_path / "mine.json").write_text(json.dumps(recipe))
+    (tmp_path / "text.txt").write_text("words")
+    arguments = ("--recipe", str(tmp_path / "mine.json"), "--calibration", str(tmp_path / "text.txt"))
+    with socket.create_server(("127.0.0.1", 0)) as scheduler:
+        cluster = ("--cluster", f"tcp://127.0.0.1:{scheduler.getsockname()[1]}", "--device", "cuda")
+        outcome = fresh("check", *arguments, *cluster)
+    assert outcome.code == 0, outcome.stderr
+    assert "hours on this machine's CPU, and a stage is stopped after 24" in outcome.stderr
 
 
 def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_needs(

@@ -130,6 +130,21 @@ def test_every_stage_of_a_run_can_be_refreshed() -> None:
     assert {"download_mmlu", "record_mmlu", "answer_mmlu_program", "evaluate_mmlu_no_act_quant"} <= set(names)
 
 
+@pytest.mark.parametrize(
+    ("evaluation", "device"),
+    [
+        ({}, "cpu"),
+        ({"device": "cuda"}, "cuda"),
+        # The GPUs are those of the cluster, which runs only the evaluation.
+        ({"device": "cuda", "cluster": "tcp://host:8786"}, "cpu"),
+    ],
+)
+def test_a_checkpoint_is_quantized_on_a_gpu_of_this_machine_if_one_is_requested(
+    evaluation: dict[str, str], device: str
+) -> None:
+    assert options(**evaluation).quantization_device() == device
+
+
 def resolved(name: str, on_hub: bool = True, fixture: bool = False) -> ResolvedModel:
     return ResolvedModel(name, "a" * 40, name, fixture, on_hub, license={}, weight_bytes=0, weights=0, multimodal=True)
 
