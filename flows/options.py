@@ -454,8 +454,10 @@ class DiagnoseOptions(Options):
     def run_options(self) -> RunOptions:
         """Return the options of a run on the same model, recipe, and text."""
         evaluation = EvaluationOptions(text=self.text, text_windows=self.text_windows, device=self.device)
+        # A run has no stage named diagnose, which writes little.
+        refresh = tuple(name for name in self.refresh if name != "diagnose")
         names = ("model", "recipe", "revision", "calibration", "offline")
-        return RunOptions(evaluation=evaluation, **{name: getattr(self, name) for name in names})
+        return RunOptions(evaluation=evaluation, refresh=refresh, **{name: getattr(self, name) for name in names})
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:

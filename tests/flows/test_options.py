@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from quantize_gemma.flows import cli
-from quantize_gemma.flows.options import Options, RunOptions, command_line, stage_names
+from quantize_gemma.flows.options import DiagnoseOptions, Options, RunOptions, command_line, stage_names
 from quantize_gemma.tasks.models.resolved import ResolvedModel
 from tests.parameters import PAGE, page
 
@@ -143,6 +143,10 @@ def test_a_checkpoint_is_quantized_on_a_gpu_of_this_machine_if_one_is_requested(
     evaluation: dict[str, str], device: str
 ) -> None:
     assert options(**evaluation).quantization_device() == device
+
+
+def test_a_diagnosis_refreshes_the_stages_of_a_run() -> None:
+    assert DiagnoseOptions(refresh=["quantize", "diagnose"]).run_options().refresh == ("quantize",)
 
 
 def resolved(name: str, on_hub: bool = True, fixture: bool = False) -> ResolvedModel:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.flows import cli
-from quantize_gemma.flows.options import RunOptions
+from quantize_gemma.flows.options import DiagnoseOptions, RunOptions
 from quantize_gemma.flows.plan import Plan, _without_images, check_space, download_inputs, writing_stages
 from quantize_gemma.flows.quantization import quantize_inputs
 from quantize_gemma.flows.run import Run
@@ -20,7 +20,7 @@ from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.runtime import machine, store
 from quantize_gemma.tasks.runtime.artifact_ref import ref_of
 from quantize_gemma.tasks.runtime.errors import UserError
-from quantize_gemma.tasks.runtime.prefect_stage import key_of
+from quantize_gemma.tasks.runtime.prefect_stage import PlannedStage, key_of
 from quantize_gemma.tasks.untie import untie
 
 MODEL = ResolvedModel("a/b", "0" * 40, "a/b", False, True, license={}, weight_bytes=8, weights=4, multimodal=True)
@@ -51,6 +51,17 @@ def test_a_reference_model_that_is_not_in_the_store_needs_disk(home: Path) -> No
     check_space(plan, [])
     with pytest.raises(UserError, match="GB is free"):
         check_space(replace(plan, options=RunOptions(refresh=["download_reference"])), [])
+
+
+def test_a_stage_that_a_diagnosis_refreshes_needs_disk(home: Path) -> None:
+    model = replace(MODEL, weight_bytes=2 * shutil.disk_usage(home).free)
+    stages = [PlannedStage(download, download_inputs(model, offline=False))]
+    store.produce("download", key_of(download, stages[0].inputs), lambda _: {})
+    plan = Plan(DiagnoseOptions().run_options(), model, TEXT, (), load_recipe("HQQ-INT8-INT4"), "cpu")
+    check_space(plan, stages)
+    refreshed = DiagnoseOptions(refresh=["download", "diagnose"]).run_options()
+    with pytest.raises(UserError, match="GB is free"):
+        check_space(replace(plan, options=refreshed), stages)
 
 
 @pytest.mark.parametrize("recipe", ["HQQ-INT8-INT4", "DISTILL-INT8-INT4"])
