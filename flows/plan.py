@@ -14,6 +14,7 @@ from quantize_gemma.flows.quantization import (
     plan_tokens,
     quantize_inputs,
     resolve_calibration,
+    stage_recipe,
     without_distillation,
 )
 from quantize_gemma.tasks.check import (
@@ -133,7 +134,7 @@ class Plan:
                 **({"reference": _name_and_revision(self.reference)} if self.reference else {}),
             },
             "benchmarks": {benchmark.row.name: benchmark.row.card_inputs() for benchmark in self.benchmarks},
-            "recipe": self.recipe.to_json(),
+            "recipe": stage_recipe(self.recipe),
             "required": self.required_checks(),
             "command": command_line(
                 options,

@@ -76,10 +76,13 @@ def test_the_check_of_a_downloaded_model_counts_what_quantizing_it_writes(recipe
     assert disk_needed(10**10, missing, load_recipe(recipe)) == needed
 
 
-def test_a_recipes_description_reruns_nothing() -> None:
+def test_a_recipes_description_reruns_nothing_but_the_card() -> None:
     recipe = load_recipe("GPTQ-INT8-INT4")
     renewed = replace(recipe, description="another sentence")
     assert quantize_inputs(RunOptions(), renewed) == quantize_inputs(RunOptions(), recipe)
+    plans = [Plan(RunOptions(), MODEL, TEXT, (), one, "cpu", calibration=TEXT) for one in (recipe, renewed)]
+    assert plans[0].gate_inputs() == plans[1].gate_inputs()
+    assert plans[0].card_inputs({}) != plans[1].card_inputs({})
 
 
 def test_an_evaluation_counts_with_its_workers_and_every_other_stage_once() -> None:
