@@ -67,7 +67,7 @@ def diagnose(
     with start_run(f"{model} · {recipe}", refresh) as run:
         plan = make_plan(run, options, diagnosis=True)
         base = run.submit(download, **download_inputs(plan.model, offline))
-        plan = check_download(plan, base)
+        plan = check_download(run, plan, base)
         untied = run.submit(untie, checkpoint=base)
         passages = run.submit(download_text, **download_inputs(plan.text, offline))
         quantized = submit_quantization(run, plan, base, untied, passages)

@@ -218,13 +218,11 @@ def make_plan(run: "Run", options: RunOptions, diagnosis: bool = False) -> Plan:
     planned_benchmarks = () if diagnosis else plan_benchmarks(run, options, model)
     plan = Plan(options, model, text, planned_benchmarks, recipe, device, calibration, reference, device_report=report)
     run.rename(plan.run_name())
-    workers = options.local_workers()
-    memory = check_memory(max(checkpoint.weights for checkpoint in (model, reference) if checkpoint), workers)
+    check_memory(max(checkpoint.weights for checkpoint in (model, reference) if checkpoint), options.local_workers())
     stages = writing_stages(options, model, recipe, text, calibration, diagnosis)
     check_space(plan, stages)
     if report is not None and (program := stored_artifacts(stages).get("export")) is not None:
         require_program(report, load_artifact(program).files["model.pte"].sha256)
-    run.fit_into_memory(memory // workers, workers)
     return plan
 
 
@@ -295,8 +293,10 @@ def publishing_target(options: RunOptions) -> Target | None:
     return Target(options.target, publishing.branch, publishing.create_pr, publishing.adopt) if options.target else None
 
 
-def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
+def check_download(run: "Run", plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     """Check the downloaded checkpoint, and return the plan without images if the model is text-only.
+
+    The run is told how much memory its models and the program take.
 
     Raises:
         UserError: The checkpoint is damaged, or does not fit the recipe, the options, or this machine.
@@ -304,7 +304,7 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     path = open_artifact(base.result()).path
     export_options = plan.options.export
     workers = plan.options.local_workers()
-    check_checkpoint(
+    memory = check_checkpoint(
         path,
         plan.recipe,
         export_options.max_seq_len,
@@ -312,6 +312,9 @@ def check_download(plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
         workers,
         export_options.bidirectional_images,
     )
+    if plan.reference is not None:
+        memory = max(memory, check_memory(plan.reference.weights, workers))
+    run.fit_into_memory(memory // workers, workers)
     _log_costs(plan, plan_calibration(read_model_config(path).text, plan.recipe))
     if is_multimodal(read_config(path)):
         return plan

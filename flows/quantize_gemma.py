@@ -108,7 +108,7 @@ def quantize_gemma(
         plan = make_plan(run, options)
         base = run.submit(download, **download_inputs(plan.model, offline))
         reference = submit_reference(run, plan)
-        plan = check_download(plan, base)
+        plan = check_download(run, plan, base)
         if reference is not None:
             check_reference(plan, base, reference)
         untied = run.submit(untie, checkpoint=base)

@@ -37,8 +37,9 @@ class Stage(Generic[P]):
             size.
         resumes: Whether it stores finished shards, which the input `refresh` recomputes.
         environment: Returns environment variables that no other process gets: tokens.
-        memory: Its peak memory, in multiples of the artifacts that it reads. Such stages, and those that are
-            `accelerated` and use the GPU, wait for each other across runs.
+        memory: Its peak memory, in multiples of the artifacts that it reads; a program's masks, which depend on its
+            sequence length, are not included. Such stages, and those that are `accelerated` and use the GPU, wait for
+            each other across runs.
         accelerated: Whether it may use a GPU.
     """
 

@@ -1,6 +1,10 @@
 """What a run will write, and the memory that it takes, are known before it starts."""
 
+import json
+import math
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,17 +12,24 @@ from typing import Any
 import pytest
 
 from quantize_gemma.flows import cli
-from quantize_gemma.flows.options import DiagnoseOptions, RunOptions
-from quantize_gemma.flows.plan import Plan, _without_images, check_space, download_inputs, writing_stages
+from quantize_gemma.flows.options import DiagnoseOptions, ExportOptions, RunOptions
+from quantize_gemma.flows.plan import (
+    Plan,
+    _without_images,
+    check_download,
+    check_space,
+    download_inputs,
+    writing_stages,
+)
 from quantize_gemma.flows.quantization import quantize_inputs
 from quantize_gemma.flows.run import Run
 from quantize_gemma.tasks.check import disk_needed
-from quantize_gemma.tasks.download import download
+from quantize_gemma.tasks.download import download, resolve_model
 from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.models.recipe import load_recipe
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
 from quantize_gemma.tasks.runtime import machine, store
-from quantize_gemma.tasks.runtime.artifact_ref import ref_of
+from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, ref_of
 from quantize_gemma.tasks.runtime.errors import UserError
 from quantize_gemma.tasks.runtime.prefect_stage import PlannedStage, key_of
 from quantize_gemma.tasks.untie import untie
@@ -98,3 +109,28 @@ def test_a_text_only_model_needs_a_benchmark_without_images() -> None:
     assert _without_images([]) == []
     with pytest.raises(UserError, match="the model is text-only, but ChartQA has images: choose other --tasks"):
         _without_images([chartqa])
+
+
+def downloaded(model: Path) -> Any:
+    """Download a model directory into the store; return a future as a run has it."""
+    inputs = download_inputs(resolve_model(str(model), None, offline=False), offline=False)
+    artifact = store.produce("download", key_of(download, inputs), lambda target: download(target, **inputs))
+    future: Future[ArtifactRef] = Future()
+    future.set_result(ref_of(artifact))
+    return future
+
+
+def test_a_program_whose_masks_fill_the_memory_runs_alone(home: Path, tiny_copy: Callable[[], Path]) -> None:
+    model = tiny_copy()
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 1_000_000
+    (model / "config.json").write_text(json.dumps(config))
+    plan = Plan(RunOptions(), MODEL, TEXT, (), load_recipe("HQQ-INT8-INT4"), "cpu")
+    # Three programs have masks of 13 bytes for each pair of tokens.
+    longest = math.isqrt(machine.available_memory() // (3 * 13))
+    run = Run("test", ())
+    with store.keep_pinned():
+        base = downloaded(model)
+        for length in (1024, longest):
+            check_download(run, replace(plan, options=RunOptions(export=ExportOptions(max_seq_len=length))), base)
+            assert run._one_at_a_time == (length == longest)
