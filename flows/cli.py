@@ -185,6 +185,7 @@ def check(*, options: AllOptions = RunOptions()) -> int:
     from quantize_gemma.flows.local_server import check_api
     from quantize_gemma.flows.report import Terminal
     from quantize_gemma.tasks.check import (
+        check_config,
         check_disk,
         check_memory,
         check_run,
@@ -216,7 +217,9 @@ def check(*, options: AllOptions = RunOptions()) -> int:
             check_disk(model.weight_bytes, _missing_stages(options, model), model.revision, recipe)
             if not options.offline:
                 config = read_config_on_hub(model)
-                masks = mask_bytes(config, options.export.max_seq_len, options.export.bidirectional_images)
+                export = options.export
+                check_config(config, export.max_seq_len, export.custom_kv_cache, export.bidirectional_images)
+                masks = mask_bytes(config, export.max_seq_len, export.bidirectional_images)
                 plan["memory_bytes_needed"] = check_memory(model.weights, options.local_workers(), masks)
         if config is not None:
             plan |= plan_calibration(config.text, recipe)

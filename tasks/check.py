@@ -385,10 +385,20 @@ def check_checkpoint(
     """Check a checkpoint, and estimate the memory in bytes that the run takes.
 
     Raises:
-        UserError: The checkpoint is not a Gemma 3 model, is damaged, or does not fit the recipe, max_seq_len, or this
+        UserError: The checkpoint is not a Gemma 3 model, is damaged, or does not fit the recipe, the options, or this
             machine.
     """
     config = read_model_config(path)
+    check_config(config, max_seq_len, custom_kv_cache, bidirectional_images)
+    tensors = read_headers(path)
+    check_weights(tensors, path)
+    decide(recipe, quantizable_modules(tensors))
+    weights = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    return check_memory(weights, workers, mask_bytes(config, max_seq_len, bidirectional_images))
+
+
+def check_config(config: ModelConfig, max_seq_len: int, custom_kv_cache: bool, bidirectional_images: bool) -> None:
+    """Raise UserError if a model with this configuration cannot be exported with these options."""
     longest = config.text.max_position_embeddings
     shortest = SHORTEST_SEQ_LEN + (config.mm_tokens_per_image if config.multimodal else 0)
     if max_seq_len > longest:
@@ -410,11 +420,6 @@ def check_checkpoint(
             f"without custom_kv_cache, --max-seq-len can be at most the sliding window, {window:,} tokens: "
             "lower --max-seq-len, or turn on --custom-kv-cache"
         )
-    tensors = read_headers(path)
-    check_weights(tensors, path)
-    decide(recipe, quantizable_modules(tensors))
-    weights = sum(math.prod(tensor.shape) for tensor in tensors.values())
-    return check_memory(weights, workers, mask_bytes(config, max_seq_len, bidirectional_images))
 
 
 def _check_store(home: Path) -> None:

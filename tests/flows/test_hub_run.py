@@ -97,10 +97,13 @@ def test_check_reads_a_gated_models_configuration_with_the_token_of_a_secret_blo
         server.wait()
         client = {**environment, **server.client_settings(), "HF_TOKEN": "hf_MARKEDold00"}
         good = command_line("check", "--model", MODEL, **client)
+        long = command_line("check", "--model", MODEL, "--max-seq-len", "4096", **client)
     finally:
         server.stop()
     assert good.code == 0, good.stderr
     assert "memory_bytes_needed: " in good.stdout
+    assert long.code == 2
+    assert "--max-seq-len is 4,096, but the model supports 2,048 tokens" in long.stderr
     assert {line["path"].rpartition("/")[2] for line in hub.requests("GET", "resolve/")} == {"config.json"}
 
 
