@@ -21,6 +21,7 @@ from quantize_gemma.tasks.runtime.errors import RunError, StageFailed, UserError
 
 if TYPE_CHECKING:
     from quantize_gemma.flows.report import Terminal
+    from quantize_gemma.tasks.models.benchmarks import Benchmark
     from quantize_gemma.tasks.models.resolved import ResolvedModel
 
 HELP = """\
@@ -192,6 +193,7 @@ def check(*, options: AllOptions = RunOptions()) -> int:
         disk_needed,
         mask_bytes,
         plan_calibration,
+        supported_benchmarks,
         warn_about_time,
     )
     from quantize_gemma.tasks.download import read_config_on_hub, resolve_model
@@ -201,17 +203,21 @@ def check(*, options: AllOptions = RunOptions()) -> int:
 
     try:
         plan = check_run(**options.check_inputs())
-        _check_data(options)
+        rows = _check_data(options)
         recipe = load_recipe(options.recipe)
         local = local_checkpoint(options.model)
-        config = read_model_config(local) if local is not None else None
+        config = None
         if local is not None:
+            config = read_model_config(local)
             function = "quantize_gemma.tasks.models.load_check:check_directory"
-            worker.run(function, {"checkpoint": str(local.absolute())}, lambda *_: None, Terminal().attach())
+            arguments = {"checkpoint": str(local.absolute())}
+            output = worker.run(function, arguments, lambda *_: None, Terminal().attach())
+            supported_benchmarks(rows, config.multimodal, output["system_message"])
         else:
             # The Hub token may be in a Secret block on the Prefect server.
             check_api()
             model = resolve_model(options.model, options.revision, options.offline)
+            supported_benchmarks(rows, model.multimodal)
             plan["disk_bytes_needed"] = disk_needed(model.weight_bytes, recipe=recipe)
             plan["memory_bytes_needed"] = check_memory(model.weights, options.local_workers())
             check_disk(model.weight_bytes, _missing_stages(options, model), model.revision, recipe)
@@ -265,8 +271,8 @@ def _limit(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def _check_data(options: RunOptions) -> None:
-    """Raise UserError if a task does not exist, or a local dataset or text is missing.
+def _check_data(options: RunOptions) -> list["Benchmark"]:
+    """Return the benchmarks. Raises UserError if a task does not exist, or a local dataset or text is missing.
 
     Names on the Hub are resolved when a run starts.
     """
@@ -286,6 +292,7 @@ def _check_data(options: RunOptions) -> None:
         resolve_text(source, revision, offline=True)
     if (reference := options.evaluation.reference_source()) is not None:
         local_checkpoint(*reference)
+    return rows
 
 
 def _missing_stages(options: RunOptions, model: "ResolvedModel") -> list[str]:

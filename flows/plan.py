@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from quantize_gemma.tasks.check import (
     check_memory,
     check_run,
     plan_calibration,
+    supported_benchmarks,
     warn_about_time,
 )
 from quantize_gemma.tasks.download import (
@@ -39,7 +39,7 @@ from quantize_gemma.tasks.gate.checks import LIMITS, required_checks
 from quantize_gemma.tasks.gate.metrics import LIBRARIES
 from quantize_gemma.tasks.models.benchmarks import Benchmark, find_benchmark
 from quantize_gemma.tasks.models.calibration import parse_source
-from quantize_gemma.tasks.models.checkpoint import is_multimodal, read_config, read_model_config
+from quantize_gemma.tasks.models.checkpoint import read_model_config
 from quantize_gemma.tasks.models.device_report import DeviceReport, read_device_report, require_program
 from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, recipe_hash
 from quantize_gemma.tasks.models.resolved import ResolvedDataset, ResolvedModel
@@ -60,9 +60,6 @@ if TYPE_CHECKING:
     from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef
 
 Inputs = dict[str, Any]
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -264,9 +261,8 @@ def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tu
 
     The built-in model is evaluated on the built-in fixtures where there are any.
     """
-    rows = [find_benchmark(name) for name in options.evaluation.benchmark_names(model.fixture)]
-    if not model.multimodal:
-        rows = _without_images(rows)
+    names = options.evaluation.benchmark_names(model.fixture)
+    rows = supported_benchmarks([find_benchmark(name) for name in names], model.multimodal)
     sources = options.evaluation.dataset_sources()
     benchmarks = []
     for row in rows:
@@ -275,16 +271,6 @@ def plan_benchmarks(run: "Run", options: RunOptions, model: ResolvedModel) -> tu
         dataset = run.call(f"resolve_{row.name}", resolve_dataset, row, source, revision, options.offline)
         benchmarks.append(PlannedBenchmark(row, dataset, revision))
     return tuple(benchmarks)
-
-
-def _without_images(rows: list[Benchmark]) -> list[Benchmark]:
-    kept = [row for row in rows if not row.needs_images]
-    if rows and not kept:
-        raise UserError(f"the model is text-only, but {rows[0].title} has images: choose other --tasks")
-    for row in rows:
-        if row.needs_images:
-            logger.info("%s is skipped: the model is text-only", row.title)
-    return kept
 
 
 def publishing_target(options: RunOptions) -> Target | None:
@@ -301,11 +287,12 @@ def check_download(run: "Run", plan: Plan, base: "PrefectFuture[ArtifactRef]") -
     Raises:
         UserError: The checkpoint is damaged, or does not fit the recipe, the options, or this machine.
     """
-    path = open_artifact(base.result()).path
+    artifact = open_artifact(base.result())
+    config = read_model_config(artifact.path)
     export_options = plan.options.export
     workers = plan.options.local_workers()
     memory = check_checkpoint(
-        path,
+        artifact.path,
         plan.recipe,
         export_options.max_seq_len,
         export_options.custom_kv_cache,
@@ -315,12 +302,11 @@ def check_download(run: "Run", plan: Plan, base: "PrefectFuture[ArtifactRef]") -
     if plan.reference is not None:
         memory = max(memory, check_memory(plan.reference.weights, workers))
     run.fit_into_memory(memory // workers, workers)
-    _log_costs(plan, plan_calibration(read_model_config(path).text, plan.recipe))
-    if is_multimodal(read_config(path)):
-        return plan
-    rows = _without_images([benchmark.row for benchmark in plan.benchmarks])
+    _log_costs(plan, plan_calibration(config.text, plan.recipe))
+    rows = [benchmark.row for benchmark in plan.benchmarks]
+    rows = supported_benchmarks(rows, config.multimodal, artifact.metadata["system_message"])
     benchmarks = tuple(benchmark for benchmark in plan.benchmarks if benchmark.row in rows)
-    return dataclasses.replace(plan, multimodal=False, benchmarks=benchmarks)
+    return dataclasses.replace(plan, multimodal=config.multimodal, benchmarks=benchmarks)
 
 
 def check_device_report(plan: Plan, program: "PrefectFuture[ArtifactRef]") -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from quantize_gemma.tasks.models.benchmarks import Benchmark
 from quantize_gemma.tasks.models.calibration import check_size, parse_source
 from quantize_gemma.tasks.models.checkpoint import (
     check_weights,
@@ -78,6 +80,8 @@ GPU_SECONDS_PER_STEP = 0.5
 # Enough for the smoke tests' prompts and a few generated tokens; an image's tokens are added.
 SHORTEST_SEQ_LEN = 64
 SECONDS_TO_CONNECT = 10.0
+
+logger = logging.getLogger(__name__)
 
 
 def check_run(
@@ -420,6 +424,31 @@ def check_config(config: ModelConfig, max_seq_len: int, custom_kv_cache: bool, b
             f"without custom_kv_cache, --max-seq-len can be at most the sliding window, {window:,} tokens: "
             "lower --max-seq-len, or turn on --custom-kv-cache"
         )
+
+
+def supported_benchmarks(rows: list[Benchmark], multimodal: bool, system_message: bool = True) -> list[Benchmark]:
+    """Return the benchmarks on which a model can be evaluated: those without images if it is text-only.
+
+    Args:
+        rows: The benchmarks.
+        multimodal: Whether the model reads images.
+        system_message: Whether its chat template accepts a system message.
+
+    Raises:
+        UserError: There are none, or ChartQA's prompts have a system message, which the chat template refuses.
+    """
+    supported = [row for row in rows if multimodal or not row.needs_images]
+    if rows and not supported:
+        raise UserError(f"the model is text-only, but {rows[0].title} has images: choose other --tasks")
+    for row in rows:
+        if row not in supported:
+            logger.info("%s is skipped: the model is text-only", row.title)
+        elif row.needs_images and not system_message:
+            raise UserError(
+                f"the model's chat template refuses the system message of {row.title}'s prompts: leave {row.name} out "
+                "of --tasks"
+            )
+    return supported
 
 
 def _check_store(home: Path) -> None:

@@ -241,7 +241,7 @@ def download(target: Path, source: str, revision: str, offline: bool) -> Output:
     config = read_model_config(target)
     tensors = read_headers(target)
     check_weights(tensors, target)
-    check_loads(target)
+    system_message = check_loads(target)
     # Check a local directory's own paths, because messages show them.
     files = weight_files(Path(source) if local else target)
     for index, path in enumerate(files):
@@ -252,6 +252,8 @@ def download(target: Path, source: str, revision: str, offline: bool) -> Output:
             "architecture": config.architecture,
             "tensors": len(tensors),
             "weight_bytes": sum(path.stat().st_size for path in files),
+            # Whether the chat template accepts one.
+            "system_message": system_message,
         }
     }
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantize_gemma.tasks.models.chat import TEXT_PROMPT, chat_template, format_user_turn
 from quantize_gemma.tasks.models.checkpoint import (
     check_finite,
     model_class,
@@ -22,15 +23,21 @@ from quantize_gemma.tasks.runtime.patches.private_api import fake_tensor_mode
 from quantize_gemma.tasks.runtime.strict_json import read_object
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 # The maximum number of vocabulary ids without a token.
 MAX_UNUSED_IDS = 10_000
-TEXT = "Hey, are you conscious? Can you talk to me?"
+# Messages as in a chat about an image.
+SYSTEM: dict[str, object] = {"role": "system", "content": [{"type": "text", "text": TEXT_PROMPT}]}
+USER: dict[str, object] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": TEXT_PROMPT}]}
 
 
-def check_loads(checkpoint: Path) -> None:
+def check_loads(checkpoint: Path) -> bool:
     """Check that transformers can load the model, its tokenizer, and its processor, without loading a weight.
+
+    Returns:
+        Whether a multimodal model's chat template, if it has one, accepts a system message, which only ChartQA sends;
+        True for a text-only model.
 
     Raises:
         UserError: Transformers cannot load them, or the files belong to different models.
@@ -51,14 +58,15 @@ def check_loads(checkpoint: Path) -> None:
             value = read_object(path, "download it again")
             if path.name == "tokenizer.json":
                 _check_token_ids(path, value)
-    tokenizer = _load_tokenizer(checkpoint, config)
-    with _transformers_errors(checkpoint / "tokenizer.json"):
-        tokens = _tokenize(tokenizer, config.multimodal)
+    processor = _load_processor(checkpoint) if config.multimodal else None
+    tokenizer = _load_tokenizer(checkpoint) if processor is None else processor.tokenizer
+    tokens = _tokenize(checkpoint, tokenizer, processor)
     if not tokens or max(tokens) >= config.text.vocab_size:
         raise UserError(
             f"the tokenizer of {checkpoint} has token ids outside the model's vocabulary: the tokenizer and the "
             "weights belong to different models"
         )
+    return processor is None or _accepts_system_message(processor)
 
 
 def _read_shapes(checkpoint: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -101,13 +109,18 @@ def _check_token_ids(path: Path, tokenizer: dict[str, object]) -> None:
         raise UserError(f"{path} has no vocabulary with consecutive token ids: download it again")
 
 
-def _load_tokenizer(checkpoint: Path, config: ModelConfig) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer, or that of the processor if there is one. Raises UserError if it cannot be loaded."""
-    from transformers import AutoProcessor, AutoTokenizer
+def _load_tokenizer(checkpoint: Path) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a text-only model. Raises UserError if it cannot be loaded."""
+    from transformers import AutoTokenizer
 
-    if not config.multimodal:
-        with _transformers_errors(checkpoint / "tokenizer.json"):
-            return AutoTokenizer.from_pretrained(checkpoint)
+    with _transformers_errors(checkpoint / "tokenizer.json"):
+        return AutoTokenizer.from_pretrained(checkpoint)
+
+
+def _load_processor(checkpoint: Path) -> "ProcessorMixin":
+    """Return the processor of a multimodal model. Raises UserError if it cannot be loaded."""
+    from transformers import AutoProcessor
+
     # Smoke tests and ChartQA pass images to it.
     with _transformers_errors(checkpoint / "processor_config.json"):
         processor = AutoProcessor.from_pretrained(checkpoint)
@@ -115,28 +128,56 @@ def _load_tokenizer(checkpoint: Path, config: ModelConfig) -> "PreTrainedTokeniz
         raise UserError(
             f"{checkpoint} has no {GEMMA3.processor_class}: add processor_config.json and preprocessor_config.json"
         )
-    return processor.tokenizer
+    return processor
 
 
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", multimodal: bool) -> list[int]:
-    """Return the tokens of a text, and of a chat if there is a chat template."""
-    tokens = list(tokenizer(TEXT)["input_ids"])
-    if getattr(tokenizer, "chat_template", None):
-        # Only ChartQA has a system message.
-        system = [{"role": "system", "content": TEXT}] if multimodal else []
-        messages = [*system, {"role": "user", "content": TEXT}]
-        tokens += tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    tokenizer.decode(tokens)
+def _tokenize(checkpoint: Path, tokenizer: "PreTrainedTokenizerBase", processor: "ProcessorMixin | None") -> list[int]:
+    """Return the tokens of what every run sends: a text, and the user's turn, which may have an image.
+
+    Raises:
+        UserError: The tokenizer or the chat template fails.
+    """
+    texts = [TEXT_PROMPT]
+    with _transformers_errors(f"the chat template of {checkpoint}"):
+        texts.append(format_user_turn(tokenizer, TEXT_PROMPT))
+        if processor is not None:
+            texts.append(_format_chat(processor, [USER]))
+    with _transformers_errors(checkpoint / "tokenizer.json"):
+        tokens = [token for text in texts for token in tokenizer(text)["input_ids"]]
+        tokenizer.decode(tokens)
     return tokens
 
 
+def _format_chat(processor: "ProcessorMixin", messages: list[dict[str, object]]) -> str:
+    """Return a chat in the processor's chat template; nothing if there is no template."""
+    template = chat_template(processor)
+    if template is None:
+        return ""
+    return str(processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True))
+
+
+def _accepts_system_message(processor: "ProcessorMixin") -> bool:
+    try:
+        _format_chat(processor, [SYSTEM, USER])
+    except Exception:
+        # A template that accepts the user's message may raise anything here.
+        return False
+    return True
+
+
 def check_directory(checkpoint: str) -> dict[str, object]:
-    """Check a model directory completely, including every weight; run in a worker process. Raises UserError."""
+    """Check a model directory completely, including every weight; run in a worker process.
+
+    Returns:
+        The output of check_loads(), as "system_message".
+
+    Raises:
+        UserError: The directory is not a valid checkpoint.
+    """
     path = Path(checkpoint)
     for file in weight_files(path):
         check_finite(file)
-    check_loads(path)
-    return {}
+    return {"system_message": check_loads(path)}
 
 
 def check_shapes(checkpoint: Path, config: "PreTrainedConfig", shapes: Mapping[str, Sequence[int]]) -> None:
@@ -212,8 +253,8 @@ def _check_generation(checkpoint: Path) -> None:
 
 
 @contextlib.contextmanager
-def _transformers_errors(path: Path) -> Iterator[None]:
-    """Turn any exception that transformers raises for a file into a UserError with one sentence."""
+def _transformers_errors(source: Path | str) -> Iterator[None]:
+    """Turn any exception that transformers raises for a file, or a part of one, into a UserError with one sentence."""
     try:
         yield
     except UserError:
@@ -221,4 +262,6 @@ def _transformers_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         reason = " ".join("".join(character if character.isprintable() else " " for character in text).split())
-        raise UserError(f"transformers cannot read {path} ({reason[:200]}): correct it, or download it again") from None
+        raise UserError(
+            f"transformers cannot read {source} ({reason[:200]}): correct it, or download it again"
+        ) from None

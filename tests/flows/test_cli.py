@@ -16,6 +16,7 @@ import pytest
 
 from quantize_gemma.tasks.runtime import store, store_layout
 from tests.conftest import CommandLine
+from tests.text_only import write_text_only
 
 pytestmark = pytest.mark.slow
 
@@ -306,6 +307,19 @@ def test_check_names_what_an_evaluation_needs_and_is_not_there(
     outcome = fresh("check", *arguments)
     assert outcome.code == 2
     assert words in outcome.stderr
+
+
+def test_check_refuses_tasks_that_the_model_cannot_do(fresh: CommandLine, tiny_copy: Callable[[], Path]) -> None:
+    model = tiny_copy()
+    text_only = write_text_only(model, model.with_name("text-only"))
+    outcome = fresh("check", "--model", str(text_only), "--tasks", "chartqa")
+    assert outcome.code == 2
+    assert "the model is text-only, but ChartQA has images: choose other --tasks" in outcome.stderr
+    (model / "chat_template.jinja").write_text("{{ '<bos>' if messages[0]['role'] == 'user' else raise_exception() }}")
+    outcome = fresh("check", "--model", str(model))
+    assert outcome.code == 2
+    assert "refuses the system message of ChartQA's prompts: leave chartqa out of --tasks" in outcome.stderr
+    assert fresh("check", "--model", str(model), "--tasks", "mmlu").code == 0
 
 
 def test_check_announces_a_long_distillation_on_this_machine_although_a_clusters_gpus_evaluate(

@@ -15,7 +15,7 @@ from quantize_gemma.flows import cli
 from quantize_gemma.flows.options import DiagnoseOptions, ExportOptions, RunOptions
 from quantize_gemma.flows.plan import (
     Plan,
-    _without_images,
+    PlannedBenchmark,
     check_download,
     check_space,
     download_inputs,
@@ -103,14 +103,6 @@ def test_an_evaluation_counts_with_its_workers_and_every_other_stage_once() -> N
         assert run._one_at_a_time == one_at_a_time
 
 
-def test_a_text_only_model_needs_a_benchmark_without_images() -> None:
-    mmlu, chartqa = find_benchmark("mmlu"), find_benchmark("chartqa")
-    assert _without_images([chartqa, mmlu]) == [mmlu]
-    assert _without_images([]) == []
-    with pytest.raises(UserError, match="the model is text-only, but ChartQA has images: choose other --tasks"):
-        _without_images([chartqa])
-
-
 def downloaded(model: Path) -> Any:
     """Download a model directory into the store; return a future as a run has it."""
     inputs = download_inputs(resolve_model(str(model), None, offline=False), offline=False)
@@ -134,3 +126,17 @@ def test_a_program_whose_masks_fill_the_memory_runs_alone(home: Path, tiny_copy:
         for length in (1024, longest):
             check_download(run, replace(plan, options=RunOptions(export=ExportOptions(max_seq_len=length))), base)
             assert run._one_at_a_time == (length == longest)
+
+
+def test_chartqa_needs_a_chat_template_that_accepts_a_system_message(home: Path, tiny_copy: Callable[[], Path]) -> None:
+    model = tiny_copy()
+    (model / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}<bos>"
+    )
+    mmlu, chartqa = (PlannedBenchmark(find_benchmark(name), TEXT, None) for name in ("mmlu", "chartqa"))
+    plan = Plan(RunOptions(), MODEL, TEXT, (mmlu,), load_recipe("HQQ-INT8-INT4"), "cpu")
+    with store.keep_pinned():
+        base = downloaded(model)
+        assert check_download(Run("test", ()), plan, base) == plan
+        with pytest.raises(UserError, match="leave chartqa out of --tasks"):
+            check_download(Run("test", ()), replace(plan, benchmarks=(mmlu, chartqa)), base)

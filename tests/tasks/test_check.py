@@ -22,8 +22,10 @@ from quantize_gemma.tasks.check import (
     estimate_distillation,
     mask_bytes,
     plan_calibration,
+    supported_benchmarks,
     warn_about_time,
 )
+from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.models.config import TextConfig, parse_config
 from quantize_gemma.tasks.models.recipe import Calibration, load_recipe
 from quantize_gemma.tasks.runtime import machine, pruning, store
@@ -133,6 +135,22 @@ def test_the_memory_of_a_program_grows_with_the_square_of_its_longest_sequence()
     assert check_memory(1000, masks=10**9) > check_memory(1000) + 0.9e9
     with pytest.raises(UserError, match="or a smaller --max-seq-len"):
         check_memory(1000, masks=machine.total_memory())
+
+
+def test_a_text_only_model_needs_a_benchmark_without_images() -> None:
+    mmlu, chartqa = find_benchmark("mmlu"), find_benchmark("chartqa")
+    assert supported_benchmarks([chartqa, mmlu], multimodal=False) == [mmlu]
+    assert supported_benchmarks([], multimodal=False) == []
+    with pytest.raises(UserError, match="the model is text-only, but ChartQA has images: choose other --tasks"):
+        supported_benchmarks([chartqa], multimodal=False)
+
+
+def test_only_chartqa_needs_a_chat_template_that_accepts_a_system_message() -> None:
+    mmlu, chartqa = find_benchmark("mmlu"), find_benchmark("chartqa")
+    assert supported_benchmarks([mmlu], multimodal=True, system_message=False) == [mmlu]
+    assert supported_benchmarks([mmlu, chartqa], multimodal=False, system_message=False) == [mmlu]
+    with pytest.raises(UserError, match="refuses the system message of ChartQA's prompts: leave chartqa out of --task"):
+        supported_benchmarks([mmlu, chartqa], multimodal=True, system_message=False)
 
 
 def test_a_distillation_that_takes_longer_than_a_stage_may_is_announced() -> None:

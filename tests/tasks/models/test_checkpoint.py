@@ -502,10 +502,22 @@ def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
 WITHOUT_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}<bos>"
 
 
-def test_a_chat_template_without_a_system_role_is_enough_for_a_text_only_model(model: Path, tmp_path: Path) -> None:
+def test_a_chat_template_without_a_system_role_is_valid_and_recorded_for_chartqa(model: Path, tmp_path: Path) -> None:
     """Only ChartQA, which has images, needs the role."""
     text_only = write_text_only(model, tmp_path / "text-only")
+    assert check_directory(str(model)) == {"system_message": True}
     for checkpoint in (text_only, model):
         (checkpoint / "chat_template.jinja").write_text(WITHOUT_SYSTEM)
+    assert check_directory(str(text_only)) == {"system_message": True}
+    assert check_directory(str(model)) == {"system_message": False}
+    (tmp_path / "target").mkdir()
+    output: Any = download(tmp_path / "target", str(model), resolve_model(str(model), None, False).revision, False)
+    assert output["metadata"]["system_message"] is False
+
+
+def test_a_chat_template_that_takes_only_text_is_refused_for_a_model_with_images(model: Path, tmp_path: Path) -> None:
+    text_only = write_text_only(model, tmp_path / "text-only")
+    for checkpoint in (text_only, model):
+        (checkpoint / "chat_template.jinja").write_text("{{ '<bos>' + messages[0]['content'] }}")
     check(text_only)
-    refused(model, "no system role")
+    refused(model, f"transformers cannot read the chat template of {model} (TypeError: ")
