@@ -86,7 +86,7 @@ def device_of_part(device: str, part: int) -> str:
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError(f"{socket.gethostname()} has no CUDA device: use device cpu, or give its workers GPUs")
+        raise UserError(f"{socket.gethostname()} has no CUDA device: pass --device cpu, or give its workers GPUs")
     return f"cuda:{part % torch.cuda.device_count()}"
 
 

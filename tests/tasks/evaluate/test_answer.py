@@ -105,7 +105,7 @@ def test_a_missing_cuda_device_is_an_error(echo: Scorer, monkeypatch: pytest.Mon
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="has no CUDA device: use device cpu"):
+    with pytest.raises(UserError, match="has no CUDA device: pass --device cpu"):
         respond({"a": requests_of("a")}, replace(echo, settings={"device": "cuda"}))
 
 

@@ -133,7 +133,7 @@ def test_an_artifact_in_a_copy_without_links_is_replaced_unless_a_process_reads_
     assert before.path.parent.name == store_layout.CURRENT
     lock = store_layout.lock_for_reading(before.path.parent / store_layout.MANIFEST)
     assert lock is not None
-    with pytest.raises(StageFailed, match=f"{copy}/stage/{KEY} cannot be replaced, because another run reads it"):
+    with pytest.raises(StageFailed, match=f"{copy}/stage/{KEY} cannot be replaced, because another run is reading it"):
         store.produce("stage", KEY, write_file, copy, refresh=True)
     assert store.load("stage", KEY, copy) == before
     assert not list(copy.glob("*/.partial-*"))
