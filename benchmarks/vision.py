@@ -68,7 +68,7 @@ def builtin_tower() -> Tower:
     prompt = make_image_input(BUILTIN["tiny-gemma3"], model.config.image_token_id)
 
     def read_text() -> Tensor:
-        logits = model(input_ids=prompt.ids, pixel_values=prompt.pixel_values[0]).logits[0]
+        logits = model(input_ids=prompt.ids, pixel_values=prompt.pixels).logits[0]
         after = int(prompt.is_image.nonzero()[-1]) + 1
         return torch.log_softmax(logits[after:], -1)
 

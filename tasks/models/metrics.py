@@ -181,16 +181,14 @@ class Distance:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionError:
-    """The distance of the vision encoder's output from the checkpoint's.
+    """The distance of the vision encoder's output for an image from the checkpoint's.
 
     Attributes:
-        images: The number of images that were encoded.
         max, mean: Largest and mean absolute difference.
         error: Mean squared error over the mean square.
         error_act_quant: The error that activation quantization alone causes in the checkpoint.
     """
 
-    images: int
     max: float
     mean: float
     error: float

@@ -48,11 +48,11 @@ COMPARED_TOKENS = 128
 
 @dataclass(frozen=True)
 class _CheckpointOutputs:
-    """Logits, [positions, vocabulary], of the text, the answers to all prompts, and so on; features of each image."""
+    """Logits, [positions, vocabulary], of the text, the answers to all prompts, and so on; features of the image."""
 
     text: Tensor
     prompts: Tensor
-    features: list[Tensor]
+    features: Tensor | None = None
     image: Tensor | None = None
     late_image: Tensor | None = None
 
@@ -132,7 +132,8 @@ def _run_checkpoint(
         kl_causal_image = None
         if image is not None:
             assert act_quant.image is not None
-            other = _image_logits(model, image, act_quant.features[0], not is_bidirectional)
+            assert act_quant.features is not None
+            other = _image_logits(model, image, act_quant.features, not is_bidirectional)
             causal, bidirectional = (other, act_quant.image) if is_bidirectional else (act_quant.image, other)
             kl_causal_image = mean_kl(bidirectional, causal)
         disable_activation_quantization(model)
@@ -158,10 +159,10 @@ def _checkpoint_outputs(
     text, answer = _prompt_logits(model, longest, length).tensor_split([length])
     answers = torch.cat([*(_prompt_logits(model, prompt) for prompt in shorter), answer])
     if image is None:
-        return _CheckpointOutputs(text, answers, [])
-    features = [model.get_image_features(pixels) for pixels in image.pixel_values]
-    after = _image_logits(model, image, features[0], is_bidirectional)
-    late = None if image.late is None else _image_logits(model, image.late, features[0], is_bidirectional)
+        return _CheckpointOutputs(text, answers)
+    features = model.get_image_features(image.pixels)
+    after = _image_logits(model, image, features, is_bidirectional)
+    late = None if image.late is None else _image_logits(model, image.late, features, is_bidirectional)
     return _CheckpointOutputs(text, answers, features, after, late)
 
 
@@ -190,15 +191,17 @@ def _compare_outputs(
     reference: _Reference,
     prompts: list[AnsweredPrompt],
     image: ImageInput | None,
-    features: list[Tensor],
+    features: Tensor | None,
 ) -> Agreement:
-    """Run the program on the checkpoint's inputs, except for the images, and compare the outputs."""
+    """Run the program on the checkpoint's inputs, except for the image, and compare the outputs."""
     eager, baseline = reference.act_quant, reference.no_act_quant
     ids = _text_ids(prompts)
     embedded = program.embed_tokens(ids)
     logits = program.decode(embedded, set(range(len(ids[0]))))
     vision_encoder, after_image, after_late_image = (
-        _compare_image(program, reference, image, features) if image else (None, None, None)
+        _compare_image(program, reference, image, features)
+        if image is not None and features is not None
+        else (None, None, None)
     )
     return Agreement(
         tokens=len(logits),
@@ -232,20 +235,20 @@ def _compare_prompts(reference: _Reference, prompts: list[AnsweredPrompt]) -> Pr
 
 
 def _compare_image(
-    program: PteProgram, reference: _Reference, image: ImageInput, features: list[Tensor]
+    program: PteProgram, reference: _Reference, image: ImageInput, features: Tensor
 ) -> tuple[VisionError, ImageDivergence, Divergence | None]:
     eager, baseline = reference.act_quant, reference.no_act_quant
     assert eager.image is not None
     assert baseline.image is not None
     assert reference.kl_causal_image is not None
-    logits = _decode_image(program, image, features[0])
-    encoded = [program.without_channel(each) for each in features]
-    flat = [_flatten(each) for each in (eager.features, encoded, baseline.features)]
+    assert eager.features is not None
+    assert baseline.features is not None
+    logits = _decode_image(program, image, features)
+    encoded = program.without_channel(features)
     vision_encoder = VisionError(
-        images=len(features),
-        **asdict(absolute_difference(flat[0], flat[1])),
-        error=squared_error(flat[0], flat[1]),
-        error_act_quant=squared_error(flat[0], flat[2]),
+        **asdict(absolute_difference(eager.features, encoded)),
+        error=squared_error(eager.features, encoded),
+        error_act_quant=squared_error(eager.features, baseline.features),
     )
     after_image = ImageDivergence(
         tokens=len(image.is_image),
@@ -257,7 +260,7 @@ def _compare_image(
     if image.late is not None:
         assert eager.late_image is not None
         assert baseline.late_image is not None
-        logits = _decode_image(program, image.late, features[0])
+        logits = _decode_image(program, image.late, features)
         late = Divergence(
             tokens=len(image.late.is_image),
             kl_program=mean_kl(eager.late_image, logits),
@@ -270,9 +273,3 @@ def _decode_image(program: PteProgram, image: ImageInput, features: Tensor) -> T
     """Return the program's logits at the compared positions."""
     embeddings = insert_image_features(features, program.embed_tokens(image.ids), image.is_image)
     return program.decode(embeddings, set(image.compared.tolist()))
-
-
-def _flatten(features: list[Tensor]) -> Tensor:
-    import torch
-
-    return torch.cat([each.float().flatten() for each in features])

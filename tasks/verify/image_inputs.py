@@ -28,13 +28,13 @@ class ImageInput:
     Attributes:
         ids: Token ids, [1, tokens].
         is_image: Which tokens are image tokens, bool, [tokens].
-        pixel_values: The images of example_images(); the first one is the prompt's.
+        pixels: The first example image, [1, channels, height, width].
         late: The same prompt after a long text, if the program's sequences are long enough.
     """
 
     ids: Tensor
     is_image: Tensor
-    pixel_values: list[Tensor]
+    pixels: Tensor
     late: ImageInput | None = None
 
     @property
@@ -53,7 +53,7 @@ class ImageInput:
         if ids.shape[1] > max_seq_len:
             return self
         is_image = torch.cat([torch.zeros(len(text), dtype=torch.bool), self.is_image[1:]])
-        return replace(self, late=ImageInput(ids, is_image, self.pixel_values))
+        return replace(self, late=ImageInput(ids, is_image, self.pixels))
 
 
 def make_image_input(checkpoint: Path, image_token_id: int) -> ImageInput:
@@ -66,13 +66,13 @@ def make_image_input(checkpoint: Path, image_token_id: int) -> ImageInput:
     has_bos = prompt.startswith(processor.tokenizer.bos_token)
     inputs = processor(text=prompt, images=_fractal(), add_special_tokens=not has_bos, return_tensors="pt")
     ids: Tensor = inputs["input_ids"]
-    return ImageInput(ids, ids[0] == image_token_id, example_images(processor))
+    return ImageInput(ids, ids[0] == image_token_id, example_images(processor)[0])
 
 
 def example_images(processor: ProcessorMixin) -> list[Tensor]:
     """Return an image of the Mandelbrot set and a solid-color one, [1, channels, height, width] each.
 
-    There are no others because a large model takes most of a minute to encode one.
+    There are no others because a large model takes half a minute to encode one.
     """
     pixels: Tensor = processor.image_processor(_fractal(), return_tensors="pt")["pixel_values"]
     return [pixels, solid_image(processor)]

@@ -146,10 +146,10 @@ class _Limits:
 
 def run_scenarios(
     program: Path, checkpoint: Path, lengths: list[int]
-) -> tuple[list[AnsweredPrompt], list[Tensor], list[RunnerCheck]]:
-    """Return the program's answers to prompts of each length, features of the example images, and the runner's checks.
+) -> tuple[list[AnsweredPrompt], Tensor | None, list[RunnerCheck]]:
+    """Return the program's answers to prompts of each length, its features of an image, and the runner's checks.
 
-    Lengths are in tokens. The features are the program's, [1, tokens, width] each; there are none for a text-only
+    Lengths are in tokens. The features are those of the first example image, [1, tokens, width]; None for a text-only
     program. The program runs in its own process, whose memory is released afterwards.
 
     Raises:
@@ -170,18 +170,16 @@ def run_scenarios(
         AnsweredPrompt(prompt["ids"], prompt["answer"], outputs[f"logits.{number}"])
         for number, prompt in enumerate(result["prompts"])
     ]
-    features = [outputs[f"features.{number}"] for number in range(result["images"])]
-    return prompts, features, [RunnerCheck(**check) for check in result["checks"]]
+    return prompts, outputs.get("features"), [RunnerCheck(**check) for check in result["checks"]]
 
 
 def run_in_process(program: str, checkpoint: str, lengths: list[int], outputs: str) -> dict[str, Any]:
     """Run all scenarios in this process, and write the program's outputs to the safetensors file `outputs`.
 
-    They are the logits of the answers to the prompts, and the features of the example images: "logits.0", "features.0",
-    and so on.
+    They are the logits of the answers to the prompts ("logits.0" and so on), and "features" of the first example image.
 
     Returns:
-        {"prompts": [{"ids", "answer"}], "images": the number of images, "checks": [RunnerCheck as a dictionary]}.
+        {"prompts": [{"ids", "answer"}], "checks": [RunnerCheck as a dictionary]}.
     """
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoProcessor
@@ -227,11 +225,11 @@ def run_in_process(program: str, checkpoint: str, lengths: list[int], outputs: s
                 checks[name] = _add_case(checks[name], failure)
     prompts = [one for scenario, one in zip(scenarios, expected, strict=True) if "prompts" in scenario.checks]
     tensors = {f"logits.{number}": one.logits for number, one in enumerate(prompts)}
-    tensors |= {f"features.{number}": one.features for number, one in enumerate(images)}
+    if images:
+        tensors["features"] = images[0].features
     save_file(tensors, outputs)
     return {
         "prompts": [{"ids": one.ids, "answer": one.tokens} for one in prompts],
-        "images": len(images),
         "checks": [asdict(check) for check in checks.values()],
     }
 

@@ -485,7 +485,7 @@ def test_a_program_that_is_far_from_the_checkpoint_anywhere_fails(part: str) -> 
 @pytest.mark.parametrize(("error", "failed"), [(0.9e-5, []), (1.1e-5, ["vision_encoder"])])
 def test_a_vision_encoder_that_is_far_from_the_checkpoints_fails(error: float, failed: list[str]) -> None:
     measured = metrics(pairs(90, 0, 0, 10))
-    vision_encoder = {"images": 2, "max": 0.1, "mean": 0.001, "error": error, "error_act_quant": 1e-5}
+    vision_encoder = {"max": 0.1, "mean": 0.001, "error": error, "error_act_quant": 1e-5}
     measured["program"]["agreement"]["vision_encoder"] = vision_encoder
     assert failed_checks(verdict_on(measured, {**LIMITS, "max_kl_ratio": 1.0})) == failed
 

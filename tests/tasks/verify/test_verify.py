@@ -32,7 +32,7 @@ def test_inserted_image_features_give_the_logits_of_transformers(both_ways: bool
     import torch
 
     image = make_image_input(TINY, model.config.image_token_id)
-    pixels = image.pixel_values[0]
+    pixels = image.pixels
     assert (image.ids == model.config.get_text_config().bos_token_id).sum() == 1
     assert image.is_image.sum() == model.config.mm_tokens_per_image
     types = {"token_type_ids": image.is_image[None].long()} if both_ways else {}
