@@ -65,7 +65,7 @@ def shoot(chromium: str, ui: str, password: str, profile: Path) -> None:
     subprocess.run([chromium, *options, "--dump-dom", sign_in], check=True, capture_output=True)
     pages = {
         "run": (f"/runs/flow-run/{cards[0]['flow_run_id']}", "1300,560"),
-        "card": (f"/artifacts/artifact/{cards[0]['id']}", "1300,1000"),
+        "card": (f"/artifacts/artifact/{cards[0]['id']}", "1500,1000"),
     }
     for name, (path, size) in pages.items():
         # The last events of a run are written after it has ended.
