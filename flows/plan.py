@@ -282,7 +282,7 @@ def publishing_target(options: RunOptions) -> Target | None:
 def check_download(run: "Run", plan: Plan, base: "PrefectFuture[ArtifactRef]") -> Plan:
     """Check the downloaded checkpoint, and return the plan without images if the model is text-only.
 
-    The run is told how much memory its models and the program take.
+    Stages run one at a time from here on if the models and the program need too much memory together.
 
     Raises:
         UserError: The checkpoint is damaged, or does not fit the recipe, the options, or this machine.
