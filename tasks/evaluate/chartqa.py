@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize_gemma.tasks.models.chat import chat_template
+from quantize_gemma.tasks.models.chat import format_chat
 from quantize_gemma.tasks.models.checkpoint import is_multimodal
 from quantize_gemma.tasks.models.datasets import CHARTQA_SPLITS, read_chartqa
 from quantize_gemma.tasks.models.pte import PteProgram, insert_image_features
@@ -128,13 +128,12 @@ def make_messages(query: str) -> list[dict[str, object]]:
 
 def make_prompt(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> str:
     """Return the text of a chat; a base model, which has no chat template, gets the image and the user's text."""
-    template = chat_template(processor)
-    if template is None:
+    chat = format_chat(processor, messages)
+    if chat is None:
         _system, user = messages
         return f"{processor.boi_token}{user['content'][1]['text']}"
-    text = processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True)
     # The tokenizer adds one to every text.
-    return str(text).removeprefix(processor.tokenizer.bos_token)
+    return chat.removeprefix(processor.tokenizer.bos_token)
 
 
 def make_chartqa_task(dataset: Path, limit: int | None) -> dict[str, object]:

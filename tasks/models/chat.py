@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,10 +17,12 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def chat_template(processor: ProcessorMixin) -> str | None:
-    """Return the chat template of a processor, which may be its tokenizer's; None if there is none."""
-    template: str | None = processor.chat_template or processor.tokenizer.chat_template
-    return template
+def format_chat(processor: ProcessorMixin, messages: Sequence[Mapping[str, object]]) -> str | None:
+    """Return a chat in the template of a processor, which may be its tokenizer's; None if there is no template."""
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if template is None:
+        return None
+    return str(processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True))
 
 
 def format_user_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

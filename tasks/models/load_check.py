@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize_gemma.tasks.models.chat import TEXT_PROMPT, chat_template, format_user_turn
+from quantize_gemma.tasks.models.chat import TEXT_PROMPT, format_chat, format_user_turn
 from quantize_gemma.tasks.models.checkpoint import (
     check_finite,
     model_class,
@@ -141,24 +141,16 @@ def _tokenize(checkpoint: Path, tokenizer: "PreTrainedTokenizerBase", processor:
     with _transformers_errors(f"the chat template of {checkpoint}"):
         texts.append(format_user_turn(tokenizer, TEXT_PROMPT))
         if processor is not None:
-            texts.append(_format_chat(processor, [USER]))
+            texts.append(format_chat(processor, [USER]) or "")
     with _transformers_errors(checkpoint / "tokenizer.json"):
         tokens = [token for text in texts for token in tokenizer(text)["input_ids"]]
         tokenizer.decode(tokens)
     return tokens
 
 
-def _format_chat(processor: "ProcessorMixin", messages: list[dict[str, object]]) -> str:
-    """Return a chat in the processor's chat template; nothing if there is no template."""
-    template = chat_template(processor)
-    if template is None:
-        return ""
-    return str(processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True))
-
-
 def _accepts_system_message(processor: "ProcessorMixin") -> bool:
     try:
-        _format_chat(processor, [SYSTEM, USER])
+        format_chat(processor, [SYSTEM, USER])
     except Exception:
         # A template that accepts the user's message may raise anything here.
         return False

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from quantize_gemma.tasks.models.chat import chat_template
+from quantize_gemma.tasks.models.chat import format_chat
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -105,9 +105,6 @@ def image_segments(processor: ProcessorMixin, images: Sequence[AnyImage]) -> lis
 
 def format_image_prompt(processor: ProcessorMixin, images: int = 1) -> str:
     """Return IMAGE_PROMPT after some images, in the chat template if there is one."""
-    template = chat_template(processor)
-    if template is None:
-        return f"{processor.boi_token * images}{IMAGE_PROMPT}"
     content = [*[{"type": "image"}] * images, {"type": "text", "text": IMAGE_PROMPT}]
-    messages = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True))
+    chat = format_chat(processor, [{"role": "user", "content": content}])
+    return f"{processor.boi_token * images}{IMAGE_PROMPT}" if chat is None else chat

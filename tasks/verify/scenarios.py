@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from executorch.extension.llm.runner import MultimodalRunner, Stats, TextLLMRunner
     from pytorch_tokenizers import CppHFTokenizer
     from torch import Tensor
+    from transformers import ProcessorMixin
 
     from quantize_gemma.tasks.models.pte import PteProgram
 
@@ -192,14 +193,14 @@ def run_in_process(program: str, checkpoint: str, lengths: list[int], outputs: s
     # The model's own end tokens: a runner that does not know all of them keeps generating.
     pte.eos_ids = set(end_token_ids(Path(checkpoint)))
     limits = _Limits(config.get_text_config().sliding_window, pte.max_seq_len)
+    processor = AutoProcessor.from_pretrained(checkpoint) if pte.multimodal else None
     images: list[EncodedImage] = []
-    if pte.multimodal:
-        processor = AutoProcessor.from_pretrained(checkpoint)
+    if processor is not None:
         images = [EncodedImage(pixels, pte.encode_image(pixels)) for pixels in example_images(processor)]
     scenarios: list[Scenario] = []
     expected: list[Expected] = []
     # The first conversation runs first here, but last in the runner, after longer ones.
-    for scenario in _make_scenarios(Path(checkpoint), tokenizer, lengths, limits, images):
+    for scenario in _make_scenarios(Path(checkpoint), tokenizer, lengths, limits, processor, images):
         fits = _count(tokenizer, scenario) + scenario.room <= limits.sequence
         # Reading a prompt as long as the sequence takes a minute on a large model: one is enough.
         is_needed = scenario.checks != FULL_LENGTH or not any(one.end == limits.sequence for one in expected)
@@ -267,9 +268,14 @@ def load_runner_tokenizer(checkpoint: Path) -> CppHFTokenizer:
 
 
 def _make_scenarios(
-    checkpoint: Path, tokenizer: CppHFTokenizer, lengths: list[int], limits: _Limits, images: list[EncodedImage]
+    checkpoint: Path,
+    tokenizer: CppHFTokenizer,
+    lengths: list[int],
+    limits: _Limits,
+    processor: ProcessorMixin | None,
+    images: list[EncodedImage],
 ) -> Iterator[Scenario]:
-    from transformers import AutoProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
 
     library = AutoTokenizer.from_pretrained(checkpoint)
     for question, shown in ((TEXT_PROMPT, ("stop", "conversations")), (SHORT_QUESTION, ("stop",))):
@@ -286,8 +292,7 @@ def _make_scenarios(
     length = limits.sequence - FULL_TOKENS
     title = f"a prompt of {length:,} tokens"
     yield Scenario(FULL_LENGTH, title, [make_prompt(tokenizer, length)], ANSWER_TOKENS, FULL_TOKENS)
-    if images:
-        processor = AutoProcessor.from_pretrained(checkpoint)
+    if processor is not None:
         yield Scenario(("two_images",), "a prompt with two images", image_segments(processor, images))
         if limits.window + images[0].features.shape[1] + ANSWER_TOKENS < limits.sequence:
             before = f"{make_prompt(tokenizer, limits.window)}\n\n{processor.boi_token}"
