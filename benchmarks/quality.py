@@ -18,7 +18,7 @@ from benchmarks.side_by_side import empty_folder, machine, run
 from quantize_gemma.tasks.models.checkpoint import linear_shapes, read_headers
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.plot_style import COLORS, MARGIN, WIDE, add_axes, label_logarithmic, new_figure
-from quantize_gemma.tasks.models.recipe import Recipe, decide, load_recipe, packed_bytes
+from quantize_gemma.tasks.models.recipe import Recipe, load_recipe, match_rules, packed_bytes
 
 RECIPES = (
     "HQQ-INT8-INT4",
@@ -102,7 +102,7 @@ def our_export(target: str, checkpoint: str, max_seq_len: int) -> dict[str, Any]
 def count_packed_bytes(checkpoint: Path, recipe: Recipe | None) -> int:
     """Return packed_bytes() of an untied checkpoint, or of a base checkpoint without a recipe."""
     shapes = {GEMMA3.runtime_name(name): tensor.shape for name, tensor in read_headers(checkpoint).items()}
-    return packed_bytes(shapes, decide(recipe, linear_shapes(shapes)) if recipe else {})
+    return packed_bytes(shapes, match_rules(recipe, linear_shapes(shapes)) if recipe else {})
 
 
 def measure(

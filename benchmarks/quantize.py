@@ -14,7 +14,7 @@ from benchmarks.shapes import SHAPES, make_checkpoint
 from benchmarks.side_by_side import empty_folder, format_line, machine, make_result, print_result, run, version
 from quantize_gemma.tasks.models.checkpoint import is_multimodal
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
-from quantize_gemma.tasks.models.recipe import decide, load_recipe, torchao_config
+from quantize_gemma.tasks.models.recipe import load_recipe, match_rules, torchao_config
 from quantize_gemma.tasks.runtime.units import human_size
 
 
@@ -43,7 +43,7 @@ def reference_quantize(target: str, checkpoint: str, recipe: str) -> dict[str, A
     model = _load(checkpoint)
     kinds = (torch.nn.Linear, torch.nn.Embedding)
     modules = {n: list(module.weight.shape) for n, module in model.named_modules() if isinstance(module, kinds)}
-    rules = decide(load_recipe(recipe), modules)
+    rules = match_rules(load_recipe(recipe), modules)
     quantize_(model, FqnToConfig({name: torchao_config(rule) for name, rule in rules.items()}), filter_fn=None)
     tensors, metadata = flatten_tensor_state_dict(model.state_dict())
     strings = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}

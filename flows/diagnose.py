@@ -16,7 +16,7 @@ from quantize_gemma.flows.run import start_run
 from quantize_gemma.tasks.download import download, download_text
 from quantize_gemma.tasks.fidelity.diagnose import HEAT_MAP
 from quantize_gemma.tasks.fidelity.diagnose import diagnose as diagnose_modules
-from quantize_gemma.tasks.models.text_fidelity import KINDS, damage_rows, parse_damages
+from quantize_gemma.tasks.models.text_fidelity import KINDS, damage_rows, parse_damage
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.artifact_ref import open_artifact
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
@@ -101,11 +101,11 @@ def summarize(plan: Plan, artifact: store.Artifact) -> dict[str, Any]:
 
 def show_damage(folder: Path, results: JsonObject) -> None:
     """Show the tables and the heat map in Prefect's UI."""
-    damages = parse_damages(results["rows"])
+    measurements = parse_damage(results["rows"])
     for kind in KINDS:
         description = f"KL divergence from quantizing the {kind} of one module alone, nats"
-        create_table_artifact(key=f"damage-{kind}", table=damage_rows(damages, kind), description=description)
+        create_table_artifact(key=f"damage-{kind}", table=damage_rows(measurements, kind), description=description)
     show_image(folder / HEAT_MAP, "KL divergence from quantizing one module alone, nats")
-    worst = max(damages, key=lambda damage: damage.weights)
+    worst = max(measurements, key=lambda damage: damage.weights)
     location = worst.role if worst.block is None else f"block {worst.block}, {worst.role}"
     get_run_logger().info("quantizing the weights of %s does the most damage: %.4f nats", location, worst.weights)

@@ -227,7 +227,7 @@ def report_release(run: Run, plan: Plan, release: PrefectFuture[ArtifactRef]) ->
 
 
 def check_release(run: Run, plan: Plan, metrics: Metrics) -> None:
-    """Put the gate's verdict into the summary. Raises GateRefused if the release does not pass."""
+    """Put the gate's verdict into the summary. Raises GateFailed if the release does not pass."""
     required, regressions = plan.required_checks(), []
     if (target := publishing_target(plan.options)) is not None:
         published_content = run.call("read_published", published_metrics, target.repository, target.branch)

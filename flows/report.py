@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantize_gemma.tasks.card.chart import ERROR_CHART, KL_CHART, charts
 from quantize_gemma.tasks.models.metrics import Metrics, parse_columns, parse_verdict
 from quantize_gemma.tasks.models.tables import distance_rows, quality_rows, verdict_rows
-from quantize_gemma.tasks.models.text_fidelity import KINDS, damage_rows, parse_damages
+from quantize_gemma.tasks.models.text_fidelity import KINDS, damage_rows, parse_damage
 from quantize_gemma.tasks.runtime.redact import redact
 from quantize_gemma.tasks.runtime.strict_json import JsonObject
 from quantize_gemma.tasks.runtime.units import human_size
@@ -104,10 +104,12 @@ def print_damage(results: JsonObject) -> None:
     from rich.console import Console
 
     console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, width=100)
-    damages = parse_damages(results["rows"])
+    measurements = parse_damage(results["rows"])
     for kind in KINDS:
         console.print(
-            _table(f"KL divergence from quantizing the {kind} of one module alone, nats", damage_rows(damages, kind))
+            _table(
+                f"KL divergence from quantizing the {kind} of one module alone, nats", damage_rows(measurements, kind)
+            )
         )
     console.print(f"heat map: {results['heat_map']}", soft_wrap=True)
 

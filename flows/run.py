@@ -13,7 +13,7 @@ from prefect.futures import PrefectFuture
 
 from quantize_gemma.flows.summary import Interrupted, StageSummary, Summary
 from quantize_gemma.flows.timeline import Times, show_timeline
-from quantize_gemma.tasks.gate.checks import GateRefused
+from quantize_gemma.tasks.gate.checks import GateFailed
 from quantize_gemma.tasks.models.metrics import to_json
 from quantize_gemma.tasks.runtime import machine, store
 from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
@@ -70,7 +70,7 @@ def start_run(label: str, refresh: Collection[str]) -> Iterator["Run"]:
                 run.finish()
         except Exception as error:
             cause = run.first_failure(error)
-            if isinstance(cause, GateRefused):
+            if isinstance(cause, GateFailed):
                 run.summary.gate = to_json(cause.verdict)
             run.summary.error = redact(str(cause))
             cause.summary = run.summary.to_json()
@@ -256,7 +256,7 @@ class Run:
                 name, cause = stage, failure_of(state) or error
                 break
         completed = any(state.is_completed() and state.name != "Cached" for _, state in states)
-        if isinstance(cause, GateRefused) or (isinstance(cause, UserError) and not completed and name != "publish"):
+        if isinstance(cause, GateFailed) or (isinstance(cause, UserError) and not completed and name != "publish"):
             return cause
         cause = disk_failure(cause, *store.output_folders()) or cause
         message = str(cause) if isinstance(cause, RunError) else redact(f"{type(cause).__name__}: {cause}")

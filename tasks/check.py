@@ -38,8 +38,8 @@ from quantize_gemma.tasks.models.recipe import (
     STEP_POSITIONS,
     STEP_SEQUENCES,
     Recipe,
-    decide,
     load_recipe,
+    match_rules,
 )
 from quantize_gemma.tasks.runtime import machine, pruning, store, store_layout
 from quantize_gemma.tasks.runtime.errors import UserError
@@ -396,7 +396,7 @@ def check_checkpoint(
     check_config(config, max_seq_len, custom_kv_cache, bidirectional_images)
     tensors = read_headers(path)
     check_weights(tensors, path)
-    decide(recipe, quantizable_modules(tensors))
+    match_rules(recipe, quantizable_modules(tensors))
     weights = sum(math.prod(tensor.shape) for tensor in tensors.values())
     return check_memory(weights, workers, mask_bytes(config, max_seq_len, bidirectional_images))
 

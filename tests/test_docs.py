@@ -31,7 +31,7 @@ from quantize_gemma.flows.prune_store import prune_store
 from quantize_gemma.flows.quantize_gemma import quantize_gemma
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.models.checkpoint import quantizable_modules, read_headers
-from quantize_gemma.tasks.models.recipe import decide, load_recipe
+from quantize_gemma.tasks.models.recipe import load_recipe, match_rules
 from quantize_gemma.tasks.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -206,7 +206,9 @@ def test_the_recipe_in_the_how_to_is_one_that_decides_every_module(tmp_path: Pat
     text = (ROOT / "docs/how-to/recipe.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^ *```json\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "mine.json").write_text(block, encoding="utf-8")
-    rules = decide(load_recipe(str(tmp_path / "mine.json")), quantizable_modules(read_headers(BUILTIN["tiny-gemma3"])))
+    rules = match_rules(
+        load_recipe(str(tmp_path / "mine.json")), quantizable_modules(read_headers(BUILTIN["tiny-gemma3"]))
+    )
     assert {rule.weight for name, rule in rules.items() if name.endswith("lm_head")} == {"int8"}
 
 

@@ -23,7 +23,7 @@ from quantize_gemma.tasks.models.checkpoint import quantizable_modules, read_hea
 from quantize_gemma.tasks.models.datasets import TEXT_FILE
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
 from quantize_gemma.tasks.models.plot_style import GRAY, MARGIN, add_axes, label_logarithmic, new_figure
-from quantize_gemma.tasks.models.recipe import Recipe, decide
+from quantize_gemma.tasks.models.recipe import Recipe, match_rules
 from quantize_gemma.tasks.models.text_fidelity import KINDS, Damage
 from quantize_gemma.tasks.runtime import machine, store
 from quantize_gemma.tasks.runtime.reporting import report_progress
@@ -109,7 +109,7 @@ def diagnose(
     rows = make_windows(content, AutoTokenizer.from_pretrained(base), windows)
     groups = group_by_block(text_modules(base, Recipe.from_json(recipe)))
     probe = Probe(base, checkpoint, rows, machine.device_of_part(device, 0))
-    damages = []
+    measurements = []
     with store.open_store({"base": base, "checkpoint": checkpoint}) as (root, digests):
         shards = ShardStore(root, refresh)
         for index, group in enumerate(groups):
@@ -122,19 +122,19 @@ def diagnose(
                     mean_and_stderr(columns[name].astype(np.float64), numbers) if name in columns else (None, None)
                     for name in (f"{module.role}.weights", f"{module.role}.activations")
                 )
-                damages.append(Damage(module.block, module.role, module.parameters, *weights, *activations))
+                measurements.append(Damage(module.block, module.role, module.parameters, *weights, *activations))
             report_progress(index + 1, len(groups), "blocks")
-    results = {"tokens": len(numbers), "rows": [vars(damage) for damage in damages]}
+    results = {"tokens": len(numbers), "rows": [vars(damage) for damage in measurements]}
     (target / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    draw_heat_map(damages, target / HEAT_MAP)
-    return {"metadata": {"modules": len(damages)}}
+    draw_heat_map(measurements, target / HEAT_MAP)
+    return {"metadata": {"modules": len(measurements)}}
 
 
 def text_modules(base: Path, recipe: Recipe) -> list[Module]:
     """Return the modules of the language model that the recipe quantizes, in the order of computation."""
     modules = quantizable_modules(read_headers(base))
     results = []
-    for name, rule in decide(recipe, modules).items():
+    for name, rule in match_rules(recipe, modules).items():
         if GEMMA3.is_vision(name):
             continue
         match = BLOCK.search(name)
@@ -288,15 +288,15 @@ class Probe:
         )
 
 
-def draw_heat_map(damages: list[Damage], path: Path) -> None:
+def draw_heat_map(measurements: list[Damage], path: Path) -> None:
     """Draw the divergence for each block and role, weights and activations side by side, on one logarithmic scale."""
     import numpy as np
     from matplotlib.colors import LogNorm
 
-    block_damages = [damage for damage in damages if damage.block is not None]
-    blocks = sorted({damage.block for damage in block_damages if damage.block is not None})
+    block_measurements = [damage for damage in measurements if damage.block is not None]
+    blocks = sorted({damage.block for damage in block_measurements if damage.block is not None})
     values = {kind: np.full((len(blocks), len(ROLES)), np.nan) for kind in KINDS}
-    for damage in block_damages:
+    for damage in block_measurements:
         for kind in KINDS:
             values[kind][blocks.index(damage.block or 0), ROLES.index(damage.role)] = getattr(damage, kind) or np.nan
     divergences = np.concatenate([matrix[np.isfinite(matrix) & (matrix > 0)] for matrix in values.values()])
@@ -306,7 +306,7 @@ def draw_heat_map(damages: list[Damage], path: Path) -> None:
         "cmap": "viridis",
         "aspect": "auto",
     }
-    lines = [_describe(damage) for damage in damages if damage.block is None]
+    lines = [_describe(damage) for damage in measurements if damage.block is None]
     subtitle = "KL divergence from the base model, nats, with\none module quantized and the rest in float32"
     # From top to bottom: the text, the plots' titles, a row for each block, the roles, the scale.
     top, rows, bottom = 1.35, 0.15 * len(blocks), 0.95

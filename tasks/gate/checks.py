@@ -47,7 +47,7 @@ MAX_PROMPT = 300
 MISSING = object()
 
 
-class GateRefused(RunError):
+class GateFailed(RunError):
     """The release fails the gate. `verdict` has all checks; the message explains the failed ones, and lists all."""
 
     def __init__(self, verdict: Verdict, disagreements: Sequence[Disagreement]) -> None:
@@ -89,13 +89,13 @@ def require_pass(metrics: Metrics, required: Sequence[str], regressions: Sequenc
         regressions: The results of `compare_with_published`, if the release is to be published.
 
     Raises:
-        GateRefused: A check fails or is missing.
+        GateFailed: A check fails or is missing.
     """
     checks = [*metrics.gate.checks, *regressions]
     verdict = add_missing(_make_verdict(checks, metrics.gate.limits), required)
     if not verdict.passed:
         samples = [score for score in metrics.program.scores.values() if score is not None]
-        raise GateRefused(verdict, [disagreement for score in samples for disagreement in score.disagreements])
+        raise GateFailed(verdict, [disagreement for score in samples for disagreement in score.disagreements])
     return verdict
 
 

@@ -225,7 +225,7 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(canonical_json(hashed_content)).hexdigest()
 
 
-def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Rule]:
+def match_rules(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Rule]:
     """Return {module name: the rule that matches it} for every quantizable module.
 
     Args:
@@ -260,11 +260,11 @@ def decide(recipe: Recipe, modules: Mapping[str, Sequence[int]]) -> dict[str, Ru
                     f"of {name}: use one that does, or null for one scale per row"
                 )
             rules[name] = rule
-    undecided = sorted(set(modules) - set(rules))
-    if undecided:
+    unmatched = sorted(set(modules) - set(rules))
+    if unmatched:
         raise UserError(
-            f"no rule of recipe {recipe.name} matches {undecided[0]}"
-            + (f" and {len(undecided) - 1} more modules" if len(undecided) > 1 else "")
+            f"no rule of recipe {recipe.name} matches {unmatched[0]}"
+            + (f" and {len(unmatched) - 1} more modules" if len(unmatched) > 1 else "")
             + ": add one"
         )
     return rules

@@ -108,23 +108,23 @@ class Damage:
 KINDS = ("weights", "activations")
 
 
-def parse_damages(rows: object) -> list[Damage]:
-    """Return the damages in the rows of a diagnosis. Raises pydantic.ValidationError."""
+def parse_damage(rows: object) -> list[Damage]:
+    """Return the Damage of each row of a diagnosis. Raises pydantic.ValidationError."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(list[Damage]).validate_python(rows)
 
 
-def damage_rows(damages: Sequence[Damage], kind: str) -> list[dict[str, str]]:
+def damage_rows(measurements: Sequence[Damage], kind: str) -> list[dict[str, str]]:
     """Return a table of the KL divergence from quantizing each module alone: a row per block, a column per role.
 
     Args:
-        damages: The modules.
+        measurements: The damage of each module.
         kind: One of KINDS.
     """
-    roles = list(dict.fromkeys(damage.role for damage in damages if damage.block is not None))
+    roles = list(dict.fromkeys(damage.role for damage in measurements if damage.block is not None))
     cells: dict[str, dict[str, str]] = {}
-    for damage in damages:
+    for damage in measurements:
         value = getattr(damage, kind)
         row = cells.setdefault(damage.role if damage.block is None else f"block {damage.block}", {})
         # Modules outside of blocks have one value, shown in the first column.

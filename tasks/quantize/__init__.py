@@ -22,8 +22,8 @@ from quantize_gemma.tasks.models.load_check import check_shapes
 from quantize_gemma.tasks.models.recipe import (
     Recipe,
     Rule,
-    decide,
     is_lossless,
+    match_rules,
     packed_bytes,
     recipe_hash,
     torchao_config,
@@ -74,7 +74,7 @@ def quantize(
         )
     with open_tensors(checkpoint) as sources, store.keep_pinned(), contextlib.ExitStack() as stack:
         shapes = {name: source.shape for name, source in sources.items()}
-        rules = decide(parsed_recipe, linear_shapes(shapes))
+        rules = match_rules(parsed_recipe, linear_shapes(shapes))
         # {weight: {part: location of its rows}} of calibrated blocks.
         quantized: dict[str, dict[str, SourceTensor]] = {}
         calibration_metadata = {}

@@ -20,7 +20,7 @@ from quantize_gemma.tasks.models.calibration import DISTILLATION, read_calibrati
 from quantize_gemma.tasks.models.checkpoint import linear_shapes, read_header
 from quantize_gemma.tasks.models.float32 import fast_products
 from quantize_gemma.tasks.models.gemma3 import GEMMA3
-from quantize_gemma.tasks.models.recipe import Recipe, Rule, decide
+from quantize_gemma.tasks.models.recipe import Recipe, Rule, match_rules
 from quantize_gemma.tasks.quantize.algorithms import dequantize
 from quantize_gemma.tasks.quantize.calibrated import digest_tokens
 from quantize_gemma.tasks.quantize.source import (
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import Gemma3TextConfig
 
     from quantize_gemma.tasks.quantize.student import Student
-    from quantize_gemma.tasks.quantize.training import Lesson, State
+    from quantize_gemma.tasks.quantize.training import State, TrainingData
 
 TARGETS, STATE = "distill-targets", "distill-state"
 WEIGHTS = "model.safetensors"
@@ -82,7 +82,7 @@ def distill(
     import torch
 
     from quantize_gemma.tasks.quantize.blocks import load_text_config, round_sum
-    from quantize_gemma.tasks.quantize.training import Lesson, split
+    from quantize_gemma.tasks.quantize.training import TrainingData, split
 
     parsed_recipe = Recipe.from_json(recipe)
     assert parsed_recipe.distillation is not None, f"{parsed_recipe.name} has no distillation"
@@ -93,15 +93,15 @@ def distill(
         quantized = stack.enter_context(open_tensors(checkpoint, QUANTIZED))
         root, digests = stack.enter_context(store.open_store({"checkpoint": checkpoint, "base": base}))
         stack.enter_context(fast_products())
-        rules = decide(parsed_recipe, linear_shapes({name: source.shape for name, source in sources.items()}))
+        rules = match_rules(parsed_recipe, linear_shapes({name: source.shape for name, source in sources.items()}))
         run_identity = {"tokens": digest_tokens(tokens), "device": device, "threads": torch.get_num_threads()}
         base_identity = {"base": digests["base"], **run_identity} if digests else run_identity
         targets = _base_states(base, sources, tokens, device, root, base_identity)
         student = _load_student(config, quantized, rules, device)
         head = _base_head(sources, device)
-        lesson = Lesson(_Embedding(quantized, device), tokens, targets.to(device), head)
+        data = TrainingData(_Embedding(quantized, device), tokens, targets.to(device), head)
         identity = {**digests, "settings": asdict(parsed_recipe.distillation), **run_identity}
-        state = _train_in_store(student, lesson, parsed_recipe, root, identity, refresh)
+        state = _train_in_store(student, data, parsed_recipe, root, identity, refresh)
     tensors = _trained_tensors(student)
     _write_checkpoint(target, checkpoint, tensors)
     return {
@@ -191,7 +191,7 @@ def _base_head(sources: Sources, device: str) -> torch.nn.Module:
 
 
 def _train_in_store(
-    student: Student, lesson: Lesson, recipe: Recipe, root: Path, identity: JsonObject, refresh: bool
+    student: Student, data: TrainingData, recipe: Recipe, root: Path, identity: JsonObject, refresh: bool
 ) -> State:
     """Train the student, resuming from a state in the store and saving it there; return the final state."""
     from safetensors.torch import load_file, save_file
@@ -214,7 +214,7 @@ def _train_in_store(
 
         store.produce(STATE, key, write, root, refresh=True)
 
-    train(student, lesson, recipe.distillation, state, save)
+    train(student, data, recipe.distillation, state, save)
     return state
 
 

@@ -51,7 +51,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingData:
     """The training data of a student.
 
     Attributes:
@@ -68,13 +68,13 @@ class Lesson:
 
 
 def train(
-    student: Student, lesson: Lesson, settings: Distillation, state: State, save: Callable[[State], None]
+    student: Student, data: TrainingData, settings: Distillation, state: State, save: Callable[[State], None]
 ) -> None:
     """Train a student, and set it to the parameters that were best on the held-out sequences.
 
     Args:
         student: The student.
-        lesson: What it learns from.
+        data: Its training data.
         settings: The recipe's distillation settings.
         state: The state to start from; updated in place.
         save: Called with the state after each measurement.
@@ -86,22 +86,22 @@ def train(
     _load_parameters(changes, state)
     optimizer = torch.optim.Adam(changes.values(), lr=settings.learning_rate, betas=BETAS)
     _load_moments(optimizer, changes, state)
-    held_out, training_sequences = split(len(lesson.tokens))
+    held_out, training_sequences = split(len(data.tokens))
     interval = -(-settings.steps // MEASUREMENTS)
     if not state.history:
-        _add_measurement(state, measure(student, lesson, held_out), changes)
+        _add_measurement(state, measure(student, data, held_out), changes)
     while not state.stops(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(state.step, settings.steps)
-        sequences, positions = choose_batch(training_sequences, state.step, lesson.tokens.shape[1])
+        sequences, positions = choose_batch(training_sequences, state.step, data.tokens.shape[1])
         optimizer.zero_grad()
-        _add_gradients(student, lesson, sequences, positions)
+        _add_gradients(student, data, sequences, positions)
         optimizer.step()
         state.step += 1
         report_progress(state.step, settings.steps, "steps")
         if state.step % interval and state.step != settings.steps:
             continue
-        _add_measurement(state, measure(student, lesson, held_out), changes)
+        _add_measurement(state, measure(student, data, held_out), changes)
         _store_state(optimizer, changes, state)
         save(state)
     with torch.no_grad():
@@ -123,15 +123,15 @@ def _add_measurement(state: State, kl: float, changes: dict[str, torch.nn.Parame
         state.tensors |= {f"best/{name}": change.detach().clone() for name, change in changes.items()}
 
 
-def measure(student: Student, lesson: Lesson, held_out: list[int]) -> float:
+def measure(student: Student, data: TrainingData, held_out: list[int]) -> float:
     """Return the mean KL divergence, in nats, on the held-out sequences."""
-    length = lesson.tokens.shape[1]
+    length = data.tokens.shape[1]
     positions = torch.arange(0, length, max(length // STEP_POSITIONS, 1))[None]
     losses = []
     with torch.no_grad():
         for sequence in held_out:
-            inputs, targets = _states(student, lesson, torch.tensor([sequence]), positions)
-            losses.append(float(kl_divergence(student.head, inputs, lesson.base_head, targets)))
+            inputs, targets = _states(student, data, torch.tensor([sequence]), positions)
+            losses.append(float(kl_divergence(student.head, inputs, data.base_head, targets)))
     return sum(losses) / len(losses)
 
 
@@ -152,22 +152,22 @@ def choose_batch(training_sequences: list[int], step: int, length: int) -> tuple
     return torch.tensor(sequences), torch.stack(positions)
 
 
-def _add_gradients(student: Student, lesson: Lesson, sequences: Tensor, positions: Tensor) -> None:
+def _add_gradients(student: Student, data: TrainingData, sequences: Tensor, positions: Tensor) -> None:
     """Add the gradients of the mean KL divergence at some positions; the head works on LOGITS of them at a time."""
-    outputs, targets = _states(student, lesson, sequences, positions)
+    outputs, targets = _states(student, data, sequences, positions)
     inputs = outputs.detach().requires_grad_()
     for piece, target in zip(torch.split(inputs, LOGITS), torch.split(targets, LOGITS), strict=True):
-        loss = kl_divergence(student.head, piece, lesson.base_head, target) * (len(piece) / len(inputs))
+        loss = kl_divergence(student.head, piece, data.base_head, target) * (len(piece) / len(inputs))
         loss.backward()  # type: ignore[no-untyped-call]
     outputs.backward(inputs.grad)  # type: ignore[no-untyped-call]
 
 
-def _states(student: Student, lesson: Lesson, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _states(student: Student, data: TrainingData, sequences: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the inputs of the student's head and of the base model's head at some positions, [tokens, width]."""
-    outputs = student(lesson.embed(lesson.tokens[sequences]))
+    outputs = student(data.embed(data.tokens[sequences]))
     device = outputs.device
     rows = torch.arange(len(sequences), device=device)[:, None]
-    targets = lesson.targets[sequences[:, None].to(device), positions.to(device)]
+    targets = data.targets[sequences[:, None].to(device), positions.to(device)]
     return outputs[rows, positions.to(device)].flatten(0, 1), targets.flatten(0, 1)
 
 

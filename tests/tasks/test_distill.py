@@ -104,8 +104,8 @@ def test_a_student_is_the_checkpoint_as_transformers_loads_it(inputs: dict[str, 
     tokens = torch.tensor(read_calibration(inputs["calibration"]))[:2]
     loaded = []
 
-    def keep(one: student.Student, lesson: training.Lesson, *_: Any) -> None:
-        loaded.append(torch.log_softmax(one.head(one(lesson.embed(tokens))), -1).detach())
+    def keep(one: student.Student, data: training.TrainingData, *_: Any) -> None:
+        loaded.append(torch.log_softmax(one.head(one(data.embed(tokens))), -1).detach())
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

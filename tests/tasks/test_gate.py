@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quantize_gemma.tasks.gate.checks import (
-    GateRefused,
+    GateFailed,
     add_missing,
     compare_with_published,
     judge,
@@ -308,7 +308,7 @@ def test_a_release_fails_when_it_is_worse_than_the_published_one(published: floa
         assert require_pass(measured, ["mmlu_regression"], checks).passed
         assert checks[0].status == "pass"
         return
-    with pytest.raises(GateRefused, match=r"1\.01 points below the published release \(limit ≤ 1\)") as error:
+    with pytest.raises(GateFailed, match=r"1\.01 points below the published release \(limit ≤ 1\)") as error:
         require_pass(measured, ["mmlu_regression"], checks)
     assert failed_checks(error.value.verdict) == failed
 
@@ -389,7 +389,7 @@ def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[
     for absent in range(len(required)):
         checks = every[:absent] + every[absent + 1 :]
         incomplete = replace(measured, gate=replace(verdict, checks=checks))
-        with pytest.raises(GateRefused, match=f"{required[absent].replace('_', ' ')} was not measured") as error:
+        with pytest.raises(GateFailed, match=f"{required[absent].replace('_', ' ')} was not measured") as error:
             require_pass(incomplete, required)
         assert failed_checks(error.value.verdict) == [required[absent]]
         # The stage's own verdict, which is on the card, has it, too.
@@ -416,7 +416,7 @@ def test_a_number_that_is_not_finite_fails_and_leaves_valid_json(value: float, p
     assert failed_checks(verdict) == ["program_kl_prompts"]
     json.dumps(to_json(verdict), allow_nan=False)
     assert "not a finite number" in check_named(verdict, "program_kl_prompts").message
-    with pytest.raises(GateRefused, match="not a finite number"):
+    with pytest.raises(GateFailed, match="not a finite number"):
         require_pass(judged(measured), [])
 
 
@@ -435,7 +435,7 @@ def test_a_failure_shows_all_checks_and_the_questions_that_the_program_answers_d
         }
         for number in range(8)
     ]
-    with pytest.raises(GateRefused) as error:
+    with pytest.raises(GateFailed) as error:
         require_pass(judged(measured), [])
     sentence, table, questions = str(error.value).split("\n\n")
     assert sentence.startswith(

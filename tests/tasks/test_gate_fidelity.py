@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from quantize_gemma.tasks.gate.checks import GateRefused, add_missing, judge, judge_fidelity, require_pass
+from quantize_gemma.tasks.gate.checks import GateFailed, add_missing, judge, judge_fidelity, require_pass
 from quantize_gemma.tasks.models.benchmarks import find_benchmark
 from quantize_gemma.tasks.models.metrics import Verdict, parse_metrics, to_json
 from quantize_gemma.tasks.models.tables import benchmark_rows, distance_rows, verdict_rows
@@ -52,7 +52,7 @@ def test_the_cards_recipe_is_refused_on_270m_and_a_calibrated_one_passes() -> No
     assert list(statuses(good).items())[:2] == [("max_kl", "pass"), ("min_same_top", "pass")]
     assert good.passed
     assert not good.low_confidence
-    with pytest.raises(GateRefused) as error:
+    with pytest.raises(GateFailed) as error:
         require_pass(parse_metrics({**measured(CARD), "gate": to_json(refused)}), [])
     assert str(error.value).startswith(
         "the release fails the gate: on 5,110 tokens of text, the KL divergence from the base model is 0.4640 nats "

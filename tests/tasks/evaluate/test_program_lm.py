@@ -168,7 +168,7 @@ def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_th
 def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
     released: Outcome, command_line: CommandLine, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantize_gemma.tasks.gate.checks import GateRefused, judge, require_pass
+    from quantize_gemma.tasks.gate.checks import GateFailed, judge, require_pass
     from quantize_gemma.tasks.models.metrics import parse_metrics
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -197,7 +197,7 @@ def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
     metrics["program"]["mmlu"] |= compared
     parsed = parse_metrics(metrics)
     verdict = judge(parsed.benchmarks, parsed, parsed.pairs, parsed.gate.limits)
-    with pytest.raises(GateRefused, match="the program") as refused:
+    with pytest.raises(GateFailed, match="the program") as refused:
         require_pass(replace(parsed, gate=verdict), [])
     failed = [check.name for check in refused.value.verdict.checks if check.status == "fail"]
     assert failed == ["mmlu_disagreement"]

@@ -11,7 +11,7 @@ import pytest
 from quantize_gemma.tasks.builtin import BUILTIN, BUILTIN_TEXTS
 from quantize_gemma.tasks.fidelity.diagnose import HEAT_MAP, ROLES, Probe, diagnose, draw_heat_map
 from quantize_gemma.tasks.models.recipe import load_recipe
-from quantize_gemma.tasks.models.text_fidelity import Damage, damage_rows, parse_damages
+from quantize_gemma.tasks.models.text_fidelity import Damage, damage_rows, parse_damage
 from quantize_gemma.tasks.quantize import quantize
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.untie import untie
@@ -90,11 +90,12 @@ def test_every_quantized_module_of_the_language_model_has_a_row_a_cell_and_a_pla
 ) -> None:
     results = run(tmp_path / "out", artifacts)
     assert results["tokens"] == 2 * 64
-    damages = parse_damages(results["rows"])
-    assert len(damages) == 2 + 3 * 7
-    assert (damages[0].role, damages[0].parameters, damages[0].activations) == ("embed_tokens", 2048 * 64, None)
-    assert damages[-1].role == "lm_head"
-    table = damage_rows(damages, "weights")
+    measurements = parse_damage(results["rows"])
+    assert len(measurements) == 2 + 3 * 7
+    first, *_, last = measurements
+    assert (first.role, first.parameters, first.activations) == ("embed_tokens", 2048 * 64, None)
+    assert last.role == "lm_head"
+    table = damage_rows(measurements, "weights")
     assert [row["block"] for row in table] == ["embed_tokens", "block 0", "block 1", "block 2", "lm_head"]
     assert list(table[1])[1:] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert all(table[1].values())

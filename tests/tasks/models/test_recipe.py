@@ -9,7 +9,7 @@ import pytest
 
 from quantize_gemma.tasks.builtin import BUILTIN
 from quantize_gemma.tasks.models.checkpoint import quantizable_modules, read_headers
-from quantize_gemma.tasks.models.recipe import RECIPES, Recipe, decide, load_recipe, recipe_hash
+from quantize_gemma.tasks.models.recipe import RECIPES, Recipe, load_recipe, match_rules, recipe_hash
 from quantize_gemma.tasks.runtime import store
 from quantize_gemma.tasks.runtime.errors import UserError
 
@@ -83,7 +83,7 @@ def test_every_recipe_in_the_folder_loads_by_its_name_and_decides_the_builtin_mo
     assert recipe.name == file.stem
     assert recipe.description
     modules = quantizable_modules(read_headers(BUILTIN["tiny-gemma3"]))
-    assert set(decide(recipe, modules)) == set(modules)
+    assert set(match_rules(recipe, modules)) == set(modules)
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.json")), ids=lambda file: file.stem)

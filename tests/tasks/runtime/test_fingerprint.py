@@ -88,7 +88,7 @@ CHANGES: dict[str, set[str]] = {
     "quantize_gemma.tasks.quantize.gptq:CANDIDATES": {"quantize", "blocks"},
     "quantize_gemma.tasks.quantize.training:PATIENCE": {"distill"},
     "quantize_gemma.tasks.quantize.hqq:BOUNDS": {"quantize", "blocks"},
-    "quantize_gemma.tasks.models.recipe:decide": {"quantize", "distill", "diagnose"},
+    "quantize_gemma.tasks.models.recipe:match_rules": {"quantize", "distill", "diagnose"},
     "quantize_gemma.tasks.fidelity.states:generate": {"fidelity_base"},
     "quantize_gemma.tasks.fidelity.tokens:CHUNK": {"fidelity_quantized"},
     "quantize_gemma.tasks.fidelity.summary:EDGES": {"fidelity"},
