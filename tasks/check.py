@@ -55,8 +55,9 @@ LARGE_BYTES = 5_000_000_000
 # The stages that write a lot.
 WRITING_STAGES = (*OUTPUT_FACTORS, "distill")
 WRITING_STAGES_OF_DIAGNOSIS = ("download", "untie", "quantize")
-# The peak memory of evaluating a quantized checkpoint on ChartQA, which takes more than any other stage, in multiples
-# of the base weights in bfloat16 (17.2 GB, measured with gemma-3-4b's shape); and that of Python and the libraries.
+# An upper estimate of a run's peak memory, which is that of evaluating a quantized checkpoint on ChartQA: a multiple of
+# the base weights in bfloat16, and the memory of Python and the libraries. With gemma-3-4b's shape, the estimate is
+# 18.2 GB, and 15.5 GB was measured.
 MEMORY_FACTOR = 2.0
 MEMORY_OF_LIBRARIES = 1_000_000_000
 # The additional output of a calibrated recipe: the quantized decoder blocks, one byte per weight. And that of
@@ -122,7 +123,7 @@ def check_run(
         weight_bytes = sum(file.stat().st_size for file in weight_files(path))
         stages = WRITING_STAGES_OF_DIAGNOSIS if diagnosis else WRITING_STAGES
         plan["disk_bytes_needed"] = disk_needed(weight_bytes, stages, parsed_recipe)
-        # Memory first: a person can free disk space, but not add memory.
+        # Check memory first: a user can free disk space, but cannot add memory.
         local_workers = workers if cluster is None else 1
         plan["memory_bytes_needed"] = check_checkpoint(
             path, parsed_recipe, max_seq_len, custom_kv_cache, local_workers, bidirectional_images
@@ -189,8 +190,8 @@ def warn_about_time(costs: Mapping[str, int]) -> str | None:
         seconds = costs.get(f"{step}_seconds", 0)
         if seconds > SECONDS_ALLOWED:
             return (
-                f"{step} takes about {seconds / 3600:.0f} hours on this machine's CPU, and a stage is stopped after "
-                f"{SECONDS_ALLOWED / 3600:.0f}: start the run again to continue it"
+                f"{step} takes about {seconds / 3600:.0f} hours on this machine's CPU, but a stage is stopped after "
+                f"{SECONDS_ALLOWED / 3600:.0f} hours: start the run again to continue it"
             )
     return None
 
@@ -370,7 +371,10 @@ def bytes_to_download(weight_bytes: int, revision: str) -> int:
 
 
 def may_be_stored(weight_bytes: int) -> bool:
-    """Tell whether the store has a checkpoint of this size, which may be the model: only its digest would tell."""
+    """Tell whether the store has a checkpoint of this size.
+
+    It may be this model; only a digest would show whether it is.
+    """
     for manifest in store.home().glob(f"download/*/{store_layout.MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if json.loads(manifest.read_text(encoding="utf-8"))["metadata"]["weight_bytes"] == weight_bytes:
@@ -435,7 +439,7 @@ def supported_benchmarks(rows: list[Benchmark], multimodal: bool, system_message
         system_message: Whether its chat template accepts a system message.
 
     Raises:
-        UserError: There are none, or ChartQA's prompts have a system message, which the chat template refuses.
+        UserError: There are none, or ChartQA's prompts have a system message, which the chat template does not accept.
     """
     supported = [row for row in rows if multimodal or not row.needs_images]
     if rows and not supported:
@@ -445,8 +449,8 @@ def supported_benchmarks(rows: list[Benchmark], multimodal: bool, system_message
             logger.info("%s is skipped: the model is text-only", row.title)
         elif row.needs_images and not system_message:
             raise UserError(
-                f"the model's chat template refuses the system message of {row.title}'s prompts: leave {row.name} out "
-                "of --tasks"
+                f"the model's chat template does not accept the system message of {row.title}'s prompts: leave "
+                f"{row.name} out of --tasks"
             )
     return supported
 

@@ -94,7 +94,7 @@ def resolve_dataset(row: Benchmark, source: str, revision: str | None, offline: 
     if fixture is not None or is_path(source):
         path = fixture or Path(source).expanduser().resolve()
         if not path.is_dir():
-            raise UserError(f"there is no directory {source}, the dataset of {row.title}: check the path")
+            raise UserError(f"the directory {source} for the dataset of {row.title} does not exist: check the path")
         names = _data_files(path, row.patterns(), row.skipped_files)
         if not names:
             raise UserError(f"{source} has no data files: use a dataset in the layout of {row.dataset}")

@@ -1,7 +1,7 @@
 """Export: lower the quantized checkpoint to model.pte, an ExecuTorch program for XNNPACK.
 
-optimum-executorch does the work: its exportable modules and its xnnpack recipe. Mistakes of its command line are
-corrected here: the example image is created from the configuration instead of downloaded from a website, max_seq_len is
+optimum-executorch does the work: its exportable modules and its xnnpack recipe. Bugs in its command line are worked
+around here: the example image is created from the configuration instead of downloaded from a website, max_seq_len is
 honored, scales have the dtype that XNNPACK needs, and the program's metadata is correct.
 (Section "Exporting to ExecuTorch" of PyTorch's card.)
 """
@@ -128,13 +128,13 @@ def check_exportable(target: Path, checkpoint: Path) -> None:
     free = shutil.disk_usage(target).free
     if free < needed:
         raise UserError(
-            f"the program takes about {human_size(needed)}, but only {human_size(free)} is free where {target} is: "
-            "free some space, or set QUANTIZE_GEMMA_HOME to a directory on a larger disk"
+            f"the program takes about {human_size(needed)}, but only {human_size(free)} is free on the disk of {target}"
+            ": free some space, or set QUANTIZE_GEMMA_HOME to a directory on a larger disk"
         )
 
 
 def _load_exportable(checkpoint: Path, max_seq_len: int, custom_sdpa: bool, custom_kv_cache: bool) -> Any:
-    """Return optimum-executorch's exportable module, with the mistakes of its command line corrected."""
+    """Return optimum-executorch's exportable module, with workarounds for the bugs in its command line."""
     import torch
     from optimum.exporters.executorch.tasks.causal_lm import load_causal_lm_model
     from optimum.exporters.executorch.tasks.multimodal_text_to_text import load_multimodal_text_to_text_model

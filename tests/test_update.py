@@ -20,7 +20,7 @@ def test_added_removed_and_changed_packages_are_listed_in_any_spelling() -> None
     before = update.versions("a==1\nb_c==2\nd==3\n")
     assert update.difference(before, {"a": "1.1", "b-c": "2", "e": "4"}) == [
         "a: 1 -> 1.1",
-        "d: 3 -> gone",
+        "d: 3 -> removed",
         "e: new -> 4",
     ]
 

@@ -23,7 +23,7 @@ EXTRAS = ("dask", "ray", "dev")
 
 
 def main() -> None:
-    """The command line; exits with 1 if a test or a benchmark fails, with 2 if there are changes to lose."""
+    """Run the command line; exit with 1 if the tests fail, and with 2 if uncommitted changes would be overwritten."""
     local_changes = run("git", "status", "--porcelain", PROJECT, CONSTRAINTS, COMPOSE).stdout
     if local_changes:
         print(f"commit or restore these first, since they are overwritten:\n{local_changes}", file=sys.stderr)
@@ -32,7 +32,7 @@ def main() -> None:
     after = resolve(PROJECT.read_text(encoding="utf-8"))
     changes = difference(before, after)
     if not changes:
-        print("nothing is newer")
+        print("everything is up to date")
         return
     print(*changes, sep="\n", flush=True)
     measured = {name: benchmark(name) for name in BENCHMARKS}
@@ -45,7 +45,7 @@ def main() -> None:
     passed = all(subprocess.run(["make", target], cwd=ROOT).returncode == 0 for target in targets)
     print(*changes, *table(measured, {name: benchmark(name) for name in BENCHMARKS}), sep="\n")
     if not passed:
-        sys.exit("the tests fail; `git checkout . && make install` goes back")
+        sys.exit("the tests fail; to undo the update, run `git checkout . && make install`")
     print("the tests pass; commit what `git status` shows")
 
 
@@ -98,7 +98,7 @@ def difference(before: dict[str, str], after: dict[str, str]) -> list[str]:
         {normalize(name): version for name, version in libraries.items()} for libraries in (before, after)
     )
     return [
-        f"{name}: {old_versions.get(name, 'new')} -> {new_versions.get(name, 'gone')}"
+        f"{name}: {old_versions.get(name, 'new')} -> {new_versions.get(name, 'removed')}"
         for name in sorted(old_versions | new_versions)
         if old_versions.get(name) != new_versions.get(name)
     ]

@@ -1,4 +1,4 @@
-"""Fails the build if a page loads something from a network: scripts, styles, fonts, and images are on the site."""
+"""Fail the build if a page loads something over the network: scripts, styles, fonts, and images are on the site."""
 
 import re
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.pages import Page
 
-# What a browser loads by itself. A link in the text is not among it.
+# What a browser loads automatically; links in the text are not included.
 EXTERNAL_REFERENCE = re.compile(
     r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["'](?:https?:)?//[^"']+|"""
     r"""<link\b(?![^>]*\brel=["'](?:canonical|prev|next)["'])[^>]*\bhref=["'](?:https?:)?//[^"']+"""
@@ -14,6 +14,6 @@ EXTERNAL_REFERENCE = re.compile(
 
 
 def on_post_page(output: str, page: Page, **_: Any) -> None:
-    """Raise PluginError if a page is not complete by itself."""
+    """Raise PluginError if a page loads something over the network."""
     if match := EXTERNAL_REFERENCE.search(output):
-        raise PluginError(f"{page.file.src_uri} loads something from a network: {match[0]}")
+        raise PluginError(f"{page.file.src_uri} loads something over the network: {match[0]}")

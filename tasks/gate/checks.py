@@ -34,7 +34,8 @@ from quantize_gemma.tasks.runtime.paired_stats import Pairs, confidence, share_d
 
 # Smaller values, in nats per token or as a relative squared error, can come from float32 arithmetic alone.
 FLOOR = 1e-6
-# A check that passes with less has low confidence; a disagreement fails if it exceeds the limit with this confidence.
+# A check that passes with less confidence than this is marked `low_confidence`; a disagreement fails only if it exceeds
+# the limit with at least this confidence.
 CONFIDENT = 0.95
 LIMITS = ("max_kl", "min_same_top", "min_recovery", "max_disagreement", "max_kl_ratio")
 Limits = dict[str, float | None]
@@ -42,7 +43,7 @@ Limits = dict[str, float | None]
 FIDELITY = ("max_kl", "min_same_top")
 # The number of disagreements that the message of a failure lists.
 MAX_SHOWN = 5
-# How many characters of a prompt it shows.
+# The maximum number of characters of a prompt in that message.
 MAX_PROMPT = 300
 MISSING = object()
 
@@ -155,8 +156,8 @@ def _check_regression(
             message=f"{info.title} is not compared with the published release: {reason}",
         )
     loss = round(100 * (value - score.value if info.higher_is_better else score.value / max(value, 1e-9) - 1), 4)
-    unit, worse, better = ("points", "below", "above") if info.higher_is_better else ("%", "above", "below")
-    text = f"{info.title} is {abs(loss):.2f} {unit} {worse if loss >= 0 else better} the published release"
+    unit, worse, better = (" points", "below", "above") if info.higher_is_better else ("%", "above", "below")
+    text = f"{info.title} is {abs(loss):.2f}{unit} {worse if loss >= 0 else better} the published release"
     # The standard error of the published score is not known.
     return _check_at_most(f"{name}_regression", text, loss, max_regression)
 
@@ -323,13 +324,13 @@ def _check_unpaired_drop(name: str, info: BenchmarkInfo, base: Score, quantized:
     """
     value, unit = _drop(info, base, quantized)
     verb = "drops" if (value >= 0) == info.higher_is_better else "rises"
-    return _check_at_most(f"{name}_drop", f"{info.title} {verb} by {abs(value):.2f} {unit}", value, limit)
+    return _check_at_most(f"{name}_drop", f"{info.title} {verb} by {abs(value):.2f}{unit}", value, limit)
 
 
 def _drop(info: BenchmarkInfo, before: Score, after: Score) -> tuple[float, str]:
-    """Return by how much a score is worse than before, and the unit: points, or % of a perplexity."""
+    """Return by how much a score is worse than before, and the unit: " points", or "%" of a perplexity."""
     if info.higher_is_better:
-        return round(100 * (before.value - after.value), 4), "points"
+        return round(100 * (before.value - after.value), 4), " points"
     return round(100 * (after.value / before.value - 1), 4) if before.value else math.nan, "%"
 
 
@@ -377,7 +378,7 @@ def _check_unpaired_program_drop(name: str, info: BenchmarkInfo, sample: SampleS
     scale = 100 if info.higher_is_better or not checkpoint.value else 100 / checkpoint.value
     stderr = round(scale * math.hypot(checkpoint.stderr or 0.0, sample.stderr or 0.0), 4) or None
     error = "" if stderr is None else f" ± {stderr:.2f}"
-    change = f"{'worsens' if value >= 0 else 'improves'} by {abs(value):.2f}{error} {unit}"
+    change = f"{'worsens' if value >= 0 else 'improves'} by {abs(value):.2f}{error}{unit}"
     text = f"{info.title} {change} from the checkpoint to the program on {sample.samples} samples (limit ≤ {limit:.4g})"
     margin = round(limit - value, 4)
     passed = margin >= 0 or (stderr is not None and confidence(margin, stderr) >= 1 - CONFIDENT)
@@ -415,7 +416,7 @@ def _check_runner(check: RunnerCheck) -> Check:
         reason = (
             "the model did not end its turn"
             if check.name == "stop"
-            else "the program's maximum sequence length is too short, or the answers are"
+            else "the program's maximum sequence length or the answers are too short"
         )
         unmeasured = _make_check(name, "", math.nan, 0, True, math.nan, None)
         return _make_uninformative(unmeasured, f"{text}: not tested, because {reason}")

@@ -316,7 +316,7 @@ def read_headers(checkpoint: Path) -> dict[str, TensorInfo]:
 
 
 def check_weights(tensors: Mapping[str, TensorInfo], checkpoint: Path) -> None:
-    """Raise UserError if a weight's dtype is not a float, as in a checkpoint that is already quantized."""
+    """Raise UserError if a weight's dtype is not a floating-point type, as in an already quantized checkpoint."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise UserError(
@@ -369,7 +369,7 @@ def check_finite(path: Path) -> None:
                 if not bool(torch.frombuffer(part, dtype=types[tensor.dtype]).isfinite().all()):
                     raise UserError(
                         f"the weight {name} in {path} contains a NaN or an infinity: "
-                        "the checkpoint is damaged, download it again"
+                        "the checkpoint is damaged; download it again"
                     )
 
 

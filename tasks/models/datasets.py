@@ -102,7 +102,7 @@ def _check_parquet(
                 for row in batch.to_pylist():
                     mistake = find_mistake(row)
                     if mistake:
-                        raise UserError(f"row {number} of {name} {mistake}: the dataset is damaged, use another")
+                        raise UserError(f"row {number} of {name} {mistake}: the dataset is damaged; use another one")
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{name} is truncated or corrupt ({error}): download it again") from None

@@ -109,7 +109,7 @@ def quality_rows(columns: Columns) -> list[Row]:
     rows += [
         {"metric": "KL from the checkpoint, nats", "program": f"{agreement.kl_program:.2g}"},
         {"metric": "KL due to activation quantization, nats", "quantized": f"{agreement.kl_act_quant:.2g}"},
-        {"metric": "same top token, %", "program": f"{100 * agreement.same_argmax:.1f}"},
+        {"metric": "same top token as the checkpoint, %", "program": f"{100 * agreement.same_argmax:.1f}"},
     ]
     return [{"metric": "", **dict.fromkeys(COLUMNS, NOT_MEASURED), **row} for row in rows]
 

@@ -96,7 +96,8 @@ def prepare(
     mean = float(diagonal.mean())
     if not math.isfinite(mean):
         raise UserError(
-            "the model's activations on the calibration text are not finite: its weights are damaged, download it again"
+            "the model's activations on the calibration text are not finite: the checkpoint is damaged; "
+            "download it again"
         )
     mean = max(mean, 1e-30)
     sizes = diagonal.reshape(-1, group_size)

@@ -238,7 +238,7 @@ def _convert(name: str, chunk: Chunk, file: int, rule: Rule | None, device: str,
         tensors = rows.tensors
         sums = ChunkSums(weight.numel(), rows.error, rows.square, rows.changes, rows.off_grid)
     if not math.isfinite(sums.square):
-        raise UserError(f"{name} contains a NaN or an infinity: the checkpoint is damaged, download it again")
+        raise UserError(f"{name} contains a NaN or an infinity: the checkpoint is damaged; download it again")
     for part, tensor in tensors.items():
         bytes_per_row = tensor.numel() // chunk.rows * tensor.itemsize
         _write_tensor(file, tensor, chunk.offsets[part] + chunk.first_row * bytes_per_row)
@@ -272,7 +272,7 @@ def _write_tensor(file: int, tensor: "torch.Tensor", offset: int) -> None:
 
 
 def _add_newer_names(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Add the names of transformers 5.1 and later, whose vision tower has one level less; loaders skip unused names."""
+    """Add the names of transformers 5.1+, whose vision tower has one level fewer; loaders skip unused names."""
     names = json.loads(metadata["tensor_names"])
     old_prefix, new_prefix = GEMMA3.vision_prefixes
     new_names = {name: name.replace(old_prefix, new_prefix) for name in names if name.startswith(old_prefix)}

@@ -137,7 +137,7 @@ def difference(expected: Fingerprint, actual: Fingerprint) -> str | None:
         return f"Python {actual['python']} instead of {expected['python']}"
     if actual["machine"] != expected["machine"]:
         return f"a processor of type {actual['machine']} instead of {expected['machine']}"
-    return None if actual == expected else "a different version of this program"
+    return None if actual == expected else "a different version of quantize-gemma"
 
 
 def reachable_definitions(*functions: str) -> set[Definition]:

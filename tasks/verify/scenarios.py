@@ -285,10 +285,10 @@ def _make_scenarios(
         checks: tuple[str, ...] = ("prompts", "past_window") if length < limits.window else ("prompts",)
         new_tokens = ANSWER_TOKENS
         if length + ANSWER_TOKENS == limits.sequence:
-            # What stops the runner is the end of the sequence.
+            # The end of the sequence stops the runner.
             checks, new_tokens = checks + FULL_LENGTH, 2 * ANSWER_TOKENS
         yield Scenario(checks, f"a prompt of {length:,} tokens", [make_prompt(tokenizer, length)], new_tokens)
-    # The answer to the longest prompt may end early. This one is full after its second token.
+    # The answer to the longest prompt may end early. With this prompt, the sequence is full after two more tokens.
     length = limits.sequence - FULL_TOKENS
     title = f"a prompt of {length:,} tokens"
     yield Scenario(FULL_LENGTH, title, [make_prompt(tokenizer, length)], ANSWER_TOKENS, FULL_TOKENS)
@@ -369,8 +369,8 @@ def compare_answers(
     if generated == (tokens[: len(generated)] if answer.is_cut_off else tokens):
         return None
     return (
-        f"{runner} answers {scenario.title} with {_shorten(generated)}, but the program's own logits give "
-        f"{_shorten(tokens)}"
+        f"{runner} answers {scenario.title} with {_shorten(generated)}, but greedy decoding in the "
+        f"Python runtime gives {_shorten(tokens)}"
     )
 
 

@@ -297,7 +297,7 @@ def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_c
     ("arguments", "words"),
     [
         (("--tasks", "mmlu,foo"), "no benchmark or lm-eval task 'foo'"),
-        (("--dataset", "mmlu=./nowhere"), "no directory ./nowhere, the dataset of MMLU"),
+        (("--dataset", "mmlu=./nowhere"), "the directory ./nowhere for the dataset of MMLU does not exist"),
         (("--text", "./nowhere"), "no text file ./nowhere"),
     ],
 )
@@ -318,7 +318,7 @@ def test_check_refuses_tasks_that_the_model_cannot_do(fresh: CommandLine, tiny_c
     (model / "chat_template.jinja").write_text("{{ '<bos>' if messages[0]['role'] == 'user' else raise_exception() }}")
     outcome = fresh("check", "--model", str(model))
     assert outcome.code == 2
-    assert "refuses the system message of ChartQA's prompts: leave chartqa out of --tasks" in outcome.stderr
+    assert "does not accept the system message of ChartQA's prompts: leave chartqa out of --tasks" in outcome.stderr
     assert fresh("check", "--model", str(model), "--tasks", "mmlu").code == 0
 
 
@@ -336,7 +336,7 @@ def test_check_announces_a_long_distillation_on_this_machine_although_a_clusters
         cluster = ("--cluster", f"tcp://127.0.0.1:{scheduler.getsockname()[1]}", "--device", "cuda")
         outcome = fresh("check", *arguments, *cluster)
     assert outcome.code == 0, outcome.stderr
-    assert "hours on this machine's CPU, and a stage is stopped after 24" in outcome.stderr
+    assert "hours on this machine's CPU, but a stage is stopped after 24 hours" in outcome.stderr
 
 
 def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_needs(

@@ -149,7 +149,7 @@ def test_only_chartqa_needs_a_chat_template_that_accepts_a_system_message() -> N
     mmlu, chartqa = find_benchmark("mmlu"), find_benchmark("chartqa")
     assert supported_benchmarks([mmlu], multimodal=True, system_message=False) == [mmlu]
     assert supported_benchmarks([mmlu, chartqa], multimodal=False, system_message=False) == [mmlu]
-    with pytest.raises(UserError, match="refuses the system message of ChartQA's prompts: leave chartqa out of --task"):
+    with pytest.raises(UserError, match="does not accept the system message of ChartQA's prompts: leave chartqa out"):
         supported_benchmarks([mmlu, chartqa], multimodal=True, system_message=False)
 
 
@@ -158,7 +158,7 @@ def test_a_distillation_that_takes_longer_than_a_stage_may_is_announced() -> Non
     warning = warn_about_time({"calibration_seconds": 3600, "distillation_seconds": 33 * 3600})
     assert warning is not None
     assert "distillation takes about 33 hours" in warning
-    assert "stopped after 24: start the run again to continue it" in warning
+    assert "stopped after 24 hours: start the run again to continue it" in warning
 
 
 def test_a_calibrated_recipe_and_its_text_are_checked_before_the_start(tmp_path: Path) -> None:

@@ -467,7 +467,7 @@ def test_a_directory_takes_the_place_of_a_benchmarks_dataset(tmp_path: Path) -> 
     assert names_of(target) == {"README.md", "test-0.parquet"}
     (source / "main" / "test-0.parquet").write_bytes(b"changed")
     assert resolve_dataset(row, str(source), None, True).revision != found.revision
-    with pytest.raises(UserError, match=r"there is no directory \./nowhere, the dataset of GSM8K"):
+    with pytest.raises(UserError, match=r"the directory \./nowhere for the dataset of GSM8K does not exist"):
         resolve_dataset(row, "./nowhere", None, True)
 
 

@@ -156,8 +156,8 @@ def test_scores_between_0_and_1_are_judged_too(after: float, program: float, fai
     ("before", "after", "stderr", "change"),
     [
         # Of an error rate, 3 points are 15%.
-        (0.2, 0.23, 0.001, "worsens by 15.00 ± 0.71 % "),
-        (0.2, 0.18, None, "improves by 10.00 % "),
+        (0.2, 0.23, 0.001, "worsens by 15.00 ± 0.71% "),
+        (0.2, 0.18, None, "improves by 10.00% "),
         (0.0, 0.1, None, "fail, not a finite number"),
     ],
 )
@@ -397,7 +397,7 @@ def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[
     assert require_pass(replace(measured, gate=replace(verdict, checks=every)), required).passed
 
 
-@pytest.mark.parametrize(("name", "reason"), [("stop", "did not end its turn"), ("past_window", "is too short")])
+@pytest.mark.parametrize(("name", "reason"), [("stop", "did not end its turn"), ("past_window", "are too short")])
 def test_what_the_runner_was_not_tested_on_has_no_value(name: str, reason: str) -> None:
     measured = example_json()
     measured["program"]["runner"] = [{"name": name, "cases": 0, "failed": 0, "examples": []}]

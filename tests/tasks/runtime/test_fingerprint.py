@@ -278,7 +278,7 @@ def test_a_difference_of_fingerprints_is_named() -> None:
     assert fingerprint.difference(here, here) is None
     assert fingerprint.difference({**here, "libraries": {"torch": "1.0"}}, here) == "torch None instead of 1.0"
     assert "Python 3." in str(fingerprint.difference({**here, "python": "2.7"}, here))
-    assert fingerprint.difference({**here, "code": "0"}, here) == "a different version of this program"
+    assert fingerprint.difference({**here, "code": "0"}, here) == "a different version of quantize-gemma"
 
 
 def test_every_imported_library_has_its_name_on_pypi() -> None:

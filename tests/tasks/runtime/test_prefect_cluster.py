@@ -167,7 +167,7 @@ def test_a_machine_with_other_code_or_libraries_computes_nothing() -> None:
         StageFailed, match=r"has torch \S+ instead of 1\.0: install the same versions as on the run's machine"
     ):
         run_part.fn(function, other, {}, 0, 1)
-    with pytest.raises(StageFailed, match="has a different version of this program: install"):
+    with pytest.raises(StageFailed, match="has a different version of quantize-gemma: install"):
         run_part.fn(function, {**here, "code": "0"}, {}, 0, 1)
 
 

@@ -59,7 +59,7 @@ def test_a_worker_whose_code_differs_from_the_runs_fails_and_writes_nothing(tmp_
     worker.run("quantize_gemma.tasks.runtime.worker_main:call", {**arguments, "made_by": here}, lambda *_: None, None)
     assert (tmp_path / "file").exists()
     (tmp_path / "file").unlink()
-    with pytest.raises(StageFailed, match=r"changed during the run \(a different version of this program\): start"):
+    with pytest.raises(StageFailed, match=r"changed during the run \(a different version of quantize-gemma\): start"):
         worker.run(
             "quantize_gemma.tasks.runtime.worker_main:call",
             {**arguments, "made_by": {**here, "code": "0"}},

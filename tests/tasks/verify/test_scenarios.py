@@ -196,7 +196,7 @@ SHORT = Scenario(("prompts",), "a prompt of 40 tokens", ["text"])
     ("changed", "message"),
     [
         ({}, None),
-        ({"tokens": [b" A", b" C"]}, "answers a prompt of 40 tokens with b' A C', but the program's own logits give"),
+        ({"tokens": [b" A", b" C"]}, "answers a prompt of 40 tokens with b' A C', but greedy decoding in"),
         ({"tokens": [b" A"]}, "answers a prompt"),
         ({"tokens": [b" A", b" B", b" C"]}, "answers a prompt"),
         ({"tokens": []}, "answers a prompt"),
