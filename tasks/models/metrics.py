@@ -86,7 +86,7 @@ class BenchmarkScore(Score):
 class Answer:
     """A choice or a text, and the margin of the choice's log-likelihood over the next best choice's, in nats.
 
-    There is no margin for a text, and for a choice that is the best one only relative to its length.
+    A text has no margin, and neither does a choice that is the best one only after length normalization.
     """
 
     answer: str
