@@ -15,20 +15,20 @@ help: ## list the targets
 run: .venv/installed ## run every stage on the tiny built-in model
 	$(BIN)/quantize-gemma run
 
-test: check ## make check, and all tests that take at most half a minute each
+test: check ## run make check and all tests that take at most half a minute each
 	$(PYTEST) -m "not long"
 
 # For example `make test-fast TESTS=tests/tasks`.
-test-fast: .venv/installed ## the tests that start no flow run and no server
+test-fast: .venv/installed ## run the tests that start no flow run and no server
 	$(PYTEST) -m "not slow" $(TESTS)
 
-test-ci: check ## make check, and all tests but the longest; CI runs this
+test-ci: check ## run make check and all tests except the longest; CI runs this
 	$(PYTEST) -m "not longest"
 
-test-all: check ## make check, and all tests
+test-all: check ## run make check and all tests
 	$(PYTEST)
 
-check: docs ## formatting, lint, types, imports, spelling, and documentation
+check: docs ## check formatting, lint, types, imports, spelling, and documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -53,9 +53,9 @@ compatibility: .venv/installed ## test the card's loading code with the pinned a
 update: .venv/installed ## update every library to its newest version, then test and measure
 	$(BIN)/python -m tests.update
 
-install: .venv/installed ## install into .venv, and do nothing else
+install: .venv/installed ## only install into .venv
 
-hub-demo: .venv/installed ## a run that downloads from and publishes to a local Hub
+hub-demo: .venv/installed ## run against a local Hub: download from it and publish to it
 	$(BIN)/python -m tests.hub.demo
 
 # Run in a directory without settings, and import from the environment only: by default, Prefect reads settings and
@@ -67,7 +67,7 @@ worker: .venv/installed ## start a worker for the deployments
 	cd deployments && PYTHONSAFEPATH=1 PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 \
 		$(abspath $(BIN))/prefect worker start --pool quantize-gemma
 
-serve: .venv/installed ## a Prefect server, its deployments, and a worker on this machine
+serve: .venv/installed ## start a Prefect server, its deployments, and a worker on this machine
 	PYTHONSAFEPATH=1 $(BIN)/python -m quantize_gemma.deployments.serve
 
 # The stamp depends on the files with the requirements, so that a changed pin installs again.

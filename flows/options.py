@@ -119,7 +119,8 @@ class EvaluationOptions(Options):
         ),
     )
     text_windows: Count = Field(
-        default=16, description="Maximum number of windows of that text, 511 tokens each; also capped by limit."
+        default=16,
+        description="Maximum number of windows of that text, with 511 scored tokens each; also capped by limit.",
     )
     limit: Count | None = Field(
         default=None, description="Maximum number of documents per task; each MMLU subject is a task. [default: all]"
@@ -130,7 +131,9 @@ class EvaluationOptions(Options):
     )
     program_samples: Count = Field(
         default=100,
-        description="Maximum size of the fixed sample of each benchmark on which the exported program is evaluated.",
+        description=(
+            "Maximum number of documents per benchmark on which the exported program is evaluated; the sample is fixed."
+        ),
     )
     max_new_tokens: Count = Field(default=64, description="Maximum number of tokens generated in each smoke test.")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -146,8 +149,8 @@ class EvaluationOptions(Options):
     cluster: OptionalText = Field(
         default=None,
         description=(
-            "Address of the cluster that runs the evaluation: tcp://… (Dask) or ray://… (Ray); its machines must share "
-            "the store. [default: none, run on this machine]"
+            "Address of the cluster that runs evaluation and fidelity: tcp://… (Dask) or ray://… (Ray); its machines "
+            "must share the store. [default: none, run on this machine]"
         ),
     )
 
@@ -454,14 +457,14 @@ class DiagnoseOptions(Options):
     def run_options(self) -> RunOptions:
         """Return the options of a run on the same model, recipe, and text."""
         evaluation = EvaluationOptions(text=self.text, text_windows=self.text_windows, device=self.device)
-        # A run has no stage named diagnose, which writes little.
+        # A run has no stage named diagnose; leaving it out is safe, because it writes little.
         refresh = tuple(name for name in self.refresh if name != "diagnose")
         names = ("model", "recipe", "revision", "calibration", "offline")
         return RunOptions(evaluation=evaluation, refresh=refresh, **{name: getattr(self, name) for name in names})
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:
-        # A diagnosis is of the recipe before distillation.
+        # A diagnosis uses the recipe without distillation.
         stages = [*(name for name in QUANTIZING if name != "distill"), "diagnose"]
         if unknown := [name for name in self.refresh if name not in stages]:
             raise ValueError(f"--refresh: there is no stage {unknown[0]!r}, only {', '.join(map(repr, stages))}")
@@ -537,7 +540,7 @@ def command_line(
         comment += "  # with --cluster, so that only the evaluation runs on a GPU"
     if options.evaluation.device_report is not None:
         pinned_values["device_report"] = DEVICE_REPORT_PLACEHOLDER
-        comment += f"  # {DEVICE_REPORT_PLACEHOLDER}: the object device_report in metrics.json"
+        comment += f"  # {DEVICE_REPORT_PLACEHOLDER}: the device_report object in metrics.json"
     words = ["quantize-gemma", "run"]
     for name, field, value in _release_options(options):
         value = pinned_values.get(name, value)
