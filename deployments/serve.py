@@ -102,7 +102,7 @@ def work(server: LocalServer) -> int:
         worker.terminate()
         worker.wait()
     if server.process.poll() is not None:
-        # After the worker's last words, so that the reason is the last line.
+        # Print this after the worker's output, so that the reason is the last line.
         print(f"serve: {server.describe_end()}", file=sys.stderr)
         return 1
     return worker.returncode

@@ -171,8 +171,8 @@ def start_local_server() -> LocalServer | None:
     """Start a Prefect server on a free port of this machine, and make it this process's API.
 
     Returns None, and starts nothing, if an API is configured in the environment or in Prefect's profile. The server
-    stops when this process exits, and also when it is killed, because the pipe to the server then closes. Raises
-    UserError if the configured API does not answer, or if Prefect's home is not writable.
+    stops when this process exits or is killed, because the pipe to the server then closes. Raises UserError if the
+    configured API does not answer, or if Prefect's home is not writable.
     """
     _check_address()
     with warnings.catch_warnings():

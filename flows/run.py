@@ -160,7 +160,10 @@ class Run:
         )
 
     def _wait_for(self, exclusive: bool) -> list[Any]:
-        """Return what a stage has to wait for besides its inputs: stages that only share the machine, so may fail."""
+        """Return what a stage has to wait for besides its inputs.
+
+        These are stages that only share the machine with it, so they may fail.
+        """
         earlier = self._exclusive if exclusive else []
         if self._one_at_a_time:
             earlier = [future for name in self.futures for future in self.all_futures(name)]

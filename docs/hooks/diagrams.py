@@ -1,4 +1,4 @@
-"""Renders Mermaid diagrams while the site is built, so that a browser needs neither a script nor a network.
+"""Render Mermaid diagrams while the site is built, so that a browser needs neither scripts nor network access.
 
 An SVG has no colors of its own: assets/extra.css gives it those of the page, light or dark.
 """
@@ -22,12 +22,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def render(source: str, language: str, class_name: str, *_: Any, **__: Any) -> str:
-    """Return a diagram as an element of the page. A diagram with a mistake raises ValueError, and the build fails."""
+    """Return a diagram as an element of the page. Raises ValueError for an invalid diagram, which fails the build."""
     svg = mermaidx.render(source, config=SETTINGS).svg()
     if "Syntax error" in svg:
         raise ValueError(f"Mermaid cannot read this diagram:\n{source}")
     svg = re.sub(r"<style>.*?</style>", "", svg, flags=re.DOTALL)
-    # An id of its own: a page may have several diagrams, whose arrows refer to their markers by id.
+    # Use a unique id, because a page may have several diagrams, whose arrows refer to their markers by id.
     name = "diagram-" + hashlib.sha256(source.encode()).hexdigest()[:8]
     svg = svg.replace("my-svg", name)
     return f'<figure class="{class_name}">{svg}</figure>'

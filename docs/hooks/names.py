@@ -1,4 +1,4 @@
-"""Marks code that is one word, so that the style sheet keeps options and names in tables on one line."""
+"""Mark inline code without spaces, so that the style sheet keeps options and names in tables on one line."""
 
 import re
 from typing import Any

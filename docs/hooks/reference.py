@@ -1,4 +1,4 @@
-"""Fills in the pages of the reference that follow from the code: the command line and metrics.json.
+"""Generate the reference pages that come from the code: the command line and metrics.json.
 
 Such a page has a comment, for example <!-- generated: cli -->, where the generated part goes.
 """
@@ -30,12 +30,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the comment of a page by what it names."""
+    """Replace the comment on a page with the part that it names."""
     return MARKER.sub(lambda marker: GENERATORS[marker[1]](), markdown)
 
 
 def cli() -> str:
-    """Return what `--help` prints, of each command."""
+    """Return the `--help` output of each command."""
     sections = [_block("quantize-gemma --help", [])]
     for name in COMMANDS:
         sections += [f"## quantize-gemma {name}", _block(f"quantize-gemma {name} --help", [name])]

@@ -1,7 +1,7 @@
-"""Makes the screenshots of the dashboard: `python docs/hooks/screenshots.py`. It needs Chromium.
+"""Take the screenshots of the dashboard: `python docs/hooks/screenshots.py`. It needs Chromium.
 
-Starts `make serve`'s server with a store and a Prefect home of their own, runs the built-in model there, signs a
-browser in, and writes docs/run.png and docs/card.png. Takes a few minutes.
+This starts the server of `make serve` with its own store and Prefect home, runs the built-in model, signs in with a
+browser, and writes docs/run.png and docs/card.png. It takes a few minutes.
 """
 
 import os
@@ -17,7 +17,7 @@ from urllib.parse import quote
 import httpx
 
 DOCS = Path(__file__).parents[1]
-# What a page needs to load its data and to draw, in milliseconds of the browser's own clock.
+# The time that a page gets to load its data and render, in milliseconds of the browser's virtual clock.
 BUDGET = 30_000
 
 

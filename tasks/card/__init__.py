@@ -33,7 +33,7 @@ from quantize_gemma.tasks.runtime.stage import Output, stage
 from quantize_gemma.tasks.runtime.units import human_size
 
 FOLDER = Path(__file__).parent
-# The folder of a release with the samples of its scores.
+# The directory in a release for the samples behind its scores.
 SAMPLES = "samples"
 
 

@@ -114,7 +114,8 @@ def compare_subjects(metrics: Metrics, benchmark: str) -> list[Subject]:
         before = base.tasks[name]
         error = None
         if before.stderr is not None and after.stderr is not None:
-            # Zero only shows that each model answers all questions correctly, or none.
+            # A standard error of zero only shows that each model answers all questions correctly, or none; it is not a
+            # margin of error.
             error = 100 * CONFIDENT * math.hypot(before.stderr, after.stderr) or None
         subjects.append(Subject(name, 100 * before.value, 100 * after.value, error))
     return sorted(subjects, key=lambda subject: (subject.change, subject.name))

@@ -192,9 +192,9 @@ def _scores(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def is_relaxed_correct(answer: str, label: str) -> bool:
-    """Return the official score: numbers within 5 % of the label, anything else equal except for case.
+    """Return the official score: numbers within 5% of the label; anything else must be equal except for case.
 
-    What ends in % counts as a fraction; a label that is 0 is compared as text.
+    A number that ends in % counts as a fraction; a label of 0 is compared as text.
     """
     value, expected = _to_number(answer), _to_number(label)
     if value is None or not expected:
@@ -205,8 +205,8 @@ def is_relaxed_correct(answer: str, label: str) -> bool:
 def is_normalized_correct(answer: str, label: str) -> bool:
     """Return the score that ignores an answer's form.
 
-    That is punctuation around it, "two" for 2, 1,000 for 1000, a currency sign, % or no %. What is officially correct
-    is correct.
+    The form is punctuation around it, "two" for 2, 1,000 for 1000, a currency sign, and a percent sign. An answer that
+    is correct by the official score is always correct.
     """
     value, expected = _normalize(answer), _normalize(label)
     if value == expected or is_relaxed_correct(answer, label):

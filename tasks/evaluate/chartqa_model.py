@@ -33,7 +33,8 @@ class ChartQALM(HFMultimodalLM):  # type: ignore[misc]
         self.encode_image = self.model.model.get_image_features
         self.last_image: tuple[torch.Tensor, torch.Tensor] | None = None
         self.model.model.get_image_features = self._encode_image_once
-        # lm-eval collects garbage for each request: what stays is not scanned each time.
+        # lm-eval runs the garbage collector for each request; freeze the objects that stay, so that they are not
+        # scanned each time.
         gc.collect()
         gc.freeze()
 
@@ -46,7 +47,7 @@ class ChartQALM(HFMultimodalLM):  # type: ignore[misc]
         return str(self.generate_until([request], disable_tqdm=True)[0])
 
     def _encode_image_once(self, pixel_values: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        """Return the features of an image, computed unless it is the last one again."""
+        """Return the features of an image; reuse those of the previous call if the image is the same."""
         if self.last_image is None or not torch.equal(self.last_image[0], pixel_values):
             self.last_image = pixel_values, self.encode_image(pixel_values, *args, **kwargs)
         return self.last_image[1]

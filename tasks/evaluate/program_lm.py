@@ -38,7 +38,7 @@ class ProgramLM(TemplateLM):  # type: ignore[misc]
         self.program = PteProgram(program / "model.pte")
 
     def fits(self, request: Request) -> bool:
-        """Tell whether a request fits into the program without truncation; a prompt, with room for an answer."""
+        """Tell whether a request fits into the program without truncation; a prompt must leave room for an answer."""
         context, continuation = request.arguments
         if request.kind == "generate_until":
             return len(self.tok_encode(context)) < self.program.max_seq_len

@@ -55,7 +55,7 @@ def fidelity_base(
             for number, group in groups_of_kind.items():
                 write_group(group, kind, number, target)
         for name, (variant, kind) in MEASURED.items():
-            # The model of another variant.
+            # Free the model of the previous variant.
             gc.collect()
             for number, file in group_states(reader, variant, groups[kind], shards).items():
                 store.link(file, target / group_file(name, number))

@@ -1,8 +1,8 @@
 """The configuration of one model: read and check config.json before anything relies on it.
 
-Only fields that this program reads itself are checked, and those that determine the size of the model that transformers
-builds. Transformers reports all other mistakes in a configuration; see load_check.py. Facts about the whole family are
-in gemma3.py.
+Only fields that quantize-gemma itself reads are checked, and those that determine the size of the model that
+transformers builds. Transformers reports all other mistakes in a configuration; see load_check.py. Facts about the
+whole family are in gemma3.py.
 """
 
 from pathlib import Path

@@ -132,7 +132,7 @@ def quantize_decoder(
     embeddings = _embed(sources[f"{embedding}.weight"], rules[embedding], tokens)
     hidden = HiddenStates(embeddings[0], blocks.root, device), HiddenStates(embeddings[1], blocks.root, device)
     del embeddings
-    # The rule of all linears if they are calibrated; else only the head is.
+    # The rule of all linears if they are calibrated; None if only the head is.
     block_rule = next((rule for rule in recipe.rules if (rule.match, rule.algorithm) == ("linear", "gptq")), None)
     # Blocks from the store through which the tokens must still run before another block can be computed.
     pending: list[int] = []

@@ -175,7 +175,7 @@ def _quantize_side_by_side(
 ) -> None:
     """Quantize WIDTH groups at a time, one per vector lane.
 
-    A numba kernel is one function, however long, and takes arrays and numbers, however many.
+    This function is long and has many parameters because a numba kernel is a single function on arrays and numbers.
     """
     count, length = groups.shape
     weight = np.empty((length, WIDTH), np.float32)
@@ -292,7 +292,7 @@ def _quantize_one_by_one(
 ) -> None:
     """Quantize groups one after the other.
 
-    A numba kernel is one function, however long, and takes arrays and numbers, however many.
+    This function is long and has many parameters because a numba kernel is a single function on arrays and numbers.
     """
     count, length = groups.shape
     weight = np.empty(length, np.float32)

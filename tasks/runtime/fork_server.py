@@ -186,14 +186,14 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     die_with_parent(int(sys.argv[2]))
-    # Its own ends are no others' to wait for, whatever the parent has inherited.
+    # Workers that end must become zombies until they are waited for, even if the parent inherited an ignored SIGCHLD.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGHUP):
         # The parent gets them as well, and ends this process when it ends the run. A handler, unlike SIG_IGN, ends with
         # exec: the programs that stages start do not ignore them.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
-    # CUDA works in no process that was forked after a library asked for a GPU, as libraries do when they are imported.
+    # CUDA does not work in a process that was forked after a library queried the GPU, as libraries do on import.
     if not machine.has_cuda_driver():
         for library in sys.argv[3:]:
             # A stage that needs the library reports why it cannot be imported.

@@ -10,7 +10,7 @@ from quantize_gemma.tasks.runtime.errors import UserError
 JsonValue = object
 JsonObject = dict[str, object]
 
-# The maximum size of a safetensors header; Gemma's tokenizer.json has 33 MB.
+# The maximum size of a safetensors header; Gemma's tokenizer.json is 33 MB.
 MAX_BYTES = 100_000_000
 
 

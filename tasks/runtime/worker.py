@@ -42,7 +42,7 @@ QUIET = {
 # Libraries that most stages import, which takes seconds; without `datasets`, which reads environment variables that a
 # stage sets.
 LIBRARIES = ("torch", "torchao.quantization", "transformers.models.gemma3.modeling_gemma3")
-# Follows the output of a process that has ended: the pipe stays open if the process has left another one running.
+# Marks the end of a process's output: the pipe stays open if the process has left a child running.
 END_OF_OUTPUT = "\0\n"
 
 
@@ -196,7 +196,7 @@ class Worker:
 
     def _end_output(self) -> None:
         """Wait until everything that the process has printed is read."""
-        # After the end nobody reads, so another write could block.
+        # Nothing reads the pipe after the end marker, so another write could block.
         if self.reader.is_alive():
             os.write(self.output_writer, f"\n{END_OF_OUTPUT}".encode())
             self.reader.join()

@@ -16,7 +16,7 @@ TEXT = (
     "A river begins where rain and melting snow gather on high ground. It runs downhill, joins other streams, and "
     "carries sand and stones with it. Where the land is flat it slows down and lays down what it carried. Towns "
     "grew beside rivers because boats could reach them and because fields near the water gave good harvests. The "
-    "water that reaches the sea rises again as vapour, forms clouds, and falls as rain on the hills. "
+    "water that reaches the sea rises again as vapor, forms clouds, and falls as rain on the hills. "
 )
 # Pad a prompt to its exact length where the next word would be too long.
 FILLERS = (" a", ".", " the", " B")

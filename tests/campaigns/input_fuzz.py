@@ -37,7 +37,7 @@ from tests.cards import PLACES, faults, markdown_texts
 CASES = 1300
 # Of a hundred cases; what is left are whole processes.
 SHARES = {"config": 25, "header": 20, "recipe": 15, "card": 15, "index": 10, "tokenizer": 8, "license": 5}
-# One thing of a document: where (a path of keys), and what stands there then; None takes it away.
+# A change to a document: a path of keys, and the new value; REMOVED deletes the entry.
 Change = tuple[tuple[Any, ...], Any]
 REMOVED = object()
 TOKENIZERS = (

@@ -45,7 +45,7 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
 
 
 def alone(cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Try cases of the store alone, each kind in turn."""
+    """Run cases that use only the store, each of a random kind."""
     for _ in range(cases):
         with tempfile.TemporaryDirectory() as folder:
             yield rng.choice([readers, sizes, flipped_bit, small_disk])(Path(folder), rng)

@@ -1,4 +1,4 @@
-"""The private names of libraries that this program uses because there is no public API, and what happens without them.
+"""Private names of libraries that quantize-gemma uses because there is no public API, and what happens without them.
 
 Each docstring names the version that the function was written for, what it does if the private name is missing, and
 what would make it unnecessary. Changes to libraries that save time or memory are in the other modules of this package.
@@ -46,7 +46,8 @@ def ignore_settings_files() -> None:
 
     for name, owner in owners.items():
         replace(owner, name)
-    # A source that reads its file in another way does not call the method. The device is no file: nothing is read here.
+    # If a source does not call the replaced method, it reads its file in another way. /dev/null is not a regular file,
+    # so nothing is read here.
     with contextlib.suppress(Exception):
         DotEnvSettingsSource(BaseSettings, env_file=os.devnull)
     with contextlib.suppress(Exception):
