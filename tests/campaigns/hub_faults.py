@@ -1,11 +1,11 @@
-"""Everything that a Hub can do wrong, at every single request of a download and of a publish.
+"""Inject every kind of Hub fault at every request of a download and of a publish.
 
     python -m tests.campaigns.hub_faults [--cases N] [--seed S]
 
-Most cases call what the flow calls, in this process, and try again as the flow does, without its waits; every hundredth
-is a whole `quantize-gemma run` on a store in which all else is there. Whatever happens: no wrong file is accepted, the
-target is as it was or is the release, what is said is one sentence without a token, and the next try finishes with one
-commit.
+Most cases call the flow's functions in this process, and retry as the flow does, but without waiting; every hundredth
+case is followed by a whole `quantize-gemma run` on a store that has all other results. In each case, no wrong file is
+accepted, the target is unchanged or contains the release, the error is one sentence without a token, and the next
+attempt completes with one commit.
 """
 
 import json
@@ -43,18 +43,18 @@ METRICS = {
     "quantized": {},
     "program": {},
 }
-PASSING: dict[str, dict[str, Any]] = {
+TRANSIENT: dict[str, dict[str, Any]] = {
     "slow": {"delay": 1.5 * SECONDS},
     "429": {"status": 429, "headers": {"Retry-After": "1"}},
     "500": {"status": 500},
     "503": {"status": 503},
     "cut": {"cut": 1},
     "wrong bytes": {"wrong_bytes": True},
-    "lost answer": {"status": 503, "after_work": True},
+    "lost response": {"status": 503, "after_work": True},
     "lost connection": {"cut": 0, "after_work": True},
     "moved head": {"delay": 0.2},
 }
-LASTING: dict[str, dict[str, Any]] = {
+PERMANENT: dict[str, dict[str, Any]] = {
     "429 for years": {"status": 429, "headers": {"Retry-After": "99999999999"}},
     "401": {"status": 401},
     "403": {"status": 403},
@@ -64,13 +64,13 @@ LASTING: dict[str, dict[str, Any]] = {
     "412": {"status": 412},
     "507": {"status": 507},
 }
-FAULTS = PASSING | LASTING
+FAULTS = TRANSIENT | PERMANENT
 PROCESS_EVERY = 100
 
 
 @dataclass(frozen=True)
 class Case:
-    """A fault at a request, once or from there on, in what is called `scenario`."""
+    """A fault at one request of a scenario, or at that request and all later ones."""
 
     scenario: str
     request: int
@@ -78,11 +78,11 @@ class Case:
     once: bool
 
     def __str__(self) -> str:
-        return f"{self.scenario}, {self.fault} at request {self.request}{'' if self.once else ' and all after it'}"
+        return f"{self.scenario}, {self.fault} at request {self.request}{'' if self.once else ' and all later ones'}"
 
 
 def run(cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Yield a case's failure, or None."""
+    """Yield what went wrong in each case, or None."""
     tokens: Tokens = {TOKEN: {"user": "team", "role": "write", "namespaces": []}}
     with tempfile.TemporaryDirectory() as folder, serve(Path(folder) / "hub", tokens) as hub, client_of(hub):
         hub.add("model", MODEL, BUILTIN["tiny-gemma3"])
@@ -100,8 +100,8 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
 
 @contextmanager
 def client_of(hub: Hub) -> Iterator[None]:
-    """Point the Hub's client of this process at the local Hub, and shorten what it sleeps between its own tries."""
-    assert "huggingface_hub" not in sys.modules, "the client reads its Hub's address when it is imported"
+    """Point this process's Hub client at the local Hub, and shorten the client's own retry delays."""
+    assert "huggingface_hub" not in sys.modules, "the client reads the Hub's URL on import"
     os.environ |= {
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": TOKEN,
@@ -119,7 +119,7 @@ def client_of(hub: Hub) -> Iterator[None]:
 
 
 def all_cases(trials: "Trials") -> list[Case]:
-    """Return each fault at each request that an undisturbed run of each scenario makes."""
+    """Return each fault at each request that a fault-free run of each scenario makes."""
     cases = []
     for scenario in trials.scenarios:
         trials.number += 1
@@ -136,7 +136,7 @@ def all_cases(trials: "Trials") -> list[Case]:
 
 
 class Trials:
-    """What is tried, and what must hold afterwards."""
+    """The scenarios, and the invariants after each of them."""
 
     def __init__(self, hub: Hub, folder: Path) -> None:
         from quantize_gemma.tasks.runtime import store
@@ -154,7 +154,7 @@ class Trials:
         }
 
     def release(self, store: Any, name: str) -> Any:
-        """Return an artifact as the card's stage makes it; old and new have one file that the other lacks."""
+        """Return an artifact like that of the stage `card`; old and new each have one file that the other lacks."""
         from quantize_gemma.tasks.card import write_file_list
 
         def fill(target: Path) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class Trials:
         self.hub.faults.clear()
         self.hub.log.clear()
         self.hub.faults.add(after=case.request, times=1 if case.once else None, **FAULTS[case.fault])
-        # A repository that was empty when it was looked at is refused once somebody has put content of their own there.
+        # Publishing to a repository that was empty when it was checked fails if someone else has added files since.
         name = ".gitattributes" if case.scenario == "publish" else "somebody.txt"
         mover = self.move_head(case.request, name) if case.fault == "moved head" else None
         try:
@@ -187,7 +187,7 @@ class Trials:
         return f"{case}: {problem}" if problem else None
 
     def judge_case(self, case: Case) -> str | None:
-        """Run the case and look at what it left; run it again without the fault."""
+        """Run the case and check its results, then run it again without the fault."""
         from quantize_gemma.tasks.runtime.errors import RunError
 
         try:
@@ -196,8 +196,8 @@ class Trials:
             message = str(error)
             if "\n" in message or len(message) > 600 or "MARKED" in message:
                 return f"not one clean sentence: {message!r}"
-            if case.once and case.fault in PASSING:
-                return f"not outlived: {message}"
+            if case.once and case.fault in TRANSIENT:
+                return f"did not recover: {message}"
         except AssertionError as error:
             return str(error)
         except Exception as error:
@@ -210,7 +210,7 @@ class Trials:
         return None
 
     def move_head(self, request: int, name: str) -> Callable[[], None]:
-        """Have somebody commit to the target and the model while the request is under way; return how to end that."""
+        """Commit to the target and the model from another thread during the request; return a function that ends it."""
         has_ended = threading.Event()
 
         def commit() -> None:
@@ -258,7 +258,11 @@ class Trials:
         shutil.rmtree(stage)
 
     def publish(self, scenario: str, over_release: bool = False, create_pr: bool = False) -> None:
-        """Publish as the flow does; the target must hold the release at the end, and nothing but it or what was."""
+        """Publish as the flow does.
+
+        At the end, the target must contain the release; before that, it may only contain the release or its previous
+        files.
+        """
         from quantize_gemma.tasks.publish import Target, check_target, publish, published_metrics
 
         target = self.target()
@@ -274,12 +278,12 @@ class Trials:
             self.check_target_contents(target, over_release, create_pr)
         contents = self.contents(target, "refs/pr/1" if create_pr else "main")
         assert self.is_release(contents, self.new), f"published {sorted(contents)}"
-        assert "old.json" not in contents, "what the release before wrote is still there"
+        assert "old.json" not in contents, "a file of the previous release is still there"
         assert publication.url.startswith(self.hub.url)
         assert create_pr or self.hub.head("model", target, publication.tag) == publication.commit
 
     def check_target_contents(self, target: str, over_release: bool, create_pr: bool) -> None:
-        """Assert that the target holds a whole release or what it held, and that nothing was committed twice."""
+        """Assert that the target has a whole release or its previous files, and that nothing was committed twice."""
         repo = self.hub.storage.find("model", target)
         if repo is None:
             return
@@ -289,12 +293,12 @@ class Trials:
         main = self.contents(target, "main")
         if create_pr or not commits:
             expected = set(self.old.files) if over_release else set()
-            assert set(main) == expected, f"main holds {sorted(main)}"
+            assert set(main) == expected, f"main has {sorted(main)}"
         else:
-            assert self.is_release(main, self.new), f"a part of a release: {sorted(main)}"
+            assert self.is_release(main, self.new), f"an incomplete release: {sorted(main)}"
 
     def contents(self, target: str, revision: str) -> dict[str, str]:
-        """Return the files of the target, each with its SHA-256, without what the Hub and somebody else put there."""
+        """Return the SHA-256 of each file of the target, without the files that the Hub and the other thread add."""
         files = self.hub.files("model", target, revision)
         ignored_names = (".gitattributes", "somebody.txt")
         return {name: file["sha256"] for name, file in files.items() if name not in ignored_names}
@@ -303,7 +307,7 @@ class Trials:
         return contents == {name: file.sha256 for name, file in release.files.items()}
 
     def try_process(self, case: Case) -> str | None:
-        """Return what is wrong with a whole run that meets the case's fault, or None."""
+        """Return what is wrong with a whole run that encounters the case's fault, or None."""
         self.number += 1
         self.hub.faults.clear()
         self.store.fill()
@@ -327,25 +331,25 @@ class Trials:
         if (code == 0) != (error is None) or code not in (0, 1, 2):
             return f"exit code {code} with {error!r}"
         if code == 2 and (has_output or has_publish_stage):
-            return f"exit code 2 after something was made: {error}"
+            return f"exit code 2 after a stage produced a result: {error}"
         if error is not None and ("\n" in error or f"quantize-gemma: {error}" not in stderr):
             return f"not one sentence: {error!r}"
         repository = self.hub.storage.find("model", self.target())
         files = self.contents(self.target(), "main") if repository else {}
         if (code == 0) != ("model.pte" in files) and not (code and "model.pte" in files and has_publish_stage):
-            return f"exit code {code}, and the target holds {sorted(files)}"
+            return f"exit code {code}, and the target has {sorted(files)}"
         return None
 
 
 class CommandStore:
-    """The command line on a store of its own, in which all stages are done."""
+    """The command line with its own store, which has the results of all stages."""
 
     def __init__(self, hub: Hub, folder: Path) -> None:
         self.home = folder / "home"
         self.prefect = folder / "prefect"
 
     def fill(self) -> None:
-        """Run everything once."""
+        """Run all stages, once."""
         if not self.home.exists():
             code, _, stderr = self()
             assert code == 0, stderr[-2000:]
@@ -373,7 +377,7 @@ class CommandStore:
 
 
 def retry(times: int, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the work, and again while it fails for what may pass by itself, as the flow does but without waiting."""
+    """Call a function, and retry transient failures as the flow does, but without waiting."""
     from quantize_gemma.tasks.runtime.retries import is_retryable
 
     while True:

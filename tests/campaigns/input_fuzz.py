@@ -1,11 +1,11 @@
-"""Inputs that nobody meant: configurations, indices, headers, recipes, tokenizers, licenses and texts, all malformed.
+"""Fuzz the inputs: malformed configurations, indices, headers, recipes, tokenizers, licenses, and texts.
 
     python -m tests.campaigns.input_fuzz [--cases N] [--seed S]
 
-Each case changes something of the built-in model or its recipe. Success, or one sentence of a UserError, is right;
-anything else, and anything left behind, is a failure. Most cases call what `quantize-gemma check` calls; some are whole
-processes. Texts go into cards, which must stay as they are with harmless ones. Hypothesis makes the cases and shrinks a
-failing one; the seed repeats it.
+Each case changes part of the built-in model or its recipe. A case passes if it succeeds or raises a UserError with one
+sentence, and leaves nothing behind. Most cases call the functions of `quantize-gemma check`; some start a process.
+Texts are put into cards, whose structure must be the same as with harmless texts. Hypothesis generates the cases and
+shrinks failing ones; the seed reproduces them.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from tests.campaigns import campaign
 from tests.cards import PLACES, faults, markdown_texts
 
 CASES = 1300
-# Of a hundred cases; what is left are whole processes.
+# In percent of the cases; the remaining cases start a process.
 SHARES = {"config": 25, "header": 20, "recipe": 15, "card": 15, "index": 10, "tokenizer": 8, "license": 5}
 # A change to a document: a path of keys, and the new value; REMOVED deletes the entry.
 Change = tuple[tuple[Any, ...], Any]
@@ -52,7 +52,7 @@ texts = markdown_texts()
 numbers = st.integers() | st.floats() | st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**30, 0.5, 1e308, True])
 scalars = st.none() | st.booleans() | numbers | texts
 values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(texts, scalars, max_size=3) | st.just(REMOVED)
-# What is not even the JSON that it should be.
+# Documents that are not JSON, or not JSON of the expected type.
 documents = st.one_of(
     st.binary(max_size=40),
     st.sampled_from(
@@ -63,7 +63,7 @@ documents = st.one_of(
 
 
 def run(cases: int, rng: random.Random, metrics: dict[str, Any] | None = None) -> Iterator[str | None]:
-    """Yield for each case None or what failed. `metrics` are a release's; without them one is made."""
+    """Yield None or the failure of each case. `metrics` are those of a release; if None, create a release."""
     with tempfile.TemporaryDirectory() as folder, _own_home(Path(folder)):
         if metrics is None:
             metrics = _release(Path(folder) / "release")
@@ -74,7 +74,7 @@ def run(cases: int, rng: random.Random, metrics: dict[str, Any] | None = None) -
 
 
 def _attack(kind: str, cases: int, rng: random.Random, folder: Path, metrics: dict[str, Any]) -> Iterator[str | None]:
-    """Have Hypothesis try one kind of input, and yield its cases; the first failure of a kind is its last case."""
+    """Have Hypothesis try one kind of input, and yield its cases, ending with the first failure."""
     results: list[None] = []
     strategy, attempt = _kind(kind, folder, metrics)
 
@@ -104,7 +104,7 @@ def _attack(kind: str, cases: int, rng: random.Random, folder: Path, metrics: di
 
 
 def _kind(kind: str, folder: Path, metrics: dict[str, Any]) -> tuple[st.SearchStrategy[Any], Callable[[Any], None]]:
-    """Return the inputs of a kind, and what is done with one."""
+    """Return the strategy for one kind of input, and the function that tries an input."""
     model = BUILTIN["tiny-gemma3"]
     config = json.loads((model / "config.json").read_text())
     if kind == "config":
@@ -134,16 +134,16 @@ def _kind(kind: str, folder: Path, metrics: dict[str, Any]) -> tuple[st.SearchSt
 
 
 def _changed_texts(document: dict[str, Any]) -> st.SearchStrategy[bytes]:
-    """Return texts of a JSON document with one or two changes, or of something else."""
+    """Return a strategy for a JSON document with one or two changes, or for something else entirely."""
     paths = list(_paths(document))
     changes = st.lists(st.tuples(st.sampled_from(paths), values), min_size=1, max_size=2)
     changed_texts = changes.map(lambda change_list: json.dumps(_apply(document, change_list)).encode())
-    # What is not JSON is soon tried out.
+    # One case in 20 is not a changed document: few such cases are enough.
     return st.sampled_from([changed_texts] * 19 + [documents]).flatmap(lambda strategy: strategy)
 
 
 def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield where in a document something can be changed; of a long list, the first few."""
+    """Yield the paths in a document at which something can be changed; for a long list, only the first few."""
     if isinstance(value, dict):
         yield (*path, "another key")
     items = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
@@ -156,7 +156,7 @@ def _apply(document: Any, changes: list[Change]) -> Any:
     result = copy.deepcopy(document)
     for path, value in changes:
         container = result
-        # What an earlier change took away cannot be changed.
+        # An earlier change may have removed this path.
         with contextlib.suppress(KeyError, IndexError, TypeError):
             for key in path[:-1]:
                 container = container[key]
@@ -191,7 +191,7 @@ def _sharded() -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> tuple[Path, str]:
-    """Make a copy of the built-in model with these files in it; return it, and the recipe's name or path."""
+    """Copy the built-in model and put these files into the copy; return the copy, and the recipe's name or path."""
     model = folder / "model"
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(BUILTIN["tiny-gemma3"], model)
@@ -212,7 +212,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> tuple[Path, str]:
 
 
 def _check(folder: Path, files: dict[str, bytes]) -> None:
-    """Do what `quantize-gemma check` and the start of a run do."""
+    """Run the checks of `quantize-gemma check` and of the start of a run."""
     from quantize_gemma.tasks.check import check_run
     from quantize_gemma.tasks.download import resolve_model
     from quantize_gemma.tasks.models.load_check import check_directory
@@ -223,13 +223,13 @@ def _check(folder: Path, files: dict[str, bytes]) -> None:
         check_run(str(model), recipe, 1024, "cpu", None)
         resolve_model(str(model), None, False)
         check_directory(str(model))
-    except UserError as refusal:
-        _is_one_sentence(str(refusal))
+    except UserError as error:
+        _is_one_sentence(str(error))
     assert _names(folder) == before, "something was left behind"
 
 
 def _start(folder: Path, files: dict[str, bytes]) -> None:
-    """Run `quantize-gemma check` in a process of its own."""
+    """Run `quantize-gemma check` in a separate process."""
     model, recipe = _write(folder, files)
     before = _names(folder)
     command = [sys.executable, "-m", "quantize_gemma.flows.cli", "check", "--model", str(model), "--recipe", recipe]
@@ -244,7 +244,7 @@ def _start(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _read_card(folder: Path, fields: Any, metrics: dict[str, Any]) -> None:
-    """Resolve a model whose card has these metadata, and make a card of what comes of them."""
+    """Resolve a model whose card has this metadata, and render a card from the result."""
     import yaml
 
     from quantize_gemma.tasks.download import resolve_model
@@ -276,7 +276,7 @@ def _names(folder: Path) -> set[str]:
 
 @contextlib.contextmanager
 def _own_home(folder: Path) -> Iterator[None]:
-    """Gives this process and those that it starts a store and a Prefect home of their own, which are not there."""
+    """Give this process and its children their own store and Prefect home, neither of which exists yet."""
     variables = {"QUANTIZE_GEMMA_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
     before = {name: os.environ.get(name) for name in variables}
     os.environ |= variables
@@ -291,7 +291,7 @@ def _own_home(folder: Path) -> Iterator[None]:
 
 
 def _release(folder: Path) -> dict[str, Any]:
-    """Make a release of the built-in model, on few questions; return its metrics."""
+    """Create a release of the built-in model, with few questions; return its metrics."""
     variables = {"QUANTIZE_GEMMA_HOME": str(folder / "home"), "PREFECT_HOME": str(folder / "prefect")}
     command = [
         sys.executable,

@@ -1,11 +1,11 @@
-"""Kill points: SIGKILL at a random moment of a random stage, and one more run that must finish what was killed.
+"""Kill points: send SIGKILL at a random moment of a random stage, then start another run, which must complete.
 
     python -m tests.campaigns.kill_points [--cases N] [--seed S]
 
-Killed is the run, its process group, the stage's process, the process that forks stages, the Prefect server, a
-deployment's worker, or all that runs on the worker's machine. Afterwards nothing of it is alive, and the next run ends
-with the digests of an undisturbed run, with one commit on the Hub that is the release, and with nothing in the store
-that nobody will read.
+The victim is the run, its process group, the stage's process, the process that forks stages, the Prefect server, a
+deployment's worker, or every process on the worker's machine. Afterwards, none of the run's processes is alive. The
+next run ends with the same digests as an uninterrupted run, with one commit of the release on the Hub, and with no
+leftovers in the store.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from tests.texts import WIKITEXT, write_wikitext
 
 MODEL, BENCHMARK, CHARTS = "team/tiny-gemma3", "cais/mmlu", "HuggingFaceM4/ChartQA"
 WRITER = "hf_MARKEDwriter00"
-# What is made of each stage's result.
+# The stages that use each stage's result.
 USED_BY = {
     "download": ("untie", "fidelity_base", "record_mmlu", "record_chartqa"),
     "download_text": ("fidelity_base",),
@@ -89,20 +89,20 @@ USED_BY = {
     "card": (),
     "publish": (),
 }
-OF_A_COMMAND = ("run", "group", "stage", "fork server", "server")
-OF_A_DEPLOYMENT = ("server", "worker", "machine")
-# What takes longer hangs; a whole run takes some minutes, on a machine that has much else to do.
+COMMAND_VICTIMS = ("run", "group", "stage", "fork server", "server")
+DEPLOYMENT_VICTIMS = ("server", "worker", "machine")
+# Anything that takes longer counts as a hang; a whole run takes a few minutes on a busy machine.
 SECONDS_OF_A_RUN = 900.0
 SECONDS_TO_END = 60.0
-# What metrics.json says of how the release was made, not of what it is.
+# The fields of metrics.json about how the release was made, not about what it is.
 MEASURED = ("run_id", "stages")
-# Stages whose artifacts have times in them.
+# Stages whose artifacts contain timings.
 IRREPRODUCIBLE = ("gate", "card")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is killed, in which stage and after which part of its duration, and what else the store lacks."""
+    """What is killed, in which stage, after what share of its duration, and which results are removed first."""
 
     stage: str
     victim: str
@@ -110,7 +110,7 @@ class Case:
     part: float
     removed: tuple[str, ...]
     shards: float
-    """Share of the answers that are kept on their own which the store lacks."""
+    """The share of the separately stored answers that is removed from the store."""
 
     def __str__(self) -> str:
         origin = "deployed" if self.deployed else "command"
@@ -118,10 +118,10 @@ class Case:
 
 
 def draw(rng: random.Random) -> Case:
-    """Return a case. A third of what follows from the stage has to be made again, too."""
+    """Return a random case. On average, a third of the stages downstream of the killed one have to run again, too."""
     deployed = rng.random() < 0.3
     stage = rng.choice(list(USED_BY))
-    victim = rng.choice(OF_A_DEPLOYMENT if deployed else OF_A_COMMAND)
+    victim = rng.choice(DEPLOYMENT_VICTIMS if deployed else COMMAND_VICTIMS)
     # Publishing is in the run's own process.
     victim = "run" if stage == "publish" and victim in ("stage", "fork server") else victim
     later_stages = [name for name in _downstream(stage) if rng.random() < 1 / 3]
@@ -130,17 +130,17 @@ def draw(rng: random.Random) -> Case:
 
 
 def run(cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Make an undisturbed run, and yield for each case what went wrong, or None."""
+    """Do an uninterrupted run, then yield what went wrong in each case, or None."""
     with tempfile.TemporaryDirectory() as folder, hub_of(Path(folder) / "hub") as hub:
         command_line = CommandLine(Path(folder) / "store", Path(folder) / "prefect")
-        options = {"model": MODEL, "target": "team/undisturbed"}
+        options = {"model": MODEL, "target": "team/uninterrupted"}
         outcome = command_line("run", "--json", *_flags(options), **environment_of(hub))
         assert outcome.code == 0, outcome.stderr
-        with contextlib.closing(Accidents(hub, command_line, outcome, options, Path(folder))) as accidents:
+        with contextlib.closing(Trials(hub, command_line, outcome, options, Path(folder))) as trials:
             for number in range(cases):
-                # Its own numbers: how many a case takes depends on how far it comes.
+                # A separate generator, because how many numbers a case draws depends on how far it gets.
                 case_rng = random.Random(rng.random())
-                yield accidents.happen(draw(case_rng), number, case_rng)
+                yield trials.try_case(draw(case_rng), number, case_rng)
 
 
 @contextlib.contextmanager
@@ -156,22 +156,22 @@ def hub_of(root: Path) -> Iterator[Hub]:
 
 
 def environment_of(hub: Hub) -> dict[str, str]:
-    """Return what makes a run use this Hub."""
+    """Return the environment variables that make a run use this Hub."""
     return {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_TOKEN_WRITE": WRITER, "HF_HUB_DISABLE_XET": "1"}
 
 
-class Accidents:
-    """Cases on copies of a finished run's store, each with a repository of its own to publish to."""
+class Trials:
+    """Cases on copies of a finished run's store, each with its own repository to publish to."""
 
     def __init__(
-        self, hub: Hub, command_line: CommandLine, undisturbed: Outcome, options: dict[str, str], folder: Path
+        self, hub: Hub, command_line: CommandLine, finished: Outcome, options: dict[str, str], folder: Path
     ) -> None:
         self.hub = hub
         self.finished_home = command_line.home
         self.prefect = command_line.prefect
         self.options = options
         self.folder = folder
-        lines = {line["name"]: line for line in undisturbed.summary["stages"]}
+        lines = {line["name"]: line for line in finished.summary["stages"]}
         self.seconds = {name: max(line["seconds"] or 0.0, 0.5) for name, line in lines.items()} | {"publish": 1.0}
         self.keys = {name: line["key"] for name, line in lines.items() if line["key"]}
         # The directory of a stage's artifacts.
@@ -181,12 +181,12 @@ class Accidents:
         self.operation: Operation | None = None
 
     def close(self) -> None:
-        """End the server of the deployments."""
+        """Stop the server of the deployments."""
         if self.operation is not None:
             self.operation.server.terminate()
             self.operation.server.wait(SECONDS_TO_END)
 
-    def happen(self, case: Case, number: int, rng: random.Random) -> str | None:
+    def try_case(self, case: Case, number: int, rng: random.Random) -> str | None:
         """Return what went wrong in a case, or None."""
         folder = self.folder / f"case-{number}"
         home = folder / "store"
@@ -199,7 +199,7 @@ class Accidents:
             attempt.finish()
             faults = attempt.faults()
         except Exception as failure:
-            # The next case may do better.
+            # Continue with the next case.
             faults = [str(failure) if isinstance(failure, Failed) else f"{type(failure).__name__}: {failure}"]
         finally:
             attempt.end()
@@ -207,7 +207,7 @@ class Accidents:
         return f"{case}: {'; '.join(faults)}" if faults else None
 
     def remove(self, case: Case, home: Path, rng: random.Random) -> None:
-        """Take away what the run has to make: artifacts, and some of the answers that evaluations keep."""
+        """Remove what the run has to compute again: artifacts, and some of the separately stored answers."""
         folders = [home / self.folders[name] / self.keys[name] for name in case.removed]
         if any(name.startswith(("answer", "evaluate")) for name in case.removed):
             shards = sorted(home.glob("responses/[0-9a-f]*"))
@@ -219,7 +219,7 @@ class Accidents:
             shutil.rmtree(data)
 
     def digests_in(self, home: Path) -> dict[str, str | None]:
-        """Return the digest of each artifact that does not say when and how fast it was made."""
+        """Return the digest of each artifact that contains no timings."""
         artifacts = {
             name: store.load(self.folders[name], key, home)
             for name, key in self.keys.items()
@@ -228,7 +228,7 @@ class Accidents:
         return {name: artifact.digest if artifact else None for name, artifact in artifacts.items()}
 
     def release_in(self, home: Path) -> dict[str, Any]:
-        """Return what the release is: its files' digests, and what metrics.json says but for how it was made."""
+        """Return what identifies the release: the digests of its files, and metrics.json without the timings."""
         artifact = self.newest_release(home)
         files = {name: file.sha256 for name, file in artifact.files.items()}
         metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
@@ -244,7 +244,7 @@ class Accidents:
         return {**files, "metrics.json": metrics}
 
     def newest_release(self, home: Path) -> store.Artifact:
-        """Return the release that was made last: it has another key if the gate's times were measured again."""
+        """Return the newest release: its key is different if the gate's timings were measured again."""
         folders = (home / self.folders["card"]).glob("[0-9a-f]*")
         releases = [artifact for folder in folders if (artifact := store.load("card", folder.name, home))]
         if not releases:
@@ -252,7 +252,7 @@ class Accidents:
         return max(releases, key=lambda artifact: (artifact.path / "release.json").stat().st_mtime_ns)
 
     def operate(self) -> Operation:
-        """Return the server of the deployments, which is started for the first of them."""
+        """Return the server of the deployments, which is started for the first of these cases."""
         if self.operation is None:
             home = self.folder / "server"
             home.mkdir()
@@ -268,21 +268,21 @@ class Accidents:
             self.operation = Operation(settings, api, None, home / "log")  # type: ignore[arg-type]
             self.operation.start_server()
             self.operation.deploy()
-            # A machine that died holds its slots until their lease ends; the next case is not to wait for that.
+            # A machine that died holds its slots until their lease ends; the next case must not wait for that.
             limit = f"{api}/v2/concurrency_limits/quantize-gemma-memory"
             httpx.patch(limit, json={"limit": 1000}, timeout=60).raise_for_status()
         return self.operation
 
 
 class Failed(Exception):
-    """What went wrong."""
+    """A case failed; the message says why."""
 
 
 @dataclass
 class Attempt:
-    """A run that is killed, and the next one. All that they start has `mark` in its environment."""
+    """A run that is killed, and the run after it. All processes that they start have `mark` in their environment."""
 
-    accidents: Accidents
+    trials: Trials
     case: Case
     home: Path
     target: str
@@ -293,20 +293,20 @@ class Attempt:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**environment_of(self.accidents.hub), "QUANTIZE_GEMMA_TEST_CASE": self.mark}
+        return {**environment_of(self.trials.hub), "QUANTIZE_GEMMA_TEST_CASE": self.mark}
 
     @property
     def command_line(self) -> CommandLine:
-        return CommandLine(self.home, self.accidents.prefect)
+        return CommandLine(self.home, self.trials.prefect)
 
     def kill(self, rng: random.Random) -> None:
-        """Start a run, kill the victim, and wait until all of the run has ended."""
+        """Start a run, kill the victim, and wait until all processes of the run have ended."""
         if self.case.deployed:
             self.kill_deployed()
         else:
             self.kill_command(rng)
-        # What does not end by itself hangs, but for a run that goes on without its worker.
-        self.wait(lambda: not self.alive(), "of the killed run is alive", SECONDS_OF_A_RUN)
+        # A process that does not end by itself hangs, except for a run that continues without its worker.
+        self.wait(lambda: not self.alive(), "the killed run still has processes", SECONDS_OF_A_RUN)
 
     def kill_command(self, rng: random.Random) -> None:
         process = self.command_line.start("run", "--json", *self.flags(), **self.environment)
@@ -320,14 +320,14 @@ class Attempt:
             stdout, stderr = process.communicate(timeout=SECONDS_OF_A_RUN)
         except subprocess.TimeoutExpired:
             raise Failed("the run did not end") from None
-        # It may have ended before, or have had nothing left to do in what was killed.
+        # The run may have ended before, or may no longer have needed the process that was killed.
         if process.returncode not in (0, 1, -signal.SIGKILL):
             raise Failed(f"the killed run ended with {process.returncode}: {stderr[-1000:]}")
         if process.returncode == 1 and not json.loads(stdout.splitlines()[-1])["error"]:
-            raise Failed(f"the killed run says nothing of it: {stdout}")
+            raise Failed(f"the killed run reports no error: {stdout}")
 
     def kill_child(self, run: int, rng: random.Random) -> bool:
-        """Kill a stage's process, the one that forks them, or the server of a run; return False if it has none."""
+        """Kill a stage's process, the fork server, or the Prefect server of a run; return False if it has none."""
         with contextlib.suppress(psutil.NoSuchProcess):
             if self.case.victim == "stage":
                 victims = stage_processes(run)
@@ -346,7 +346,7 @@ class Attempt:
         return False
 
     def kill_deployed(self) -> None:
-        operation = self.accidents.operate()
+        operation = self.trials.operate()
         worker = self.start_worker()
         run = self.submit()
         self.wait_for_the_moment(lambda: not self.is_over(run))
@@ -354,8 +354,8 @@ class Attempt:
             operation.server.kill()
             operation.server.wait()
             operation.start_server()
-            # The run goes on with the server that is back; or it ends.
-            self.wait(lambda: self.is_over(run) or len(self.alive()) <= 1, "of the run goes on", SECONDS_OF_A_RUN)
+            # The run continues with the restarted server, or ends.
+            self.wait(lambda: self.is_over(run) or len(self.alive()) <= 1, "the run has not ended", SECONDS_OF_A_RUN)
             self.stop_worker(worker)
             return
         below = psutil.Process(worker.pid).children(recursive=True) if self.case.victim == "machine" else []
@@ -365,7 +365,7 @@ class Attempt:
         worker.wait()
 
     def finish(self) -> None:
-        """Run again, to the end."""
+        """Run again, until the run completes."""
         if not self.case.deployed:
             outcome = self.command_line("run", "--json", *self.flags(), **self.environment)
             if outcome.code:
@@ -373,64 +373,60 @@ class Attempt:
         else:
             worker = self.start_worker()
             run = self.submit()
-            self.wait(lambda: self.is_over(run), "of the next run goes on", SECONDS_OF_A_RUN)
-            state = self.accidents.operate().read(f"flow_runs/{run}")["state"]
+            self.wait(lambda: self.is_over(run), "the next run has not ended", SECONDS_OF_A_RUN)
+            state = self.trials.operate().read(f"flow_runs/{run}")["state"]
             if state["type"] != "COMPLETED":
                 raise Failed(f"the next run is {state['name']}: {state['message']}")
             self.stop_worker(worker)
-        self.wait(lambda: not self.alive(), "of the next run is alive", SECONDS_TO_END)
+        self.wait(lambda: not self.alive(), "the next run still has processes", SECONDS_TO_END)
 
     def faults(self) -> list[str]:
-        """Return what is not as an undisturbed run leaves it."""
+        """Return the differences from what an uninterrupted run leaves."""
         faults = []
         for expected in (None, "removed 0 unfinished directories and 0 artifacts"):
             outcome = self.command_line("prune")
             if outcome.code or not outcome.stdout.startswith(expected or "removed"):
                 faults.append(f"prune ended with {outcome.code}: {outcome.stdout}{outcome.stderr}")
         if leftovers := [path.name for path in self.home.glob("*/.incoming-*")]:
-            faults.append(f"{leftovers} is left of a download")
-        digests = self.accidents.digests_in(self.home)
-        faults += [
-            f"{name} is not the same" for name, digest in self.accidents.digests.items() if digests[name] != digest
-        ]
-        release = self.accidents.release_in(self.home)
-        expected_release = self.accidents.release
-        faults += [
-            f"the release's {name} is not the same" for name in release if release[name] != expected_release[name]
-        ]
+            faults.append(f"leftovers of a download: {leftovers}")
+        digests = self.trials.digests_in(self.home)
+        faults += [f"{name} differs" for name, digest in self.trials.digests.items() if digests[name] != digest]
+        release = self.trials.release_in(self.home)
+        expected_release = self.trials.release
+        faults += [f"the release's {name} differs" for name in release if release[name] != expected_release[name]]
         if release.keys() != expected_release.keys():
             faults.append(f"the release has {sorted(release)}")
         return faults + self.faults_on_the_hub()
 
     def faults_on_the_hub(self) -> list[str]:
-        repository = self.accidents.hub.storage.load("model", self.target)
+        repository = self.trials.hub.storage.load("model", self.target)
         commits = [commit for commit in repository["commits"].values() if "model.pte" in commit["files"]]
         if len(commits) != 1:
             return [f"{len(commits)} commits of a release on the Hub"]
-        artifact = self.accidents.newest_release(self.home)
-        hub_digests = {name: entry["sha256"] for name, entry in self.accidents.hub.files("model", self.target).items()}
+        artifact = self.trials.newest_release(self.home)
+        hub_digests = {name: entry["sha256"] for name, entry in self.trials.hub.files("model", self.target).items()}
         hub_digests.pop(".gitattributes", None)
         is_same = hub_digests == {name: file.sha256 for name, file in artifact.files.items()}
         return [] if is_same else ["the Hub's files are not the release's"]
 
-    def wait_for_the_moment(self, goes_on: Callable[[], bool]) -> None:
-        """Return when the stage has been at work for a part of what it takes; at once when the run has ended."""
-        self.wait(lambda: self.has_started() or not goes_on(), f"sign of {self.case.stage}", SECONDS_OF_A_RUN)
-        deadline = time.monotonic() + self.case.part * self.accidents.seconds[self.case.stage]
-        while time.monotonic() < deadline and goes_on():
+    def wait_for_the_moment(self, is_running: Callable[[], bool]) -> None:
+        """Wait until the stage has run for a share of its usual duration, or until the run has ended."""
+        self.wait(lambda: self.has_started() or not is_running(), f"no sign of {self.case.stage}", SECONDS_OF_A_RUN)
+        deadline = time.monotonic() + self.case.part * self.trials.seconds[self.case.stage]
+        while time.monotonic() < deadline and is_running():
             time.sleep(min(0.05, max(deadline - time.monotonic(), 0)))
 
     def has_started(self) -> bool:
-        """Tell whether the stage has begun: it has a directory of unfinished work, or publishing has asked the Hub."""
+        """Tell whether the stage has begun: it has a partial directory, or publishing has sent a request to the Hub."""
         if self.case.stage == "publish":
             return any("repos/create" in line["path"] or self.target in line["path"] for line in self.writes())
-        folder = self.home / self.accidents.folders[self.case.stage]
-        key = self.accidents.keys[self.case.stage]
+        folder = self.home / self.trials.folders[self.case.stage]
+        key = self.trials.keys[self.case.stage]
         return any(folder.glob(f"{store_layout.PARTIAL}{key[:16]}*"))
 
     def writes(self) -> list[dict[str, Any]]:
-        """Return the requests of this case that write to the Hub: no other case is at work meanwhile."""
-        log = self.accidents.hub.log
+        """Return the requests of this case that write to the Hub: no other case runs at the same time."""
+        log = self.trials.hub.log
         return [line for line in log if line["method"] == "POST" and "paths-info" not in line["path"]]
 
     def wait(self, is_done: Callable[[], bool], description: str, seconds: float) -> None:
@@ -452,10 +448,10 @@ class Attempt:
         return processes
 
     def flags(self) -> list[str]:
-        return _flags({**self.accidents.options, "target": self.target})
+        return _flags({**self.trials.options, "target": self.target})
 
     def start_worker(self) -> "subprocess.Popen[bytes]":
-        operation = self.accidents.operate()
+        operation = self.trials.operate()
         environment = {**operation.environment, "QUANTIZE_GEMMA_HOME": str(self.home), **self.environment}
         worker = Operation(environment, operation.api, operation.server, operation.log).start(
             "worker", "start", "--pool", "quantize-gemma"
@@ -468,43 +464,43 @@ class Attempt:
         try:
             worker.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
-            # Prefect's own; one that has lost its server for a while may not be told.
+            # A worker that has lost its server may not react to the signal for a while.
             worker.kill()
             worker.wait()
 
     def submit(self) -> str:
-        options = self.accidents.options
+        options = self.trials.options
         parameters = {
             "model": options["model"],
             "target": self.target,
         }
         self.has_ended = False
-        return self.accidents.operate().submit(
+        return self.trials.operate().submit(
             "quantize-gemma/tiny", *(f"{name}={value}" for name, value in parameters.items())
         )
 
     def is_over(self, run: str) -> bool:
-        """Tell whether a flow run had ended when the server was asked last: once a second, for it has work to do."""
+        """Tell whether a flow run had ended at the last request: at most one a second, because the server is busy."""
         if time.monotonic() - self.last_request > 1:
             # A server that is too busy to answer is asked again.
             with contextlib.suppress(httpx.TransportError):
-                state = self.accidents.operate().read(f"flow_runs/{run}")["state_type"]
+                state = self.trials.operate().read(f"flow_runs/{run}")["state_type"]
                 self.has_ended = state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
             self.last_request = time.monotonic()
         return self.has_ended
 
     def end(self) -> None:
-        """End what a failure left."""
+        """Kill the processes that a failure left behind."""
         for process in self.alive():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         for worker in self.workers:
             worker.wait()
-        self.accidents.hub.log.clear()
+        self.trials.hub.log.clear()
 
 
 def _downstream(stage: str) -> list[str]:
-    """Return all that is made of a stage's result, by name."""
+    """Return the names of all stages downstream of a stage."""
     names: set[str] = set()
     waiting = [stage]
     while waiting:

@@ -1,9 +1,9 @@
-"""Where and how a command is started: hostile modules and settings around it, no home, no directory, no port.
+"""Start commands in hostile places: malicious modules and settings, no home, a removed directory, a port in use.
 
     python -m tests.campaigns.starting_place [--cases N] [--seed S]
 
-Nothing in the directory is run or believed, nobody else reads or writes while the command works, the exit code is
-right, and a refusal is one sentence. The cases share a store that one run fills first.
+Nothing in the directory is executed or trusted, no other program can read or write anything while the command runs, the
+exit code is correct, and errors are one sentence. The cases share a store that one run fills first.
 """
 
 import importlib.metadata
@@ -27,31 +27,34 @@ from tests.operate import AnotherProgram, another_program, wait_for
 
 BIN = Path(sys.executable).parent
 FOREIGN = {"Origin": "http://foreign.example"}
-# A directory that nobody can write to, root neither.
+# A directory that nobody can write to, not even root.
 UNWRITABLE = Path("/sys")
 
 QUANTIZE_GEMMA = [str(BIN / "quantize-gemma")]
-# A model that is not built in is measured on datasets of the Hub otherwise.
+# Without these, a model that is not built in is evaluated on datasets from the Hub.
 FIXTURES = ["--text", "tiny-text", "--dataset", "mmlu=mmlu-mini", "chartqa=chartqa-mini"]
 SERVE = [sys.executable, "-P", "-m", "quantize_gemma.deployments.serve"]
-# The cheap ones first: CI runs those.
+# The fast ones come first: the tests run only those.
 COMMANDS = {
     "port taken": SERVE,
     "check": [*QUANTIZE_GEMMA, "check", "--model", "."],
-    "API away": [*QUANTIZE_GEMMA, "run"],
+    "API down": [*QUANTIZE_GEMMA, "run"],
     "prune": [*QUANTIZE_GEMMA, "prune"],
     "run": [*QUANTIZE_GEMMA, "run"],
     "run here": [*QUANTIZE_GEMMA, "run", "--model", ".", *FIXTURES],
     "serve": SERVE,
 }
-# Stages that take little, and import much.
+# Stages that are fast and import many libraries.
 REFRESHED = ("download_mmlu", "untie", "quantize", "card")
 HOMES = ("usual", "usual", "usual", "unwritable", "a file", "empty", "no HOME")
 
 
 @dataclass
 class Case:
-    """One command, and what it is started with. `directory` is hostile, and `marker` is written if it got in."""
+    """One command, and how it is started.
+
+    `directory` is hostile, and `marker` is written if anything in it was executed or trusted.
+    """
 
     command: str
     home: str
@@ -65,10 +68,10 @@ class Case:
         return f"{self.command}, home: {self.home}{', directory removed' if self.removed else ''}"
 
     def code(self) -> int:
-        """Return the exit code that is right."""
-        if self.command in ("port taken", "API away"):
+        """Return the expected exit code."""
+        if self.command in ("port taken", "API down"):
             return 2
-        # MKL, in torch's matrix products, ends a process there: these are refused.
+        # MKL, which torch's matrix products use, would end the process there, so these commands exit with an error.
         if self.removed and self.command in ("check", "run", "run here"):
             return 2
         if self.command in ("run", "run here", "serve") and self.home in ("unwritable", "a file"):
@@ -77,7 +80,7 @@ class Case:
 
 
 def run(cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Fill a store, and yield for each case what went wrong, or None."""
+    """Fill a store, then yield what went wrong in each case, or None."""
     with tempfile.TemporaryDirectory() as folder:
         command_line = CommandLine(Path(folder) / "store", Path(folder) / "prefect")
         outcome = command_line("run")
@@ -86,19 +89,19 @@ def run(cases: int, rng: random.Random) -> Iterator[str | None]:
 
 
 def starts(command_line: CommandLine, cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Yield for each case, on a store that has the release already, what went wrong, or None."""
+    """Yield what went wrong in each case, or None, on a store that already has the release."""
     names = list(COMMANDS)
     for number in range(cases):
         with tempfile.TemporaryDirectory() as folder, another_program() as program:
-            # Its own numbers: how many it takes depends on what is installed.
-            numbers = random.Random(rng.getrandbits(64))
-            case = make(names[number % len(names)], Path(folder), command_line, program, numbers)
+            # A separate generator, because how many numbers a case draws depends on what is installed.
+            case_rng = random.Random(rng.getrandbits(64))
+            case = make(names[number % len(names)], Path(folder), command_line, program, case_rng)
             failure = start(case, program)
             yield failure and f"{case}: {failure}"
 
 
 def make(command: str, folder: Path, command_line: CommandLine, program: AnotherProgram, rng: random.Random) -> Case:
-    """Return a case with a directory of its own."""
+    """Return a case with its own directory."""
     address = f"http://127.0.0.1:{program.server_port}/api"
     directory = hostile_directory(folder / "model", address, rng)
     shutil.copytree(BUILTIN["tiny-gemma3"], directory, dirs_exist_ok=True)
@@ -118,7 +121,7 @@ def make(command: str, folder: Path, command_line: CommandLine, program: Another
         del environment["HOME"]
     if command == "port taken":
         environment["PREFECT_API_URL"] = address
-    elif command == "API away":
+    elif command == "API down":
         environment["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
     elif command == "serve":
         environment["PREFECT_API_URL"] = f"http://127.0.0.1:{rng.randrange(20_000, 30_000)}/api"
@@ -129,9 +132,10 @@ def make(command: str, folder: Path, command_line: CommandLine, program: Another
 
 
 def hostile_directory(directory: Path, api: str, rng: random.Random | None = None) -> Path:
-    """Make a directory whose modules and settings, if anything believes them, write a marker or ask another API.
+    """Create a directory whose modules and settings, if trusted, write a marker or send a request to another API.
 
-    The marker is a file beside the directory, of its name and ".marker". Without `rng` it has all of them, else some.
+    The marker is a file next to the directory, with its name and the suffix .marker. Without `rng`, the directory has
+    all modules and settings; otherwise, a random selection.
     """
     directory.mkdir()
     marker = directory.with_suffix(".marker")
@@ -153,14 +157,14 @@ def hostile_directory(directory: Path, api: str, rng: random.Random | None = Non
 
 
 def modules() -> set[str]:
-    """Return the name of every module that any of our processes could import, and of those that Python looks for."""
+    """Return the names of all modules that our processes could import, and of those that Python itself looks for."""
     packages = {name for name in importlib.metadata.packages_distributions() if name.isidentifier()}
     own_packages = {"deployments", "flows", "quantize_gemma", "tasks"}
     return packages | set(sys.stdlib_module_names) | own_packages | {"sitecustomize", "usercustomize", "hostile"}
 
 
 def settings(directory: Path, marker: Path, api: str) -> dict[str, str]:
-    """Return the files that a library may look for where it is started, each of which does harm if it is believed."""
+    """Return the settings files that a library may read from the working directory; each does harm if trusted."""
     log = (
         f"version: 1\nhandlers: {{it: {{class: logging.FileHandler, filename: {marker}}}}}\nroot: {{handlers: [it]}}\n"
     )
@@ -187,7 +191,7 @@ def settings(directory: Path, marker: Path, api: str) -> dict[str, str]:
 
 def start(case: Case, program: AnotherProgram) -> str | None:
     """Run the case's command; return what went wrong, or None."""
-    # So that the command starts in a directory that is gone.
+    # Let the command start in a directory that has been removed.
     script = 'cd "$0" && { [ -z "$REMOVED" ] || rm -r "$0"; } && exec "$@"'
     with subprocess.Popen(
         ["sh", "-c", script, str(case.directory), *case.arguments],
@@ -205,9 +209,9 @@ def start(case: Case, program: AnotherProgram) -> str | None:
             timer.cancel()
             process.kill()
     if case.marker.exists():
-        return f"it ran or believed {case.marker.read_text() if case.marker.is_file() else 'a setting'}"
+        return f"it executed or trusted {case.marker.read_text() if case.marker.is_file() else 'a setting'}"
     if program.requests:
-        return f"it asked another program: {program.requests[0]}"
+        return f"it sent a request to another program: {program.requests[0]}"
     if breach:
         return breach
     if process.returncode != case.code():
@@ -218,7 +222,7 @@ def start(case: Case, program: AnotherProgram) -> str | None:
 
 
 def watch(case: Case, process: "subprocess.Popen[str]") -> tuple[str, str | None]:
-    """Return what the command prints, and what an attacker was able to do; end what would run forever."""
+    """Return what the command prints, and what an attacker was able to do; stop a command that would run forever."""
     output, breach = "", None
     assert process.stdout is not None
     for line in process.stdout:
@@ -233,7 +237,10 @@ def watch(case: Case, process: "subprocess.Popen[str]") -> tuple[str, str | None
 
 
 def attack(url: str) -> str | None:
-    """Try to read and write as a foreign page and as another program of this machine; return what was possible."""
+    """Try to read and write as a page of another origin and as another program on this machine.
+
+    Return what succeeded, or None.
+    """
     wait_for(f"{url}/api/health")
     requests: list[tuple[str, str, Callable[[httpx.Client, str], httpx.Response]]] = [
         ("read secrets", "block_documents/filter", lambda c, path: c.post(path, json={"include_secrets": True})),
@@ -243,11 +250,11 @@ def attack(url: str) -> str | None:
     for headers in ({}, FOREIGN, {**FOREIGN, "Host": "foreign.example"}):
         with httpx.Client(headers=headers, timeout=60) as client:
             for name, path, request in requests:
-                # A run that ends meanwhile answers nobody.
+                # The run may end in the meantime.
                 with suppress(httpx.TransportError):
-                    answer = request(client, f"{url}/api/{path}")
-                    if answer.status_code not in (400, 401):
-                        return f"a stranger could {name}: {answer.status_code} {answer.text[:200]}"
+                    response = request(client, f"{url}/api/{path}")
+                    if response.status_code not in (400, 401):
+                        return f"an attacker could {name}: {response.status_code} {response.text[:200]}"
     return None
 
 

@@ -1,10 +1,10 @@
-"""Campaign against the store: readers beside refreshing and pruning, sizes, bits that flip, disks that fill.
+"""Stress the store: readers during refreshes and pruning, sizes, flipped bits, and full disks.
 
     python -m tests.campaigns.store [--cases N] [--seed S]
 
-Most cases are of the store alone, some are whole runs on the built-in model: on a copy of a finished store one bit of
-one file is flipped, whatever the file, and the release published to a local Hub; or the store lies on a tmpfs that is
-too small. Needs root, to mount one.
+Most cases use only the store; some are whole runs of the built-in model. Either one bit of one file in a copy of a
+finished store is flipped, and the release is published to a local Hub, or the store is on a tmpfs that is too small.
+Needs root, to mount the tmpfs.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from tests.conftest import CommandLine, Outcome
 from tests.hub.server import Hub, serve
 
 WRITER = "hf_MARKEDwriter00"
-# What depends on the run, and not on the model alone.
-OF_THE_RUN = ("README.md", "metrics.json", "release.json", ".gitattributes")
+# Files that depend on the run, not only on the model.
+RUN_FILES = ("README.md", "metrics.json", "release.json", ".gitattributes")
 
 
 def run(cases: int, rng: random.Random) -> Iterator[str | None]:
-    """Try cases of the store alone, and each twelfth with a whole run."""
+    """Run cases that use only the store; every twelfth case is a whole run."""
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder))
         for number in range(cases):
@@ -51,13 +51,13 @@ def alone(cases: int, rng: random.Random) -> Iterator[str | None]:
             yield rng.choice([readers, sizes, flipped_bit, small_disk])(Path(folder), rng)
 
 
-# Readers beside whoever makes again and removes: each load in a process of its own, which holds what it has opened.
+# Readers while other processes refresh and prune: each load is in a separate process that holds what it has opened.
 
 READERS, SECONDS, KEYS = 3, 4.0, [f"{number}" * 64 for number in range(6)]
 
 
 def readers(root: Path, rng: random.Random) -> str | None:
-    """Load while refreshing and pruning; artifacts of the stage "kept" are made again, but never too old."""
+    """Load while others refresh and prune; artifacts of the stage "kept" are never old enough to be evicted."""
     for stage in ("kept", "old"):
         for key in KEYS:
             store.produce(stage, key, write_alike(rng.randbytes(8)), root)
@@ -87,7 +87,7 @@ def fork(work: Callable[..., None], *arguments: Any) -> int:
 
 
 def write_alike(content: bytes) -> Callable[[Path], dict[str, Any]]:
-    """Return the work of a stage that writes some files of the same content."""
+    """Return the work of a stage that writes three files with the same content."""
 
     def work(target: Path) -> dict[str, Any]:
         for name in ("a", "b", "c"):
@@ -98,7 +98,7 @@ def write_alike(content: bytes) -> Callable[[Path], dict[str, Any]]:
 
 
 def refresh(root: Path, rng: random.Random, failures: Path) -> None:
-    """Make artifacts again until the time is over."""
+    """Refresh artifacts until the time is up."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         stage, key = rng.choice(["kept", "old"]), rng.choice(KEYS)
@@ -110,7 +110,7 @@ def refresh(root: Path, rng: random.Random, failures: Path) -> None:
 
 
 def remove(root: Path, rng: random.Random, failures: Path) -> None:
-    """Prune until the time is over."""
+    """Prune until the time is up."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         pruning.remove_unfinished(root)
@@ -119,7 +119,7 @@ def remove(root: Path, rng: random.Random, failures: Path) -> None:
 
 
 def open_in_forks(root: Path, rng: random.Random, failures: Path) -> None:
-    """Open artifacts in forks that hold them, until the time is over."""
+    """Open artifacts in forks that hold them, until the time is up."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         stage, key = rng.choice(["kept", "old"]), rng.choice(KEYS)
@@ -128,7 +128,7 @@ def open_in_forks(root: Path, rng: random.Random, failures: Path) -> None:
 
 
 def read_twice(root: Path, stage: str, key: str, failures: Path) -> None:
-    """Open an artifact and read it now and a little later: it has to be what its manifest says, both times."""
+    """Open an artifact and read it twice, a little apart: it must match its manifest both times."""
     with store.keep_pinned():
         artifact = store.pin(stage, key, root)
         fault = "is missing" if artifact is None and stage == "kept" else None
@@ -138,7 +138,7 @@ def read_twice(root: Path, stage: str, key: str, failures: Path) -> None:
             for name in artifact.files:
                 try:
                     if (artifact.path / name).read_bytes() != content * (1 + content[0]):
-                        fault = f"{name} is of another generation"
+                        fault = f"{name} is from another version of the artifact"
                 except OSError as error:
                     fault = f"{name}: {error}"
             time.sleep(0.01)
@@ -147,11 +147,11 @@ def read_twice(root: Path, stage: str, key: str, failures: Path) -> None:
             stream.write(f"{stage}/{key[:4]} {fault}; ")
 
 
-# Sizes, and what removing frees.
+# Sizes, and the space that removal frees.
 
 
 def sizes(root: Path, rng: random.Random) -> str | None:
-    """Make artifacts that share files, remove some, and compare with what du says."""
+    """Create artifacts that share files, remove some, and compare the sizes with those of du."""
     artifacts: list[store.Artifact] = []
 
     def work(target: Path) -> dict[str, Any]:
@@ -170,23 +170,23 @@ def sizes(root: Path, rng: random.Random) -> str | None:
             removal = pruning.evict(before * rng.random(), float("inf"), root)
             bytes_freed = before - disk_usage(root)
             if removal.bytes != bytes_freed:
-                return f"sizes: {removal.bytes} bytes said to be freed, {bytes_freed} were"
+                return f"sizes: {removal.bytes} bytes reported as freed, but {bytes_freed} were freed"
         if pruning.store_size(root) != disk_usage(root):
-            return f"sizes: {pruning.store_size(root)} bytes, du says {disk_usage(root)}"
+            return f"sizes: {pruning.store_size(root)} bytes, but {disk_usage(root)} according to du"
     return None
 
 
 def disk_usage(path: Path) -> int:
-    """Return what du says."""
+    """Return the disk usage according to du, in bytes."""
     process = subprocess.run(["du", "-s", "-B1", path], capture_output=True, check=True)
     return int(process.stdout.split()[0])
 
 
-# Bits that flip, and disks that fill.
+# Flipped bits and full disks.
 
 
 def flip(path: Path, rng: random.Random) -> None:
-    """Flip one bit of a file, as a disk does: without a new time of modification."""
+    """Flip one bit of a file, as a disk does: without changing the modification time."""
     times = path.stat()
     with path.open("r+b") as stream:
         stream.seek(rng.randrange(times.st_size))
@@ -197,21 +197,21 @@ def flip(path: Path, rng: random.Random) -> None:
 
 
 def flipped_bit(root: Path, rng: random.Random) -> str | None:
-    """Flip one bit: what is then opened to be computed with is what was made, or is not there."""
+    """Flip one bit: afterwards, the store returns no artifact, and the rebuilt one has the same digest."""
     content = rng.randbytes(8)
     artifact = store.produce("stage", KEYS[0], write_alike(content), root)
     victim = rng.choice([path for path in artifact.path.parent.rglob("*") if path.is_file()])
     flip(victim, rng)
     loaded_artifact = store.load("stage", KEYS[0], root, rehash=True)
     if loaded_artifact is not None:
-        return f"flipped bit: {victim.name} was damaged and taken"
+        return f"flipped bit: {victim.name} was damaged, but the artifact was loaded"
     second_artifact = store.produce("stage", KEYS[0], write_alike(content), root)
-    return None if second_artifact.digest == artifact.digest else "flipped bit: made again, it is another"
+    return None if second_artifact.digest == artifact.digest else "flipped bit: the rebuilt artifact differs"
 
 
 @contextlib.contextmanager
 def tmpfs(folder: Path, size: int) -> Iterator[Path]:
-    """Mount a file system of so many bytes."""
+    """Mount a file system of `size` bytes."""
     folder.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
     try:
@@ -221,7 +221,10 @@ def tmpfs(folder: Path, size: int) -> Iterator[Path]:
 
 
 def small_disk(root: Path, rng: random.Random) -> str | None:
-    """Make artifacts until the disk is full: one sentence, no debris, what is there stays; then on a larger one."""
+    """Write artifacts until the disk is full, then continue on a larger disk.
+
+    The error is one sentence, nothing unfinished is left, and existing artifacts stay intact.
+    """
     content = rng.randbytes(8)
     with tmpfs(root / "disk", rng.randrange(1, 40) * 4096) as disk:
         artifacts: list[store.Artifact] = []
@@ -230,7 +233,7 @@ def small_disk(root: Path, rng: random.Random) -> str | None:
                 artifacts.append(store.produce("stage", f"{number}" * 64, write_alike(content), disk / "home"))
         except StageFailed as error:
             if "\n" in str(error) or not str(error).startswith(f"the disk of {disk / 'home'} is full"):
-                return f"small disk: said {error}"
+                return f"small disk: the error is {error}"
         except Exception as error:
             return f"small disk: raised {error!r}"
         if [path for path in disk.rglob("*") if path.name.startswith(store_layout.PARTIAL)]:
@@ -256,14 +259,17 @@ class Runs:
         self.release: dict[str, str] = {}
 
     def prepare(self) -> None:
-        """Make the finished store, once."""
+        """Create the finished store, once."""
         if not self.release:
             outcome = self.finished_command("run", "--json")
             assert outcome.code == 0, outcome.stderr
             self.release = digests(Path(outcome.summary["release"]))
 
     def flip_a_bit(self, rng: random.Random) -> str | None:
-        """Flip a bit anywhere in the store and publishes: it was fixed, or nothing went out and the next run does."""
+        """Flip a bit anywhere in the store, then publish.
+
+        Either the damage is repaired, or nothing is published and the next run succeeds.
+        """
         self.prepare()
         home = self.folder / "copy"
         shutil.copytree(self.finished_command.home, home, symlinks=True)
@@ -288,13 +294,13 @@ class Runs:
                     for name in hub.files("model", "team/tiny")
                 }
                 entries = json.loads(hub.read("model", "team/tiny", "release.json"))["files"]
-                # The run's own are those that it lists; the others are the undisturbed run's, too.
+                # Files that depend on the run must match release.json; all others must match the undamaged release.
                 expected = {name: entry["sha256"] for name, entry in entries.items()} | self.release
                 differing_names = [
                     name for name, digest in sent_digests.items() if name in expected and digest != expected[name]
                 ]
                 return (
-                    f"flipped bit of {victim}: published with another {', '.join(differing_names)}"
+                    f"flipped bit of {victim}: published with a different {', '.join(differing_names)}"
                     if differing_names
                     else None
                 )
@@ -307,7 +313,10 @@ class Runs:
         return f"flipped bit of {victim}: the second run failed, too: {outcome.stderr[-300:]}"
 
     def fill_the_disk(self, rng: random.Random) -> str | None:
-        """Run some last stages on a disk that may be too small for them: one sentence, and a larger one is enough."""
+        """Rerun two stages on a disk that may be too small for them.
+
+        The error is one sentence, and the run succeeds on a larger disk.
+        """
         self.prepare()
         stages = rng.sample(["card", "smoke", "untie", "download_dataset", "evaluate", "quantize"], 2)
         size = disk_usage(self.finished_command.home)
@@ -327,30 +336,31 @@ class Runs:
             second_outcome = command_line("run", "--json")
             if second_outcome.code:
                 return (
-                    f"on a larger disk than one without room for {' and '.join(stages)}: {second_outcome.stderr[-300:]}"
+                    f"on a larger disk, after one without room for {' and '.join(stages)}: "
+                    f"{second_outcome.stderr[-300:]}"
                 )
             differences = digests(Path(second_outcome.summary["release"])).items() ^ self.release.items()
-            return f"after a full disk: another release: {differences}" if differences else None
+            return f"after a full disk: the release differs: {differences}" if differences else None
 
 
 def find_message_fault(outcome: Outcome) -> str | None:
-    """Return what is wrong with what a run said when it failed: it is one sentence, said once."""
+    """Return what is wrong with the error message of a failed run: it must be one sentence, printed once."""
     try:
         error = outcome.summary["error"]
     except (IndexError, ValueError):
         return f"no JSON: {outcome.stderr[-300:]}"
     if "Traceback" in outcome.stderr or "\n" in error:
-        return f"no sentence: {outcome.stderr[-300:]}"
-    # Of stages that fail for the same reason at the same time, one is shown, and another may be in the JSON.
+        return f"not one sentence: {outcome.stderr[-300:]}"
+    # If several stages fail for the same reason at the same time, one is shown, and another may be in the JSON.
     reason = error.partition(": ")[2] or error
     times = outcome.stderr.count(reason.rpartition(": free some space")[0] or reason)
-    return None if times == 1 else f"said {times} times: {error}"
+    return None if times == 1 else f"printed {times} times: {error}"
 
 
 def digests(release: Path) -> dict[str, str]:
-    """Return the SHA-256 of a release's files, but for what a run's time and numbers are in.
+    """Return the SHA-256 of a release's files, except for those that depend on the run.
 
-    Raises ValueError if release.json does not list what is there.
+    Raises ValueError if release.json does not list exactly these files.
     """
     all_digests = {
         path.relative_to(release).as_posix(): store.digest_file(path) for path in release.rglob("*") if path.is_file()
@@ -359,9 +369,7 @@ def digests(release: Path) -> dict[str, str]:
     other_digests = {name: digest for name, digest in all_digests.items() if name != "release.json"}
     if {name: entry["sha256"] for name, entry in entries.items()} != other_digests:
         raise ValueError("release.json does not list the release's files")
-    return {
-        name: digest for name, digest in all_digests.items() if name not in OF_THE_RUN and not name.endswith(".png")
-    }
+    return {name: digest for name, digest in all_digests.items() if name not in RUN_FILES and not name.endswith(".png")}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A few cases of the campaign, in a process of its own: the client reads its Hub's address when it is imported."""
+"""A few cases of the campaign, in a separate process, because the client reads the Hub's URL on import."""
 
 import subprocess
 import sys

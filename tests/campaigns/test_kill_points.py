@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaigns.kill_points import Accidents, Case, hub_of
+from tests.campaigns.kill_points import Case, Trials, hub_of
 from tests.conftest import CommandLine, Outcome
 
 
 @pytest.mark.long
-def test_a_killed_run_is_finished_by_the_next_as_if_nothing_had_happened(
+def test_after_a_killed_run_the_next_run_ends_like_an_uninterrupted_one(
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:
     cases = (
@@ -19,5 +19,5 @@ def test_a_killed_run_is_finished_by_the_next_as_if_nothing_had_happened(
         Case("publish", "run", False, 0.3, (), 0.0),
     )
     rng = random.Random(1)
-    with hub_of(tmp_path / "hub") as hub, closing(Accidents(hub, command_line, released, {}, tmp_path)) as accidents:
-        assert [fault for number, case in enumerate(cases) if (fault := accidents.happen(case, number, rng))] == []
+    with hub_of(tmp_path / "hub") as hub, closing(Trials(hub, command_line, released, {}, tmp_path)) as trials:
+        assert [fault for number, case in enumerate(cases) if (fault := trials.try_case(case, number, rng))] == []

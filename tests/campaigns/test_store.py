@@ -1,4 +1,4 @@
-"""A few cases of the campaign, of the store alone."""
+"""A few cases of the campaign that use only the store."""
 
 import random
 from collections.abc import Callable
