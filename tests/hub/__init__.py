@@ -1,1 +1,1 @@
-"""A Hugging Face Hub small enough to run in a test: real HTTP, repositories on disk, and faults on request."""
+"""A Hugging Face Hub that is small enough to run in a test: real HTTP, repositories on disk, and faults on request."""

@@ -20,7 +20,7 @@ def main() -> None:
     options = parser.parse_args()
     tokens: Tokens = {options.token: {"user": USER, "role": "write"}}
     with serve(options.root, tokens, options.port) as hub, suppress(KeyboardInterrupt):
-        print(f"A local Hub, with repositories in {options.root}, at {hub.url}. Set for its clients:\n")
+        print(f"A local Hub at {hub.url}, with repositories in {options.root}. Set these variables for its clients:\n")
         print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={options.token} HF_HUB_DISABLE_XET=1", flush=True)
         threading.Event().wait()
 

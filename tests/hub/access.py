@@ -1,4 +1,4 @@
-"""Who asks for which repository, and whether they may."""
+"""Access control: who requests which repository, and whether this is allowed."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -9,10 +9,13 @@ from tests.hub.storage import HubError, Repo, Storage
 
 
 class Token(TypedDict):
-    """Whose token it is. It reads its namespaces (the user's own and those listed) and, with the role, writes them."""
+    """The user and the permissions of a token.
+
+    It can read its namespaces (the user's own and those listed) and, with the role, write to them.
+    """
 
     user: str
-    role: str  # "read", "write", or "fineGrained", which writes to the namespaces listed alone
+    role: str  # "read", "write", or "fineGrained", which can write only to the listed namespaces
     namespaces: NotRequired[list[str]]
     gated: NotRequired[list[str]]  # the gated repositories whose terms were accepted
 
@@ -22,7 +25,7 @@ Tokens = dict[str, Token]
 
 @dataclass
 class Target:
-    """The repository that a request is about, and who asks."""
+    """The repository that a request is about, and the token of the request."""
 
     storage: Storage
     kind: str  # "model" or "dataset"
@@ -58,7 +61,7 @@ class Target:
 
 
 def token_of(request: Request) -> Token | None:
-    """Return the token that the request carries. Raises HubError if nobody was given that one."""
+    """Return the request's token, or None if it has no token. Raises HubError if the token is unknown."""
     value = request.headers.get("authorization", "").removeprefix("Bearer ")
     if not value:
         return None
@@ -77,7 +80,7 @@ def namespaces(token: Token | None) -> list[str]:
 
 
 def require_role(token: Token | None) -> None:
-    """Raise HubError unless it is a token to write with."""
+    """Raise HubError unless the token can write."""
     if token is None:
         raise HubError(401, "Invalid username or password.", "RepoNotFound")
     if token["role"] == "read":
@@ -85,13 +88,13 @@ def require_role(token: Token | None) -> None:
 
 
 async def readable(request: Request, ns: str, name: str) -> Target:
-    """Return the repository of the path. Raises HubError if there is none, or none for this token."""
+    """Return the repository of the path. Raises HubError if it does not exist, or does not exist for this token."""
     token = token_of(request)
     storage: Storage = request.app.state.storage
     kind = "dataset" if request.scope["path"].startswith(("/api/datasets/", "/datasets/")) else "model"
     repo = storage.find(kind, f"{ns}/{name}")
     if repo is None or (repo["private"] and ns not in namespaces(token)):
-        # Without a token the Hub does not even say whether there is such a repository.
+        # Without a token, the Hub does not reveal whether the repository exists.
         raise HubError(404 if token else 401, "Repository not found", "RepoNotFound")
     return Target(storage, kind, f"{ns}/{name}", repo, token, str(request.base_url).rstrip("/"))
 
@@ -103,7 +106,7 @@ async def writable(target: Annotated[Target, Depends(readable)]) -> Target:
 
 
 async def proposable(target: Annotated[Target, Depends(readable)], create_pr: bool = False) -> Target:
-    """Return the repository of the path. Raises HubError if the token may not write to it, or open a pull request."""
+    """Return the repository of the path. Raises HubError if the token may not write to it or open a pull request."""
     if create_pr:
         require_role(target.token)
     else:

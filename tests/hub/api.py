@@ -1,4 +1,4 @@
-"""The routes under /api: who you are, repositories, their revisions and files, and commits."""
+"""The routes under /api: the user, repositories, their revisions and files, and commits."""
 
 import base64
 import hashlib
@@ -20,13 +20,13 @@ from tests.hub.storage import Entry, HubError, history, is_lfs, lfs_pointer, res
 
 router = APIRouter(prefix="/api")
 REPO = "/{kinds}/{ns}/{name}"
-# What the Hub says of a model's config.json.
+# The fields of a model's config.json that the Hub returns.
 CONFIG = ("architectures", "model_type")
 
 
 @router.get("/whoami-v2")
 async def whoami(request: Request) -> Json:
-    """Return the user, the user's organizations and the token's role."""
+    """Return the user, the user's organizations, and the token's role."""
     token = token_of(request)
     if token is None:
         raise HubError(401, "Invalid username or password.")
@@ -43,7 +43,7 @@ async def whoami(request: Request) -> Json:
 
 
 def scopes(token: Token) -> Json:
-    """Return what a fine-grained token says of itself: where it may write."""
+    """Return the scopes of a fine-grained token: where it may write."""
     if token["role"] != "fineGrained":
         return {}
     entities = [{"type": "org", "name": name} for name in namespaces(token)]
@@ -52,7 +52,7 @@ def scopes(token: Token) -> Json:
 
 @router.post("/repos/create")
 async def create_repo(request: Request) -> JSONResponse:
-    """Return the new repository's address; the client reads it from the 409 of one that exists as well."""
+    """Return the new repository's URL; if it exists already, the client reads the URL from the 409 response."""
     token = token_of(request)
     body = await request.json()
     require_role(token)
@@ -85,7 +85,7 @@ async def validate_yaml(request: Request) -> JSONResponse:
 @router.get(REPO)
 @router.get(REPO + "/revision/{rev}")
 async def info(target: Readable, rev: str = "main", blobs: bool = False) -> Json:
-    """Return a repository at a revision: its commit, its card and its files."""
+    """Return a repository at a revision: its commit, its card, and its files."""
     sha = resolve(target.repo, unquote(rev))
     commit = target.repo["commits"][sha]
     files = commit["files"]
@@ -110,7 +110,7 @@ async def info(target: Readable, rev: str = "main", blobs: bool = False) -> Json
 
 
 def read_object(path: Path) -> Json:
-    """Return the JSON object in a file, {} if it is none."""
+    """Return the JSON object in a file, or {} if the file contains something else."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError:
@@ -119,7 +119,7 @@ def read_object(path: Path) -> Json:
 
 
 def count_weights(paths: list[Path]) -> Json:
-    """Return how many weights safetensors files have, by type and in all, as their headers say; {} without any."""
+    """Return the number of weights in safetensors files, by dtype and in total, from their headers; {} if none."""
     counts: Counter[str] = Counter()
     try:
         for path in paths:
@@ -135,18 +135,18 @@ def count_weights(paths: list[Path]) -> Json:
 
 @router.get(REPO + "/auth-check")
 async def auth_check(target: Readable) -> None:
-    """Return nothing, if the files may be read."""
+    """Return an empty response if the files may be read."""
     target.require_files()
 
 
 @router.get(REPO + "/auth-check/write")
 async def auth_check_write(target: Writable) -> None:
-    """Return nothing, if commits may be made."""
+    """Return an empty response if the token may commit."""
 
 
 @router.get(REPO + "/refs")
 async def refs(target: Readable, include_prs: bool = False) -> Json:
-    """Return the branches, tags and, if asked for, pull requests, with the commits that they point at."""
+    """Return the branches, the tags, and, on request, the pull requests, with the commits that they point to."""
 
     def refs_under(prefix: str, strip: str) -> list[Json]:
         return [
@@ -165,7 +165,7 @@ async def refs(target: Readable, include_prs: bool = False) -> Json:
 
 @router.get(REPO + "/discussions")
 async def discussions(target: Readable, status: str = "all") -> Json:
-    """Return the pull requests: one page has them all."""
+    """Return the pull requests, all on one page."""
     requests = [
         {
             "num": number,
@@ -203,14 +203,14 @@ async def commits(target: Readable, rev: str) -> list[Json]:
 
 @router.post(REPO + "/branch/{branch}")
 async def create_branch(request: Request, target: Writable, branch: str) -> None:
-    """Make a branch, at main unless a starting point is given."""
+    """Create a branch, from main unless a starting point is passed."""
     start = (await request.json()).get("startingPoint", "main")
     target.storage.add_ref(*target.key, f"refs/heads/{unquote(branch)}", start)
 
 
 @router.post(REPO + "/tag/{rev}")
 async def create_tag(request: Request, target: Writable, rev: str) -> None:
-    """Make a tag at the revision."""
+    """Create a tag at the revision."""
     target.storage.add_ref(*target.key, f"refs/tags/{(await request.json())['tag']}", unquote(rev))
 
 
@@ -227,7 +227,7 @@ async def tree(target: Readable, rev: str, path: str = "", recursive: bool = Fal
 
 @router.post(REPO + "/paths-info/{rev}")
 async def paths_info(request: Request, target: Readable, rev: str) -> list[Json]:
-    """Return those of the asked paths that there are. The client asks with a form, not with JSON."""
+    """Return the requested paths that exist. The client sends a form, not JSON."""
     form = parse_qs((await request.body()).decode())
     sha = resolve(target.repo, unquote(rev))
     files = target.repo["commits"][sha]["files"]
@@ -238,23 +238,23 @@ async def paths_info(request: Request, target: Readable, rev: str) -> list[Json]
 
 @router.post(REPO + "/preupload/{rev}")
 async def preupload(request: Request, target: Proposable, rev: str) -> Json:
-    """Return how each file is to be sent, and what is there under its name, so that the client can leave it out."""
+    """Return how to upload each file, and the existing file of that name, so that the client can skip it."""
     requested_files = (await request.json())["files"]
     files = target.repo["commits"][resolve(target.repo, unquote(rev))]["files"]
-    answer = []
+    modes = []
     for file in requested_files:
         lfs = is_lfs(file["path"], file["size"])
         mode: Json = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
         existing = files.get(file["path"])
         if existing:
             mode["oid"] = existing["sha256"] if existing["lfs"] else existing["blob_id"]
-        answer.append(mode)
-    return {"files": answer}
+        modes.append(mode)
+    return {"files": modes}
 
 
 @router.post(REPO + "/commit/{rev}")
 async def commit(request: Request, target: Proposable, rev: str, create_pr: bool = False) -> Json:
-    """Make one commit, on the branch or on a new pull request, and return where it is."""
+    """Make one commit, on the branch or on a new pull request, and return its id and URLs."""
     header: Json = {}
     additions: dict[str, Entry] = {}
     deletions: list[str] = []
@@ -290,14 +290,14 @@ async def commit(request: Request, target: Proposable, rev: str, create_pr: bool
 
 
 def front_matter(card: str) -> Any:
-    """Return the metadata at the head of a card, None if there is none. Raises YAMLError if it is not YAML."""
+    """Return the metadata at the start of a card, or None if there is none. Raises YAMLError if it is not YAML."""
     if not card.startswith("---\n") or "\n---" not in card[3:]:
         return None
     return yaml.safe_load(card[4:].split("\n---", 1)[0])
 
 
 def sibling(path: str, entry: Entry, blobs: bool) -> Json:
-    """Return a file as it stands in a repository's information."""
+    """Return a file's entry in a repository's information."""
     if not blobs:
         return {"rfilename": path}
     description: Json = {"rfilename": path, "size": entry["size"], "blobId": entry["blob_id"]}
@@ -307,7 +307,7 @@ def sibling(path: str, entry: Entry, blobs: bool) -> Json:
 
 
 def describe(target: Target, sha: str, path: str, expand: bool) -> Json:
-    """Return a file or folder as it stands in a tree."""
+    """Return the entry of a file or folder in a tree."""
     files = target.repo["commits"][sha]["files"]
     entry = files.get(path)
     if entry:
@@ -325,12 +325,12 @@ def describe(target: Target, sha: str, path: str, expand: bool) -> Json:
 
 
 def pointer_size(entry: Entry) -> int:
-    """Return the size of the text that git has in place of an LFS file."""
+    """Return the size of the text that git stores instead of an LFS file."""
     return len(lfs_pointer(entry["sha256"], entry["size"]))
 
 
 def children(files: dict[str, Entry], folder: str, recursive: bool) -> Iterator[tuple[str, None]]:
-    """Yield the paths in a folder, folders before what is in them; a folder may come again."""
+    """Yield the paths in a folder, each folder before its contents; a folder may be repeated."""
     start = f"{folder}/" if folder else ""
     for path in sorted(path for path in files if path.startswith(start)):
         parts = path.removeprefix(start).split("/")
@@ -344,7 +344,7 @@ def below(files: dict[str, Entry], path: str) -> dict[str, Entry]:
 
 
 def last_change(target: Target, sha: str, path: str) -> str:
-    """Return the commit that last changed what is at a path."""
+    """Return the last commit that changed a file or folder."""
     shas = history(target.repo, sha)
     contents = [below(target.repo["commits"][commit_sha]["files"], path) for commit_sha in shas]
     return next(

@@ -1,7 +1,7 @@
-"""The flow against a local Hub: `python -m tests.hub.demo` downloads, evaluates and publishes there.
+"""Run the flow against a local Hub: `python -m tests.hub.demo` downloads, evaluates, and publishes there.
 
-With `--checkpoint DIR` the Hub serves that one instead of the built-in model, and with `--text FILE` that text as
-WikiText-2's test split. Other flags are those of `quantize-gemma run`, as in
+With `--checkpoint DIR`, the Hub serves this checkpoint instead of the built-in model; with `--text FILE`, it serves
+this text as WikiText-2's test split. All other flags are those of `quantize-gemma run`, for example:
 
     python -m tests.hub.demo --checkpoint ./gemma-3-270m --text wikitext-2-raw.test.txt --tasks mmlu --limit 2
 """

@@ -1,4 +1,4 @@
-"""Misbehaviour on request, and a log of what was served: the layer between the connection and the Hub's routes."""
+"""Faults on request, and a log of the requests: the layer between the connection and the Hub's routes."""
 
 import asyncio
 import re
@@ -20,44 +20,45 @@ FLIPPED = bytes(255 - byte for byte in range(256))
 
 
 class Rule(BaseModel):
-    """One fault, and the requests that meet it: exactly one of delay, status, cut and wrong_bytes.
+    """One fault, and the requests that it affects: exactly one of delay, status, cut, and wrong_bytes.
 
-    A request matches when `method` matches whole and `path` anywhere in the path as it was sent, without the query.
+    `method` must match the whole method, and `path` any part of the path as it was sent, without the query.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     method: str = ".*"
     path: str = ""
-    # So many of the matching requests are left alone first, and so many (None: all) then meet the fault.
+    # The number of matching requests that are left alone first, and the number of later ones that get the fault (None:
+    # all).
     after: int = 0
     times: int | None = None
-    # Do what was asked, and let only the answer go wrong.
+    # Process the request, and make only the response fail.
     after_work: bool = False
 
-    # Seconds before the request is worked on, or with after_work before its answer.
+    # Seconds to wait before the request is processed or, with after_work, before the response.
     delay: float | None = None
-    # An error in place of the answer.
+    # An error instead of the response.
     status: int | None = None
     headers: dict[str, str] = {}
     error_code: str | None = None
     error_message: str = "told to fail"
-    # The connection is closed after so many bytes of the answer's body, or, where a body is sent (PUT, POST) and not
-    # after_work, of the request's.
+    # The connection is closed after this many bytes of the response's body or, for a request with a body (PUT, POST)
+    # without after_work, of the request's body.
     cut: int | None = None
-    # An answer of the right length with every bit of it flipped.
+    # A response of the correct length with all bits flipped.
     wrong_bytes: bool = False
 
     @model_validator(mode="after")
     def one_fault(self) -> "Rule":
         faults = [self.delay is not None, self.status is not None, self.cut is not None, self.wrong_bytes]
         if sum(faults) != 1:
-            raise ValueError("a rule needs exactly one of delay, status, cut and wrong_bytes")
+            raise ValueError("a rule needs exactly one of delay, status, cut, and wrong_bytes")
         return self
 
 
 class Faults:
-    """The rules in force. The first that matches a request, and is not used up, is applied."""
+    """The active rules. The first one that matches a request and is not used up applies."""
 
     def __init__(self) -> None:
         self._rules: list[Rule] = []
@@ -74,7 +75,7 @@ class Faults:
         self._matched.clear()
 
     def match(self, method: str, path: str) -> Rule | None:
-        """Return the rule that this request meets, and count it."""
+        """Return the rule that applies to this request, and count the request."""
         for index, rule in enumerate(self._rules):
             if not re.fullmatch(rule.method, method) or not re.search(rule.path, path):
                 continue
@@ -86,7 +87,7 @@ class Faults:
 
 
 class Gate:
-    """ASGI middleware: logs each request and lets it meet its fault."""
+    """ASGI middleware that logs each request and injects its fault."""
 
     def __init__(self, app: App, faults: Faults, log: list[dict[str, Any]]) -> None:
         self.app = app
@@ -94,15 +95,16 @@ class Gate:
         self.log = log
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        # Routes see the path as it was sent: a revision such as refs%2Fpr%2F1 has to stay one segment.
+        # Routes get the path as it was sent: a revision such as refs%2Fpr%2F1 has to stay one segment.
         scope["path"] = scope["raw_path"].decode()
         method, path = scope["method"], scope["path"]
         if path in ("/_log", "/_faults"):
             await self.app(scope, receive, send)
             return
-        asked_range = dict(scope["headers"]).get(b"range", b"").decode() or None
-        entry = {"method": method, "path": path, "status": None, "sent": 0, "received": 0, "range": asked_range}
-        # Before the work, and updated before each send: who has the answer finds its request in the log.
+        range_header = dict(scope["headers"]).get(b"range", b"").decode() or None
+        entry = {"method": method, "path": path, "status": None, "sent": 0, "received": 0, "range": range_header}
+        # Logged before the work and updated before each send, so that a client with a response finds its request in the
+        # log.
         self.log.append(entry)
 
         async def counting_receive() -> Message:
@@ -126,7 +128,7 @@ def with_fault(app: App, rule: Rule) -> App:
     """Return the app with the rule's fault."""
 
     async def run(scope: Message, receive: Receive, send: Send) -> None:
-        answer = await record_answer(app, scope, receive) if rule.after_work else app
+        respond = await record_response(app, scope, receive) if rule.after_work else app
         uploads = scope["method"] in ("PUT", "POST") and not rule.after_work
         if rule.status is not None:
             if uploads:
@@ -137,18 +139,18 @@ def with_fault(app: App, rule: Rule) -> App:
             await read_body(receive, rule.cut)
             await drop(scope, receive)
         elif rule.cut is not None:
-            await cut_answer(answer, rule.cut, scope, receive, send)
+            await cut_response(respond, rule.cut, scope, receive, send)
         elif rule.wrong_bytes:
-            await answer(scope, receive, flip_bits(send))
+            await respond(scope, receive, flip_bits(send))
         else:
             await asyncio.sleep(rule.delay or 0)
-            await answer(scope, receive, send)
+            await respond(scope, receive, send)
 
     return run
 
 
-async def record_answer(app: App, scope: Message, receive: Receive) -> App:
-    """Let the app do its work and return an app that gives its answer."""
+async def record_response(app: App, scope: Message, receive: Receive) -> App:
+    """Let the app process the request, and return an app that sends the recorded response."""
     messages: list[Message] = []
 
     async def collect(message: Message) -> None:
@@ -173,10 +175,10 @@ async def read_body(receive: Receive, max_bytes: int | None = None) -> None:
             return
 
 
-async def cut_answer(app: App, max_bytes: int, scope: Message, receive: Receive, send: Send) -> None:
-    """Send the answer's head and at most so many bytes of its body, and drop the connection.
+async def cut_response(app: App, max_bytes: int, scope: Message, receive: Receive, send: Send) -> None:
+    """Send the response's headers and at most `max_bytes` bytes of its body, then drop the connection.
 
-    Of an answer without a body nothing is sent: its head alone would be all of it.
+    For a response without a body, send nothing: the headers alone would be a complete response.
     """
     head: Message | None = None
     remaining = max_bytes
@@ -203,14 +205,14 @@ async def cut_answer(app: App, max_bytes: int, scope: Message, receive: Receive,
 
 
 async def drop(scope: Message, receive: Receive) -> None:
-    """Close the connection, whatever was promised on it, and return when it is closed."""
+    """Close the connection, even in the middle of a response, and wait until it is closed."""
     scope["drop"]()
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def flip_bits(send: Send) -> Send:
-    """Return a send that flips every bit of the body."""
+    """Return a `send` that flips every bit of the body."""
 
     async def flip(message: Message) -> None:
         if "body" in message:
@@ -221,12 +223,12 @@ def flip_bits(send: Send) -> Send:
 
 
 def error_headers(code: str | None, message: str) -> dict[str, str]:
-    """Return the headers from which the client chooses its exception and its text."""
+    """Return the headers from which the client chooses its exception and its message."""
     return {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
 
 
-async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    """Return the HTTP answer of a HubError."""
+async def error_response(request: Request, error: Exception) -> JSONResponse:
+    """Return the HTTP response for a HubError."""
     assert isinstance(error, HubError)
     return JSONResponse({"error": str(error)}, error.status, error_headers(error.code, str(error)) | error.headers)
 
@@ -251,5 +253,5 @@ async def read_log(request: Request) -> list[dict[str, Any]]:
 
 @router.delete("/_log")
 async def clear_log(request: Request) -> None:
-    """Forget them."""
+    """Clear the log."""
     request.app.state.log.clear()

@@ -1,7 +1,7 @@
-"""The routes that move bytes: resolve, and LFS in both directions.
+"""The routes that transfer files: resolve, and LFS in both directions.
 
-LFS objects are served, and taken, under this server's other name (localhost for 127.0.0.1 and the other way round).
-To the client that is another host, as the Hub's storage is: it sends no token there, so the address is signed.
+LFS objects are served and received under this server's other host name (localhost for 127.0.0.1, and vice versa). To
+the client, that is another host, like the Hub's storage: it sends no token there, so the URL is signed.
 """
 
 import hmac
@@ -20,7 +20,7 @@ router = APIRouter()
 @router.api_route("/{ns}/{name}/resolve/{rev}/{path:path}", methods=["GET", "HEAD"])
 @router.api_route("/datasets/{ns}/{name}/resolve/{rev}/{path:path}", methods=["GET", "HEAD"])
 async def resolve_file(request: Request, target: Readable, rev: str, path: str) -> Response:
-    """Return a file's content, or for an LFS file where it is."""
+    """Return a file's content, or a redirect to an LFS object."""
     target.require_files()
     sha = resolve(target.repo, unquote(rev))
     headers = {"X-Repo-Commit": sha}
@@ -37,9 +37,9 @@ async def resolve_file(request: Request, target: Readable, rev: str, path: str) 
 @router.post("/{ns}/{name}.git/info/lfs/objects/batch")
 @router.post("/datasets/{ns}/{name}.git/info/lfs/objects/batch")
 async def lfs_batch(request: Request, target: Readable) -> Json:
-    """Return where to send each object, or no actions for one that is here."""
+    """Return where to upload each object, or no actions for an object that exists already."""
     body = await request.json()
-    # For a pull request the client names no ref, and any token to write with may upload.
+    # For a pull request, the client sends no ref, and any token that can write may upload.
     if "ref" in body:
         target.require_write()
     else:
@@ -62,27 +62,27 @@ def upload(request: Request, oid: str) -> Json:
 
 @router.post("/lfs/verify")
 async def verify(request: Request) -> None:
-    """Return nothing, if the object has arrived."""
+    """Return an empty response if the object has arrived."""
     require_role(token_of(request))
     body = await request.json()
     if not request.app.state.storage.has(body["oid"], body["size"]):
-        raise HubError(404, f"object {body['oid']} is not here")
+        raise HubError(404, f"object {body['oid']} does not exist")
 
 
 def signed_url(request: Request, method: str, oid: str) -> str:
-    """Return the address at which an object may be had, or put, without a token."""
+    """Return the URL for downloading or uploading an object without a token."""
     host = "localhost" if request.url.hostname == "127.0.0.1" else "127.0.0.1"
     return str(request.url.replace(hostname=host, path=f"/lfs/{oid}", query=f"signature={sign(request, method, oid)}"))
 
 
 def sign(request: Request, method: str, oid: str) -> str:
-    """Return the signature of an address; HEAD goes with GET."""
+    """Return the signature of a URL; HEAD has the same one as GET."""
     message = f"{method.replace('HEAD', 'GET')} {oid}"
     return hmac.new(request.app.state.secret, message.encode(), "sha256").hexdigest()
 
 
 async def verify_signature(request: Request, oid: str, signature: str = "") -> str:
-    """Return the object's SHA-256. Raises HubError if the address was not signed here, for this method."""
+    """Return the object's SHA-256. Raises HubError if the URL was not signed here for this method."""
     if not hmac.compare_digest(signature, sign(request, request.method, oid)):
         raise HubError(403, "the signature does not match")
     return oid
@@ -93,14 +93,14 @@ SignedOid = Annotated[str, Depends(verify_signature)]
 
 @router.api_route("/lfs/{oid}", methods=["GET", "HEAD"])
 async def read_object(request: Request, oid: SignedOid) -> Response:
-    """Return an object's bytes, or the range that was asked for."""
+    """Return an object's bytes, or the requested range."""
     path = request.app.state.storage.object(oid)
     return FileResponse(path, headers={"ETag": f'"{oid}"'}, media_type="application/octet-stream")
 
 
 @router.put("/lfs/{oid}")
 async def write_object(request: Request, oid: SignedOid) -> None:
-    """Store an object that has arrived whole."""
+    """Store an object after it was received completely."""
     storage = request.app.state.storage
     partial = storage.partial()
     with partial.open("wb") as stream:

@@ -1,7 +1,7 @@
 """A local Hub for tests: `with serve(root, tokens) as hub`, with hub.url as the clients' `HF_ENDPOINT` or `endpoint`.
 
-What it does: models and datasets, private and gated, with branches, tags and pull requests; resolve with ranges; LFS
-with the basic transfer. What it does not: Xet, which the clients must leave out (`HF_HUB_DISABLE_XET=1`), and Spaces.
+It supports models and datasets, private and gated, with branches, tags, and pull requests; resolve with ranges; and LFS
+with the basic transfer. It does not support Spaces or Xet, which clients must disable (`HF_HUB_DISABLE_XET=1`).
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from tests.hub.storage import Entry, HubError, Storage, resolve
 
 @dataclass
 class Hub:
-    """A running server, and what a test does to it or sees of it past its HTTP."""
+    """A running server, with direct access to its repositories, its faults, and its log."""
 
     url: str
     storage: Storage
@@ -36,7 +36,7 @@ class Hub:
     log: list[dict[str, Any]]
 
     def add(self, kind: str, repo_id: str, folder: Path, message: str = "Add files") -> str:
-        """Commit a folder's files to main, in a repository that is made if need be; return the sha."""
+        """Commit a folder's files to main, and create the repository if needed; return the sha."""
         author = repo_id.split("/")[0]
         self.storage.create(kind, repo_id, author)
         paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -70,16 +70,16 @@ class Hub:
         return self.storage.object(self.files(kind, repo_id, revision)[path]["sha256"]).read_bytes()
 
     def requests(self, method: str, path: str) -> list[dict[str, Any]]:
-        """Return the logged requests of a method whose path the pattern is found in.
+        """Return the logged requests with this method whose path matches the pattern anywhere.
 
-        Each is {"method", "path", "status", "sent", "received", "range"}: bytes of bodies, the Range header or None,
-        and None for the status of one that was dropped without an answer.
+        Each is {"method", "path", "status", "sent", "received", "range"}. `sent` and `received` are the bytes of the
+        bodies, `range` is the Range header or None, and `status` is None if the request was dropped without a response.
         """
         return [entry for entry in self.log if entry["method"] == method and re.search(path, entry["path"])]
 
 
 def create_app(root: Path, tokens: Tokens) -> FastAPI:
-    """Return the Hub as an ASGI app. Its faults that cut need the connections that `serve` gives it."""
+    """Return the Hub as an ASGI app. Faults that cut a connection work only in `serve`."""
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.storage = Storage(root)
     app.state.tokens = tokens
@@ -87,7 +87,7 @@ def create_app(root: Path, tokens: Tokens) -> FastAPI:
     app.state.faults = Faults()
     app.state.log = []
     app.add_middleware(Gate, faults=app.state.faults, log=app.state.log)
-    app.add_exception_handler(HubError, faults.answer_error)
+    app.add_exception_handler(HubError, faults.error_response)
     for module in (faults, files, api):
         app.include_router(module.router)
     return app
@@ -95,7 +95,7 @@ def create_app(root: Path, tokens: Tokens) -> FastAPI:
 
 @contextmanager
 def serve(root: Path, tokens: Tokens, port: int = 0) -> Iterator[Hub]:
-    """Serve the repositories under root on 127.0.0.1, on a free port if none is given, until the block ends."""
+    """Serve the repositories under `root` on 127.0.0.1 until the block ends, by default on a free port."""
     app = create_app(root, tokens)
     config = uvicorn.Config(
         app,
@@ -106,7 +106,7 @@ def serve(root: Path, tokens: Tokens, port: int = 0) -> Iterator[Hub]:
         log_level="critical",
         access_log=False,
         proxy_headers=False,
-        # Longer than a client keeps an idle connection, or it now and then writes to one that was just closed.
+        # Longer than a client keeps an idle connection, because it might write to one that was just closed.
         timeout_keep_alive=60,
         timeout_graceful_shutdown=1,
     )
@@ -125,7 +125,7 @@ def serve(root: Path, tokens: Tokens, port: int = 0) -> Iterator[Hub]:
 
 
 class Connection(H11Protocol):
-    """Uvicorn's own, which the app can close in the middle of an answer: `scope["drop"]()`."""
+    """Uvicorn's connection, which the app can close in the middle of a response: `scope["drop"]()`."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

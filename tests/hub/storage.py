@@ -1,4 +1,4 @@
-"""Repositories on disk: objects by SHA-256, and per repository one JSON file of its refs and commits."""
+"""Repositories on disk: objects by SHA-256, and one JSON file per repository with its refs and commits."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# {"size", "sha256", "blob_id", "lfs"}; the blob id is git's, for an LFS file that of its pointer.
+# {"size", "sha256", "blob_id", "lfs"}; the blob id is git's; for an LFS file, it is that of the pointer.
 Entry = dict[str, Any]
 # {"private", "gated", "refs": {ref: sha}, "commits": {sha: {"parent", "title", "message", "date", "author", "files"}}}
 Repo = dict[str, Any]
@@ -23,7 +23,7 @@ GIT_ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for 
 
 
 class HubError(Exception):
-    """An answer that is not 200, with the fields from which the client chooses its exception."""
+    """An error response, with the fields from which the client chooses its exception."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -33,7 +33,7 @@ class HubError(Exception):
 
 
 class Storage:
-    """Everything under one root; safe to use from several threads."""
+    """All repositories under one root; safe to use from several threads."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -46,7 +46,7 @@ class Storage:
         return self.root / "partial" / uuid.uuid4().hex
 
     def add_object(self, partial: Path, sha256: str | None = None) -> str:
-        """Move a complete file among the objects and return its SHA-256. Raises HubError if it is not the given."""
+        """Move a complete file to the objects; return its SHA-256. Raises HubError if it is not the expected one."""
         with partial.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if sha256 not in (None, digest):
@@ -56,7 +56,7 @@ class Storage:
         return digest
 
     def object(self, sha256: str) -> Path:
-        """Return where the object lies, or would lie."""
+        """Return the path of an object, whether or not it exists."""
         return self.root / "objects" / sha256
 
     def has(self, sha256: str, size: int) -> bool:
@@ -77,7 +77,7 @@ class Storage:
         return self.entry(self.add_object(partial), is_lfs(name, path.stat().st_size))
 
     def entry(self, sha256: str, lfs: bool) -> Entry:
-        """Return the entry of a stored object. Raises HubError if nothing is stored."""
+        """Return the entry of a stored object. Raises HubError if there is no such object."""
         path = self.object(sha256)
         if not path.is_file():
             raise HubError(400, f"LFS pointer pointed to a file that does not exist: {sha256}")
@@ -86,7 +86,7 @@ class Storage:
         return {"size": size, "sha256": sha256, "blob_id": git_blob_id(content), "lfs": lfs}
 
     def create(self, kind: str, repo_id: str, author: str, private: bool = False) -> bool:
-        """Make a repository with the Hub's first commit, a .gitattributes; return False if there is one already."""
+        """Create a repository with the Hub's first commit, a .gitattributes; return False if it exists already."""
         with self.lock:
             if self.find(kind, repo_id):
                 return False
@@ -109,7 +109,7 @@ class Storage:
         return repo
 
     def save(self, kind: str, repo_id: str, repo: Repo) -> None:
-        """Replace the repository at once: a reader sees it as it was or as it is."""
+        """Replace the repository atomically: a reader sees the old or the new state."""
         path = self._path(kind, repo_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.partial()
@@ -132,8 +132,8 @@ class Storage:
     ) -> tuple[str, str]:
         """Commit to the branch, deletions first (a folder's name ends with a slash); return the sha and the ref.
 
-        With create_pr the ref is a new pull request's, and `parent` is where it starts. Without, raises HubError if
-        `parent` is not the branch's head. Raises HubError as well if a file to delete is not there.
+        With create_pr, the ref is that of a new pull request, which starts at `parent`. Otherwise, raises HubError if
+        `parent` is not the branch's head. Also raises HubError if a file to delete does not exist.
         """
         with self.lock:
             repo = self.load(kind, repo_id)
@@ -161,7 +161,7 @@ class Storage:
             return refs[ref], ref
 
     def add_ref(self, kind: str, repo_id: str, ref: str, revision: str) -> None:
-        """Make the ref point at the revision. Raises HubError if the ref exists."""
+        """Make the ref point to the revision. Raises HubError if the ref exists."""
         with self.lock:
             repo = self.load(kind, repo_id)
             if ref in repo["refs"]:
@@ -176,13 +176,13 @@ class Storage:
 
 
 def is_lfs(path: str, size: int) -> bool:
-    """Return whether the Hub would have this file in LFS."""
+    """Return whether the Hub would store this file in LFS."""
     name = Path(path).name
     return size > LARGE or any(Path(name).match(pattern) for pattern in LFS_PATTERNS)
 
 
 def lfs_pointer(sha256: str, size: int) -> bytes:
-    """Return what git stores in place of an LFS file."""
+    """Return the text that git stores instead of an LFS file."""
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
 
 
@@ -194,7 +194,7 @@ def git_blob_id(content: bytes) -> str:
 def add_commit(
     repo: Repo, repo_id: str, parent: str | None, files: dict[str, Entry], title: str, message: str, author: str
 ) -> str:
-    """Add a commit, which no ref points at yet, and return its sha, in which the date has no part."""
+    """Add a commit, to which no ref points yet, and return its sha, which does not depend on the date."""
     content = json.dumps([repo_id, parent, title, message, files], sort_keys=True)
     sha = hashlib.sha1(content.encode()).hexdigest()
     date = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -204,7 +204,7 @@ def add_commit(
 
 
 def resolve(repo: Repo, revision: str) -> str:
-    """Return the sha of a branch, tag, ref or sha. Raises HubError if it is none of them."""
+    """Return the sha of a branch, tag, ref, or sha. Raises HubError if it is none of them."""
     for ref in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision):
         if ref in repo["refs"]:
             return str(repo["refs"][ref])

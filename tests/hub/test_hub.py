@@ -1,4 +1,4 @@
-"""The local Hub, as the real clients see it."""
+"""The local Hub behaves like the real one for the real clients."""
 
 import json
 import os
@@ -39,7 +39,7 @@ CARD = b"---\nlicense: gemma\n---\n# A model\n"
 
 @pytest.fixture(autouse=True)
 def no_xet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_HUB_DISABLE_XET=1 does when it is set before the import."""
+    """Do what HF_HUB_DISABLE_XET=1 does if it is set before the import."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
 
 
@@ -129,7 +129,7 @@ def test_an_interrupted_download_resumes_where_it_stopped(hub: Hub, model: Path,
     path = hf_hub_download("lab/m", "model.safetensors", endpoint=hub.url, token=False, cache_dir=tmp_path / "cache")
     assert Path(path).read_bytes() == weights
     requests = [(entry["status"], entry["sent"], entry["range"]) for entry in hub.requests("GET", "/lfs/")]
-    # The client writes chunks of 10 MiB, and what it has of the next is lost.
+    # The client writes chunks of 10 MiB, and loses the part of the next chunk that it has received.
     kept = DOWNLOAD_CHUNK_SIZE
     assert requests == [(200, 11_000_000, None), (206, len(weights) - kept, f"bytes={kept}-")]
 
@@ -137,13 +137,13 @@ def test_an_interrupted_download_resumes_where_it_stopped(hub: Hub, model: Path,
 def test_an_lfs_file_redirects_to_a_signed_address_on_another_host(hub: Hub, model: Path) -> None:
     sha = hub.add("model", "lab/m", model)
     with httpx.Client() as client:
-        answer = client.head(f"{hub.url}/lab/m/resolve/main/model.safetensors")
-        assert answer.status_code == 302
-        assert answer.headers["X-Repo-Commit"] == sha
-        assert answer.headers["X-Linked-Size"] == str(len(WEIGHTS))
+        response = client.head(f"{hub.url}/lab/m/resolve/main/model.safetensors")
+        assert response.status_code == 302
+        assert response.headers["X-Repo-Commit"] == sha
+        assert response.headers["X-Linked-Size"] == str(len(WEIGHTS))
         sha256 = hub.files("model", "lab/m")["model.safetensors"]["sha256"]
-        assert answer.headers["X-Linked-Etag"] == f'"{sha256}"'
-        location = answer.headers["Location"]
+        assert response.headers["X-Linked-Etag"] == f'"{sha256}"'
+        location = response.headers["Location"]
         assert httpx.URL(location).host != httpx.URL(hub.url).host
         assert client.get(location, headers={"Range": "bytes=5-9"}).content == WEIGHTS[5:10]
         assert client.get(location, headers={"Range": f"bytes={len(WEIGHTS)}-"}).status_code == 416
@@ -200,23 +200,23 @@ def test_a_commit_of_an_object_that_was_never_uploaded_is_refused(
 ) -> None:
     api.create_repo("lab/m")
     header = {"key": "header", "value": {"summary": "Add", "description": ""}}
-    answer = httpx.post(
+    response = httpx.post(
         f"{hub.url}/api/models/lab/m/commit/main",
         content="\n".join(json.dumps(each) for each in (header, line)),
         headers={"Authorization": "Bearer hf_writer"},
     )
-    assert answer.status_code == 400
-    assert message in answer.json()["error"]
+    assert response.status_code == 400
+    assert message in response.json()["error"]
 
 
 def test_an_object_is_stored_under_its_own_hash_only(hub: Hub, api: HfApi) -> None:
     api.create_repo("lab/m")
-    asked = {"oid": "0" * 64, "size": 5}
+    item = {"oid": "0" * 64, "size": 5}
     headers = {"Authorization": "Bearer hf_writer"}
-    batch = httpx.post(f"{hub.url}/lab/m.git/info/lfs/objects/batch", json={"objects": [asked]}, headers=headers).json()
+    batch = httpx.post(f"{hub.url}/lab/m.git/info/lfs/objects/batch", json={"objects": [item]}, headers=headers).json()
     actions = batch["objects"][0]["actions"]
     assert httpx.put(actions["upload"]["href"], content=b"other").status_code == 400
-    assert httpx.post(actions["verify"]["href"], json=asked, headers=headers).status_code == 404
+    assert httpx.post(actions["verify"]["href"], json=item, headers=headers).status_code == 404
 
 
 def test_a_pull_request_leaves_main_as_it_was(hub: Hub, model: Path, tmp_path: Path) -> None:
@@ -273,8 +273,8 @@ def test_tree_and_paths_info_tell_size_hash_and_last_commit(hub: Hub, api: HfApi
     assert [each.path for each in api.list_repo_tree("lab/m", "sub dir")] == paths[-1:]
     with pytest.raises(EntryNotFoundError):
         list(api.list_repo_tree("lab/m", "no folder"))
-    asked = ["model.safetensors", "README.md", "sub dir", "missing"]
-    weights, card, folder = api.get_paths_info("lab/m", asked, expand=True)
+    requested_paths = ["model.safetensors", "README.md", "sub dir", "missing"]
+    weights, card, folder = api.get_paths_info("lab/m", requested_paths, expand=True)
     assert (weights.size, weights.lfs.size, weights.lfs.sha256) == (
         len(WEIGHTS),
         len(WEIGHTS),
@@ -336,8 +336,8 @@ def test_a_gated_repository_shows_its_files_names_only(hub: Hub, api: HfApi, mod
 
 def test_writing_needs_a_token_with_write_access(hub: Hub, api: HfApi, model: Path) -> None:
     hub.add("model", "lab/m", model)
-    refusals = {"hf_reader": "403 Forbidden", "hf_other": "403 Forbidden", "hf_unknown": "Invalid credentials"}
-    for token, message in refusals.items():
+    messages = {"hf_reader": "403 Forbidden", "hf_other": "403 Forbidden", "hf_unknown": "Invalid credentials"}
+    for token, message in messages.items():
         with pytest.raises(HfHubHTTPError, match=message):
             api.create_commit("lab/m", [addition("a.txt", b"a")], commit_message="Add", token=token)
         with pytest.raises(HfHubHTTPError, match=message):
