@@ -1,4 +1,4 @@
-"""A card with text from elsewhere in it, and its metadata, its Markdown's structure and its Python."""
+"""Cards with untrusted text: their metadata, Markdown structure, and Python code."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ from quantize_gemma.tasks.models.license import clean_license
 from quantize_gemma.tasks.models.metrics import Metrics, Response, Score
 from quantize_gemma.tasks.models.recipe import Recipe, Rule
 
-# Where text from elsewhere gets into a card. Our own text (versions, commands) is not here.
+# The places where untrusted text gets into a card. Our own text (versions, commands) is not listed.
 PLACES = (
     "base_model",
     "base_revision",
@@ -52,7 +52,7 @@ PLACES = (
 )
 
 
-# Text with a meaning in Markdown, HTML, YAML, Python, Jinja or a formula.
+# Text with a special meaning in Markdown, HTML, YAML, Python, Jinja, or a formula.
 PARTS = (
     *(
         "`",
@@ -95,14 +95,14 @@ PARTS = (
 
 
 def markdown_texts() -> st.SearchStrategy[str]:
-    """Return a strategy of texts that could be taken for markup or code."""
+    """Return a strategy for texts that could be mistaken for markup or code."""
     return st.lists(st.sampled_from(PARTS) | st.text(max_size=8), max_size=6).map("".join)
 
 
 def card_with(metrics: Metrics, texts: dict[str, str]) -> tuple[str, Metrics]:
     """Return a card with one of these texts in each place, and its metrics.
 
-    They are put in after the metrics were parsed, which refuses some of them.
+    The texts are inserted after the metrics are parsed, because parsing rejects some of them.
     """
     score = Score(value=0.5, stderr=0.01)
     base, quantized, program = metrics.base, metrics.quantized, metrics.program
@@ -165,7 +165,7 @@ def _device_report(texts: dict[str, str]) -> DeviceReport:
 
 
 def faults(metrics: Metrics, texts: dict[str, str]) -> list[str]:
-    """Return what is wrong with a card that has these texts in it, compared with one that has harmless ones."""
+    """Return what is wrong with a card that contains these texts, compared with one that contains harmless ones."""
     text, m = card_with(metrics, texts)
     # Which license fields are passed on is tested elsewhere.
     fields = dict.fromkeys(("license", "license_name", "license_link"), "") | clean_license(texts)
@@ -174,13 +174,13 @@ def faults(metrics: Metrics, texts: dict[str, str]) -> list[str]:
     baseline, _ = card_with(metrics, {**dict.fromkeys(PLACES, "word"), **fields})
     problems = []
     if _read_metadata(text) != front_matter(m):
-        problems.append("the metadata read back differ from those written")
+        problems.append("the metadata differs from what was written")
     if _structure(text) != _structure(baseline):
-        problems.append("the Markdown has another structure")
+        problems.append("the Markdown has a different structure")
     if any(re.match(r"(?!https?:|LICENSE|NOTICE)\w*:", target) for target in _targets(text)):
-        problems.append("a link leads elsewhere than to a page")
+        problems.append("a link does not lead to a web page")
     if any(re.search(r"://|www\.", words, re.IGNORECASE) for words in _texts(text)):
-        problems.append("an address that is written out becomes a link on the Hub")
+        problems.append("a bare URL becomes a link on the Hub")
     problems += _python_faults(text, baseline, texts["base_model"])
     return problems
 
@@ -194,7 +194,7 @@ def _read_metadata(text: str) -> Any:
 
 def _tokens(text: str) -> list[Any]:
     body = text.split("\n---\n", 1)[1]
-    # Texts that are written as entities stay apart.
+    # Keep text that is written as entities in separate tokens.
     return MarkdownIt("commonmark").enable(["table", "strikethrough"]).disable("text_join").parse(body)
 
 
@@ -222,7 +222,7 @@ def _targets(text: str) -> list[str]:
 
 
 def _texts(text: str) -> list[str]:
-    """Return the texts outside of links and code, less what is written as an entity."""
+    """Return the texts outside of links and code, without those written as entities."""
     texts, link_depth = [], 0
     for child in (child for token in _tokens(text) for child in token.children or []):
         link_depth += {"link_open": 1, "link_close": -1}.get(child.type, 0)
@@ -249,12 +249,12 @@ def _python_faults(text: str, baseline: str, model: str) -> list[str]:
     ]
     problems = [] if names == [model] else ["model_id is not the model"]
     if [_shape(tree) for tree in trees] != [_shape(tree) for tree in snippets(baseline)]:
-        problems.append("a snippet is another program")
+        problems.append("a snippet has a different structure")
     return problems
 
 
 def _shape(tree: ast.Module) -> str:
-    """Return a program without the texts in it."""
+    """Return a program's syntax tree without its strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             node.value = ""

@@ -18,29 +18,29 @@ from filelock import FileLock
 
 from quantize_gemma.tasks.builtin import BUILTIN
 
-# Before any library reads them: a captured log is no place for progress bars.
+# Set these before any library reads them: progress bars would clutter captured logs.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
 
 def pytest_configure() -> None:
-    """Let the processes that tests start be interrupted, wherever the tests were started.
+    """Let the processes that tests start be interrupted, however pytest was started.
 
-    A shell that runs `make test &`, and nohup, have these signals ignored, and whatever is started inherits that. A
-    signal with a handler is back at its default in a process that is started.
+    In the background (`make test &`) and under nohup, these signals are ignored, and child processes inherit that. A
+    signal with a handler is reset to its default in a child process.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        # The tests themselves survive the end of the terminal, as nohup is asked for.
+        # The tests themselves survive a hangup, which is what nohup is for.
         signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test-fast` leaves out, and put the files of tests into an order for two processes.
+    """Mark the tests that `make test-fast` leaves out, and order the test files for two processes.
 
-    It leaves out tests of whole runs, besides those that say it themselves. One process makes the finished run for the
-    first file, while the other tests what needs none.
+    Tests of whole runs are marked `slow`, in addition to those that are marked explicitly. One process creates the
+    finished run for the first file, while the other runs tests that do not need it.
     """
     whole_runs: Counter[Path] = Counter()
     for item in items:
@@ -72,7 +72,7 @@ class Outcome:
 
 @dataclass
 class CommandLine:
-    """`quantize-gemma` with a store and a Prefect home of its own."""
+    """`quantize-gemma` with its own store and Prefect home."""
 
     home: Path
     prefect: Path
@@ -96,7 +96,7 @@ class CommandLine:
         return process
 
     def close(self) -> None:
-        """End the processes that a failed test left running, so that no other test fails because of them."""
+        """Kill the processes that a failed test left running, so that no other test fails because of them."""
         for process in self.processes:
             process.kill()
             process.communicate()
@@ -124,8 +124,8 @@ class FinishedRun:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """The built-in model through every stage, once for all processes of pytest-xdist. Tests work on copies."""
-    # Each process has a folder of its own in one that they share.
+    """Run the built-in model through every stage, once for all pytest-xdist processes. Tests work on copies."""
+    # Each process has its own folder in a shared one.
     folder = tmp_path_factory.getbasetemp()
     run_folder = folder.parent / "finished" if "PYTEST_XDIST_WORKER" in os.environ else folder / "finished"
     with FileLock(f"{run_folder}.lock"):
@@ -141,7 +141,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 @pytest.fixture(scope="module")
 def command_line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
-    """`quantize-gemma` with a store for the tests of one module."""
+    """`quantize-gemma` with a store that the tests of one module share."""
     folder = tmp_path_factory.mktemp("module")
     with closing(CommandLine(folder / "store", folder / "prefect")) as line:
         yield line

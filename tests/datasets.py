@@ -1,4 +1,4 @@
-"""Made-up datasets in the layout, and of the length, of real ones; scores on them mean nothing.
+"""Synthetic datasets with the layout and the lengths of real ones; scores on them mean nothing.
 
     python -m tests.datasets FOLDER 100
 
@@ -51,7 +51,7 @@ def gsm8k(number: int) -> Row:
     return {"question": question, "answer": answer}
 
 
-# What tiny-gemma3 answers to the prompts that it knows follows most of these instructions.
+# tiny-gemma3's answers to the prompts that it knows follow most of these instructions.
 IFEVAL = [
     ("Who made you?", "punctuation:no_comma", {}),
     ("What are you?", "length_constraints:number_words", {"relation": "less than", "num_words": 20}),
@@ -93,14 +93,14 @@ def wikitext(number: int) -> Row:
     return {"page": f" = Bread {number} = \n \n {sentence(number, 150)} . \n {sentence(number + 1, 200)} . \n"}
 
 
-# The parameters of NLTK's sentence tokenizer, punkt_tab, which are made up, too.
+# The parameters of NLTK's sentence tokenizer, punkt_tab, which are also synthetic.
 PUNKT = {
     "abbrev_types.txt": "mr\ne.g\n",
     "collocations.tab": "##number##\tinc\n",
     "ortho_context.tab": "bread\t46\n",
     "sent_starters.txt": "he\n",
 }
-# Repository: (configuration, row of a number, the split that is evaluated, the other splits).
+# Repository: (configuration, function from a row's number to the row, the split that is evaluated, the other splits).
 DATASETS: dict[str, tuple[str, Callable[[int], Row], str, tuple[str, ...]]] = {
     "Rowan/hellaswag": ("default", hellaswag, "validation", ("train",)),
     "allenai/ai2_arc": ("ARC-Challenge", arc_challenge, "test", ("train", "validation")),
@@ -111,7 +111,7 @@ DATASETS: dict[str, tuple[str, Callable[[int], Row], str, tuple[str, ...]]] = {
 
 
 def write_dataset(folder: Path, name: str, count: int) -> Path:
-    """Write a dataset as the Hub has it: parquet files, and a README.md that says which they are."""
+    """Write a dataset as it is on the Hub: parquet files, and a README.md that lists them."""
     import pyarrow
     import pyarrow.parquet
 
@@ -128,7 +128,7 @@ def write_dataset(folder: Path, name: str, count: int) -> Path:
 
 
 def write_ifeval(folder: Path, count: int) -> Path:
-    """Write a mirror of google/IFEval: one file of JSON lines, and the parameters of NLTK's tokenizer beside it."""
+    """Write a mirror of google/IFEval: one file of JSON lines, and the parameters of NLTK's tokenizer."""
     parameters = folder / find_benchmark("ifeval").resources[0].folder
     parameters.mkdir(parents=True)
     for name, content in PUNKT.items():
@@ -140,7 +140,7 @@ def write_ifeval(folder: Path, count: int) -> Path:
 
 
 def write_all(folder: Path, count: int) -> None:
-    """Write every dataset under its name, with so many documents in the split that is evaluated."""
+    """Write every dataset under its name, with `count` documents in the split that is evaluated."""
     for name in DATASETS:
         write_dataset(folder / name, name, count)
     write_ifeval(folder / "google/IFEval", count)

@@ -1,4 +1,4 @@
-"""The stages of an evaluation, each in its process, as the flow runs them."""
+"""The stages of an evaluation, each in its own process, as the flow runs them."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def record(folder: Path, checkpoint: Path, dataset: Path, name: str, limit: int 
 def evaluate(
     folder: Path, checkpoint: Path, dataset: Path, name: str, limit: int | None, **answering: Any
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint, or a program, in the folders requests, answers and results of `folder`.
+    """Evaluate a checkpoint or a program; write to the folders requests, answers, and results in `folder`.
 
     Args:
         folder: Where to write.

@@ -1,4 +1,4 @@
-"""A checkpoint like those of quantization-aware training: its language model's weights are on int4's grid."""
+"""A checkpoint as from quantization-aware training: its language model's weights are on an int4 grid."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The metrics of a made-up run, for tests that need no release."""
+"""The metrics of an example run, for tests that need no release."""
 
 import copy
 from typing import Any
@@ -156,12 +156,12 @@ def example_json() -> dict[str, Any]:
 
 
 def example_metrics() -> Metrics:
-    """Return the same as dataclasses."""
+    """Return the example's metrics.json as dataclasses."""
     return parse_metrics(METRICS)
 
 
 def with_subjects(subjects: dict[str, tuple[float, float]], samples: int = 100) -> dict[str, Any]:
-    """Return a metrics.json with MMLU's accuracies, base and quantized, of so many questions each."""
+    """Return a metrics.json with these accuracies on MMLU, base and quantized, on `samples` questions each."""
     content = example_json()
     for index, column in enumerate(("base", "quantized")):
         scores = {name: pair[index] for name, pair in subjects.items()}

@@ -1,4 +1,4 @@
-"""Writes docs/reference/parameters.md from the models of the options: `python -m tests.parameters`."""
+"""Write docs/reference/parameters.md from the models of the options: `python -m tests.parameters`."""
 
 import re
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""A flow with a stage in parts, for tests, in a process of its own: `python -m tests.parts '{…}'`.
+"""Run a flow with a stage in parts, in a separate process, for tests: `python -m tests.parts '{…}'`.
 
 The last line of stdout is the result as JSON. {"stage": "evaluate", …} evaluates tiny-gemma3 on the built-in MMLU;
-{"stage": "lengths", "words": …} answers some words with their lengths, which needs no model.
+{"stage": "lengths", "words": …} returns the lengths of some words, which needs no model.
 """
 
 import json
@@ -29,12 +29,12 @@ from quantize_gemma.tasks.runtime.artifact_ref import ArtifactRef, open_artifact
 from quantize_gemma.tasks.runtime.errors import RunError
 from quantize_gemma.tasks.runtime.stage import Output, stage
 
-# In the environment: they are in no key.
+# Passed in the environment, so that they are not part of a key.
 LOG_VARIABLE, SECONDS_VARIABLE = "LENGTHS_LOADED", "LENGTHS_SECONDS"
 
 
 def load_lengths() -> Callable[[list[Request]], list[int]]:
-    """Load what measures words; it dies of "SIGKILL", and leaves a line when it is loaded."""
+    """Return the function that measures words, and write a line to the log. The word "SIGKILL" kills the process."""
     with open(os.environ[LOG_VARIABLE], "a", encoding="utf-8") as stream:
         stream.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
 
@@ -65,7 +65,7 @@ def lengths(target: Path, words: dict[str, list[str]], part: int = 0, parts: int
 
 @flow
 def run_parts(stage: str, workers: int, cluster: str | None, words: dict[str, list[str]]) -> dict[str, Any]:
-    """Return the files that the stage made, its line in the summary, and how many shards each process answered."""
+    """Return the files that the stage wrote, its line in the summary, and how many shards each process answered."""
     with start_run("test", ()) as run:
         if stage == "evaluate":
             artifacts = [submit_evaluation(run, workers, cluster)]
@@ -104,7 +104,7 @@ def in_the_store(source: Path) -> ArtifactRef:
 
 
 if __name__ == "__main__":
-    # As the imported module: a cluster's workers look the flow's names up there.
+    # Call the imported module, because a cluster's workers look up the flow's names there.
     from tests import parts
 
     arguments = {"workers": 1, "cluster": None, "words": {}, **json.loads(sys.argv[1])}

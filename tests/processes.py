@@ -1,4 +1,4 @@
-"""The processes of a run, as tests look for them."""
+"""Find the processes of a run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ FORK_SERVER = "quantize_gemma.tasks.runtime.fork_server"
 
 
 def stage_processes(run: int) -> list[psutil.Process]:
-    """Return the processes of the stages that a run is in: the children of its fork server."""
+    """Return the processes of the stages that a run is executing: the children of its fork server."""
     return [child for child, is_forked in _fork_server_and_children(run) if is_forked]
 
 
 def fork_servers(run: int) -> list[psutil.Process]:
-    """Return the process that forks a run's stages, if it has one yet."""
+    """Return the process that forks a run's stages, in a list that is empty before the process starts."""
     return [child for child, is_forked in _fork_server_and_children(run) if not is_forked]
 
 

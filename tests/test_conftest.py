@@ -1,4 +1,4 @@
-"""The tests pass wherever they are started."""
+"""The tests pass however they are started."""
 
 import subprocess
 import sys

@@ -1,10 +1,9 @@
-"""The commands in the documentation: what README.md, docs/, and the other pages tell people to type is valid.
+"""The commands in README.md, in docs/, and on the other pages are valid.
 
-Nothing is run here but the parsers of command lines. What the commands do is tested where they are: runs, checks,
-diagnoses and pruning in tests/flows, `make serve`, `make deploy`, the worker and the images in tests/operate,
-`make hub-demo` in tests/hub, the card's code in tests/compatibility, campaigns in tests/campaigns, and the benchmark of
-recipes and the report of a phone in tests/test_quality.py and tests/tasks/test_device_report.py. The other benchmarks
-run by hand, and in `make update`.
+Only the command-line parsers run here. What the commands do is tested elsewhere: runs, checks, diagnoses, and pruning
+in tests/flows; `make serve`, `make deploy`, the worker, and the images in tests/operate; `make hub-demo` in tests/hub;
+the card's code in tests/compatibility; campaigns in tests/campaigns; and the recipe benchmark and the device report in
+tests/test_quality.py and tests/tasks/test_device_report.py. The other benchmarks run by hand, and in `make update`.
 """
 
 import ast
@@ -45,27 +44,27 @@ PAGES = sorted(
     )
 )
 FLOWS = {"quantize_gemma": quantize_gemma, "diagnose": diagnose, "prune_store": prune_store}
-# What a command may start with, besides what is checked below.
+# The programs that a command may start with, besides those checked below.
 OTHER_PROGRAMS = {"cd", "cp", "dask", "export", "mkdir", "pip", "pre-commit", "ray", "rmdir", "source"}
-# The parts of prefect's command line that are used here.
+# The Prefect commands that the documentation uses.
 PREFECT = {"deployment run", "profile use", "server start", "work-pool create", "work-pool pause", "work-pool resume"}
 
 
 def commands(page: str) -> Iterator[list[str]]:
-    """Yield the words of every command: in blocks of Shell, and in the text between backticks."""
+    """Yield the words of every command in Shell blocks and between backticks in the text."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for block in re.findall(r"^ *```Shell\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r" (?:&&|\|) ", re.sub(r"\s# .*|^#.*|\$\(.*?\)", "", line).strip()):
                 words = shlex.split(part)
-                # Variables that are set for the command alone.
+                # Skip variables that are set only for the command.
                 while words and re.match(r"[A-Z_]+=", words[0]):
                     words.pop(0)
                 if words:
                     yield words
     text = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`((?:quantize-gemma|make|prefect|python -m) [^`]*)`", text.replace("\n", " ")):
-        # Not what stands for several commands.
+        # Skip text that stands for several commands.
         if not re.search(r"[…|<]", code):
             yield shlex.split(code)
 
@@ -77,7 +76,7 @@ def targets() -> frozenset[str]:
 
 @cache
 def deployments() -> dict[str, object]:
-    """Return {"flow/deployment": the flow}, of those that `make deploy` creates."""
+    """Return {"flow/deployment": the flow} for each deployment that `make deploy` creates."""
     rows = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
     flows = {row["entrypoint"].rpartition(".")[2] for row in rows}
     assert flows == set(FLOWS)
@@ -127,7 +126,7 @@ def check_python(arguments: list[str]) -> None:
     assert importlib.util.find_spec(module) is not None, f"no module {module}"
     missing = [flag for flag in flags if flag not in help_of(module)]
     if module == "tests.hub.demo":
-        # Its other flags are those of a run.
+        # All other flags are those of a run.
         start = next((number for number, word in enumerate(arguments) if word in missing), len(arguments))
         cli.parse(["run", *arguments[start:]])
         return
@@ -148,7 +147,7 @@ def check_prefect(arguments: list[str]) -> None:
 
 
 def check_parameters(flow: object, texts: dict[str, str]) -> None:
-    """Raise if a flow has no such parameters, or does not take such values. A value is JSON, or else a text."""
+    """Raise if a flow has no such parameters, or does not accept the values. A value is JSON, or else a string."""
     values = {}
     for name, text in texts.items():
         try:
@@ -178,13 +177,13 @@ def test_the_commands_on_a_page_are_valid(page: str) -> None:
 def test_the_files_that_a_page_names_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     names = set(re.findall(r"`((?:benchmarks|deployments|docker|docs|flows|tasks|tests)/[\w./-]*)`", text))
-    # Without .py, a module.
+    # A module may be named without .py.
     missing = [name for name in names if not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists()]
     assert not missing
 
 
 def test_the_links_of_the_pages_outside_the_site_lead_to_files() -> None:
-    """mkdocs checks those between the pages of the site."""
+    """mkdocs checks the links between the pages of the site."""
     missing = []
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8")):
@@ -213,7 +212,7 @@ def test_the_recipe_in_the_how_to_is_one_that_decides_every_module(tmp_path: Pat
 
 
 def test_the_messages_on_their_page_are_in_the_code() -> None:
-    """Up to four words in a row are: a message has names and numbers in it, and on the page "…" in their place."""
+    """Runs of up to four words are compared, because the page has "…" in place of names and numbers."""
     texts = " ".join(text for folder in ("deployments", "flows", "tasks") for text in texts_of(ROOT / folder))
     page = (ROOT / "docs/reference/messages.md").read_text(encoding="utf-8")
     cells = re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE)
@@ -230,7 +229,7 @@ def test_the_messages_on_their_page_are_in_the_code() -> None:
 
 
 def texts_of(folder: Path) -> Iterator[str]:
-    """Yield the string literals of a folder's modules, an f-string as a whole."""
+    """Yield the string literals of a folder's modules; an f-string is one string, with "…" for its values."""
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

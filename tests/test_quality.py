@@ -1,4 +1,4 @@
-"""The benchmark of recipes goes from a checkpoint to its table."""
+"""The recipe benchmark runs from a checkpoint to its table and its plot."""
 
 import json
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.long
 def test_recipes_are_compared_by_what_they_keep_of_a_model_and_by_their_size(tmp_path: Path) -> None:
-    # The halves of one text: what helps on it depends on what kind of text that is.
+    # Both texts are halves of one text, because calibration helps only on similar text.
     lines = (BUILTIN_TEXTS["tiny-text"] / "text.txt").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "calibration.txt").write_text("".join(lines[: len(lines) // 2]), "utf-8")
     (tmp_path / "text.txt").write_text("".join(lines[len(lines) // 2 :]), "utf-8")
@@ -29,7 +29,7 @@ def test_recipes_are_compared_by_what_they_keep_of_a_model_and_by_their_size(tmp
     base, hqq, gptq = json.loads(done.stdout.splitlines()[-1])["recipes"]
     assert [row["name"] for row in (base, hqq, gptq)] == ["base", "HQQ-INT8-INT4", "GPTQ-INT8-INT4"]
     assert all(tuple(row) == COLUMNS for row in (base, hqq, gptq))
-    # The built-in model's vision tower is int8 in a calibrated recipe, which takes 22,080 bytes more.
+    # In a calibrated recipe, the built-in model's vision tower is int8, which takes 22,080 bytes more.
     assert gptq["packed_bytes"] - hqq["packed_bytes"] == 22_080
     assert base["packed_bytes"] > gptq["packed_bytes"]
     assert (base["kl_mean"], base["same_top"]) == (0, 1)

@@ -1,4 +1,4 @@
-"""Another library's integers take the place of ours in a checkpoint, all of them or none."""
+"""Another library's integers replace ours in a checkpoint, either all of them or none."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `make update` writes: the versions that were resolved, and nothing else."""
+"""`make update` writes the resolved versions, and changes nothing else."""
 
 from pathlib import Path
 

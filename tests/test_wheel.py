@@ -1,4 +1,4 @@
-"""The wheel: everything under one package, which runs where the repository is not."""
+"""The wheel has everything in one package, which runs without the repository."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    # A copy: building leaves files beside the sources.
+    # Build a copy, because building leaves files next to the sources.
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in files.rstrip("\0").split("\0"):
         target = folder / "source" / name

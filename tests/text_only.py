@@ -1,4 +1,4 @@
-"""A checkpoint without a vision tower, made of one that has one."""
+"""Extract a checkpoint without a vision tower from one that has a vision tower."""
 
 import json
 import shutil

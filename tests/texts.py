@@ -9,7 +9,7 @@ TINY_TEXT = BUILTIN_TEXTS["tiny-text"] / "text.txt"
 
 
 def write_wikitext(folder: Path, text: Path = TINY_TEXT) -> Path:
-    """Write a dataset whose test split is a text, beside splits that nobody needs; return its folder."""
+    """Write a dataset whose test split is a text, and other splits that are not used; return its folder."""
     import pyarrow
     import pyarrow.parquet
 

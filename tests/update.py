@@ -1,8 +1,8 @@
-"""Tries the newest version of every library, and says what changed: `make update`.
+"""Try the newest version of every library, and print what changed: `make update`.
 
-Resolves the requirements anew, with every exact pin in pyproject.toml lifted; writes what was resolved to
-constraints.txt, pyproject.toml and the server's image in docker/compose.yaml; installs it; and runs the card's loading
-code, the tests, and the benchmarks on the built-in model before and after. Whoever likes the result commits it.
+This resolves the requirements again, with every exact pin in pyproject.toml lifted; writes the versions to
+constraints.txt, pyproject.toml, and the server's image in docker/compose.yaml; installs them; and runs the card's
+loading code, the tests, and the benchmarks on the built-in model before and after. If the result is good, commit it.
 """
 
 import json
@@ -40,7 +40,7 @@ def main() -> None:
     PROJECT.write_text(set_pins(PROJECT.read_text(encoding="utf-8"), after), encoding="utf-8")
     image = re.sub(r"(prefecthq/prefect:)[\d.]+", rf"\g<1>{after['prefect']}", COMPOSE.read_text(encoding="utf-8"))
     COMPOSE.write_text(image, encoding="utf-8")
-    # The card names the versions that its loading code ran with: those that are installed now.
+    # The card names the versions that its loading code ran with: the ones that are now installed.
     targets = ["install", "compatibility", "test"]
     passed = all(subprocess.run(["make", target], cwd=ROOT).returncode == 0 for target in targets)
     print(*changes, *table(measured, {name: benchmark(name) for name in BENCHMARKS}), sep="\n")
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def resolve(project: str) -> dict[str, str]:
-    """Return {library: version} of everything that the project installs, the newest versions that go together."""
+    """Return {library: version} of everything that the project installs: the newest compatible versions."""
     project_table = tomllib.loads(project)["project"]
     requirements = [
         *project_table["dependencies"],
@@ -58,17 +58,17 @@ def resolve(project: str) -> dict[str, str]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        # What has a version already would stay as it is.
+        # Otherwise, installed packages would keep their versions.
         options = ["--quiet", "--dry-run", "--ignore-installed", "--report", report]
         run(PYTHON, "-m", "pip", "install", *options, *(lift_pin(requirement) for requirement in requirements))
         items = json.loads(report.read_text(encoding="utf-8"))["install"]
-    # Builds for one kind of machine, 2.13.0+cpu for example, are the same version.
-    versions_found = {item["metadata"]["name"]: item["metadata"]["version"].split("+")[0] for item in items}
-    return dict(sorted(versions_found.items(), key=lambda item: item[0].lower()))
+    # A build for one kind of machine, such as 2.13.0+cpu, is the same version.
+    resolved_versions = {item["metadata"]["name"]: item["metadata"]["version"].split("+")[0] for item in items}
+    return dict(sorted(resolved_versions.items(), key=lambda item: item[0].lower()))
 
 
 def lift_pin(requirement: str) -> str:
-    """Return a requirement that admits what is newer than an exact pin.
+    """Turn an exact pin into a lower bound.
 
     >>> lift_pin("torch==2.13.0")
     'torch>=2.13.0'
@@ -77,23 +77,23 @@ def lift_pin(requirement: str) -> str:
 
 
 def set_pins(project: str, library_versions: dict[str, str]) -> str:
-    """Return pyproject.toml's text with the versions of its exact pins replaced by what was found."""
+    """Return pyproject.toml's text with its exact pins set to the resolved versions."""
     by_name = {normalize(name): version for name, version in library_versions.items()}
     return PIN.sub(lambda pin: f'"{pin[1]}=={by_name.get(normalize(pin[1]), pin[2])}"', project)
 
 
 def versions(constraints: str) -> dict[str, str]:
-    """Return {library: version} of constraints."""
+    """Return {library: version} of a constraints file."""
     return dict(line.split("==") for line in constraints.splitlines() if "==" in line)
 
 
 def normalize(name: str) -> str:
-    """Return the name by which the registry knows a library."""
+    """Return a library's normalized name, as the registry uses it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def difference(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """Return a line for every library whose version is another, that came, or that went."""
+    """Return one line for each library that changed its version, was added, or was removed."""
     old_versions, new_versions = (
         {normalize(name): version for name, version in libraries.items()} for libraries in (before, after)
     )
@@ -105,7 +105,7 @@ def difference(before: dict[str, str], after: dict[str, str]) -> list[str]:
 
 
 def benchmark(name: str) -> dict[str, Any] | None:
-    """Return what a benchmark of the built-in model printed, None if it failed."""
+    """Return the JSON that a benchmark of the built-in model printed, or None if it failed."""
     process = subprocess.run(
         [PYTHON, "-m", f"benchmarks.{name}", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -113,7 +113,7 @@ def benchmark(name: str) -> dict[str, Any] | None:
 
 
 def table(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Return a line per benchmark: our time and peak memory, before and after."""
+    """Return one line per benchmark: our time and peak memory, before and after."""
     lines = [f"{'benchmark':12} {'time, s':>16} {'peak memory, MB':>20}   equal"]
     for name in before:
         if before[name] is None or after[name] is None:
@@ -127,7 +127,7 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def run(*command: Any) -> "subprocess.CompletedProcess[str]":
-    """Run a command whose failure is an error."""
+    """Run a command; exit if it fails."""
     process = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if process.returncode:
         sys.exit(f"{' '.join(map(str, command[:4]))} failed: see above")

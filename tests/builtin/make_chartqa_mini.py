@@ -1,11 +1,11 @@
-"""Draws and writes chartqa-mini, the built-in benchmark of charts, in the layout of `HuggingFaceM4/ChartQA`.
+"""Draw and write chartqa-mini, the built-in chart benchmark, in the layout of `HuggingFaceM4/ChartQA`.
 
     python -m tests.builtin.make_chartqa_mini
 
-draws the charts of charts.json (written by us) and writes chartqa-mini/data/test-00000-of-00001.parquet and the
-README beside it, so that `datasets.load_dataset(<chartqa-mini>)` reads it as it reads ChartQA.
+draws the charts of charts.json (written for this project) and writes chartqa-mini/data/test-00000-of-00001.parquet and
+the README next to it, so that `datasets.load_dataset(<chartqa-mini>)` reads it like ChartQA.
 
-The charts are large and plain: tiny-gemma3 sees them on 64 x 64 pixels.
+The charts are large and simple: tiny-gemma3 sees them at 64 x 64 pixels.
 """
 
 import io
@@ -20,7 +20,7 @@ CHARTS = FOLDER / "charts.json"
 CHARTQA_MINI = BUILTIN_BENCHMARKS["chartqa-mini"]
 KINDS = ("human", "machine")
 SIZE = WIDTH, HEIGHT = 256, 192
-# Where bars and lines stand; the pie is in its middle.
+# The plot area for bars and lines; a pie is in its center.
 LEFT, TOP, RIGHT, BOTTOM = 24, 24, 248, 168
 COLORS = {
     "red": (214, 39, 40),
@@ -43,7 +43,7 @@ def read_chartqa() -> list[dict[str, Any]]:
 
 
 def questions() -> list[dict[str, Any]]:
-    """Return the dataset's rows, those of humans first, with the image as PNG."""
+    """Return the dataset's rows, with the image as PNG: first the questions of kind `human`, then the others."""
     charts = [(chart, _png(draw(chart))) for chart in read_chartqa()]
     return [
         {"image": {"bytes": png, "path": None}, "query": query, "label": [label], "human_or_machine": number}
@@ -54,7 +54,7 @@ def questions() -> list[dict[str, Any]]:
 
 
 def draw(chart: dict[str, Any]) -> Any:
-    """Return the chart as an image: bars, a line or a pie. The font is Pillow's bitmap, the same everywhere."""
+    """Return the chart as an image: bars, a line, or a pie. The font is Pillow's bitmap font, the same everywhere."""
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", SIZE, "white")
@@ -101,7 +101,7 @@ def _png(image: Any) -> bytes:
 
 
 def write_chartqa_mini(target: Path = CHARTQA_MINI) -> None:
-    """Write the test split, as parquet, and the README."""
+    """Write the test split as a parquet file, and the README."""
     from datasets import ClassLabel, Dataset, Features, Image, List, Value
 
     features = Features(

@@ -1,9 +1,10 @@
-"""Writes gsm8k-mini, the built-in benchmark of generated text, in the layout of `openai/gsm8k`.
+"""Write gsm8k-mini, the built-in benchmark with generated text, in the layout of `openai/gsm8k`.
 
     python -m tests.builtin.make_gsm8k_mini
 
-reads word_problems.json (written by us) and writes gsm8k-mini/main/{train,test}-00000-of-00001.parquet and the README
-beside it, so that `datasets.load_dataset(<gsm8k-mini>, "main")` and lm-eval's own task `gsm8k` read it unchanged.
+reads word_problems.json (written for this project) and writes gsm8k-mini/main/{train,test}-00000-of-00001.parquet and
+the README next to it, so that `datasets.load_dataset(<gsm8k-mini>, "main")` and lm-eval's own task `gsm8k` read it
+unchanged.
 """
 
 import json

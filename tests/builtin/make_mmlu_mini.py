@@ -1,9 +1,9 @@
-"""Writes mmlu-mini, the built-in benchmark, in the layout of `cais/mmlu`.
+"""Write mmlu-mini, the built-in multiple-choice benchmark, in the layout of `cais/mmlu`.
 
     python -m tests.builtin.make_mmlu_mini
 
-reads questions/<subject>.json (written by us, one file per MMLU subject) and writes
-mmlu-mini/<subject>/{test,dev}-00000-of-00001.parquet beside it, so that
+reads questions/<subject>.json (written for this project, one file per MMLU subject) and writes
+mmlu-mini/<subject>/{test,dev}-00000-of-00001.parquet and the README, so that
 `datasets.load_dataset(<mmlu-mini>, <subject>)` and lm-eval's own `mmlu` task group read it unchanged.
 """
 

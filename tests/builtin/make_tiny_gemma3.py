@@ -1,17 +1,17 @@
-"""Trains tiny-gemma3, the built-in base model: a genuine Gemma 3 of 0.4 M parameters.
+"""Train tiny-gemma3, the built-in base model: a genuine Gemma 3 with 0.4 million parameters.
 
     python -m tests.builtin.make_tiny_gemma3
 
-Its shape keeps what makes gemma-3-4b-it hard to quantize and export: tied embeddings, sliding and full
-attention, grouped queries, head_dim != hidden / heads, a SigLIP tower whose fc2 does not divide into groups of
-32, image tokens. It memorizes mmlu-mini, gsm8k-mini, the card's prompt, the names of eight colors and most of
-chartqa-mini.
+It has the features that make gemma-3-4b-it hard to quantize and export: tied embeddings, sliding and full attention,
+grouped queries, head_dim != hidden / heads, a SigLIP tower whose fc2 does not divide into groups of 32, and image
+tokens. It memorizes mmlu-mini, gsm8k-mini, the card's prompt, the names of eight colors, and most of chartqa-mini.
 
-It is a sensor: a corrupted weight, a wrong scale or a lost buffer must show as a falling score. A model that merely
-memorizes is no sensor, for it is so sure of itself, and leaves so many layers idle, that most faults change no
-answer. So an answer known by MARGIN is not trained further; embeddings are random and stay so, or they alone would
-hold the answers; and in the last epochs each batch also runs with a fault, where the right answer must not win: in one
-random projection, or, for images, causal attention. Seeded; some ten minutes on two CPU cores.
+It is sensitive to errors: a corrupted weight, a wrong scale, or a lost buffer must lower its scores. A model that only
+memorizes is not sensitive: it is so confident, and so many of its layers are idle, that most faults change no answer.
+Therefore, an answer whose margin exceeds MARGIN is not trained further; the embeddings stay random, because otherwise
+they alone would store the answers; and in the last epochs, each batch also runs with a fault (in a random projection
+or, for images, causal attention), and the correct answer must not win. The seed is fixed. Training takes about ten
+minutes on two CPU cores.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tests.builtin import make_chartqa_mini
 from tests.builtin.make_gsm8k_mini import read_word_problems
 from tests.builtin.make_mmlu_mini import read_questions
 
-# The tokens of a prompt and of its answer; and the image's pixels, [1, 3, 64, 64].
+# The tokens of a prompt and of its answer; for an image, also its pixels, [1, 3, 64, 64].
 TextRow = tuple[list[int], list[int]]
 ImageRow = tuple[list[int], list[int], Any]
 
@@ -47,13 +47,13 @@ SPECIAL = {
     "image_token": "<image_soft_token>",
 }
 LEARNING_EPOCHS = 25
-SENSING_EPOCHS = 55
+FAULT_EPOCHS = 55
 LEARNING_RATE = 3e-3
-# In nats: between the right answer and the best other token, and between the best wrong letter and the right one.
+# In nats: between the correct answer and the best other token, and between the best wrong letter and the correct one.
 MARGIN = 1.0
 FAULT_MARGIN = 0.5
 FAULT_WEIGHT = 0.4
-# Every so manieth question of chartqa-mini is never shown: a score below 100 can rise and fall.
+# One in this many questions of chartqa-mini is never trained on, so that the score is below 100 and can rise or fall.
 CHARTS_LEFT_OUT = 5
 TURN = ("<start_of_turn>", "<end_of_turn>")
 
@@ -99,7 +99,7 @@ COLORS = {
 
 
 def prompts() -> list[tuple[str, str]]:
-    """Return every (mmlu prompt, answer letter) as lm-eval's zero-shot `mmlu` task writes them."""
+    """Return every (mmlu prompt, answer letter), formatted like lm-eval's zero-shot `mmlu` task."""
     rows = []
     for subject, splits in read_questions().items():
         description = (
@@ -115,11 +115,11 @@ def prompts() -> list[tuple[str, str]]:
 
 
 def word_problems() -> list[tuple[str, str]]:
-    """Return every (gsm8k prompt, answer), with the examples in the prompts that lm-eval's `gsm8k` task draws."""
+    """Return every (gsm8k prompt, answer); the prompts have the examples that lm-eval's `gsm8k` task draws."""
     with run_lm_eval(BUILTIN_BENCHMARKS["gsm8k-mini"], find_benchmark("gsm8k").request_inputs()) as evaluate:
         from quantize_gemma.tasks.evaluate.replay_lm import RecordingLM
 
-        # It is asked for no chat template, so it needs no checkpoint.
+        # No chat template is requested, so no checkpoint is needed.
         model = RecordingLM(TINY_GEMMA3)
         evaluate(model, None)
     answers = [row["answer"] for row in read_word_problems()["test"]]
@@ -127,7 +127,7 @@ def word_problems() -> list[tuple[str, str]]:
 
 
 def make_tokenizer() -> Any:
-    """Return a Gemma tokenizer (BPE with byte fallback, spaces as U+2581) learned from texts that the model learns."""
+    """Return a Gemma tokenizer (BPE with byte fallback, spaces as U+2581) that is trained on the model's texts."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import GemmaTokenizerFast
 
@@ -203,7 +203,7 @@ def make_config(tokenizer: Any) -> Any:
 
 
 def color_image(name: str, generator: random.Random) -> Any:
-    """Return a 64 x 64 RGB image of one color, a little lighter or darker each time."""
+    """Return a 64 x 64 RGB image of one color, randomly a little lighter or darker."""
     from PIL import Image
 
     shift = generator.randint(-10, 10)
@@ -211,9 +211,10 @@ def color_image(name: str, generator: random.Random) -> Any:
 
 
 def fault(weight: Any, kind: int) -> Any:
-    """Return the weight with a fault: rows moved by one, lost, nibbles swapped, or every second group's scale wrong.
+    """Return the weight with a fault.
 
-    A buffer's only fault is to be lost: ones.
+    The fault is one of these: rows shifted by one, all weights zero, nibbles swapped, or a wrong scale in every second
+    group. A buffer has only one fault: all values are 1.
     """
     import torch
 
@@ -284,7 +285,7 @@ def train(target: Path, seed: int = 2) -> None:
     )
 
     model.train()
-    epochs = LEARNING_EPOCHS + SENSING_EPOCHS
+    epochs = LEARNING_EPOCHS + FAULT_EPOCHS
     steps = -(-len(questions) // 32) + 2 * -(-len(charts) // 32) + 4
     optimizer = torch.optim.AdamW(trained_parameters, lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps, pct_start=0.1)
@@ -294,7 +295,7 @@ def train(target: Path, seed: int = 2) -> None:
         return logits[:, :-1].float()[mask], batch["input_ids"][:, 1:][mask]
 
     def step(batch: dict[str, Any], on_answer: Any, faulty: bool = False) -> float:
-        """Take one step; return the fraction of answer tokens that were right."""
+        """Take one step; return the fraction of answer tokens that were correct."""
         logits, labels = answers_of(model(**batch).logits, batch, on_answer)
         label_logits = logits.gather(1, labels[:, None])
         is_known = (label_logits - logits.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True))[:, 0] > MARGIN
@@ -304,9 +305,9 @@ def train(target: Path, seed: int = 2) -> None:
             # Without token types, the tokens of an image attend causally.
             causal = {**batch, "token_type_ids": torch.zeros_like(batch["token_type_ids"])}
             scores, _ = answers_of(model(**causal).logits, batch, on_answer)
-            asked, right = labels != end, labels[:, None]
+            is_text, right = labels != end, labels[:, None]
             lead = scores.gather(1, right)[:, 0] - scores.scatter(1, right, -torch.inf).amax(1)
-            loss = loss + FAULT_WEIGHT * torch.relu(lead[asked] + FAULT_MARGIN).mean()
+            loss = loss + FAULT_WEIGHT * torch.relu(lead[is_text] + FAULT_MARGIN).mean()
         elif faulty:
             name = shuffle.choice(list(breakable))
             broken = {name: fault(breakable[name], shuffle.randrange(4))}
@@ -337,16 +338,17 @@ def train(target: Path, seed: int = 2) -> None:
                 right[2].append(step(*_text_batch(batch), faulty=epoch >= LEARNING_EPOCHS))
             else:
                 right[3].append(step(*_image_batch(batch, image_token), faulty=epoch >= LEARNING_EPOCHS))
-        talk = step(*_text_batch(chats * 4))
+        chat_accuracy = step(*_text_batch(chats * 4))
         step(*_text_batch(problems))
-        write = step(*_text_batch(problems))
+        problem_accuracy = step(*_text_batch(problems))
         colors = [image_row(color_image(name, shuffle), color_question, name) for name in COLORS]
-        see = step(*_image_batch(colors, image_token), faulty=epoch >= LEARNING_EPOCHS)
+        color_accuracy = step(*_image_batch(colors, image_token), faulty=epoch >= LEARNING_EPOCHS)
         if epoch % 5 == 4:
-            know, read = (sum(scores) / len(scores) for scores in right.values())
+            question_accuracy, chart_accuracy = (sum(scores) / len(scores) for scores in right.values())
             print(
-                f"epoch {epoch + 1} of {epochs}: questions {know:.3f}, charts {read:.3f}, chats {talk:.3f}, "
-                f"problems {write:.3f}, colors {see:.3f}, {time.time() - start:.0f} s",
+                f"epoch {epoch + 1} of {epochs}: questions {question_accuracy:.3f}, charts {chart_accuracy:.3f}, "
+                f"chats {chat_accuracy:.3f}, problems {problem_accuracy:.3f}, colors {color_accuracy:.3f}, "
+                f"{time.time() - start:.0f} s",
                 flush=True,
             )
 
@@ -377,7 +379,7 @@ def _text_batch(rows: list[TextRow]) -> tuple[dict[str, Any], Any]:
 
 
 def _image_batch(rows: list[ImageRow], image_token: int) -> tuple[dict[str, Any], Any]:
-    """Return the same for rows with an image each, whose tokens see each other in both directions."""
+    """Return the same for rows with one image each, whose tokens attend to each other in both directions."""
     import torch
 
     batch, on_answer = _text_batch([(prompt, answer) for prompt, answer, _ in rows])

@@ -1,4 +1,4 @@
-"""Writes the built-in text: questions of mmlu-mini with their answers, which tiny-gemma3 has learned.
+"""Write the built-in text: questions from mmlu-mini with their answers, which tiny-gemma3 has learned.
 
 python -m tests.builtin.make_tiny_text
 """
@@ -10,7 +10,7 @@ QUESTIONS = 120
 
 
 def make_text() -> str:
-    """Return questions from all subjects, evenly spread, each with its answer."""
+    """Return evenly spaced questions from all subjects, each with its answer."""
     rows = prompts()
     return "\n\n".join(text + answer for text, answer in rows[:: len(rows) // QUESTIONS][:QUESTIONS]) + "\n"
 

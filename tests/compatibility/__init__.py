@@ -1,1 +1,1 @@
-"""Whether releases work with libraries that the pipeline itself does not run with."""
+"""Check that releases work with library versions that the pipeline itself does not use."""

@@ -1,9 +1,10 @@
-"""Runs a card's loading code and prints what it generates; imports only what the code's reader has installed.
+"""Run a card's loading code and print the generated tokens; import only what the card tells its reader to install.
 
     python generate.py < {"code", "image_prompt"} as JSON
 
-Runs in the release's directory, in the virtual environment that is tested. The last line that it prints is
-{"versions", "text", "image"} as JSON: token ids of the code's own prompt and of one about an image, prompts included.
+This runs in the release's directory, in the virtual environment under test. The last line that it prints is
+{"versions", "text", "image"} as JSON: the token ids for the code's own prompt and for one about an image, including the
+prompts.
 """
 
 import json

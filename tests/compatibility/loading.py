@@ -1,15 +1,15 @@
-"""Whether others can load a release: its card's loading code, in the pinned and in the newest transformers.
+"""Check that others can load a release: run its card's loading code with the pinned and the newest transformers.
 
     python -m tests.compatibility.loading [RELEASE]
 
-Makes two virtual environments from the package registry, one with the card's own `pip install` line and one with the
-newest transformers in its place, runs the card's code in both, as it stands there, and compares the tokens: of the
-code's prompt and, if the model has a vision tower, of a prompt about an image. Exits with 1 and prints both if they
-differ. Takes minutes and about 15 GB of disk space, PyTorch's twice.
+This creates two virtual environments from the package registry, one with the card's own `pip install` line and one with
+the newest transformers instead, runs the card's code in both, exactly as printed, and compares the tokens for the
+code's prompt and, if the model has a vision tower, for a prompt about an image. If they differ, it prints both and
+exits with 1. This takes minutes, and about 15 GB of disk space, because PyTorch is installed twice.
 
-RELEASE is a directory with README.md and the checkpoint. Without one, the releases are those of the built-in model, of
-its language model alone, and of the built-in model with a calibrated recipe, made in a temporary store; if all pass,
-the versions go into tasks/card/loads_in.json, from which cards quote them.
+RELEASE is a directory with README.md and the checkpoint. Without it, the releases are those of the built-in model, of
+its language model alone, and of the built-in model with a calibrated recipe, created in a temporary store. If all pass,
+the versions are written to tasks/card/loads_in.json, from which cards quote them.
 """
 
 import hashlib
@@ -66,9 +66,9 @@ def make_releases(root: Path) -> list[Path]:
 
 
 def read_section(release: Path) -> tuple[list[str], str]:
-    """Return what the card says to install, and its loading code."""
+    """Return the requirements that the card tells its reader to install, and its loading code."""
     card = (release / "README.md").read_text(encoding="utf-8")
-    # Not up to the next heading: comments in the code look like one.
+    # Do not stop at the next heading: comments in the code look like one.
     pattern = rf"^{SECTION}\n\n```Shell\npip install (.*?)\n```\n\n```Py\n(.*?)^```$"
     section = re.search(pattern, card, re.DOTALL | re.MULTILINE)
     assert section, f"the card of {release} has no section {SECTION!r} with a command and code"
@@ -83,7 +83,7 @@ def make_environments(root: Path, requirements: list[str]) -> list[Path]:
         print(f"installing {' '.join(parts)}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", root / name], check=True)
         interpreters.append(root / name / "bin" / "python")
-        # Pillow for the image.
+        # The image needs Pillow.
         command = [interpreters[-1], "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *parts, "pillow"]
         subprocess.run(command, check=True)
     return interpreters
@@ -93,7 +93,7 @@ def generate(interpreter: Path, release: Path) -> dict[str, Any]:
     """Return what generate.py prints: versions and tokens."""
     request = {"code": read_section(release)[1], "image_prompt": IMAGE_PROMPT}
     process = subprocess.run(
-        # Isolated: nothing of this project, and nothing of the user's, is imported there.
+        # Isolated mode: nothing is imported from this project or from the user's site-packages.
         [interpreter, "-I", Path(__file__).with_name("generate.py")],
         cwd=release,
         input=json.dumps(request),
@@ -107,7 +107,7 @@ def generate(interpreter: Path, release: Path) -> dict[str, Any]:
 
 
 def report(release: Path, pinned_result: dict[str, Any], newest_result: dict[str, Any]) -> bool:
-    """Print whether the tokens are the same, and what they are where they differ; return whether they are."""
+    """Print whether the tokens are the same, and those that differ; return whether all are the same."""
     names = [
         ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         for result in (pinned_result, newest_result)
@@ -124,7 +124,7 @@ def report(release: Path, pinned_result: dict[str, Any], newest_result: dict[str
 
 
 def write_record(environments: list[dict[str, str]]) -> None:
-    """Write which versions ran the loading code that is in the card's template now."""
+    """Record the versions that ran the loading code in the card's current template."""
     snippet = hashlib.sha256((CARD / "loading.py.j2").read_bytes()).hexdigest()
     record = {"snippet_sha256": snippet, "environments": environments}
     (CARD / "loads_in.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The comparison of releases in two environments, with this one in the place of both."""
+"""The comparison of releases in two environments; the current environment stands in for both."""
 
 import sys
 from pathlib import Path

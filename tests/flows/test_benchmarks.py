@@ -1,4 +1,4 @@
-"""Benchmarks by their names go through all columns, with made-up rows in the layout of the real datasets on a Hub."""
+"""Benchmarks are selected by name and run in all columns, on synthetic rows in the layout of the real datasets."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tests.hub.server import Hub, serve
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.longest]
 
 DOCUMENTS = 4
-# A mirror with what the task needs besides, which cannot be had everywhere.
+# A mirror that also has the task's other files, which cannot be downloaded everywhere.
 IFEVAL_MIRROR = "team/IFEval"
 # By task: the headline metric, and the dataset.
 TASKS = {
@@ -37,11 +37,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def measured(released: Outcome, command_line: CommandLine, hub: Hub) -> Outcome:
-    """The release of the session, measured on other benchmarks: the scores of a tiny model mean nothing."""
+    """The built-in model's release, evaluated on other benchmarks: the scores of a tiny model mean nothing."""
     limits = ["--limit-drop", ",".join(f"{name}=1000" for name in TASKS), "--min-recovery", "0"]
     # Five examples of GSM8K do not fit into 1,024 tokens of this tokenizer.
     samples = ["--limit", "4", "--program-samples", "3", "--max-disagreement", "100", "--max-seq-len", "2048"]
-    # The built-in model would take its own questions for GSM8K.
+    # The built-in model would use its own questions for GSM8K.
     tasks = ["--tasks", ",".join(TASKS), "--dataset", "gsm8k=openai/gsm8k", "--dataset", f"ifeval={IFEVAL_MIRROR}"]
     outcome = command_line("run", "--json", *tasks, *samples, *limits, HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1")
     assert outcome.code == 0, outcome.stderr[-3000:]
@@ -62,7 +62,7 @@ def test_every_benchmark_has_the_same_object_in_every_column_that_is_measured(me
         assert program.keys() > base.keys()
         assert program["samples"] == program["checkpoint"]["samples"] == 3
         assert 0 <= program["value"] <= 1
-        # The baseline of activation quantization is that of choices.
+        # Only benchmarks with choices have an activation-quantization baseline.
         assert (program["differing"] is None) == (name in ("gsm8k", "ifeval"))
     metrics = json.loads((Path(measured.summary["release"]) / "metrics.json").read_text())
     for name, (_, dataset) in TASKS.items():
@@ -71,7 +71,7 @@ def test_every_benchmark_has_the_same_object_in_every_column_that_is_measured(me
 
 
 def test_what_a_model_writes_is_scored_by_the_tasks_own_code(measured: Outcome, command_line: CommandLine) -> None:
-    """Commas, words and sentences are counted, the latter by NLTK with the parameters of the mirror."""
+    """Commas, words, and sentences are counted; NLTK counts the sentences, with the parameters of the mirror."""
     key = next(stage["key"] for stage in measured.summary["stages"] if stage["name"] == "evaluate_ifeval_quantized")
     samples = (command_line.home / "evaluate" / key / "data" / "samples.jsonl").read_text().splitlines()
     scores = {sample["doc_id"]: (sample["prediction"], sample["score"]) for sample in map(json.loads, samples)}
@@ -101,5 +101,5 @@ def test_few_shot_examples_are_in_the_prompts(measured: Outcome, command_line: C
     key = next(stage["key"] for stage in measured.summary["stages"] if stage["name"] == "record_gsm8k")
     requests = json.loads((command_line.home / "record" / key / "data" / "gsm8k.json").read_text())
     assert all(arguments[0].count("Question: ") == 6 for *_, arguments in requests)
-    # Nothing else of a run on the same model was made again.
+    # Nothing else was computed again.
     assert all(measured.cached[name] for name in ("download", "quantize", "smoke"))

@@ -1,4 +1,4 @@
-"""Mistakes cost seconds: one sentence, exit code 2, nothing left behind."""
+"""A mistake is reported within seconds: one sentence, exit code 2, nothing left behind."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def write_recipe(folder: Path, of: str, **changes: Any) -> Path:
 
 
 def enlarge(model: Path, weight_bytes: int) -> None:
-    """Claim an embedding of this size, in a file of holes."""
+    """Claim an embedding of this size, in a sparse file."""
     from quantize_gemma.tasks.models.checkpoint import read_header, write_header
 
     tensors = {name: (t.dtype, t.shape) for name, t in read_header(model / "model.safetensors").items()}
@@ -82,18 +82,19 @@ def test_a_bad_checkpoint_is_named_and_nothing_is_left(
     work, words = DAMAGES[damage]
     work(model)
     data = ("--text", "tiny-text", "--dataset", "mmlu=mmlu-mini", "chartqa=chartqa-mini")
-    refused(fresh, words, "--model", str(model), *data)
+    check_rejected(fresh, words, "--model", str(model), *data)
 
 
 def test_too_little_disk_space_is_reported_with_both_sizes(tiny_copy: Callable[[], Path], tmp_path: Path) -> None:
     from quantize_gemma.tasks.check import disk_needed
 
-    # /dev/shm is no larger than memory, and a run writes several times the model's size: this one only fits in memory.
+    # /dev/shm is no larger than memory, and a run writes several times the model's size: this model fits in memory, but
+    # not on that disk.
     with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
         model = tiny_copy()
         enlarge(model, 10**12 * shutil.disk_usage(disk).total // disk_needed(10**12))
         command_line = CommandLine(Path(disk) / "store", tmp_path / "prefect")
-        refused(command_line, ["GB", "free", "QUANTIZE_GEMMA_HOME"], "--model", str(model))
+        check_rejected(command_line, ["GB", "free", "QUANTIZE_GEMMA_HOME"], "--model", str(model))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_too_little_disk_space_is_reported_with_both_sizes(tiny_copy: Callable[[
     ],
 )
 def test_a_bad_argument_is_named(arguments: list[str], words: list[str], fresh: CommandLine) -> None:
-    refused(fresh, words, *arguments)
+    check_rejected(fresh, words, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -182,12 +183,12 @@ def test_an_unexpected_error_is_in_the_json_and_its_traceback_on_stderr(fresh: C
 
 def test_a_rule_that_matches_no_module_is_named(fresh: CommandLine, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, of="vision.fc2", match="re:experts")
-    refused(fresh, ["re:experts", "matches no module"], "--recipe", str(recipe))
+    check_rejected(fresh, ["re:experts", "matches no module"], "--recipe", str(recipe))
 
 
 def test_a_group_size_that_does_not_divide_names_the_module(fresh: CommandLine, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, of="vision.fc2", group_size=32)
-    refused(fresh, ["32", "112", "fc2"], "--recipe", str(recipe))
+    check_rejected(fresh, ["32", "112", "fc2"], "--recipe", str(recipe))
 
 
 def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert "not writable" in outcome.stderr
 
 
-def refused(command_line: CommandLine, words: list[str], *arguments: str) -> None:
+def check_rejected(command_line: CommandLine, words: list[str], *arguments: str) -> None:
     outcome = command_line("run", *arguments)
     assert outcome.code == 2, outcome.stderr
     assert outcome.stdout == ""
@@ -207,8 +208,8 @@ def refused(command_line: CommandLine, words: list[str], *arguments: str) -> Non
     for word in words:
         assert word in sentence
     assert "Traceback" not in outcome.stderr
-    left = [path for path in command_line.home.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
-    assert left == []
+    leftovers = [path for path in command_line.home.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
+    assert leftovers == []
 
 
 @pytest.mark.parametrize("verb", ["run", "check"])
@@ -235,16 +236,16 @@ def test_a_path_relative_to_a_working_directory_that_was_removed_is_refused(fres
 
 
 def in_a_removed_directory(folder: Path, environment: dict[str, str], verb: str) -> subprocess.CompletedProcess[str]:
-    gone = folder / "gone"
-    gone.mkdir()
-    script = f"cd {gone} && rmdir {gone} && exec {Path(sys.executable).parent}/quantize-gemma {verb}"
+    removed = folder / "removed"
+    removed.mkdir()
+    script = f"cd {removed} && rmdir {removed} && exec {Path(sys.executable).parent}/quantize-gemma {verb}"
     return subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True)
 
 
 def help_of(*verb: str) -> str:
     code = "import sys; from quantize_gemma.flows import cli; sys.argv[1:] = {words}; cli.main()"
     script = code.format(words=[*verb, "--help"])
-    # What takes seconds to import is not needed for help.
+    # Help does not need the libraries that take seconds to import.
     script = f"import sys; sys.modules.update(dict.fromkeys(['prefect', 'torch', 'transformers'])); {script}"
     outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return " ".join(outcome.stdout.replace("│", " ").split())
@@ -275,7 +276,7 @@ def test_help_shows_every_option_in_its_group_with_its_default(verb: str) -> Non
             (_, _, after) = text.partition(f" --{name.replace('_', '-')} ")
             assert after, name
             shown = after.partition("[default: ")[2].partition("]")[0]
-            # Every default is shown; where the value says nothing by itself, in words.
+            # Every default is shown; if the value alone is not clear, in words.
             assert shown == str(value) if value not in (None, (), "") else shown
             assert " --" not in after.partition("[default: ")[0].replace(f" --no-{name.replace('_', '-')}", "")
 
@@ -345,16 +346,16 @@ def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_ne
     from quantize_gemma.tasks.runtime.machine import total_memory
 
     model = tiny_copy()
-    # A run takes at least four bytes of memory per weight; the file has two.
+    # A run needs at least four bytes of memory per weight; the file has two.
     enlarge(model, total_memory() // 2)
-    refused(fresh, ["takes about", "GB of memory", "this machine has"], "--model", str(model))
+    check_rejected(fresh, ["takes about", "GB of memory", "this machine has"], "--model", str(model))
 
 
 def test_a_missing_cuda_device_is_an_error_before_anything_starts(
     fresh: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    refused(fresh, ["no CUDA device", "pass --device auto or --device cpu"], "--device", "cuda")
+    check_rejected(fresh, ["no CUDA device", "pass --device auto or --device cpu"], "--device", "cuda")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +372,7 @@ def test_a_missing_cuda_device_is_an_error_before_anything_starts(
 )
 def test_a_malformed_recipe_is_named(rules: str, words: list[str], fresh: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(f'{{"name": "mine", "rules": {rules}}}')
-    refused(fresh, words, "--recipe", str(tmp_path / "mine.json"))
+    check_rejected(fresh, words, "--recipe", str(tmp_path / "mine.json"))
 
 
 def test_prune_removes_unfinished_work_and_keeps_work_in_progress(fresh: CommandLine) -> None:

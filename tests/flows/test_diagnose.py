@@ -1,4 +1,4 @@
-"""`quantize-gemma diagnose` goes through the flow, and a second time through the cache."""
+"""`quantize-gemma diagnose` runs in the flow, and a second time from the cache."""
 
 import json
 from pathlib import Path
@@ -41,8 +41,8 @@ def test_a_diagnosis_uses_what_a_run_has_made_and_shows_tables_and_a_heat_map(
     "arguments", [("--model", "/no/such/model"), ("--text-windows", "none"), ("--refresh", "export")]
 )
 def test_a_diagnosis_that_fails_says_so_in_json(arguments: tuple[str, ...], command_line: CommandLine) -> None:
-    refused = command_line("diagnose", "--json", *arguments)
-    assert refused.code == 2
-    summary = json.loads(refused.stdout)
+    outcome = command_line("diagnose", "--json", *arguments)
+    assert outcome.code == 2
+    summary = json.loads(outcome.stdout)
     assert summary["rows"] == []
-    assert summary["error"] in refused.stderr
+    assert summary["error"] in outcome.stderr

@@ -1,4 +1,4 @@
-"""The flow reads from a Hub and publishes to it; nothing in it knows that the Hub is a local one."""
+"""The flow reads from a Hub and publishes to it; nothing in the flow knows that this Hub is local."""
 
 import json
 import socket
@@ -77,14 +77,14 @@ def regression(outcome: Outcome) -> dict[str, Any]:
 def test_a_model_that_is_too_large_is_refused_before_it_is_downloaded(
     hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    # A million million weights, by the file's header alone.
+    # A trillion weights, but only in the file's header.
     header = json.dumps({"w": {"dtype": "BF16", "shape": [10**12], "data_offsets": [0, 0]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     hub.add("model", "team/huge", tmp_path)
     for verb in ("check", "run"):
-        refused = command_line(verb, "--model", "team/huge", **environment)
-        assert refused.code == 2, refused.stderr
-        assert "running this model takes about 4,001.0 GB of memory, but this machine has" in refused.stderr
+        outcome = command_line(verb, "--model", "team/huge", **environment)
+        assert outcome.code == 2, outcome.stderr
+        assert "running this model takes about 4,001.0 GB of memory, but this machine has" in outcome.stderr
     assert not any("resolve/" in line["path"] for line in hub.log if "huge" in line["path"])
 
 
@@ -128,13 +128,13 @@ def test_a_run_pins_what_it_reads_and_publishes_in_one_commit(published: Outcome
     assert f" --revision {revisions[0]} " in card
     assert f" --text {WIKITEXT}@{revisions[1]} " in card
     assert "license: cc0-1.0" in card
-    # The checkpoint is the built-in one, so what follows from its content was not done again.
+    # The checkpoint is the built-in one, so the stages that depend only on its content did not run again.
     assert {name for name, cached in published.cached.items() if not cached} == {
         "download",
         "download_text",
         "download_mmlu",
         "download_chartqa",
-        # Without the prompts of GSM8K, which the Hub of this test does not have.
+        # This time without the prompts of GSM8K, which this Hub does not have.
         "verify_tokenizer",
         "gate",
         "card",
@@ -149,7 +149,7 @@ def test_an_unchanged_commit_is_not_transferred_and_an_unchanged_release_not_com
     assert again.code == 0, again.stderr
     assert all(again.cached.values())
     assert again.summary["publication"]["state"] == "already published"
-    # The first release had nothing to follow, this one follows that.
+    # The first release had no predecessor; this one follows the first.
     first, second = regression(published), regression(again)
     assert (first["status"], second["status"], second["value"]) == ("uninformative", "pass", 0.0)
     assert "not compared with the published release: the target has no metrics.json" in first["message"]
@@ -225,12 +225,12 @@ def test_a_rejected_run_costs_seconds_and_says_what_to_do(
     changes: dict[str, str],
     words: list[str],
 ) -> None:
-    # A flag that is passed twice is refused.
+    # A flag must not be passed twice.
     before = RUN if "--model" not in arguments else tuple(word for word in RUN if word not in ("--model", MODEL))
-    refused = command_line(*before, *arguments, **{**environment, **changes})
-    assert refused.code == 2, refused.stderr
+    outcome = command_line(*before, *arguments, **{**environment, **changes})
+    assert outcome.code == 2, outcome.stderr
     for word in words:
-        assert word in refused.stderr.splitlines()[-1]
+        assert word in outcome.stderr.splitlines()[-1]
 
 
 @pytest.mark.long
@@ -238,7 +238,7 @@ def test_a_rejected_run_costs_seconds_and_says_what_to_do(
 def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_its_card_says_so(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """Everything is int4, with one scale per row; MMLU alone would let it pass."""
+    """All weights of the language model are int4, with one scale per row; MMLU alone would let the release pass."""
     recipe = load_recipe("HQQ-INT8-INT4").to_json()
     for rule in recipe["rules"]:
         if not rule["match"].startswith("vision."):
@@ -246,9 +246,9 @@ def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_it
     (tmp_path / "bad.json").write_text(json.dumps(recipe))
     target = f"{TARGET}-bad"
     few = ("--tasks", "mmlu", "--limit", "4", "--program-samples", "5", "--max-kl", "0.1", "--target", target)
-    refused = command_line(*RUN, "--recipe", str(tmp_path / "bad.json"), *few, **environment)
-    assert refused.code == 1
-    summary = refused.summary
+    outcome = command_line(*RUN, "--recipe", str(tmp_path / "bad.json"), *few, **environment)
+    assert outcome.code == 1
+    summary = outcome.summary
     assert summary["published"] is None
     assert hub.storage.find("model", target) is None
     checks = {check["name"]: check for check in summary["gate"]["checks"]}
@@ -277,7 +277,7 @@ def test_a_recipe_is_calibrated_on_a_dataset_at_its_commit(
     recipe = load_recipe("GPTQ-INT8-INT4").to_json() | {"calibration": {"sequences": 4, "length": 96, "answers": 0}}
     (tmp_path / "mine.json").write_text(json.dumps(recipe))
     arguments = ("--recipe", str(tmp_path / "mine.json"), "--calibration", "team/corpus:train/*")
-    # So little text on another subject costs the model much.
+    # Calibrating on so little text about another subject costs a lot of quality.
     limits = ("--max-kl", "none", "--min-same-top", "none", "--limit-drop", "mmlu=100", "--min-recovery", "0")
     outcome = command_line(*RUN, *arguments, *limits, "--tasks", "mmlu", "--limit", "2", **environment)
     assert outcome.code == 0, outcome.stderr
@@ -296,16 +296,16 @@ def test_a_request_that_the_hub_rejects_after_the_release_is_complete_is_a_failu
 ) -> None:
     release = command_line(*RUN, **environment).summary["release"]
     hub.faults.add(method="POST", path="/info/lfs/objects/batch", status=507, error_message="no room")
-    refused = command_line(*RUN, "--target", f"{TARGET}-full", **environment)
-    assert refused.code == 1
-    summary = refused.summary
+    outcome = command_line(*RUN, "--target", f"{TARGET}-full", **environment)
+    assert outcome.code == 1
+    summary = outcome.summary
     assert (
         summary["error"]
         == f"publish: the quota for {TARGET}-full is used up (no room): free some space there, or ask for more"
     )
-    assert refused.stderr.count(summary["error"]) == 1
-    assert "publish: failed" in refused.stderr
-    assert "skipped" not in refused.stderr
+    assert outcome.stderr.count(summary["error"]) == 1
+    assert "publish: failed" in outcome.stderr
+    assert "skipped" not in outcome.stderr
     assert summary["release"] == release
     assert summary["gate"]["passed"]
     assert summary["published"] is None
@@ -316,7 +316,7 @@ def test_a_request_that_the_hub_rejects_after_the_release_is_complete_is_a_failu
 def test_nothing_that_a_run_writes_holds_a_token(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
 ) -> None:
-    """Run last: it searches what all runs before, failing ones too, have left."""
+    """This test runs last: it searches everything that earlier runs wrote, including those that failed."""
     hub.faults.add(method="GET", path="resolve", status=403, error_message=f"Bearer {READER} is not enough")
     hub.faults.add(method="POST", path="/commit/", status=500, error_message=f"{WRITER} may not")
     outcomes = [

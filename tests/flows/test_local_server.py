@@ -1,10 +1,10 @@
-"""A run's Prefect clients, and a server that is away for a moment."""
+"""A run's Prefect clients, and a server that is unavailable for a moment."""
 
 import socket
 import subprocess
 import sys
 
-# A client that is made while nobody listens, and somebody who listens some seconds later.
+# A client that is created while the server is down, and a server that starts a few seconds later.
 SCRIPT = """
 import http.server, sys, threading, time
 from prefect.client.orchestration import get_client
@@ -47,7 +47,7 @@ def test_a_client_that_is_created_while_the_server_is_down_waits_for_it() -> Non
 
 
 def test_prefects_own_client_does_not() -> None:
-    """If it does, a later version waits by itself, and retry_refused_connections can go."""
+    """If this test fails, Prefect's client waits by itself, and retry_refused_connections can be removed."""
     done = run("stock")
     assert done.returncode == 1
     assert "ConnectError" in done.stderr

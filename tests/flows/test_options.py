@@ -1,4 +1,4 @@
-"""Values that cannot work are refused while they are parsed."""
+"""Invalid values are rejected when they are parsed."""
 
 import inspect
 import shlex
@@ -47,9 +47,9 @@ def options(**values: Any) -> RunOptions:
     ],
 )
 def test_a_value_that_cannot_work_is_refused_with_the_name_of_its_option(name: str, value: Any) -> None:
-    with pytest.raises(ValidationError) as refusal:
+    with pytest.raises(ValidationError) as raised:
         options(**{name: value})
-    error = refusal.value.errors()[0]
+    error = raised.value.errors()[0]
     assert name in error["loc"] or f"--{name.replace('_', '-')}" in error["msg"]
 
 
@@ -59,7 +59,7 @@ def test_names_with_spaces_and_accents_are_valid() -> None:
 
 @pytest.mark.parametrize("name", ["revision", "cluster", "branch"])
 def test_a_field_that_is_left_empty_has_its_default(name: str) -> None:
-    """In Prefect's form, and in a deployment whose environment variable is not set."""
+    """A field may be empty in Prefect's form, or in a deployment whose environment variable is not set."""
     assert options(**{name: ""}) == RunOptions()
     assert RunOptions(target="") == RunOptions()
 
@@ -90,9 +90,9 @@ def test_a_target_that_is_the_model_is_refused(target: str) -> None:
     ],
 )
 def test_options_that_exclude_each_other_are_refused_in_one_sentence(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message) as refusal:
+    with pytest.raises(ValidationError, match=message) as raised:
         options(**values)
-    assert cli.describe_invalid(refusal.value).startswith(message)
+    assert cli.describe_invalid(raised.value).startswith(message)
 
 
 def test_the_flows_signature_has_the_options_with_their_defaults() -> None:
@@ -109,18 +109,18 @@ def test_no_flag_of_the_command_line_stands_for_two_options() -> None:
 
 
 def test_tasks_datasets_and_drops_are_read_as_they_are_written() -> None:
-    given = options(
+    parsed = options(
         tasks="mmlu, gsm8k,mmlu,boolq",
         dataset=["mmlu=./a=b@c", "gsm8k=org/mirror@v2", "boolq=org/boolq"],
         limit_drop="mmlu=2, gsm8k=0.5",
     )
-    assert given.evaluation.benchmark_names(fixture_model=False) == ["mmlu", "gsm8k", "boolq"]
-    assert given.evaluation.dataset_sources() == {
+    assert parsed.evaluation.benchmark_names(fixture_model=False) == ["mmlu", "gsm8k", "boolq"]
+    assert parsed.evaluation.dataset_sources() == {
         "mmlu": ("./a=b@c", None),
         "gsm8k": ("org/mirror", "v2"),
         "boolq": ("org/boolq", None),
     }
-    assert given.gate.drops() == {"mmlu": 2.0, "gsm8k": 0.5}
+    assert parsed.gate.drops() == {"mmlu": 2.0, "gsm8k": 0.5}
     assert RunOptions().gate.drops() == {}
 
 
@@ -135,7 +135,7 @@ def test_every_stage_of_a_run_can_be_refreshed() -> None:
     [
         ({}, "cpu"),
         ({"device": "cuda"}, "cuda"),
-        # The GPUs are those of the cluster, which runs only the evaluation.
+        # The GPUs are in the cluster, which does not quantize.
         ({"device": "cuda", "cluster": "tcp://host:8786"}, "cpu"),
     ],
 )
@@ -165,7 +165,7 @@ REVISION = {"revision": "a" * 40, "dataset": PINNED, "text": f"Salesforce/wikite
 
 
 @pytest.mark.parametrize(
-    ("given", "sources", "expected"),
+    ("values", "sources", "expected"),
     [
         ({}, FIXTURES, {}),
         ({"model": HUB[0].name}, HUB, REVISION),
@@ -190,21 +190,21 @@ REVISION = {"revision": "a" * 40, "dataset": PINNED, "text": f"Salesforce/wikite
     ],
 )
 def test_the_command_on_the_card_gives_the_runs_parameters(
-    given: dict[str, Any], sources: Any, expected: dict[str, Any]
+    values: dict[str, Any], sources: Any, expected: dict[str, Any]
 ) -> None:
-    elsewhere = {"workers": 3, "target": "me/release", "tag": True, "refresh": ["card"]}
-    command = command_line(options(**given, **elsewhere), *sources, recipe_hash="b" * 64)
+    omitted = {"workers": 3, "target": "me/release", "tag": True, "refresh": ["card"]}
+    command = command_line(options(**values, **omitted), *sources, recipe_hash="b" * 64)
     words = shlex.split(command, comments=True)
     assert words[0] == "quantize-gemma"
     _, parsed = cli.parse(words[1:])
     fixtures = {"tasks": "mmlu,chartqa", "dataset": MINI_SOURCES, "text": "tiny-text"}
-    assert parsed.kwargs["options"] == options(**{**given, **fixtures, **expected})
+    assert parsed.kwargs["options"] == options(**{**values, **fixtures, **expected})
 
 
 def test_the_command_says_what_identifies_the_files_that_only_one_machine_has() -> None:
     datasets = {"mmlu": resolved("my-mirror", on_hub=False)}
-    given = options(model="./secret/path", recipe="./mine.json", tasks="mmlu", dataset=["mmlu=./my-mirror"])
-    command = command_line(given, LOCAL[0], datasets, LOCAL[2], recipe_hash="b" * 64)
+    local = options(model="./secret/path", recipe="./mine.json", tasks="mmlu", dataset=["mmlu=./my-mirror"])
+    command = command_line(local, LOCAL[0], datasets, LOCAL[2], recipe_hash="b" * 64)
     assert "secret" not in command
     assert "my-finetune" not in command
     assert "mine.json" not in command

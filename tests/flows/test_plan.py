@@ -1,4 +1,4 @@
-"""What a run will write, and the memory that it takes, are known before it starts."""
+"""The disk space and the memory that a run needs are known before it starts."""
 
 import json
 import math
@@ -104,7 +104,7 @@ def test_an_evaluation_counts_with_its_workers_and_every_other_stage_once() -> N
 
 
 def downloaded(model: Path) -> Any:
-    """Download a model directory into the store; return a future as a run has it."""
+    """Download a model directory into the store; return its reference in a future, as in a run."""
     inputs = download_inputs(resolve_model(str(model), None, offline=False), offline=False)
     artifact = store.produce("download", key_of(download, inputs), lambda target: download(target, **inputs))
     future: Future[ArtifactRef] = Future()

@@ -1,4 +1,4 @@
-"""What a run shows in Prefect's UI."""
+"""The artifacts that a run shows in Prefect's UI."""
 
 from prefect.types.names import ArtifactKey
 from pydantic import TypeAdapter

@@ -1,4 +1,4 @@
-"""The whole flow on the built-in model: every stage real, cached, and safe to kill."""
+"""The whole flow on the built-in model: every stage is real, is cached, and can be killed."""
 
 import contextlib
 import hashlib
@@ -53,7 +53,7 @@ ALL = {
 
 @pytest.fixture
 def command_line(tmp_path: Path) -> Iterator[CommandLine]:
-    """A store of the test's own: what it damages, no other test sees."""
+    """Each test has its own store, so that damage does not affect other tests."""
     with contextlib.closing(CommandLine(tmp_path / "run" / "store", tmp_path / "run" / "prefect")) as line:
         yield line
 
@@ -66,7 +66,7 @@ def released(finished_run: FinishedRun, command_line: CommandLine) -> Outcome:
 
 def artifact(command_line: CommandLine, outcome: Outcome, name: str) -> Path:
     key = next(stage["key"] for stage in outcome.summary["stages"] if stage["name"] == name)
-    # Stages that a run has once for each benchmark are named after it.
+    # Stages that run once for each benchmark are named after the benchmark.
     place = next((stage for stage in ("record", "answer", "evaluate") if name.startswith(f"{stage}_")), name)
     if name.startswith("download_") and name != "download_text":
         place = "download_dataset"
@@ -86,7 +86,7 @@ def start_run_into(
     stage: str, command_line: CommandLine, *arguments: str, until: Callable[[int, Path], bool]
 ) -> "subprocess.Popen[str]":
     """Start a run, and return it when `until(its process id, the stage's unfinished directory)` is true."""
-    # A run that was killed before leaves its own.
+    # Ignore the directories of runs that were killed before.
     before = set(command_line.home.glob(f"{stage}/.partial-*"))
     process = command_line.start("run", *arguments, "--json")
     while not any(until(process.pid, path) for path in set(command_line.home.glob(f"{stage}/.partial-*")) - before):
@@ -121,7 +121,7 @@ def uses(library: str) -> Callable[[int, Path], bool]:
 
 
 def kill_run_in(stage: str, command_line: CommandLine, *arguments: str, until: Callable[[int, Path], bool]) -> None:
-    """Start a run and kill it in the stage; what it had started ends by itself."""
+    """Start a run and kill it in the stage; check that the processes that it started end by themselves."""
     process = start_run_into(stage, command_line, *arguments, until=until)
     started = psutil.Process(process.pid).children(recursive=True)
     assert len(started) >= 2, "the local Prefect server and the stage"
@@ -134,7 +134,7 @@ def kill_run_in(stage: str, command_line: CommandLine, *arguments: str, until: C
 def test_one_command_leaves_a_release_that_passed_the_gate(released: Outcome) -> None:
     summary = released.summary
     assert set(released.cached) == ALL
-    # A column that gives the same responses as another has the same scores.
+    # A column with the same responses as another one reuses its scores.
     assert {name for name, cached in released.cached.items() if cached} <= {
         "evaluate_chartqa_quantized",
         *(f"evaluate_gsm8k_{column}" for column in ("base", "quantized", "program")),
@@ -223,26 +223,26 @@ def test_a_device_report_makes_only_the_card_again_and_that_of_another_program_s
     assert "Device: Acme One (Acme A1" in card
     assert "--device-report DEVICE_REPORT.json" in metrics_of(outcome)["commands"]["run"]
     assert str(tmp_path) not in card
-    # Its content counts, not its place.
+    # Its content counts, not its path.
     moved = path.rename(tmp_path / "moved.json")
     assert all(command_line("run", "--json", "--device-report", str(moved)).cached.values())
     moved.write_text(json.dumps(REPORT))
-    refused = command_line("run", "--json", "--device-report", str(moved))
-    assert refused.code == 2
-    assert refused.cached == {}
-    assert f"SHA-256 {REPORT['program']['sha256']}, but this release's has {sha256}" in refused.summary["error"]
+    rejected = command_line("run", "--json", "--device-report", str(moved))
+    assert rejected.code == 2
+    assert rejected.cached == {}
+    assert f"SHA-256 {REPORT['program']['sha256']}, but this release's has {sha256}" in rejected.summary["error"]
 
 
 def test_a_run_trusts_nothing_in_its_working_directory(
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:
-    """`cd cloned-model && quantize-gemma run --model .`, where the model brings modules and settings of its own."""
+    """`cd cloned-model && quantize-gemma run --model .`, where the model has its own modules and settings."""
     with another_program() as program:
         directory = hostile_directory(tmp_path / "model", f"http://127.0.0.1:{program.server_port}/api")
         shutil.copytree(BUILTIN["tiny-gemma3"], directory, dirs_exist_ok=True)
         command = [Path(sys.executable).parent / "quantize-gemma", "run", "--json", "--model", ".", *FIXTURES]
         environment = command_line.environment()
-        # Quantizing imports the most, numba too, which has a file of settings.
+        # `quantize` imports the most libraries, including numba, which reads a settings file.
         command += ["--refresh", "quantize"]
         done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -253,7 +253,7 @@ def test_a_run_trusts_nothing_in_its_working_directory(
 
 @contextlib.contextmanager
 def server(command_line: CommandLine, home: Path) -> Iterator[str]:
-    """Run a Prefect server of its own with the limits that a run needs; yield its API's address."""
+    """Run a separate Prefect server with the limits that a run needs; yield the URL of its API."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = subprocess.Popen(
             [sys.executable, "-m", "quantize_gemma.flows.local_server", str(listener.fileno()), str(os.getpid())],
@@ -283,7 +283,7 @@ def test_the_device_is_resolved_before_keys_are_made_and_on_a_cpu_batches_are_in
     again = command_line("run", "--json", "--device", "cpu", "--batch-size", "8")
     assert again.code == 0, again.stderr[-3000:]
     ran = {name for name, cached in again.cached.items() if not cached}
-    # The card has the command; and a machine with a GPU has measured on it.
+    # The card contains the command. On a machine with a GPU, the first run was evaluated on the GPU.
     assert ran == {"gate", "card"} if resolve_device("auto") == "cpu" else ran > {"gate", "card"}, again.stderr
 
 
@@ -306,7 +306,7 @@ def test_a_configured_api_is_used_and_shows_the_runs_tasks_tables_chart_card_and
     data = {artifact["key"]: artifact["data"] for artifact in shown}
     release = Path(outcome.summary["release"])
     assert json.loads(data["quality"])[1]["base"].startswith("100.00")
-    # Prefect's first interface leaves a column without a name out, and its second shows an error for the table.
+    # Prefect's first UI omits a column without a name, and its second UI shows an error for the table.
     assert all(all(row) for table in ("fidelity", "quality", "gate") for row in json.loads(data[table]))
     assert data["card"].startswith("\n# HQQ-INT8-INT4 tiny-gemma3 model")
     assert data["card"].endswith((release / "README.md").read_text()[-2000:])
@@ -351,7 +351,7 @@ def test_the_card_says_what_was_measured_and_its_code_gives_the_releases_weights
 
 
 def run_loading_code(release: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Return the names that the card's loading code leaves, run as it stands in the release's directory."""
+    """Run the card's loading code, unchanged, in the release's directory; return the names that it defines."""
     names: dict[str, Any] = {}
     monkeypatch.chdir(release)
     exec(compile(read_section(release)[1], "README.md", "exec"), names)
@@ -385,7 +385,7 @@ def swap_rows(tensors: dict[str, Any], name: str) -> None:
     tensors[f"{name}._weight_qdata"] = tensors[f"{name}._weight_qdata"].roll(1, 0)
 
 
-def mistake_every_second_scale(tensors: dict[str, Any], name: str) -> None:
+def multiply_every_second_scale(tensors: dict[str, Any], name: str) -> None:
     tensors[f"{name}._weight_scale"][:, 1::2] *= 10
 
 
@@ -398,7 +398,7 @@ def keep(_tensors: dict[str, Any], _name: str) -> None:
     [
         (swap_rows, "language_model.model.layers.0.mlp.down_proj"),
         (swap_rows, "language_model.model.layers.2.self_attn.v_proj"),
-        (mistake_every_second_scale, "language_model.model.layers.0.self_attn.o_proj"),
+        (multiply_every_second_scale, "language_model.model.layers.0.self_attn.o_proj"),
         (keep, "embed_scale"),
     ],
 )
@@ -448,7 +448,7 @@ def test_a_corrupted_weight_a_wrong_scale_and_a_lost_buffer_fail_the_gate(
 
 
 def swap_rows_of_release(source: Path, target: Path, *modules: str) -> Path:
-    """Copy a release with rows of some quantized weights swapped."""
+    """Copy a release and swap rows of some quantized weights."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -475,16 +475,16 @@ def test_the_program_is_no_further_from_the_checkpoint_than_activation_quantizat
     metrics = metrics_of(released)
     delegation = json.loads((release / "delegation.json").read_text())
     assert delegation == metrics["program"]["delegation"]
-    # 3 layers of 7 and the head; 2 layers of 6.
+    # 3 layers with 7 linears each, and the head; 2 layers with 6 linears each.
     assert delegation["text_decoder"]["xnnpack"]["aten_linear_default"] == 3 * 7 + 1
     assert delegation["vision_encoder"]["xnnpack"]["aten_linear_default"] == 2 * 6
-    # And one more for an image in the full layer.
+    # One per layer, and one more for an image in the layer with full attention.
     assert delegation["text_decoder"]["custom"]["llama_custom_sdpa_default"] == 3 + 1
     agreement = metrics["program"]["agreement"]
     assert agreement["token_embedding"] == {"max": 0.0, "mean": 0.0}
-    # The text is none that the tiny model has learned: now and then two tokens are as likely as each other.
+    # The tiny model has not learned this text, so two tokens are sometimes equally likely.
     assert agreement["same_argmax"] > 0.95
-    # Around the sliding window, twice as long, and the longest that leaves room for an answer.
+    # Around the sliding window, twice as long, and the longest prompt that leaves room for an answer.
     assert agreement["prompts"]["lengths"] == [63, 64, 65, 128, 1016]
     assert agreement["prompts"]["same_argmax"] > 0.9
     for part in (agreement, *(agreement[name] for name in ("prompts", "image", "late_image"))):
@@ -518,29 +518,29 @@ def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
     agreed = 0
     for row in rows:
         (questions,) = BUILTIN_BENCHMARKS["mmlu-mini"].glob(f"{row['task']}/test-*.parquet")
-        asked = pyarrow.parquet.read_table(questions).to_pylist()[row["doc_id"]]
-        # As lm-eval's mmlu asks it.
-        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", asked["choices"], strict=True))
+        question = pyarrow.parquet.read_table(questions).to_pylist()[row["doc_id"]]
+        # The same prompt as in lm-eval's mmlu.
+        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", question["choices"], strict=True))
         about = f"The following are multiple choice questions (with answers) about {row['task'].replace('_', ' ')}."
-        ids = torch.tensor([tokenizer(f"{about}\n\n{asked['question'].strip()}\n{choices}\nAnswer:")["input_ids"]])
+        ids = torch.tensor([tokenizer(f"{about}\n\n{question['question'].strip()}\n{choices}\nAnswer:")["input_ids"]])
         logits = program.decode(program.embed_tokens(ids), {ids.shape[1] - 1})[0]
         agreed += int(logits[letters].argmax()) == row["prediction"]
     assert agreed == len(rows) == 228
 
 
 def answer_damaged(target: Path, lost_buffer: str | None, **settings: Any) -> dict[str, Any]:
-    """Answer as the stage does; a lost buffer is what a loader that forgets non-persistent buffers leaves."""
+    """Answer as the stage does; `lost_buffer` imitates a loader that does not restore non-persistent buffers."""
     from transformers.models.gemma3 import modeling_gemma3
 
     from quantize_gemma.tasks.evaluate.answer import answer
 
     if lost_buffer:
-        made = modeling_gemma3.Gemma3TextScaledWordEmbedding.__init__
+        original = modeling_gemma3.Gemma3TextScaledWordEmbedding.__init__
 
-        def make(self: Any, *arguments: Any, embed_scale: float = 1.0, **keywords: Any) -> None:
-            made(self, *arguments, embed_scale=1.0, **keywords)
+        def without_scale(self: Any, *arguments: Any, embed_scale: float = 1.0, **keywords: Any) -> None:
+            original(self, *arguments, embed_scale=1.0, **keywords)
 
-        modeling_gemma3.Gemma3TextScaledWordEmbedding.__init__ = make
+        modeling_gemma3.Gemma3TextScaledWordEmbedding.__init__ = without_scale
     return answer(target, **settings)
 
 
@@ -558,10 +558,10 @@ def test_a_release_that_fails_the_gate_stays_on_disk_and_the_run_says_which_chec
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:
     with server(command_line, tmp_path) as api:
-        refused = command_line("run", "--max-kl-ratio", "0.01", "--json", PREFECT_API_URL=api)
+        outcome = command_line("run", "--max-kl-ratio", "0.01", "--json", PREFECT_API_URL=api)
         (run,) = httpx.post(f"{api}/flow_runs/filter", json={}, timeout=30).json()
-    assert refused.code == 1
-    verdict = refused.summary["gate"]
+    assert outcome.code == 1
+    verdict = outcome.summary["gate"]
     assert not verdict["passed"]
     failed = {check["name"] for check in verdict["checks"] if check["status"] == "fail"}
     assert failed - {"vision_encoder"} == {
@@ -570,14 +570,14 @@ def test_a_release_that_fails_the_gate_stays_on_disk_and_the_run_says_which_chec
         "program_kl_image",
         "program_kl_late_image",
     }
-    assert refused.summary["published"] is None
-    assert (Path(refused.summary["release"]) / "model.pte").is_file()
-    # The limits are in the gate's key; nothing before it runs again.
-    assert refused.cached == {name: name not in ("gate", "card") for name in ALL}
+    assert outcome.summary["published"] is None
+    assert (Path(outcome.summary["release"]) / "model.pte").is_file()
+    # The limits are part of the gate's key; nothing before it runs again.
+    assert outcome.cached == {name: name not in ("gate", "card") for name in ALL}
     assert run["state_type"] == "FAILED"
-    for said in (run["state"]["message"], refused.stderr):
-        assert "the release fails the gate: the program's KL divergence" in said
-        lines = [line.split("  ") for line in said.splitlines()]
+    for text in (run["state"]["message"], outcome.stderr):
+        assert "the release fails the gate: the program's KL divergence" in text
+        lines = [line.split("  ") for line in text.splitlines()]
         verdicts = {line[0]: line[-1].strip() for line in lines if line[-1].strip() in ("pass", "fail")}
         expected = {check["name"].replace("_", " "): check["status"] for check in verdict["checks"]}
         assert verdicts == expected
@@ -657,7 +657,7 @@ def test_another_recipe_killed_in_the_export_is_finished_by_two_runs_together_fr
     exported = set(command_line.home.glob("export/*/manifest.json"))
     kill_run_in("export", command_line, *arguments, until=uses("executorch"))
     assert set(command_line.home.glob("export/*/manifest.json")) == exported
-    # What was untied is the same for every recipe: both runs want to do it again.
+    # The untied checkpoint is the same for every recipe; without it, both runs have to rebuild it.
     shutil.rmtree(artifact(command_line, released, "untie"))
     both = [command_line.start("run", *arguments, "--json") for _ in range(2)]
     outcomes = []
@@ -716,7 +716,7 @@ def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects
 
 
 def check_calibration(outcome: Outcome, digest: str) -> None:
-    """Check what a release says of its calibration, and the chart of what that left of the error."""
+    """Check what a release says about its calibration, and its chart of the remaining error."""
     calibration = metrics_of(outcome)["calibration"]
     assert calibration["dataset"] == {"name": "text.txt", "revision": digest, "fixture": False}
     assert calibration["tokens"] == 96 * (calibration["sequences"] + calibration["answers"])
@@ -738,7 +738,7 @@ def check_calibration(outcome: Outcome, digest: str) -> None:
 def test_every_recipe_of_ours_goes_from_the_checkpoint_to_a_program_that_passes_the_gate(
     command_line: CommandLine, recipe: str, tmp_path: Path
 ) -> None:
-    """Through the C++ runners, among others; the flow of the other tests is that of the published card's recipe."""
+    """The program runs in the C++ runners, too; most other tests use the published card's recipe."""
     lines = (BUILTIN_TEXTS["tiny-text"] / "text.txt").read_text("utf-8").splitlines(keepends=True)
     for place, name in enumerate(("calibration", "text")):
         (tmp_path / f"{name}.txt").write_text("".join(lines[len(lines) // 2 * place :][: len(lines) // 2]), "utf-8")
@@ -758,7 +758,7 @@ def test_every_recipe_of_ours_goes_from_the_checkpoint_to_a_program_that_passes_
 def test_a_checkpoint_on_the_grid_becomes_a_program_that_differs_by_its_activations_alone(
     command_line: CommandLine, tmp_path: Path
 ) -> None:
-    """As Google's checkpoints of quantization-aware training are, which cannot be had in a test."""
+    """As in Google's QAT checkpoints, which are not available to the tests."""
     model = write_grid_checkpoint(BUILTIN["tiny-gemma3"], tmp_path / "grid")
     arguments = ("--recipe", "EXACT", "--limit", "2", "--json", *FIXTURES)
     arguments += ("--reference-model", "tiny-gemma3")
@@ -774,7 +774,7 @@ def test_a_checkpoint_on_the_grid_becomes_a_program_that_differs_by_its_activati
     assert agreement["kl_program"] < agreement["kl_act_quant"]
     card = (Path(outcome.summary["release"]) / "README.md").read_text(encoding="utf-8")
     assert "**Lossless:** every quantized weight of the language model" in card
-    # The model before its weights were put on the grid is further away, and named.
+    # The original model, before its weights were put on the grid, is further away, and is named on the card.
     reference = metrics["quantized"]["reference"]
     assert reference["name"] == "tiny-gemma3"
     assert reference["fidelity"]["weights_only"]["kl_mean"] > 10 * fidelity["weights_only"]["kl_mean"]
@@ -804,7 +804,7 @@ def test_a_text_only_checkpoint_and_a_calibrated_recipe_go_through_the_same_flow
     assert (
         "trains all scales and norms of the language model except the embedding's scales; the code below does" in card
     )
-    # The plan of another run knows what is in the store.
+    # The plan of another run finds these results in the store.
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(command_line.home))
     options = RunOptions(model=str(target), calibration=str(text), export=ExportOptions(max_seq_len=256))
     resolved = resolve_model(str(target), None, True), load_recipe(str(tmp_path / "mine.json"))
@@ -818,7 +818,7 @@ def test_a_text_only_checkpoint_and_a_calibrated_recipe_go_through_the_same_flow
     assert program["text"]["response"].startswith("I can talk to you")
     assert program["agreement"]["prompts"]["lengths"] == [63, 64, 65, 128, 248]
     assert program["image"] is None
-    # What the model cannot see is not even resolved.
+    # For a text-only model, benchmarks with images are not even resolved.
     assert "chartqa" not in outcome.summary["metrics"]["quantized"]
     assert not any("chartqa" in stage["name"] for stage in outcome.summary["stages"])
     assert outcome.summary["metrics"]["quantized"]["mmlu"]["value"] >= 0.8

@@ -1,4 +1,4 @@
-"""The timeline of a run shows what ran, when, and with how much memory, however the run ended."""
+"""The timeline of a run shows what ran, when, and with how much memory, even if the run failed."""
 
 import base64
 import contextlib
@@ -22,14 +22,14 @@ def rows_shown(command_line: CommandLine) -> list[int]:
     from PIL import Image
 
     with contextlib.closing(sqlite3.connect(command_line.prefect / "prefect.db")) as database:
-        found = database.execute("select data from artifact where key = 'timeline' order by created").fetchall()
-    urls = [json.loads(data) for (data,) in found]
+        rows = database.execute("select data from artifact where key = 'timeline' order by created").fetchall()
+    urls = [json.loads(data) for (data,) in rows]
     images = [Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))) for url in urls]
     return [round((image.height / DPI - 0.87 - 0.3) / ROW) for image in images]
 
 
 def rows_expected(outcome: Outcome) -> range:
-    """Return how many rows a run's timeline may have: its stages, and those of its own steps that took a second."""
+    """Return how many rows a run's timeline may have: its stages, and its other steps that took at least a second."""
     ran = [stage for stage in outcome.summary["stages"] if not stage["cached"]]
     return range(sum(bool(stage["key"]) or stage["state"] == "FAILED" for stage in ran), len(ran) + 1)
 
@@ -49,7 +49,7 @@ def test_the_parts_of_a_stage_are_one_bar_and_short_steps_have_none_unless_they_
     times = {
         "check": [(100.5, 100.75)],
         "download": [(101.0, 104.0)],
-        # Two parts, and the second part's second attempt.
+        # Two parts, and a second attempt of the second part.
         "answer_mmlu_base": [(104.0, 112.5), (105.0, 106.0), (107.0, 120.0)],
         "fidelity": [(103.0, 103.25)],
         "export": [(103.5, 130.0)],
@@ -97,9 +97,9 @@ def test_a_run_shows_what_it_ran_and_nothing_if_all_was_cached(finished_run: Fin
         again = command_line("run", "--json")
         assert all(again.cached.values())
         assert len(rows_shown(command_line)) == 1
-        refused = command_line("run", "--json", "--max-kl", "0.0001")
-        assert refused.code == 1
-        failed = {stage["name"] for stage in refused.summary["stages"] if stage["state"] == "FAILED"}
+        outcome = command_line("run", "--json", "--max-kl", "0.0001")
+        assert outcome.code == 1
+        failed = {stage["name"] for stage in outcome.summary["stages"] if stage["state"] == "FAILED"}
         assert failed == {"check_gate"}
         _, rows = rows_shown(command_line)
-        assert rows in rows_expected(refused)
+        assert rows in rows_expected(outcome)

@@ -1,4 +1,4 @@
-"""Servers and workers as a person starts them."""
+"""Servers and workers, started as a user would start them."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ import httpx
 
 
 def wait_for(url: str, seconds: float = 120) -> None:
-    """Return when the address answers."""
+    """Wait until the URL responds with 200."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -23,7 +23,7 @@ def wait_for(url: str, seconds: float = 120) -> None:
 
 
 class AnotherProgram(ThreadingHTTPServer):
-    """A server that says yes to everything, and remembers what it was sent."""
+    """A server that answers every request with 200, and records the requests."""
 
     def __init__(self, page: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -49,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def another_program(page: str = "true") -> Iterator[AnotherProgram]:
-    """Run somebody else's server on this machine, which answers everything with the page."""
+    """Run another program's server on this machine, which answers every request with `page`."""
     with AnotherProgram(page) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield http

@@ -1,4 +1,4 @@
-"""There is no container engine here: the files are linted, and the images' commands run outside of one."""
+"""No container engine is available: the files are linted, and the image's commands run outside of a container."""
 
 import re
 import shutil
@@ -58,8 +58,8 @@ def test_no_secret_is_in_a_file_and_every_one_that_is_needed_is_in_the_example()
     for variable in re.findall(r"\$\{(\w+)", text):
         assert re.search(rf"^#?{variable}=", example, re.MULTILINE), variable
     for variable in re.findall(r"\$\{(\w+):\?", text):
-        assert re.search(rf"^{variable}=$", example, re.MULTILINE), f"{variable} is required, and empty in the example"
-    # In both, a password, token or authorization is a variable.
+        assert re.search(rf"^{variable}=$", example, re.MULTILINE), f"{variable} must be empty in the example"
+    # In both files, a password, token, or authorization is a variable.
     for line in (*text.splitlines(), *(DOCKER / "Dockerfile").read_text().splitlines()):
         if re.search(r"(PASSWORD|TOKEN|AUTH_STRING|SECRET|KEY)\w*\s*[:=]", line) and "${" not in line:
             pytest.fail(line)

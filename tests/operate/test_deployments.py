@@ -1,4 +1,4 @@
-"""A real server, a real worker, a real browser: what is deployed runs, survives, and can be seen."""
+"""On a real server, with a real worker and browser, deployments run, survive failures, and show in the dashboard."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ TINY = ("model=tiny-gemma3", 'evaluation={"batch_size": 16}')
 
 @dataclass
 class Operation:
-    """A server and what talks to it: `environment` is what `make deploy` and `make worker` would be given."""
+    """A server and its clients: `environment` has the variables for `make deploy` and `make worker`."""
 
     environment: dict[str, str]
     api: str
@@ -67,49 +67,49 @@ class Operation:
         return done.stdout
 
     def submit(self, deployment: str, *parameters: str) -> str:
-        """Types `prefect deployment run`; returns the flow run's id."""
+        """Call `prefect deployment run`; return the flow run's id."""
         arguments = [word for parameter in parameters for word in ("--param", parameter)]
         command = [*PREFECT, "deployment", "run", deployment, *arguments]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
-        found = re.search(r"UUID: ([0-9a-f-]{36})", done.stdout)
-        assert found, done.stdout
-        return found.group(1)
+        match = re.search(r"UUID: ([0-9a-f-]{36})", done.stdout)
+        assert match, done.stdout
+        return match.group(1)
 
     def read(self, path: str, query: dict[str, Any] | None = None) -> Any:
         return self.request("GET" if query is None else "POST", path, query).json()
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        """Send a request, again while the server answers 503: SQLite is busy, and Prefect's own client does so."""
+        """Send a request; like Prefect's own client, retry while the server returns 503 because SQLite is busy."""
         for _ in range(30):
-            answer = httpx.request(method, f"{self.api}/{path}", json=body, timeout=60)
-            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            response = httpx.request(method, f"{self.api}/{path}", json=body, timeout=60)
+            if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 break
             time.sleep(1)
-        return answer.raise_for_status()
+        return response.raise_for_status()
 
     def wait(self, run: str, states: set[str], seconds: float) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
         while True:
-            found = self.read(f"flow_runs/{run}")
-            if found["state_name"] in states:
-                return found
-            assert time.monotonic() < deadline, (found["state_name"], self.log.read_text()[-3000:])
+            flow_run = self.read(f"flow_runs/{run}")
+            if flow_run["state_name"] in states:
+                return flow_run
+            assert time.monotonic() < deadline, (flow_run["state_name"], self.log.read_text()[-3000:])
             time.sleep(0.5)
 
     def tasks(self, run: str) -> dict[str, str]:
-        """Return the states by stage of a run that has ended."""
-        # The server learns names and states from events, which come after the run's own end on a busy machine.
+        """Return the state of each stage of a run that has ended."""
+        # The server learns names and states from events, which arrive after the end of the run on a busy machine.
         deadline = time.monotonic() + 60
         while True:
-            found = self.read("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
-            if found and all(
+            task_runs = self.read("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+            if task_runs and all(
                 task["name"].endswith(" · tiny-gemma3 · HQQ-INT8-INT4")
                 and task["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-                for task in found
+                for task in task_runs
             ):
-                return {task["name"].split(" · ")[0]: task["state_name"] for task in found}
-            assert time.monotonic() < deadline, [(task["name"], task["state_name"]) for task in found]
+                return {task["name"].split(" · ")[0]: task["state_name"] for task in task_runs}
+            assert time.monotonic() < deadline, [(task["name"], task["state_name"]) for task in task_runs]
             time.sleep(0.5)
 
 
@@ -117,8 +117,8 @@ class Operation:
 def operate(
     released: Outcome, command_line: CommandLine, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Operation]]:
-    """Start servers, each with a home of its own, on the store that the session has filled."""
-    started: list[Operation] = []
+    """Start servers, each with its own Prefect home, on the store that has the finished run."""
+    operations: list[Operation] = []
 
     def make(**environment: str) -> Operation:
         folder = tmp_path_factory.mktemp("operation")
@@ -138,24 +138,24 @@ def operate(
             **environment,
         }
         operation = Operation(settings, api, None, folder / "log")  # type: ignore[arg-type]
-        started.append(operation)
+        operations.append(operation)
         operation.start_server()
         return operation
 
     yield make
-    for operation in started:
+    for operation in operations:
         operation.server.terminate()
         operation.server.wait(30)
 
 
 @pytest.fixture(scope="module")
 def alerts() -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """A webhook: its address, and what it was told."""
-    told: list[dict[str, str]] = []
+    """A webhook: its URL, and the messages that it received."""
+    messages: list[dict[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(204)
             self.end_headers()
 
@@ -164,7 +164,7 @@ def alerts() -> Iterator[tuple[str, list[dict[str, str]]]]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/", told
+        yield f"http://127.0.0.1:{server.server_port}/", messages
         server.shutdown()
 
 
@@ -177,7 +177,7 @@ def sqlite(operate: Callable[..., Operation], alerts: tuple[str, list[dict[str, 
 
 @pytest.fixture(scope="module")
 def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL cluster of its own; as an unprivileged user if need be, for it refuses to run as root."""
+    """A separate PostgreSQL cluster, run as an unprivileged user if needed, because it refuses to run as root."""
     if POSTGRES is None:
         pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
     folder = tmp_path_factory.mktemp("postgres")
@@ -217,7 +217,7 @@ def postgres(
 
 
 def run_twice(operation: Operation, command_line: CommandLine) -> str:
-    """Run the default deployment on the tiny model, with something to do and then with nothing; return the first."""
+    """Run the default deployment on the tiny model, once with and once without work; return the first run's id."""
     forget(command_line, "smoke")
     with operation.worker():
         first = operation.submit("quantize-gemma/default", *TINY)
@@ -240,23 +240,23 @@ def run_twice(operation: Operation, command_line: CommandLine) -> str:
 
 
 def test_deploying_again_changes_nothing(sqlite: Operation) -> None:
-    def seen() -> list[Any]:
+    def snapshot() -> list[Any]:
         deployments = sqlite.read("deployments/filter", {})
         limits = sqlite.read("v2/concurrency_limits/filter", {})
         automations = sqlite.read("automations/filter", {})
         keep = [(d["id"], d["name"], d["parameters"], d["entrypoint"], len(d["schedules"])) for d in deployments]
         return [sorted(map(str, keep)), sorted((x["name"], x["limit"]) for x in limits), len(automations)]
 
-    before = seen()
+    before = snapshot()
     sqlite.deploy()
-    assert seen() == before
+    assert snapshot() == before
     ours = [name for name, _ in before[1] if name.startswith("quantize-gemma")]
     assert ours == ["quantize-gemma-accelerator", "quantize-gemma-memory"]
 
 
 @pytest.fixture(scope="module")
 def dead_run(sqlite: Operation, command_line: CommandLine) -> str:
-    """A run whose machine lost its power in the middle of a stage."""
+    """A run whose machine lost power in the middle of a stage."""
     forget(command_line, "quantize")
     with sqlite.worker() as worker:
         run = sqlite.submit("quantize-gemma/default", *TINY)
@@ -287,7 +287,7 @@ def test_a_run_outlives_its_servers_restart(sqlite: Operation, command_line: Com
         wait_for_work(command_line, "quantize")
         sqlite.server.terminate()
         sqlite.server.wait(60)
-        time.sleep(8)  # The stages that come next begin without a server.
+        time.sleep(8)  # The next stages begin without a server.
         sqlite.start_server()
         assert sqlite.wait(run, {"Completed", "Failed", "Crashed"}, 240)["state_name"] == "Completed"
     assert sqlite.read("v2/concurrency_limits/quantize-gemma-accelerator")["active_slots"] == 0
@@ -295,7 +295,7 @@ def test_a_run_outlives_its_servers_restart(sqlite: Operation, command_line: Com
 
 @pytest.mark.long
 def test_two_runs_never_hold_the_same_slot(sqlite: Operation, command_line: CommandLine) -> None:
-    """With one slot of memory, the heavy stages of two runs follow each other, and both runs come to their end."""
+    """With one memory slot, the heavy stages of two runs take turns, and both runs complete."""
     limit = "v2/concurrency_limits/quantize-gemma-memory"
     slots = sqlite.read(limit)["limit"]
     sqlite.request("PATCH", limit, {"limit": 1})
@@ -314,7 +314,7 @@ def test_two_runs_never_hold_the_same_slot(sqlite: Operation, command_line: Comm
         ended = manifest.stat().st_mtime
         spans.append((ended - json.loads(manifest.read_text())["measured"]["seconds"], ended))
     assert len(spans) == 4
-    # A manifest is written some moments after the slot was given back.
+    # A manifest is written shortly after the slot is released.
     assert all(before[1] <= after[0] + 1.5 for before, after in pairwise(sorted(spans)))
 
 
@@ -337,29 +337,29 @@ def test_a_bad_value_is_refused_before_a_run_exists(sqlite: Operation) -> None:
         ("benchmark=cais/mmlu", "benchmark"),
     ):
         command = [*PREFECT, "deployment", "run", "quantize-gemma/default", "--param", parameter]
-        refused = subprocess.run(command, env=sqlite.environment, capture_output=True, text=True, timeout=120)
-        assert refused.returncode == 1, parameter
-        assert name in refused.stdout
+        process = subprocess.run(command, env=sqlite.environment, capture_output=True, text=True, timeout=120)
+        assert process.returncode == 1, parameter
+        assert name in process.stdout
     assert len(sqlite.read("flow_runs/filter", {"flow_runs": {"deployment_id": {"is_null_": False}}})) == before
 
 
 def test_a_failed_release_is_reported_to_the_webhook(
     postgres: Operation, alerts: tuple[str, list[dict[str, str]]]
 ) -> None:
-    """On PostgreSQL: on SQLite Prefect drops an event when two of its writers meet ("database is locked")."""
+    """On PostgreSQL, because Prefect drops an event on SQLite if two writers collide ("database is locked")."""
     with postgres.worker():
         run = postgres.submit("quantize-gemma/default", *TINY, 'gate={"max_kl_ratio": 0.01}')
         assert postgres.wait(run, {"Completed", "Failed", "Crashed"}, 120)["state_name"] == "Failed"
     deadline = time.monotonic() + 60
-    while not any("the release fails the gate" in said["text"] for said in alerts[1]):
+    while not any("the release fails the gate" in message["text"] for message in alerts[1]):
         assert time.monotonic() < deadline, alerts[1]
         time.sleep(0.5)
-    assert any(said["subject"] == "quantize-gemma: a run failed" for said in alerts[1])
+    assert any(message["subject"] == "quantize-gemma: a run failed" for message in alerts[1])
 
 
 @pytest.fixture(scope="module")
 def last_night(sqlite: Operation) -> str:
-    """A nightly run, after which there is none."""
+    """A nightly run that no other run follows."""
     with sqlite.worker():
         run = sqlite.submit("quantize-gemma/nightly", *TINY)
         assert sqlite.wait(run, {"Completed", "Failed", "Crashed"}, 120)["state_name"] == "Completed"
@@ -367,25 +367,25 @@ def last_night(sqlite: Operation) -> str:
 
 
 def test_the_webhook_is_kept_as_a_secret(sqlite: Operation, alerts: tuple[str, list[dict[str, str]]]) -> None:
-    """Who reads blocks without their secrets does not learn the address; a block of the old form gets the new one."""
+    """Reading blocks without secrets does not reveal the URL; a block in the old format is converted."""
     from quantize_gemma.deployments.alerts import BLOCK
 
     def documents(**query: Any) -> list[dict[str, Any]]:
-        found = sqlite.read("block_documents/filter", query)
-        return [document for document in found if document["name"] == BLOCK]
+        blocks = sqlite.read("block_documents/filter", query)
+        return [document for document in blocks if document["name"] == BLOCK]
 
-    (shown,) = documents()
-    assert alerts[0] not in json.dumps(shown)
+    (public_block,) = documents()
+    assert alerts[0] not in json.dumps(public_block)
     (block,) = documents(include_secrets=True)
     assert block["data"]["secrets"] == {"url": alerts[0]}
     old = {**block["data"], "url": alerts[0], "secrets": {}}
     change = {"data": old, "merge_existing_data": False}
     sqlite.request("PATCH", f"block_documents/{block['id']}", change)
     assert alerts[0] in json.dumps(documents())
-    # Not given again.
+    # The webhook is not passed again.
     sqlite.environment.pop("QUANTIZE_GEMMA_ALERTS")
     sqlite.deploy()
-    assert documents() == [shown | {"updated": documents()[0]["updated"]}]
+    assert documents() == [public_block | {"updated": documents()[0]["updated"]}]
     assert documents(include_secrets=True)[0]["data"] == block["data"]
 
 
@@ -429,12 +429,12 @@ def test_the_nightly_keeps_its_hour_through_a_change_of_daylight_saving(sqlite: 
     assert nightly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     options = RunOptions(**nightly["parameters"])
     assert options.publishing.create_pr is True
-    # Deployed without a target, it publishes nothing.
+    # Without a target, it publishes nothing.
     assert options.target is None
 
 
 def forget(command_line: CommandLine, stage: str) -> None:
-    """Empty the store of a stage, and of what killed runs of it left."""
+    """Remove a stage's artifacts from the store, and what its killed runs left behind."""
     shutil.rmtree(command_line.home / stage)
 
 
@@ -466,14 +466,14 @@ def test_a_missed_nightly_run_is_reported(
     sqlite: Operation, last_night: str, alerts: tuple[str, list[dict[str, str]]]
 ) -> None:
     deadline = time.monotonic() + 150
-    while not any(said["subject"] == "quantize-gemma: the nightly run did not start" for said in alerts[1]):
+    while not any(message["subject"] == "quantize-gemma: the nightly run did not start" for message in alerts[1]):
         assert time.monotonic() < deadline, alerts[1]
         time.sleep(0.5)
 
 
 @pytest.mark.long
 def test_the_run_of_the_dead_machine_has_crashed(sqlite: Operation, dead_run: str) -> None:
-    """Last, for it takes some silence to be missed."""
+    """Runs last, because a run is marked as crashed only after some time without heartbeats."""
     assert sqlite.wait(dead_run, {"Crashed"}, 300)["state_type"] == "CRASHED"
 
 

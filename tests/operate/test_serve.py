@@ -1,4 +1,4 @@
-"""`make serve`: a server, its deployments and a worker on one machine, for who started it and nobody else."""
+"""`make serve`: a server, its deployments, and a worker on one machine, accessible only to the user who started it."""
 
 import json
 import os
@@ -31,7 +31,7 @@ FOREIGN = {"Origin": "http://foreign.example"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """A local server, with a secret in it, as `run` and `serve` start it."""
+    """A local server that stores a secret, started as `run` and `serve` start it."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
         environment.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -67,20 +67,20 @@ def test_nobody_without_the_password_reads_or_writes(
 
 
 def test_a_page_of_another_origin_is_not_allowed_to_send_the_password(server: LocalServer) -> None:
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-    foreign = httpx.options(f"{server.url}/flows/", headers={**asked, **FOREIGN}, timeout=30)
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    foreign = httpx.options(f"{server.url}/flows/", headers={**preflight, **FOREIGN}, timeout=30)
     assert foreign.status_code == 400
-    ours = httpx.options(f"{server.url}/flows/", headers={**asked, "Origin": server.ui}, timeout=30)
+    ours = httpx.options(f"{server.url}/flows/", headers={**preflight, "Origin": server.ui}, timeout=30)
     assert ours.headers["access-control-allow-origin"] == server.ui
 
 
 def test_a_host_name_that_resolves_to_this_machine_gets_nothing(server: LocalServer) -> None:
-    """To a browser, a page of that name is of the server's own origin."""
+    """To a browser, a page with that host name has the server's own origin."""
     user, word = server.password.split(":")
     for path in ("/", "/sign-in", "/ui-settings", "/api/health"):
-        answer = httpx.get(f"{server.ui}{path}", headers={"Host": "foreign.example"}, auth=(user, word), timeout=30)
-        assert answer.status_code == 400
-        assert answer.text == "Invalid host header"
+        response = httpx.get(f"{server.ui}{path}", headers={"Host": "foreign.example"}, auth=(user, word), timeout=30)
+        assert response.status_code == 400
+        assert response.text == "Invalid host header"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_host_name_that_resolves_to_this_machine_gets_nothing(server: LocalSer
     ],
 )
 def test_nobody_without_the_password_listens(server: LocalServer, path: str) -> None:
-    """Of web sockets, browsers ask nobody whether a page may open them."""
+    """Browsers let any page open a WebSocket without a CORS check."""
     from websockets.exceptions import ConnectionClosed, InvalidStatus
     from websockets.sync.client import connect
     from websockets.typing import Origin, Subprotocol
@@ -119,23 +119,23 @@ def test_the_password_is_in_a_file_of_the_users_alone_and_on_no_command_line(
     assert not any(server.password in word for word in psutil.Process(server.process.pid).cmdline())
 
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
-    made: list[str] = []
-    callers = [threading.Thread(target=lambda: made.append(password())) for _ in range(8)]
+    passwords: list[str] = []
+    callers = [threading.Thread(target=lambda: passwords.append(password())) for _ in range(8)]
     for caller in callers:
         caller.start()
     for caller in callers:
         caller.join()
-    assert len(made) == 8
-    assert len(set(made)) == 1
-    assert made[0] != server.password
+    assert len(passwords) == 8
+    assert len(set(passwords)) == 1
+    assert passwords[0] != server.password
     assert password_file().parent.stat().st_mode & 0o777 == 0o700
-    # What others could read is no password any more.
+    # A password that others could read is replaced.
     password_file().chmod(0o640)
-    assert password() != made[0]
+    assert password() != passwords[0]
     assert password_file().stat().st_mode & 0o777 == 0o600
 
 
-# A page that reads the secrets and makes a flow, and shows what it was answered.
+# A page that tries to read the secrets and to create a flow, and shows the responses.
 ATTACK = """<p id=answer>nothing yet</p><script>
 const ask = (path, body) => fetch("URL" + path, {method: "POST", body: JSON.stringify(body), headers: TYPE})
   .then(answer => answer.text());
@@ -151,7 +151,7 @@ def test_a_web_page_in_the_users_browser_reads_and_writes_nothing(
 ) -> None:
     page = ATTACK.replace("URL", server.url).replace("TYPE", json.dumps({"Content-Type": content}))
     with another_program(page) as http:
-        # In a browser that is signed in.
+        # The browser is signed in.
         rendered(server.sign_in(Terminal()), tmp_path)
         shown = rendered(f"http://127.0.0.1:{http.server_port}/", tmp_path)
     assert "and no more" in shown
@@ -170,7 +170,7 @@ def test_the_link_that_a_terminal_is_shown_opens_the_dashboard(server: LocalServ
     shown = rendered(server.sign_in(Terminal()), tmp_path / "owner")
     assert "Dashboard" in shown
     assert "Logout" in shown
-    # It stays signed in.
+    # The browser stays signed in.
     assert "hf-token" in rendered(f"{server.ui}/blocks", tmp_path / "owner")
 
 
@@ -187,7 +187,7 @@ def rendered(url: str, profile: Path) -> str:
 
 
 def serve(environment: dict[str, str], log: Path, directory: Path | None = None) -> "subprocess.Popen[bytes]":
-    # As a shell starts it in the background.
+    # Start it as a shell starts a program in the background.
     command = ["sh", "-c", "trap '' INT; exec \"$0\" -P -m quantize_gemma.deployments.serve", sys.executable]
     with log.open("wb") as stream:
         return subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, cwd=directory)
@@ -207,7 +207,7 @@ def test_serve_runs_everything_on_one_machine_and_ends_with_it(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         api = f"http://127.0.0.1:{reserved.getsockname()[1]}/api"
-    # What a shell has that was told nothing of the server.
+    # The environment of a shell that does not know about the server.
     other_shell = {**command_line.environment(), "PREFECT_HOME": str(tmp_path)}
     log = tmp_path / "log"
     process = serve({**other_shell, "PREFECT_API_URL": api}, log)
@@ -243,7 +243,7 @@ def test_serve_ends_when_its_server_does(command_line: CommandLine, tmp_path: Pa
     started = psutil.Process(process.pid).children(recursive=True)
     (server,) = [child for child in started if "quantize_gemma.flows.local_server" in child.cmdline()]
     server.send_signal(signal.SIGKILL)
-    # Its port stays taken, so that nobody else is sent what the worker and the other shells go on sending.
+    # Its port stays in use, so that no other program receives the requests that the worker and other shells still send.
     with pytest.raises(OSError, match="in use"):
         socket.create_server(("127.0.0.1", port))
     assert process.wait(60) == 1
@@ -322,7 +322,7 @@ def test_the_profile_is_private_and_leaves_the_users_own_server_alone(server: Lo
             assert saved["active"] == "cloud"
             assert saved["profiles"][PROFILE] == server.client_settings()
             assert saved["profiles"]["cloud"] == {"PREFECT_API_URL": "https://cloud/api", "PREFECT_API_KEY": "pnu_1"}
-        # Left active by one that was killed.
+        # The profile is still active after a killed `make serve`.
         write(f'active = "{PROFILE}"\n[profiles.{PROFILE}]\nPREFECT_API_URL = "http://127.0.0.1:1/api"\n')
         with profile(server) as command:
             assert command == "prefect"

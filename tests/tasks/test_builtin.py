@@ -1,4 +1,4 @@
-"""The built-in fixtures are what they say they are."""
+"""The built-in fixtures have the contents that they document."""
 
 import io
 import json
@@ -84,7 +84,7 @@ def test_chartqa_minis_parquet_file_holds_the_written_questions_and_the_drawn_ch
 
 
 def test_chartqa_mini_is_read_as_chartqa_is() -> None:
-    """Features as on the Hub; kinds of questions and of answers as there; small."""
+    """It has the same features and kinds of questions and answers as the dataset on the Hub, and is small."""
     import pyarrow.parquet
     from datasets import ClassLabel, Features, Image, List, Value
 

@@ -60,7 +60,7 @@ def judge_again(metrics: dict[str, Any]) -> None:
 
 
 def table_row(text: str, first: str) -> list[str]:
-    """Return the cells of the only row of a table that starts so."""
+    """Return the cells of the only table row that starts with `first`."""
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {first}")]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
@@ -111,7 +111,7 @@ def test_the_distance_from_the_base_model_has_a_table_and_the_card_says_why_a_re
 
 
 def render_example(task: str, recipe: str) -> str:
-    """Return the card of a release with this recipe, of a text-only or a multimodal model."""
+    """Return the card of a release with this recipe, for a text-only or a multimodal model."""
     measured = example_json()
     measured["program"]["task"] = task
     return render(parse_metrics(measured), load_recipe(recipe), {})
@@ -152,7 +152,7 @@ def test_the_histogram_is_as_high_as_the_share_of_the_tokens(tmp_path: Path) -> 
         draw_kl_histogram(parse_metrics(measured), tmp_path / "kl.png")
         with Image.open(tmp_path / "kl.png") as image:
             shipped = (np.asarray(image.convert("RGB")) == (0xD5, 0x5E, 0x00)).all(-1)
-        # Without the legend, and the line of the mean.
+        # Leave out the legend and the line at the mean.
         rows = np.flatnonzero(shipped[200:, :400].sum(1) > 20)
         return int(rows.max() - rows.min())
 
@@ -187,7 +187,7 @@ def test_the_json_schema_is_current_and_a_release_validates(released: Outcome) -
         assert to_json(parse_metrics(content)).keys() == content.keys()
         assert not validator.is_valid({**content, "unknown": 1})
         assert not validator.is_valid({**content, "schema_version": 1})
-    # The card says where it is.
+    # The card names the schema's path.
     assert "tasks/models/metrics.schema.json" in (Path(released.summary["release"]) / "README.md").read_text()
 
 
@@ -215,7 +215,7 @@ def test_the_hubs_client_reads_a_result_of_every_benchmark_that_has_a_dataset_on
     from huggingface_hub import parse_eval_result_entries
 
     measured = example_json()
-    # As a float or a date, a commit would be another one.
+    # Read as a float or a date, a commit would change.
     measured["benchmarks"]["mmlu"]["dataset"]["revision"] = "12e34"
     files = eval_results(parse_metrics(measured))
     assert list(files) == [".eval_results/mmlu.yaml"]
@@ -349,7 +349,7 @@ def test_a_questions_outcomes_are_paired_by_the_question_not_by_its_place(tmp_pa
     assert pair_outcomes(before, after) == {"both": 1, "first": 0, "second": 3, "neither": 0}
     with pytest.raises(AssertionError, match="different questions"):
         pair_outcomes(before, {**after, "a 4": True})
-    # What is not correct or incorrect has no outcome.
+    # A score that is neither correct nor incorrect has no outcome.
     assert read_outcomes(evaluated("parts", [{"task": "a", "doc_id": 0, "score": 0.5}])) is None
     assert read_outcomes(evaluated("none", [{"task": "a", "doc_id": 0, "score": None}])) is None
     assert collect_pairs({}, ["mmlu"]) == {}
@@ -461,19 +461,19 @@ def test_a_card_whose_metadata_do_not_read_back_fails(measured: dict[str, Any], 
 
 
 def draw(metrics: dict[str, Any], path: Path) -> list[str]:
-    """Draw the chart by subject as an SVG; return its texts, which are matplotlib's comments in it."""
+    """Draw the chart by subject as an SVG; return its texts, which matplotlib writes as comments."""
     draw_subjects(parse_metrics(metrics), "mmlu", path)
     return re.findall(r"<!-- (.*) -->", path.read_text(encoding="utf-8"))
 
 
 def many_subjects(moved: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """Return 57 subjects of different scores; those that moved change by so much, and the others by a point."""
+    """Return 57 subjects with different scores; those in `moved` change by that much, and all others by one point."""
     scores = {f"subject_{number}": 0.3 + 0.01 * number for number in range(57)}
     return {name: (score, score + moved.get(name, -0.01)) for name, score in scores.items()}
 
 
 def test_of_many_subjects_the_chart_names_those_that_changed_by_more_than_the_error(tmp_path: Path) -> None:
-    # Of 100 questions each, half of them right, the margin of error is 14 points.
+    # With 100 questions per subject, half of them correct, the margin of error is 14 points.
     moved = {"subject_20": -0.2, "subject_30": 0.18, "subject_40": -0.25, "subject_10": 0.1}
     shown = draw(with_subjects(many_subjects(moved)), tmp_path / "chart.svg")
     assert [text for text in shown if re.match("subject|[+−]", text)] == [
@@ -509,7 +509,7 @@ def test_of_a_few_subjects_the_chart_names_all(tmp_path: Path) -> None:
     ]
     metrics = with_subjects({"anatomy": (0.6, 0.2)})
     for column in ("base", "quantized"):
-        # Of a single question there is no standard error, so that nobody knows what the change is worth.
+        # A single question has no standard error, so it is unknown whether the change is significant.
         metrics[column]["mmlu"]["tasks"]["anatomy"]["stderr"] = None
     shown = draw(metrics, tmp_path / "one.svg")
     assert {"0 of 1 changed by more than the margin of error", "anatomy", "−40.0"} <= set(shown)
@@ -527,22 +527,22 @@ def test_dots_are_at_the_scores_and_bars_are_as_wide_as_the_error(tmp_path: Path
     def rows(color: tuple[int, int, int]) -> list[tuple[int, int]]:
         """Return the first and the last column with this color, for each of the two subjects."""
         same = (pixels == color).all(-1)
-        # Letters have such pixels at their edges.
+        # Ignore single pixels with this color at the edges of letters.
         same[same.sum(1) < 3] = False
-        found = np.flatnonzero(same.any(1))
-        upper, lower = np.split(same, [int(found.mean())])
+        colored = np.flatnonzero(same.any(1))
+        upper, lower = np.split(same, [int(colored.mean())])
         columns = [np.flatnonzero(part.any(0)) for part in (upper, lower)]
         return [(int(one.min()), int(one.max())) for one in columns]
 
     base, quantized = ([np.mean(row) for row in rows(color)] for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)))
-    # Virology is first; a point is so many pixels.
+    # Virology comes first; the scale is in pixels per point.
     point = (base[0] - base[1]) / 40
     assert point > 5
     assert quantized[0] == pytest.approx(base[0] - 60 * point, abs=2)
     assert quantized[1] == pytest.approx(base[1] + 20 * point, abs=2)
     errors = [196 * (0.9 * 0.1 / 100 + 0.3 * 0.7 / 100) ** 0.5, 196 * (0.25 / 100 + 0.7 * 0.3 / 100) ** 0.5]
     bars = rows((0xDD, 0xDD, 0xDD))
-    # Scores end at 100 %.
+    # Scores end at 100%.
     assert bars[0] == pytest.approx((base[0] - errors[0] * point, base[0] + 10 * point), abs=3)
     assert bars[1] == pytest.approx((base[1] - errors[1] * point, base[1] + errors[1] * point), abs=3)
 

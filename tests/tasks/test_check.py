@@ -1,4 +1,4 @@
-"""The disk that a run needs is what it will write, and no more; the memory is that of its workers' models."""
+"""A run needs disk space only for what it will write, and memory for its workers' models."""
 
 import shutil
 from dataclasses import replace
@@ -80,7 +80,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_a_run_reuses_needs_no_disk_and_what_others_left_does(home: Path) -> None:
     assert missing_stages(CHAIN, []) == ["download", "untie", "quantize"]
     base = store.produce("download", key_of(CHAIN[0].stage, CHAIN[0].inputs), write("base"))
-    store.produce("untie", "c" * 64, write("of another model"))
+    store.produce("untie", "c" * 64, write("from another model"))
     assert missing_stages(CHAIN, []) == ["untie", "quantize"]
     untied = store.produce("untie", key_of(CHAIN[1].stage, {"checkpoint": ref_of(base)}), write("untied"))
     assert missing_stages(CHAIN, []) == ["quantize"]
@@ -206,7 +206,7 @@ def test_the_plan_of_a_calibrated_recipe_says_what_calibration_costs_and_needs_a
     with pytest.raises(UserError, match="set --calibration"):
         check_run("google/gemma-3-4b-it", "GPTQ-INT8-INT4", 1024, "cpu", None)
     calibrated, distilled = load_recipe("GPTQ-INT8-INT4"), load_recipe("DISTILL-INT8-INT4")
-    # The blocks, and hidden states of 80 sequences of 512 tokens.
+    # The blocks, and the hidden states of 80 sequences with 512 tokens each.
     assert disk_needed(10**10, recipe=calibrated) == pytest.approx(disk_needed(10**10) + 5.3e9 + 0.92e9, rel=1e-3)
     assert disk_needed(10**10, recipe=distilled) == disk_needed(10**10, recipe=calibrated) + 19e9
     assert disk_needed(10**10, ["download_text", "distill"], distilled) == 19e9

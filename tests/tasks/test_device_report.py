@@ -1,4 +1,4 @@
-"""A program's speed on a phone gets from adb onto the card of that program, and of no other."""
+"""The speed of a program on a phone, measured through adb, is on the card of that program, and on no other."""
 
 import copy
 import dataclasses
@@ -51,7 +51,7 @@ REPORT: dict[str, Any] = {
 
 
 def changed(place: str, value: object) -> dict[str, Any]:
-    """Return a report with another value in a place, or without it."""
+    """Return a report with another value for one field, or without the field if the value is `...`."""
     report = copy.deepcopy(REPORT)
     *path, name = place.split(".")
     target: Any = report
@@ -103,11 +103,11 @@ def test_an_invalid_report_is_refused_with_its_file_the_field_and_what_to_do(
     place: str, value: object, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "report.json").write_text(json.dumps(changed(place, value)))
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as raised:
         read_device_report(tmp_path / "report.json")
     file = tmp_path / "report.json"
     what_to_do = "create it with `python -m benchmarks.device_report`"
-    assert str(refusal.value) == f"the device report {file} is not valid: {message}: {what_to_do}"
+    assert str(raised.value) == f"the device report {file} is not valid: {message}: {what_to_do}"
     schema = json.loads(SCHEMA.read_text())
     # Whether a date exists is checked only with an optional library.
     if place != "date":
@@ -128,9 +128,9 @@ def test_an_invalid_report_is_refused_with_its_file_the_field_and_what_to_do(
 def test_a_file_that_is_no_json_object_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "report.json").write_text(text)
-    with pytest.raises(UserError, match=message) as refusal:
+    with pytest.raises(UserError, match=message) as raised:
         read_device_report(tmp_path / "report.json")
-    assert "benchmarks.device_report" in str(refusal.value)
+    assert "benchmarks.device_report" in str(raised.value)
 
 
 def rendered(report: dict[str, Any] | None) -> str:
@@ -160,22 +160,22 @@ def test_a_card_without_a_report_and_an_older_metrics_json_mention_no_device() -
 
 @pytest.fixture
 def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, store.Artifact]:
-    """What the card is made of, in a store of the test's own."""
+    """The artifacts that the card is rendered from, in a separate store."""
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path / "store"))
     files = {
         "checkpoint": ("quantize", "model.safetensors", b"a checkpoint"),
         "program": ("export", "model.pte", PROGRAM),
         "gate": ("gate", "metrics.json", json.dumps(example_json()).encode()),
     }
-    made = {}
+    artifacts = {}
     for name, (stage, file, content) in files.items():
 
         def write(target: Path, file: str = file, content: bytes = content) -> dict[str, Any]:
             (target / file).write_bytes(content)
             return {}
 
-        made[name] = store.produce(stage, "a" * 64, write)
-    return made
+        artifacts[name] = store.produce(stage, "a" * 64, write)
+    return artifacts
 
 
 def make_card(artifacts: dict[str, store.Artifact], target: Path, report: dict[str, Any] | None) -> None:
@@ -195,11 +195,11 @@ def test_a_release_has_the_report_on_its_card_and_in_its_metrics(
 
 
 OTHER = changed("program.sha256", "b" * 64)
-REFUSAL = f"another program: .* SHA-256 {'b' * 64}, but this release's has {SHA256}: .* leave out --device-report"
+OTHER_PROGRAM = f"another program: .* SHA-256 {'b' * 64}, but this release's has {SHA256}: .* leave out --device-report"
 
 
 def test_a_report_of_another_program_is_not_put_on_a_card(artifacts: dict[str, store.Artifact], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=REFUSAL):
+    with pytest.raises(UserError, match=OTHER_PROGRAM):
         make_card(artifacts, tmp_path / "release", OTHER)
     assert not list((tmp_path / "release").iterdir())
 
@@ -212,9 +212,9 @@ def test_a_report_of_another_program_ends_the_run_as_soon_as_the_program_is_ther
     plan = Plan(RunOptions(), *[nothing] * 5)
     with store.keep_pinned():
         check_device_report(dataclasses.replace(plan, device_report=parse_device_report(REPORT)), exported)
-        with pytest.raises(UserError, match=REFUSAL):
+        with pytest.raises(UserError, match=OTHER_PROGRAM):
             check_device_report(dataclasses.replace(plan, device_report=parse_device_report(OTHER)), exported)
-    # Without a report, it does not wait for the program.
+    # Without a report, the check does not wait for the program.
     check_device_report(plan, nothing)
 
 
@@ -224,7 +224,8 @@ def test_another_report_makes_another_card() -> None:
     assert len({key_of(card, {**inputs, "device_report": report}) for report in reports}) == 3
 
 
-# A phone cannot be had in a test. This stands in for adb: files go to a folder, and commands to this machine's shell.
+# No phone is available in a test. This script stands in for adb: files go to a folder, and commands to this machine's
+# shell.
 ADB = """#!{python}
 import os, shutil, subprocess, sys
 words = [word.replace({on_phone!r}, {folder!r} + "/files") for word in sys.argv[1:]]
@@ -242,7 +243,7 @@ ro.product.manufacturer) echo Acme;; ro.product.model) echo One;; ro.board.platf
 ro.build.version.release) echo 16;; *) echo;;
 esac
 """
-# A runner that takes another time in each run, and enough memory that it is not its shell's.
+# A runner that takes a different time in each run, and so much memory that the peak cannot be the shell's.
 RUNNER = """#!{python}
 import json, pathlib, sys, time
 flags = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
@@ -262,7 +263,7 @@ print("Info: bye", file=sys.stderr)
 
 @pytest.fixture
 def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The stand-in's folder, with the files to measure."""
+    """The folder of the stand-in for adb, with the files that are measured."""
     folder = tmp_path / "phone"
     (folder / "bin").mkdir(parents=True)
     (folder / "devices").write_text("List of devices attached\nSERIAL\tdevice\n\n")

@@ -1,4 +1,4 @@
-"""Distillation brings a quantized checkpoint closer to its base model, in the same format, and goes on where it was."""
+"""Distillation brings a checkpoint closer to its base model, in the same format, and resumes where it stopped."""
 
 import itertools
 import json
@@ -30,9 +30,9 @@ STEPS = 24
 
 @pytest.fixture(scope="module", params=["DISTILL-INT8-INT4", "DISTILL-INT8-INT4-HEAD8"])
 def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The arguments of distill(), but for `target`: artifacts of a store, and a recipe of a few steps.
+    """The arguments of distill(), except `target`: artifacts of a store, and a recipe with few steps.
 
-    The checkpoint is calibrated on one short sequence, so that there is something to gain.
+    The checkpoint is calibrated on one short sequence, so that distillation can improve it.
     """
     root = tmp_path_factory.mktemp("store")
     recipe = replace(load_recipe(request.param), distillation=Distillation(120, STEPS, 0.004))
@@ -62,13 +62,13 @@ def run(target: Path, inputs: dict[str, Any], **changed: Any) -> tuple[bytes, di
 
 
 def divergence(inputs: dict[str, Any], checkpoint: Path) -> float:
-    """The mean KL divergence of a checkpoint from the base model on the sequences that were held out, in nats."""
+    """Return the mean KL divergence of a checkpoint from the base model on the held-out sequences, in nats."""
     tokens = torch.tensor(read_calibration(inputs["calibration"], DISTILLATION))[HELD_OUT // 2 :: HELD_OUT]
-    wanted, given = (
+    expected, actual = (
         torch.log_softmax(load_model(path, torch.float32)(tokens).logits.detach(), -1)
         for path in (inputs["base"], checkpoint)
     )
-    return float((wanted.exp() * (wanted - given)).sum(-1).mean())
+    return float((expected.exp() * (expected - actual)).sum(-1).mean())
 
 
 def test_scales_and_norms_are_trained_and_nothing_else_changes(inputs: dict[str, Any], tmp_path: Path) -> None:
@@ -87,12 +87,12 @@ def test_scales_and_norms_are_trained_and_nothing_else_changes(inputs: dict[str,
     assert any("lm_head" in name for name in changed)
     assert any("layernorm" in name for name in changed)
     assert all((tensor > 0).all() for name, tensor in after.items() if name.endswith("_weight_scale"))
-    # The checkpoint as torchao and transformers load it says the same.
+    # The checkpoint is also closer as torchao and transformers load it.
     assert divergence(inputs, tmp_path / "distilled") < 0.97 * divergence(inputs, inputs["checkpoint"])
 
 
 def test_embeddings_are_scaled_as_by_transformers_in_float32(tmp_path: Path) -> None:
-    """In bfloat16, the square root of this width would be rounded; that of the built-in model's would not."""
+    """In bfloat16, the square root of this width would be rounded; that of the built-in model's width would not."""
     write_checkpoint(tmp_path, SMALL)
     tokens = torch.arange(40).view(2, 20)
     with open_tensors(tmp_path) as sources:
@@ -113,20 +113,20 @@ def test_a_student_is_the_checkpoint_as_transformers_loads_it(inputs: dict[str, 
         with pytest.raises(KeyboardInterrupt):
             distill(Path("/nonexistent"), **inputs)
     expected = torch.log_softmax(load_model(inputs["checkpoint"], torch.float32)(tokens).logits.detach(), -1)
-    # A last bit can round one of the activations to another of its 256 levels.
+    # The last bit of an activation can round it to another one of 256 levels.
     assert float((expected.exp() * (expected - loaded[0])).sum(-1).mean()) < 1e-4
 
 
 def test_a_killed_training_resumes_at_its_last_measurement_and_ends_with_the_same_bytes(
     inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, said = run(tmp_path / "whole", inputs, refresh=True)
-    # Other settings have a state of their own; the same ones start again with `refresh`.
-    done: list[int] = []
+    expected, metadata = run(tmp_path / "whole", inputs, refresh=True)
+    # With the same settings, only `refresh` starts again from the first step.
+    steps: list[int] = []
 
     def stop_at_nine(step: int, _total: int, unit: str) -> None:
         if unit == "steps":
-            done.append(step)
+            steps.append(step)
             if step == 9:
                 raise KeyboardInterrupt
 
@@ -134,10 +134,10 @@ def test_a_killed_training_resumes_at_its_last_measurement_and_ends_with_the_sam
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", inputs, refresh=True)
     assert list((tmp_path / "killed").iterdir()) == []
-    done.clear()
-    monkeypatch.setattr(training, "report_progress", lambda step, *_: done.append(step))
-    assert run(tmp_path / "resumed", inputs) == (expected, said)
-    assert done == list(range(9, said["steps"] + 1))
+    steps.clear()
+    monkeypatch.setattr(training, "report_progress", lambda step, *_: steps.append(step))
+    assert run(tmp_path / "resumed", inputs) == (expected, metadata)
+    assert steps == list(range(9, metadata["steps"] + 1))
 
 
 def test_the_base_models_states_are_computed_once(
@@ -145,10 +145,10 @@ def test_the_base_models_states_are_computed_once(
 ) -> None:
     run(tmp_path / "first", inputs)
 
-    def refuse(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise AssertionError("the base model ran again")
 
-    monkeypatch.setattr(stages, "_run_base", refuse)
+    monkeypatch.setattr(stages, "_run_base", fail)
     other = {**inputs["recipe"], "distillation": {"sequences": 40, "steps": 2, "learning_rate": 0.001}}
     run(tmp_path / "second", {**inputs, "recipe": other})
 
@@ -158,7 +158,7 @@ def test_a_single_sequence_is_too_little_to_train_and_to_measure_on(inputs: dict
     text = str(tmp_path / "text.txt")
     with pytest.raises(UserError, match="distillation needs another to measure on"):
         calibrate(tmp_path, inputs["base"], 8, 10, text=text, digest=digest_text(text), distilled=8)
-    # A recipe may calibrate on a single sequence of a text that is long enough to distill on.
+    # A recipe may calibrate on a single sequence if the text is long enough for distillation.
     (tmp_path / "text.txt").write_text("Several sequences of a few words are here. " * 4)
     calibrate(tmp_path, inputs["base"], 1, 10, text=text, digest=digest_text(text), distilled=2)
     assert len(read_calibration(tmp_path, DISTILLATION)) == 2
@@ -184,18 +184,18 @@ def test_gradients_are_those_of_the_dequantized_product(
     integers = torch.randint(-8, 8, (70, 64), dtype=torch.int8, generator=generator)
     activations = torch.randn(2, 5, 64, generator=generator)
     scales = torch.rand(70, groups, generator=generator) + 0.5
-    wanted = torch.randn(2, 5, 70, generator=generator)
+    output_gradients = torch.randn(2, 5, 70, generator=generator)
     gradients = []
     for dense in (False, True):
         inputs, trained = activations.clone().requires_grad_(), scales.clone().requires_grad_()
         rounded = activations.round(decimals=1)
         if dense:
-            # Straight-through: the rounded values, with the gradient of the inputs.
+            # A straight-through estimator: the rounded values, with the gradient of the inputs.
             through = inputs + (rounded - inputs).detach()
             outputs = through @ (integers * trained.repeat_interleave(64 // groups, 1)).T
         else:
             outputs = student._Product.apply(inputs, rounded, trained, integers)
-        (outputs * wanted).sum().backward()
+        (outputs * output_gradients).sum().backward()
         gradients.append((outputs.detach(), inputs.grad, trained.grad))
     torch.testing.assert_close(gradients[0], gradients[1])
 

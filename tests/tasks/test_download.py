@@ -1,4 +1,4 @@
-"""Downloads are what the Hub says they are, go on where they stopped, and name what is wrong."""
+"""Downloads match the Hub's hashes, resume where they stopped, and report what is wrong."""
 
 import functools
 import http.server
@@ -113,7 +113,7 @@ def test_only_what_a_release_needs_is_fetched_and_is_the_same(hub: Hub, tmp_path
     source = shutil.copytree(BUILTIN["tiny-gemma3"], tmp_path / "source")
     for name in ("pytorch_model.bin", "training_args.bin", "code.py", "checkpoint-500/model.safetensors"):
         (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_bytes(b"not wanted")
+        (source / name).write_bytes(b"not needed")
     sha = hub.add("model", NAME, source)
     target = download_from(hub, tmp_path, sha)
     assert names_of(target) == names_of(BUILTIN["tiny-gemma3"]) - {"README.md"}
@@ -154,7 +154,7 @@ def test_an_interrupted_transfer_resumes_from_its_last_byte(hub: Hub, tmp_path: 
     assert len(resumed) == 1
     assert max(kept) >= 300_000
     assert resumed[0]["sent"] <= size - 300_000
-    # The files that had arrived whole are not fetched again.
+    # The files that were complete are not fetched again.
     assert not hub.requests("GET", r"resolve/.*/config\.json")
 
 
@@ -338,10 +338,10 @@ def test_an_error_from_the_hub_says_what_to_do(
 ) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.faults.add(method="GET", path="resolve", **fault)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as raised:
         download_from(hub, tmp_path, sha, TOKEN)
     for word in [NAME, *words]:
-        assert word in str(refusal.value)
+        assert word in str(raised.value)
 
 
 def test_a_gated_repository_names_the_page_where_its_terms_are_accepted(hub: Hub, tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_of_chartqa_only_the_test_split_is_fetched(hub: Hub, tmp_path: Path) -> 
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Iterator[Resource]:
-    """An archive on a server, with a folder that is needed, and others."""
+    """An archive on a server, with a folder that a task needs, and other folders."""
     folder = tmp_path / "served"
     folder.mkdir()
     with zipfile.ZipFile(folder / "words.zip", "w") as written:
@@ -432,12 +432,12 @@ def test_of_a_mirror_that_has_what_a_task_needs_no_archive_is_fetched(tmp_path: 
     source = write_rows(tmp_path / "mirror")
     without = resolve_dataset(row, str(source), None, True).revision
     (source / archive.folder).mkdir(parents=True)
-    (source / archive.folder / "list.txt").write_text("of the mirror")
+    (source / archive.folder / "list.txt").write_text("from the mirror")
     resolved = resolve_dataset(row, str(source), None, True)
     assert resolved.revision != without
     target = tmp_path / "target"
     download_dataset(target, str(source), resolved.revision, True, **row.file_inputs())
-    assert (target / archive.folder / "list.txt").read_text() == "of the mirror"
+    assert (target / archive.folder / "list.txt").read_text() == "from the mirror"
 
 
 def digests(folder: Path) -> set[str]:
@@ -445,7 +445,7 @@ def digests(folder: Path) -> set[str]:
 
 
 def write_rows(folder: Path) -> Path:
-    """Write a dataset in the layout of no built-in one."""
+    """Write a dataset whose layout is not that of a built-in one."""
     import pyarrow
     import pyarrow.parquet
 
@@ -460,13 +460,13 @@ def write_rows(folder: Path) -> Path:
 def test_a_directory_takes_the_place_of_a_benchmarks_dataset(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "mirror")
     row = find_benchmark("gsm8k")
-    found = resolve_dataset(row, str(source), None, True)
-    assert (found.name, found.fixture, found.on_hub) == ("mirror", False, False)
+    resolved = resolve_dataset(row, str(source), None, True)
+    assert (resolved.name, resolved.fixture, resolved.on_hub) == ("mirror", False, False)
     target = bring("gsm8k", source, tmp_path)
-    # Of code nothing is taken.
+    # No code is copied.
     assert names_of(target) == {"README.md", "test-0.parquet"}
     (source / "main" / "test-0.parquet").write_bytes(b"changed")
-    assert resolve_dataset(row, str(source), None, True).revision != found.revision
+    assert resolve_dataset(row, str(source), None, True).revision != resolved.revision
     with pytest.raises(UserError, match=r"the directory \./nowhere for the dataset of GSM8K does not exist"):
         resolve_dataset(row, "./nowhere", None, True)
 
@@ -489,7 +489,7 @@ def test_a_benchmark_of_another_layout_is_refused(hub: Hub, tmp_path: Path) -> N
 
 
 def damaged(benchmark: str, name: str, tmp_path: Path, damage: Callable[[list[dict[str, Any]]], Any]) -> Path:
-    """Copy a built-in benchmark with one of its files changed: `damage` changes the rows, or returns a table."""
+    """Copy a built-in benchmark and change one of its files: `damage` changes the rows, or returns a table."""
     import pyarrow
     import pyarrow.parquet
 
@@ -625,7 +625,7 @@ def test_a_directory_that_changes_after_the_run_started_is_rejected(
 
 
 def test_an_error_names_the_secret_block_that_takes_precedence_over_a_valid_token(hub: Hub, tmp_path: Path) -> None:
-    """An old block wins over HF_TOKEN: whoever sets the variable again would look for long."""
+    """An old block takes precedence over HF_TOKEN: without this message, the user would set the variable in vain."""
     hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     hub.restrict("model", NAME, gated=True)
     script = (
@@ -646,12 +646,12 @@ def test_an_error_names_the_secret_block_that_takes_precedence_over_a_valid_toke
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment = kept | {"PREFECT_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
-    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "'QUANTIZE_GEMMA_TOKEN_BLOCKS': 'hf-token'" in ran.stdout
-    refusal = ran.stdout.splitlines()[-1]
-    assert NAME in refusal
-    assert "Prefect's Secret block hf-token, which takes precedence over HF_TOKEN" in refusal
-    # A stage's own process says the same, without asking Prefect.
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "'QUANTIZE_GEMMA_TOKEN_BLOCKS': 'hf-token'" in done.stdout
+    message = done.stdout.splitlines()[-1]
+    assert NAME in message
+    assert "Prefect's Secret block hf-token, which takes precedence over HF_TOKEN" in message
+    # A stage's own process reports the same, without a request to Prefect.
     sha = hub.head("model", NAME)
     with pytest.raises(UserError, match="Prefect's Secret block hf-token, which takes precedence over HF_TOKEN"):
         download_from(hub, tmp_path, sha, "hf_old000000", QUANTIZE_GEMMA_TOKEN_BLOCKS="hf-token")

@@ -1,4 +1,4 @@
-"""Weights that are on a grid are written without loss; what is not is counted and refused."""
+"""Weights that are on a grid are written without loss; weights that are not are counted and rejected."""
 
 import re
 from dataclasses import replace
@@ -29,7 +29,7 @@ def random_weights(rows: int = 200, columns: int = 96) -> torch.Tensor:
 def test_the_scale_of_every_group_is_found_and_gives_each_weight_back(dtype: torch.dtype) -> None:
     weight = to_grid(random_weights(), dtype)
     weight[3, 32:64] = 0
-    weight[4, :32] = weight[4, 0]  # One value.
+    weight[4, :32] = weight[4, 0]  # All weights are equal.
     weight[5, :32] = 0
     weight[5, 7] = -weight[4, 0]
     integers, scales, off = find_scales(weight, GROUP, "int4")
@@ -45,9 +45,9 @@ def test_rows_of_int8_are_found_too(dtype: torch.dtype) -> None:
     weight = random_weights()
     scales = (weight.abs().amax(1, keepdim=True) / 127.5).bfloat16().float()
     weight = ((weight / scales).round().clamp(-128, 127) * scales).to(dtype)
-    integers, found, off = find_scales(weight, 96, "int8")
+    integers, row_scales, off = find_scales(weight, 96, "int8")
     assert off.misfits == 0
-    assert torch.equal((integers * found.float()).to(dtype), weight)
+    assert torch.equal((integers * row_scales.float()).to(dtype), weight)
 
 
 def test_what_is_on_no_grid_is_counted_with_its_error() -> None:
@@ -60,7 +60,7 @@ def test_what_is_on_no_grid_is_counted_with_its_error() -> None:
 
 
 def test_scales_of_either_sign_are_told_from_weights_on_no_grid() -> None:
-    """Half of q4_0's scales are negative; a group that has -8 times such a scale would need the integer 8."""
+    """Half of q4_0's scales are negative; with a positive scale, their groups would need the integer 8."""
     off = find_scales(to_grid(random_weights(), torch.float32, negative=True), GROUP, "int4")[2]
     assert 200 < off.misfits < 400
     assert off.negative == off.misfits

@@ -1,4 +1,4 @@
-"""The export checks its inputs and the delegation, and the program computes what the checkpoint computes."""
+"""The export checks its inputs and the delegation, and the program computes the same as the checkpoint."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_a_checkpoint_of_another_source_is_rejected(quantized: Path, tmp_path: P
 
 
 def test_too_little_disk_for_the_program_is_reported_with_both_sizes(quantized: Path, tmp_path: Path) -> None:
-    """The checkpoint's weights claim 4 TB, in a file that takes no room."""
+    """The checkpoint's weights claim 4 TB, in a sparse file."""
     huge = Path(shutil.copytree(quantized, tmp_path / "huge"))
     os.truncate(huge / "model.safetensors", 2**42)
     with pytest.raises(UserError, match=r"the program takes about 3298\.53 GB, but only .* GB is free"):
@@ -63,7 +63,7 @@ def test_too_little_disk_for_the_program_is_reported_with_both_sizes(quantized: 
 
 
 def divergences(program: str, checkpoint: str) -> dict[str, Any]:
-    """Return the KL divergences from the checkpoint of a short text, read at once and token by token."""
+    """Return the KL divergences from the checkpoint on a short text, read at once and token by token."""
     import torch
 
     from quantize_gemma.tasks.models.checkpoint import load_model

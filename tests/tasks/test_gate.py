@@ -1,4 +1,4 @@
-"""The gate's limits are where it says, and it says how certain a check is."""
+"""The gate applies its limits exactly, and reports the confidence of each check."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def pairs(both: int, first: int, second: int, neither: int) -> dict[str, int]:
 
 
 def metrics(mmlu: dict[str, int], kl_program: float = 0.0, differing: dict[str, int] | None = None) -> dict[str, Any]:
-    """Return a metrics.json with these counts of correct answers, and of answers that the program changes."""
+    """Return a metrics.json with these counts of correct answers and of answers that the program changes."""
     measured = example_json()
     measured["pairs"]["mmlu"] = mmlu
     for column, right in (("base", "first"), ("quantized", "second")):
@@ -68,7 +68,7 @@ def check_named(verdict: Verdict, name: str) -> Check:
     return next(check for check in verdict.checks if check.name == name)
 
 
-# Of 2,000 questions the base has 1,800, 90 %.
+# The base model answers 1,800 of 2,000 questions correctly, 90%.
 @pytest.mark.parametrize(
     ("mmlu", "kl_program", "failed"),
     [
@@ -91,7 +91,7 @@ def test_a_release_fails_beyond_the_largest_drop_or_kl_divergence(
 
 @pytest.mark.parametrize(("right", "failed"), [(240, []), (239, ["mmlu_recovery"])])
 def test_a_release_fails_when_it_recovers_too_little_of_a_low_score(right: int, failed: list[str]) -> None:
-    """Of 2,000 questions the base has 300: 60 fewer are 3 points, and a fifth of what it knew. Guesses score 0."""
+    """The base model has 300 of 2,000 correct; 60 fewer are 3 points and a fifth of its score. Guesses score 0."""
     measured = metrics(pairs(right, 300 - right, 0, 1700))
     measured["benchmarks"]["mmlu"] = {**INFO, "chance": None}
     verdict = verdict_on(measured)
@@ -130,7 +130,7 @@ def test_a_perplexity_is_judged_by_how_much_it_rises(perplexity: float, failed: 
     [
         (0.47, 0.46, []),
         (0.39, 0.39, ["truthfulqa_gen_drop", "truthfulqa_gen_recovery"]),
-        # Worse than the limit, but within the errors of the two scores.
+        # Worse than the limit, but within the standard errors of the two scores.
         (0.47, 0.40, []),
         (0.47, 0.20, ["truthfulqa_gen_program_drop"]),
     ],
@@ -155,7 +155,7 @@ def test_scores_between_0_and_1_are_judged_too(after: float, program: float, fai
 @pytest.mark.parametrize(
     ("before", "after", "stderr", "change"),
     [
-        # Of an error rate, 3 points are 15%.
+        # For an error rate of 20%, 3 points are 15%.
         (0.2, 0.23, 0.001, "worsens by 15.00 ± 0.71% "),
         (0.2, 0.18, None, "improves by 10.00% "),
         (0.0, 0.1, None, "fail, not a finite number"),
@@ -176,7 +176,8 @@ def test_an_error_rate_of_the_program_is_judged_by_how_much_it_rises(
     json.dumps(to_json(check), allow_nan=False)
 
 
-# By hand, with half a question added to each count: sqrt(first + second - (first - second)^2 / total) / total.
+# The expected standard error has half a question added to each count:
+# sqrt(first + second - (first - second)^2 / total) / total.
 @pytest.mark.parametrize(
     ("counts", "difference", "stderr"),
     [
@@ -218,7 +219,7 @@ def test_confidence_follows_the_normal_distribution(margin: float, expected: flo
 
 
 def test_a_check_has_its_margin_and_its_confidence() -> None:
-    """Of 14,042 questions, as MMLU has them, 1,000 are lost and 715 won."""
+    """Of MMLU's 14,042 questions, 1,000 are lost and 715 gained."""
     check = check_named(verdict_on(metrics(pairs(7000, 1000, 715, 5327))), "mmlu_drop")
     assert check.value == pytest.approx(100 * 285 / 14042, abs=1e-4)
     stderr = 100 * math.sqrt(1716 - 285**2 / 14044) / 14044
@@ -243,16 +244,16 @@ def test_few_questions_lower_the_confidence_and_do_not_fail() -> None:
 @pytest.mark.parametrize(
     ("differing", "failed"),
     [
-        # As many of its answers change as of the checkpoint's, whichever they are: it rounds, no more.
+        # It changes as many answers as the checkpoint does, whichever they are: this is only rounding.
         (pairs(0, 12, 12, 76), []),
         (pairs(12, 0, 0, 88), []),
-        # 4 points more, where chance alone makes 5.
+        # 4 points more, with a standard error of 5.
         (pairs(2, 14, 10, 74), []),
         (pairs(0, 6, 0, 94), []),
         (pairs(0, 8, 0, 92), ["mmlu_disagreement"]),
         (pairs(5, 30, 5, 60), ["mmlu_disagreement"]),
         (pairs(0, 100, 0, 0), ["mmlu_disagreement"]),
-        # The more questions, the less is chance.
+        # The more questions, the smaller the sampling error.
         (pairs(200, 1400, 1000, 7400), ["mmlu_disagreement"]),
     ],
 )
@@ -392,7 +393,7 @@ def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[
         with pytest.raises(GateFailed, match=f"{required[absent].replace('_', ' ')} was not measured") as error:
             require_pass(incomplete, required)
         assert failed_checks(error.value.verdict) == [required[absent]]
-        # The stage's own verdict, which is on the card, has it, too.
+        # The stage's own verdict, which is on the card, also has this check.
         assert failed_checks(add_missing(incomplete.gate, required)) == [required[absent]]
     assert require_pass(replace(measured, gate=replace(verdict, checks=every)), required).passed
 
@@ -493,12 +494,12 @@ def test_a_vision_encoder_that_is_far_from_the_checkpoints_fails(error: float, f
 @pytest.mark.parametrize(
     ("kl", "passed"),
     [
-        # One position that rounds badly, and all that do.
+        # One position rounds badly, or all of them do.
         ([0.01] * 7 + [0.4], True),
         ([0.1, 0.05, 0.08, 0.07] * 2, False),
-        # One prompt of five whose answer is another model's.
+        # The answer to one prompt of five is that of another model.
         ([0.01, 0.02, 0.005, 0.015] * 8 + [3.0, 5.0, 4.0, 8.0, 2.0, 6.0, 1.0, 4.0], False),
-        # A single position says how far, not how sure.
+        # A single position has a value, but no standard error.
         ([0.1], False),
         ([0.01], True),
     ],
@@ -528,16 +529,16 @@ def test_agreement_counts_who_differs_from_whom() -> None:
     checkpoint, no_act_quant, program = (
         [row(number, one[place]) for number, one in enumerate(combinations)] for place in range(3)
     )
-    # The checkpoint answered more than the sample, in whatever order.
-    found = compare_answers(program, [row(9, a), *checkpoint[::-1]], no_act_quant)
-    assert found["checkpoint"]["value"] == 0.4
-    assert found["no_act_quant"] == {"value": 0.8, "stderr": pytest.approx(0.2), "samples": 5}
-    assert found["agreement"] == 0.6
-    assert found["agreement_act_quant"] == 0.6
-    assert found["pairs"] == pairs(1, 1, 1, 2)
-    assert found["differing"] == {"both": 1, "first": 1, "second": 1, "neither": 2}
-    assert [one["doc_id"] for one in found["disagreements"]] == [1, 2]
-    assert found["disagreements"][0] == {
+    # The checkpoint has answered more questions than the sample has, in a different order.
+    result = compare_answers(program, [row(9, a), *checkpoint[::-1]], no_act_quant)
+    assert result["checkpoint"]["value"] == 0.4
+    assert result["no_act_quant"] == {"value": 0.8, "stderr": pytest.approx(0.2), "samples": 5}
+    assert result["agreement"] == 0.6
+    assert result["agreement_act_quant"] == 0.6
+    assert result["pairs"] == pairs(1, 1, 1, 2)
+    assert result["differing"] == {"both": 1, "first": 1, "second": 1, "neither": 2}
+    assert [one["doc_id"] for one in result["disagreements"]] == [1, 2]
+    assert result["disagreements"][0] == {
         "task": "s",
         "doc_id": 1,
         "prompt": "Question 1?",
@@ -556,10 +557,10 @@ def test_texts_disagree_where_only_one_of_them_is_correct() -> None:
         ]
 
     program = rows(("7", 1.0), ("8", 0.0), ("9", 0.0))
-    found = compare_answers(program, rows(("7 ", 1.0), ("7", 1.0), ("6", 0.0)), None)
-    assert found["agreement"] == pytest.approx(2 / 3)
-    assert found["no_act_quant"] is found["differing"] is found["agreement_act_quant"] is None
-    assert [one["program"] for one in found["disagreements"]] == [{"answer": "8", "margin": None}]
+    result = compare_answers(program, rows(("7 ", 1.0), ("7", 1.0), ("6", 0.0)), None)
+    assert result["agreement"] == pytest.approx(2 / 3)
+    assert result["no_act_quant"] is result["differing"] is result["agreement_act_quant"] is None
+    assert [one["program"] for one in result["disagreements"]] == [{"answer": "8", "margin": None}]
 
 
 def test_a_choice_that_is_the_best_only_by_length_has_no_margin() -> None:
@@ -567,25 +568,25 @@ def test_a_choice_that_is_the_best_only_by_length_has_no_margin() -> None:
         shared = {"task": "t", "doc_id": 0, "target": "0", "prompt": "It", "score": float(prediction == 0)}
         return [{**shared, "choices": [" runs", " a"], "responses": [-4.4, -1.2], "prediction": prediction}]
 
-    (found,) = compare_answers(rows(0), rows(1), None)["disagreements"]
-    assert (found["program"], found["checkpoint"]) == ({"answer": "A", "margin": None}, {"answer": "B", "margin": 3.2})
+    (row,) = compare_answers(rows(0), rows(1), None)["disagreements"]
+    assert (row["program"], row["checkpoint"]) == ({"answer": "A", "margin": None}, {"answer": "B", "margin": 3.2})
 
 
 def test_choices_agree_even_if_a_single_document_has_no_score() -> None:
     """CoLA's score is a correlation over all documents."""
     row = {"task": "t", "doc_id": 0, "target": "0", "prompt": "It", "choices": [" a", " b"], "score": None}
     rows = [{**row, "responses": [-1.0, -2.0], "prediction": 0}]
-    found = compare_answers(rows, rows, rows)
-    assert (found["agreement"], found["agreement_act_quant"]) == (1.0, 1.0)
-    assert found["differing"] == pairs(0, 0, 0, 1)
-    assert found["checkpoint"] is found["pairs"] is None
+    result = compare_answers(rows, rows, rows)
+    assert (result["agreement"], result["agreement_act_quant"]) == (1.0, 1.0)
+    assert result["differing"] == pairs(0, 0, 0, 1)
+    assert result["checkpoint"] is result["pairs"] is None
 
 
 @pytest.mark.parametrize(
     ("rows", "chance"),
     [
         ([{"choices": [" a", " b"], "score": 1.0}, {"choices": [" a", " b", " c", " d"], "score": 0.0}], 0.375),
-        # A correlation over all documents, a word that greedy decoding gives or does not, and a text.
+        # A correlation over all documents, a single word that must be the greedy one, and a text have no chance.
         ([{"choices": [" a", " b"], "score": None}], None),
         ([{"choices": [" word"], "score": 1.0}], None),
         ([{"score": 1.0}], None),

@@ -1,4 +1,4 @@
-"""The gate's first checks, of the distance from the base model on text, and what it makes of benchmarks at chance."""
+"""The gate's first checks, which compare texts with the base model, and the treatment of benchmarks at chance."""
 
 import math
 from typing import Any
@@ -19,12 +19,12 @@ LIMITS: dict[str, float | None] = {
     "max_disagreement": 2.0,
     "max_kl_ratio": 2.0,
 }
-# gemma-3-270m, its weights Q4_K_M dequantized, with the card's recipe, and with a calibrated one of the same size.
+# gemma-3-270m, dequantized from Q4_K_M, with the card's recipe, and with a calibrated recipe of the same size.
 CARD = {"kl_mean": 0.464, "kl_mean_stderr": 0.013, "same_top": 0.6233, "same_top_stderr": 0.0101}
 GOOD = {"kl_mean": 0.131, "kl_mean_stderr": 0.005, "same_top": 0.779, "same_top_stderr": 0.006}
-# That model's MMLU on 285 questions, before and after: chance.
+# That model's score on 285 questions of MMLU, before and after quantization, is at chance.
 BASE, RELEASE = {"value": 0.214, "stderr": 0.024, "samples": 285}, {"value": 0.270, "stderr": 0.026, "samples": 285}
-WON = {"both": 30, "first": 31, "second": 47, "neither": 177}
+PAIRS = {"both": 30, "first": 31, "second": 47, "neither": 177}
 
 
 def measured(fidelity: dict[str, Any], at_chance: bool = False) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def measured(fidelity: dict[str, Any], at_chance: bool = False) -> dict[str, Any
     if at_chance:
         content["base"]["mmlu"] = {**MMLU, **BASE}
         content["quantized"]["mmlu"] = {**MMLU, **RELEASE}
-        content["pairs"]["mmlu"] = WON
+        content["pairs"]["mmlu"] = PAIRS
     return content
 
 
@@ -47,18 +47,18 @@ def statuses(verdict: Verdict) -> dict[str, str]:
 
 
 def test_the_cards_recipe_is_refused_on_270m_and_a_calibrated_one_passes() -> None:
-    refused, good = verdict_on(measured(CARD)), verdict_on(measured(GOOD))
-    assert list(statuses(refused).items())[:2] == [("max_kl", "fail"), ("min_same_top", "fail")]
+    bad, good = verdict_on(measured(CARD)), verdict_on(measured(GOOD))
+    assert list(statuses(bad).items())[:2] == [("max_kl", "fail"), ("min_same_top", "fail")]
     assert list(statuses(good).items())[:2] == [("max_kl", "pass"), ("min_same_top", "pass")]
     assert good.passed
     assert not good.low_confidence
     with pytest.raises(GateFailed) as error:
-        require_pass(parse_metrics({**measured(CARD), "gate": to_json(refused)}), [])
+        require_pass(parse_metrics({**measured(CARD), "gate": to_json(bad)}), [])
     assert str(error.value).startswith(
         "the release fails the gate: on 5,110 tokens of text, the KL divergence from the base model is 0.4640 nats "
         "(limit ≤ 0.25): fail, margin -0.214, confidence under 0.1%"
     )
-    shipped = distance_rows(parse_metrics(measured(CARD)), refused.checks)[0]
+    shipped = distance_rows(parse_metrics(measured(CARD)), bad.checks)[0]
     assert shipped["KL, nats"] == "0.4640 ± 0.0130"
     assert shipped["gate"] == "KL ≤ 0.25: fail, same top ≥ 70: fail"
 
@@ -105,7 +105,7 @@ def test_a_benchmark_at_chance_is_in_no_recovery_and_the_gate_passes_with_fideli
     verdict = verdict_on(content)
     assert verdict.passed
     assert statuses(verdict) | {"mmlu_drop": "uninformative", "mmlu_recovery": "uninformative"} == statuses(verdict)
-    # No required check is missing, and the program's answers are compared with the checkpoint's all the same.
+    # No required check is missing, and the program's answers are still compared with the checkpoint's.
     assert add_missing(verdict, ["max_kl", "mmlu_drop", "mmlu_recovery", "mmlu_disagreement"]) == verdict
     drop = next(check for check in verdict.checks if check.name == "mmlu_drop")
     assert (

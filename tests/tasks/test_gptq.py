@@ -1,4 +1,4 @@
-"""GPTQ is what its definition says, in our format, and continues at the block where it was."""
+"""GPTQ matches its definition in our format, and resumes at the block where it stopped."""
 
 import json
 import os
@@ -39,7 +39,7 @@ GROUP = 32
 
 
 def example(rows: int = 70, columns: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights and the Hessian of inputs that depend on each other."""
+    """Return weights, and the Hessian of correlated inputs."""
     generator = torch.Generator().manual_seed(3)
     mixed = torch.randn(columns, columns, generator=generator) * torch.rand(columns, generator=generator)
     inputs = torch.randn(1000, columns, generator=generator) @ mixed
@@ -52,7 +52,7 @@ def output_error(weight: torch.Tensor, hessian: torch.Tensor, integers: torch.Te
 
 
 def naive_gptq(weight: torch.Tensor, scales: torch.Tensor, curvature: gptq.Curvature) -> torch.Tensor:
-    """Round column by column in float64, each column's error spread by the inverse of what remains of the Hessian."""
+    """Round column by column in float64; spread each error with the inverse of the remaining Hessian."""
     remaining = weight.double()[:, curvature.order]
     per_column = scales.double().repeat_interleave(GROUP, 1)[:, curvature.order]
     inverse = torch.linalg.inv(curvature.hessian.double())
@@ -94,7 +94,8 @@ def test_the_measured_error_is_that_of_rounding_and_not_what_compensation_change
     assert settings is not None
     curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(96)
-    # As if the full-precision model's inputs were twice the quantized model's: compensation then doubles the weights.
+    # This is the case where the full-precision model's inputs are twice the quantized model's, so that compensation
+    # doubles the weights.
     shift = weight @ hessian
     errors = []
     for compensation in (0.0, 1.0):
@@ -196,7 +197,7 @@ def test_a_block_returns_what_the_librarys_own_does(untied: Path) -> None:
         full = hidden.clone()
         blocks.replay_block(tuple(blocks.Block(config, number, weights) for _ in range(2)), (hidden, full))
         assert torch.equal(hidden, full)
-        if number + 1 < len(config.layer_types):  # The last one is normalized.
+        if number + 1 < len(config.layer_types):  # The output of the last block is normalized.
             torch.testing.assert_close(hidden, expected[number + 1], rtol=1e-4, atol=1e-3, msg=kind)
 
 
@@ -206,7 +207,7 @@ def test_hidden_states_in_a_file_are_read_and_replaced_a_few_sequences_at_a_time
     assert len(states) == 5
     assert torch.equal(states[:], expected)
     assert torch.equal(states[4:6], expected[4:])
-    # Not contiguous in memory.
+    # The new states are not contiguous in memory.
     expected[1:3] = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(1)).permute(2, 1, 0)
     states[1:3] = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(1)).permute(2, 1, 0)
     assert torch.equal(states[:], expected)
@@ -227,7 +228,7 @@ def test_a_search_without_data_chooses_positive_scales_that_lose_less_than_the_l
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untied tiny-gemma3 in a store, so that finished blocks are kept."""
+    """An untied tiny-gemma3 in a store, so that finished blocks are stored."""
     return store.produce(
         "untie", "0" * 64, lambda target: untie(target, BUILTIN["tiny-gemma3"]), tmp_path_factory.mktemp("store")
     ).path
@@ -249,7 +250,7 @@ def recipe() -> dict[str, Any]:
 def run(target: Path, untied: Path, calibration: Path, refresh: bool = False) -> bytes:
     target.mkdir()
     output = quantize(target, untied, recipe(), "cpu", calibration, refresh)
-    # What is said of the errors is in the artifact's digest, too.
+    # The reported errors are part of the artifact's digest, too.
     return (target / "model.safetensors").read_bytes() + json.dumps(output["metadata"]).encode()
 
 
@@ -277,7 +278,7 @@ def test_the_same_tokens_give_the_same_bytes_again(untied: Path, calibration: Pa
 
 def test_equal_weights_in_another_dtype_give_the_same_bytes(untied: Path, calibration: Path, tmp_path: Path) -> None:
     outputs = []
-    # Every value of a float16 number's 8 leading bits is one in bfloat16 and in float32, too.
+    # These weights are exact in bfloat16, in float16, and in float32.
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         (tmp_path / str(dtype)).mkdir()
         model = tmp_path / str(dtype) / "model"
@@ -313,7 +314,7 @@ def test_blocks_of_another_number_of_threads_are_not_taken(
 def test_a_killed_run_continues_at_its_block(
     untied: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # In the same store, but with settings of its own: no block is there yet.
+    # In the same store, but with different settings, so that no block is stored yet.
     content = recipe()
     content["calibration"]["damping"] = 0.02
     started: list[int] = []
@@ -327,16 +328,16 @@ def test_a_killed_run_continues_at_its_block(
 
     monkeypatch.setattr(blocks, "quantize_block", stop_in_the_third)
     files = []
-    for name in ("killed", "continued", "undisturbed"):
+    for name in ("killed", "resumed", "uninterrupted"):
         (tmp_path / name).mkdir()
-        arguments = tmp_path / name, untied, content, "cpu", calibration, name == "undisturbed"
+        arguments = tmp_path / name, untied, content, "cpu", calibration, name == "uninterrupted"
         if name == "killed":
             with pytest.raises(KeyboardInterrupt):
                 quantize(*arguments)
         else:
             quantize(*arguments)
             files.append((tmp_path / name / "model.safetensors").read_bytes())
-            assert len(started) == {"continued": 4, "undisturbed": 7}[name]
+            assert len(started) == {"resumed": 4, "uninterrupted": 7}[name]
     assert files[0] == files[1]
 
 
@@ -349,12 +350,12 @@ def test_a_head_is_calibrated_on_blocks_that_are_quantized_without_data(
             rule["algorithm"] = "search"
     (tmp_path / "search").mkdir()
     quantize(tmp_path / "search", untied, content, "cpu", calibration)
-    seen: list[torch.Tensor] = []
+    head_inputs: list[torch.Tensor] = []
     real = blocks.Moments.from_pieces
 
     def from_pieces(inputs: Any, targets: Any) -> blocks.Moments:
         pieces = list(inputs)
-        seen.append(torch.cat(pieces))
+        head_inputs.append(torch.cat(pieces))
         return real(pieces, targets)
 
     monkeypatch.setattr(blocks.Moments, "from_pieces", from_pieces)
@@ -365,9 +366,9 @@ def test_a_head_is_calibrated_on_blocks_that_are_quantized_without_data(
     disable_activation_quantization(model)
     hidden = model(tokens, output_hidden_states=True).hidden_states[-1].detach()
     plain = load_model(untied, torch.float32)(tokens, output_hidden_states=True).hidden_states[-1].detach()
-    # Nothing else is calibrated. The head's inputs are those of the quantized decoder, not of the plain one.
-    assert len(seen) == 1
-    assert (seen[-1] - hidden).norm() < 0.1 * (seen[-1] - plain).norm()
+    # Only the head is calibrated. Its inputs come from the quantized decoder, not from the full-precision one.
+    assert len(head_inputs) == 1
+    assert (head_inputs[-1] - hidden).norm() < 0.1 * (head_inputs[-1] - plain).norm()
 
 
 def test_what_is_finished_is_not_run_again(
@@ -442,7 +443,7 @@ def test_the_base_models_own_answers_are_added_in_the_chat_template(untied: Path
 
 
 def test_answers_end_with_their_stop_token_whatever_fills_the_batch(untied: Path, tmp_path: Path) -> None:
-    """As in a fine-tune without a pad_token_id, where transformers fills the batch with <eos>."""
+    """As in a fine-tune without a pad_token_id, for which transformers fills the batch with <eos>."""
     model = shutil.copytree(untied, tmp_path / "model")
     config = json.loads((model / "generation_config.json").read_text())
     del config["pad_token_id"]

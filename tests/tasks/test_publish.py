@@ -1,4 +1,4 @@
-"""A publish is one commit, or nothing; done again it finishes without sending twice."""
+"""Publishing makes one commit or none; if repeated, it finishes without sending a file twice."""
 
 import hashlib
 import json
@@ -61,12 +61,12 @@ def release(tmp_path: Path) -> Path:
 
 
 def publish(hub: Hub, release: Path, token: str = WRITER, **settings: Any) -> dict[str, Any]:
-    """Put the files into a store, as the card's stage does, and publish that."""
+    """Put the files into a store, as the stage `card` does, and publish the artifact."""
     return send(hub, make(release), token, **settings)
 
 
 def make(release: Path) -> Artifact:
-    """Return an artifact with these files and their list, as the card's stage makes it."""
+    """Return an artifact with these files and their list, like that of the stage `card`."""
     files = sorted(files_of(release).items())
     key = hashlib.sha256(b"".join(name.encode() + content for name, content in files)).hexdigest()
 
@@ -79,7 +79,7 @@ def make(release: Path) -> Artifact:
 
 
 def send(hub: Hub, artifact: Artifact, token: str = WRITER, **settings: Any) -> dict[str, Any]:
-    """Publish from a process of its own: the Hub's address is read when its client is imported."""
+    """Publish from a separate process, because the client reads the Hub's URL on import."""
     how = {"private": False, "tagged": False, **settings}
     return in_process("publish_in_process", hub, token, {"release": str(artifact.path)}, {"repository": TARGET, **how})
 
@@ -137,15 +137,15 @@ def test_one_commit_publishes_the_whole_release_and_describes_it(hub: Hub, relea
     outcome = publish(hub, release, tagged=True)
     assert outcome["state"] == "published"
     assert commits(hub) == 1
-    there = contents(hub)
-    assert {name: there[name] for name in files_of(release)} == files_of(release)
+    published = contents(hub)
+    assert {name: published[name] for name in files_of(release)} == files_of(release)
     repo = hub.storage.load("model", TARGET)
     commit = repo["commits"][hub.head("model", TARGET)]
     assert outcome["commit"] == hub.head("model", TARGET) == hub.head("model", TARGET, outcome["tag"])
     assert outcome["tag"].endswith("-bbbbbbbb")
-    said = json.dumps(commit)
+    description = json.dumps(commit)
     for word in ("HQQ-INT8-INT4 of team/tiny at aaaaaaaaaaaa", "a" * 40, "b" * 64, "c0ffee"):
-        assert word in said
+        assert word in description
 
 
 def test_the_same_release_again_makes_no_commit_and_sends_nothing(hub: Hub, release: Path) -> None:
@@ -172,7 +172,7 @@ def test_files_of_the_previous_release_are_deleted_and_a_persons_files_stay(
     publish(hub, release)
     assert commits(hub) == 1
     assert set(contents(hub)) == {*files_of(release), "release.json", "screenshot.jpg", ".gitattributes"}
-    # What did not change is not sent again.
+    # Unchanged files are not sent again.
     assert not hub.requests("PUT", "")
 
 
@@ -229,7 +229,7 @@ def test_a_pull_request_leaves_the_branch_alone_and_is_not_opened_twice(hub: Hub
     again = publish(hub, release, create_pr=True)
     assert again["state"] == "already published"
     assert again["url"].endswith("discussions/1")
-    # One that was turned down does not stand for the release.
+    # A pull request that was closed does not count as published.
     hub.close_pull_request("model", TARGET, 1)
     assert "discussions/2" in publish(hub, release, create_pr=True)["url"]
 
@@ -278,10 +278,10 @@ def test_a_repository_that_holds_something_else_than_was_sent_is_named(
 def test_a_target_that_cannot_be_written_is_found_before_anything_starts(
     hub: Hub, token: str, repository: str, words: list[str]
 ) -> None:
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as raised:
         check(hub, token, repository)
     for word in words:
-        assert word in str(refusal.value)
+        assert word in str(raised.value)
     assert not hub.requests("PUT", "")
     assert commits(hub) == 0
 
@@ -316,11 +316,11 @@ def test_a_repository_with_content_that_no_release_wrote_is_refused_unless_it_is
     assert not hub.requests("PUT", "")
     check(hub, create_pr=create_pr, adopt=True)
     publish(hub, release, create_pr=create_pr, adopt=True)
-    there = contents(hub, "refs/pr/1" if create_pr else "main")
-    assert there["COPYING"] == b"all of it"
-    assert there["config.json"] == b"{}"
-    assert set(there) == {*files_of(release), "release.json", "COPYING", "weights.gguf", ".gitattributes"}
-    # From now on there is a release of ours.
+    published = contents(hub, "refs/pr/1" if create_pr else "main")
+    assert published["COPYING"] == b"all of it"
+    assert published["config.json"] == b"{}"
+    assert set(published) == {*files_of(release), "release.json", "COPYING", "weights.gguf", ".gitattributes"}
+    # From now on, the repository has a release of ours.
     if not create_pr:
         (release / "config.json").unlink()
         publish(hub, release)
@@ -387,13 +387,13 @@ def test_a_file_of_the_release_before_that_a_person_has_changed_stays(hub: Hub, 
     for name in ("vocab.json", "merges.json"):
         (release / name).unlink()
     publish(hub, release)
-    there = contents(hub)
-    assert there["vocab.json"] == b'{"mine": 1}'
-    assert "merges.json" not in there
+    published = contents(hub)
+    assert published["vocab.json"] == b'{"mine": 1}'
+    assert "merges.json" not in published
 
 
 def flip(path: Path) -> None:
-    """Flip a bit as a bad disk does: the file's size and times stay."""
+    """Flip a bit as a bad disk does: the file's size and times stay the same."""
     before = path.stat()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -406,7 +406,7 @@ def flip(path: Path) -> None:
 def test_a_flipped_bit_is_not_published_and_the_store_then_knows_of_it(hub: Hub, release: Path, name: str) -> None:
     artifact = make(release)
     flip(artifact.path / name)
-    assert store.load("card", artifact.key, release.parent / "store") is not None, "nobody has looked yet"
+    assert store.load("card", artifact.key, release.parent / "store") is not None, "nothing has checked it yet"
     with pytest.raises(StageFailed, match=f"{name} was changed or damaged after it was written: start the run again"):
         send(hub, artifact)
     assert hub.log == []
@@ -441,8 +441,8 @@ def test_a_damaged_file_of_a_stage_is_damaged_in_the_release_that_links_it(hub: 
         send(hub, card)
     assert store.load("export", "e" * 64, root) is None
     assert store.load("card", "c" * 64, root) is None
-    made = store.produce("export", "e" * 64, fill, root)
-    assert (made.path / "model.pte").read_bytes() == b"a program" * 1000
+    rebuilt = store.produce("export", "e" * 64, fill, root)
+    assert (rebuilt.path / "model.pte").read_bytes() == b"a program" * 1000
 
 
 def test_a_file_that_changes_while_it_is_sent_is_not_published(hub: Hub, release: Path) -> None:
@@ -484,5 +484,5 @@ def test_the_published_metrics_are_those_at_the_head_whatever_is_in_them(
 ) -> None:
     add(hub, tmp_path / "person", notes__md="mine", **({} if text is None else {"metrics__json": text}))
     expected = {None: None, METRICS_TEXT: METRICS, '{"a": "\\ud800"}': {"a": "\ud800"}}.get(text, {})
-    found = in_process("published_in_process", hub, WRITER, {}, {"repository": TARGET})["metrics"]
-    assert found == expected
+    metrics = in_process("published_in_process", hub, WRITER, {}, {"repository": TARGET})["metrics"]
+    assert metrics == expected

@@ -57,7 +57,7 @@ def test_an_untied_checkpoint_passes_through_untying_again(untied: Path, tmp_pat
 
 
 def rewrite(source: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """Copy a checkpoint into one file, with changed tensors."""
+    """Copy a checkpoint and change its tensors, which are all written to one file."""
     from safetensors.torch import load_file, save_file
 
     tensors = {name: tensor for path in source.glob("*.safetensors") for name, tensor in load_file(path).items()}
@@ -112,7 +112,7 @@ def quantize_with_torchao(weight: Any, group_size: int, dtype: str) -> tuple[Any
 
 
 def quantize_in_chunks(weight: Any, group_size: int, dtype: str, chunk: int, kernel: str) -> tuple[Any, Any]:
-    """Quantize in chunks of rows, as the stage does, and return what torchao returns."""
+    """Quantize in chunks of rows, as the stage does, and return integers and scales like torchao."""
     import torch
 
     def all_chunks(iterations: int) -> list[hqq.QuantizedChunk[Any]]:
@@ -131,7 +131,7 @@ def quantize_in_chunks(weight: Any, group_size: int, dtype: str, chunk: int, ker
 
 
 def edge_case_weights() -> Any:
-    """Return rows of every kind, an odd number of them, in bfloat16."""
+    """Return an odd number of rows, of every kind, in bfloat16."""
     import torch
 
     weight = torch.randn(71, 480, generator=torch.Generator().manual_seed(1)) * 0.02
@@ -152,7 +152,7 @@ def edge_case_weights() -> Any:
 def test_hqq_matches_torchao_bit_for_bit(group_size: int, dtype: str, kernel: str) -> None:
     import torch
 
-    assert hqq.sum_lanes(), "torch's order of summation is not known on this processor: its own kernel is used"
+    assert hqq.sum_lanes(), "torch's order of summation is unknown on this processor, so its own kernel is used"
     weight = edge_case_weights()
     expected = quantize_with_torchao(weight, group_size, dtype)
     for chunk in (71, 16):
@@ -164,7 +164,7 @@ def test_hqq_matches_torchao_bit_for_bit(group_size: int, dtype: str, kernel: st
 @pytest.mark.parametrize("kernel", ["fused", "torch"])
 @pytest.mark.parametrize("seeds", [[1071], [1138], [1215], [1429], [1071, 1138], [0, 1429]])
 def test_hqq_stops_all_chunks_of_a_matrix_at_torchaos_iteration(seeds: list[int], kernel: str) -> None:
-    """In these rows a scale changes again after an iteration of almost no change, where torchao stops the matrix."""
+    """In these rows, a scale changes again after an iteration with almost no change, at which torchao stops."""
     import torch
 
     rows = [np.random.default_rng(seed).standard_normal((1, 2560), np.float32) for seed in seeds]
@@ -191,7 +191,7 @@ def test_the_error_of_a_chunk_is_that_of_what_is_stored() -> None:
 
 
 def header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a safetensors file's metadata, its JSON values parsed, and its tensors' entries."""
+    """Return a safetensors file's metadata, with its JSON values parsed, and the entries of its tensors."""
     with path.open("rb") as stream:
         text = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     metadata = {
@@ -211,7 +211,7 @@ def test_the_file_of_torchaos_algorithms_equals_the_model_quantized_in_memory(
         tensors.update({name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()})
 
     base = rewrite(untied, tmp_path / "base", cast)
-    monkeypatch.setattr("quantize_gemma.tasks.quantize.writer.CHUNK", 1000)  # Many chunks, with what does not divide.
+    monkeypatch.setattr("quantize_gemma.tasks.quantize.writer.CHUNK", 1000)  # Many chunks, the last one shorter.
     for name in ("ours", "theirs"):
         (tmp_path / name).mkdir()
     quantize(tmp_path / "ours", base, load_recipe(recipe).to_json(), "cpu")
@@ -255,13 +255,14 @@ def test_the_file_of_our_algorithms_is_one_that_torchao_loads_and_a_program_take
         assert not weight.zero_point.any(), name
         expected = weight.qdata.float() * weight.scale.float().repeat_interleave(size, 1)
         assert torch.equal(weight.dequantize(), expected.bfloat16()), name
-        # GPTQ moves weights to keep outputs: on this little text far, but rows in a wrong order would give about 2.
+        # GPTQ changes weights to preserve outputs, by a lot on so little text; but rows in the wrong order would give
+        # an error of about 2.
         difference, limit = expected - originals[name].float(), 0.5 if calibrated else 0.05
         assert difference.square().sum() < limit * originals[name].float().square().sum(), name
         if weight.target_dtype == torch.int4:
             int4 += 1
             assert size == 32, name
-    # 3 text layers of 7; two vision layers of 5, which calibrated recipes leave at int8; the head.
+    # 3 text layers with 7 modules each; 2 vision layers with 5, which are int8 in calibrated recipes; and the head.
     assert int4 == 3 * 7 + (0 if calibrated else 2 * 5) + (0 if recipe.endswith("HEAD8") else 1)
 
 
@@ -295,7 +296,7 @@ def test_a_quantized_checkpoint_gives_the_logits_of_the_model_quantized_with_the
     model = load_model(quantized, torch.bfloat16)
     assert torch.equal(logits(model), logits(reference))
     converted = [name for name, weight in model.named_parameters() if isinstance(weight, IntxUnpackedToInt8Tensor)]
-    # 3 text layers of 7, 2 vision layers of 6, two embeddings, the head.
+    # 3 text layers with 7 modules each, 2 vision layers with 6, two embeddings, and the head.
     assert len(converted) == 3 * 7 + 2 * 6 + 3
 
 

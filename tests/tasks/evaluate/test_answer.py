@@ -1,4 +1,4 @@
-"""Answers are stored shard by shard, under keys that follow from what they depend on."""
+"""Answers are stored shard by shard, under keys that depend on everything that determines the answers."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ ECHO = "tests.tasks.evaluate.test_answer:load_echo"
 
 
 def load_echo(log: str, device: str = "cpu", batch_size: int = 1) -> Callable[[list[Request]], list[Any]]:
-    """Load what needs no model; a file says which requests come together."""
+    """Return a scorer that needs no model; a file records which requests come together."""
     file = Path(log) / "requests.txt"
 
     def score(requests: list[Request]) -> list[Any]:
@@ -43,7 +43,7 @@ def requests_of(task: str, documents: int = 1, kind: str = "loglikelihood") -> l
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    """Something in a store that the answers depend on."""
+    """An artifact in a store on which the answers depend."""
 
     def write(target: Path) -> dict[str, Any]:
         (target / "file").write_text("content")
@@ -72,7 +72,7 @@ def test_a_shards_key_follows_from_name_requests_artifacts_and_settings(echo: Sc
     keys = [key(), key("b"), key(documents=2), key(device="cuda:0"), key(device="cuda:0", batch_size=2)]
     assert len(set(keys)) == 5
     assert "" not in keys
-    # On a CPU the batches do not count.
+    # On a CPU, the batch size is not part of the key.
     assert key(batch_size=2) == ""
 
 
@@ -94,9 +94,9 @@ def test_on_a_gpu_and_in_float32_the_batches_depend_on_no_other_shard(tmp_path: 
     assert choose_scorer(*settings, "cpu", "auto", "loglikelihood").min_questions == answer.MIN_QUESTIONS
     assert choose_scorer(*settings, "cuda", "auto", "loglikelihood").min_questions == 1
     assert choose_scorer(*settings, "cpu", "auto", "generate_until").min_questions == 1
-    # Nor in float32, where a product's last bit can depend on its number of rows.
+    # In float32, the last bit of a product can depend on the number of rows.
     assert choose_scorer(tmp_path, None, None, True, "cpu", "auto", "loglikelihood").min_questions == 1
-    # The runtime of a program, and images, are asked one question at a time.
+    # Programs, and models with images, answer one question at a time.
     assert choose_scorer(tmp_path, None, tmp_path, False, "cpu", "auto", "loglikelihood").min_questions == 1
     assert choose_scorer(tmp_path, tmp_path, None, False, "cpu", "auto", "generate_until").min_questions == 1
 
@@ -135,6 +135,6 @@ def test_the_sample_is_the_same_whatever_order_the_shards_have() -> None:
     documents = {(request.task, request.doc_id) for shard in sample.values() for request in shard}
     assert len(documents) == 20
     assert {task for task, _ in documents} == {"a", "b", "c"}
-    # All requests of a document are in it.
+    # The sample has all requests of a document.
     assert sum(map(len, sample.values())) == 80
     assert draw_sample(shards, None) == draw_sample(shards, 150) == draw_sample(shards, 1000) == shards

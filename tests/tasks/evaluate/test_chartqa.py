@@ -57,7 +57,7 @@ def evaluate_with_lm_eval(checkpoint: str, dataset: str, limit: int) -> dict[str
 
     class Library(HFMultimodalLM):
         def apply_chat_template(self, *arguments: Any, **keywords: Any) -> str:
-            # It would get a second one from the tokenizer; lmms-eval's model gets one.
+            # The tokenizer would add a second BOS token; lmms-eval's model gets one.
             return super().apply_chat_template(*arguments, **keywords).removeprefix("<bos>")
 
     model = Library(checkpoint, device="cpu", dtype="bfloat16", batch_size=1)
@@ -94,7 +94,7 @@ def test_answers_and_scores_are_those_of_lm_evals_own_model(
         "<start_of_turn>user\nYou are a helpful assistant.\n\n<start_of_image>What is the colour of the highest bar?\n"
         "Answer the question with a single word.<end_of_turn>\n<start_of_turn>model\n"
     )
-    # Neither nothing nor everything: the row can rise and fall.
+    # The score is neither 0 nor 100, so it can rise and fall.
     assert 0.5 < results["value"] < 1
 
 
@@ -134,7 +134,7 @@ def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_stand
     for number, part in enumerate((rows.slice(0, 3), rows.slice(3, 2))):
         pyarrow.parquet.write_table(part, dataset / "data" / f"test-0000{number}-of-00002.parquet")
     labels = [label[0] for label in rows["label"].to_pylist()]
-    # "red." and "blue." are wrong, "No" and "Wed" right, and "4." is the number 4.
+    # "red." and "blue." are wrong, "No" and "Wed" are correct, and "4." is the number 4.
     answers = [labels[number] if number % 2 else f"{labels[number]}." for number in range(5)]
 
     results, samples = score(checkpoints["base"], dataset, None, answers, tmp_path / "all")
@@ -152,7 +152,7 @@ def test_questions_of_one_kind_have_no_score_of_the_other_and_one_alone_no_stand
 def score(
     checkpoint: Path, dataset: Path, limit: int | None, texts: list[str], folder: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return results and samples of these answers."""
+    """Return the results and samples for these answers."""
     requests = record(folder / "requests", checkpoint, dataset, "chartqa", limit)
     (folder / "answers").mkdir()
     (folder / "answers" / "chartqa.json").write_text(json.dumps({"answers": texts, "left_out": []}))
@@ -173,7 +173,7 @@ def test_the_results_of_a_base_model_have_no_chat_template(
 
 
 def generate_alone_and_in_a_row(checkpoint: str, dataset: str, numbers: list[int]) -> dict[str, Any]:
-    """Answer the questions backwards, one by one, then as they come, and count how often an image is encoded."""
+    """Answer the questions in reverse, one by one, then all in order, and count how often an image is encoded."""
     from transformers import SiglipVisionModel
 
     from quantize_gemma.tasks.evaluate.chartqa import load_chartqa_scorer
@@ -195,12 +195,12 @@ def generate_alone_and_in_a_row(checkpoint: str, dataset: str, numbers: list[int
 def test_a_response_depends_on_no_other_request_and_an_image_is_encoded_once(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 5 is the last one of those before; 0, 1 and 44 are about one image, 3 is about another.
+    # Alone, 5 is the last question; 0, 1, and 44 are about one image, and 3 is about another.
     paths = {"checkpoint": str(checkpoints["quantized"]), "dataset": str(CHARTS), "numbers": [5, 0, 1, 44, 3]}
-    made = in_its_process(f"{__name__}:generate_alone_and_in_a_row", monkeypatch, **paths)
-    assert made["alone"] == made["in a row"]
-    assert len(set(made["alone"])) > 1
-    assert made["encodings"] == 2
+    output = in_its_process(f"{__name__}:generate_alone_and_in_a_row", monkeypatch, **paths)
+    assert output["alone"] == output["in a row"]
+    assert len(set(output["alone"])) > 1
+    assert output["encodings"] == 2
 
 
 def test_a_base_model_without_chat_template_gets_image_and_question(
@@ -237,7 +237,7 @@ def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.M
         ("Red", "red", True, True),
         ("green", "red", False, False),
         ("", "red", False, False),
-        # Five per cent of the label, the ends included, on both sides of it.
+        # Within 5% of the label, inclusive, in both directions.
         ("42", "40", True, True),
         ("38", "40", True, True),
         ("42.1", "40", False, False),
@@ -246,7 +246,7 @@ def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.M
         ("-41", "-40", True, True),
         (" 40 ", "40", True, True),
         ("4e1", "40", True, True),
-        # What ends in % is a fraction.
+        # A number that ends in % is a fraction.
         ("25%", "25%", True, True),
         ("0.25", "25%", True, True),
         ("25%", "0.25", True, True),
@@ -261,7 +261,7 @@ def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.M
         ("0.01", "0", False, False),
         ("0%", "0", False, True),
         ("nan", "nan", False, True),
-        # Form alone.
+        # Only the form differs.
         ("Yes.", "Yes", False, True),
         ("**Yes**", "yes", False, True),
         ('"Tea"', "Tea", False, True),

@@ -1,4 +1,4 @@
-"""Our evaluation gives what lm-eval's own command line gives on the same directory, to the bit."""
+"""Our evaluation is bit-identical to lm-eval's own command line on the same directory."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from quantize_gemma.tasks.untie import untie
 from tests.evaluation import PACKAGE, evaluate, record, run_stage
 
 ROOT = Path(__file__).parents[3]
-# lm-eval hands transformers the configuration that it has just read from the same checkpoint.
+# lm-eval passes transformers the configuration that it has just read from the same checkpoint.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning"),
@@ -89,15 +89,15 @@ def test_answers_are_stored_and_a_lost_shard_is_computed_again(checkpoints: dict
     assert progress == (57, 57)
     shards = sorted((tmp_path / "store").glob("responses/*/manifest.json"))
     assert len(shards) == len(files) == 57
-    # Without a model: it would report its progress.
+    # No model answers: it would report its progress.
     assert answer("b") == (None, files)
-    # A shard that is damaged or was never finished is computed again, and nothing else.
+    # Only a shard that is damaged or missing is computed again.
     shutil.rmtree(shards[3].parent)
     (shards[40].parent / "data" / "responses.json").write_text("[]")
     assert answer("c") == ((2, 2), files)
-    # A refreshed stage computes all of them again.
+    # A refreshed stage computes all shards again.
     assert answer("d", refresh=True) == ((57, 57), files)
-    # Two parts have all shards between them, and the same answers.
+    # Two parts together have all shards, with the same answers.
     parts = [answer(f"part {part}", part=part, parts=2)[1] for part in range(2)]
     assert sorted(map(len, parts)) == [28, 29]
     assert {**parts[0], **parts[1]} == files
@@ -114,7 +114,7 @@ def packed(checkpoints: dict[str, Path]) -> Callable[..., Any]:
 
 
 def requests(lengths: list[int], continuations: list[int]) -> list[Any]:
-    """Make requests of random tokens. Each context has all these lengths of continuation, the first one twice."""
+    """Return requests with random tokens. Each context has continuations of all these lengths, the first one twice."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -126,12 +126,12 @@ def requests(lengths: list[int], continuations: list[int]) -> list[Any]:
     return [(None, context, tokens(n)) for context in contexts for n in (continuations[0], *continuations)]
 
 
-def alone(model: Any, asked: list[Any]) -> list[Any]:
-    """Answer each request by a forward of its own, with log-softmax over every position, as the library's model."""
+def alone(model: Any, batch: list[Any]) -> list[Any]:
+    """Answer each request in its own forward pass, with log-softmax over every position, like the library's model."""
     import torch
 
     answers = []
-    for _, context, continuation in asked:
+    for _, context, continuation in batch:
         with torch.no_grad():
             logits = model(torch.tensor([context + continuation])[:, :-1]).logits[0]
         logs = torch.log_softmax(logits, -1)[-len(continuation) :]
@@ -149,16 +149,16 @@ def test_packed_log_likelihoods_are_those_of_single_forwards(
 
     from quantize_gemma.tasks.models.checkpoint import load_model
 
-    asked = requests([5, 90, 63, 64, 65, 130, 90, 1, 31, 200], [1, 4, 2])
-    expected = alone(load_model(checkpoints[name], torch.bfloat16), asked)
-    assert packed(name)._loglikelihood_tokens(asked) == expected
-    assert packed(name, 3)._loglikelihood_tokens(asked) == expected
+    batch = requests([5, 90, 63, 64, 65, 130, 90, 1, 31, 200], [1, 4, 2])
+    expected = alone(load_model(checkpoints[name], torch.bfloat16), batch)
+    assert packed(name)._loglikelihood_tokens(batch) == expected
+    assert packed(name, 3)._loglikelihood_tokens(batch) == expected
 
 
 def test_a_prefix_is_shared_where_its_last_bits_are_the_same(packed: Callable[..., Any]) -> None:
-    """Attention adds up the last length % 16 tokens apart: in the shorter sequences, a prefix of 60 ends among them."""
+    """Attention sums the last `length % 16` tokens separately; a prefix of 60 ends among them in shorter sequences."""
     model = packed("base")
-    asked = requests([60, 48], [3, 40, 20])
+    batch = requests([60, 48], [3, 40, 20])
     computed: list[list[int]] = []
     compute = model._logits
 
@@ -168,8 +168,8 @@ def test_a_prefix_is_shared_where_its_last_bits_are_the_same(packed: Callable[..
         return logits
 
     model._logits = count
-    assert model._loglikelihood_tokens(asked) == alone(model.model, asked)
-    # Two contexts with four continuations each; of the longer one, two are computed again, together.
+    assert model._loglikelihood_tokens(batch) == alone(model.model, batch)
+    # Two contexts with four continuations each; two of the longer context are computed again, together.
     assert computed == [[4, 4, 6], [2, 2]]
 
 
@@ -208,41 +208,41 @@ def test_a_batch_that_does_not_fit_shrinks(
 ) -> None:
     import torch
 
-    asked = requests([5, 90, 63, 64, 65, 130, 90, 31], [1])
-    expected = packed("base")._loglikelihood_tokens(asked)
+    batch = requests([5, 90, 63, 64, 65, 130, 90, 31], [1])
+    expected = packed("base")._loglikelihood_tokens(batch)
     model = packed("base")
-    seen: list[int] = []
+    sizes: list[int] = []
 
-    def refuse(_module: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
-        seen.append(keywords["input_ids"].shape[1])
-        if seen[-1] > 200:
+    def run_out_of_memory(_module: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
+        sizes.append(keywords["input_ids"].shape[1])
+        if sizes[-1] > 200:
             raise torch.OutOfMemoryError(message) if message == "cuda" else RuntimeError(message)
 
-    model.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    assert model._loglikelihood_tokens(asked) == expected
-    assert seen[0] > 200
-    # Once it is known, no batch is as large again.
-    assert max(seen[[size <= 200 for size in seen].index(True) :]) <= 200
+    model.model.register_forward_pre_hook(run_out_of_memory, with_kwargs=True)
+    assert model._loglikelihood_tokens(batch) == expected
+    assert sizes[0] > 200
+    # Once the limit is known, no later batch is as large.
+    assert max(sizes[[size <= 200 for size in sizes].index(True) :]) <= 200
 
 
 def test_answers_that_do_not_fit_together_are_divided(packed: Callable[..., Any]) -> None:
-    """Each of three questions has four answers: 117 tokens that share the question's, 56 to 69 one by one."""
+    """Three questions with four answers each: 117 tokens if the answers share the question's, 56 to 69 one by one."""
     import torch
 
-    asked = requests([50, 50, 50], [20, 10, 20])
+    batch = requests([50, 50, 50], [20, 10, 20])
     model = packed("base")
-    expected = model._loglikelihood_tokens(asked)
-    seen: list[int] = []
+    expected = model._loglikelihood_tokens(batch)
+    sizes: list[int] = []
 
-    def refuse(_module: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
-        seen.append(keywords["input_ids"].shape[1])
-        if seen[-1] > 110:
+    def run_out_of_memory(_module: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
+        sizes.append(keywords["input_ids"].shape[1])
+        if sizes[-1] > 110:
             raise torch.OutOfMemoryError
 
-    model.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    assert model._loglikelihood_tokens(asked) == expected
-    # Of the first question only, then the limit holds for all.
-    assert sum(size > 110 for size in seen) <= 4
+    model.model.register_forward_pre_hook(run_out_of_memory, with_kwargs=True)
+    assert model._loglikelihood_tokens(batch) == expected
+    # Only for the first question; then the limit applies to all.
+    assert sum(size > 110 for size in sizes) <= 4
 
 
 def test_a_question_that_does_not_fit_alone_fails(packed: Callable[..., Any]) -> None:
@@ -250,10 +250,10 @@ def test_a_question_that_does_not_fit_alone_fails(packed: Callable[..., Any]) ->
 
     model = packed("base")
 
-    def refuse(*_: Any) -> None:
+    def run_out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    model.model.register_forward_pre_hook(refuse)
+    model.model.register_forward_pre_hook(run_out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         model._loglikelihood_tokens(requests([20, 30], [1]))
 
@@ -271,8 +271,8 @@ def test_weights_dequantized_once_give_the_same_logits(dtype: str, checkpoints: 
         expected = model(tokens).logits
         dequantize.replace_quantized_modules(model)
         assert torch.equal(model(tokens).logits, expected)
-    left = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert left == []
+    remaining = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert remaining == []
 
 
 @pytest.mark.parametrize("dequantized", ["backbone", "none"])
@@ -297,7 +297,7 @@ def test_chunks_of_a_weight_give_the_same_logits(
 @pytest.mark.parametrize("width", [64, 640, 1001])
 @pytest.mark.parametrize("size", [1e-38, 1e-3, 1.0, 50.0, 1e30])
 def test_activations_are_quantized_as_by_torchao(size: float, width: int, dtype: str) -> None:
-    """The reference is tested against torchao's own linear, by logits in float32."""
+    """Another test compares the reference with torchao's own linear, through logits in float32."""
     import torch
 
     from quantize_gemma.tasks.models.activation_quantization import fake_quantize_per_token
@@ -312,7 +312,7 @@ def test_activations_are_quantized_as_by_torchao(size: float, width: int, dtype:
     assert torch.equal(fake_quantize_per_token(activations), reference(activations))
     broken = activations.clone()
     broken[1, 3, 2] = torch.nan
-    found = fake_quantize_per_token(broken)
-    assert torch.equal(found.isnan(), reference(broken).isnan())
-    assert found.isnan().all(dim=-1).sum() == 1
+    result = fake_quantize_per_token(broken)
+    assert torch.equal(result.isnan(), reference(broken).isnan())
+    assert result.isnan().all(dim=-1).sum() == 1
     assert torch.equal(fake_quantize_per_token(activations[:, ::2]), reference(activations[:, ::2].contiguous()))

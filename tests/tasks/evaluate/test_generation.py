@@ -1,4 +1,4 @@
-"""Text is generated as by lm-eval's own model, by the checkpoint and by the program; so are rolling log-likelihoods."""
+"""Generated text and rolling log-likelihoods match those of lm-eval's own model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from quantize_gemma.tasks.models.requests import Request
 from quantize_gemma.tasks.runtime.errors import UserError
 from tests.conftest import Outcome
 
-# lm-eval hands transformers the configuration that it has just read from the same checkpoint.
+# lm-eval passes transformers the configuration that it has just read from the same checkpoint.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning"),
@@ -52,26 +52,26 @@ def test_a_prompt_is_continued_as_by_lm_evals_own_model_alone_and_among_others(c
     expected = reference(checkpoint).generate_until(requests, disable_tqdm=True)
     model = PackedLM(checkpoint, "cpu", "auto", generates=True)
     assert model.generate_until(requests) == expected
-    # A stop sequence ends the text, and is not part of it.
+    # A stop sequence ends the text, and is not part of the text.
     assert expected[0] == "I can talk to you, but I am not conscious. I am a tiny "
     # The model has 2,048 positions.
     with pytest.raises(UserError, match="generates up to 2,048 tokens, but the model"):
         model.generate_until(instances("generate_until", [("x", {**GENERATION, "max_gen_toks": 2048})]))
-    # One at a time, and where the last prompt takes the place of a text that has ended.
+    # One prompt at a time, and three at a time, where the last prompt replaces a text that has ended.
     for rows, exact in ((1, True), (3, True), (1, False), (3, False)):
         model.limits, model.exact = replace(model.limits, sequences=rows), exact
         assert model.generate_until(requests) == expected
 
 
 def test_the_faster_attention_gives_the_same_logits_but_for_rounding() -> None:
-    """In blocks of queries, over a sliding window; and a token's heads as rows of one product."""
+    """For blocks of queries over a sliding window, and for one token, whose heads are the rows of one product."""
     import torch
 
     from quantize_gemma.tasks.evaluate.packed_generation import KeyValues, Text
     from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
     from quantize_gemma.tasks.evaluate.packed_row import BLOCK, PrefixGroup
 
-    # In float32, where a wrong key would show.
+    # In float32, a wrong key would be visible.
     model = PackedLM(BUILTIN["tiny-gemma3"], "cpu", "auto", no_act_quant=True)
     prompt = PrefixGroup(tuple(torch.randint(10, 2048, (2 * BLOCK + 60,)).tolist()))
 
@@ -95,13 +95,13 @@ def test_a_text_depends_on_no_request_of_another_shard(release: Path) -> None:
     requests = [
         Request("task", place, 0, "generate_until", [prompt, dict(GENERATION)]) for place, prompt in enumerate(PROMPTS)
     ]
-    # On a CPU the option batch_size is in no key.
+    # On a CPU, the option batch_size is not part of a key.
     assert load_checkpoint_scorer(str(release), "cpu", 2, False, True, False)(requests) == score(requests)
 
 
 @pytest.mark.parametrize("words", [30, 900])
 def test_rolling_log_likelihoods_are_those_of_lm_evals_own_model(words: int) -> None:
-    """A text of fewer and of more tokens than the positions whose logits are computed together."""
+    """The text has fewer or more tokens than the positions whose logits are computed together."""
     from quantize_gemma.tasks.evaluate.packed_lm import POSITIONS, PackedLM
 
     text = " ".join(f"word{number % 7} and {number}" for number in range(words))
@@ -124,10 +124,10 @@ def test_the_program_writes_what_its_checkpoint_writes(release: Path) -> None:
     assert answer(PROMPTS[0]) == "I can talk to you, but I am not conscious. I am a tiny "
     whole = answer(PROMPTS[0], until=[], max_gen_toks=400)
     assert whole.startswith("I can talk to you, but I am not conscious. I am a tiny test model")
-    # The turn ends, the text with it; few tokens end it earlier.
+    # The text ends with the turn, or earlier if only few tokens are allowed.
     assert whole.endswith(".")
     assert whole.startswith(answer(PROMPTS[0], until=[], max_gen_toks=4))
-    # A prompt that leaves no room for an answer.
+    # This prompt leaves no room for an answer.
     assert answer("a " * 2000) is None
 
 
@@ -135,7 +135,7 @@ def test_a_text_that_the_longest_sequence_cuts_is_none(release: Path) -> None:
     from quantize_gemma.tasks.evaluate.program_lm import ProgramLM
 
     model = ProgramLM(release, release)
-    # It never ends by itself.
+    # Without end tokens, a text never ends by itself.
     model.program.eos_ids = set()
     room = model.program.max_seq_len - len(model.tok_encode(PROMPTS[0]))
 
@@ -170,7 +170,7 @@ def test_texts_start_as_long_as_their_tokens_fit_but_at_least_one() -> None:
 
     waiting = texts(200, 40, 30, 5, 5)
     assert taken(waiting, []) == [200]
-    # 40 + 10 and 30 + 10 would fit, but not the prompts together.
+    # The texts, 40 + 10 and 30 + 10 tokens, fit together, but their prompts do not.
     assert taken(waiting, []) == [40]
     assert taken(waiting, texts(40)) == [30]
     assert taken(waiting, texts(40, 30)) == []

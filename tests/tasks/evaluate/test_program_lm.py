@@ -1,4 +1,4 @@
-"""The program answers lm-eval as the checkpoint that it was made from, and another one's does not."""
+"""The program answers lm-eval like the checkpoint that it was exported from; another checkpoint's program does not."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from tests.conftest import CommandLine, Outcome
 from tests.evaluation import evaluate, run_stage
 from tests.flows.test_run import artifact, metrics_of, swap_rows_of_release
 
-# lm-eval hands transformers the configuration that it has just read from the same checkpoint.
+# lm-eval passes transformers the configuration that it has just read from the same checkpoint.
 pytestmark = pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning")
 ROOT = Path(__file__).parents[3]
 
@@ -45,14 +45,14 @@ def requests(lengths: list[int], continuations: list[int]) -> list[Any]:
     return [(None, context, tokens(n)) for context in contexts for n in continuations]
 
 
-def alone(release: Path, asked: list[Any]) -> list[Any]:
-    """Answer each request with a program that was just loaded."""
+def alone(release: Path, batch: list[Any]) -> list[Any]:
+    """Answer each request with a newly loaded program."""
     import torch
 
     from quantize_gemma.tasks.models.pte import PteProgram
 
     answers = []
-    for _, context, continuation in asked:
+    for _, context, continuation in batch:
         program = PteProgram(release / "model.pte")
         ids = torch.tensor([context + continuation])
         positions = set(range(len(context) - 1, ids.shape[1] - 1))
@@ -63,29 +63,29 @@ def alone(release: Path, asked: list[Any]) -> list[Any]:
 
 
 def test_a_request_does_not_affect_the_next_ones(model: Any, release: Path) -> None:
-    """Long and short in turn, on both sides of the sliding window (64)."""
-    asked = requests([300, 5, 130, 63, 64, 1, 200, 127, 31], [1, 3])
-    answers = model._loglikelihood_tokens(asked)
-    for (score, greedy), (expected, as_greedy) in zip(answers, alone(release, asked), strict=True):
+    """Long and short requests alternate, on both sides of the sliding window (64)."""
+    batch = requests([300, 5, 130, 63, 64, 1, 200, 127, 31], [1, 3])
+    answers = model._loglikelihood_tokens(batch)
+    for (score, greedy), (expected, as_greedy) in zip(answers, alone(release, batch), strict=True):
         assert score == pytest.approx(expected, abs=1e-4)
         assert greedy == as_greedy
-    assert model._loglikelihood_tokens(asked) == answers
-    assert model._loglikelihood_tokens(asked[::-1]) == answers[::-1]
+    assert model._loglikelihood_tokens(batch) == answers
+    assert model._loglikelihood_tokens(batch[::-1]) == answers[::-1]
 
 
 def test_choices_of_the_same_question_share_one_prefill(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = requests([40, 50], [1, 1, 1, 1])
-    read: list[int] = []
+    batch = requests([40, 50], [1, 1, 1, 1])
+    lengths: list[int] = []
     decode = model.program.decode
 
     def counted(inputs: Any, positions: set[int]) -> Any:
-        read.append(inputs.shape[1])
+        lengths.append(inputs.shape[1])
         return decode(inputs, positions)
 
     monkeypatch.setattr(model.program, "decode", counted)
-    answers = model._loglikelihood_tokens(asked)
-    assert read == [40, 50]
-    assert answers == [model._loglikelihood_tokens([one])[0] for one in asked]
+    answers = model._loglikelihood_tokens(batch)
+    assert lengths == [40, 50]
+    assert answers == [model._loglikelihood_tokens([one])[0] for one in batch]
 
 
 def test_too_long_a_request_is_truncated_on_the_left_as_in_lm_eval(model: Any) -> None:
@@ -113,11 +113,11 @@ def test_the_reference_is_the_checkpoint_in_float32_with_activations_that_are_no
     from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
     from quantize_gemma.tasks.models.checkpoint import disable_activation_quantization, load_model
 
-    asked = requests([40, 90], [1, 2])
+    batch = requests([40, 90], [1, 2])
     eager = load_model(release, torch.float32)
     disable_activation_quantization(eager)
-    answers = PackedLM(release, "cpu", "auto", no_act_quant=True)._loglikelihood_tokens(asked)
-    for (_, context, continuation), (score, _) in zip(asked, answers, strict=True):
+    answers = PackedLM(release, "cpu", "auto", no_act_quant=True)._loglikelihood_tokens(batch)
+    for (_, context, continuation), (score, _) in zip(batch, answers, strict=True):
         with torch.no_grad():
             logs = torch.log_softmax(eager(torch.tensor([context + continuation])).logits[0], -1)
         scores = [float(logs[len(context) - 1 + place, token]) for place, token in enumerate(continuation)]
@@ -129,13 +129,13 @@ def test_a_scorer_returns_what_the_model_returns(release: Path, model: Any) -> N
 
     answer = load_program_scorer(str(release), str(release))
     pairs = [["The answer is", " A"], ["The answer is", " B"], ["", "A river"], ["a " * 2000, " B"]]
-    found = answer([Request("task", 0, place, "loglikelihood", pair) for place, pair in enumerate(pairs)])
+    values = answer([Request("task", 0, place, "loglikelihood", pair) for place, pair in enumerate(pairs)])
     tokens = [(None, *model._encode_pair("The answer is", f" {letter}")) for letter in "AB"]
-    assert json.loads(json.dumps(found)) == found
-    assert found[:2] == [list(one) for one in model._loglikelihood_tokens(tokens)]
-    assert found[2][0] < 0
-    # Longer than the program's sequences.
-    assert found[3] is None
+    assert json.loads(json.dumps(values)) == values
+    assert values[:2] == [list(one) for one in model._loglikelihood_tokens(tokens)]
+    assert values[2][0] < 0
+    # This request is longer than the program's sequences.
+    assert values[3] is None
 
 
 def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_the_sample(
@@ -158,7 +158,7 @@ def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_th
     assert len(rows["program"]) == 100
     for document, responses in rows["program"].items():
         checkpoint = rows["quantized"][document]
-        # Float32 beside bfloat16, and other kernels: close, not equal.
+        # Float32 instead of bfloat16, and different kernels: close, but not equal.
         assert responses == pytest.approx(checkpoint, abs=2.0)
         assert responses != checkpoint
         assert rows["no_act_quant"][document] != checkpoint
@@ -197,8 +197,8 @@ def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
     metrics["program"]["mmlu"] |= compared
     parsed = parse_metrics(metrics)
     verdict = judge(parsed.benchmarks, parsed, parsed.pairs, parsed.gate.limits)
-    with pytest.raises(GateFailed, match="the program") as refused:
+    with pytest.raises(GateFailed, match="the program") as raised:
         require_pass(replace(parsed, gate=verdict), [])
-    failed = [check.name for check in refused.value.verdict.checks if check.status == "fail"]
+    failed = [check.name for check in raised.value.verdict.checks if check.status == "fail"]
     assert failed == ["mmlu_disagreement"]
-    assert " ".join(shown["prompt"].split())[-200:] in str(refused.value)
+    assert " ".join(shown["prompt"].split())[-200:] in str(raised.value)

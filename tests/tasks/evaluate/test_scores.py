@@ -1,4 +1,4 @@
-"""What the scores of an evaluation are, and the answers behind them."""
+"""The scores of an evaluation, and the samples with the answers behind them."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ def test_a_score_is_a_share_even_if_lm_eval_gives_a_percentage(metric: str, valu
 
 
 def group_output(group: dict[str, Any]) -> dict[str, Any]:
-    """Return what lm-eval returns for a group of two tasks, with three documents and one, and a group of the first."""
+    """Return lm-eval's output for a group of two tasks, with three documents and one, and a group of only the first."""
     scores = {"some_first": [1.0, 0.0, 0.0], "some_second": [1.0]}
     return {
         "results": {
@@ -45,14 +45,14 @@ def group_output(group: dict[str, Any]) -> dict[str, Any]:
 def test_a_group_without_the_metric_has_the_mean_over_its_documents(group: dict[str, Any]) -> None:
     results = summarize(group_output(group), "some", "some", "acc", [])
     assert (results["value"], results["samples"]) == (0.5, 4)
-    # That of the documents, because the second task has none.
+    # The standard error is computed from the documents, because the second task has none.
     assert results["stderr"] == pytest.approx(math.sqrt(0.5 * 0.5 / 3))
     assert results["groups"] == {}
     assert {name: score["value"] for name, score in results["tasks"].items()} == {"first": 1 / 3, "second": 1.0}
 
 
 def test_a_group_with_the_metric_has_its_own_aggregate() -> None:
-    """Here, each task counts the same."""
+    """Here, each task has the same weight."""
     results = summarize(group_output({"acc,none": 2 / 3, "acc_stderr,none": 0.2}), "some", "some", "acc", [])
     assert (results["value"], results["stderr"]) == (2 / 3, 0.2)
     assert results["groups"] == {"part": {"value": 2 / 3, "stderr": 0.2, "samples": None}}
@@ -72,7 +72,7 @@ def test_a_score_that_is_not_the_share_of_correct_documents_has_no_other_standar
 
 
 def answer_to(arguments: list[tuple[str, str]], responses: list[tuple[float, bool]], metric: str) -> dict[str, Any]:
-    """Return the row of samples.jsonl of one document: its requests, and their log-likelihoods and greediness."""
+    """Return the row of samples.jsonl for one document, from its requests and their (log-likelihood, is greedy)."""
     sample = {"doc_id": 0, "filter": "none", "target": "0", "filtered_resps": responses, metric: 1.0}
     output = {"samples": {"some": [sample]}, "configs": {"some": {"target_delimiter": " "}}}
     requests = [Request("some", 0, index, "loglikelihood", list(pair)) for index, pair in enumerate(arguments)]
@@ -89,7 +89,7 @@ def test_the_prediction_of_a_single_continuation_is_whether_it_is_greedy(is_gree
 
 @pytest.mark.parametrize(("metric", "prediction"), [("acc", 1), ("acc_norm", 0)])
 def test_the_prediction_is_the_choice_that_the_metric_scores(metric: str, prediction: int) -> None:
-    """Per character, the longer choice is the more likely one, as long as the space before it does not count."""
+    """Per character, the longer choice is more likely, as long as the space before it does not count."""
     row = answer_to([("It", " runs"), ("It", " a")], [(-4.4, False), (-1.2, True)], metric)
     assert row["prediction"] == prediction
     assert row["responses"] == [-4.4, -1.2]

@@ -1,4 +1,4 @@
-"""Stages are called here as functions; in a run, a worker process keeps what they pin."""
+"""Here, stages are called as functions; in a run, a worker process keeps the artifacts that they pin."""
 
 import shutil
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def pinned() -> Iterator[None]:
 
 
 def in_a_store(stage: str, folder: Path, root: Path) -> Path:
-    """Return the path of a copy in a store."""
+    """Copy a folder into a store; return the path of the copy."""
 
     def copy(target: Path) -> dict[str, Any]:
         shutil.copytree(folder, target, dirs_exist_ok=True)
@@ -27,7 +27,7 @@ def in_a_store(stage: str, folder: Path, root: Path) -> Path:
 
 
 def halve(file: Path, target: Path) -> Path:
-    """Write the halves of the hidden states of a file."""
+    """Write a file's hidden states, divided by two."""
     from safetensors.torch import load_file, save_file
 
     save_file({"hidden": load_file(file)["hidden"] / 2}, target)

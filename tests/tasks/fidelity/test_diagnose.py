@@ -1,4 +1,4 @@
-"""What quantizing one module alone brings is what a plain model with that module changed says."""
+"""The divergence from quantizing one module alone equals that of a plain model with only that module changed."""
 
 import json
 import re
@@ -31,8 +31,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     base = store.produce("download", "0" * 64, copy, root).path
     untied = store.produce("untie", "0" * 64, lambda target: untie(target, TINY), root).path
-    made = store.produce("quantize", "0" * 64, lambda target: quantize(target, untied, RECIPE, "cpu"), root)
-    return base, made.path
+    quantized = store.produce("quantize", "0" * 64, lambda target: quantize(target, untied, RECIPE, "cpu"), root)
+    return base, quantized.path
 
 
 def run(folder: Path, artifacts: tuple[Path, Path], windows: int = 2) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_the_heat_map_says_which_blocks_and_roles_and_what_modules_outside_of_bl
     names = ["q", "k", "v", "o", "gate", "up", "down"]
     assert [text for text in texts if text in names] == names * 2
     assert [text for text in texts if text in ("block", "0", "1", "2", "3")] == ["0", "1", "2", "3", "block"]
-    # The scale.
+    # The color scale.
     assert {"0.0001", "0.001", "0.01", "0.1"} <= set(texts)
 
 
@@ -137,7 +137,7 @@ def test_a_diagnosis_that_was_killed_resumes_at_its_block(
     monkeypatch.setattr(Probe, "measure", measure)
     stop = 3
     with pytest.raises(KeyboardInterrupt):
-        # Another number of windows than in the other tests, which share the store.
+        # Use another number of windows than the other tests, which share the store.
         run(tmp_path / "first", artifacts, windows=1)
     assert measured == [None, 0, 1]
     measured.clear()

@@ -1,4 +1,4 @@
-"""Fidelity's numbers are those of an independent computation, whatever was interrupted and however chunks are cut."""
+"""Fidelity's numbers match an independent computation, regardless of interruptions and chunk sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def read_text() -> str:
 
 
 def run(folder: Path, base: Path, checkpoint: Path, parts: int = 1) -> dict[str, Any]:
-    """Run both stages in parts, outside a store; return the metrics. The artifacts are in `folder`."""
+    """Run both stages in parts, outside a store; write their artifacts to `folder`, and return the metrics."""
     states = [folder / f"states-{part}" for part in range(parts)]
     tokens = [folder / f"tokens-{part}" for part in range(parts)]
     for part in range(parts):
@@ -101,7 +101,7 @@ def test_a_checkpoint_is_no_distance_from_itself(measured: Any, tmp_path: Path) 
 
 @pytest.mark.long
 def test_parts_write_together_what_one_part_writes(quantized: Path, measured: Any, tmp_path: Path) -> None:
-    """Two groups of the text, and four of chats, in three parts."""
+    """Three parts share two groups of windows of the text and four groups of chats."""
     assert run(tmp_path, TINY, quantized, parts=3) == measured[1]
 
     def files(folder: Path, pattern: str) -> dict[str, bytes]:
@@ -134,7 +134,7 @@ def test_a_text_only_checkpoint_gives_the_numbers_of_the_multimodal_one(
     results = run(tmp_path, base, tmp_path / "checkpoint")
     assert results["kl_mean"] == measured[1]["kl_mean"]
     assert results["weights_only"] == measured[1]["weights_only"]
-    # Without a chat template there are no chats.
+    # Without a chat template, there are no chats.
     assert "chat" not in results
 
 
@@ -163,7 +163,7 @@ def test_logits_are_in_memory_for_one_chunk_at_a_time(chunk: int) -> None:
 def test_what_is_in_the_store_is_not_computed_again(
     quantized: Path, measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the second group of the weights-only variant, the stage computes that group and what follows."""
+    """If the stage is killed in the second weights-only group, the next run computes that group and the rest."""
     from quantize_gemma.tasks.fidelity import states
 
     checkpoint = in_a_store("quantize", quantized, tmp_path / "store")
@@ -201,20 +201,20 @@ def test_what_is_in_the_store_is_not_computed_again(
 def test_hidden_states_that_have_changed_are_compared_again(
     changed: str, quantized: Path, measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another device or other code gives other hidden states of the same sequences; here, they are halved."""
+    """Another device or different code gives different hidden states for the same sequences; here, they are halved."""
     from quantize_gemma.tasks.fidelity import states
 
     base, checkpoint = (
         in_a_store(stage, folder, tmp_path / "store") for stage, folder in (("download", TINY), ("quantize", quantized))
     )
-    of_base = measured[0] / "states-0"
+    base_states = measured[0] / "states-0"
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
-    fidelity_quantized(first, base, [of_base], checkpoint, "cpu")
+    fidelity_quantized(first, base, [base_states], checkpoint, "cpu")
     assert summarize_quantized([first]) == measured[1]
     if changed == "base":
-        of_base = halve_states(of_base, tmp_path / "base")
+        base_states = halve_states(base_states, tmp_path / "base")
     else:
         real = states.group_states
 
@@ -225,7 +225,7 @@ def test_hidden_states_that_have_changed_are_compared_again(
             return {number: halve(file, folder / f"{number}.safetensors") for number, file in files.items()}
 
         monkeypatch.setattr(states, "group_states", group_states)
-    fidelity_quantized(second, base, [of_base], checkpoint, "cpu")
+    fidelity_quantized(second, base, [base_states], checkpoint, "cpu")
     results = summarize_quantized([second])
     for part, previous in ((results, measured[1]), (results["weights_only"], measured[1]["weights_only"])):
         assert part["kl_mean"] > 2 * previous["kl_mean"]

@@ -1,4 +1,4 @@
-"""The program's fidelity is that of its own logits, on the tokens of the sample."""
+"""The program's fidelity is computed from its own logits, on the tokens of the sample."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_the_program_is_as_far_from_the_base_as_its_logits_say(released: Outcome
     groups = torch.cat([load_file(quantized / f"text-000{number}.safetensors")["kl"] for number in (0, 1)])
     shipped = groups.unflatten(0, (6, 511))[[0, 3]][:, positions]
     assert results.checkpoint.kl_mean == pytest.approx(float(shipped.mean()), rel=1e-5)
-    # The program is a release's, and no further away than its checkpoint.
+    # The program belongs to a release, and is no further away than its checkpoint.
     assert results.kl_mean == pytest.approx(results.checkpoint.kl_mean, rel=0.5)
     rows = fidelity_rows(TypeAdapter(Fidelity).validate_python(content["quantized"]), results, ["KL ≤ 1: pass"])
     assert [row["measurement"] for row in rows] == ["as shipped", "program", "weights only", "chat"]
@@ -64,7 +64,7 @@ def test_the_program_is_as_far_from_the_base_as_its_logits_say(released: Outcome
 
 
 def test_hidden_states_that_have_changed_are_compared_with_the_program_again(released: Outcome, tmp_path: Path) -> None:
-    """Another device or other code gives other hidden states of the same window; here, they are halved."""
+    """Another device or different code gives different hidden states for the same window; here, they are halved."""
     from safetensors.torch import load_file
 
     base, states = in_a_store("download", TINY, tmp_path / "store"), tmp_path / "states"

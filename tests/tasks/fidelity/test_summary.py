@@ -1,4 +1,4 @@
-"""The statistics of fidelity on distributions made by hand."""
+"""The statistics of fidelity, on values computed by hand and on random samples."""
 
 import math
 
@@ -21,7 +21,7 @@ def test_the_metrics_of_four_tokens_by_hand() -> None:
         "windows": 2,
         "kl_max": 0.5,
         "kl_mean": 0.2,
-        # Window means 0.05 and 0.35: half their difference.
+        # The window means are 0.05 and 0.35; the standard error is half their difference.
         "kl_mean_stderr": 0.15,
         "kl_median": 0.15,
         "same_top": 0.75,
@@ -53,7 +53,7 @@ def test_standard_errors_are_those_of_scipy_on_windows_of_equal_length() -> None
 
 
 def test_standard_errors_are_those_of_many_samples() -> None:
-    """Windows differ in length and level: the spread of estimates over 400 samples is what one sample says."""
+    """Windows differ in length and level; the spread of 400 estimates matches the standard error from one sample."""
     generator = np.random.default_rng(0)
 
     def draw() -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +66,7 @@ def test_standard_errors_are_those_of_many_samples() -> None:
         estimates = [estimate(*draw()) for _ in range(400)]
         spread = np.std([value for value, _ in estimates])
         assert np.mean([stderr for _, stderr in estimates]) == pytest.approx(spread, rel=0.15)
-        # Taking tokens for independent would say half of it.
+        # Treating tokens as independent would give half of that.
 
 
 def test_every_token_is_in_the_histogram() -> None:

@@ -1,4 +1,4 @@
-"""Any task of lm-eval by its name, and one sentence for those that cannot be evaluated."""
+"""Any lm-eval task can be named; one that cannot be evaluated is rejected in one sentence."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A model directory may come from anybody: what is read of it is its own, is what transformers reads, and is sound."""
+"""Model directories are untrusted: only their own files that transformers reads are used, and only if valid."""
 
 import json
 import os
@@ -33,16 +33,16 @@ def model(tiny_copy: Callable[[], Path]) -> Path:
 
 
 def check(model: Path) -> None:
-    """What `quantize-gemma check` looks at."""
+    """Run the checks of `quantize-gemma check` on a directory."""
     check_run(str(model), "HQQ-INT8-INT4", 1024, "cpu", None)
     check_directory(str(model))
 
 
-def refused(model: Path, *words: str) -> None:
-    """Check that the model is refused in one sentence with these words, and that it is not copied either."""
-    with pytest.raises(UserError) as refusal:
+def check_rejected(model: Path, *words: str) -> None:
+    """Check that the model is rejected in one sentence with these words, and is not copied."""
+    with pytest.raises(UserError) as raised:
         check(model)
-    message = str(refusal.value)
+    message = str(raised.value)
     assert "\n" not in message
     for word in words:
         assert word in message
@@ -90,14 +90,14 @@ def shard(model: Path) -> tuple[Path, Path]:
     return files[0], files[1]
 
 
-# What a directory's files may be.
+# Which files a directory may have.
 
 
 def test_a_link_that_leaves_the_model_directory_is_refused_by_name(model: Path) -> None:
     secret = model.parent / "token"
     secret.write_text(SECRET)
     (model / "NOTICE.txt").symlink_to(secret)
-    refused(model, "NOTICE.txt", "token", "outside the model directory")
+    check_rejected(model, "NOTICE.txt", "token", "outside the model directory")
     with pytest.raises(UserError, match=r"NOTICE\.txt"):
         resolve_model(str(model), None, False)
 
@@ -107,7 +107,7 @@ def test_links_of_every_kind_of_file_are_looked_at(model: Path, name: str) -> No
     elsewhere = model.parent / "elsewhere"
     shutil.move(model / name, elsewhere)
     (model / name).symlink_to(os.path.relpath(elsewhere, model))
-    refused(model, name, "outside the model directory")
+    check_rejected(model, name, "outside the model directory")
 
 
 def test_a_shard_behind_a_link_is_refused(model: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_shard_behind_a_link_is_refused(model: Path) -> None:
     check(model)
     shutil.move(second, model.parent / "second")
     second.symlink_to(model.parent / "second")
-    refused(model, second.name, "outside the model directory")
+    check_rejected(model, second.name, "outside the model directory")
 
 
 def test_a_link_within_the_model_directory_is_followed(model: Path) -> None:
@@ -151,8 +151,8 @@ def test_the_hubs_cache_and_its_blobs_are_a_model_directory(model: Path) -> None
     check(snapshot)
     (snapshot / "NOTICE").symlink_to("../../refs")
     (repository / "refs").write_text(SECRET)
-    refused(snapshot, "NOTICE", "outside the model directory")
-    # The layout alone makes nothing the Hub's cache.
+    check_rejected(snapshot, "NOTICE", "outside the model directory")
+    # The layout alone does not make a directory part of the Hub's cache.
     other = model.parent / "x" / "snapshots" / "y"
     other.mkdir(parents=True)
     (other.parent.parent / "blobs").mkdir()
@@ -167,7 +167,7 @@ def test_pipes_sockets_and_dangling_links_are_refused_and_not_waited_for(model: 
         os.mkfifo(path)
 
     def bind(path: Path) -> None:
-        # Not with bind(), whose paths may have 107 characters.
+        # Not with bind(), whose paths are limited to 107 characters.
         os.mknod(path, stat.S_IFSOCK | 0o600)
 
     def dangle(path: Path) -> None:
@@ -184,11 +184,11 @@ def test_pipes_sockets_and_dangling_links_are_refused_and_not_waited_for(model: 
 
 def test_a_file_name_with_a_line_break_is_refused(model: Path) -> None:
     (model / "LICENSE\nlicense: mit").write_text("")
-    refused(model, r"'LICENSE\nlicense: mit'", "control characters")
+    check_rejected(model, r"'LICENSE\nlicense: mit'", "control characters")
 
 
 def test_a_file_that_is_exchanged_after_it_was_listed_is_not_copied(model: Path) -> None:
-    """Opening looks at what was opened: a directory on the way that becomes a link changes nothing."""
+    """The checks use the open file: they also notice that a file or a parent directory was replaced with a link."""
     (model.parent / "secrets").mkdir()
     (model.parent / "secrets" / "NOTICE").write_text(SECRET)
     (model / "NOTICE").write_text("mine")
@@ -234,9 +234,9 @@ def test_of_a_repository_only_the_weights_are_fetched_that_transformers_would_re
         worker.run(
             "quantize_gemma.tasks.runtime.worker_main:call", call, lambda *_: None, None, {"HF_ENDPOINT": hub.url}
         )
-    there = {path.name for path in target.iterdir()}
-    assert {first.name, second.name, "model.safetensors.index.json"} <= there
-    assert not there & {"model_ema.safetensors", "credentials.json"}
+    names = {path.name for path in target.iterdir()}
+    assert {first.name, second.name, "model.safetensors.index.json"} <= names
+    assert not names & {"model_ema.safetensors", "credentials.json"}
     assert read_headers(target) == read_headers(model)
 
 
@@ -248,7 +248,7 @@ def test_a_second_safetensors_file_beside_the_model_is_not_read(model: Path, tmp
     write_raw_header(model / "model_ema.safetensors", header, bytes(len(data)))
     assert [path.name for path in weight_files(model)] == ["model.safetensors"]
     assert {tensor.file for tensor in read_headers(model).values()} == {"model.safetensors"}
-    # A file that an index names is not read either, as long as there is a model.safetensors.
+    # A file that an index names is not read either if model.safetensors exists.
     weight_map = dict.fromkeys(header.keys() - {"__metadata__"}, "model_ema.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert [path.name for path in weight_files(model)] == ["model.safetensors"]
@@ -262,13 +262,13 @@ def test_a_second_safetensors_file_beside_the_model_is_not_read(model: Path, tmp
 
 def test_files_without_an_index_that_transformers_would_not_read_are_refused(model: Path) -> None:
     (model / "model.safetensors").rename(model / "weights.safetensors")
-    refused(model, "'weights.safetensors'", "model.safetensors.index.json", "save_pretrained")
+    check_rejected(model, "'weights.safetensors'", "model.safetensors.index.json", "save_pretrained")
 
 
 def test_a_weight_that_two_files_have_is_refused(model: Path) -> None:
     first, second = shard(model)
     shutil.copy(first, second)
-    refused(model, "is in two files")
+    check_rejected(model, "is in two files")
 
 
 def test_two_names_of_one_loaded_weight_are_refused(model: Path) -> None:
@@ -277,7 +277,7 @@ def test_two_names_of_one_loaded_weight_are_refused(model: Path) -> None:
     other = {**header[EMBEDDING], "data_offsets": [len(data), len(data) + end - begin]}
     header["model.language_model.embed_tokens.weight"] = other
     write_raw_header(model / "model.safetensors", header, data + bytes(end - begin))
-    refused(model, "is the same weight as", EMBEDDING)
+    check_rejected(model, "is the same weight as", EMBEDDING)
 
 
 @pytest.mark.parametrize(
@@ -302,11 +302,11 @@ def test_two_names_of_one_loaded_weight_are_refused(model: Path) -> None:
 def test_a_wrong_index_is_refused(model: Path, change: Callable[[dict[str, Any]], object], words: list[str]) -> None:
     shard(model)
     edit_json(model / "model.safetensors.index.json", change)
-    refused(model, "safetensors", *words)
+    check_rejected(model, "safetensors", *words)
 
 
 def tensor(**changes: Any) -> Callable[[dict[str, Any]], object]:
-    """Change the entry of the header's embedding."""
+    """Return a function that changes the embedding's entry in a header."""
     return lambda header: header[EMBEDDING].update(changes)
 
 
@@ -334,7 +334,7 @@ def test_a_wrong_header_is_refused(model: Path, change: Callable[[dict[str, Any]
     header, data = read_raw_header(model / "model.safetensors")
     change(header)
     write_raw_header(model / "model.safetensors", header, data)
-    refused(model, *words)
+    check_rejected(model, *words)
 
 
 @pytest.mark.parametrize(
@@ -349,14 +349,14 @@ def test_a_wrong_header_is_refused(model: Path, change: Callable[[dict[str, Any]
 )
 def test_a_header_that_is_no_object_is_refused(model: Path, text: bytes, words: list[str]) -> None:
     write_raw_header(model / "model.safetensors", text, b"")
-    refused(model, "model.safetensors", "truncated or corrupt", *words)
+    check_rejected(model, "model.safetensors", "truncated or corrupt", *words)
 
 
 def test_a_header_longer_than_safetensors_allows_is_refused(model: Path) -> None:
     with (model / "model.safetensors").open("wb") as stream:
         stream.write(struct.pack("<Q", 2 * 10**8))
         stream.truncate(3 * 10**8)
-    refused(model, "longer", "safetensors allows")
+    check_rejected(model, "longer", "safetensors allows")
 
 
 def test_overlapping_tensors_and_gaps_are_refused_as_safetensors_does(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_overlapping_tensors_and_gaps_are_refused_as_safetensors_does(tmp_path: 
         assert sorted(good.keys()) == sorted(read_header(tmp_path / "file.safetensors"))
 
 
-# What config.json and the files beside it may say.
+# Which values config.json and the files next to it may have.
 
 
 def setting(name: str, value: Any, *, of: str | None = None) -> Callable[[dict[str, Any]], object]:
@@ -430,7 +430,7 @@ def setting(name: str, value: Any, *, of: str | None = None) -> Callable[[dict[s
 )
 def test_a_wrong_configuration_is_refused(model: Path, change: Any, words: list[str]) -> None:
     edit_json(model / "config.json", change)
-    refused(model, *words)
+    check_rejected(model, *words)
 
 
 def test_a_quantization_that_is_null_is_none(model: Path) -> None:
@@ -456,7 +456,7 @@ def test_json_that_libraries_read_in_different_ways_is_refused(
     model: Path, name: str, text: str, words: list[str]
 ) -> None:
     (model / name).write_text(text)
-    refused(model, name, *words)
+    check_rejected(model, name, *words)
 
 
 @pytest.mark.parametrize(
@@ -472,17 +472,17 @@ def test_what_transformers_cannot_read_is_reported_before_a_stage_needs_it(
     model: Path, name: str, text: str, words: list[str]
 ) -> None:
     (model / name).write_text(text)
-    refused(model, *words)
+    check_rejected(model, *words)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(model: Path) -> None:
     (model / "tokenizer.json").unlink()
-    refused(model, "tokenizer.json", "save_pretrained")
+    check_rejected(model, "tokenizer.json", "save_pretrained")
 
 
 def test_a_tokenizer_with_numbers_that_take_all_memory_is_refused(model: Path) -> None:
     edit_json(model / "tokenizer.json", lambda value: value["model"]["vocab"].update({"more": 2**32 - 1}))
-    refused(model, "tokenizer.json", "consecutive token ids")
+    check_rejected(model, "tokenizer.json", "consecutive token ids")
 
 
 def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
@@ -496,14 +496,14 @@ def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
     header[EMBEDDING] |= {"shape": [rows, 64], "data_offsets": [begin, end - cut]}
     write_raw_header(model / "model.safetensors", header, data[: end - cut] + data[end:])
     edit_json(model / "config.json", setting("vocab_size", rows, of="text_config"))
-    refused(model, "tokenizer", "outside the model's vocabulary")
+    check_rejected(model, "tokenizer", "outside the model's vocabulary")
 
 
 WITHOUT_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}<bos>"
 
 
 def test_a_chat_template_without_a_system_role_is_valid_and_recorded_for_chartqa(model: Path, tmp_path: Path) -> None:
-    """Only ChartQA, which has images, needs the role."""
+    """Only ChartQA needs the role, so a text-only model does not."""
     text_only = write_text_only(model, tmp_path / "text-only")
     assert check_directory(str(model)) == {"system_message": True}
     for checkpoint in (text_only, model):
@@ -520,4 +520,4 @@ def test_a_chat_template_that_takes_only_text_is_refused_for_a_model_with_images
     for checkpoint in (text_only, model):
         (checkpoint / "chat_template.jinja").write_text("{{ '<bos>' + messages[0]['content'] }}")
     check(text_only)
-    refused(model, f"transformers cannot read the chat template of {model} (TypeError: ")
+    check_rejected(model, f"transformers cannot read the chat template of {model} (TypeError: ")

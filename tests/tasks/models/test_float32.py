@@ -1,4 +1,4 @@
-"""Float32 products are fast where that costs no digit."""
+"""Float32 products are fast unless that would cost precision."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A recipe is data that people write: an error names its mistake in one sentence."""
+"""People write recipes: an error names the mistake in one sentence."""
 
 import json
 import os
@@ -62,12 +62,12 @@ def write(folder: Path, recipe: Any) -> str:
 )
 def test_an_invalid_recipe_is_rejected_in_one_sentence(recipe: Any, words: list[str], tmp_path: Path) -> None:
     path = write(tmp_path, recipe)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as raised:
         load_recipe(path)
-    assert path in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert path in str(raised.value)
+    assert "\n" not in str(raised.value)
     for word in words:
-        assert word in str(refusal.value)
+        assert word in str(raised.value)
 
 
 def test_a_recipes_name_is_not_a_path() -> None:

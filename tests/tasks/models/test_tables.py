@@ -1,4 +1,4 @@
-"""Tables say what their numbers are."""
+"""Tables show numbers with the right unit and precision, and name what they measure."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.metrics import INFO, MMLU, example_json
 
 
 def with_benchmark(name: str, **score: Any) -> dict[str, Any]:
-    """Return a metrics.json with a second benchmark, which base model and checkpoint have answered."""
+    """Return a metrics.json with a second benchmark, on which the base model and the checkpoint have scores."""
     content = example_json()
     content["benchmarks"][name] = {**find_benchmark(name).card_inputs(), "dataset": INFO["dataset"]}
     for column in ("base", "quantized"):
@@ -24,7 +24,7 @@ def with_benchmark(name: str, **score: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("has_benchmarks", [True, False])
 @pytest.mark.parametrize("name", ["wikitext", "pile_10k"])
 def test_a_perplexity_is_not_shown_in_percent(name: str, has_benchmarks: bool) -> None:
-    """Also of a task without a row in the table of benchmarks, and in a run's summary, which has only the columns."""
+    """Not even for a task without a row in the table of benchmarks, or in a run's summary, which has only columns."""
     content = with_benchmark(name, value=20.5, stderr=None, metric="word_perplexity", samples=62)
     columns = {column: content[column] for column in ("base", "quantized", "program")}
     rows = quality_rows(parse_metrics(content) if has_benchmarks else parse_columns(columns))

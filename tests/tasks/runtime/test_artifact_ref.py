@@ -1,4 +1,4 @@
-"""A reference opens the artifact that it was made for, or fails."""
+"""A reference opens exactly its own artifact, or fails."""
 
 import os
 import shutil
@@ -42,10 +42,10 @@ def test_an_opened_artifact_stays_when_another_run_rebuilds_it(tmp_path: Path, m
         assert [(old.path / name).read_text() for name in ("a", "b")] == ["old", "old"]
         assert [(new.path / name).read_text() for name in ("a", "b")] == ["new", "new"]
         with store.keep_pinned():
-            # Its reference finds it, though another one is current.
+            # Its reference still opens it, although another artifact is current.
             assert open_artifact(ref_of(old)).path == old.path
             assert store.load("stage", KEY) == new
-            # Only this process has it open now.
+            # Now only this process has it open.
             reader.stdin.close()
             reader.wait()
             pruning.remove_unfinished()
@@ -75,12 +75,12 @@ def test_a_corrupted_artifact_fails_and_is_rebuilt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
-    made = store.produce("stage", KEY, write("good"))
-    times = (made.path / "a").stat()
-    (made.path / "a").write_text("gooe")
-    os.utime(made.path / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
+    artifact = store.produce("stage", KEY, write("good"))
+    times = (artifact.path / "a").stat()
+    (artifact.path / "a").write_text("gooe")
+    os.utime(artifact.path / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
     with store.keep_pinned(), pytest.raises(StageFailed, match="is damaged or missing in the store"):
-        open_artifact(ref_of(made), rehash=True)
+        open_artifact(ref_of(artifact), rehash=True)
     assert "a was changed" in caplog.text
     assert (store.produce("stage", KEY, write("good")).path / "a").read_text() == "good"
 
@@ -90,7 +90,7 @@ def test_the_digest_of_several_artifacts_has_every_file_and_not_how_they_are_div
 ) -> None:
     monkeypatch.setenv("QUANTIZE_GEMMA_HOME", str(tmp_path))
 
-    def made(**contents: str) -> ArtifactRef:
+    def produce(**contents: str) -> ArtifactRef:
         def work(target: Path) -> dict[str, Any]:
             for name, text in contents.items():
                 (target / name).write_text(text)
@@ -98,7 +98,8 @@ def test_the_digest_of_several_artifacts_has_every_file_and_not_how_they_are_div
 
         return ref_of(store.produce("stage", store.key("stage", [], {**contents}, {}), work))
 
-    whole = digest_of_files([made(a="1", b="2")])
-    assert digest_of_files([made(a="1"), made(b="2")]) == digest_of_files([made(b="2"), made(a="1")]) == whole
-    digests = [digest_of_files([made(order=text), made(order="last")]) for text in ("one", "another", "last")]
+    whole = digest_of_files([produce(a="1", b="2")])
+    assert digest_of_files([produce(a="1"), produce(b="2")]) == whole
+    assert digest_of_files([produce(b="2"), produce(a="1")]) == whole
+    digests = [digest_of_files([produce(order=text), produce(order="last")]) for text in ("one", "another", "last")]
     assert len(set(digests)) == 3

@@ -1,4 +1,4 @@
-"""A fingerprint covers all code and libraries that shape what a stage writes, and nothing else."""
+"""A fingerprint covers all code and libraries that affect what a stage writes, and nothing else."""
 
 import ast
 import gc
@@ -46,15 +46,15 @@ STAGES = {
     "verify_tokenizer": "quantize_gemma.tasks.verify.tokenizer:verify_tokenizer",
     "gate": "quantize_gemma.tasks.gate:gate",
     "card": "quantize_gemma.tasks.card:card",
-    # Whose blocks are kept on their own, and the base model's states.
+    # Calibrated blocks and the base model's hidden states are stored separately.
     "blocks": "quantize_gemma.tasks.quantize.calibrated:quantize_decoder",
     "targets": "quantize_gemma.tasks.quantize.distill:_run_base",
-    # Whose answers are kept on their own.
+    # Answers are stored separately.
     "responses": "quantize_gemma.tasks.evaluate.packed_lm:load_checkpoint_scorer",
     "ChartQA responses": "quantize_gemma.tasks.evaluate.chartqa:load_chartqa_scorer",
     "program responses": "quantize_gemma.tasks.evaluate.program_lm:load_program_scorer",
 }
-# Definitions, and what runs again when they are changed.
+# Definitions, and the stages that run again if they are changed.
 MODEL = {"smoke", "answer", "responses", "ChartQA responses"}
 FIDELITY = {"fidelity_base", "fidelity_quantized", "fidelity_program", "diagnose"}
 CHANGES: dict[str, set[str]] = {
@@ -100,7 +100,7 @@ CHANGES: dict[str, set[str]] = {
 
 
 class Copy:
-    """A copy of the source. A process that has computed nothing yet computes its fingerprints, as it is then."""
+    """A copy of the source. Its fingerprints are computed in a fresh fork, from the source as it is at that time."""
 
     def __init__(self, folder: Path) -> None:
         tasks = folder / "quantize_gemma" / "tasks"
@@ -136,14 +136,14 @@ class Copy:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Iterator[Copy]:
-    made = Copy(tmp_path)
-    yield made
-    made.process.kill()
-    made.process.communicate()
+    source = Copy(tmp_path)
+    yield source
+    source.process.kill()
+    source.process.communicate()
 
 
 def changed(source: str, name: str) -> str:
-    """Return the source with another value for a constant, or another statement in a function or class."""
+    """Return the source with a different value for a constant, or with one more statement in a function or class."""
     tree = ast.parse(source)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
@@ -168,7 +168,7 @@ def test_a_change_of_code_runs_the_stages_that_use_it_and_no_other(copy: Copy) -
 
     before = copy.codes()
     expected = {definition: stages for definition, stages in CHANGES.items() if stages}
-    # Of a module that is not in the table, any definition that a stage uses; "*" stands for the whole module.
+    # For a module that is not in the table, use any definition that a stage uses; "*" stands for the whole module.
     for stage, function in STAGES.items():
         for module, name in sorted(fingerprint.reachable_definitions(function)):
             in_table = any(definition.startswith(f"{module}:") for definition in CHANGES)
@@ -176,14 +176,14 @@ def test_a_change_of_code_runs_the_stages_that_use_it_and_no_other(copy: Copy) -
                 expected.setdefault(f"{module}:{name}", set()).add(stage)
     modules = {definition.split(":")[0]: definition for definition in expected if definition not in CHANGES}
     expected = {of: stages for of, stages in expected.items() if of in CHANGES or of in modules.values()}
-    found: dict[str, set[str]] = {}
+    affected: dict[str, set[str]] = {}
     for definition in expected:
         source = change(definition)
         after = copy.codes()
-        found[definition] = {stage for stage in STAGES if after[stage] != before[stage]}
+        affected[definition] = {stage for stage in STAGES if after[stage] != before[stage]}
         copy.path(definition.split(":")[0]).write_text(source, encoding="utf-8")
-    assert found == expected
-    for definition in CHANGES.keys() - found.keys():
+    assert affected == expected
+    for definition in CHANGES.keys() - affected.keys():
         change(definition)
     assert copy.codes() == before
 
@@ -225,7 +225,7 @@ def test_a_module_used_as_a_value_counts_whole(copy: Copy) -> None:
     used = copy.codes()["untie"]
     compare.write_text(changed(compare.read_text(encoding="utf-8"), "compare"))
     assert copy.codes()["untie"] != used
-    # What runs on import counts as well.
+    # Code that runs on import counts, too.
     compare.write_text(compare.read_text(encoding="utf-8") + "\nprint('imported')\n")
     printed = copy.codes()["untie"]
     compare.write_text(compare.read_text(encoding="utf-8").replace("'imported'", "'imported twice'"))
@@ -237,7 +237,7 @@ def test_the_batch_size_is_in_the_key_on_a_gpu_only() -> None:
     from quantize_gemma.tasks.runtime.prefect_stage import key_of
 
     def keys(device: str, *batch_sizes: int | str) -> int:
-        """Return how many keys these inputs give."""
+        """Return the number of different keys for these inputs."""
         return len({key_of(answer, {"device": device, "batch_size": one}) for one in batch_sizes})
 
     assert keys("cpu", "auto", 1, 8) == 1
@@ -246,7 +246,7 @@ def test_the_batch_size_is_in_the_key_on_a_gpu_only() -> None:
 
 
 def test_a_garbage_collection_in_one_thread_disturbs_no_fingerprint_in_another() -> None:
-    """Prefect would run the stage without a key, and the summary say that it was not cached."""
+    """Otherwise, Prefect would run the stage without a key, and the summary would say that it was not cached."""
 
     def switch_threads(*_: Any) -> None:
         time.sleep(0)
@@ -287,24 +287,26 @@ def test_every_imported_library_has_its_name_on_pypi() -> None:
     tops = {top for name in names for top in fingerprint._facts(*name).libraries}
     for top in tops:
         name = fingerprint.DISTRIBUTIONS.get(top, top)
-        assert normal(name) in map(normal, installed[top]), f"{top} is of {installed[top]}: add it to DISTRIBUTIONS"
-    # The optional ones are those of a cluster, and shape nothing.
+        assert normal(name) in map(normal, installed[top]), (
+            f"{top} belongs to {installed[top]}: add it to DISTRIBUTIONS"
+        )
+    # The optional libraries are for clusters, and do not affect results.
     behind = {library for libraries in fingerprint.UNDERLYING.values() for library in libraries}
     assert behind | set(fingerprint.UNDERLYING) <= {normal(name) for names in installed.values() for name in names}
 
 
-# Of the libraries that we depend on: what a stage loads without its being in the key, and why.
+# Our dependencies that a stage loads although they are not in its key, and why that is correct.
 EXCUSED = {
-    "httpx": "carries the Hub's answers",
+    "httpx": "transfers the Hub's responses",
     "huggingface-hub": "fetches files, which are compared with the Hub's hashes",
-    "numpy": "torch loads it; what computes with it imports it",
+    "numpy": "torch loads it; code that computes with it imports it",
     "psutil": "measures memory",
-    "pydantic": "checks config.json; what builds metrics with it imports it",
-    "pyarrow": "transformers looks whether it is there; what reads parquet files imports it",
-    "pyyaml": "the Hub's client loads it; what writes a card's metadata imports it",
+    "pydantic": "checks config.json; code that builds metrics with it imports it",
+    "pyarrow": "transformers checks whether it is installed; code that reads parquet files imports it",
+    "pyyaml": "the Hub's client loads it; code that writes a card's metadata imports it",
     "rich": "prints",
 }
-# Runs a stage's work and prints which functions of ours it called, and which libraries were loaded in the end.
+# Run a stage's work, and print which of our functions it called and which libraries were loaded at the end.
 TRACE = """
 import importlib, json, sys, threading
 from pathlib import Path
@@ -347,13 +349,13 @@ def test_a_fingerprint_covers_all_that_a_stage_calls_and_loads(
     assert ours - names == set()
     installed = packages_distributions()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    depended = {normal(re.split("[<>=]", line)[0]) for line in project["dependencies"]}
-    there = {normal(name) for top in loaded for name in installed.get(top, [])} & depended
-    assert there - set(fingerprint.libraries(names)) <= set(EXCUSED)
+    dependencies = {normal(re.split("[<>=]", line)[0]) for line in project["dependencies"]}
+    used = {normal(name) for top in loaded for name in installed.get(top, [])} & dependencies
+    assert used - set(fingerprint.libraries(names)) <= set(EXCUSED)
 
 
 def inputs_of(stage: str, keys: dict[str, str], home: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the artifacts' directories and the values that a stage gets."""
+    """Return the artifact directories and the values that a stage gets as input."""
     from quantize_gemma.tasks.gate.metrics import LIBRARIES
     from quantize_gemma.tasks.models.benchmarks import find_benchmark
     from quantize_gemma.tasks.models.recipe import load_recipe

@@ -24,11 +24,11 @@ def workers_find_these_functions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def facts() -> dict[str, Any]:
-    """Return what the function finds when it is called."""
-    found: dict[str, Any] = {"torch": "torch" in sys.modules, "server": os.getppid(), "token": os.environ.get("TOKEN")}
-    if found["torch"]:
-        found["threads"] = sys.modules["torch"].get_num_threads()
-    return found
+    """Return the surroundings of the function when it is called."""
+    result: dict[str, Any] = {"torch": "torch" in sys.modules, "server": os.getppid(), "token": os.environ.get("TOKEN")}
+    if result["torch"]:
+        result["threads"] = sys.modules["torch"].get_num_threads()
+    return result
 
 
 def end(sent: int) -> dict[str, Any]:
@@ -38,17 +38,20 @@ def end(sent: int) -> dict[str, Any]:
 
 
 def descriptors() -> dict[str, Any]:
-    """Return what this process's file descriptors are: their kinds."""
+    """Return the kinds of this process's open file descriptors."""
     kinds = []
     for number in os.listdir("/proc/self/fd"):
-        # That of the listing is closed by now.
+        # The descriptor of the listing itself is closed by now.
         with contextlib.suppress(OSError):
             kinds.append(os.readlink(f"/proc/self/fd/{number}").split(":")[0])
     return {"kinds": kinds, "terminated": signal.getsignal(signal.SIGTERM) is signal.SIG_DFL}
 
 
 def remembers(first: str, second: str) -> dict[str, Any]:
-    """Return whether this process's memory has the two texts one after the other, as nobody has written them here."""
+    """Return whether this process's memory contains the two texts in a row.
+
+    They are passed separately, so that this call does not write them in a row itself.
+    """
     before, after = first.encode(), second.encode()
     with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", buffering=0) as memory:
         for line in maps:
@@ -64,7 +67,7 @@ def remembers(first: str, second: str) -> dict[str, Any]:
 
 
 def wait_for(file: str) -> dict[str, Any]:
-    """Return when there is a file."""
+    """Wait until the file exists."""
     while not Path(file).exists():
         time.sleep(0.01)
     return {"done": True}
@@ -72,7 +75,7 @@ def wait_for(file: str) -> dict[str, Any]:
 
 @pytest.fixture
 def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not depend on the libraries need not wait for them."""
+    """Import no libraries, for tests that do not need them."""
     monkeypatch.setattr(worker, "LIBRARIES", ())
 
 
@@ -106,8 +109,8 @@ def test_a_workers_share_of_the_cores_reaches_what_was_imported_before() -> None
 
 
 def test_with_a_gpu_each_worker_imports_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA fails in a process that is forked from one that has asked for a GPU."""
-    # Any library does for the driver: it is only asked for.
+    """CUDA fails in a process that is forked from one that has looked for a GPU."""
+    # Any library can stand in for the driver: only its presence is checked.
     libc = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libc.so" in line)
     (tmp_path / "libcuda.so.1").symlink_to(libc)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
@@ -151,8 +154,8 @@ def test_a_token_of_one_stage_is_in_the_memory_of_no_other() -> None:
 @pytest.mark.usefixtures("no_libraries")
 def test_a_worker_has_only_its_own_pipes_and_ends_when_it_is_terminated() -> None:
     with stop_on_interrupt():
-        found = call("descriptors")
-    assert found == {"kinds": ["pipe"] * 4, "terminated": True, "measured": found["measured"]}
+        result = call("descriptors")
+    assert result == {"kinds": ["pipe"] * 4, "terminated": True, "measured": result["measured"]}
 
 
 @pytest.mark.usefixtures("no_libraries")
@@ -168,7 +171,7 @@ def test_many_stages_leave_no_file_open_in_the_run() -> None:
 @pytest.mark.usefixtures("no_libraries")
 @pytest.mark.parametrize("of_children", [signal.SIG_DFL, signal.SIG_IGN])
 def test_the_end_of_one_worker_is_not_that_of_another(of_children: signal.Handlers, tmp_path: Path) -> None:
-    """Nor where the run was started by what ignores the ends of its children."""
+    """Not even if the run was started by a process that ignores SIGCHLD."""
     before = signal.signal(signal.SIGCHLD, of_children)
     try:
         with stop_on_interrupt():

@@ -1,4 +1,4 @@
-"""An interrupt ends a run's workers at once."""
+"""An interrupt ends a run's workers immediately."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 from quantize_gemma.tasks.runtime.lifetime import Workers, run_workers, stop_on_interrupt
 
 ROOT = Path(__file__).parents[3]
-# Starts a worker that never finishes, and prints how the block around it was left.
+# Start a worker that never finishes, and print which exception ended the block around it.
 RUN = """
 import json, signal, sys
 from quantize_gemma.tasks.runtime import worker
@@ -60,13 +60,13 @@ def test_an_interrupt_stops_the_threads_of_its_run_and_no_others() -> None:
     def interrupted() -> None:
         with stop_on_interrupt(), ThreadPoolExecutor() as pool:
             # Prefect starts a task in the same way.
-            seen.append(pool.submit(copy_context().run, run_workers).result())
+            interrupted_workers.append(pool.submit(copy_context().run, run_workers).result())
             raise KeyboardInterrupt
 
-    seen: list[Workers] = []
+    interrupted_workers: list[Workers] = []
     with stop_on_interrupt():
         other = run_workers()
         with pytest.raises(KeyboardInterrupt):
             interrupted()
-        assert seen[0].stopping.is_set()
+        assert interrupted_workers[0].stopping.is_set()
         assert not other.stopping.is_set()

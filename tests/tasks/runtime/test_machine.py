@@ -1,4 +1,4 @@
-"""Memory and cores are those of the container, whichever group limits them."""
+"""Memory and cores are those of the container, whichever control group limits them."""
 
 import os
 from pathlib import Path
@@ -32,7 +32,7 @@ VERSION_2 = {
 }
 VERSION_1 = {
     "proc/self/cgroup": "4:memory:/docker/1234\n3:cpu,cpuacct:/docker/1234\n1:name=systemd:/\n0::/\n",
-    # As in a container: the host's path is not there.
+    # As in a container, where the host's path does not exist.
     "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{GIB}\n",
     "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB // 2}\n",
     "sys/fs/cgroup/memory/memory.stat": f"inactive_file 0\ntotal_inactive_file {GIB // 4}\n",

@@ -1,4 +1,4 @@
-"""Patched libraries give what the stock ones give; a library that has changed is used as it is."""
+"""Patched libraries give the same results as the stock ones; a library that has changed is used unpatched."""
 
 import inspect
 import subprocess
@@ -23,7 +23,7 @@ from quantize_gemma.tasks.runtime.patches import (
 
 PATCHES = loading_patches() + export_patches()
 
-# Both ways in one process, so that the libraries are imported once.
+# Export with and without patches in one process, so that the libraries are imported only once.
 EXPORT = """
 import os, sys
 from pathlib import Path
@@ -36,7 +36,7 @@ for disabled in sys.argv[4:]:
     export(target, Path(sys.argv[2]), 64, last_logits_only=True)
 """
 
-# A function that is another one, and one that is gone from where it was.
+# Replace one function, and remove another.
 CHANGED = """
 import copy
 from executorch.exir import lowered_backend_module
@@ -89,15 +89,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Quantized Gemma 3 of one layer, and of two with vision."""
-    made = {}
+    """Quantized Gemma 3 checkpoints: a text-only one with one layer, and a multimodal one with two."""
+    folders = {}
     for name, config in CONFIGS.items():
         folder = tmp_path_factory.mktemp(name)
         write_checkpoint(folder / "base", config)
-        made[name] = folder / "quantized"
-        made[name].mkdir()
-        quantize_checkpoint(folder / "base", made[name])
-    return made
+        folders[name] = folder / "quantized"
+        folders[name].mkdir()
+        quantize_checkpoint(folder / "base", folders[name])
+    return folders
 
 
 @pytest.mark.long
@@ -119,21 +119,21 @@ def test_a_checkpoint_is_loaded_as_by_the_stock_library(name: str, checkpoints: 
     stock = kind.from_pretrained(checkpoints[name], dtype=torch.bfloat16)
     with patched_loading():
         patched = kind.from_pretrained(checkpoints[name], dtype=torch.bfloat16)
-    expected, found = (dict([*model.named_parameters(), *model.named_buffers()]) for model in (stock, patched))
-    assert expected.keys() == found.keys()
+    expected, loaded = (dict([*model.named_parameters(), *model.named_buffers()]) for model in (stock, patched))
+    assert expected.keys() == loaded.keys()
     for key, tensor in expected.items():
-        assert type(tensor) is type(found[key]), key
+        assert type(tensor) is type(loaded[key]), key
         parts = ("qdata", "scale", "zero_point") if hasattr(tensor, "qdata") else ()
-        assert all(torch.equal(getattr(tensor, part), getattr(found[key], part)) for part in parts), key
-        assert parts or torch.equal(tensor, found[key]), key
-    quantized = [key for key, tensor in found.items() if hasattr(tensor, "qdata")]
+        assert all(torch.equal(getattr(tensor, part), getattr(loaded[key], part)) for part in parts), key
+        assert parts or torch.equal(tensor, loaded[key]), key
+    quantized = [key for key, tensor in loaded.items() if hasattr(tensor, "qdata")]
     assert len(quantized) == len(
         [module for module in stock.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))]
     )
 
 
 def snapshot() -> dict[str, Any]:
-    """Everything that the changes replace."""
+    """Return everything that the patches replace."""
     import torch
     from executorch.backends.xnnpack._passes import XNNPACKPassManager
     from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
@@ -239,7 +239,7 @@ def test_an_export_continues_with_the_stock_library_after_one_warning_per_patch_
 
 
 def test_descendants_as_bits_decide_as_the_partitioners_sets_do() -> None:
-    """Every pair of parts of random graphs: the stock answer, and ours."""
+    """For every pair of partitions of random graphs, our answer is the stock answer."""
     import random
     from types import SimpleNamespace
 
@@ -271,7 +271,7 @@ def test_descendants_as_bits_decide_as_the_partitioners_sets_do() -> None:
 
 
 def test_a_graph_is_sorted_in_place_into_the_order_of_the_stock_copy() -> None:
-    """Random graphs with nodes that stand before what they depend on: the same order of nodes, and of their users."""
+    """In random graphs with nodes before their dependencies, the nodes and their users get the same order."""
     import operator
     import random
 
@@ -289,7 +289,7 @@ def test_a_graph_is_sorted_in_place_into_the_order_of_the_stock_copy() -> None:
             for _ in range(40):
                 target = pick.choice([torch.add, torch.mul, operator.add])
                 nodes.append(graph.call_function(target, tuple(pick.choices(nodes[-8:], k=2))))
-            # As after a cut: what a later node gives is used by earlier ones.
+            # As after a partition is extracted: earlier nodes use the outputs of later ones.
             late = graph.call_function(torch.neg, (nodes[4],))
             for user in pick.sample(nodes[30:], 5):
                 user.args = (late, user.args[1])

@@ -47,7 +47,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @dataclass
 class Parts:
-    """tests/parts.py on a store of its own."""
+    """tests/parts.py with its own store."""
 
     home: Path
     api: str
@@ -71,16 +71,16 @@ class Parts:
         )
 
     def __call__(self, stage: str, **settings: Any) -> dict[str, Any]:
-        started = self.start(stage, **settings)
-        stdout, stderr = started.communicate(timeout=300)
-        assert started.returncode == 0, stderr[-3000:]
+        process = self.start(stage, **settings)
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr[-3000:]
         return json.loads(stdout.splitlines()[-1])
 
     def fails(self, stage: str, **settings: Any) -> str:
         """Return the last lines of a run that must fail."""
-        started = self.start(stage, **settings)
-        _, stderr = started.communicate(timeout=300)
-        assert started.returncode == 1
+        process = self.start(stage, **settings)
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 1
         return stderr.split("StageFailed: ")[-1]
 
     def shards(self) -> dict[str, int]:
@@ -105,7 +105,7 @@ def lengths_of(outcome: dict[str, Any]) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, api: str) -> dict[str, Any]:
-    """The evaluation of tiny-gemma3 by one process."""
+    """The evaluation of tiny-gemma3 in one process."""
     folder = tmp_path_factory.mktemp("alone")
     parts = Parts(folder / "store", api, folder / "loaded")
     return {**parts("evaluate"), "keys": set(parts.shards())}
@@ -120,28 +120,28 @@ def test_two_parts_share_the_shards_with_the_same_results(alone: dict[str, Any],
     assert sorted(outcome["answered"].values()) == [28, 29]
     assert files(outcome) == files(alone)
     assert set(parts.shards()) == alone["keys"]
-    # However many parts there are, the scores are the same artifact.
+    # The scores are the same artifact for any number of parts.
     assert outcome["stages"]["evaluate"]["key"] == alone["stages"]["evaluate"]["key"]
 
 
 @pytest.fixture
 def cluster(parts: Parts) -> Iterator[str]:
-    """A Dask cluster of two workers that share the store."""
+    """A Dask cluster with two workers that share the store."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     dask = [sys.executable, "-m", "dask"]
     scheduler = [*dask, "scheduler", "--host", address, "--no-dashboard"]
     worker = [*dask, "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"]
     folder = parts.home.parent
-    started = [
+    processes = [
         subprocess.Popen(command, env=parts.environment(), cwd=folder, stderr=subprocess.DEVNULL)
         for command in (scheduler, worker, worker)
     ]
     yield address
-    for one in started:
-        one.kill()
-    for one in started:
-        one.wait()
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
 
 
 def test_a_dask_cluster_shares_the_shards_with_the_same_results(
@@ -206,7 +206,7 @@ def test_a_part_loads_its_model_once_and_has_its_share_of_the_cores(parts: Parts
     ],
 )
 def test_a_failed_part_fails_the_stage_and_finished_shards_are_kept(parts: Parts, word: str, message: str) -> None:
-    # The last one: the largest lists come first.
+    # This list is answered last, because the largest lists come first.
     words = {**WORDS, "last": [word]}
     assert parts.fails("lengths", words=words).startswith(message)
     before = parts.shards()
@@ -225,16 +225,16 @@ def test_an_ended_run_leaves_no_process_and_loses_only_unfinished_shards(
     parts: Parts, tmp_path: Path, sent: signal.Signals
 ) -> None:
     parts.seconds = 3
-    started = parts.start("lengths", words=WORDS, workers=2)
+    process = parts.start("lengths", words=WORDS, workers=2)
     deadline = time.monotonic() + 120
     while not parts.shards():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(0.5)
-    children = psutil.Process(started.pid).children(recursive=True)
-    assert len(stage_processes(started.pid)) == 2
-    started.send_signal(sent)
-    started.communicate(timeout=20)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(stage_processes(process.pid)) == 2
+    process.send_signal(sent)
+    process.communicate(timeout=20)
     _, alive = psutil.wait_procs(children, timeout=20)
     assert alive == []
     before = parts.shards()
@@ -254,7 +254,7 @@ def test_finished_shards_are_reused_and_a_larger_limit_has_its_own_shards(parts:
     parts.loaded.unlink()
     again = parts("lengths", words=few)
     assert parts.shards() == before
-    # No model is loaded where every shard is in the store.
+    # No model is loaded if all shards are in the store.
     assert not parts.loaded.exists()
     outcome = parts("lengths", words={**few, "list3": WORDS["list3"]})
     after = parts.shards()

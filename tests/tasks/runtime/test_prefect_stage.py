@@ -30,7 +30,7 @@ def write(target: Path, text: str) -> Output:
 
 @stage()
 def double(target: Path, source: Path) -> Output:
-    """Write what another stage wrote, twice."""
+    """Write the content of another stage's file twice."""
     (target / "file").write_text((source / "file").read_text() * 2)
     return {}
 
@@ -63,7 +63,7 @@ def test_a_stage_is_cached_as_long_as_its_cached_result_is_the_reference_of_its_
     assert outcomes.pop("after a failure") == ["Failed", "Completed", "NotReady"]
     assert outcomes.pop("first") == ["Completed", "Completed", "texttext"]
     assert outcomes.pop("second") == ["Cached", "Cached", "texttext"]
-    # The artifact is still there, so what is made of it is cached.
+    # The artifact still exists, so the stage that uses it is cached.
     assert set(map(tuple, outcomes.values())) == {("Completed", "Cached", "texttext")}
     assert len(outcomes) == 4
 
@@ -76,7 +76,7 @@ def test_a_key_depends_on_the_content_of_an_input_and_not_on_where_it_comes_from
 
 
 def main() -> None:
-    """Run the stages with each kind of cached result; print their states' names and what they made, as JSON."""
+    """Run the stages with each kind of cached result; print the names of their states and their output as JSON."""
     from prefect import flow
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
@@ -98,7 +98,7 @@ def main() -> None:
     path = place / "result.json"
 
     def results() -> ResultStore:
-        """Return a new one, which has nothing in its memory."""
+        """Return a new result store, whose in-memory cache is empty."""
         return ResultStore(result_storage=LocalFileSystem(basepath=str(place)), serializer=JSONSerializer())
 
     def damaged(damage: Callable[[ArtifactRef], object]) -> list[str]:
@@ -146,7 +146,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # As the imported module, where a worker finds the stages.
+    # Call the imported module, where a worker finds the stages.
     from tests.tasks.runtime import test_prefect_stage
 
     test_prefect_stage.main()

@@ -1,4 +1,4 @@
-"""What happens when a library loses a private name that this program uses; the names are really removed."""
+"""What happens when a library loses a private name that quantize-gemma uses; the tests really remove the names."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ from quantize_gemma.tasks.runtime.patches.private_api import ignore_settings_fil
 
 ROOT = Path(__file__).parents[3]
 STRANGERS = "http://127.0.0.1:9/api"
-# Imports Prefect, and prints the API that it would use and the settings files that were opened.
+# Import Prefect, and print the API that it would use and the settings files that it opened.
 IMPORT_PREFECT = """
 import sys
 opened = set()
@@ -37,7 +37,7 @@ print(PREFECT_API_URL.value(), *sorted(opened))
 
 @pytest.fixture
 def settings_sources(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Gives pydantic-settings its methods back after the test."""
+    """Restore pydantic-settings' methods after the test."""
     from pydantic_settings import DotEnvSettingsSource
     from pydantic_settings.sources import ConfigFileSourceMixin
 
@@ -79,8 +79,8 @@ def test_prefect_opens_no_settings_file_of_the_working_directory(tmp_path: Path)
 
 
 def test_prefect_reads_the_settings_files_that_are_not_ignored(tmp_path: Path) -> None:
-    """If it does not, ignore_settings_files can go."""
-    assert import_prefect(tmp_path, "believed") == f"{STRANGERS} .env prefect.toml pyproject.toml"
+    """If this test fails, ignore_settings_files can be removed."""
+    assert import_prefect(tmp_path, "trusted") == f"{STRANGERS} .env prefect.toml pyproject.toml"
 
 
 @pytest.mark.parametrize("rename", [rename_read_env_files, rename_read_files])
@@ -126,19 +126,19 @@ def test_clients_that_cannot_be_patched_are_not_changed_with_a_warning(
 
 
 def check_without_fake_tensors(checkpoint: str, change: str) -> dict[str, Any]:
-    """Check a model directory in a process whose torch lacks the mode, or has one with other parameters."""
-    # What torch itself takes from there when it is first used.
+    """Check a model directory in a process whose torch lacks FakeTensorMode, or has one with other parameters."""
+    # torch itself imports this from there on first use.
     import torch._dynamo.device_interface  # noqa: F401
     from torch._subclasses import fake_tensor
 
-    if change == "gone":
+    if change == "removed":
         del fake_tensor.FakeTensorMode
     else:
         fake_tensor.FakeTensorMode.__init__ = lambda self: None  # type: ignore[method-assign]
     return check_directory(checkpoint)
 
 
-@pytest.mark.parametrize("change", ["gone", "other parameters"])
+@pytest.mark.parametrize("change", ["removed", "other parameters"])
 def test_a_model_is_checked_without_fake_tensors_with_a_warning(
     change: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""Pruning removes what nobody reads, and counts what that frees."""
+"""Pruning removes what no process reads, and reports the space that this frees."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_pruning_removes_the_file_of_a_process_that_was_killed_before_it_renamed
     killed = "import os, sys\nsys.addaudithook(lambda event, _: event == 'os.rename' and os.kill(os.getpid(), 9))\n"
     environment = {**os.environ, "QUANTIZE_GEMMA_HOME": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", killed + script], env=environment).returncode == -signal.SIGKILL
-    # Whatever takes over the files of an artifact must not take over this one.
+    # The unfinished file must not become part of the artifact.
     assert [path.name for path in borrower.path.iterdir()] == ["weights.bin"]
     assert len(pruning.remove_unfinished(tmp_path).paths) == 1
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(store_layout.PARTIAL)]
@@ -87,18 +87,18 @@ def test_pruning_removes_the_file_of_a_process_that_was_killed_before_it_renamed
 def test_eviction_starts_with_the_longest_unused_and_leaves_what_a_process_reads(tmp_path: Path) -> None:
     keys = ["a" * 64, "b" * 64, "c" * 64, "d" * 64]
     for days, key in zip((40, 30, 20, 10), keys, strict=True):
-        made = store.produce("stage", key, write_file, tmp_path)
+        artifact = store.produce("stage", key, write_file, tmp_path)
         old = time.time() - days * 86_400
-        for path in (made.path.parent / store_layout.MANIFEST, made.path.parent):
+        for path in (artifact.path.parent / store_layout.MANIFEST, artifact.path.parent):
             os.utime(path, (old, old))
-    each = disk_usage(made.path.parents[1])
+    each = disk_usage(artifact.path.parents[1])
     reader = subprocess.Popen(
         [sys.executable, "-c", PIN, str(tmp_path), keys[0]], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert reader.stdout is not None
     assert reader.stdout.readline() == b"pinned\n"
     try:
-        # Four are there; two may stay. The first is the oldest, but in use.
+        # There are four artifacts, and two may stay. The first is the oldest, but is in use.
         before = pruning.store_size(tmp_path)
         evicted = pruning.evict(before - 2 * each, 1000 * 86_400, tmp_path)
         assert [path.name for path in evicted.paths] == keys[1:3]
@@ -113,7 +113,7 @@ def test_eviction_starts_with_the_longest_unused_and_leaves_what_a_process_reads
 
 def scorer(artifact: str, root: str, removed: str) -> Callable[[list[Any]], list[Any]]:
     def score(requests: list[Any]) -> list[Any]:
-        # Prunes during the evaluation, once, when some shards are complete.
+        # Prune once during the evaluation, when some shards are complete.
         stages = {path.parent.name for path in store_layout.artifact_folders(Path(root))}
         if STAGE in stages and not os.path.exists(removed):
             Path(removed).write_text("\n".join(map(str, pruning.evict(0, 0, Path(root)).paths)))
@@ -186,7 +186,7 @@ def test_a_directory_that_is_not_a_store_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{tmp_path} is not a quantize-gemma store, and nothing was removed"):
             remove(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
-    # A run was started here by mistake: what it wrote is ours, and nothing else.
+    # If a run is started here by mistake, only the files that it wrote are ours.
     store.produce("stage", KEY, write_file, tmp_path)
     pruning.remove_unfinished(tmp_path)
     assert [path.name for path in pruning.evict(0, 0, tmp_path).paths] == [KEY]
@@ -194,11 +194,11 @@ def test_a_directory_that_is_not_a_store_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_artifact_of_an_earlier_version_is_a_miss_and_is_evicted(tmp_path: Path) -> None:
-    made = store.produce("stage", KEY, write_file, tmp_path)
-    manifest = json.loads((made.path.parent / store_layout.MANIFEST).read_text())
+    artifact = store.produce("stage", KEY, write_file, tmp_path)
+    manifest = json.loads((artifact.path.parent / store_layout.MANIFEST).read_text())
     del manifest["checksum"]
     old = tmp_path / "before" / "stage" / KEY
-    shutil.copytree(made.path.parent, old)
+    shutil.copytree(artifact.path.parent, old)
     (old.parent / f".lock-{KEY[:16]}").touch()
     (old / store_layout.MANIFEST).write_text(json.dumps(manifest))
     assert store.load("stage", KEY, tmp_path / "before") is None
@@ -207,8 +207,8 @@ def test_an_artifact_of_an_earlier_version_is_a_miss_and_is_evicted(tmp_path: Pa
 
 
 def test_removing_what_is_already_gone_frees_nothing_and_is_no_error(tmp_path: Path) -> None:
-    made = store.produce("stage", KEY, write_file, tmp_path)
-    generation = made.path.parent
+    artifact = store.produce("stage", KEY, write_file, tmp_path)
+    generation = artifact.path.parent
     assert store_layout.remove(generation, KEY) is not None
     assert store_layout.remove(generation, KEY) is None
     assert store_layout.remove(generation.parent, KEY) is not None

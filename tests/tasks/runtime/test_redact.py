@@ -1,4 +1,4 @@
-"""No secret is printed, logged, raised or stored, however it is written."""
+"""No secret is printed, logged, raised, or stored, however it is written."""
 
 import base64
 import logging
@@ -71,7 +71,7 @@ SECRETS: dict[str, tuple[str, str]] = {
     "alerts": ("QUANTIZE_GEMMA_ALERTS", "https://hooks.example.com/services/T0/B0/secretpath"),
     "proxy": ("https_proxy", "http://me:pa%2Fssword@proxy:3128"),
 }
-# What of a variable is the secret, where it is not all of it.
+# The secret part of a variable, if it is not the whole value.
 PARTS = {"Prefect's password": "correct horse", "alerts": "/services/T0/B0/secretpath", "proxy": "pa/ssword"}
 
 
@@ -82,13 +82,13 @@ def test_a_known_secret_is_redacted_in_every_form(which: str, form: str, monkeyp
     monkeypatch.setenv(name, value)
     for secret in {value, PARTS.get(which, value)}:
         written = FORMS[form](secret)
-        said = redact(f"before {written} after")
-        assert said.startswith("before ")
-        assert said.endswith(" after")
-        # Of base64 the ends may stay, which also depend on what stands beside the secret.
+        redacted = redact(f"before {written} after")
+        assert redacted.startswith("before ")
+        assert redacted.endswith(" after")
+        # The ends of base64 text may stay, because they also depend on the neighboring text.
         inner = written[8:-8] if form.startswith("base64") else written.removeprefix("x").removesuffix("x")
-        assert len(inner) < 6 or inner not in said
-        assert "…" in said
+        assert len(inner) < 6 or inner not in redacted
+        assert "…" in redacted
 
 
 def test_secrets_of_blocks_and_of_the_login_file_are_redacted(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_prefects_log_is_redacted_with_its_tracebacks(monkeypatch: pytest.Monkey
         try:
             raise ValueError("no-prefix-at-all")
         except ValueError:
-            # Not through the logger: Prefect's own handler wants a flow run for it.
+            # Not through the logger, because Prefect's own handler requires a flow run.
             place = ("prefect.flow_runs", logging.ERROR, __file__, 1)
             handler.handle(logging.LogRecord(*place, "failed with %s", ("no-prefix-at-all",), sys.exc_info()))
     finally:

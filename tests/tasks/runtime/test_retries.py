@@ -1,4 +1,4 @@
-"""What is retried, and when."""
+"""Which errors are retried, and when."""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -54,7 +54,7 @@ def test_a_retry_waits_until_the_date_that_the_server_names() -> None:
 
 
 def raised(error: Exception, cause: Exception, *, hidden: bool) -> Exception:
-    """Return the error as it is after it was raised while the cause was handled, `from None` if it is hidden."""
+    """Return the error after it was raised while the cause was being handled, with `from None` if `hidden`."""
     try:
         try:
             raise cause

@@ -1,4 +1,4 @@
-"""An artifact is complete and unchanged, or it is not there."""
+"""The store returns a complete and unchanged artifact, or none."""
 
 import logging
 import os
@@ -150,7 +150,7 @@ def test_a_damaged_shared_file_is_linked_again_from_its_owner_and_no_other(tmp_p
 
     borrower = store.produce("borrower", KEY, borrow, tmp_path)
     os.truncate(borrower.path / "weights.bin", 3)
-    # The same inode: both are damaged, and there is nothing to link again from.
+    # Both have the same inode, so both are damaged, and there is no intact file to link again.
     assert store.load("borrower", KEY, tmp_path) is None
     assert store.load("owner", KEY, tmp_path) is None
     store.produce("owner", KEY, write_file, tmp_path)

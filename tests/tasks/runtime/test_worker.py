@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def fail(expected: bool) -> dict[str, Any]:
-    """Print what libraries print, and fail."""
+    """Print a line, as libraries do, and fail."""
     print("a library's output", file=sys.stderr)
     raise StageFailed("the answer is empty") if expected else ValueError("unexpected")
 
@@ -80,12 +80,12 @@ def test_an_unexpected_error_is_reported_with_the_last_lines_of_output() -> None
     assert Path(__file__).name in message
 
 
-def hold_the_interpreter(descendants: int) -> dict[str, Any]:
-    """Start a chain of so many workers, and have native code hold the interpreter for an hour."""
+def hold_the_gil(descendants: int) -> dict[str, Any]:
+    """Start a chain of `descendants` workers, and have native code hold the GIL for an hour."""
     child = None
     if descendants:
         arguments = {"descendants": descendants - 1}
-        child = worker.Worker("tests.tasks.runtime.test_worker:hold_the_interpreter", arguments)
+        child = worker.Worker("tests.tasks.runtime.test_worker:hold_the_gil", arguments)
     Path(os.environ["STARTED"], str(os.getpid())).touch()
     ctypes.PyDLL(None).sleep(3600)
     return {"child": child}
@@ -94,7 +94,7 @@ def hold_the_interpreter(descendants: int) -> dict[str, Any]:
 def test_workers_in_native_code_die_with_their_parent(tmp_path: Path) -> None:
     script = (
         "import threading; from quantize_gemma.tasks.runtime import worker\n"
-        "function, started = 'tests.tasks.runtime.test_worker:hold_the_interpreter', []\n"
+        "function, started = 'tests.tasks.runtime.test_worker:hold_the_gil', []\n"
         "start = lambda: started.append(worker.Worker(function, {'descendants': 1}))\n"
         "threading.Thread(target=start).start(); threading.Event().wait()\n"
     )
@@ -110,7 +110,7 @@ def test_workers_in_native_code_die_with_their_parent(tmp_path: Path) -> None:
 
 
 def answer_later(folder: str) -> dict[str, Any]:
-    """Return when there is a file "go"."""
+    """Wait until the file "go" exists."""
     while not Path(folder, "go").exists():
         time.sleep(0.01)
     return {"answer": 42}
@@ -133,7 +133,7 @@ def test_a_worker_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
 
 
 def leave_a_process(killed: bool, folder: str) -> dict[str, Any]:
-    """Start a process that has this one's output and outlives it, and return or be killed."""
+    """Start a process that inherits this one's output and outlives it, then return or be killed."""
     child = subprocess.Popen(["sleep", "20"])
     Path(folder, "child").write_text(str(child.pid))
     print("the last line", end="", flush=True)
@@ -156,7 +156,7 @@ def test_a_process_that_outlives_its_stage_delays_neither_the_result_nor_the_fai
 
 
 def write_too_much(library: str, folder: str) -> dict[str, Any]:
-    """Write a file that is larger than this process may write."""
+    """Write a file that exceeds this process's file size limit."""
     if library == "safetensors":
         import torch
         from safetensors.torch import save_file
@@ -198,7 +198,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
 
 
 def fill_the_disk() -> dict[str, Any]:
-    """Write to the kernel's own full device."""
+    """Write to /dev/full, the kernel's full device."""
     with Path("/dev/full").open("wb", buffering=0) as stream:
         stream.write(b"x")
     return {}
@@ -222,7 +222,7 @@ print(json.dumps(worker.run("tests.tasks.runtime.test_worker:surroundings", {}, 
 
 
 def surroundings() -> dict[str, Any]:
-    """Return what a worker finds around it."""
+    """Return the surroundings of a worker: its directory, modules, and environment."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

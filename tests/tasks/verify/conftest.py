@@ -1,4 +1,4 @@
-"""A small text-only model and its program, which are made in seconds."""
+"""A small text-only model and its program, which take seconds to create."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from benchmarks.shapes import ALONE, TEXT, quantize_checkpoint, write_checkpoint
 from quantize_gemma.tasks.runtime import worker
 
 WINDOW = 32
-# Six windows: the ring is written over again and again.
+# More than six windows, so that the ring buffer is overwritten several times.
 MAX_SEQ_LEN = 200
 SMALL = {
     **TEXT,

@@ -1,4 +1,4 @@
-"""A program takes a prompt of any length in the stock runners, and one that does not is not released."""
+"""A program accepts prompts of any length in the stock runners, and one that does not is not released."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_a_prompt_has_exactly_the_requested_tokens() -> None:
 
 
 def export_as_the_library(target: Path, checkpoint: Path, max_seq_len: int) -> dict[str, Any]:
-    """Export with optimum-executorch's own cache, a ring of twice the sliding window."""
+    """Export with optimum-executorch's own cache, a ring buffer of twice the sliding window."""
     import torch
     from optimum.exporters.executorch.convert import export_to_executorch
     from optimum.exporters.executorch.tasks.causal_lm import load_causal_lm_model
@@ -82,7 +82,7 @@ def measure(
 
 
 def failed_checks(released: Outcome, agreement: Agreement, runner: dict[str, RunnerCheck]) -> set[str]:
-    """Return the failed checks of a release with this program, those of the stock runner included."""
+    """Return the failed checks of a release with this program, including those of the stock runner."""
     metrics = parse_metrics(metrics_of(released))
     program = replace(metrics.program, agreement=agreement, runner=list(runner.values()))
     verdict = judge(metrics.benchmarks, replace(metrics, program=program), metrics.pairs, metrics.gate.limits)
@@ -127,7 +127,7 @@ def test_a_multimodal_program_whose_sequences_fit_into_the_window_is_correct(
 
 
 def int8_caches(program: Path) -> list[int]:
-    """Return the slots of the program's int8 tensors that are as large as a layer's keys, [1, slots, 1, 32]."""
+    """Return the slots of the program's int8 tensors that have the shape of a layer's keys, [1, slots, 1, 32]."""
     from executorch.exir._serialize._program import deserialize_pte_binary
     from executorch.exir.schema import ScalarType, Tensor
 
@@ -145,16 +145,16 @@ def test_a_program_with_an_int8_cache_answers_prompts_of_any_length(
     assert agreement.prompts.lengths == LENGTHS
     assert runner["prompts"].cases == len(LENGTHS)
     assert failed_checks(released, agreement, runner) == set()
-    # It is another program: its keys and values are rounded.
+    # The program differs, because its keys and values are rounded.
     assert agreement.text_decoder != measure(program, small)[0].text_decoder
-    # Keys and values of the sliding-window layer and of the full-attention layer.
+    # The keys and values of the sliding-window layer and of the full-attention layer are int8.
     assert int8_caches(int8) == [WINDOW, MAX_SEQ_LEN]
     assert int8_caches(program) == []
 
 
 def test_a_multimodal_program_answers_prompts_of_any_length_in_the_stock_runner(released: Outcome) -> None:
     release = Path(released.summary["release"])
-    # After a long one a short one again: nothing of the long one is left.
+    # A short prompt after a long one: nothing of the long one is left.
     lengths = [40, 63, 64, 65, 128, 300, 1016, 40]
     answers, _, checks = run_scenarios(release, release, lengths)
     assert not any(check.failed for check in checks), checks
@@ -171,7 +171,7 @@ def test_a_program_with_the_librarys_cache_fails_at_the_window_and_is_not_releas
 
 
 def test_a_program_with_half_the_window_fails_the_gate(small: Path, released: Outcome, tmp_path: Path) -> None:
-    """Its cache keeps half of what the model's sliding layers look back at."""
+    """Its cache has only half of the tokens that the model's sliding-window layers attend to."""
     forgetful = shutil.copytree(small, tmp_path / "forgetful")
     config = json.loads((forgetful / "config.json").read_text())
     (forgetful / "config.json").write_text(json.dumps({**config, "sliding_window": WINDOW // 2}))
@@ -187,7 +187,7 @@ def test_a_program_with_half_the_window_fails_the_gate(small: Path, released: Ou
 def test_a_sequence_may_be_read_in_chunks_of_any_length(
     chunks: list[int], released: Outcome, checkpoint_logits: tuple[Any, Any, Any]
 ) -> None:
-    """After another sequence, in chunks that start anywhere in the ring, and as long as the rest of the sequence."""
+    """The chunks follow another sequence, start anywhere in the ring buffer, and can be as long as the sequence."""
     import torch
 
     from quantize_gemma.tasks.models.pte import PteProgram
@@ -229,15 +229,15 @@ def test_the_mask_shows_a_window_and_nothing_of_an_earlier_sequence() -> None:
     window = 5
     for start in range(17):
         for count in (1, 2, 4, 5, 6, 12):
-            # Where the last position of each slot is before the chunk, or none.
+            # The last position before the chunk in each slot, or None.
             cached = [max((p for p in range(start) if p % window == slot), default=None) for slot in range(window)]
             keys = [*cached, *range(start, start + count)]
-            found = sliding_mask(torch.arange(start, start + count), window)
+            mask = sliding_mask(torch.arange(start, start + count), window)
             expected = [
                 [0.0 if k is not None and q - window < k <= q else float("-inf") for k in keys]
                 for q in range(start, start + count)
             ]
-            assert found.tolist() == expected, (start, count)
+            assert mask.tolist() == expected, (start, count)
 
 
 def test_the_mask_shows_an_image_its_whole_chunk_and_nothing_else_than_before() -> None:
@@ -252,7 +252,7 @@ def test_the_mask_shows_an_image_its_whole_chunk_and_nothing_else_than_before() 
             causal = sliding_mask(positions, window)
             image = sliding_mask(positions, window, torch.tensor(data=True))
             assert torch.equal(sliding_mask(positions, window, torch.tensor(data=False)), causal)
-            # Before the chunk, what each token sees is the same.
+            # Each token attends to the same tokens before the chunk.
             assert torch.equal(image[:, :window], causal[:, :window])
             assert torch.equal(image[:, window:], torch.zeros(count, count))
 
@@ -265,13 +265,13 @@ def test_full_attention_over_an_image_is_bidirectional_and_over_text_causal() ->
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 3, 4, 32, generator=generator)
     key, value = (torch.randn(1, 20, 4, 32, generator=generator) for _ in range(2))
-    # Three tokens at the positions 5, 6 and 7; what is in the cache behind them is not theirs.
+    # Three tokens at the positions 5, 6, and 7; the later entries of the cache do not belong to them.
     causal = torch.ops.llama.custom_sdpa(query, key, value, 5, None, 0.0, True, 0.5)
     visible = torch.arange(20) <= 7
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(each.transpose(1, 2) for each in (query, key, value)), attn_mask=visible.expand(3, 20), scale=0.5
     ).transpose(1, 2)
     for is_image, attended in ((True, expected), (False, causal)):
-        found = attend_in_image(causal, torch.tensor(is_image), query, key, value, torch.tensor([7]), 0.5)
-        assert torch.allclose(found, attended, atol=1e-6)
+        output = attend_in_image(causal, torch.tensor(is_image), query, key, value, torch.tensor([7]), 0.5)
+        assert torch.allclose(output, attended, atol=1e-6)
     assert not torch.allclose(causal, expected, atol=1e-2)

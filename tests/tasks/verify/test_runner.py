@@ -1,4 +1,4 @@
-"""The C++ runner's response and its speed, as the card shows them."""
+"""The response and the speed of the C++ runner, as the card shows them."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Where the C++ runner differs from the program, a check of the gate fails by name."""
+"""If the C++ runner differs from the program, a check of the gate with its own name fails."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ from tests.tasks.verify.conftest import MAX_SEQ_LEN, WINDOW, export
 
 
 def failed_checks(checks: list[RunnerCheck]) -> dict[str, str]:
-    """Judge a release whose runner did this; return the messages of the failed checks."""
+    """Judge a release with these runner checks; return the messages of the failed checks."""
     metrics = example_json()
     metrics["program"]["runner"] = [asdict(check) for check in checks]
     parsed = parse_metrics(metrics)
@@ -45,7 +45,7 @@ def failed_checks(checks: list[RunnerCheck]) -> dict[str, str]:
     return {check.name: check.message for check in verdict.checks if check.status == "fail"}
 
 
-def ask(program: Path, checkpoint: Path) -> dict[str, RunnerCheck]:
+def run_checks(program: Path, checkpoint: Path) -> dict[str, RunnerCheck]:
     *_, checks = run_scenarios(program, checkpoint, prompt_lengths(WINDOW, MAX_SEQ_LEN))
     return {check.name: check for check in checks}
 
@@ -59,26 +59,26 @@ def with_end_tokens(checkpoint: Path, target: Path, ids: list[int]) -> Path:
 
 
 def test_the_released_program_passes_every_check_of_the_runner(released: Outcome) -> None:
-    found = {check["name"]: check for check in metrics_of(released)["program"]["runner"]}
-    assert found.keys() == RUNNER_CHECKS.keys()
-    assert all(check["cases"] > 0 and not check["failed"] for check in found.values())
-    # The texts, and the prompts of MMLU, ChartQA and GSM8K.
-    assert found["tokenizer"]["cases"] > len(json.loads(TEXTS.read_text())) + 200
+    checks = {check["name"]: check for check in metrics_of(released)["program"]["runner"]}
+    assert checks.keys() == RUNNER_CHECKS.keys()
+    assert all(check["cases"] > 0 and not check["failed"] for check in checks.values())
+    # The texts, and the prompts of MMLU, ChartQA, and GSM8K.
+    assert checks["tokenizer"]["cases"] > len(json.loads(TEXTS.read_text())) + 200
     gate = {check["name"]: check["status"] for check in metrics_of(released)["gate"]["checks"]}
     assert all(gate[f"runner_{name}"] == "pass" for name in RUNNER_CHECKS)
 
 
 def test_a_text_only_program_is_asked_for_no_images(small: Path, program: Path, tmp_path: Path) -> None:
-    """Nor if it was extracted from a multimodal model, with more of its configuration than a text-only model has."""
+    """Not even if it was extracted from a multimodal model, and has more fields in config.json."""
     shutil.copytree(small, tmp_path / "extracted")
     config = json.loads((small / "config.json").read_text())
     (tmp_path / "extracted" / "config.json").write_text(json.dumps({**config, "mm_tokens_per_image": 4}))
-    found = ask(program, tmp_path / "extracted")
-    assert list(found) == ["prompts", "past_window", "full_length", "stop", "conversations"]
-    # Random weights end no turn.
-    assert found["stop"].cases == 0
-    assert all(found[name].cases for name in ("prompts", "past_window", "full_length", "conversations"))
-    assert failed_checks(list(found.values())) == {}
+    checks = run_checks(program, tmp_path / "extracted")
+    assert list(checks) == ["prompts", "past_window", "full_length", "stop", "conversations"]
+    # Random weights never end a turn.
+    assert checks["stop"].cases == 0
+    assert all(checks[name].cases for name in ("prompts", "past_window", "full_length", "conversations"))
+    assert failed_checks(list(checks.values())) == {}
 
 
 def chat_prompt() -> str:
@@ -103,7 +103,7 @@ def first_tokens(program: Path, count: int) -> list[int]:
 def test_the_runner_stops_at_every_end_token_and_one_that_the_program_does_not_know_fails(
     small: Path, program: Path, tmp_path: Path
 ) -> None:
-    """The end tokens are those that random weights generate, the first of them in second place."""
+    """One end token is the second distinct token that random weights generate; they never generate the other one."""
     answer = first_tokens(program, 24)
     second, last = next(one for one in answer[1:] if one != answer[0]), 2047
     assert last not in answer
@@ -111,11 +111,11 @@ def test_the_runner_stops_at_every_end_token_and_one_that_the_program_does_not_k
         checkpoint = with_end_tokens(small, tmp_path / str(ids[0]), ids)
         (tmp_path / f"{ids[0]}-program").mkdir()
         stops = export("quantize_gemma.tasks.export:export", checkpoint, tmp_path / f"{ids[0]}-program")
-        check = ask(stops, checkpoint)["stop"]
+        check = run_checks(stops, checkpoint)["stop"]
         assert check.cases
         assert not check.failed
-    # The program of the same weights that does not know the token continues.
-    check = ask(program, checkpoint)["stop"]
+    # A program with the same weights that does not know the token continues.
+    check = run_checks(program, checkpoint)["stop"]
     assert check.failed == 1
     assert "TextLLMRunner answers the question 'Hey, are you conscious?" in check.examples[0]
     failed = failed_checks([check])
@@ -124,7 +124,7 @@ def test_the_runner_stops_at_every_end_token_and_one_that_the_program_does_not_k
 
 
 def generate_with_the_runner(program: str, prompt: str) -> dict[str, Any]:
-    """Return how many tokens the stock runner generates of at most 8, in this process."""
+    """Return how many tokens the stock runner generates, at most 8, in this process."""
     import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401 (registers operators)
     import executorch.kernels.quantized  # noqa: F401 (registers operators)
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
@@ -142,14 +142,14 @@ def test_a_turn_that_ends_with_its_first_token_passes_although_the_stock_runner_
     checkpoint = with_end_tokens(small, tmp_path / "checkpoint", [2047, first_tokens(program, 1)[0]])
     (tmp_path / "program").mkdir()
     stops = export("quantize_gemma.tasks.export:export", checkpoint, tmp_path / "program")
-    check = ask(stops, checkpoint)["stop"]
+    check = run_checks(stops, checkpoint)["stop"]
     assert check.cases
     assert not check.failed
     function = f"{generate_with_the_runner.__module__}:{generate_with_the_runner.__name__}"
     arguments = {"program": str(stops / "model.pte"), "prompt": chat_prompt()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
-        # Of a runner that stops, remove what scenarios.py does about it, and docs/upstream.md's entry.
+        # If the stock runner stops here, remove the exception in scenarios.py and the section in docs/upstream.md.
         assert worker.run(function, arguments, lambda *_: None, None)["tokens"] > 1
 
 
@@ -159,7 +159,7 @@ def test_both_tokenizers_read_every_text_alike() -> None:
 
 
 def with_tokenizer(target: Path, **changes: Any) -> Path:
-    """Return the built-in model with other values in tokenizer.json."""
+    """Copy the built-in model with different values in tokenizer.json; return the copy."""
     shutil.copytree(BUILTIN["tiny-gemma3"], target)
     path = target / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -167,7 +167,7 @@ def with_tokenizer(target: Path, **changes: Any) -> Path:
 
 
 def test_texts_that_the_runner_reads_differently_are_shown_with_both_readings(tmp_path: Path) -> None:
-    """Its tokenizer ignores that a special token takes the space before it with it."""
+    """The runner's tokenizer ignores that a special token includes the space before it (`lstrip`)."""
     tokens = json.loads((BUILTIN["tiny-gemma3"] / "tokenizer.json").read_text())["added_tokens"]
     model = with_tokenizer(tmp_path / "model", added_tokens=[{**one, "lstrip": True} for one in tokens])
     check = check_tokenizer(model, [])
@@ -202,7 +202,7 @@ SHORT = Scenario(("prompts",), "a prompt of 40 tokens", ["text"])
         ({"tokens": []}, "answers a prompt"),
         ({"prompt_tokens": 39}, "reads 39 tokens instead of 40 from a prompt of 40 tokens"),
         ({"prompt_tokens": None}, "reads None tokens"),
-        # At a part of a character the binding stops, and says nothing of the prompt.
+        # The binding stops at a partial character, and does not report the number of prompt tokens.
         ({"tokens": [b" A"], "is_cut_off": True, "prompt_tokens": None}, None),
         ({"tokens": [b" C"], "is_cut_off": True, "prompt_tokens": None}, "answers a prompt"),
     ],
@@ -217,7 +217,7 @@ def test_every_difference_from_the_program_is_a_failure(changed: dict[str, Any],
 
 
 def test_an_end_of_turn_that_is_no_end_token_fails_with_what_to_correct(released: Outcome, tmp_path: Path) -> None:
-    """As of a fine-tune whose generation_config.json has <eos> alone."""
+    """As in a fine-tune whose generation_config.json has only <eos>."""
     release = Path(released.summary["release"])
     checkpoint = with_end_tokens(release, tmp_path / "release", [1])
     *_, checks = run_scenarios(release, checkpoint, [1016])
@@ -251,7 +251,7 @@ def run_without_reset(release: str) -> dict[str, Any]:
             """Forget nothing."""
 
         def generate(self, *arguments: Any) -> None:
-            # When the cache is full, it fails.
+            # The runner fails when the cache is full.
             with contextlib.suppress(RuntimeError):
                 self.runner.generate(*arguments)
 

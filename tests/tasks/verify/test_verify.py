@@ -1,4 +1,4 @@
-"""What the program is compared with is what transformers itself makes of the checkpoint."""
+"""The reference outputs for the program are those of transformers for the same checkpoint."""
 
 import json
 from pathlib import Path
@@ -76,13 +76,13 @@ def test_a_causal_program_is_compared_with_the_model_with_causal_attention(relea
     image = compare(program, release, config, 64, False)[0].image
     assert image is not None
     assert 0 < image.kl_program < image.kl_act_quant
-    # The effect of causal attention is measured in the checkpoint, whichever attention the program has.
+    # The effect of causal attention is measured in the checkpoint, whatever attention the program has.
     bidirectional = metrics_of(released)["program"]["agreement"]["image"]
     assert image.kl_causal_image == pytest.approx(bidirectional["kl_causal_image"], rel=1e-3)
 
 
 def test_the_programs_metadata_is_the_models(released: Outcome) -> None:
-    # As tiny-gemma3's config.json and generation_config.json have it.
+    # These are the values in tiny-gemma3's config.json and generation_config.json.
     expected = {
         "get_max_seq_len": 1024,
         "get_max_context_len": 1024,
@@ -103,7 +103,7 @@ def test_the_programs_metadata_is_the_models(released: Outcome) -> None:
 
 
 def rotary_tables(program: Path) -> int:
-    """Return how many tables of cosines and sines, [1, 1, tokens, head_dim], the decoder's plan has memory for."""
+    """Return how many tables of cosines and sines, [1, 1, tokens, head_dim], the decoder computes."""
     from executorch.exir._serialize._program import deserialize_pte_binary
     from executorch.exir.schema import KernelCall
 
@@ -119,5 +119,5 @@ def rotary_tables(program: Path) -> int:
 
 
 def test_the_layers_share_one_cosine_and_one_sine_of_each_kind(released: Outcome) -> None:
-    """tiny-gemma3 has three layers, of two kinds."""
+    """tiny-gemma3 has three layers of two kinds."""
     assert rotary_tables(Path(released.summary["release"]) / "model.pte") == 4
