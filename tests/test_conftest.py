@@ -16,7 +16,7 @@ def test_processes_that_tests_start_have_the_default_signal_handlers() -> None:
     assert result.stdout.split() == ["True", "True"]
 
 
-def test_so_they_have_where_the_tests_are_started_with_nohup_in_the_background() -> None:
+def test_they_also_have_them_under_nohup_in_the_background() -> None:
     test = f"{Path(__file__)}::{test_processes_that_tests_start_have_the_default_signal_handlers.__name__}"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
     ignoring = ["sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh", *command]

@@ -201,7 +201,7 @@ def test_the_pages_that_the_code_names_exist() -> None:
     assert not [name for name in names if not (ROOT / name).is_file()]
 
 
-def test_the_recipe_in_the_how_to_is_one_that_decides_every_module(tmp_path: Path) -> None:
+def test_the_recipe_in_the_how_to_matches_every_module(tmp_path: Path) -> None:
     text = (ROOT / "docs/how-to/recipe.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^ *```json\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "mine.json").write_text(block, encoding="utf-8")
@@ -211,7 +211,7 @@ def test_the_recipe_in_the_how_to_is_one_that_decides_every_module(tmp_path: Pat
     assert {rule.weight for name, rule in rules.items() if name.endswith("lm_head")} == {"int8"}
 
 
-def test_the_messages_on_their_page_are_in_the_code() -> None:
+def test_every_message_on_the_messages_page_is_in_the_code() -> None:
     """Runs of up to four words are compared, because the page has "…" in place of names and numbers."""
     texts = " ".join(text for folder in ("deployments", "flows", "tasks") for text in texts_of(ROOT / folder))
     page = (ROOT / "docs/reference/messages.md").read_text(encoding="utf-8")
@@ -285,6 +285,6 @@ def test_commands_are_found_in_the_main_pages_of_every_kind() -> None:
         "quantized-gemma run",
     ],
 )
-def test_a_command_with_a_mistake_is_noticed(command: str) -> None:
+def test_an_invalid_command_is_detected(command: str) -> None:
     with pytest.raises((AssertionError, KeyError, ValidationError, UserError)):
         check(shlex.split(command))

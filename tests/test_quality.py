@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.long
-def test_recipes_are_compared_by_what_they_keep_of_a_model_and_by_their_size(tmp_path: Path) -> None:
+def test_recipes_are_compared_by_quality_and_size(tmp_path: Path) -> None:
     # Both texts are halves of one text, because calibration helps only on similar text.
     lines = (BUILTIN_TEXTS["tiny-text"] / "text.txt").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "calibration.txt").write_text("".join(lines[: len(lines) // 2]), "utf-8")
@@ -41,7 +41,7 @@ def test_recipes_are_compared_by_what_they_keep_of_a_model_and_by_their_size(tmp
     )
 
 
-def test_the_plot_is_over_the_programs_size_where_every_program_was_exported(tmp_path: Path) -> None:
+def test_the_plot_is_over_the_programs_size_if_every_program_was_exported(tmp_path: Path) -> None:
     rows = [
         {"name": "base", "packed_bytes": 9e8, "kl_mean": 0.0},
         {"name": "A", "packed_bytes": 4e8, "program_bytes": 5e8, "kl_mean": 0.44},

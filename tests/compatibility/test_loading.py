@@ -10,7 +10,7 @@ from tests.compatibility.loading import generate, report
 from tests.conftest import Outcome
 
 
-def test_the_cards_code_runs_by_itself_and_other_tokens_are_reported(
+def test_the_cards_code_runs_by_itself_and_different_tokens_are_reported(
     released: Outcome, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from quantize_gemma.tasks.runtime.fingerprint import versions

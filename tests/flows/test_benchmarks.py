@@ -48,7 +48,7 @@ def measured(released: Outcome, command_line: CommandLine, hub: Hub) -> Outcome:
     return outcome
 
 
-def test_every_benchmark_has_the_same_object_in_every_column_that_is_measured(measured: Outcome, hub: Hub) -> None:
+def test_every_benchmark_has_the_same_fields_in_every_column_that_is_measured(measured: Outcome, hub: Hub) -> None:
     columns = measured.summary["metrics"]
     for name, (metric, _) in TASKS.items():
         base, quantized, program = (columns[column][name] for column in ("base", "quantized", "program"))
@@ -70,7 +70,7 @@ def test_every_benchmark_has_the_same_object_in_every_column_that_is_measured(me
         assert metrics["benchmarks"][name]["dataset"] == pinned
 
 
-def test_what_a_model_writes_is_scored_by_the_tasks_own_code(measured: Outcome, command_line: CommandLine) -> None:
+def test_generated_text_is_scored_by_the_tasks_own_code(measured: Outcome, command_line: CommandLine) -> None:
     """Commas, words, and sentences are counted; NLTK counts the sentences, with the parameters of the mirror."""
     key = next(stage["key"] for stage in measured.summary["stages"] if stage["name"] == "evaluate_ifeval_quantized")
     samples = (command_line.home / "evaluate" / key / "data" / "samples.jsonl").read_text().splitlines()
@@ -86,7 +86,7 @@ def test_what_a_model_writes_is_scored_by_the_tasks_own_code(measured: Outcome, 
     }
 
 
-def test_the_checks_the_card_and_the_command_have_every_benchmark(measured: Outcome) -> None:
+def test_the_checks_the_card_and_the_command_include_every_benchmark(measured: Outcome) -> None:
     names = {check["name"] for check in measured.summary["gate"]["checks"]}
     assert {f"{name}_drop" for name in TASKS} <= names
     assert {"hellaswag_disagreement", "boolq_disagreement", "gsm8k_program_drop", "ifeval_program_drop"} <= names

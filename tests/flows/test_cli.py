@@ -75,7 +75,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_bad_checkpoint_is_named_and_nothing_is_left(
+def test_a_bad_checkpoint_is_named_and_nothing_is_left_behind(
     damage: str, fresh: CommandLine, tiny_copy: Callable[[], Path]
 ) -> None:
     model = tiny_copy()
@@ -213,20 +213,22 @@ def check_rejected(command_line: CommandLine, words: list[str], *arguments: str)
 
 
 @pytest.mark.parametrize("verb", ["run", "check"])
-def test_a_working_directory_that_was_removed_is_refused(verb: str, fresh: CommandLine, tmp_path: Path) -> None:
+def test_a_working_directory_that_was_removed_is_rejected(verb: str, fresh: CommandLine, tmp_path: Path) -> None:
     outcome = in_a_removed_directory(tmp_path, fresh.environment(), verb)
     assert outcome.returncode == 2
     assert outcome.stderr == "quantize-gemma: the working directory was removed: change to one that exists\n"
     assert not fresh.home.exists()
 
 
-def test_prune_works_where_the_working_directory_was_removed(fresh: CommandLine, tmp_path: Path) -> None:
+def test_prune_works_if_the_working_directory_was_removed(fresh: CommandLine, tmp_path: Path) -> None:
     outcome = in_a_removed_directory(tmp_path, fresh.environment(), "prune")
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.startswith("removed 0 unfinished directories")
 
 
-def test_a_path_relative_to_a_working_directory_that_was_removed_is_refused(fresh: CommandLine, tmp_path: Path) -> None:
+def test_a_path_relative_to_a_working_directory_that_was_removed_is_rejected(
+    fresh: CommandLine, tmp_path: Path
+) -> None:
     outcome = in_a_removed_directory(tmp_path, {**fresh.environment(), "QUANTIZE_GEMMA_HOME": "store"}, "prune")
     assert outcome.returncode == 2
     assert outcome.stderr == (
@@ -281,7 +283,7 @@ def test_help_shows_every_option_in_its_group_with_its_default(verb: str) -> Non
             assert " --" not in after.partition("[default: ")[0].replace(f" --no-{name.replace('_', '-')}", "")
 
 
-def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_copy: Callable[[], Path]) -> None:
+def test_check_reports_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_copy: Callable[[], Path]) -> None:
     model = tiny_copy()
     good = fresh("check", "--model", str(model))
     assert good.code == 0
@@ -302,15 +304,13 @@ def test_check_names_what_is_wrong_and_starts_nothing(fresh: CommandLine, tiny_c
         (("--text", "./nowhere"), "no text file ./nowhere"),
     ],
 )
-def test_check_names_what_an_evaluation_needs_and_is_not_there(
-    arguments: tuple[str, ...], words: str, fresh: CommandLine
-) -> None:
+def test_check_names_a_missing_task_dataset_or_text(arguments: tuple[str, ...], words: str, fresh: CommandLine) -> None:
     outcome = fresh("check", *arguments)
     assert outcome.code == 2
     assert words in outcome.stderr
 
 
-def test_check_refuses_tasks_that_the_model_cannot_do(fresh: CommandLine, tiny_copy: Callable[[], Path]) -> None:
+def test_check_rejects_tasks_that_the_model_cannot_do(fresh: CommandLine, tiny_copy: Callable[[], Path]) -> None:
     model = tiny_copy()
     text_only = write_text_only(model, model.with_name("text-only"))
     outcome = fresh("check", "--model", str(text_only), "--tasks", "chartqa")
@@ -323,7 +323,7 @@ def test_check_refuses_tasks_that_the_model_cannot_do(fresh: CommandLine, tiny_c
     assert fresh("check", "--model", str(model), "--tasks", "mmlu").code == 0
 
 
-def test_check_announces_a_long_distillation_on_this_machine_although_a_clusters_gpus_evaluate(
+def test_check_warns_of_a_long_local_distillation_even_if_a_cluster_evaluates(
     fresh: CommandLine, tmp_path: Path
 ) -> None:
     from quantize_gemma.tasks.models.recipe import load_recipe
@@ -340,7 +340,7 @@ def test_check_announces_a_long_distillation_on_this_machine_although_a_clusters
     assert "hours on this machine's CPU, but a stage is stopped after 24 hours" in outcome.stderr
 
 
-def test_a_model_that_the_machines_memory_cannot_hold_is_refused_with_what_it_needs(
+def test_a_model_that_does_not_fit_into_memory_is_rejected_with_the_memory_that_it_needs(
     fresh: CommandLine, tiny_copy: Callable[[], Path]
 ) -> None:
     from quantize_gemma.tasks.runtime.machine import total_memory
@@ -390,7 +390,7 @@ def test_prune_removes_unfinished_work_and_keeps_work_in_progress(fresh: Command
 
 @pytest.mark.parametrize("limit", ["-1", "nan", "inf", "much"])
 @pytest.mark.parametrize("option", ["--max-gigabytes", "--max-age-days"])
-def test_pruning_to_a_limit_that_is_none_is_refused(option: str, limit: str, fresh: CommandLine) -> None:
+def test_pruning_to_an_invalid_limit_is_rejected(option: str, limit: str, fresh: CommandLine) -> None:
     kept = store.produce("stage", "a" * 64, lambda _: {}, fresh.home)
     outcome = fresh("prune", option, limit)
     assert outcome.code == 2
@@ -401,7 +401,7 @@ def test_pruning_to_a_limit_that_is_none_is_refused(option: str, limit: str, fre
 
 @pytest.mark.parametrize("limit", [-1.0, math.nan, math.inf])
 @pytest.mark.parametrize("parameter", ["max_gigabytes", "max_age_days"])
-def test_the_prune_flow_refuses_such_limits_too(parameter: str, limit: float) -> None:
+def test_the_prune_flow_rejects_invalid_limits(parameter: str, limit: float) -> None:
     from prefect.exceptions import ParameterTypeError
 
     from quantize_gemma.flows.prune_store import prune_store
@@ -410,7 +410,7 @@ def test_the_prune_flow_refuses_such_limits_too(parameter: str, limit: float) ->
         prune_store.validate_parameters({parameter: limit})
 
 
-def test_pruning_what_is_no_store_is_refused(fresh: CommandLine) -> None:
+def test_pruning_a_directory_that_is_not_a_store_is_rejected(fresh: CommandLine) -> None:
     project = fresh.home / "web" / "app"
     project.mkdir(parents=True)
     (project / "manifest.json").write_text("{}")

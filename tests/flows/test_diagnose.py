@@ -10,7 +10,7 @@ from tests.conftest import CommandLine, Outcome
 pytestmark = pytest.mark.slow
 
 
-def test_a_diagnosis_uses_what_a_run_has_made_and_shows_tables_and_a_heat_map(
+def test_a_diagnosis_reuses_the_results_of_a_run_and_shows_tables_and_a_heat_map(
     released: Outcome, command_line: CommandLine
 ) -> None:
     first = command_line("diagnose", "--json")

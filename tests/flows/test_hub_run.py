@@ -74,7 +74,7 @@ def regression(outcome: Outcome) -> dict[str, Any]:
     return next(check for check in outcome.summary["gate"]["checks"] if check["name"] == "mmlu_regression")
 
 
-def test_a_model_that_is_too_large_is_refused_before_it_is_downloaded(
+def test_a_model_that_is_too_large_is_rejected_before_it_is_downloaded(
     hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
 ) -> None:
     # A trillion weights, but only in the file's header.
@@ -235,7 +235,7 @@ def test_a_rejected_run_costs_seconds_and_says_what_to_do(
 
 @pytest.mark.long
 @pytest.mark.longest
-def test_a_release_too_far_from_its_base_is_refused_for_its_kl_divergence_and_its_card_says_so(
+def test_a_release_too_far_from_its_base_fails_for_its_kl_divergence_and_its_card_says_so(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
 ) -> None:
     """All weights of the language model are int4, with one scale per row; MMLU alone would let the release pass."""
@@ -313,7 +313,7 @@ def test_a_request_that_the_hub_rejects_after_the_release_is_complete_is_a_failu
 
 
 @pytest.mark.long
-def test_nothing_that_a_run_writes_holds_a_token(
+def test_nothing_that_a_run_writes_contains_a_token(
     published: Outcome, hub: Hub, command_line: CommandLine, environment: dict[str, str]
 ) -> None:
     """This test runs last: it searches everything that earlier runs wrote, including those that failed."""

@@ -46,7 +46,7 @@ def test_a_client_that_is_created_while_the_server_is_down_waits_for_it() -> Non
     assert done.returncode == 0, done.stderr
 
 
-def test_prefects_own_client_does_not() -> None:
+def test_prefects_own_client_does_not_wait() -> None:
     """If this test fails, Prefect's client waits by itself, and retry_refused_connections can be removed."""
     done = run("stock")
     assert done.returncode == 1

@@ -46,7 +46,7 @@ def options(**values: Any) -> RunOptions:
         ("benchmark", "cais/mmlu"),
     ],
 )
-def test_a_value_that_cannot_work_is_refused_with_the_name_of_its_option(name: str, value: Any) -> None:
+def test_an_invalid_value_is_rejected_with_the_name_of_its_option(name: str, value: Any) -> None:
     with pytest.raises(ValidationError) as raised:
         options(**{name: value})
     error = raised.value.errors()[0]
@@ -65,7 +65,7 @@ def test_a_field_that_is_left_empty_has_its_default(name: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["me/gemma", "Me/Gemma", "me/gemma/"])
-def test_a_target_that_is_the_model_is_refused(target: str) -> None:
+def test_a_target_that_is_the_model_is_rejected(target: str) -> None:
     with pytest.raises(ValidationError, match="target is the model itself"):
         RunOptions(model="me/gemma", target=target)
 
@@ -89,7 +89,7 @@ def test_a_target_that_is_the_model_is_refused(target: str) -> None:
         ({"create_pr": True, "branch": "dev"}, "a pull request targets the default branch and has no tag"),
     ],
 )
-def test_options_that_exclude_each_other_are_refused_in_one_sentence(values: dict[str, Any], message: str) -> None:
+def test_options_that_exclude_each_other_are_rejected_in_one_sentence(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message) as raised:
         options(**values)
     assert cli.describe_invalid(raised.value).startswith(message)
@@ -102,7 +102,7 @@ def test_the_flows_signature_has_the_options_with_their_defaults() -> None:
     assert {name: parameter.default for name, parameter in parameters.items()} == dict(RunOptions())
 
 
-def test_no_flag_of_the_command_line_stands_for_two_options() -> None:
+def test_no_command_line_flag_stands_for_two_options() -> None:
     flags = [name for model in (RunOptions, *GROUPS.values()) for name in model.model_fields if name not in GROUPS]
     assert len(flags) == len(set(flags))
     assert set(flags) == cli.FLAGS
@@ -189,7 +189,7 @@ REVISION = {"revision": "a" * 40, "dataset": PINNED, "text": f"Salesforce/wikite
         ({"device_report": "/home/me/phone.json"}, FIXTURES, {"device_report": "DEVICE_REPORT.json"}),
     ],
 )
-def test_the_command_on_the_card_gives_the_runs_parameters(
+def test_the_command_on_the_card_has_the_runs_parameters(
     values: dict[str, Any], sources: Any, expected: dict[str, Any]
 ) -> None:
     omitted = {"workers": 3, "target": "me/release", "tag": True, "refresh": ["card"]}
@@ -201,7 +201,7 @@ def test_the_command_on_the_card_gives_the_runs_parameters(
     assert parsed.kwargs["options"] == options(**{**values, **fixtures, **expected})
 
 
-def test_the_command_says_what_identifies_the_files_that_only_one_machine_has() -> None:
+def test_the_command_identifies_local_files_by_their_digests() -> None:
     datasets = {"mmlu": resolved("my-mirror", on_hub=False)}
     local = options(model="./secret/path", recipe="./mine.json", tasks="mmlu", dataset=["mmlu=./my-mirror"])
     command = command_line(local, LOCAL[0], datasets, LOCAL[2], recipe_hash="b" * 64)

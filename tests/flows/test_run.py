@@ -183,7 +183,7 @@ def test_a_second_run_is_all_cache_hits(released: Outcome, command_line: Command
     assert again.summary["release"] == released.summary["release"]
 
 
-def test_the_samples_of_every_score_become_part_of_the_release_if_asked_for(
+def test_the_samples_of_every_score_become_part_of_the_release_on_request(
     released: Outcome, command_line: CommandLine
 ) -> None:
     assert not (Path(released.summary["release"]) / "samples").exists()
@@ -206,7 +206,7 @@ def test_the_samples_of_every_score_become_part_of_the_release_if_asked_for(
     assert "--publish-samples" in card
 
 
-def test_a_device_report_makes_only_the_card_again_and_that_of_another_program_starts_nothing(
+def test_a_device_report_reruns_only_the_card_and_one_for_another_program_starts_no_stage(
     released: Outcome, command_line: CommandLine, tmp_path: Path
 ) -> None:
     program = Path(released.summary["release"]) / "model.pte"
@@ -277,7 +277,7 @@ def server(command_line: CommandLine, home: Path) -> Iterator[str]:
         process.wait(20)
 
 
-def test_the_device_is_resolved_before_keys_are_made_and_on_a_cpu_batches_are_in_none(
+def test_the_device_is_resolved_before_keys_are_computed_and_cpu_keys_ignore_the_batch_size(
     released: Outcome, command_line: CommandLine
 ) -> None:
     again = command_line("run", "--json", "--device", "cpu", "--batch-size", "8")
@@ -462,9 +462,7 @@ def swap_rows_of_release(source: Path, target: Path, *modules: str) -> Path:
     return target
 
 
-def test_the_program_is_no_further_from_the_checkpoint_than_activation_quantization_explains_and_from_another_one_it_is(
-    released: Outcome, tmp_path: Path
-) -> None:
+def test_the_program_is_close_to_its_own_checkpoint_and_far_from_another_one(released: Outcome, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     from quantize_gemma.tasks.gate.checks import judge
@@ -500,7 +498,7 @@ def test_the_program_is_no_further_from_the_checkpoint_than_activation_quantizat
     assert failed == {"vision_encoder", *(f"program_kl{part}" for part in parts)}
 
 
-def test_the_program_answers_the_benchmarks_questions_as_the_checkpoint_does(
+def test_the_program_answers_the_benchmarks_questions_like_the_checkpoint(
     released: Outcome, command_line: CommandLine
 ) -> None:
     import pyarrow.parquet
@@ -650,9 +648,7 @@ def test_an_interrupted_run_ends_immediately_and_leaves_no_process(
 
 @pytest.mark.long
 @pytest.mark.longest
-def test_another_recipe_killed_in_the_export_is_finished_by_two_runs_together_from_where_it_was(
-    released: Outcome, command_line: CommandLine
-) -> None:
+def test_two_concurrent_runs_resume_a_run_killed_in_export(released: Outcome, command_line: CommandLine) -> None:
     arguments = ("--recipe", "AFFINE-INT8-INT4", "--max-seq-len", "128")
     exported = set(command_line.home.glob("export/*/manifest.json"))
     kill_run_in("export", command_line, *arguments, until=uses("executorch"))
@@ -688,7 +684,7 @@ def test_a_run_killed_in_quantize_is_finished_by_the_next(released: Outcome, com
 
 
 @pytest.mark.long
-def test_a_run_killed_in_an_evaluation_is_finished_by_the_next_from_the_subjects_that_were_answered(
+def test_a_run_killed_in_an_evaluation_is_resumed_by_the_next_after_the_subjects_that_were_answered(
     released: Outcome, command_line: CommandLine
 ) -> None:
     def shards() -> dict[Path, int]:
@@ -735,7 +731,7 @@ def check_calibration(outcome: Outcome, digest: str) -> None:
     "recipe",
     ["SEARCH-INT8-INT4", "GPTQ-INT8-INT4", "GPTQ-INT8-INT4-HEAD8", "DISTILL-INT8-INT4", "DISTILL-INT8-INT4-HEAD8"],
 )
-def test_every_recipe_of_ours_goes_from_the_checkpoint_to_a_program_that_passes_the_gate(
+def test_every_built_in_recipe_goes_from_the_checkpoint_to_a_program_that_passes_the_gate(
     command_line: CommandLine, recipe: str, tmp_path: Path
 ) -> None:
     """The program runs in the C++ runners, too; most other tests use the published card's recipe."""

@@ -82,7 +82,7 @@ def test_whoami_names_the_user_the_organizations_and_the_role(api: HfApi) -> Non
         api.whoami(token="hf_unknown")
 
 
-def test_create_repo_makes_one_and_says_when_it_exists(api: HfApi) -> None:
+def test_create_repo_creates_a_repository_and_reports_an_existing_one(api: HfApi) -> None:
     url = api.create_repo("lab/new", private=True)
     assert url.repo_id == "lab/new"
     assert api.model_info("lab/new").private
@@ -96,7 +96,7 @@ def test_create_repo_makes_one_and_says_when_it_exists(api: HfApi) -> None:
 
 
 @pytest.mark.parametrize(("repo_id", "token"), [("other/new", "hf_writer"), ("lab/new", "hf_reader")])
-def test_create_repo_is_refused_without_the_right_to_write(api: HfApi, repo_id: str, token: str) -> None:
+def test_create_repo_is_rejected_without_the_right_to_write(api: HfApi, repo_id: str, token: str) -> None:
     with pytest.raises(HfHubHTTPError, match="403 Forbidden"):
         api.create_repo(repo_id, token=token)
 
@@ -107,7 +107,7 @@ def test_create_repo_knows_models_and_datasets_only(api: HfApi) -> None:
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])
-def test_snapshot_download_brings_what_was_added(hub: Hub, model: Path, tmp_path: Path, kind: str) -> None:
+def test_snapshot_download_returns_the_added_files(hub: Hub, model: Path, tmp_path: Path, kind: str) -> None:
     first = hub.add(kind, "lab/m", model)
     (model / "sub dir" / "config.json").write_text('{"changed": true}')
     second = hub.add(kind, "lab/m", model)
@@ -134,7 +134,7 @@ def test_an_interrupted_download_resumes_where_it_stopped(hub: Hub, model: Path,
     assert requests == [(200, 11_000_000, None), (206, len(weights) - kept, f"bytes={kept}-")]
 
 
-def test_an_lfs_file_redirects_to_a_signed_address_on_another_host(hub: Hub, model: Path) -> None:
+def test_an_lfs_file_redirects_to_a_signed_url_on_another_host(hub: Hub, model: Path) -> None:
     sha = hub.add("model", "lab/m", model)
     with httpx.Client() as client:
         response = client.head(f"{hub.url}/lab/m/resolve/main/model.safetensors")
@@ -179,7 +179,7 @@ def test_an_existing_object_is_not_sent_again(hub: Hub, api: HfApi) -> None:
     assert hub.read("model", "lab/m", "model.safetensors") == WEIGHTS
 
 
-def test_a_commit_on_a_head_that_has_moved_is_refused(hub: Hub, api: HfApi, model: Path) -> None:
+def test_a_commit_on_a_head_that_has_moved_is_rejected(hub: Hub, api: HfApi, model: Path) -> None:
     seen = hub.add("model", "lab/m", model)
     moved = hub.add("model", "lab/m", model, "Meanwhile")
     with pytest.raises(HfHubHTTPError, match="A commit has happened since") as error:
@@ -195,7 +195,7 @@ def test_a_commit_on_a_head_that_has_moved_is_refused(hub: Hub, api: HfApi, mode
         ({"key": "moved", "value": {}}, "unknown operation 'moved'"),
     ],
 )
-def test_a_commit_of_an_object_that_was_never_uploaded_is_refused(
+def test_a_commit_of_an_object_that_was_never_uploaded_is_rejected(
     hub: Hub, api: HfApi, line: dict[str, object], message: str
 ) -> None:
     api.create_repo("lab/m")
@@ -261,7 +261,7 @@ def test_a_commit_deletes_files_and_folders(hub: Hub, api: HfApi, model: Path) -
         api.create_commit("lab/m", deletions[:1], commit_message="Again")
 
 
-def test_tree_and_paths_info_tell_size_hash_and_last_commit(hub: Hub, api: HfApi, model: Path) -> None:
+def test_tree_and_paths_info_return_size_hash_and_last_commit(hub: Hub, api: HfApi, model: Path) -> None:
     sha = hub.add("model", "lab/m", model, "First")
     api.create_commit("lab/m", [addition("late.txt", b"late")], commit_message="Second")
     recursive = list(api.list_repo_tree("lab/m", recursive=True, expand=True))
@@ -285,7 +285,9 @@ def test_tree_and_paths_info_tell_size_hash_and_last_commit(hub: Hub, api: HfApi
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])
-def test_info_tells_the_card_and_the_files_sizes_and_hashes(hub: Hub, api: HfApi, model: Path, kind: str) -> None:
+def test_info_returns_the_card_and_the_sizes_and_hashes_of_the_files(
+    hub: Hub, api: HfApi, model: Path, kind: str
+) -> None:
     sha = hub.add(kind, "lab/m", model)
     info = api.repo_info("lab/m", repo_type=kind, files_metadata=True)
     assert (info.sha, info.private, info.gated, info.card_data.license) == (sha, False, False, "gemma")
@@ -321,7 +323,9 @@ def test_a_private_repository_does_not_exist_for_others(hub: Hub, api: HfApi, mo
             api.hf_hub_download("lab/m", "README.md", token=token, cache_dir=tmp_path)
 
 
-def test_a_gated_repository_shows_its_files_names_only(hub: Hub, api: HfApi, model: Path, tmp_path: Path) -> None:
+def test_a_gated_repository_shows_only_the_names_of_its_files(
+    hub: Hub, api: HfApi, model: Path, tmp_path: Path
+) -> None:
     hub.add("model", "google/gated", model)
     hub.restrict("model", "google/gated", gated=True)
     assert api.model_info("google/gated", token=False).gated == "manual"
@@ -348,7 +352,7 @@ def test_writing_needs_a_token_with_write_access(hub: Hub, api: HfApi, model: Pa
     assert hub.requests("POST", "/commit/") == []
 
 
-def test_a_card_that_is_not_yaml_is_refused_and_one_without_metadata_is_warned_of(api: HfApi) -> None:
+def test_a_card_that_is_not_yaml_is_rejected_and_one_without_metadata_gets_a_warning(api: HfApi) -> None:
     api.create_repo("lab/m")
     with pytest.raises(ValueError, match=re.escape("Invalid metadata in README.md")):
         api.create_commit("lab/m", [addition("README.md", b"---\na: [\n---\n")], commit_message="Add")
@@ -396,7 +400,7 @@ def test_an_upload_that_is_cut_or_fails_stores_nothing(hub: Hub, api: HfApi) -> 
     assert stored.read_bytes() == weights
 
 
-def test_wrong_bytes_have_the_right_length(hub: Hub, model: Path, tmp_path: Path) -> None:
+def test_wrong_bytes_have_the_correct_length(hub: Hub, model: Path, tmp_path: Path) -> None:
     hub.add("model", "lab/m", model)
     hub.faults.add(method="GET", path="/lfs/", wrong_bytes=True)
     path = hf_hub_download("lab/m", "model.safetensors", endpoint=hub.url, token=False, local_dir=tmp_path / "local")
@@ -404,7 +408,7 @@ def test_wrong_bytes_have_the_right_length(hub: Hub, model: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"cut": 0}])
-def test_a_commit_is_made_though_its_answer_is_lost(hub: Hub, api: HfApi, fault: dict[str, int]) -> None:
+def test_a_commit_is_made_although_its_response_is_lost(hub: Hub, api: HfApi, fault: dict[str, int]) -> None:
     api.create_repo("lab/m")
     hub.faults.add(method="POST", path="/commit/", after_work=True, **fault)
     with pytest.raises((HfHubHTTPError, httpx.RemoteProtocolError)):
@@ -420,14 +424,14 @@ def test_a_delay_exceeds_the_clients_timeout(hub: Hub, api: HfApi, model: Path) 
     assert api.model_info("lab/m").id == "lab/m"
 
 
-def test_a_cut_leaves_an_answer_without_a_body_unsent(hub: Hub, model: Path, tmp_path: Path) -> None:
+def test_a_cut_leaves_a_response_without_a_body_unsent(hub: Hub, model: Path, tmp_path: Path) -> None:
     hub.add("model", "lab/m", model)
     hub.faults.add(method="HEAD", path="/resolve/", cut=0, times=1)
     with pytest.raises(httpx.RemoteProtocolError, match="without sending a response"):
         hf_hub_download("lab/m", "README.md", endpoint=hub.url, token=False, cache_dir=tmp_path)
 
 
-def test_rules_and_log_are_reached_over_http(hub: Hub) -> None:
+def test_rules_and_log_are_accessible_over_http(hub: Hub) -> None:
     with httpx.Client(base_url=hub.url) as client:
         rule = {"path": "/whoami-v2", "status": 500, "times": 1}
         assert client.post("/_faults", json=[rule]).status_code == 200
@@ -459,7 +463,7 @@ def test_commits_at_the_same_time_are_all_kept(hub: Hub, api: HfApi, model: Path
     assert titles == {"initial commit", "Add files", *map(str, range(8))}
 
 
-def test_repositories_outlive_the_server(hub: Hub, model: Path, tmp_path: Path) -> None:
+def test_another_server_serves_the_same_repositories(hub: Hub, model: Path, tmp_path: Path) -> None:
     sha = hub.add("model", "lab/m", model)
     with serve(tmp_path / "hub", TOKENS) as later:
         assert HfApi(endpoint=later.url, token=False).model_info("lab/m").sha == sha

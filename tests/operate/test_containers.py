@@ -47,12 +47,12 @@ def test_the_image_does_not_run_as_root_and_its_versions_are_exact() -> None:
             assert re.search(r":\d+\.\d+[\w.-]*$", service["image"])
 
 
-def test_the_server_has_the_workers_version_of_prefect() -> None:
+def test_the_server_has_the_same_version_of_prefect_as_the_worker() -> None:
     (pinned,) = re.findall(r"^prefect==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert compose()["services"]["server"]["image"].startswith(f"prefecthq/prefect:{pinned}-")
 
 
-def test_no_secret_is_in_a_file_and_every_one_that_is_needed_is_in_the_example() -> None:
+def test_no_secret_is_in_a_file_and_every_required_variable_is_in_the_example() -> None:
     text = (DOCKER / "compose.yaml").read_text()
     example = (DOCKER / ".env.example").read_text()
     for variable in re.findall(r"\$\{(\w+)", text):

@@ -280,7 +280,7 @@ def test_after_a_machine_died_the_next_run_resumes_from_the_finished_stages(
 
 
 @pytest.mark.long
-def test_a_run_outlives_its_servers_restart(sqlite: Operation, command_line: CommandLine) -> None:
+def test_a_run_survives_a_restart_of_its_server(sqlite: Operation, command_line: CommandLine) -> None:
     forget(command_line, "quantize")
     with sqlite.worker():
         run = sqlite.submit("quantize-gemma/default", *TINY)
@@ -327,7 +327,7 @@ def test_the_deployment_runs_on_postgresql_too(postgres: Operation, command_line
     run_twice(postgres, command_line)
 
 
-def test_a_bad_value_is_refused_before_a_run_exists(sqlite: Operation) -> None:
+def test_a_bad_value_is_rejected_before_a_run_exists(sqlite: Operation) -> None:
     before = len(sqlite.read("flow_runs/filter", {"flow_runs": {"deployment_id": {"is_null_": False}}}))
     for parameter, name in (
         ('evaluation={"limit": 0}', "limit"),
@@ -408,7 +408,7 @@ def test_the_form_shows_groups_and_every_parameter_with_its_description_and_choi
     assert schema["definitions"]["ExportOptions"]["properties"]["max_seq_len"]["minimum"] == 64
 
 
-def test_the_nightly_keeps_its_hour_through_a_change_of_daylight_saving(sqlite: Operation) -> None:
+def test_the_nightly_run_keeps_its_hour_when_daylight_saving_time_changes(sqlite: Operation) -> None:
     import asyncio
 
     from prefect.server.schemas.schedules import CronSchedule

@@ -49,7 +49,7 @@ READ = {"include_secrets": True}
 
 @pytest.mark.parametrize("headers", [{}, FOREIGN, {**FOREIGN, "Content-Type": "text/plain"}], ids=str)
 @pytest.mark.parametrize("auth", [None, ("quantize-gemma", ""), ("admin", "pass")], ids=str)
-def test_nobody_without_the_password_reads_or_writes(
+def test_nobody_can_read_or_write_without_the_password(
     server: LocalServer, headers: dict[str, str], auth: tuple[str, str] | None
 ) -> None:
     with httpx.Client(base_url=server.url, headers=headers, auth=auth, timeout=30) as stranger:
@@ -93,7 +93,7 @@ def test_a_host_name_that_resolves_to_this_machine_gets_nothing(server: LocalSer
         "work_pools/theirs/workers/connect",
     ],
 )
-def test_nobody_without_the_password_listens(server: LocalServer, path: str) -> None:
+def test_nobody_can_listen_without_the_password(server: LocalServer, path: str) -> None:
     """Browsers let any page open a WebSocket without a CORS check."""
     from websockets.exceptions import ConnectionClosed, InvalidStatus
     from websockets.sync.client import connect
@@ -109,7 +109,7 @@ def test_nobody_without_the_password_listens(server: LocalServer, path: str) -> 
             stranger.recv(timeout=30)
 
 
-def test_the_password_is_in_a_file_of_the_users_alone_and_on_no_command_line(
+def test_the_password_is_in_a_file_that_only_the_user_can_read_and_on_no_command_line(
     server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from quantize_gemma.flows.local_server import password, password_file
@@ -162,7 +162,7 @@ def test_a_web_page_in_the_users_browser_reads_and_writes_nothing(
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian's package chromium)")
-def test_the_link_that_a_terminal_is_shown_opens_the_dashboard(server: LocalServer, tmp_path: Path) -> None:
+def test_the_link_in_the_terminal_opens_the_dashboard(server: LocalServer, tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         assert server.password not in server.sign_in(log)
         assert "quantize-gemma-password" in server.sign_in(log)
@@ -276,7 +276,7 @@ def test_a_run_with_the_wrong_password_is_one_sentence(server: LocalServer, tmp_
     assert "not:this" not in sentence
 
 
-def test_a_run_on_a_server_without_the_limits_is_refused_before_any_stage(server: LocalServer, tmp_path: Path) -> None:
+def test_a_run_on_a_server_without_the_limits_is_rejected_before_any_stage(server: LocalServer, tmp_path: Path) -> None:
     command_line = CommandLine(tmp_path / "store", tmp_path / "prefect")
     outcome = command_line("run", **server.client_settings())
     assert outcome.code == 2
@@ -286,7 +286,7 @@ def test_a_run_on_a_server_without_the_limits_is_refused_before_any_stage(server
 
 
 @pytest.mark.parametrize("url", ["https://api.prefect.cloud/api", "http://192.0.2.1:4200/api", "nonsense"])
-def test_serve_starts_no_server_elsewhere(command_line: CommandLine, tmp_path: Path, url: str) -> None:
+def test_serve_rejects_the_url_of_another_machine(command_line: CommandLine, tmp_path: Path, url: str) -> None:
     process = serve({**command_line.environment(), "PREFECT_API_URL": url}, tmp_path / "log")
     assert process.wait(60) == 2
     (sentence,) = (tmp_path / "log").read_text().splitlines()

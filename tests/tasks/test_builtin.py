@@ -32,7 +32,7 @@ def test_mmlu_mini_has_lm_evals_57_subjects_with_balanced_answers() -> None:
     assert len(texts) == 57 * 6
 
 
-def test_mmlu_minis_parquet_files_hold_the_written_questions() -> None:
+def test_mmlu_minis_parquet_files_contain_the_written_questions() -> None:
     import pyarrow.parquet
 
     for subject, splits in read_questions().items():
@@ -42,7 +42,7 @@ def test_mmlu_minis_parquet_files_hold_the_written_questions() -> None:
             assert pyarrow.parquet.read_table(path).to_pylist() == expected, (subject, split)
 
 
-def test_gsm8k_minis_parquet_files_hold_the_written_problems_and_their_sums_are_right() -> None:
+def test_gsm8k_minis_parquet_files_contain_the_written_problems_with_correct_sums() -> None:
     import pyarrow.parquet
 
     problems = read_word_problems()
@@ -58,7 +58,7 @@ def test_gsm8k_minis_parquet_files_hold_the_written_problems_and_their_sums_are_
             assert operation(int(left), int(right)) == int(result) == int(answer), row
 
 
-def test_chartqa_minis_parquet_file_holds_the_written_questions_and_the_drawn_charts(tmp_path: Path) -> None:
+def test_chartqa_minis_parquet_file_contains_the_written_questions_and_the_drawn_charts(tmp_path: Path) -> None:
     import pyarrow.parquet
 
     def read(folder: Path) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def test_chartqa_minis_parquet_file_holds_the_written_questions_and_the_drawn_ch
     assert [first["query"], first["label"][0]] == chart["human"][0]
 
 
-def test_chartqa_mini_is_read_as_chartqa_is() -> None:
+def test_chartqa_mini_is_read_like_chartqa() -> None:
     """It has the same features and kinds of questions and answers as the dataset on the Hub, and is small."""
     import pyarrow.parquet
     from datasets import ClassLabel, Features, Image, List, Value
@@ -103,7 +103,7 @@ def test_chartqa_mini_is_read_as_chartqa_is() -> None:
     assert {"Yes", "No", "red", "62%", "12.5%", "3.5", "1000", "Jan"} <= labels
 
 
-def test_chartqa_minis_answers_are_those_of_its_charts() -> None:
+def test_chartqa_minis_answers_match_its_charts() -> None:
     for chart in make_chartqa_mini.read_chartqa():
         values = {label: value for label, _, value in chart["points"]}
         colors = {label: color for label, color, _ in chart["points"]}
@@ -137,7 +137,7 @@ def _yes(value: bool) -> str:
     return "Yes" if value else "No"
 
 
-def test_tiny_gemma3_keeps_the_difficulties_of_the_4b_model() -> None:
+def test_tiny_gemma3_has_the_difficulties_of_the_4b_model() -> None:
     path = BUILTIN["tiny-gemma3"]
     config = read_config(path)
     text, vision = config["text_config"], config["vision_config"]

@@ -228,7 +228,7 @@ def test_the_hubs_client_reads_a_result_of_every_benchmark_that_has_a_dataset_on
 
 
 @pytest.mark.parametrize("part", ["fixture", "limit", "quantized"])
-def test_a_fixture_a_part_of_a_dataset_and_what_was_not_measured_are_no_evaluation_result(part: str) -> None:
+def test_a_fixture_a_part_of_a_dataset_and_missing_scores_are_not_evaluation_results(part: str) -> None:
     measured = example_json()
     if part == "fixture":
         measured["benchmarks"]["mmlu"]["dataset"]["fixture"] = True
@@ -239,7 +239,7 @@ def test_a_fixture_a_part_of_a_dataset_and_what_was_not_measured_are_no_evaluati
     assert eval_results(parse_metrics(measured)) == {}
 
 
-def test_the_metadata_say_how_many_samples_a_score_on_a_part_of_a_dataset_has() -> None:
+def test_the_metadata_says_how_many_samples_a_score_on_a_part_of_a_dataset_has() -> None:
     measured = example_json()
 
     def metric() -> str:
@@ -272,7 +272,7 @@ def test_a_card_without_chartqa_does_not_mention_it(measured: dict[str, Any]) ->
     assert not any("ChartQA" in row["metric"] for row in quality_rows(parse_metrics(measured)))
 
 
-def test_agreement_is_shown_beside_what_activation_quantization_alone_explains(measured: dict[str, Any]) -> None:
+def test_agreement_is_shown_next_to_the_activation_quantization_baseline(measured: dict[str, Any]) -> None:
     assert "gives the same answer as the checkpoint to 100 of 100 questions" in card(measured)
     assert "the program and the checkpoint answer differently" not in card(measured)
     answer = {"answer": "B", "margin": 0.25}
@@ -318,7 +318,7 @@ def test_the_gates_checks_are_on_the_card_and_low_confidence_is_explained(measur
     assert "passes with low confidence" in text
 
 
-def test_the_loading_code_ran_as_it_is_now_with_the_installed_libraries_and_with_others() -> None:
+def test_the_current_loading_code_ran_with_the_installed_libraries_and_with_others() -> None:
     record = json.loads((CARD / "loads_in.json").read_text())
     template = hashlib.sha256((CARD / "loading.py.j2").read_bytes()).hexdigest()
     assert record["snippet_sha256"] == template, "the loading code has changed since it was run: make compatibility"
@@ -337,7 +337,7 @@ def test_card_and_metrics_name_the_versions_that_the_loading_code_ran_with(measu
     ]
 
 
-def test_a_questions_outcomes_are_paired_by_the_question_not_by_its_place(tmp_path: Path) -> None:
+def test_a_questions_outcomes_are_paired_by_question_not_by_position(tmp_path: Path) -> None:
     def evaluated(name: str, rows: list[dict[str, Any]]) -> Path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -386,7 +386,7 @@ def test_no_text_changes_a_cards_metadata_its_structure_or_its_programs(text: st
 
 @settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(texts=st.fixed_dictionaries({place: markdown_texts() for place in PLACES}))
-def test_any_texts_leave_a_card_as_it_is(texts: dict[str, str], released: Outcome) -> None:
+def test_no_random_texts_change_a_cards_structure(texts: dict[str, str], released: Outcome) -> None:
     assert faults(parse_metrics(metrics_of(released)), texts) == []
 
 
@@ -409,7 +409,7 @@ def test_the_card_starts_with_a_summary_of_quality_size_and_speed(measured: dict
     assert ", with 1 thread.\n" in card(measured)
 
 
-def test_a_number_to_yaml_1_2_stays_a_text(measured: dict[str, Any]) -> None:
+def test_text_that_is_a_number_in_yaml_1_2_stays_text(measured: dict[str, Any]) -> None:
     measured["benchmarks"]["mmlu"]["dataset"]["revision"] = "12e34"
     assert 'revision: "12e34"' in card(measured)
 
@@ -444,16 +444,16 @@ def test_a_number_to_yaml_1_2_stays_a_text(measured: dict[str, Any]) -> None:
         ({}, {}),
     ],
 )
-def test_of_a_license_only_what_it_may_be_is_passed_on(fields: Any, cleaned: dict[str, str]) -> None:
+def test_only_well_formed_license_fields_are_passed_on(fields: Any, cleaned: dict[str, str]) -> None:
     assert clean_license(fields) == cleaned
 
 
-def test_a_link_to_the_terms_ends_where_it_ends(measured: dict[str, Any]) -> None:
+def test_special_characters_in_the_license_link_are_escaped(measured: dict[str, Any]) -> None:
     measured["license"] = {"license": "other", "license_link": "https://a.b/c_(d)?e=f&copy;g"}
     assert "[terms](https://a.b/c_%28d%29?e=f&amp;copy;g)" in card(measured)
 
 
-def test_a_card_whose_metadata_do_not_read_back_fails(measured: dict[str, Any], tmp_path: Path) -> None:
+def test_a_card_whose_metadata_reads_back_differently_fails(measured: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card(measured))
     check_front_matter(tmp_path / "README.md", parse_metrics(measured))
     with pytest.raises(StageFailed, match="differs from what was written"):
@@ -472,7 +472,7 @@ def many_subjects(moved: dict[str, float]) -> dict[str, tuple[float, float]]:
     return {name: (score, score + moved.get(name, -0.01)) for name, score in scores.items()}
 
 
-def test_of_many_subjects_the_chart_names_those_that_changed_by_more_than_the_error(tmp_path: Path) -> None:
+def test_a_chart_of_many_subjects_names_those_that_changed_by_more_than_the_error(tmp_path: Path) -> None:
     # With 100 questions per subject, half of them correct, the margin of error is 14 points.
     moved = {"subject_20": -0.2, "subject_30": 0.18, "subject_40": -0.25, "subject_10": 0.1}
     shown = draw(with_subjects(many_subjects(moved)), tmp_path / "chart.svg")
@@ -498,7 +498,7 @@ def test_a_chart_of_57_subjects_fits_on_a_phone_however_many_changed(tmp_path: P
         assert (image.width, image.height <= 1450) == (800, True)
 
 
-def test_of_a_few_subjects_the_chart_names_all(tmp_path: Path) -> None:
+def test_a_chart_of_few_subjects_names_all(tmp_path: Path) -> None:
     shown = draw(with_subjects({"anatomy": (0.6, 0.61), "virology": (0.5, 0.2)}), tmp_path / "two.svg")
     assert "1 of 2 changed by more than the margin of error" in shown
     assert [text for text in shown if re.match("anatomy|virology|[+−]", text)] == [
@@ -552,7 +552,7 @@ def test_a_name_with_dollar_signs_is_drawn_as_text(tmp_path: Path) -> None:
     assert {"$x^$_{, base", "$\\frac$, quantized", "$x^$ {"} <= set(draw(metrics, tmp_path / "chart.svg"))
 
 
-def test_a_users_settings_of_matplotlib_change_no_chart(tmp_path: Path) -> None:
+def test_a_users_matplotlib_settings_do_not_change_a_chart(tmp_path: Path) -> None:
     from matplotlib import rc_context
 
     metrics = example_json()

@@ -77,7 +77,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_a_run_reuses_needs_no_disk_and_what_others_left_does(home: Path) -> None:
+def test_only_results_that_the_run_can_reuse_need_no_disk_space(home: Path) -> None:
     assert missing_stages(CHAIN, []) == ["download", "untie", "quantize"]
     base = store.produce("download", key_of(CHAIN[0].stage, CHAIN[0].inputs), write("base"))
     store.produce("untie", "c" * 64, write("from another model"))
@@ -89,7 +89,7 @@ def test_what_a_run_reuses_needs_no_disk_and_what_others_left_does(home: Path) -
     assert missing_stages(CHAIN, []) == ["untie", "quantize"]
 
 
-def test_a_run_that_writes_nothing_is_not_refused_however_large_its_model_is(home: Path) -> None:
+def test_a_run_that_writes_nothing_is_not_rejected_however_large_its_model_is(home: Path) -> None:
     weight_bytes = shutil.disk_usage(home).free
     check_disk(weight_bytes, [])
     check_disk(weight_bytes // 2, ["export"])
@@ -119,7 +119,7 @@ def test_bytes_of_an_interrupted_download_of_this_revision_count_as_written(home
     assert disk_needed(1 << 20, ["download"]) == 1 << 20
 
 
-def test_each_worker_needs_memory_for_a_model_of_its_own() -> None:
+def test_each_worker_needs_memory_for_its_own_model() -> None:
     weights = int((machine.total_memory() // 3 - MEMORY_OF_LIBRARIES) / 2 / MEMORY_FACTOR)
     assert check_memory(weights, workers=2) == 2 * check_memory(weights)
     with pytest.raises(UserError, match=r"5 workers take about .* its own copy of the model, .* at most --workers 3"):
@@ -153,7 +153,7 @@ def test_only_chartqa_needs_a_chat_template_that_accepts_a_system_message() -> N
         supported_benchmarks([mmlu, chartqa], multimodal=True, system_message=False)
 
 
-def test_a_distillation_that_takes_longer_than_a_stage_may_is_announced() -> None:
+def test_a_distillation_that_exceeds_a_stages_time_limit_gets_a_warning() -> None:
     assert warn_about_time({"calibration_seconds": 3600, "distillation_seconds": 7200}) is None
     warning = warn_about_time({"calibration_seconds": 3600, "distillation_seconds": 33 * 3600})
     assert warning is not None

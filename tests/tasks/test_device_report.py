@@ -99,7 +99,7 @@ INVALID = [
 
 
 @pytest.mark.parametrize(("place", "value", "message"), INVALID)
-def test_an_invalid_report_is_refused_with_its_file_the_field_and_what_to_do(
+def test_an_invalid_report_is_rejected_with_its_file_the_field_and_what_to_do(
     place: str, value: object, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "report.json").write_text(json.dumps(changed(place, value)))
@@ -125,7 +125,7 @@ def test_an_invalid_report_is_refused_with_its_file_the_field_and_what_to_do(
         ('{"threads": 1, "threads": 2}', "the key 'threads' twice"),
     ],
 )
-def test_a_file_that_is_no_json_object_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_json_object_is_rejected(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "report.json").write_text(text)
     with pytest.raises(UserError, match=message) as raised:
@@ -204,7 +204,7 @@ def test_a_report_of_another_program_is_not_put_on_a_card(artifacts: dict[str, s
     assert not list((tmp_path / "release").iterdir())
 
 
-def test_a_report_of_another_program_ends_the_run_as_soon_as_the_program_is_there(
+def test_a_report_of_another_program_ends_the_run_as_soon_as_the_program_is_exported(
     artifacts: dict[str, store.Artifact],
 ) -> None:
     exported: Any = SimpleNamespace(result=lambda: ref_of(artifacts["program"]))
@@ -317,7 +317,7 @@ def test_the_script_writes_a_valid_report_of_the_medians_and_leaves_nothing_on_t
     assert not (phone / "files").exists()
 
 
-def test_the_script_measures_a_prompt_with_an_image_in_a_runner_that_does_not_time_its_loading(
+def test_the_script_measures_a_prompt_with_an_image_in_a_runner_that_does_not_report_its_load_time(
     phone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_runner(phone, loaded="0")
@@ -355,7 +355,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("message", MISTAKES)
-def test_the_script_says_what_is_wrong_in_one_sentence_and_what_to_do(
+def test_the_script_says_in_one_sentence_what_is_wrong_and_what_to_do(
     message: str, phone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     MISTAKES[message](phone)

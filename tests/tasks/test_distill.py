@@ -91,7 +91,7 @@ def test_scales_and_norms_are_trained_and_nothing_else_changes(inputs: dict[str,
     assert divergence(inputs, tmp_path / "distilled") < 0.97 * divergence(inputs, inputs["checkpoint"])
 
 
-def test_embeddings_are_scaled_as_by_transformers_in_float32(tmp_path: Path) -> None:
+def test_embeddings_are_scaled_as_in_transformers_in_float32(tmp_path: Path) -> None:
     """In bfloat16, the square root of this width would be rounded; that of the built-in model's width would not."""
     write_checkpoint(tmp_path, SMALL)
     tokens = torch.arange(40).view(2, 20)
@@ -176,7 +176,7 @@ def test_a_training_that_diverges_says_so_and_keeps_nothing(
 
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("chunk", [gptq.CHUNK, 64 * 64])
-def test_gradients_are_those_of_the_dequantized_product(
+def test_gradients_match_those_of_the_dequantized_product(
     groups: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gptq, "CHUNK", chunk)

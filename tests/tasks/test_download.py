@@ -109,7 +109,7 @@ def names_of(folder: Path) -> set[str]:
     return {path.name for path in folder.rglob("*") if path.is_file()}
 
 
-def test_only_what_a_release_needs_is_fetched_and_is_the_same(hub: Hub, tmp_path: Path) -> None:
+def test_only_files_that_a_release_needs_are_fetched_unchanged(hub: Hub, tmp_path: Path) -> None:
     source = shutil.copytree(BUILTIN["tiny-gemma3"], tmp_path / "source")
     for name in ("pytorch_model.bin", "training_args.bin", "code.py", "checkpoint-500/model.safetensors"):
         (source / name).parent.mkdir(exist_ok=True)
@@ -122,7 +122,7 @@ def test_only_what_a_release_needs_is_fetched_and_is_the_same(hub: Hub, tmp_path
     assert not hub.requests("GET", r"\.bin|\.py|checkpoint-500")
 
 
-def test_a_pinned_commit_is_fetched_though_the_branch_has_moved(hub: Hub, tmp_path: Path) -> None:
+def test_a_pinned_commit_is_fetched_although_the_branch_has_moved(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("model", NAME, BUILTIN["tiny-gemma3"])
     changed = shutil.copytree(BUILTIN["tiny-gemma3"], tmp_path / "changed")
     (changed / "generation_config.json").write_text("{}")
@@ -244,7 +244,7 @@ def test_an_unreadable_response_is_transient(hub: Hub, tmp_path: Path) -> None:
     assert failure.value.transient
 
 
-def test_an_error_in_our_own_code_is_one_line_for_the_user_and_a_traceback_without_tokens_in_the_log(
+def test_an_error_in_our_code_is_one_line_for_the_user_and_a_traceback_without_tokens_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pytest.raises(StageFailed) as failure, translate_hub_errors("model", NAME):
@@ -374,7 +374,7 @@ def test_files_match_the_hubs_hashes_only_if_they_are_the_same(hub: Hub, tmp_pat
     assert not client.is_same(path, File)
 
 
-def test_of_chartqa_only_the_test_split_is_fetched(hub: Hub, tmp_path: Path) -> None:
+def test_only_the_test_split_of_chartqa_is_fetched(hub: Hub, tmp_path: Path) -> None:
     source = shutil.copytree(BUILTIN_BENCHMARKS["chartqa-mini"], tmp_path / "source")
     test = next((source / "data").iterdir())
     for name in ("train-00000-of-00003-49492f364babfa44.parquet", "val-00000-of-00001-0f11003c77497969.parquet"):
@@ -403,9 +403,7 @@ def archive(tmp_path: Path) -> Iterator[Resource]:
         server.shutdown()
 
 
-def test_of_an_archive_that_a_task_needs_the_pinned_folder_is_unpacked_and_nothing_else(
-    archive: Resource, tmp_path: Path
-) -> None:
+def test_only_the_pinned_folder_of_an_archive_is_unpacked(archive: Resource, tmp_path: Path) -> None:
     _fetch_resource(tmp_path / "target", archive)
     files = [path.relative_to(tmp_path / "target").as_posix() for path in (tmp_path / "target").rglob("*.*")]
     assert files == ["data/english/list.txt"]
@@ -427,7 +425,7 @@ def test_offline_an_archive_is_not_fetched(tmp_path: Path, archive: Resource) ->
     assert (tmp_path / "online" / "data" / "english" / "list.txt").is_file()
 
 
-def test_of_a_mirror_that_has_what_a_task_needs_no_archive_is_fetched(tmp_path: Path, archive: Resource) -> None:
+def test_no_archive_is_fetched_if_the_mirror_has_its_files(tmp_path: Path, archive: Resource) -> None:
     row = replace(find_benchmark("gsm8k"), resources=(archive,))
     source = write_rows(tmp_path / "mirror")
     without = resolve_dataset(row, str(source), None, True).revision
@@ -457,7 +455,7 @@ def write_rows(folder: Path) -> Path:
     return folder
 
 
-def test_a_directory_takes_the_place_of_a_benchmarks_dataset(tmp_path: Path) -> None:
+def test_a_directory_can_replace_a_benchmarks_dataset(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "mirror")
     row = find_benchmark("gsm8k")
     resolved = resolve_dataset(row, str(source), None, True)
@@ -471,7 +469,7 @@ def test_a_directory_takes_the_place_of_a_benchmarks_dataset(tmp_path: Path) -> 
         resolve_dataset(row, "./nowhere", None, True)
 
 
-def test_a_name_is_one_on_the_hub_whatever_the_working_directory_has(
+def test_a_name_refers_to_the_hub_whatever_the_working_directory_contains(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "openai" / "gsm8k")
@@ -480,7 +478,7 @@ def test_a_name_is_one_on_the_hub_whatever_the_working_directory_has(
         resolve_dataset(find_benchmark("gsm8k"), "openai/gsm8k", None, True)
 
 
-def test_a_benchmark_of_another_layout_is_refused(hub: Hub, tmp_path: Path) -> None:
+def test_a_benchmark_of_another_layout_is_rejected(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("dataset", "team/other", BUILTIN["tiny-gemma3"])
     with pytest.raises(UserError, match=r"team/other has no <subject>/test-\*.parquet: .* the layout of cais/mmlu"):
         bring("mmlu", "team/other", tmp_path, sha, HF_ENDPOINT=hub.url)
@@ -657,7 +655,7 @@ def test_an_error_names_the_secret_block_that_takes_precedence_over_a_valid_toke
         download_from(hub, tmp_path, sha, "hf_old000000", QUANTIZE_GEMMA_TOKEN_BLOCKS="hf-token")
 
 
-def test_of_wikitext_the_test_split_is_fetched_and_its_rows_are_joined_by_two_line_breaks(
+def test_the_test_split_of_wikitext_is_fetched_and_its_rows_are_joined_by_two_line_breaks(
     hub: Hub, tmp_path: Path
 ) -> None:
     sha = hub.add("dataset", WIKITEXT, write_wikitext(tmp_path / "wikitext"))
@@ -685,7 +683,7 @@ def test_a_text_file_is_pinned_by_its_content_and_must_be_one(tmp_path: Path) ->
         resolve_text(str(tmp_path / "nothing.txt"), None, False)
 
 
-def test_a_dataset_without_wikitext_is_refused(hub: Hub, tmp_path: Path) -> None:
+def test_a_dataset_without_wikitext_is_rejected(hub: Hub, tmp_path: Path) -> None:
     sha = hub.add("dataset", "cais/mmlu", BUILTIN_BENCHMARKS["mmlu-mini"])
     with pytest.raises(UserError, match="cais/mmlu has no wikitext-2-raw-v1/test"):
         bring_text("cais/mmlu", tmp_path, sha, HF_ENDPOINT=hub.url)

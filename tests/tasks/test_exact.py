@@ -26,7 +26,7 @@ def random_weights(rows: int = 200, columns: int = 96) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_scale_of_every_group_is_found_and_gives_each_weight_back(dtype: torch.dtype) -> None:
+def test_the_scale_of_every_group_is_found_and_reproduces_each_weight(dtype: torch.dtype) -> None:
     weight = to_grid(random_weights(), dtype)
     weight[3, 32:64] = 0
     weight[4, :32] = weight[4, 0]  # All weights are equal.
@@ -41,7 +41,7 @@ def test_the_scale_of_every_group_is_found_and_gives_each_weight_back(dtype: tor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_int8_are_found_too(dtype: torch.dtype) -> None:
+def test_the_scales_of_int8_rows_are_found_too(dtype: torch.dtype) -> None:
     weight = random_weights()
     scales = (weight.abs().amax(1, keepdim=True) / 127.5).bfloat16().float()
     weight = ((weight / scales).round().clamp(-128, 127) * scales).to(dtype)
@@ -50,7 +50,7 @@ def test_rows_of_int8_are_found_too(dtype: torch.dtype) -> None:
     assert torch.equal((integers * row_scales.float()).to(dtype), weight)
 
 
-def test_what_is_on_no_grid_is_counted_with_its_error() -> None:
+def test_weights_off_the_grid_are_counted_with_their_error() -> None:
     weight = to_grid(random_weights(), torch.float32)
     weight[0, 0] *= 1.01
     weight[9, 40] += 0.3 * weight[9, 32:64].abs().max()
@@ -59,7 +59,7 @@ def test_what_is_on_no_grid_is_counted_with_its_error() -> None:
     assert 0.01 < off.worst_error < 0.1
 
 
-def test_scales_of_either_sign_are_told_from_weights_on_no_grid() -> None:
+def test_negative_scales_are_distinguished_from_weights_off_the_grid() -> None:
     """Half of q4_0's scales are negative; with a positive scale, their groups would need the integer 8."""
     off = find_scales(to_grid(random_weights(), torch.float32, negative=True), GROUP, "int4")[2]
     assert 200 < off.misfits < 400
@@ -110,20 +110,20 @@ def test_a_recipe_is_lossless_whatever_it_does_to_the_vision_tower(algorithm: Al
     assert output["metadata"]["lossless"] == (algorithm == "exact")
 
 
-def test_weights_on_the_grid_of_another_dtype_are_refused(tmp_path: Path) -> None:
+def test_weights_on_the_grid_of_another_dtype_are_rejected(tmp_path: Path) -> None:
     grid = untied_grid(tmp_path, torch.float32, grid_dtype=torch.bfloat16)
     with pytest.raises(UserError, match="not on the recipe's grid"):
         quantize(tmp_path / "target", grid, load_recipe("EXACT").to_json(), "cpu")
 
 
-def test_norms_that_bfloat16_would_change_are_refused_with_their_number(tmp_path: Path) -> None:
+def test_norms_that_bfloat16_would_change_are_rejected_with_their_number(tmp_path: Path) -> None:
     grid = untied_grid(tmp_path, torch.float32, norm_change=1e-4)
     with pytest.raises(UserError, match=r"change [\d,]+ of their values \(64 in model\.language_model\.\S+norm"):
         quantize(tmp_path / "target", grid, load_recipe("EXACT").to_json(), "cpu")
 
 
 @pytest.mark.parametrize("negative", [False, True])
-def test_a_checkpoint_off_the_grid_is_refused_with_numbers_and_a_way_out(negative: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_off_the_grid_is_rejected_with_numbers_and_a_way_out(negative: bool, tmp_path: Path) -> None:
     plain = BUILTIN["tiny-gemma3"]
     if negative:
         plain = write_grid_checkpoint(plain, tmp_path / "q4_0", negative=True)

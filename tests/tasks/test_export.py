@@ -20,7 +20,7 @@ def delegation_with(**portable: int) -> dict[str, dict[str, dict[str, int]]]:
     return {"text_decoder": {"xnnpack": {"aten_linear_default": 3}, "custom": custom, "portable": portable}}
 
 
-def test_operators_that_cost_little_may_stay_with_the_portable_kernels() -> None:
+def test_cheap_operators_may_stay_with_the_portable_kernels() -> None:
     check_delegation(delegation_with(aten_mean_dim=4, aten_native_layer_norm_default=2, aten_index_put_default=1))
 
 
@@ -41,7 +41,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_a_checkpoint_of_another_source_is_rejected(quantized: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_from_another_source_is_rejected(quantized: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not quantized with torchao"):
         check_exportable(tmp_path, BUILTIN["tiny-gemma3"])
     other = Path(shutil.copytree(quantized, tmp_path / "other"))

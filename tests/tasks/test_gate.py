@@ -193,7 +193,7 @@ def test_the_standard_error_of_a_difference_comes_from_the_questions_that_differ
     assert share_difference(counts) == (pytest.approx(difference), pytest.approx(stderr))
 
 
-def test_a_standard_error_is_that_of_many_samples_of_the_same_questions() -> None:
+def test_a_standard_error_matches_the_spread_of_many_samples() -> None:
     import random
 
     generator = random.Random(0)
@@ -358,7 +358,7 @@ def test_scores_that_were_measured_differently_are_not_compared_and_the_verdict_
 
 
 @pytest.mark.parametrize("published", [None, {}])
-def test_the_verdict_says_that_there_is_nothing_to_compare_with(published: dict[str, Any] | None) -> None:
+def test_the_verdict_says_if_there_is_nothing_to_compare_with(published: dict[str, Any] | None) -> None:
     (check,) = compare_with_published(parse_metrics(with_accuracy(0.5)), published, 1.0)
     assert check.status == "uninformative"
     assert ("the target has no metrics.json" if published is None else "published: missing") in check.message
@@ -399,7 +399,7 @@ def test_a_release_without_a_required_check_fails(multimodal: bool, names: list[
 
 
 @pytest.mark.parametrize(("name", "reason"), [("stop", "did not end its turn"), ("past_window", "are too short")])
-def test_what_the_runner_was_not_tested_on_has_no_value(name: str, reason: str) -> None:
+def test_a_runner_check_that_was_not_tested_has_no_value(name: str, reason: str) -> None:
     measured = example_json()
     measured["program"]["runner"] = [{"name": name, "cases": 0, "failed": 0, "examples": []}]
     check = check_named(verdict_on(measured), f"runner_{name}")
@@ -516,7 +516,7 @@ def test_answers_to_long_prompts_fail_beyond_sampling_error(kl: list[float], pas
     assert failed_checks(verdict) == ([] if passed else ["program_kl_prompts"])
 
 
-def test_agreement_counts_who_differs_from_whom() -> None:
+def test_agreement_counts_which_answers_differ() -> None:
     a, b = [-1.0, -2.0, -3.0, -4.0], [-2.0, -1.5, -3.0, -4.0]
 
     def row(doc_id: int, responses: list[float]) -> dict[str, Any]:
@@ -549,7 +549,7 @@ def test_agreement_counts_who_differs_from_whom() -> None:
     }
 
 
-def test_texts_disagree_where_only_one_of_them_is_correct() -> None:
+def test_texts_disagree_if_only_one_of_them_is_correct() -> None:
     def rows(*answers: tuple[str, float]) -> list[dict[str, Any]]:
         return [
             {"task": "t", "doc_id": place, "target": "7", "prompt": "3 + 4?", "prediction": text, "score": score}
@@ -592,7 +592,7 @@ def test_choices_agree_even_if_a_single_document_has_no_score() -> None:
         ([{"score": 1.0}], None),
     ],
 )
-def test_chance_follows_from_the_number_of_choices(
+def test_chance_is_computed_from_the_number_of_choices(
     rows: list[dict[str, Any]], chance: float | None, tmp_path: Path
 ) -> None:
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -66,7 +66,7 @@ def naive_gptq(weight: torch.Tensor, scales: torch.Tensor, curvature: gptq.Curva
     return integers[:, curvature.order.argsort()]
 
 
-def test_gptq_rounds_as_column_by_column_in_float64() -> None:
+def test_gptq_matches_column_by_column_rounding_in_float64() -> None:
     weight, hessian = example()
     curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
     integers, scales = gptq.quantize_matrix(weight, curvature)
@@ -74,7 +74,7 @@ def test_gptq_rounds_as_column_by_column_in_float64() -> None:
     assert sorted(curvature.order.tolist()) == list(range(96))
 
 
-def test_no_scale_that_is_tried_for_the_first_group_loses_less_there() -> None:
+def test_no_candidate_scale_has_a_smaller_error_in_the_first_group() -> None:
     weight, hessian = example(rows=5, columns=32)
     curvature = gptq.prepare(hessian.clone(), GROUP, 0.01)
     integers, scales = gptq.quantize_matrix(weight, curvature)
@@ -108,7 +108,7 @@ def test_the_measured_error_is_that_of_rounding_and_not_what_compensation_change
     assert errors[1] == pytest.approx(errors[0], rel=0.1)
 
 
-def test_integers_and_scales_are_those_that_a_program_takes() -> None:
+def test_integers_and_scales_are_valid_in_a_program() -> None:
     weight, hessian = example()
     weight[3] = 0
     weight[5, 32:64] = 0
@@ -175,14 +175,14 @@ def test_columns_are_rounded_in_their_own_order_if_the_recipe_says_so() -> None:
     assert (integers == naive_gptq(weight, scales, curvature)).double().mean() > 0.999
 
 
-def test_activations_that_are_not_finite_are_an_error_and_no_endless_loop() -> None:
+def test_activations_that_are_not_finite_are_an_error_and_not_an_endless_loop() -> None:
     _, hessian = example()
     hessian[3, 3] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         gptq.prepare(hessian, GROUP, 0.01)
 
 
-def test_a_block_returns_what_the_librarys_own_does(untied: Path) -> None:
+def test_a_block_returns_the_same_as_the_librarys_own(untied: Path) -> None:
     from transformers import AutoConfig
 
     model = load_model(untied, torch.float32)
@@ -290,7 +290,7 @@ def test_equal_weights_in_another_dtype_give_the_same_bytes(untied: Path, calibr
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_blocks_of_another_number_of_threads_are_not_taken(
+def test_blocks_from_another_number_of_threads_are_not_reused(
     untied: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path / "one", untied, calibration)
@@ -311,7 +311,7 @@ def test_blocks_of_another_number_of_threads_are_not_taken(
     assert len(quantized) == 3
 
 
-def test_a_killed_run_continues_at_its_block(
+def test_a_killed_run_resumes_at_the_block_where_it_stopped(
     untied: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In the same store, but with different settings, so that no block is stored yet.
@@ -371,7 +371,7 @@ def test_a_head_is_calibrated_on_blocks_that_are_quantized_without_data(
     assert (head_inputs[-1] - hidden).norm() < 0.1 * (head_inputs[-1] - plain).norm()
 
 
-def test_what_is_finished_is_not_run_again(
+def test_finished_blocks_are_not_computed_again(
     untied: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(tmp_path / "first", untied, calibration)
@@ -384,7 +384,7 @@ def test_what_is_finished_is_not_run_again(
     assert run(tmp_path / "second", untied, calibration) == expected
 
 
-def test_recipes_that_differ_in_the_head_alone_share_their_blocks(
+def test_recipes_that_differ_only_in_the_head_share_their_blocks(
     untied: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path / "int4", untied, calibration)
@@ -397,14 +397,16 @@ def test_recipes_that_differ_in_the_head_alone_share_their_blocks(
     quantize(tmp_path / "int8", untied, load_recipe("GPTQ-INT8-INT4-HEAD8").to_json(), "cpu", calibration)
 
 
-def test_a_recipe_and_its_calibration_come_together(untied: Path, calibration: Path, tmp_path: Path) -> None:
+def test_a_calibration_text_is_required_only_for_a_calibrated_recipe(
+    untied: Path, calibration: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="needs a calibration text"):
         quantize(tmp_path, untied, recipe(), "cpu")
     with pytest.raises(UserError, match="needs no calibration text"):
         quantize(tmp_path, untied, load_recipe("HQQ-INT8-INT4").to_json(), "cpu", calibration)
 
 
-def test_a_calibration_text_that_shares_a_run_of_tokens_with_the_fidelity_text_is_refused(
+def test_a_calibration_text_that_shares_a_run_of_tokens_with_the_fidelity_text_is_rejected(
     untied: Path, tmp_path: Path
 ) -> None:
     lines = Path("docs/how-to/nightly.md").read_text("utf-8").splitlines()
@@ -421,7 +423,7 @@ def test_a_calibration_text_that_shares_a_run_of_tokens_with_the_fidelity_text_i
         calibrate(target, untied, 2, 32, text=text, digest="0" * 64)
 
 
-def test_overlap_counts_from_a_full_run_on() -> None:
+def test_only_a_full_run_of_tokens_counts_as_overlap() -> None:
     run_of = list(range(OVERLAP))
     assert find_overlap([9, *run_of], [*run_of, 7]) == 1
     assert find_overlap(run_of[:-1], run_of) is None
@@ -452,7 +454,7 @@ def test_answers_end_with_their_stop_token_whatever_fills_the_batch(untied: Path
     assert answer_prompts(model, tokenizer, 1) == answer_prompts(untied, tokenizer, 1)
 
 
-def test_a_text_that_is_too_large_to_be_tokenized_is_refused(tmp_path: Path) -> None:
+def test_a_text_that_is_too_large_to_be_tokenized_is_rejected(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         with (tmp_path / name).open("wb") as stream:
             os.truncate(stream.fileno(), MAX_BYTES)
@@ -464,7 +466,7 @@ def test_a_text_that_is_too_large_to_be_tokenized_is_refused(tmp_path: Path) -> 
         check_calibration(load_recipe("GPTQ-INT8-INT4"), str(tmp_path / "a.txt"))
 
 
-def test_a_text_that_is_too_large_is_refused_even_if_its_compressed_file_is_small(tmp_path: Path) -> None:
+def test_a_text_that_is_too_large_is_rejected_even_if_its_compressed_file_is_small(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["word " * 4_000_000]}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < MAX_BYTES / 2
     with pytest.raises(UserError, match="is 20 MB, but at most 16 MB can be tokenized"):

@@ -157,7 +157,7 @@ def test_the_same_release_again_makes_no_commit_and_sends_nothing(hub: Hub, rele
     assert not hub.requests("PUT", "")
 
 
-def test_files_of_the_previous_release_are_deleted_and_a_persons_files_stay(
+def test_files_of_the_previous_release_are_deleted_and_a_users_files_stay(
     hub: Hub, release: Path, tmp_path: Path
 ) -> None:
     publish(hub, release)
@@ -190,7 +190,7 @@ def test_a_head_that_keeps_moving_is_an_error(hub: Hub, release: Path) -> None:
         publish(hub, release)
 
 
-def test_a_crash_before_the_commit_changes_nothing_and_the_next_try_does_not_send_again(
+def test_a_crash_before_the_commit_changes_nothing_and_the_next_attempt_does_not_send_again(
     hub: Hub, release: Path
 ) -> None:
     publish(hub, release)
@@ -208,7 +208,7 @@ def test_a_crash_before_the_commit_changes_nothing_and_the_next_try_does_not_sen
     assert contents(hub)["model.safetensors"] == files_of(release)["model.safetensors"]
 
 
-def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: Hub, release: Path) -> None:
+def test_a_commit_whose_response_was_lost_is_not_made_twice(hub: Hub, release: Path) -> None:
     hub.faults.add(method="POST", path="/commit/", status=503, after_work=True, times=1)
     with pytest.raises(StageFailed) as failure:
         publish(hub, release)
@@ -234,7 +234,7 @@ def test_a_pull_request_leaves_the_branch_alone_and_is_not_opened_twice(hub: Hub
     assert "discussions/2" in publish(hub, release, create_pr=True)["url"]
 
 
-def test_every_release_of_a_day_has_a_tag_and_a_lost_one_is_made_up_for(hub: Hub, release: Path) -> None:
+def test_every_release_of_a_day_has_a_tag_and_a_missing_tag_is_created_later(hub: Hub, release: Path) -> None:
     publish(hub, release)
     first = publish(hub, release, tagged=True)
     assert first["state"] == "already published"
@@ -252,7 +252,7 @@ def test_a_release_goes_to_a_branch_and_to_a_private_repository(hub: Hub, releas
     assert hub.storage.load("model", TARGET)["private"]
 
 
-def test_a_repository_that_holds_something_else_than_was_sent_is_named(
+def test_a_repository_that_differs_from_what_was_sent_is_reported(
     hub: Hub, release: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = hub.storage.commit
@@ -275,7 +275,7 @@ def test_a_repository_that_holds_something_else_than_was_sent_is_named(
         (SCOPED, "me/tiny", ["'me'", "(team)"]),
     ],
 )
-def test_a_target_that_cannot_be_written_is_found_before_anything_starts(
+def test_a_target_that_cannot_be_written_is_rejected_before_anything_starts(
     hub: Hub, token: str, repository: str, words: list[str]
 ) -> None:
     with pytest.raises(UserError) as raised:
@@ -302,7 +302,7 @@ def add(hub: Hub, folder: Path, **files: str) -> None:
 
 
 @pytest.mark.parametrize("create_pr", [False, True])
-def test_a_repository_with_content_that_no_release_wrote_is_refused_unless_it_is_adopted(
+def test_a_repository_with_content_that_no_release_wrote_is_rejected_unless_it_is_adopted(
     hub: Hub, release: Path, tmp_path: Path, create_pr: bool
 ) -> None:
     add(hub, tmp_path / "person", COPYING="all of it", weights__gguf="GGUF", config__json="mine")
@@ -358,7 +358,7 @@ def test_the_readme_that_the_hub_creates_is_not_content(hub: Hub, tmp_path: Path
         {"release__json": '{"files": {"COPYING": null}}'},
     ],
 )
-def test_a_file_that_only_looks_like_a_releases_makes_no_release(
+def test_a_file_that_only_looks_like_a_releases_does_not_count_as_a_release(
     hub: Hub, tmp_path: Path, claim: dict[str, str]
 ) -> None:
     add(hub, tmp_path / "person", COPYING="all of it", **claim)
@@ -379,7 +379,7 @@ def test_a_release_of_an_older_version_is_recognized_by_its_metrics_and_only_its
     assert set(contents(hub)) == {*files_of(release), "release.json", "notes.md", "model.gguf", ".gitattributes"}
 
 
-def test_a_file_of_the_release_before_that_a_person_has_changed_stays(hub: Hub, release: Path, tmp_path: Path) -> None:
+def test_a_file_of_the_previous_release_that_someone_has_changed_stays(hub: Hub, release: Path, tmp_path: Path) -> None:
     (release / "vocab.json").write_text("{}")
     (release / "merges.json").write_text("{}")
     publish(hub, release)
@@ -403,7 +403,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.pte", "metrics.json", "README.md", "release.json"])
-def test_a_flipped_bit_is_not_published_and_the_store_then_knows_of_it(hub: Hub, release: Path, name: str) -> None:
+def test_a_flipped_bit_is_not_published_and_the_store_records_it(hub: Hub, release: Path, name: str) -> None:
     artifact = make(release)
     flip(artifact.path / name)
     assert store.load("card", artifact.key, release.parent / "store") is not None, "nothing has checked it yet"
@@ -413,7 +413,7 @@ def test_a_flipped_bit_is_not_published_and_the_store_then_knows_of_it(hub: Hub,
     assert store.load("card", artifact.key, release.parent / "store") is None
 
 
-def test_a_flipped_bit_in_what_is_already_published_is_found_too(hub: Hub, release: Path) -> None:
+def test_a_flipped_bit_in_a_release_that_is_already_published_is_found_too(hub: Hub, release: Path) -> None:
     artifact = make(release)
     send(hub, artifact)
     flip(artifact.path / "model.safetensors")
@@ -479,7 +479,7 @@ def published_in_process(_target: Path, repository: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("text", [None, METRICS_TEXT, "[1]", "{", "[" * 100_000, "1" * 9000, '{"a": "\\ud800"}'])
-def test_the_published_metrics_are_those_at_the_head_whatever_is_in_them(
+def test_the_published_metrics_are_read_at_the_head_whatever_they_contain(
     hub: Hub, tmp_path: Path, text: str | None
 ) -> None:
     add(hub, tmp_path / "person", notes__md="mine", **({} if text is None else {"metrics__json": text}))

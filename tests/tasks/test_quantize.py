@@ -51,7 +51,7 @@ def test_an_untied_checkpoint_has_two_storages_and_the_base_models_logits(untied
     assert torch.equal(logits(base), logits(model))
 
 
-def test_an_untied_checkpoint_passes_through_untying_again(untied: Path, tmp_path: Path) -> None:
+def test_untying_an_untied_checkpoint_changes_nothing(untied: Path, tmp_path: Path) -> None:
     assert untie(tmp_path, untied) == {"metadata": {"tied_before": False}}
     assert read_headers(tmp_path) == read_headers(untied)
 
@@ -179,7 +179,7 @@ def test_hqq_stops_all_chunks_of_a_matrix_at_torchaos_iteration(seeds: list[int]
         assert hqq.iterations_needed([chunk.changes]) < hqq.ITERATIONS
 
 
-def test_the_error_of_a_chunk_is_that_of_what_is_stored() -> None:
+def test_the_error_of_a_chunk_is_that_of_the_stored_values() -> None:
     import torch
 
     weight = (torch.randn(67, 96, generator=torch.Generator().manual_seed(2)) * 0.02).bfloat16()
@@ -227,7 +227,7 @@ def test_the_file_of_torchaos_algorithms_equals_the_model_quantized_in_memory(
 
 
 @pytest.mark.parametrize("recipe", ["SEARCH-INT8-INT4", "GPTQ-INT8-INT4", "GPTQ-INT8-INT4-HEAD8"])
-def test_the_file_of_our_algorithms_is_one_that_torchao_loads_and_a_program_takes(
+def test_the_file_of_our_algorithms_loads_in_torchao_and_is_valid_in_a_program(
     recipe: str, untied: Path, tmp_path: Path
 ) -> None:
     import torch
@@ -370,7 +370,7 @@ def test_a_matrix_is_read_in_chunks_so_that_memory_does_not_depend_on_its_size(
     assert max(sizes) <= 2 * CHUNK
 
 
-def test_roles_decide_the_4b_models_modules_once_each() -> None:
+def test_each_module_of_the_4b_model_matches_exactly_one_role() -> None:
     layers = [f"language_model.model.layers.{i}" for i in range(34)]
     names = [f"{layer}.self_attn.{part}" for layer in layers for part in ("q_proj", "k_proj", "v_proj", "o_proj")]
     names += [f"{layer}.mlp.{part}" for layer in layers for part in ("gate_proj", "up_proj", "down_proj")]

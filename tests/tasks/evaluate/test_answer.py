@@ -61,7 +61,7 @@ def calls(artifact: Path) -> list[list[str]]:
     return [json.loads(line) for line in (artifact / "requests.txt").read_text().splitlines()]
 
 
-def test_a_shards_key_follows_from_name_requests_artifacts_and_settings(echo: Scorer, tmp_path: Path) -> None:
+def test_a_shards_key_depends_on_name_requests_artifacts_and_settings(echo: Scorer, tmp_path: Path) -> None:
     def key(name: str = "a", documents: int = 1, **settings: Any) -> str:
         before = set(tmp_path.glob("store/responses/*/manifest.json"))
         scorer = replace(echo, settings={**echo.settings, **settings})
@@ -128,7 +128,7 @@ def test_a_large_task_has_several_shards_and_a_documents_requests_stay_together(
     assert read_requests(tmp_path) == shards
 
 
-def test_the_sample_is_the_same_whatever_order_the_shards_have() -> None:
+def test_the_sample_does_not_depend_on_the_order_of_the_shards() -> None:
     shards = {name: requests_of(name, 50) for name in "cab"}
     sample = draw_sample(shards, 20)
     assert sample == draw_sample(dict(sorted(shards.items())), 20)

@@ -49,7 +49,7 @@ def evaluated(checkpoint: Path, target: Path, limit: int | None) -> tuple[dict[s
 
 
 def evaluate_with_lm_eval(checkpoint: str, dataset: str, limit: int) -> dict[str, Any]:
-    """Run lm-eval's own multimodal model, with its own prompts, batches and `generate`, on our task."""
+    """Run lm-eval's own multimodal model, with its own prompts, batches, and `generate`, on our task."""
     from lm_eval import simple_evaluate
     from lm_eval.models.hf_vlms import HFMultimodalLM
 
@@ -79,7 +79,7 @@ def evaluate_with_lm_eval(checkpoint: str, dataset: str, limit: int) -> dict[str
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["base", "quantized"])
-def test_answers_and_scores_are_those_of_lm_evals_own_model(
+def test_answers_and_scores_match_those_of_lm_evals_own_model(
     name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = f"{evaluate_with_lm_eval.__module__}:{evaluate_with_lm_eval.__name__}"
@@ -98,7 +98,7 @@ def test_answers_and_scores_are_those_of_lm_evals_own_model(
     assert 0.5 < results["value"] < 1
 
 
-def test_results_are_those_of_the_samples_with_standard_errors(
+def test_results_are_computed_from_the_samples_with_standard_errors(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -219,7 +219,7 @@ def prompt_of(checkpoint: str) -> dict[str, Any]:
     return {"prompt": make_prompt(ChartQALM(Path(checkpoint), "cpu").processor, make_messages("How many?"))}
 
 
-def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_only_checkpoint_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((BUILTIN["tiny-gemma3"] / "config.json").read_text())["text_config"]
     config["architectures"] = ["Gemma3ForCausalLM"]
     checkpoint = tmp_path / "text-only"
@@ -286,7 +286,7 @@ def test_a_text_only_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.M
         ("", "?", False, False),
     ],
 )
-def test_a_score_is_the_one_by_hand(answer: str, label: str, official: bool, normalized: bool) -> None:
+def test_a_score_matches_the_expected_one(answer: str, label: str, official: bool, normalized: bool) -> None:
     assert is_relaxed_correct(answer, label) is official
     assert is_normalized_correct(answer, label) is normalized
 
@@ -302,7 +302,7 @@ def answer_all(checkpoint: str, program: str) -> dict[str, Any]:
 
 
 @pytest.mark.long
-def test_a_program_answers_as_its_checkpoint_and_with_causal_attention_over_images_it_does_not(
+def test_a_program_answers_like_its_checkpoint_but_not_with_causal_attention_over_images(
     released: Outcome, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = metrics_of(released)["program"]["chartqa"]

@@ -43,7 +43,7 @@ MMLU = BUILTIN_BENCHMARKS["mmlu-mini"]
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["base", "quantized"])
-def test_questions_and_scores_are_those_of_the_command_line(
+def test_questions_and_scores_match_those_of_the_command_line(
     name: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
@@ -141,7 +141,7 @@ def alone(model: Any, batch: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["base", "quantized"])
-def test_packed_log_likelihoods_are_those_of_single_forwards(
+def test_packed_log_likelihoods_equal_those_of_single_forward_passes(
     name: str, checkpoints: dict[str, Path], packed: Callable[..., Any]
 ) -> None:
     """Lengths on both sides of the sliding window of 64; continuations of one token and of several."""
@@ -192,7 +192,7 @@ def test_a_continuation_that_the_model_would_write_is_greedy(
     assert [greedy for _, greedy in answers] == [True, False]
 
 
-def test_too_long_a_request_is_truncated_on_the_left_as_in_lm_eval(packed: Callable[..., Any]) -> None:
+def test_a_request_that_is_too_long_is_truncated_on_the_left_as_in_lm_eval(packed: Callable[..., Any]) -> None:
     model = packed("base")
     model._max_length = 50
     long, short = requests([90, 90], [2])[::2]
@@ -296,7 +296,7 @@ def test_chunks_of_a_weight_give_the_same_logits(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("width", [64, 640, 1001])
 @pytest.mark.parametrize("size", [1e-38, 1e-3, 1.0, 50.0, 1e30])
-def test_activations_are_quantized_as_by_torchao(size: float, width: int, dtype: str) -> None:
+def test_activations_are_quantized_as_in_torchao(size: float, width: int, dtype: str) -> None:
     """Another test compares the reference with torchao's own linear, through logits in float32."""
     import torch
 

@@ -44,7 +44,7 @@ def reference(checkpoint: Path) -> Any:
 
 
 @pytest.mark.parametrize("column", ["base", "quantized"])
-def test_a_prompt_is_continued_as_by_lm_evals_own_model_alone_and_among_others(column: str, release: Path) -> None:
+def test_a_prompt_is_continued_as_in_lm_evals_own_model_alone_and_among_others(column: str, release: Path) -> None:
     from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
 
     checkpoint = BUILTIN["tiny-gemma3"] if column == "base" else release
@@ -63,7 +63,7 @@ def test_a_prompt_is_continued_as_by_lm_evals_own_model_alone_and_among_others(c
         assert model.generate_until(requests) == expected
 
 
-def test_the_faster_attention_gives_the_same_logits_but_for_rounding() -> None:
+def test_the_faster_attention_gives_the_same_logits_except_for_rounding() -> None:
     """For blocks of queries over a sliding window, and for one token, whose heads are the rows of one product."""
     import torch
 
@@ -100,7 +100,7 @@ def test_a_text_depends_on_no_request_of_another_shard(release: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [30, 900])
-def test_rolling_log_likelihoods_are_those_of_lm_evals_own_model(words: int) -> None:
+def test_rolling_log_likelihoods_match_those_of_lm_evals_own_model(words: int) -> None:
     """The text has fewer or more tokens than the positions whose logits are computed together."""
     from quantize_gemma.tasks.evaluate.packed_lm import POSITIONS, PackedLM
 
@@ -112,7 +112,7 @@ def test_rolling_log_likelihoods_are_those_of_lm_evals_own_model(words: int) -> 
     assert model.loglikelihood_rolling(requests, disable_tqdm=True) == expected
 
 
-def test_the_program_writes_what_its_checkpoint_writes(release: Path) -> None:
+def test_the_program_generates_the_same_text_as_its_checkpoint(release: Path) -> None:
     from quantize_gemma.tasks.evaluate.program_lm import load_program_scorer
 
     score = load_program_scorer(str(release), str(release))
@@ -131,7 +131,7 @@ def test_the_program_writes_what_its_checkpoint_writes(release: Path) -> None:
     assert answer("a " * 2000) is None
 
 
-def test_a_text_that_the_longest_sequence_cuts_is_none(release: Path) -> None:
+def test_a_text_that_exceeds_the_longest_sequence_is_none(release: Path) -> None:
     from quantize_gemma.tasks.evaluate.program_lm import ProgramLM
 
     model = ProgramLM(release, release)
@@ -159,7 +159,7 @@ def test_the_scorer_of_a_checkpoint_returns_json_values(release: Path) -> None:
     assert isinstance(rolling[0], float)
 
 
-def test_texts_start_as_long_as_their_tokens_fit_but_at_least_one() -> None:
+def test_texts_start_while_their_tokens_fit_and_at_least_one_starts() -> None:
     from quantize_gemma.tasks.evaluate.packed_generation import Text, take_next
 
     def texts(*lengths: int) -> list[Text]:

@@ -88,14 +88,14 @@ def test_choices_of_the_same_question_share_one_prefill(model: Any, monkeypatch:
     assert answers == [model._loglikelihood_tokens([one])[0] for one in batch]
 
 
-def test_too_long_a_request_is_truncated_on_the_left_as_in_lm_eval(model: Any) -> None:
+def test_a_request_that_is_too_long_is_truncated_on_the_left_as_in_lm_eval(model: Any) -> None:
     (long,) = requests([1100], [2])
     assert model.program.max_seq_len == 1024
     cut = (None, long[1][-1023:], long[2])
     assert model._loglikelihood_tokens([long]) == model._loglikelihood_tokens([cut])
 
 
-def test_text_becomes_the_tokens_that_the_checkpoint_gets(model: Any, release: Path) -> None:
+def test_text_becomes_the_same_tokens_as_for_the_checkpoint(model: Any, release: Path) -> None:
     from quantize_gemma.tasks.evaluate.packed_lm import PackedLM
 
     packed = PackedLM(release, "cpu", "auto")
@@ -165,7 +165,7 @@ def test_the_released_program_agrees_with_its_checkpoint_on_every_question_of_th
 
 
 @pytest.mark.long
-def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_shows_on_what(
+def test_a_program_of_a_damaged_checkpoint_disagrees_and_the_gate_lists_the_questions(
     released: Outcome, command_line: CommandLine, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from quantize_gemma.tasks.gate.checks import GateFailed, judge, require_pass

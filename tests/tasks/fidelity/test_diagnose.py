@@ -102,7 +102,7 @@ def test_every_quantized_module_of_the_language_model_has_a_row_a_cell_and_a_pla
     assert (tmp_path / "out" / HEAT_MAP).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_heat_map_says_which_blocks_and_roles_and_what_modules_outside_of_blocks_bring(tmp_path: Path) -> None:
+def test_the_heat_map_labels_blocks_and_roles_and_lists_modules_outside_of_blocks(tmp_path: Path) -> None:
     blocks = [
         Damage(
             block, role, 1, 10.0 ** (-block - 1), None, 10.0 ** (-block - 2) if role != "mlp.up_proj" else None, None
@@ -122,7 +122,7 @@ def test_the_heat_map_says_which_blocks_and_roles_and_what_modules_outside_of_bl
     assert {"0.0001", "0.001", "0.01", "0.1"} <= set(texts)
 
 
-def test_a_diagnosis_that_was_killed_resumes_at_its_block(
+def test_a_diagnosis_that_was_killed_resumes_at_the_block_where_it_stopped(
     artifacts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[int | None] = []

@@ -89,7 +89,7 @@ def test_two_plain_models_give_the_same_divergence(variant: str, measured: Any, 
     assert results["ppl"] == pytest.approx(float(torch.stack(nll).mean().exp()), rel=5e-5)
 
 
-def test_a_checkpoint_is_no_distance_from_itself(measured: Any, tmp_path: Path) -> None:
+def test_the_distance_of_a_checkpoint_from_itself_is_zero(measured: Any, tmp_path: Path) -> None:
     fidelity_quantized(tmp_path, TINY, [measured[0] / "states-0"], TINY, "cpu")
     results = summarize_quantized([tmp_path])
     for part in (results, results["weights_only"], results["second_half"], results["chat"]):
@@ -100,7 +100,7 @@ def test_a_checkpoint_is_no_distance_from_itself(measured: Any, tmp_path: Path) 
 
 
 @pytest.mark.long
-def test_parts_write_together_what_one_part_writes(quantized: Path, measured: Any, tmp_path: Path) -> None:
+def test_several_parts_together_write_what_one_part_writes(quantized: Path, measured: Any, tmp_path: Path) -> None:
     """Three parts share two groups of windows of the text and four groups of chats."""
     assert run(tmp_path, TINY, quantized, parts=3) == measured[1]
 
@@ -112,7 +112,7 @@ def test_parts_write_together_what_one_part_writes(quantized: Path, measured: An
     assert [len(list((tmp_path / f"tokens-{part}").iterdir())) for part in range(3)] == [4, 3, 1]
 
 
-def test_second_half_and_chat_are_their_tokens_alone(measured: Any) -> None:
+def test_second_half_and_chat_use_only_their_own_tokens(measured: Any) -> None:
     folder, results = measured
     assert results["second_half"]["tokens"] == WINDOWS * 255
     chats = read_sequences([folder / "states-0"], "chat")
@@ -160,7 +160,7 @@ def test_logits_are_in_memory_for_one_chunk_at_a_time(chunk: int) -> None:
         torch.testing.assert_close(values, whole[name])
 
 
-def test_what_is_in_the_store_is_not_computed_again(
+def test_results_in_the_store_are_not_computed_again(
     quantized: Path, measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the stage is killed in the second weights-only group, the next run computes that group and the rest."""
@@ -232,7 +232,7 @@ def test_hidden_states_that_have_changed_are_compared_again(
         assert (part["ppl_base"] == previous["ppl_base"]) == (changed == "checkpoint")
 
 
-def test_a_text_shorter_than_a_window_is_refused() -> None:
+def test_a_text_shorter_than_a_window_is_rejected() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY)
@@ -246,12 +246,12 @@ def test_a_text_shorter_than_a_window_is_refused() -> None:
     assert [token for window in windows for token in window.targets] == ids[: len(windows) * 511]
 
 
-def test_the_text_is_what_its_generator_writes() -> None:
+def test_the_built_in_text_is_what_its_script_writes() -> None:
     from tests.builtin.make_tiny_text import make_text
 
     assert read_text() == make_text()
 
 
-def test_a_sample_is_evenly_spread() -> None:
+def test_a_sample_is_evenly_spaced() -> None:
     assert sample(16, 4) == [0, 4, 8, 12]
     assert sample(3, 10) == [0, 1, 2]

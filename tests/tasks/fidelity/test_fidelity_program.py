@@ -21,7 +21,7 @@ TINY = BUILTIN["tiny-gemma3"]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_program_is_as_far_from_the_base_as_its_logits_say(released: Outcome, tmp_path: Path) -> None:
+def test_the_programs_distance_from_the_base_model_is_that_of_its_logits(released: Outcome, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file
     from transformers import Gemma3ForConditionalGeneration
@@ -80,5 +80,5 @@ def test_hidden_states_that_have_changed_are_compared_with_the_program_again(rel
     assert divergences[1] > 2 * divergences[0]
 
 
-def test_what_is_stored_of_a_comparison_depends_on_the_runtime() -> None:
+def test_the_key_of_a_stored_comparison_depends_on_the_runtime() -> None:
     assert "executorch" in fingerprint(*COMPARE)["libraries"]

@@ -8,7 +8,7 @@ import pytest
 from quantize_gemma.tasks.fidelity.summary import EDGES, histogram, mean_and_stderr, quantile_and_stderr, summarize
 
 
-def test_the_metrics_of_four_tokens_by_hand() -> None:
+def test_the_metrics_of_four_tokens_match_those_computed_by_hand() -> None:
     tokens = {
         "kl": np.array([0.0, 0.1, 0.2, 0.5], np.float32),
         "same_top": np.array([1, 1, 0, 1], np.float32),
@@ -43,7 +43,7 @@ def test_a_single_window_has_no_standard_error() -> None:
     assert [value for name, value in metrics.items() if name.endswith("stderr")] == [None] * 10
 
 
-def test_standard_errors_are_those_of_scipy_on_windows_of_equal_length() -> None:
+def test_standard_errors_match_scipy_on_windows_of_equal_length() -> None:
     from scipy import stats
 
     values = np.random.default_rng(0).gamma(1, 1, (20, 50)) * np.arange(1, 21)[:, None]
@@ -52,7 +52,7 @@ def test_standard_errors_are_those_of_scipy_on_windows_of_equal_length() -> None
     assert stderr == pytest.approx(stats.sem(values.mean(1)))
 
 
-def test_standard_errors_are_those_of_many_samples() -> None:
+def test_standard_errors_match_the_spread_of_many_samples() -> None:
     """Windows differ in length and level; the spread of 400 estimates matches the standard error from one sample."""
     generator = np.random.default_rng(0)
 

@@ -16,7 +16,7 @@ def test_the_score_of_lambada_is_a_mean_over_documents() -> None:
     assert (row.metric, row.kind, row.higher_is_better) == ("acc", "loglikelihood", True)
 
 
-def test_a_metric_of_a_tasks_own_has_the_name_of_its_function() -> None:
+def test_a_tasks_own_metric_has_the_name_of_its_function() -> None:
     assert find_benchmark("xlsum_amharic_prompt_1").metric == "rougeL"
 
 
@@ -32,6 +32,6 @@ def test_a_metric_of_a_tasks_own_has_the_name_of_its_function() -> None:
         ("truthfulqa", "requests of an unsupported kind"),
     ],
 )
-def test_a_task_that_cannot_be_evaluated_is_refused_before_anything_starts(name: str, reason: str) -> None:
+def test_a_task_that_cannot_be_evaluated_is_rejected_before_anything_starts(name: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         find_benchmark(name)

@@ -93,7 +93,7 @@ def shard(model: Path) -> tuple[Path, Path]:
 # Which files a directory may have.
 
 
-def test_a_link_that_leaves_the_model_directory_is_refused_by_name(model: Path) -> None:
+def test_a_link_that_leaves_the_model_directory_is_rejected_by_name(model: Path) -> None:
     secret = model.parent / "token"
     secret.write_text(SECRET)
     (model / "NOTICE.txt").symlink_to(secret)
@@ -103,14 +103,14 @@ def test_a_link_that_leaves_the_model_directory_is_refused_by_name(model: Path) 
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_links_of_every_kind_of_file_are_looked_at(model: Path, name: str) -> None:
+def test_links_of_every_kind_of_file_are_checked(model: Path, name: str) -> None:
     elsewhere = model.parent / "elsewhere"
     shutil.move(model / name, elsewhere)
     (model / name).symlink_to(os.path.relpath(elsewhere, model))
     check_rejected(model, name, "outside the model directory")
 
 
-def test_a_shard_behind_a_link_is_refused(model: Path) -> None:
+def test_a_shard_behind_a_link_is_rejected(model: Path) -> None:
     _, second = shard(model)
     check(model)
     shutil.move(second, model.parent / "second")
@@ -128,7 +128,7 @@ def test_a_link_within_the_model_directory_is_followed(model: Path) -> None:
     assert resolve_model(str(elsewhere), None, False).revision == resolve_model(str(model), None, False).revision
 
 
-def test_a_revision_of_a_directory_is_refused_even_if_it_has_the_name_of_a_repository(
+def test_a_revision_of_a_directory_is_rejected_even_if_it_has_the_name_of_a_repository(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(model.parents[1])
@@ -162,7 +162,7 @@ def test_the_hubs_cache_and_its_blobs_are_a_model_directory(model: Path) -> None
         source_files(other)
 
 
-def test_pipes_sockets_and_dangling_links_are_refused_and_not_waited_for(model: Path) -> None:
+def test_pipes_sockets_and_dangling_links_are_rejected_without_waiting(model: Path) -> None:
     def pipe(path: Path) -> None:
         os.mkfifo(path)
 
@@ -182,12 +182,12 @@ def test_pipes_sockets_and_dangling_links_are_refused_and_not_waited_for(model: 
                 check(broken)
 
 
-def test_a_file_name_with_a_line_break_is_refused(model: Path) -> None:
+def test_a_file_name_with_a_line_break_is_rejected(model: Path) -> None:
     (model / "LICENSE\nlicense: mit").write_text("")
     check_rejected(model, r"'LICENSE\nlicense: mit'", "control characters")
 
 
-def test_a_file_that_is_exchanged_after_it_was_listed_is_not_copied(model: Path) -> None:
+def test_a_file_that_is_replaced_after_it_was_listed_is_not_copied(model: Path) -> None:
     """The checks use the open file: they also notice that a file or a parent directory was replaced with a link."""
     (model.parent / "secrets").mkdir()
     (model.parent / "secrets" / "NOTICE").write_text(SECRET)
@@ -199,7 +199,7 @@ def test_a_file_that_is_exchanged_after_it_was_listed_is_not_copied(model: Path)
         open_source(model, "NOTICE")
 
 
-def test_only_what_a_release_needs_is_copied(model: Path, tmp_path: Path) -> None:
+def test_only_files_that_a_release_needs_are_copied(model: Path, tmp_path: Path) -> None:
     before = resolve_model(str(model), None, False).revision
     for name in (
         "trainer_state.json",
@@ -216,7 +216,7 @@ def test_only_what_a_release_needs_is_copied(model: Path, tmp_path: Path) -> Non
     assert {path.name for path in (tmp_path / "target").iterdir()} == names
 
 
-def test_of_a_repository_only_the_weights_are_fetched_that_transformers_would_read(model: Path, tmp_path: Path) -> None:
+def test_only_weights_that_transformers_would_read_are_fetched_from_a_repository(model: Path, tmp_path: Path) -> None:
     first, second = shard(model)
     shutil.copy(first, model / "model_ema.safetensors")
     (model / "credentials.json").write_text("{}")
@@ -243,7 +243,7 @@ def test_of_a_repository_only_the_weights_are_fetched_that_transformers_would_re
 # Which weights are read.
 
 
-def test_a_second_safetensors_file_beside_the_model_is_not_read(model: Path, tmp_path: Path) -> None:
+def test_a_second_safetensors_file_next_to_the_model_is_not_read(model: Path, tmp_path: Path) -> None:
     header, data = read_raw_header(model / "model.safetensors")
     write_raw_header(model / "model_ema.safetensors", header, bytes(len(data)))
     assert [path.name for path in weight_files(model)] == ["model.safetensors"]
@@ -260,18 +260,18 @@ def test_a_second_safetensors_file_beside_the_model_is_not_read(model: Path, tmp
     assert not (tmp_path / "untied" / "model_ema.safetensors").exists()
 
 
-def test_files_without_an_index_that_transformers_would_not_read_are_refused(model: Path) -> None:
+def test_files_without_an_index_that_transformers_would_not_read_are_rejected(model: Path) -> None:
     (model / "model.safetensors").rename(model / "weights.safetensors")
     check_rejected(model, "'weights.safetensors'", "model.safetensors.index.json", "save_pretrained")
 
 
-def test_a_weight_that_two_files_have_is_refused(model: Path) -> None:
+def test_a_weight_that_two_files_have_is_rejected(model: Path) -> None:
     first, second = shard(model)
     shutil.copy(first, second)
     check_rejected(model, "is in two files")
 
 
-def test_two_names_of_one_loaded_weight_are_refused(model: Path) -> None:
+def test_two_names_of_one_loaded_weight_are_rejected(model: Path) -> None:
     header, data = read_raw_header(model / "model.safetensors")
     begin, end = header[EMBEDDING]["data_offsets"]
     other = {**header[EMBEDDING], "data_offsets": [len(data), len(data) + end - begin]}
@@ -299,7 +299,7 @@ def test_two_names_of_one_loaded_weight_are_refused(model: Path) -> None:
         (lambda index: index.pop("metadata"), ["metadata"]),
     ],
 )
-def test_a_wrong_index_is_refused(model: Path, change: Callable[[dict[str, Any]], object], words: list[str]) -> None:
+def test_a_wrong_index_is_rejected(model: Path, change: Callable[[dict[str, Any]], object], words: list[str]) -> None:
     shard(model)
     edit_json(model / "model.safetensors.index.json", change)
     check_rejected(model, "safetensors", *words)
@@ -330,7 +330,7 @@ def tensor(**changes: Any) -> Callable[[dict[str, Any]], object]:
         (lambda header: header.update({"a\nb": header.pop(EMBEDDING)}), ["control characters"]),
     ],
 )
-def test_a_wrong_header_is_refused(model: Path, change: Callable[[dict[str, Any]], object], words: list[str]) -> None:
+def test_a_wrong_header_is_rejected(model: Path, change: Callable[[dict[str, Any]], object], words: list[str]) -> None:
     header, data = read_raw_header(model / "model.safetensors")
     change(header)
     write_raw_header(model / "model.safetensors", header, data)
@@ -347,19 +347,19 @@ def test_a_wrong_header_is_refused(model: Path, change: Callable[[dict[str, Any]
         (b'{"a": {}, "a": {}}', ["'a' twice"]),
     ],
 )
-def test_a_header_that_is_no_object_is_refused(model: Path, text: bytes, words: list[str]) -> None:
+def test_a_header_that_is_not_an_object_is_rejected(model: Path, text: bytes, words: list[str]) -> None:
     write_raw_header(model / "model.safetensors", text, b"")
     check_rejected(model, "model.safetensors", "truncated or corrupt", *words)
 
 
-def test_a_header_longer_than_safetensors_allows_is_refused(model: Path) -> None:
+def test_a_header_longer_than_safetensors_allows_is_rejected(model: Path) -> None:
     with (model / "model.safetensors").open("wb") as stream:
         stream.write(struct.pack("<Q", 2 * 10**8))
         stream.truncate(3 * 10**8)
     check_rejected(model, "longer", "safetensors allows")
 
 
-def test_overlapping_tensors_and_gaps_are_refused_as_safetensors_does(tmp_path: Path) -> None:
+def test_overlapping_tensors_and_gaps_are_rejected_as_in_safetensors(tmp_path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     def file(*extents: tuple[int, int], size: int) -> Path:
@@ -428,12 +428,12 @@ def setting(name: str, value: Any, *, of: str | None = None) -> Callable[[dict[s
         (setting("patch_size", 7, of="vision_config"), ["vision_config", "patch_size must divide"]),
     ],
 )
-def test_a_wrong_configuration_is_refused(model: Path, change: Any, words: list[str]) -> None:
+def test_a_wrong_configuration_is_rejected(model: Path, change: Any, words: list[str]) -> None:
     edit_json(model / "config.json", change)
     check_rejected(model, *words)
 
 
-def test_a_quantization_that_is_null_is_none(model: Path) -> None:
+def test_a_null_quantization_config_means_unquantized(model: Path) -> None:
     edit_json(model / "config.json", setting("quantization_config", None))
     check(model)
 
@@ -452,7 +452,7 @@ def test_a_quantization_that_is_null_is_none(model: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_json_that_libraries_read_in_different_ways_is_refused(
+def test_json_that_libraries_read_in_different_ways_is_rejected(
     model: Path, name: str, text: str, words: list[str]
 ) -> None:
     (model / name).write_text(text)
@@ -475,17 +475,17 @@ def test_what_transformers_cannot_read_is_reported_before_a_stage_needs_it(
     check_rejected(model, *words)
 
 
-def test_a_checkpoint_without_a_tokenizer_is_refused(model: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_is_rejected(model: Path) -> None:
     (model / "tokenizer.json").unlink()
     check_rejected(model, "tokenizer.json", "save_pretrained")
 
 
-def test_a_tokenizer_with_numbers_that_take_all_memory_is_refused(model: Path) -> None:
+def test_a_tokenizer_with_huge_token_ids_is_rejected(model: Path) -> None:
     edit_json(model / "tokenizer.json", lambda value: value["model"]["vocab"].update({"more": 2**32 - 1}))
     check_rejected(model, "tokenizer.json", "consecutive token ids")
 
 
-def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
+def test_a_tokenizer_of_another_model_is_rejected(model: Path) -> None:
     header, data = read_raw_header(model / "model.safetensors")
     rows = 64
     begin, end = header[EMBEDDING]["data_offsets"]
@@ -515,7 +515,7 @@ def test_a_chat_template_without_a_system_role_is_valid_and_recorded_for_chartqa
     assert output["metadata"]["system_message"] is False
 
 
-def test_a_chat_template_that_takes_only_text_is_refused_for_a_model_with_images(model: Path, tmp_path: Path) -> None:
+def test_a_chat_template_that_takes_only_text_is_rejected_for_a_model_with_images(model: Path, tmp_path: Path) -> None:
     text_only = write_text_only(model, tmp_path / "text-only")
     for checkpoint in (text_only, model):
         (checkpoint / "chat_template.jinja").write_text("{{ '<bos>' + messages[0]['content'] }}")

@@ -78,7 +78,7 @@ def test_a_recipes_name_is_not_a_path() -> None:
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.json")), ids=lambda file: file.stem)
-def test_every_recipe_in_the_folder_loads_by_its_name_and_decides_the_builtin_model(file: Path) -> None:
+def test_every_recipe_in_the_folder_loads_by_its_name_and_fits_the_builtin_model(file: Path) -> None:
     recipe = load_recipe(file.stem)
     assert recipe.name == file.stem
     assert recipe.description
@@ -87,7 +87,7 @@ def test_every_recipe_in_the_folder_loads_by_its_name_and_decides_the_builtin_mo
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.json")), ids=lambda file: file.stem)
-def test_a_recipes_json_is_that_of_its_file_and_reads_back(file: Path) -> None:
+def test_a_recipes_json_equals_its_file_and_reads_back(file: Path) -> None:
     recipe = load_recipe(file.stem)
     assert store.canonical_json(recipe.to_json()) == store.canonical_json(json.loads(file.read_text()))
     assert Recipe.from_json(recipe.to_json()) == recipe

@@ -49,7 +49,7 @@ def test_a_value_just_over_its_limit_does_not_look_equal_to_it(value: float, std
     assert verdict_rows([check])[0]["value"] == text
 
 
-def test_texts_are_compared_by_their_scores_and_choices_by_themselves() -> None:
+def test_texts_are_compared_by_score_and_choices_by_answer() -> None:
     content = with_benchmark("gsm8k", value=0.5)
     texts = {**content["program"]["mmlu"], "agreement_act_quant": None, "differing": None, "agreement": 0.9}
     answer = {"answer": "4", "margin": None}

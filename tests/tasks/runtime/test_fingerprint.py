@@ -232,7 +232,7 @@ def test_a_module_used_as_a_value_counts_whole(copy: Copy) -> None:
     assert copy.codes()["untie"] != printed
 
 
-def test_the_batch_size_is_in_the_key_on_a_gpu_only() -> None:
+def test_the_batch_size_is_in_the_key_only_on_a_gpu() -> None:
     from quantize_gemma.tasks.evaluate.answer import answer
     from quantize_gemma.tasks.runtime.prefect_stage import key_of
 
@@ -245,7 +245,7 @@ def test_the_batch_size_is_in_the_key_on_a_gpu_only() -> None:
     assert key_of(answer, {"device": "cpu"}) != key_of(answer, {"device": "cuda"})
 
 
-def test_a_garbage_collection_in_one_thread_disturbs_no_fingerprint_in_another() -> None:
+def test_a_garbage_collection_in_one_thread_does_not_disturb_a_fingerprint_in_another() -> None:
     """Otherwise, Prefect would run the stage without a key, and the summary would say that it was not cached."""
 
     def switch_threads(*_: Any) -> None:

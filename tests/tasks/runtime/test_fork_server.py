@@ -96,19 +96,19 @@ def test_a_worker_outside_of_a_run_imports_what_it_needs() -> None:
 
 
 @pytest.mark.usefixtures("no_libraries")
-def test_environment_variables_are_those_of_one_worker() -> None:
+def test_environment_variables_reach_only_one_worker() -> None:
     with stop_on_interrupt():
         assert call("facts", {"TOKEN": "one"})["token"] == "one"
         assert call("facts")["token"] is None
 
 
-def test_a_workers_share_of_the_cores_reaches_what_was_imported_before() -> None:
+def test_a_workers_share_of_the_cores_applies_to_libraries_that_were_already_imported() -> None:
     with stop_on_interrupt():
         for threads in (1, 2, 3):
             assert call("facts", {"OMP_NUM_THREADS": str(threads)})["threads"] == threads
 
 
-def test_with_a_gpu_each_worker_imports_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_gpu_each_worker_imports_the_libraries_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA fails in a process that is forked from one that has looked for a GPU."""
     # Any library can stand in for the driver: only its presence is checked.
     libc = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libc.so" in line)
@@ -120,7 +120,7 @@ def test_with_a_gpu_each_worker_imports_for_itself(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.usefixtures("no_libraries")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stage_whose_fork_server_ends_fails_and_the_next_has_another(sent: signal.Signals) -> None:
+def test_a_stage_whose_fork_server_ends_fails_and_the_next_stage_gets_a_new_one(sent: signal.Signals) -> None:
     with stop_on_interrupt():
         with pytest.raises(StageFailed, match=r"^its process ended with SIGKILL \(killed from outside"):
             call("end", sent=int(sent))
@@ -134,7 +134,7 @@ def test_a_fork_server_that_does_not_start_is_a_failure_that_says_why(monkeypatc
 
 
 @pytest.mark.usefixtures("no_libraries")
-def test_a_stage_that_has_not_started_does_not_fail_with_the_fork_server_before_it() -> None:
+def test_a_stage_that_has_not_started_survives_the_end_of_the_fork_server() -> None:
     with stop_on_interrupt():
         for _ in range(5):
             os.kill(call("facts")["server"], signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_a_stage_that_has_not_started_does_not_fail_with_the_fork_server_before_
 
 
 @pytest.mark.usefixtures("no_libraries")
-def test_a_token_of_one_stage_is_in_the_memory_of_no_other() -> None:
+def test_the_token_of_one_stage_is_not_in_the_memory_of_another() -> None:
     token = ("hf_not", "anybodys")
     with stop_on_interrupt():
         assert call("facts", {"TOKEN": "".join(token)})["token"] == "".join(token)
@@ -170,7 +170,7 @@ def test_many_stages_leave_no_file_open_in_the_run() -> None:
 
 @pytest.mark.usefixtures("no_libraries")
 @pytest.mark.parametrize("of_children", [signal.SIG_DFL, signal.SIG_IGN])
-def test_the_end_of_one_worker_is_not_that_of_another(of_children: signal.Handlers, tmp_path: Path) -> None:
+def test_a_worker_that_ends_does_not_end_another(of_children: signal.Handlers, tmp_path: Path) -> None:
     """Not even if the run was started by a process that ignores SIGCHLD."""
     before = signal.signal(signal.SIGCHLD, of_children)
     try:
@@ -190,7 +190,7 @@ def test_the_end_of_one_worker_is_not_that_of_another(of_children: signal.Handle
 
 
 @pytest.mark.usefixtures("no_libraries")
-def test_after_a_run_none_of_its_workers_starts() -> None:
+def test_no_worker_starts_after_its_run_has_ended() -> None:
     with stop_on_interrupt():
         context = copy_context()
     with pytest.raises(StageFailed, match=r"^stopped$"):

@@ -50,7 +50,7 @@ def test_the_narrowest_group_limits_memory_and_cores(tmp_path: Path, files: dict
     assert machine.threads(1, root) == {"OMP_NUM_THREADS": "1"}
 
 
-def test_the_threshold_of_throttling_limits_memory(tmp_path: Path) -> None:
+def test_the_throttling_threshold_limits_memory(tmp_path: Path) -> None:
     root = write_files(tmp_path, {**VERSION_2, "sys/fs/cgroup/pod/memory.high": f"{GIB // 2}\n"})
     assert machine.total_memory(root) == GIB // 2
 

@@ -111,7 +111,7 @@ def test_the_program_is_the_stock_libraries_program_byte_for_byte(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_checkpoint_is_loaded_as_by_the_stock_library(name: str, checkpoints: dict[str, Path]) -> None:
+def test_a_checkpoint_is_loaded_as_in_the_stock_library(name: str, checkpoints: dict[str, Path]) -> None:
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
@@ -213,7 +213,7 @@ def test_the_installed_libraries_are_those_that_the_patch_was_written_for(patch:
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name__)
-def test_a_patch_does_not_touch_another_source_than_its_own(patch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_is_not_applied_to_different_source_code(patch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshot()
     monkeypatch.setattr(patches, "source_digest", lambda source: "another")
     with pytest.raises(SourceDiffers, match="differs from the version that the patch was written for"), patch():
@@ -238,7 +238,7 @@ def test_an_export_continues_with_the_stock_library_after_one_warning_per_patch_
     assert (tmp_path / "none" / "model.pte").read_bytes() == (tmp_path / "all" / "model.pte").read_bytes()
 
 
-def test_descendants_as_bits_decide_as_the_partitioners_sets_do() -> None:
+def test_descendants_as_bits_decides_like_the_partitioners_sets() -> None:
     """For every pair of partitions of random graphs, our answer is the stock answer."""
     import random
     from types import SimpleNamespace

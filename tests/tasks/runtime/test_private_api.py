@@ -92,7 +92,7 @@ def test_settings_files_that_cannot_be_ignored_are_an_error(rename: Any, setting
         ignore_settings_files()
 
 
-def test_a_command_is_refused_where_settings_files_cannot_be_ignored(
+def test_a_command_is_rejected_if_settings_files_cannot_be_ignored(
     settings_sources: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     rename_read_files(settings_sources)
@@ -109,7 +109,7 @@ def test_a_command_is_refused_where_settings_files_cannot_be_ignored(
 
 
 @pytest.mark.parametrize("name", ["PrefectHttpxAsyncClient", "PrefectHttpxSyncClient"])
-def test_clients_that_cannot_be_patched_are_not_changed_with_a_warning(
+def test_clients_that_cannot_be_patched_are_left_unchanged_with_a_warning(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from prefect.client import base
@@ -154,7 +154,7 @@ def test_a_model_is_checked_without_fake_tensors_with_a_warning(
 @pytest.mark.parametrize(
     "name", ["replace_with_et_custom_kv_cache", "sdpa_mask_passthrough", "get_custom_sdpa_for_ring_kv_cache"]
 )
-def test_the_cache_is_not_exported_where_the_library_lost_a_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_not_exported_if_a_private_name_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from optimum.executorch.attentions import custom_kv_cache
     from optimum.exporters.executorch import integrations
 

@@ -84,7 +84,7 @@ def test_pruning_removes_the_file_of_a_process_that_was_killed_before_it_renamed
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(store_layout.PARTIAL)]
 
 
-def test_eviction_starts_with_the_longest_unused_and_leaves_what_a_process_reads(tmp_path: Path) -> None:
+def test_eviction_starts_with_the_least_recently_used_and_keeps_artifacts_in_use(tmp_path: Path) -> None:
     keys = ["a" * 64, "b" * 64, "c" * 64, "d" * 64]
     for days, key in zip((40, 30, 20, 10), keys, strict=True):
         artifact = store.produce("stage", key, write_file, tmp_path)
@@ -138,7 +138,7 @@ def test_answers_that_are_pruned_while_others_are_computed_are_not_lost(tmp_path
     assert "responses" in (tmp_path / "removed").read_text()
 
 
-def test_sizes_are_those_of_du(tmp_path: Path) -> None:
+def test_sizes_match_those_of_du(tmp_path: Path) -> None:
     def large(target: Path) -> dict[str, Any]:
         (target / "weights").write_bytes(os.urandom(1 << 20))
         (target / "config").write_text("{}")
@@ -206,7 +206,7 @@ def test_an_artifact_of_an_earlier_version_is_a_miss_and_is_evicted(tmp_path: Pa
     assert not old.exists()
 
 
-def test_removing_what_is_already_gone_frees_nothing_and_is_no_error(tmp_path: Path) -> None:
+def test_removing_an_artifact_twice_frees_nothing_and_is_not_an_error(tmp_path: Path) -> None:
     artifact = store.produce("stage", KEY, write_file, tmp_path)
     generation = artifact.path.parent
     assert store_layout.remove(generation, KEY) is not None

@@ -33,7 +33,7 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         f"{{'authorization': 'Bearer {TOKEN}'}}",
     ],
 )
-def test_unknown_tokens_are_redacted_by_their_form(text: str) -> None:
+def test_unknown_tokens_are_recognized_by_their_form(text: str) -> None:
     assert TOKEN[4:] not in redact(text)
     assert "…" in redact(text)
 
@@ -50,7 +50,7 @@ def test_unknown_tokens_are_redacted_by_their_form(text: str) -> None:
         ("a@b.c wrote: 5 @ 6", "a@b.c wrote: 5 @ 6"),
     ],
 )
-def test_passwords_in_addresses_are_redacted_and_nothing_else(text: str, redacted: str) -> None:
+def test_passwords_in_urls_are_redacted_and_nothing_else(text: str, redacted: str) -> None:
     assert redact(text) == redacted
 
 

@@ -66,7 +66,7 @@ def raised(error: Exception, cause: Exception, *, hidden: bool) -> Exception:
         return caught
 
 
-def test_an_error_raised_from_none_is_not_retried_for_what_was_handled_then() -> None:
+def test_an_error_raised_from_none_is_not_retried_because_of_the_error_being_handled() -> None:
     assert is_retryable(raised(ValueError("a"), ConnectionError(), hidden=False)) == (True, 0.0)
     assert is_retryable(raised(ValueError("a"), ConnectionError(), hidden=True)) == (False, 0.0)
 

@@ -35,7 +35,7 @@ def test_an_artifact_is_made_once(tmp_path: Path) -> None:
     assert first.files["weights.bin"].size == 8
 
 
-def test_the_digest_depends_on_content_and_not_on_what_was_measured(tmp_path: Path) -> None:
+def test_the_digest_depends_on_content_and_not_on_measurements(tmp_path: Path) -> None:
     def slower(target: Path) -> dict[str, Any]:
         return {**write_file(target), "measured": {"seconds": 9.0}}
 
@@ -76,7 +76,7 @@ def test_an_artifact_whose_file_was_only_touched_is_complete(tmp_path: Path) -> 
     assert store.load("stage", KEY, tmp_path) is not None
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     def work(target: Path) -> dict[str, Any]:
         write_file(target)
         raise UserError("no")
@@ -107,7 +107,7 @@ def test_a_key_does_not_depend_on_the_order_of_parameters_or_the_time() -> None:
     assert store.key("stage", ["a"], {"y": 2, "x": 1}, {"code": "2"}) != first
 
 
-def test_a_refresh_replaces_the_artifact_and_a_failing_one_leaves_it(tmp_path: Path) -> None:
+def test_a_refresh_replaces_the_artifact_and_a_failing_refresh_keeps_it(tmp_path: Path) -> None:
     before = store.produce("stage", KEY, write_file, tmp_path)
 
     def fail(target: Path) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def test_a_copy_into_the_store_does_not_change_with_its_source(tmp_path: Path) -
     assert (tmp_path / "theirs").read_bytes() == b"12345678"
 
 
-def test_a_full_disk_leaves_nothing_and_the_artifact_that_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing_behind_and_keeps_the_existing_artifact(tmp_path: Path) -> None:
     before = store.produce("stage", KEY, write_file, tmp_path)
 
     def fill(target: Path) -> dict[str, Any]:

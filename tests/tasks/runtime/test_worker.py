@@ -204,7 +204,7 @@ def fill_the_disk() -> dict[str, Any]:
     return {}
 
 
-def test_a_worker_imports_nothing_from_where_the_run_was_started_and_has_no_password(tmp_path: Path) -> None:
+def test_a_worker_imports_nothing_from_the_runs_working_directory_and_has_no_password(tmp_path: Path) -> None:
     """Nor does a process that the worker starts."""
     script = """
 import json, sys

@@ -184,7 +184,7 @@ def test_a_program_with_half_the_window_fails_the_gate(small: Path, released: Ou
     "chunks",
     [[1] * 300, [63, 1, 64, 1, 65, 1, 128, 1, 700], [1023, 1], [200] * 5, [10, 64, 5, 128, 7], [64] * 15, [1, 1000]],
 )
-def test_a_sequence_may_be_read_in_chunks_of_any_length(
+def test_a_sequence_can_be_read_in_chunks_of_any_length(
     chunks: list[int], released: Outcome, checkpoint_logits: tuple[Any, Any, Any]
 ) -> None:
     """The chunks follow another sequence, start anywhere in the ring buffer, and can be as long as the sequence."""
@@ -221,7 +221,7 @@ def checkpoint_logits(released: Outcome) -> tuple[Any, Any, Any]:
         return ids, eager, model(input_ids=ids).logits[0]
 
 
-def test_the_mask_shows_a_window_and_nothing_of_an_earlier_sequence() -> None:
+def test_the_mask_admits_a_window_and_nothing_of_an_earlier_sequence() -> None:
     import torch
 
     from quantize_gemma.tasks.models.kv_cache import sliding_mask
@@ -240,7 +240,7 @@ def test_the_mask_shows_a_window_and_nothing_of_an_earlier_sequence() -> None:
             assert mask.tolist() == expected, (start, count)
 
 
-def test_the_mask_shows_an_image_its_whole_chunk_and_nothing_else_than_before() -> None:
+def test_the_mask_admits_an_images_whole_chunk_and_changes_nothing_else() -> None:
     import torch
 
     from quantize_gemma.tasks.models.kv_cache import sliding_mask

@@ -29,7 +29,7 @@ def prompt_before_a_byte(program: Path) -> tuple[str, int]:
     raise AssertionError("there is no such text")
 
 
-def test_a_response_that_begins_with_a_part_of_a_character_is_shown_and_its_speed_is_measured(
+def test_a_response_that_begins_with_a_partial_character_is_shown_and_its_speed_is_measured(
     small: Path, program: Path
 ) -> None:
     text, length = prompt_before_a_byte(program)
@@ -42,7 +42,7 @@ def test_a_response_that_begins_with_a_part_of_a_character_is_shown_and_its_spee
     assert generation.speed["decode_tokens_per_second"] > 0
 
 
-def test_the_speed_on_this_machine_is_defined_as_that_on_a_phone() -> None:
+def test_the_speed_on_this_machine_is_defined_like_the_speed_on_a_phone() -> None:
     times = {"model_load_start_ms": 1000, "model_load_end_ms": 2500, "inference_start_ms": 3000}
     times |= {"prompt_eval_end_ms": 3400, "first_token_ms": 3410, "inference_end_ms": 5400}
     statistics = json.dumps({**times, "prompt_tokens": 100, "generated_tokens": 50})

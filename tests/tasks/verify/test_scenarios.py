@@ -68,7 +68,7 @@ def test_the_released_program_passes_every_check_of_the_runner(released: Outcome
     assert all(gate[f"runner_{name}"] == "pass" for name in RUNNER_CHECKS)
 
 
-def test_a_text_only_program_is_asked_for_no_images(small: Path, program: Path, tmp_path: Path) -> None:
+def test_a_text_only_program_is_not_tested_with_images(small: Path, program: Path, tmp_path: Path) -> None:
     """Not even if it was extracted from a multimodal model, and has more fields in config.json."""
     shutil.copytree(small, tmp_path / "extracted")
     config = json.loads((small / "config.json").read_text())
@@ -153,7 +153,7 @@ def test_a_turn_that_ends_with_its_first_token_passes_although_the_stock_runner_
         assert worker.run(function, arguments, lambda *_: None, None)["tokens"] > 1
 
 
-def test_both_tokenizers_read_every_text_alike() -> None:
+def test_both_tokenizers_read_every_text_the_same_way() -> None:
     check = check_tokenizer(BUILTIN["tiny-gemma3"], [])
     assert (check.cases, check.failed) == (len(json.loads(TEXTS.read_text())), 0)
 
@@ -216,7 +216,7 @@ def test_every_difference_from_the_program_is_a_failure(changed: dict[str, Any],
     assert failure == message or (message is not None and failure is not None and message in failure)
 
 
-def test_an_end_of_turn_that_is_no_end_token_fails_with_what_to_correct(released: Outcome, tmp_path: Path) -> None:
+def test_an_end_of_turn_that_is_not_an_eos_token_fails_with_advice(released: Outcome, tmp_path: Path) -> None:
     """As in a fine-tune whose generation_config.json has only <eos>."""
     release = Path(released.summary["release"])
     checkpoint = with_end_tokens(release, tmp_path / "release", [1])
@@ -226,7 +226,7 @@ def test_an_end_of_turn_that_is_no_end_token_fails_with_what_to_correct(released
     assert "ends its turn with <end_of_turn>, which is not an eos_token_id of generation" in check.examples[0]
 
 
-def test_a_runner_that_remembers_the_conversation_before_fails(
+def test_a_runner_that_remembers_the_previous_conversation_fails(
     released: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     function = f"{run_without_reset.__module__}:{run_without_reset.__name__}"

@@ -81,7 +81,7 @@ def test_a_causal_program_is_compared_with_the_model_with_causal_attention(relea
     assert image.kl_causal_image == pytest.approx(bidirectional["kl_causal_image"], rel=1e-3)
 
 
-def test_the_programs_metadata_is_the_models(released: Outcome) -> None:
+def test_the_programs_metadata_matches_the_model(released: Outcome) -> None:
     # These are the values in tiny-gemma3's config.json and generation_config.json.
     expected = {
         "get_max_seq_len": 1024,
