@@ -118,7 +118,7 @@ def test_too_little_disk_space_is_reported_with_both_sizes(tiny_copy: Callable[[
             ["sliding window", "64 tokens: lower --max-seq-len, or turn on --custom-kv-cache"],
         ),
         (["--tasks", "mmul"], ["no benchmark or lm-eval task 'mmul'", "mmlu, chartqa, hellaswag"]),
-        (["--dataset", "mmlu=./nowhere"], ["no directory ./nowhere", "the dataset of MMLU"]),
+        (["--dataset", "mmlu=./nowhere"], ["directory ./nowhere for the dataset of MMLU does not exist"]),
         (["--dataset", "boolq=org/mirror"], ["boolq=org/mirror", "one of the tasks mmlu, chartqa, gsm8k"]),
         (["--model", "me/gemma", "--target", "Me/gemma"], ["--target is the model itself"]),
         (["--device-report", "./phone.json"], ["phone.json is missing", "python -m benchmarks.device_report"]),
