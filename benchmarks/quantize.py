@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="HQQ-INT8-INT4")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device for our quantization")
     parser.add_argument("--folder", type=Path, help="directory to keep checkpoints in [default: temporary]")
-    parser.add_argument("--no-reference", action="store_true", help="skip the reference, which takes 23 GB for 4b")
+    parser.add_argument("--no-reference", action="store_true", help="skip the reference, which takes 20 GB for 4b")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

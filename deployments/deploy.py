@@ -1,6 +1,6 @@
 """Set up a Prefect server for this project: `python -m quantize_gemma.deployments.deploy`.
 
-Running it again changes nothing. It creates the work pool, the global concurrency limits, the deployments of
+It is safe to run again. It creates or updates the work pool, the global concurrency limits, the deployments of
 prefect.yaml, and, from environment variables, the secrets and the alerts:
 
     HF_TOKEN, HF_TOKEN_WRITE   saved as the Secret blocks hf-token and hf-token-write

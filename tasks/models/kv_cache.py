@@ -1,10 +1,10 @@
 """The program's key-value cache: prompts of any length, and sequences longer than the sliding window.
 
 The runners of phone apps pass a prompt to the program in one chunk: MultimodalRunner never splits it, and TextLLMRunner
-splits only by get_max_seq_len, but lets answers run past the end of the cache if that is less than get_max_context_len
-(extension/llm/runner/). So a chunk may be as long as the whole sequence. optimum-executorch's ring buffer of
-twice the window accepts at most one window at a time: in a longer chunk, the first tokens' keys are overwritten before
-they are used.
+splits only by get_max_seq_len, but lets answers run past the end of the cache if get_max_seq_len is less than
+get_max_context_len (extension/llm/runner/). So a chunk may be as long as the whole sequence. optimum-executorch's ring
+buffer of twice the window accepts at most one window at a time: in a longer chunk, the first tokens' keys are
+overwritten before they are used.
 
 Here, a sliding-window layer attends to the content of the ring buffer, followed by the chunk itself, before the buffer
 is updated. So a buffer of one window is enough for chunks of any length, and takes half the memory. If no sequence is

@@ -2,10 +2,10 @@
 
 Weights are streamed from the base checkpoint's files to the quantized file a few rows at a time (writer.py), with one
 function per algorithm (algorithms.py), so that memory does not depend on the size of the model or of its largest
-matrix; `gptq` calibrates one decoder block at a time before (calibrated.py). With torchao's algorithms, `affine` and
-`hqq_scale_only`, the tensors are byte-identical to those of `quantize_`, `flatten_tensor_state_dict`, and safetensors'
-`save_file`. Their keys follow the Hub's layout of the base checkpoint, and the metadata contains the module names of
-both the installed and newer versions of transformers, so that both load the file.
+matrix; before that, `gptq` calibrates one decoder block at a time (calibrated.py). With torchao's algorithms, `affine`
+and `hqq_scale_only`, the tensors are byte-identical to those of `quantize_`, `flatten_tensor_state_dict`, and
+safetensors' `save_file`. Their keys follow the Hub's layout of the base checkpoint, and the metadata contains the
+module names of both the installed and newer versions of transformers, so that both load the file.
 (Section "Quantization" of PyTorch's card.)
 """
 

@@ -1,4 +1,4 @@
-"""A prompt about an image, as tokens, pixels and embeddings."""
+"""A prompt about an image, as tokens, pixels, and embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check that the C++ runner of phone apps answers prompts, images, and conversations like the program itself.
+"""Check that the C++ runner of phone apps answers prompts, images, and conversations as the Python runtime does.
 
 The runner must generate the same tokens as the program in ExecuTorch's Python runtime. Each comparison belongs to a
 named check of the gate. compare.py compares the logits of the answers with the checkpoint's.

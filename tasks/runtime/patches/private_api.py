@@ -99,7 +99,7 @@ def fake_tensor_mode() -> contextlib.AbstractContextManager[object] | None:
     except (ImportError, TypeError):
         warn(
             f"{_differs('torch', '2.15.0', 'torch._subclasses.fake_tensor.FakeTensorMode')}: "
-            "a configuration with which the model cannot run is not found before a stage runs it"
+            "a configuration with which the model cannot run is detected only when a stage runs the model"
         )
         return None
 
