@@ -266,6 +266,7 @@ def test_a_release_too_far_from_its_base_fails_for_its_kl_divergence_and_its_car
 
 
 @pytest.mark.long
+@pytest.mark.longest
 def test_a_recipe_is_calibrated_on_a_dataset_at_its_commit(
     hub: Hub, command_line: CommandLine, environment: dict[str, str], tmp_path: Path
 ) -> None:

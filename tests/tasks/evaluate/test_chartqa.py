@@ -78,7 +78,7 @@ def evaluate_with_lm_eval(checkpoint: str, dataset: str, limit: int) -> dict[str
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["base", "quantized"])
+@pytest.mark.parametrize("name", [pytest.param("base", marks=pytest.mark.longest), "quantized"])
 def test_answers_and_scores_match_those_of_lm_evals_own_model(
     name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

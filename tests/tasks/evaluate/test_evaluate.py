@@ -42,7 +42,7 @@ MMLU = BUILTIN_BENCHMARKS["mmlu-mini"]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["base", "quantized"])
+@pytest.mark.parametrize("name", [pytest.param("base", marks=pytest.mark.longest), "quantized"])
 def test_questions_and_scores_match_those_of_the_command_line(
     name: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

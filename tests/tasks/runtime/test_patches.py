@@ -101,7 +101,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["text", pytest.param("multimodal", marks=pytest.mark.longest)])
 def test_the_program_is_the_stock_libraries_program_byte_for_byte(
     name: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
