@@ -258,10 +258,15 @@ def test_a_release_too_far_from_its_base_fails_for_its_kl_divergence_and_its_car
     reason = "on 2,044 tokens of text, the KL divergence from the base model is 0."
     assert summary["error"].startswith(f"the release fails the gate: {reason}")
     card = (Path(summary["release"]) / "README.md").read_text()
-    first = card[card.index("\n|") :].split("\n\n")[0].strip().splitlines()
-    assert first[0].startswith("| measurement | KL, nats |")
-    assert first[2].startswith(f"| as shipped | {checks['max_kl']['value']:.4f} ± ")
-    assert "KL ≤ 0.1: fail" in first[2]
+    value = f"{checks['max_kl']['value']:.4f} ± "
+    summary_row, fidelity_row = (
+        next(line for line in card.splitlines() if line.startswith(start))
+        for start in ("| KL divergence from the base model, nats |", "| as shipped |")
+    )
+    assert f"| {value}" in summary_row
+    assert fidelity_row.startswith(f"| as shipped | {value}")
+    assert "KL ≤ 0.1: fail" in fidelity_row
+    assert "**This release fails the gate and is not published:**" in card
     assert f"- {reason}" in card
 
 
