@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.long
-@pytest.mark.longest
 def test_recipes_are_compared_by_quality_and_size(tmp_path: Path) -> None:
     # Both texts are halves of one text, because calibration helps only on similar text.
     lines = (BUILTIN_TEXTS["tiny-text"] / "text.txt").read_text("utf-8").splitlines(keepends=True)

@@ -28,8 +28,8 @@ from quantize_gemma.tasks.runtime.patches.private_api import reorder_weight
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Elements of a weight that are dequantized at once. In float32, they take 32 MiB, up to which glibc reuses memory:
-# larger allocations are new pages each time, which take longer to map than to fill.
+# Elements of a weight that are dequantized at once. In float32, they take up to 32 MiB, below which glibc reuses
+# memory: larger allocations are new pages each time, which take longer to map than to fill.
 CHUNK = 2**23
 
 
@@ -186,7 +186,7 @@ class _Embedding(torch.nn.Module):
 def _dequantized_rows(weight: IntxUnpackedToInt8Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, dequantized rows) of a quantized matrix, in equal parts of up to CHUNK elements.
 
-    The rows are bit-identical to those of weight.dequantize(), which makes three more copies of them.
+    The rows are bit-identical to those of weight.dequantize(), which makes two more copies of them.
     """
     count, width = weight.shape
     rows_in_block, group = weight.block_size
